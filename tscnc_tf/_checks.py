@@ -1,0 +1,120 @@
+"""Argument checks shared by every constructor.
+
+Each function returns the normalised value, or raises an error that names the argument, the value
+and what would have been accepted. They look at Python values only, never at tensors in a graph.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+_FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Return `value` as a finite float inside the given limits (`above`, `below` exclude the end)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    result = float(value)
+    if not math.isfinite(result):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
+    if result < minimum or (above is not None and result <= above):
+        limit = f"> {above:g}" if above is not None else f">= {minimum:g}"
+        raise ValueError(f"{name} must be {limit}, got {value!r}.")
+    if result > maximum or (below is not None and result >= below):
+        limit = f"< {below:g}" if below is not None else f"<= {maximum:g}"
+        raise ValueError(f"{name} must be {limit}, got {value!r}.")
+    return result
+
+
+def factor(name: str, value: Any) -> float:
+    """Return a penalty's factor: finite and >= 0."""
+    return number(name, value, minimum=0.0)
+
+
+def sparsity(name: str, value: Any) -> float:
+    """Return a sparsity: the fraction of zeros, in [0, 1)."""
+    try:
+        return number(name, value, minimum=0.0, below=1.0)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} A sparsity is the fraction of zeros: 0.95 keeps 5 % of the weights."
+        ) from None
+
+
+def integer(name: str, value: Any, *, minimum: int) -> int:
+    """Return `value` as an int that is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} of type {type(value).__name__}."
+        )
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value!r}.")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
+    """Return `value` if it is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
+
+
+def bounds(name: str, value: Any) -> tuple[float, float]:
+    """Return the smallest and the largest value an input may take, as two floats."""
+    try:
+        low, high = value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a pair (low, high), got {value!r}.") from None
+    low, high = number(f"{name}[0]", low), number(f"{name}[1]", high)
+    if low >= high:
+        raise ValueError(f"{name} must be (low, high) with low < high, got {value!r}.")
+    return low, high
+
+
+def distance(name: str, value: Any) -> float:
+    """Return an epsilon or a step size as a float > 0; it may be written as a fraction, "8/255"."""
+    if isinstance(value, str):
+        match = _FRACTION.fullmatch(value)
+        if not match or float(match[2]) == 0.0:
+            raise ValueError(f'{name} must be a number or a fraction like "8/255", got {value!r}.')
+        result = float(match[1]) / float(match[2])
+        if result <= 0.0:
+            raise ValueError(f"{name} must be > 0, got {value!r}.")
+        return result
+    return number(name, value, above=0.0)
+
+
+def as_written(value: float | str) -> str:
+    """Return a distance the way people write it: 8/255 as "8/255", 0.3 as "0.3".
+
+    A float within 1e-12 of k/255, with a whole k, is read as that fraction.
+    """
+    if isinstance(value, str):
+        return value.replace(" ", "")
+    of_255 = Fraction(value).limit_denominator(255)
+    if of_255.denominator > 1 and 255 % of_255.denominator == 0:
+        if abs(float(of_255) - value) < 1e-12 and of_255.denominator not in (5,):
+            return f"{of_255.numerator * (255 // of_255.denominator)}/255"
+    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))

@@ -1,0 +1,129 @@
+"""The one door to Keras 3, tf_keras and tensorflow-model-optimization (tfmot).
+
+No other module imports `keras`, `tf_keras` or `tensorflow_model_optimization`. Which of the two
+Kerases a model belongs to is seen from its classes, never asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import keras
+import tensorflow as tf
+import tf_keras
+
+__all__ = [
+    "Regularizer",
+    "flavour",
+    "keras",
+    "register",
+    "registered_name",
+    "require_tf_keras_model",
+    "tf_keras",
+    "tfmot",
+]
+
+PACKAGE = "tscnc_tf"
+_Class = TypeVar("_Class", bound=type)
+
+
+class Regularizer(tf_keras.regularizers.Regularizer, keras.regularizers.Regularizer):
+    """Base of regularizers that both Kerases take, save and load.
+
+    A plain callable would do for `.keras` files; the legacy `.h5` format of tf_keras only takes
+    subclasses of its own base class.
+    """
+
+
+def flavour(obj: Any) -> str | None:
+    """Return "keras" or "tf_keras", whichever `obj` (a model, layer, ...) is made of, else None."""
+    for base in type(obj).__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in ("keras", "tf_keras"):
+            return root
+    return None
+
+
+def library(obj: Any) -> types.ModuleType:
+    """Return the Keras module that `obj` belongs to."""
+    return {"keras": keras, "tf_keras": tf_keras}[flavour(obj)]
+
+
+def register(cls: _Class) -> _Class:
+    """Register a class in both Kerases as `tscnc_tf>ClassName`, so that saved models find it.
+
+    The legacy `.h5` format of tf_keras looks regularizers up by their bare class names, whatever
+    name they were registered under; so those get an alias there.
+    """
+    keras.saving.register_keras_serializable(package=PACKAGE)(cls)
+    if issubclass(cls, Regularizer):
+        tf_keras.utils.get_custom_objects()[cls.__name__] = cls
+    return tf_keras.saving.register_keras_serializable(package=PACKAGE)(cls)
+
+
+def registered_name(cls: type) -> str:
+    """Return the name under which `register` filed a class."""
+    return f"{PACKAGE}>{cls.__name__}"
+
+
+@functools.cache
+def tfmot() -> types.ModuleType:
+    """Import tfmot without its side effects on the process, and return it.
+
+    Importing tfmot sets TF_USE_LEGACY_KERAS, and thereby decides what `tf.keras` means if nobody
+    has asked for it yet. So `tf.keras` is resolved first and the environment put back afterwards.
+    """
+    name = "TF_USE_LEGACY_KERAS"
+    before = os.environ.get(name)
+    _ = tf.keras.__version__  # any attribute resolves the lazy module
+    try:
+        import tensorflow_model_optimization
+    except ImportError as error:
+        raise ImportError(
+            "This needs tensorflow-model-optimization: pip install tensorflow-model-optimization."
+        ) from error
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+    return tensorflow_model_optimization
+
+
+def require_tf_keras_model(name: str, model: Any) -> None:
+    """Raise a TypeError that says what to do unless `model` is a tf_keras model."""
+    if isinstance(model, tf_keras.Model):
+        return
+    if isinstance(model, keras.Model):
+        raise TypeError(
+            f"{name} must be a tf_keras model, got the Keras 3 model {model.name!r}: pruning "
+            "wrappers exist for tf_keras only. Build the model with `import tf_keras`."
+        )
+    raise TypeError(f"{name} must be a tf_keras model, got {type(model).__name__}.")
+
+
+def require_built(name: str, model: Any) -> None:
+    """Raise a ValueError unless the model has its weights."""
+    if not model.built:
+        raise ValueError(
+            f"{name} {model.name!r} has no weights yet: give its first layer an input shape, "
+            "or call it once on a batch."
+        )
+
+
+def inference(model: Any) -> Callable[[Any], Any]:
+    """Return `x -> logits` for any callable model; Keras models run in inference mode.
+
+    Pruning wrappers are bypassed: they would re-assign every masked weight at each call.
+    """
+    if flavour(model) is None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}.")
+        return model
+    from tscnc_tf._keras import wrappers
+
+    return functools.partial(wrappers.bare(model), training=False)

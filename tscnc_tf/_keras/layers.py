@@ -1,0 +1,89 @@
+"""Which weights of a layer are kernels, and how their axes are to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tscnc_tf._keras import flavour, wrappers
+
+
+class KernelSpec(NamedTuple):
+    """One kernel of a layer.
+
+    Attributes:
+        attribute: the name of the layer's attribute that holds it.
+        regularizer: the name of the layer's argument that constrains it.
+        layout: how to read its axes: "standard" (..., in, out), "transposed" (..., out, in),
+            "depthwise" (..., in, multiplier).
+        channel_groups: the number of groups of a grouped convolution, else 1.
+    """
+
+    attribute: str
+    regularizer: str
+    layout: str = "standard"
+    channel_groups: int = 1
+
+
+class Kernel(NamedTuple):
+    """One kernel variable of a model: a name for people, its layer, the variable, how to read it."""
+
+    name: str
+    layer: Any
+    variable: Any
+    spec: KernelSpec
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The keyword arguments that tell `functional` how to read the variable."""
+        return {"layout": self.spec.layout, "channel_groups": self.spec.channel_groups}
+
+
+_KERNEL = KernelSpec("kernel", "kernel_regularizer")
+_POINTWISE = KernelSpec("pointwise_kernel", "pointwise_regularizer")
+_RECURRENT = KernelSpec("recurrent_kernel", "recurrent_regularizer")
+
+
+def kernel_specs(layer: Any) -> list[KernelSpec]:
+    """Return the kernels that a layer has, or will have once built, by its class and arguments.
+
+    Embeddings, biases, normalisation and locally connected weights are not kernels here: they are
+    no matrix that maps inputs to outputs, or a different one at each place.
+    """
+    names = [base.__name__ for base in type(layer).__mro__]
+    if _any_starts(names, "LocallyConnected"):
+        return []
+    attribute = "depthwise_kernel" if flavour(layer) == "tf_keras" else "kernel"
+    if _any_starts(names, "SeparableConv"):
+        return [
+            KernelSpec("depthwise_kernel", "depthwise_regularizer", layout="depthwise"),
+            _POINTWISE,
+        ]
+    if _any_starts(names, "DepthwiseConv"):
+        return [KernelSpec(attribute, "depthwise_regularizer", layout="depthwise")]
+    if not hasattr(layer, "kernel_regularizer"):
+        return []
+    if any(name.endswith("Transpose") for name in names):
+        return [_KERNEL._replace(layout="transposed")]
+    if any("Conv" in name for name in names):
+        return [_KERNEL._replace(channel_groups=getattr(layer, "groups", 1))]
+    return [_KERNEL, _RECURRENT] if hasattr(layer, "recurrent_regularizer") else [_KERNEL]
+
+
+def kernels(model: Any) -> Iterator[Kernel]:
+    """Yield the kernels of a built model or layer, each variable once, in the model's order."""
+    seen: set[int] = set()
+    for layer in model._flatten_layers():
+        if wrappers.is_wrapper(layer):
+            continue  # the layer inside comes by itself
+        for spec in kernel_specs(layer):
+            variable = getattr(layer, spec.attribute, None)
+            if variable is None or id(variable) in seen or len(variable.shape) < 2:
+                continue
+            seen.add(id(variable))
+            suffix = "" if spec.attribute == "kernel" else f"/{spec.attribute}"
+            yield Kernel(f"{layer.name}{suffix}", layer, variable, spec)
+
+
+def _any_starts(names: list[str], prefix: str) -> bool:
+    return any(name.startswith((prefix, "Base" + prefix)) for name in names)

@@ -1,0 +1,100 @@
+"""What we need to know of tfmot's pruning wrappers, in one place.
+
+A wrapper (`PruneLowMagnitude`) holds a layer and, for each prunable weight of it, a mask and a
+threshold, and re-assigns `weight * mask` at every call. The masks act at the *next* call, though:
+after an optimizer step the weights are dense again until then. `apply_masks` closes that gap.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tscnc_tf._keras import tf_keras, tfmot
+
+_VIEWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def is_wrapper(layer: Any) -> bool:
+    """Tell whether `layer` is a pruning wrapper. Does not import tfmot."""
+    if "tensorflow_model_optimization" not in sys.modules:
+        return False
+    from tensorflow_model_optimization.python.core.sparsity.keras import pruning_wrapper
+
+    return isinstance(layer, pruning_wrapper.PruneLowMagnitude)
+
+
+def wrapped_layers(model: Any) -> list[Any]:
+    """Return the pruning wrappers in `model` (or `model` itself, if it is one), each once."""
+    return list({id(layer): layer for layer in model._flatten_layers() if is_wrapper(layer)}.values())
+
+
+def pruned_variables(model: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (weight, mask) for every pruned weight of `model`."""
+    for wrapper in wrapped_layers(model):
+        for weight, mask, _ in wrapper.pruning_vars:
+            yield weight, mask
+
+
+def apply_masks(model: Any, optimizer: Any = None) -> None:
+    """Set every pruned weight to `weight * mask`, and likewise its moving average.
+
+    Works eagerly, in a graph, under XLA, and in the replica context of a distribution strategy.
+
+    Args:
+        model: a model with pruning wrappers; without any, nothing happens.
+        optimizer: a tf_keras optimizer. With `use_ema=True` its averages get the masks as well:
+            an average over time fills in what was pruned on the way.
+    """
+    pairs = list(pruned_variables(model))
+    averages = moving_averages(optimizer)
+    pairs += [(averages[key], mask) for weight, mask in pairs if (key := _key(weight)) in averages]
+    if not pairs:
+        return
+
+    def assign(variable: Any, mask: Any) -> Any:
+        return variable.assign(tf.cast(variable, mask.dtype) * mask)
+
+    def update(strategy: Any) -> None:
+        for variable, mask in pairs:
+            strategy.extended.update(variable, assign, args=(mask,))
+
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        update(tf.distribute.get_strategy())
+    else:
+        context.merge_call(update)
+
+
+def moving_averages(optimizer: Any) -> dict[Any, Any]:
+    """Return the optimizer's moving averages, by the key of the weight that each belongs to."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    averages = getattr(optimizer, "_model_variables_moving_average", None)
+    if not getattr(optimizer, "use_ema", False) or not averages:
+        return {}
+    index = optimizer._index_dict  # variable key -> position, filled by optimizer.build
+    return {key: averages[position] for key, position in index.items()}
+
+
+def bare(model: Any) -> Any:
+    """Return a view of `model` on the same layers and variables, without the pruning wrappers.
+
+    A model without wrappers is its own view. So is a subclassed model: its graph is not known, so
+    its wrappers stay in the path (correct, only slower).
+    """
+    if not wrapped_layers(model):
+        return model
+    is_graph = isinstance(model, tf_keras.Sequential) or getattr(model, "_is_graph_network", False)
+    if not is_graph:
+        return model
+    if model not in _VIEWS:
+        _VIEWS[model] = tfmot().sparsity.keras.strip_pruning(model)
+    return _VIEWS[model]
+
+
+def _key(variable: Any) -> Any:
+    return getattr(variable, "_unique_id", None)

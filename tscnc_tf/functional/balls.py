@@ -1,0 +1,76 @@
+"""Balls around inputs, in the norms that attacks use; one norm per example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+NORMS = ("linf", "l2")
+
+
+def project(delta: Any, epsilon: float, norm: str) -> tf.Tensor:
+    """Return the point of the ball of radius `epsilon` around 0 that is nearest to each `delta`.
+
+    Args:
+        delta: `(batch, ...)`.
+        epsilon: the radius.
+        norm: "linf" or "l2".
+    """
+    if norm == "linf":
+        return tf.clip_by_value(delta, -epsilon, epsilon)
+    length = _l2(delta)
+    return delta * tf.where(length > epsilon, epsilon / tf.where(length > 0, length, 1.0), 1.0)
+
+
+def steepest_ascent(gradient: Any, norm: str) -> tf.Tensor:
+    """Return the step of length 1 in `norm` that gains most along each gradient; 0 where it is 0.
+
+    Args:
+        gradient: `(batch, ...)`.
+        norm: "linf" (the sign) or "l2" (the normalised gradient).
+    """
+    if norm == "linf":
+        return tf.sign(gradient)
+    # Scaled first: the square of a tiny gradient is zero in float32.
+    axes = _axes(gradient)
+    largest = tf.reduce_max(tf.abs(gradient), axis=axes, keepdims=True)
+    unit = tf.math.divide_no_nan(gradient, largest)
+    return tf.math.divide_no_nan(unit, _l2(unit))
+
+
+def random_start(shape: Any, epsilon: float, norm: str, seed: Any, dtype: Any) -> tf.Tensor:
+    """Return points drawn uniformly from the ball of radius `epsilon` around 0, one per example.
+
+    Args:
+        shape: `(batch, ...)`, static or as a tensor.
+        epsilon: the radius.
+        norm: "linf" or "l2".
+        seed: a pair of integers; the same seed gives the same points on every device.
+        dtype: a float dtype.
+    """
+    if norm == "linf":
+        return tf.random.stateless_uniform(
+            shape, seed, -epsilon, epsilon, dtype=dtype, alg="philox"
+        )
+    first, second = tf.unstack(tf.random.split(seed, 2, alg="philox"))
+    direction = tf.random.stateless_normal(shape, first, dtype=dtype, alg="philox")
+    size = tf.cast(tf.reduce_prod(tf.shape(direction)[1:]), dtype)
+    radius_shape = tf.concat([tf.shape(direction)[:1], tf.ones_like(tf.shape(direction)[1:])], 0)
+    radius = tf.random.stateless_uniform(radius_shape, second, dtype=dtype, alg="philox")
+    return steepest_ascent(direction, "l2") * epsilon * tf.pow(radius, 1.0 / size)
+
+
+def lengths(delta: Any, norm: str) -> tf.Tensor:
+    """Return the norm of each example's `delta`, shape `(batch,)`."""
+    if norm == "linf":
+        return tf.reduce_max(tf.abs(delta), axis=_axes(delta))
+    return tf.norm(tf.reshape(delta, (tf.shape(delta)[0], -1)), axis=-1)
+
+
+def _l2(delta: Any) -> tf.Tensor:
+    return tf.sqrt(tf.reduce_sum(tf.square(delta), axis=_axes(delta), keepdims=True))
+
+
+def _axes(tensor: Any) -> list[int]:
+    return list(range(1, tensor.shape.rank))

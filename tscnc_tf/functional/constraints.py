@@ -1,0 +1,170 @@
+"""The two constraints of TSCNC as functions of tensors, and the baselines beside them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+# A matrix whose largest entry is smaller counts as zero: a scale-free penalty pulls with a force
+# that grows as 1 / size, and would overflow.
+_ZERO = 1e-20
+
+
+def transformed_l1(x: Any, a: float = 1.0) -> tf.Tensor:
+    r"""Return the transformed l1 penalty of each entry, :math:`T_a(x) = (a+1)|x| / (a+|x|)`.
+
+    Concave and bounded by `a + 1`; `a -> inf` gives `|x|`, `a -> 0` counts what is not zero. The
+    slope is :math:`(a+1)a/(a+|x|)^2`, and taken as 0 at `x = 0`.
+
+    Args:
+        x: a tensor of any shape.
+        a: a number > 0.
+
+    Returns:
+        A tensor of the shape of `x`.
+
+    Reference:
+        Ma et al. 2019, arXiv 1901.01021, after Zhang & Xin 2018. The published code of TSCNC has
+        `a - x` in the denominator, which has the opposite curvature and a pole at `x = a`.
+    """
+    magnitude = tf.abs(x)
+    # (a + 1) / a * |x| / (1 + |x| / a): the same number, but nothing overflows for a huge `a`.
+    return ((a + 1.0) / a) * magnitude / (1.0 + magnitude / a)
+
+
+def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
+    r"""Return the log-ratio condition penalty of each matrix in a stack.
+
+    .. math:: C(M) = \log(\mathrm{tr}(G)/n) - \tfrac1n \log\det G, \qquad G = M^\top M
+
+    the logarithm of the arithmetic over the geometric mean of the eigenvalues of the Gram matrix.
+    It is >= 0, it is 0 exactly if all singular values are equal, it does not change when the
+    matrix is scaled or rotated, and it bounds the condition number: `kappa < 2 exp(n C / 2)`.
+
+    With a ridge, `G n / tr(G) + ridge I` stands for G on both sides, so the value never exceeds
+    `log((1 + ridge) / ridge)`, and the bound holds for
+    `sqrt((lambda_max + ridge) / (lambda_min + ridge))` of the trace-normalised G.
+
+    Dead directions: a column that is exactly zero feels no pull at all (it is a stationary point),
+    a nearly dead one is pulled away from zero with a force of at most
+    `sqrt(n / tr(G) / ridge) / n`. So the ridge bounds what a dead filter can do to a training step,
+    and a dead filter is not brought back to life by this term alone. The zero matrix has the value
+    `log((1 + ridge) / ridge)` and no gradient.
+
+    The factorisation runs in float64 whatever the dtype: a Gram matrix squares the condition
+    number, and TensorFloat-32 products would make it indefinite. There is no SVD in it: the SVD's
+    gradient is NaN where singular values coincide.
+
+    Args:
+        matrix: `(..., p, n)` with `p >= n`.
+        ridge: relative to the mean eigenvalue of G; >= 0. Without a ridge the matrices must have
+            full rank.
+
+    Returns:
+        A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
+
+    Reference:
+        Guggenheimer, Edelman & Johnson 1995, "A simple estimate of the condition number of a
+        linear system", for the bound.
+    """
+    matrix, dtype = _as_float64(matrix)
+    size = matrix.shape[-1]
+    normalised = _trace_normalised(_gram(_scaled(matrix)))
+    mean_log = _log_det(normalised + ridge * tf.eye(size, dtype=tf.float64)) / size
+    return tf.cast(tf.maximum(math.log1p(ridge) - mean_log, 0.0), dtype)  # -1e-16 is 0
+
+
+def authors_penalty(matrix: Any, nu: float = 1e-5, ridge: float = 1e-6) -> tf.Tensor:
+    r"""Return the condition penalty as the authors' published code has it, :math:`n` columns:
+
+    .. math:: \left(\log(\nu + \det(G/n))\right)^2, \qquad G = M^\top M
+
+    It is here to compare with. What it can't see: it depends on the scale of the matrix and not on
+    the spread of its singular values ((100, 0.01) cost as much as (1, 1)), and for 100 columns or
+    more the determinant of a usual initialisation is far below `nu`, so that its gradient vanishes
+    and the value rests at `log(nu)**2` = 132.55. Computed through `log det` (with a relative ridge,
+    as in `log_ratio`), so a singular matrix does not raise as it does in `tf.linalg.det`'s gradient.
+
+    Args:
+        matrix: `(..., p, n)` with `p >= n`.
+        nu: what keeps the logarithm finite; > 0.
+        ridge: relative to the mean eigenvalue of G; > 0.
+
+    Returns:
+        A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
+    """
+    matrix, dtype = _as_float64(matrix)
+    size = matrix.shape[-1]
+    gram = _gram(matrix)
+    mean = tf.linalg.trace(gram)[..., tf.newaxis, tf.newaxis] / size
+    # The floor keeps the factorisation of a zero matrix defined; its determinant is 0 all the same.
+    lifted = gram + (ridge * tf.stop_gradient(mean) + _ZERO**2) * tf.eye(size, dtype=tf.float64)
+    log_det = _log_det(lifted) - size * math.log(size)
+    value = tf.square(math.log(nu) + tf.math.softplus(log_det - math.log(nu)))
+    return tf.cast(value, dtype)
+
+
+def orthogonality(matrix: Any) -> tf.Tensor:
+    r"""Return soft orthogonality up to scale, :math:`\|G n/\mathrm{tr}(G) - I\|_F^2`, per matrix.
+
+    0 exactly if all singular values are equal. It looks at the largest eigenvalues first, where
+    `log_ratio` looks at the smallest. The zero matrix has the value `n` and no gradient.
+
+    Args:
+        matrix: `(..., p, n)` with `p >= n`.
+
+    Returns:
+        A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
+
+    Reference:
+        Bansal et al. 2018, arXiv 1810.09102 (there without the normalisation by the trace).
+    """
+    matrix, dtype = _as_float64(matrix)
+    normalised = _trace_normalised(_gram(_scaled(matrix)))
+    identity = tf.eye(matrix.shape[-1], dtype=tf.float64)
+    return tf.cast(tf.reduce_sum(tf.square(normalised - identity), axis=(-2, -1)), dtype)
+
+
+def _as_float64(matrix: Any) -> tuple[tf.Tensor, tf.DType]:
+    matrix = tf.convert_to_tensor(matrix)
+    return tf.cast(matrix, tf.float64), tf.float64 if matrix.dtype == tf.float64 else tf.float32
+
+
+def _scaled(matrix: tf.Tensor) -> tf.Tensor:
+    """Return each matrix with its largest entry scaled to 1, or zeros for one that counts as zero."""
+    largest = tf.stop_gradient(tf.reduce_max(tf.abs(matrix), axis=(-2, -1), keepdims=True))
+    alive = largest > _ZERO
+    return tf.where(alive, matrix / tf.where(alive, largest, 1.0), 0.0)
+
+
+def _trace_normalised(gram: tf.Tensor) -> tf.Tensor:
+    """Return G n / tr(G), whose mean eigenvalue is 1; zero stays zero."""
+    trace = tf.linalg.trace(gram)[..., tf.newaxis, tf.newaxis]
+    return gram * tf.math.divide_no_nan(tf.cast(gram.shape[-1], gram.dtype), trace)
+
+
+@tf.custom_gradient
+def _gram(matrix: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """Return MᵀM; its gradient takes one product, where the automatic one takes two."""
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        return tf.matmul(matrix, upstream + tf.linalg.matrix_transpose(upstream))
+
+    return tf.matmul(matrix, matrix, transpose_a=True), gradient
+
+
+@tf.custom_gradient
+def _log_det(positive: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """Return log det of positive definite matrices by Cholesky; the gradient is the inverse."""
+    factor = tf.linalg.cholesky(positive)
+    value = 2.0 * tf.reduce_sum(tf.math.log(tf.linalg.diag_part(factor)), axis=-1)
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        identity = tf.eye(
+            positive.shape[-1], batch_shape=tf.shape(positive)[:-2], dtype=positive.dtype
+        )
+        return upstream[..., tf.newaxis, tf.newaxis] * tf.linalg.cholesky_solve(factor, identity)
+
+    return value, gradient

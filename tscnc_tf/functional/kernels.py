@@ -1,0 +1,99 @@
+"""From a layer's kernel to the matrices and the groups that the constraints speak of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+LAYOUTS = ("standard", "transposed", "depthwise")
+GROUPS = ("filter", "input")
+
+
+def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) -> tf.Tensor:
+    r"""Return a kernel with its axes in one order: (groups, positions, inputs, outputs).
+
+    * `"standard"`: `(..., in, out)`: Dense, Conv1D/2D/3D, pointwise, recurrent. With
+      `channel_groups = g`, as in a grouped convolution, the outputs fall into `g` successive
+      groups, each of which sees `in` channels of its own.
+    * `"transposed"`: `(..., out, in)`: the transposed convolutions.
+    * `"depthwise"`: `(..., in, multiplier)`: each input channel is a group by itself.
+
+    Args:
+        kernel: tensor or variable of rank >= 2, of fully known shape.
+        layout: one of the three names above.
+        channel_groups: number of groups of a grouped convolution; 1 for all else.
+
+    Returns:
+        A tensor of rank 4, `(groups, positions, inputs, outputs)`.
+
+    Raises:
+        ValueError: the rank is below 2, the shape is not known, or the output channels are no
+            multiple of `channel_groups`.
+    """
+    kernel = tf.convert_to_tensor(kernel)
+    shape = kernel.shape
+    if shape.rank is None or shape.rank < 2 or not shape.is_fully_defined():
+        raise ValueError(
+            f"kernel must have a known shape of rank >= 2 (it is read as a matrix), got {shape}. "
+            "Biases and normalisation weights take no such regularizer."
+        )
+    positions = shape[:-2].num_elements() if shape.rank > 2 else 1
+    first, second = shape[-2], shape[-1]
+    kernel = tf.reshape(kernel, (positions, first, second))
+    if layout == "depthwise":
+        return tf.transpose(kernel, (1, 0, 2))[:, :, tf.newaxis, :]
+    if layout == "transposed":
+        return tf.transpose(kernel, (0, 2, 1))[tf.newaxis]
+    if layout != "standard":
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
+    if second % channel_groups:
+        raise ValueError(
+            f"channel_groups must divide the output channels ({second}), got {channel_groups}."
+        )
+    kernel = tf.reshape(kernel, (positions, first, channel_groups, second // channel_groups))
+    return tf.transpose(kernel, (2, 0, 1, 3))
+
+
+def matrices(kernel: Any, layout: str = "standard", channel_groups: int = 1) -> tf.Tensor:
+    """Return a kernel as a stack of tall matrices, `(groups, p, n)` with `p >= n`.
+
+    Rows are everything but the output channels, columns are the output channels; transposed where
+    that would be wide, since the singular values don't change.
+
+    Args and errors: as in `canonical`.
+    """
+    kernel = canonical(kernel, layout, channel_groups)
+    groups, positions, inputs, outputs = kernel.shape
+    stacked = tf.reshape(kernel, (groups, positions * inputs, outputs))
+    wide = positions * inputs < outputs
+    return tf.linalg.matrix_transpose(stacked) if wide else stacked
+
+
+def group_norms(
+    kernel: Any, groups: str, layout: str = "standard", channel_groups: int = 1
+) -> tf.Tensor:
+    """Return the Euclidean norm of each group of weights, as a vector.
+
+    A `"filter"` is all that leads to one output channel, an `"input"` all that reads one input
+    channel (a row of a dense kernel). The gradient at a group that is all zero is zero.
+
+    Args:
+        kernel, layout, channel_groups: as in `canonical`.
+        groups: "filter" or "input".
+
+    Raises:
+        ValueError: `groups` is neither.
+    """
+    if groups not in GROUPS:
+        raise ValueError(f"groups must be one of {GROUPS}, got {groups!r}.")
+    kernel = canonical(kernel, layout, channel_groups)
+    axes = (1, 2) if groups == "filter" else (1, 3)
+    # Scaled before it is squared, so that tiny and huge weights neither vanish nor overflow; the
+    # scale is a constant to the gradient, which is exact because the norm is homogeneous.
+    scale = tf.stop_gradient(tf.reduce_max(tf.abs(kernel), axis=axes, keepdims=True))
+    unit = tf.math.divide_no_nan(kernel, scale)
+    squared = tf.reduce_sum(tf.square(unit), axis=axes)
+    alive = squared > 0
+    norms = tf.where(alive, tf.sqrt(tf.where(alive, squared, 1.0)), 0.0)
+    return tf.reshape(norms * tf.reshape(scale, tf.shape(norms)), (-1,))

@@ -1,0 +1,319 @@
+"""The constraints as regularizers for `kernel_regularizer=` and its like, in both Kerases.
+
+One class per constraint, configured by numbers and names only, so that each is saved with a model
+and comes back from `.keras` and `.h5` files wherever `tscnc_tf` has been imported.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras, functional
+from tscnc_tf.functional.kernels import GROUPS, LAYOUTS
+
+__all__ = ["ConditionNumber", "KernelRegularizer", "Sum", "TSCNC", "TransformedL1"]
+
+FORMS = ("log_ratio", "authors", "orthogonal")
+
+
+class KernelRegularizer(_keras.Regularizer):
+    """Base: a penalty on a kernel that knows how the kernel's axes are to be read.
+
+    Subclasses are final: they set their own arguments and implement `_penalty`.
+
+    Args:
+        layout: "standard" (..., in, out) for Dense and Conv, "transposed" (..., out, in) for the
+            transposed convolutions, "depthwise" (..., in, multiplier) for depthwise kernels.
+            `pruning.add_regularizers` sets it from the layer.
+        channel_groups: `groups` of a grouped convolution.
+    """
+
+    def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
+        self.layout = _checks.one_of("layout", layout, LAYOUTS)
+        self.channel_groups = _checks.integer("channel_groups", channel_groups, minimum=1)
+
+    def __call__(self, kernel: Any) -> tf.Tensor:
+        """Return the penalty of one kernel, a scalar of dtype float32 (float64 for a float64 kernel)."""
+        kernel = tf.convert_to_tensor(kernel)
+        if not kernel.dtype.is_floating:
+            raise TypeError(f"kernel must be of a float dtype, got {kernel.dtype.name}.")
+        return self._penalty(kernel if kernel.dtype == tf.float64 else tf.cast(kernel, tf.float32))
+
+    def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
+        raise TypeError(f"{type(self).__name__} is abstract: use one of its subclasses.")
+
+    def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
+        """Return this regularizer for a kernel whose axes are to be read in another way."""
+        other = copy.copy(self)
+        KernelRegularizer.__init__(other, layout=layout, channel_groups=channel_groups)
+        return other
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        return {"layout": self.layout, "channel_groups": self.channel_groups}
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return self._reading
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))
+
+
+@_keras.register
+class TransformedL1(KernelRegularizer):
+    r"""The sparse constraint: :math:`\text{factor} \cdot \sum_g T_a(\|w_g\|)`.
+
+    With :math:`T_a(x) = (a+1)|x|/(a+|x|)`, over single weights or over groups of weights. Unlike
+    the l1 norm it hardly shrinks what is large: the slope falls as :math:`1/(a+|x|)^2`.
+
+    Args:
+        factor: a number >= 0.
+        a: a number > 0; small values count non-zeros, large ones approach the l1 norm.
+        groups: None for single weights, "filter" for all that leads to one output channel, "input"
+            for all that reads one input channel.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tf_keras
+        >>> import tscnc_tf as tscnc
+        >>> layer = tf_keras.layers.Dense(
+        ...     10, kernel_regularizer=tscnc.regularizers.TransformedL1(1e-5, groups="input"))
+
+    Reference:
+        Ma et al. 2019, arXiv 1901.01021; TSCNC, arXiv 2503.20454, for its use.
+    """
+
+    def __init__(
+        self,
+        factor: float,
+        a: float = 1.0,
+        groups: str | None = None,
+        *,
+        layout: str = "standard",
+        channel_groups: int = 1,
+    ) -> None:
+        super().__init__(layout=layout, channel_groups=channel_groups)
+        self.factor = _checks.factor("factor", factor)
+        self.a = _checks.number("a", a, above=0.0)
+        self.groups = _checks.one_of("groups", groups, (None, *GROUPS))
+
+    def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
+        if self.groups is not None:
+            kernel = functional.group_norms(kernel, self.groups, **self._reading)
+        return self.factor * tf.reduce_sum(functional.transformed_l1(kernel, self.a))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"factor": self.factor, "a": self.a, "groups": self.groups, **super().get_config()}
+
+
+@_keras.register
+class ConditionNumber(KernelRegularizer):
+    r"""The condition number constraint: :math:`\text{factor} \cdot C(M)`, M the kernel as a matrix.
+
+    Forms:
+
+    * `"log_ratio"` (default): :math:`C = \log(\mathrm{tr} G / n) - \tfrac1n\log\det G`,
+      :math:`G = M^\top M`; see `functional.log_ratio`. Free of scale, 0 exactly where the condition
+      number is 1, and it bounds it: :math:`\kappa < 2 e^{nC/2}`.
+    * `"authors"`: :math:`(\log(10^{-5} + \det(G/n)))^2`, as the authors' code has it, to compare
+      with; see `functional.authors_penalty` for what it can't see.
+    * `"orthogonal"`: :math:`\|G n/\mathrm{tr}G - I\|_F^2`, soft orthogonality up to scale.
+
+    A kernel that is read as several matrices (grouped and depthwise convolutions) costs their mean,
+    so that each layer weighs the same. Dead filters feel no pull and give none; see
+    `functional.log_ratio`.
+
+    The factorisation costs about `p n² + n³` operations in float64 per step for a `(p, n)` matrix:
+    next to nothing beside an adversarial step on convolutions, but not for a dense layer with
+    thousands of units on both sides.
+
+    Args:
+        factor: a number >= 0.
+        form: one of the three names above.
+        ridge: relative to the mean eigenvalue of G, > 0: eigenvalues far below it don't count.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tf_keras
+        >>> import tscnc_tf as tscnc
+        >>> layer = tf_keras.layers.Conv2D(
+        ...     16, 3, kernel_regularizer=tscnc.regularizers.ConditionNumber(1e-2))
+
+    Reference:
+        TSCNC, arXiv 2503.20454; Guggenheimer, Edelman & Johnson 1995 for the bound; Bansal et al.
+        2018, arXiv 1810.09102, for soft orthogonality.
+    """
+
+    def __init__(
+        self,
+        factor: float,
+        form: str = "log_ratio",
+        ridge: float = 1e-6,
+        *,
+        layout: str = "standard",
+        channel_groups: int = 1,
+    ) -> None:
+        super().__init__(layout=layout, channel_groups=channel_groups)
+        self.factor = _checks.factor("factor", factor)
+        self.form = _checks.one_of("form", form, FORMS)
+        self.ridge = _checks.number("ridge", ridge, above=0.0)
+
+    def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
+        matrices = functional.matrices(kernel, **self._reading)
+        if self.form == "log_ratio":
+            values = functional.log_ratio(matrices, ridge=self.ridge)
+        elif self.form == "authors":
+            values = functional.authors_penalty(matrices, ridge=self.ridge)
+        else:
+            values = functional.orthogonality(matrices)
+        return self.factor * tf.reduce_mean(values)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        own = {"factor": self.factor, "form": self.form, "ridge": self.ridge}
+        return {**own, **super().get_config()}
+
+
+@_keras.register
+class TSCNC(KernelRegularizer):
+    r"""Both constraints: `TransformedL1(sparsity_factor, a, groups) + ConditionNumber(condition_factor, ...)`.
+
+    Args:
+        sparsity_factor: factor of the sparse constraint, >= 0.
+        condition_factor: factor of the condition number constraint, >= 0.
+        a, groups: see `TransformedL1`.
+        form, ridge: see `ConditionNumber`.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tf_keras
+        >>> import tscnc_tf as tscnc
+        >>> layer = tf_keras.layers.Dense(
+        ...     10, kernel_regularizer=tscnc.regularizers.TSCNC(1e-5, 1e-2))
+
+    Reference:
+        TSCNC, arXiv 2503.20454.
+    """
+
+    def __init__(
+        self,
+        sparsity_factor: float,
+        condition_factor: float,
+        a: float = 1.0,
+        groups: str | None = None,
+        form: str = "log_ratio",
+        ridge: float = 1e-6,
+        *,
+        layout: str = "standard",
+        channel_groups: int = 1,
+    ) -> None:
+        super().__init__(layout=layout, channel_groups=channel_groups)
+        self.sparsity_factor = _checks.factor("sparsity_factor", sparsity_factor)
+        self.condition_factor = _checks.factor("condition_factor", condition_factor)
+        self._sparse = TransformedL1(sparsity_factor, a, groups, **self._reading)
+        self._condition = ConditionNumber(condition_factor, form, ridge, **self._reading)
+
+    def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
+        return self._sparse(kernel) + self._condition(kernel)
+
+    def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
+        """Return this regularizer for a kernel whose axes are to be read in another way."""
+        config = {**self.get_config(), "layout": layout, "channel_groups": channel_groups}
+        return type(self)(**config)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        parts = {**self._sparse.get_config(), **self._condition.get_config()}
+        del parts["factor"]
+        own = {"sparsity_factor": self.sparsity_factor, "condition_factor": self.condition_factor}
+        return {**own, **parts}
+
+
+@_keras.register
+class Sum(_keras.Regularizer):
+    """Several regularizers on one kernel, Keras' own among them: their sum.
+
+    Args:
+        regularizers: a list of regularizers of one Keras, of this package, or names such as "l2".
+        library: "tf_keras" or "keras": where names are looked up. Seen from the regularizers where
+            one of them tells.
+
+    Raises:
+        ValueError: the list is empty, or mixes both Kerases.
+
+    Example:
+        >>> import tf_keras
+        >>> import tscnc_tf as tscnc
+        >>> both = tscnc.regularizers.Sum(
+        ...     [tf_keras.regularizers.L2(5e-4), tscnc.regularizers.ConditionNumber(1e-2)])
+    """
+
+    def __init__(self, regularizers: list[Any], library: str | None = None) -> None:
+        if not regularizers:
+            raise ValueError("regularizers must hold at least one regularizer, got an empty list.")
+        told = {_keras.flavour(part) for part in regularizers if not _is_ours(part)} - {None}
+        told |= {library} - {None}
+        if len(told) > 1:
+            raise ValueError(
+                f"regularizers must be of one Keras, got {regularizers!r} of {sorted(told)}."
+            )
+        self.library = told.pop() if told else "tf_keras"
+        module = _keras.tf_keras if self.library == "tf_keras" else _keras.keras
+        self.regularizers = [
+            part if _is_ours(part) else module.regularizers.get(part) for part in regularizers
+        ]
+
+    def __call__(self, kernel: Any) -> tf.Tensor:
+        """Return the sum of the penalties of one kernel."""
+        values = [tf.convert_to_tensor(part(kernel)) for part in self.regularizers]
+        widest = tf.float64 if any(v.dtype == tf.float64 for v in values) else tf.float32
+        return tf.add_n([tf.cast(value, widest) for value in values])
+
+    def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
+        """Return this sum for a kernel whose axes are to be read in another way."""
+        parts = [
+            part.for_kernel(layout=layout, channel_groups=channel_groups) if _is_ours(part) else part
+            for part in self.regularizers
+        ]
+        return type(self)(parts, self.library)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the parts as serialized by their Keras."""
+        module = _keras.tf_keras if self.library == "tf_keras" else _keras.keras
+        parts = [module.regularizers.serialize(part) for part in self.regularizers]
+        return {"regularizers": parts, "library": self.library}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build a sum from `get_config()`."""
+        module = _keras.tf_keras if config["library"] == "tf_keras" else _keras.keras
+        parts = [module.regularizers.deserialize(part) for part in config["regularizers"]]
+        return cls(parts, config["library"])
+
+    def __repr__(self) -> str:
+        return f"Sum({self.regularizers!r})"
+
+
+def _is_ours(regularizer: Any) -> bool:
+    return isinstance(regularizer, KernelRegularizer | Sum)

@@ -1,0 +1,330 @@
+"""Pruning schedules: subclasses of tfmot's `PruningSchedule` that survive saving.
+
+Importing this module imports tfmot; `import tscnc_tf` does not, it loads the module when it is
+first asked for. Steps are counted as tfmot's wrappers count them: the first optimizer step is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras
+
+__all__ = ["ConditionGated", "CosineSparsity", "OneShot"]
+
+PruningSchedule = _keras.tfmot().sparsity.keras.PruningSchedule
+
+
+class _Schedule(PruningSchedule):
+    """What our schedules share: how they are saved, and how epochs become steps.
+
+    tfmot's wrapper saves the dictionary that `get_config` returns as it is, with the class name in
+    it, and looks that name up when the model is loaded. So the name has to be the registered one.
+    """
+
+    def _arguments(self) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} is abstract: use one of its subclasses.")
+
+    def get_config(self) -> dict[str, Any]:
+        """Return `{"class_name": ..., "config": ...}`, the form that tfmot's wrapper saves."""
+        return {
+            "class_name": _keras.registered_name(type(self)),
+            "config": self._arguments(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build a schedule from `get_config()` or from the inner dictionary of arguments."""
+        return cls(**config.get("config", config))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+@_keras.register
+class CosineSparsity(_Schedule):
+    r"""Sparsity that rises along half a cosine, slowly at both ends.
+
+    .. math:: s(t) = s_f + (s_i - s_f)\,\tfrac12\left(1 + \cos\pi\tfrac{t - b}{e - b}\right)
+
+    with exactly :math:`s_i` at `begin_step` and exactly :math:`s_f` from `end_step` on. The masks
+    are renewed every `frequency` steps from `begin_step` on, and always at `end_step`.
+
+    Args:
+        initial_sparsity: fraction of zeros at `begin_step`, in [0, 1).
+        final_sparsity: fraction of zeros at `end_step`, in [0, 1), not below the initial one.
+        begin_step: first optimizer step that prunes, >= 0.
+        end_step: last optimizer step that prunes, > `begin_step`.
+        frequency: number of steps between two renewals of the masks, >= 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> schedule = tscnc.schedules.CosineSparsity(0.0, 0.95, begin_step=200, end_step=2000)
+        >>> should_prune, sparsity = schedule(2000)
+
+    Reference:
+        The shape of the schedule is that of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878)
+        with a cosine in the place of the cubic polynomial.
+    """
+
+    def __init__(
+        self,
+        initial_sparsity: float,
+        final_sparsity: float,
+        begin_step: int,
+        end_step: int,
+        frequency: int = 100,
+    ) -> None:
+        self.initial_sparsity = _checks.sparsity("initial_sparsity", initial_sparsity)
+        self.final_sparsity = _checks.sparsity("final_sparsity", final_sparsity)
+        if self.final_sparsity < self.initial_sparsity:
+            raise ValueError(
+                f"final_sparsity must not be below initial_sparsity ({initial_sparsity!r}), "
+                f"got {final_sparsity!r}: pruned weights don't come back."
+            )
+        self.begin_step = _checks.integer("begin_step", begin_step, minimum=0)
+        self.end_step = _checks.integer("end_step", end_step, minimum=self.begin_step + 1)
+        self.frequency = _checks.integer("frequency", frequency, minimum=1)
+
+    @classmethod
+    def from_epochs(
+        cls,
+        initial_sparsity: float,
+        final_sparsity: float,
+        begin_epoch: float,
+        end_epoch: float,
+        *,
+        steps_per_epoch: int,
+        frequency: int = 100,
+    ) -> Self:
+        """Build the schedule from epochs: it begins after `begin_epoch` epochs, and ends with the
+        last step of epoch `end_epoch` (both may be fractions of an epoch).
+        """
+        begin_step, end_step = _steps(
+            steps_per_epoch, begin_epoch=begin_epoch, end_epoch=end_epoch
+        )
+        return cls(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
+
+    def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return (whether to renew the masks at this step, the sparsity at this step)."""
+        step = tf.cast(step, tf.int64)
+        since = step - self.begin_step
+        span = self.end_step - self.begin_step
+        fraction = tf.cast(since, tf.float32) / float(span)
+        rest = 0.5 * (1.0 + tf.cos(math.pi * tf.clip_by_value(fraction, 0.0, 1.0)))
+        between = self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * rest
+        sparsity = tf.where(since >= span, self.final_sparsity, between)
+        sparsity = tf.where(since <= 0, self.initial_sparsity, sparsity)
+        due = (since >= 0) & (since <= span) & (since % self.frequency == 0)
+        return due | tf.equal(since, span), sparsity
+
+    def _arguments(self) -> dict[str, Any]:
+        names = ("initial_sparsity", "final_sparsity", "begin_step", "end_step", "frequency")
+        return {name: getattr(self, name) for name in names}
+
+
+@_keras.register
+class OneShot(_Schedule):
+    """All pruning at one step; the masks stay as they are from then on.
+
+    Args:
+        final_sparsity: fraction of zeros, in [0, 1).
+        begin_step: the optimizer step that prunes, >= 0; 0 means the first one, which is 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> schedule = tscnc.schedules.OneShot(0.9, begin_step=1000)
+    """
+
+    def __init__(self, final_sparsity: float, begin_step: int = 0) -> None:
+        self.final_sparsity = _checks.sparsity("final_sparsity", final_sparsity)
+        self.begin_step = _checks.integer("begin_step", begin_step, minimum=0)
+
+    @classmethod
+    def from_epochs(
+        cls, final_sparsity: float, begin_epoch: float, *, steps_per_epoch: int
+    ) -> Self:
+        """Build the schedule that prunes with the last step of epoch `begin_epoch`."""
+        (begin_step,) = _steps(steps_per_epoch, begin_epoch=begin_epoch)
+        return cls(final_sparsity, begin_step)
+
+    @property
+    def end_step(self) -> int:
+        """The step at which the final sparsity is reached."""
+        return max(self.begin_step, 1)
+
+    def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return (whether this is the step, the sparsity: 0 before it)."""
+        step = tf.cast(step, tf.int64)
+        return tf.equal(step, self.end_step), tf.where(
+            step >= self.end_step, self.final_sparsity, 0.0
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"final_sparsity": self.final_sparsity, "begin_step": self.begin_step}
+
+
+@_keras.register
+class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
+    """A schedule that waits while the network is ill-conditioned.
+
+    While the measured condition number is above a limit, the masks are left as they are. When it
+    has come down again, the next renewal of the schedule inside catches up with it; and at
+    `end_step` the final sparsity is set whatever was measured.
+
+    `callbacks.pruning_callbacks()` measures: the largest condition number among the pruned kernels
+    that this schedule governs, when training begins and then every few steps. Until something has
+    been measured the gate is open.
+
+    Args:
+        schedule: the schedule inside, any `PruningSchedule`.
+        max_condition_number: the limit, >= 1.
+        end_step: the step by which the final sparsity must be reached; None for the `end_step` of
+            the schedule inside.
+        measure: "condition_number", which is infinite as soon as one filter is dead, or
+            "effective_condition_number", which leaves dead directions out.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or there is no end step.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> schedule = tscnc.schedules.ConditionGated(
+        ...     tscnc.schedules.CosineSparsity(0.0, 0.95, begin_step=200, end_step=2000),
+        ...     max_condition_number=100.0)
+    """
+
+    def __init__(
+        self,
+        schedule: Any,
+        max_condition_number: float,
+        end_step: int | None = None,
+        measure: str = "condition_number",
+    ) -> None:
+        if not isinstance(schedule, PruningSchedule):
+            raise TypeError(f"schedule must be a PruningSchedule, got {type(schedule).__name__}.")
+        self.schedule = schedule
+        self.max_condition_number = _checks.number(
+            "max_condition_number", max_condition_number, minimum=1.0
+        )
+        if end_step is None:
+            end_step = getattr(schedule, "end_step", -1)
+            if end_step < 0:
+                raise ValueError(
+                    f"schedule {schedule!r} never ends: give end_step, the step by which its "
+                    "final sparsity must be reached."
+                )
+        self.end_step = _checks.integer("end_step", end_step, minimum=1)
+        self.measure = _checks.one_of(
+            "measure", measure, ("condition_number", "effective_condition_number")
+        )
+        # What the callback writes between steps and the compiled step reads. Not part of the
+        # configuration: it is measured anew from the weights whenever training begins.
+        with tf.init_scope():
+            self._open = tf.Variable(True, trainable=False, name="gate_open")
+            self._held_sparsity = tf.Variable(0.0, trainable=False, name="held_sparsity")
+
+    @classmethod
+    def from_epochs(
+        cls,
+        schedule: Any,
+        max_condition_number: float,
+        end_epoch: float,
+        *,
+        steps_per_epoch: int,
+        measure: str = "condition_number",
+    ) -> Self:
+        """Build the schedule with the last step of epoch `end_epoch` as its end step."""
+        (end_step,) = _steps(steps_per_epoch, end_epoch=end_epoch)
+        return cls(schedule, max_condition_number, end_step, measure)
+
+    def update(self, condition_number: float, step: int) -> None:
+        """Take note of a condition number, measured after optimizer step `step`."""
+        is_open = condition_number <= self.max_condition_number
+        if self.is_open and not is_open:
+            self._held_sparsity.assign(self.schedule(step)[1])
+        self._open.assign(is_open)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """Show the gate to a SavedModel, whose graphs read it, but to no checkpoint.
+
+        It is no state worth keeping; and a schedule shared by several layers would come back as
+        several, which a checkpoint of one object can't fill.
+        """
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":
+            children = {**children, "open": self._open, "held_sparsity": self._held_sparsity}
+        return children
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the schedule inside is being followed."""
+        return bool(self._open.numpy())
+
+    def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return (whether to renew the masks at this step, the sparsity at this step)."""
+        step = tf.cast(step, tf.int64)
+        due, sparsity = self.schedule(step)
+        free = tf.convert_to_tensor(self._open) | (step >= self.end_step)
+        sparsity = tf.where(free, sparsity, tf.minimum(self._held_sparsity, sparsity))
+        return (due & free) | tf.equal(step, self.end_step), sparsity
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "schedule": self.schedule.get_config(),
+            "max_condition_number": self.max_condition_number,
+            "end_step": self.end_step,
+            "measure": self.measure,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build a schedule from `get_config()` or from the inner dictionary of arguments."""
+        config = dict(config.get("config", config))
+        inside = config.pop("schedule")
+        return cls(inside if isinstance(inside, PruningSchedule) else _deserialize(inside), **config)
+
+    def __repr__(self) -> str:
+        return (
+            f"ConditionGated({self.schedule!r}, max_condition_number={self.max_condition_number!r},"
+            f" end_step={self.end_step!r}, measure={self.measure!r})"
+        )
+
+
+def _deserialize(config: dict[str, Any]) -> Any:
+    """Build any registered schedule, or one of tfmot's own, from what its `get_config` returned."""
+    tfmots = _keras.tfmot().sparsity.keras
+    known = {cls.__name__: cls for cls in (tfmots.ConstantSparsity, tfmots.PolynomialDecay)}
+    name = config["class_name"]
+    cls = _keras.tf_keras.utils.get_registered_object(name, custom_objects=known)
+    if cls is None:
+        raise ValueError(
+            f"schedule of class {name!r} is not known here: register the class with "
+            "tf_keras.saving.register_keras_serializable, and load where it has been imported."
+        )
+    return cls.from_config(config["config"])
+
+
+def _steps(steps_per_epoch: int, **epochs: float) -> list[int]:
+    """Return numbers of epochs as numbers of steps."""
+    steps_per_epoch = _checks.integer("steps_per_epoch", steps_per_epoch, minimum=1)
+    return [
+        round(_checks.number(name, value, minimum=0.0) * steps_per_epoch)
+        for name, value in epochs.items()
+    ]
