@@ -1,1 +1,3 @@
-"""tscnc_tf: networks that are both tiny and hard to fool, for Keras and TensorFlow."""
+"""tscnc_tf."""
+__version__ = "0.1.0"
+from tscnc_tf import regularizers

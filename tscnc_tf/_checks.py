@@ -10,7 +10,6 @@ import math
 import numbers
 import re
 from collections.abc import Iterable
-from fractions import Fraction
 from typing import Any
 
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*")
@@ -25,7 +24,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Return `value` as a finite float inside the given limits (`above`, `below` exclude the end)."""
+    """Return `value` as a finite float inside the limits (`above` and `below` exclude the end)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     result = float(value)
@@ -58,9 +57,7 @@ def sparsity(name: str, value: Any) -> float:
 def integer(name: str, value: Any, *, minimum: int) -> int:
     """Return `value` as an int that is at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{name} must be an integer, got {value!r} of type {type(value).__name__}."
-        )
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {value!r}.")
     return int(value)
@@ -109,12 +106,14 @@ def distance(name: str, value: Any) -> float:
 def as_written(value: float | str) -> str:
     """Return a distance the way people write it: 8/255 as "8/255", 0.3 as "0.3".
 
-    A float within 1e-12 of k/255, with a whole k, is read as that fraction.
+    A float within 1e-12 of k/255, with a whole k, is read as that fraction, if its decimal form is
+    no shorter: 0.2 stays 0.2, though it is 51/255.
     """
     if isinstance(value, str):
         return value.replace(" ", "")
-    of_255 = Fraction(value).limit_denominator(255)
-    if of_255.denominator > 1 and 255 % of_255.denominator == 0:
-        if abs(float(of_255) - value) < 1e-12 and of_255.denominator not in (5,):
-            return f"{of_255.numerator * (255 // of_255.denominator)}/255"
-    return f"{value:g}" if float(f"{value:g}") == value else repr(float(value))
+    if float(f"{value:.3g}") == value:
+        return f"{value:g}"
+    count = round(value * 255)
+    if count and abs(count / 255 - value) < 1e-12:
+        return f"{count}/255"
+    return repr(float(value))

@@ -36,13 +36,13 @@ class KernelRegularizer(_keras.Regularizer):
         self.channel_groups = _checks.integer("channel_groups", channel_groups, minimum=1)
 
     def __call__(self, kernel: Any) -> tf.Tensor:
-        """Return the penalty of one kernel, a scalar of dtype float32 (float64 for a float64 kernel)."""
+        """Return the penalty of one kernel, a scalar: float32, or float64 for a float64 kernel."""
         kernel = tf.convert_to_tensor(kernel)
         if not kernel.dtype.is_floating:
             raise TypeError(f"kernel must be of a float dtype, got {kernel.dtype.name}.")
         return self._penalty(kernel if kernel.dtype == tf.float64 else tf.cast(kernel, tf.float32))
 
-    def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
+    def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         raise TypeError(f"{type(self).__name__} is abstract: use one of its subclasses.")
 
     def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
@@ -145,7 +145,8 @@ class ConditionNumber(KernelRegularizer):
     Args:
         factor: a number >= 0.
         form: one of the three names above.
-        ridge: relative to the mean eigenvalue of G, > 0: eigenvalues far below it don't count.
+        ridge: for `log_ratio`, relative to the mean eigenvalue of G, > 0: eigenvalues far below it
+            don't count.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:
@@ -181,7 +182,7 @@ class ConditionNumber(KernelRegularizer):
         if self.form == "log_ratio":
             values = functional.log_ratio(matrices, ridge=self.ridge)
         elif self.form == "authors":
-            values = functional.authors_penalty(matrices, ridge=self.ridge)
+            values = functional.authors_penalty(matrices)
         else:
             values = functional.orthogonality(matrices)
         return self.factor * tf.reduce_mean(values)
@@ -194,7 +195,7 @@ class ConditionNumber(KernelRegularizer):
 
 @_keras.register
 class TSCNC(KernelRegularizer):
-    r"""Both constraints: `TransformedL1(sparsity_factor, a, groups) + ConditionNumber(condition_factor, ...)`.
+    r"""Both constraints: `TransformedL1` with one factor plus `ConditionNumber` with another.
 
     Args:
         sparsity_factor: factor of the sparse constraint, >= 0.
@@ -293,7 +294,9 @@ class Sum(_keras.Regularizer):
     def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
         """Return this sum for a kernel whose axes are to be read in another way."""
         parts = [
-            part.for_kernel(layout=layout, channel_groups=channel_groups) if _is_ours(part) else part
+            part.for_kernel(layout=layout, channel_groups=channel_groups)
+            if _is_ours(part)
+            else part
             for part in self.regularizers
         ]
         return type(self)(parts, self.library)

@@ -110,12 +110,11 @@ class CosineSparsity(_Schedule):
         steps_per_epoch: int,
         frequency: int = 100,
     ) -> Self:
-        """Build the schedule from epochs: it begins after `begin_epoch` epochs, and ends with the
-        last step of epoch `end_epoch` (both may be fractions of an epoch).
+        """Build the schedule from epochs (or fractions of them).
+
+        It begins after `begin_epoch` epochs, and ends with the last step of epoch `end_epoch`.
         """
-        begin_step, end_step = _steps(
-            steps_per_epoch, begin_epoch=begin_epoch, end_epoch=end_epoch
-        )
+        begin_step, end_step = _steps(steps_per_epoch, begin_epoch=begin_epoch, end_epoch=end_epoch)
         return cls(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
 
     def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -298,7 +297,9 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         """Build a schedule from `get_config()` or from the inner dictionary of arguments."""
         config = dict(config.get("config", config))
         inside = config.pop("schedule")
-        return cls(inside if isinstance(inside, PruningSchedule) else _deserialize(inside), **config)
+        return cls(
+            inside if isinstance(inside, PruningSchedule) else _deserialize(inside), **config
+        )
 
     def __repr__(self) -> str:
         return (

@@ -19,9 +19,14 @@ import tf_keras
 __all__ = [
     "Regularizer",
     "flavour",
+    "inference",
+    "is_graph_model",
     "keras",
+    "library",
     "register",
     "registered_name",
+    "require_built",
+    "require_graph_model",
     "require_tf_keras_model",
     "tf_keras",
     "tfmot",
@@ -48,9 +53,30 @@ def flavour(obj: Any) -> str | None:
     return None
 
 
-def library(obj: Any) -> types.ModuleType:
-    """Return the Keras module that `obj` belongs to."""
-    return {"keras": keras, "tf_keras": tf_keras}[flavour(obj)]
+def library(name: str, model: Any) -> types.ModuleType:
+    """Return the Keras that `model` is a model of, or raise a TypeError."""
+    if isinstance(model, tf_keras.Model):
+        return tf_keras
+    if isinstance(model, keras.Model):
+        return keras
+    raise TypeError(f"{name} must be a Keras 3 or tf_keras model, got {type(model).__name__}.")
+
+
+def is_graph_model(model: Any) -> bool:
+    """Tell whether a model is Sequential or functional, of either Keras: its graph is known."""
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        return True
+    return any(base.__name__ == "Functional" for base in type(model).__mro__)
+
+
+def require_graph_model(name: str, model: Any) -> None:
+    """Raise a ValueError unless the model is Sequential or functional."""
+    if not is_graph_model(model):
+        raise ValueError(
+            f"{name} {model.name!r} is a subclassed model ({type(model).__name__}), whose layers "
+            "can't be exchanged from outside: build it as a Sequential or functional model, or set "
+            "the regularizers and wrappers in its constructor."
+        )
 
 
 def register(cls: _Class) -> _Class:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tscnc_tf._keras import flavour, wrappers
+from tscnc_tf._keras import flavour, keras, wrappers
 
 
 class KernelSpec(NamedTuple):
@@ -26,7 +26,7 @@ class KernelSpec(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel variable of a model: a name for people, its layer, the variable, how to read it."""
+    """One kernel of a model: a name for people, its layer, the variable, how to read it."""
 
     name: str
     layer: Any
@@ -73,7 +73,7 @@ def kernel_specs(layer: Any) -> list[KernelSpec]:
 def kernels(model: Any) -> Iterator[Kernel]:
     """Yield the kernels of a built model or layer, each variable once, in the model's order."""
     seen: set[int] = set()
-    for layer in model._flatten_layers():
+    for layer in flatten(model):
         if wrappers.is_wrapper(layer):
             continue  # the layer inside comes by itself
         for spec in kernel_specs(layer):
@@ -83,6 +83,16 @@ def kernels(model: Any) -> Iterator[Kernel]:
             seen.add(id(variable))
             suffix = "" if spec.attribute == "kernel" else f"/{spec.attribute}"
             yield Kernel(f"{layer.name}{suffix}", layer, variable, spec)
+
+
+def flatten(layer: Any) -> Iterator[Any]:
+    """Yield a layer or model and all layers in it, in the order of the model, some maybe twice."""
+    if flavour(layer) == "tf_keras":
+        yield from layer._flatten_layers()
+        return
+    yield layer
+    for part in layer.layers if isinstance(layer, keras.Model) else layer._layers:
+        yield from flatten(part)
 
 
 def _any_starts(names: list[str], prefix: str) -> bool:

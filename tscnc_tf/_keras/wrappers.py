@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import tf_keras, tfmot
+from tscnc_tf._keras import is_graph_model, tfmot
 
 _VIEWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -30,7 +30,9 @@ def is_wrapper(layer: Any) -> bool:
 
 def wrapped_layers(model: Any) -> list[Any]:
     """Return the pruning wrappers in `model` (or `model` itself, if it is one), each once."""
-    return list({id(layer): layer for layer in model._flatten_layers() if is_wrapper(layer)}.values())
+    return list(
+        {id(layer): layer for layer in model._flatten_layers() if is_wrapper(layer)}.values()
+    )
 
 
 def pruned_variables(model: Any) -> Iterator[tuple[Any, Any]]:
@@ -88,12 +90,29 @@ def bare(model: Any) -> Any:
     """
     if not wrapped_layers(model):
         return model
-    is_graph = isinstance(model, tf_keras.Sequential) or getattr(model, "_is_graph_network", False)
-    if not is_graph:
+    if not is_graph_model(model):
         return model
     if model not in _VIEWS:
         _VIEWS[model] = tfmot().sparsity.keras.strip_pruning(model)
     return _VIEWS[model]
+
+
+def unprunable(layer: Any) -> str:
+    """Return why tfmot can't prune a layer, or an empty text if it can."""
+    if hasattr(layer, "get_prunable_weights"):
+        return "" if layer.get_prunable_weights() else "it names no weights to prune"
+    tfmot()
+    from tensorflow_model_optimization.python.core.sparsity.keras import prune_registry
+
+    registry = prune_registry.PruneRegistry
+    if not registry.supports(layer):
+        return (
+            f"tfmot does not know the class {type(layer).__name__}; give it a method "
+            "get_prunable_weights() that returns the weights to prune"
+        )
+    if not (registry._is_rnn_layer(layer) or registry._is_mha_layer(layer)):
+        return "" if registry._weight_names(layer) else "tfmot prunes no weight of this class"
+    return ""
 
 
 def _key(variable: Any) -> Any:

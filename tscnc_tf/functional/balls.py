@@ -19,8 +19,35 @@ def project(delta: Any, epsilon: float, norm: str) -> tf.Tensor:
     """
     if norm == "linf":
         return tf.clip_by_value(delta, -epsilon, epsilon)
-    length = _l2(delta)
-    return delta * tf.where(length > epsilon, epsilon / tf.where(length > 0, length, 1.0), 1.0)
+    # Measured in units of epsilon: the square of a tiny delta is zero in float32.
+    return delta / tf.maximum(_l2(delta / epsilon), 1.0)
+
+
+def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
+    """Return points of the ball around `center` in the dtype of `center`, still inside the ball.
+
+    Rounding to that dtype may carry an entry past the ball's surface: by a tenth of the radius for
+    float16 and small balls, by a last bit for float32. Such an entry goes one floating-point
+    number back toward the center; so the result is never farther from it than `point` is.
+
+    Args:
+        center: `(batch, ...)`, any float dtype.
+        point: `(batch, ...)`, of the dtype of `center` or a wider one.
+        epsilon: the radius.
+        norm: "linf" or "l2".
+    """
+    center, point = tf.convert_to_tensor(center), tf.convert_to_tensor(point)
+    wide = tf.cast(center, point.dtype)
+    reach = tf.abs(project(point - wide, epsilon, norm))
+    rounded = tf.cast(point, center.dtype)
+    is_outside = tf.abs(tf.cast(rounded, point.dtype) - wide) > reach
+    # Floats are stored as sign and magnitude: as integers, one less is one number toward zero.
+    # Zero itself has no number of its sign below it; it stays, too far by 1e-7 at most.
+    integer = {2: tf.int16, 4: tf.int32, 8: tf.int64}[center.dtype.size]
+    toward_zero = tf.equal(rounded > center, rounded > 0)
+    bits = tf.bitcast(rounded, integer)
+    back = tf.bitcast(tf.where(toward_zero, bits - 1, bits + 1), center.dtype)
+    return tf.where(is_outside & (rounded != 0), back, rounded)
 
 
 def steepest_ascent(gradient: Any, norm: str) -> tf.Tensor:

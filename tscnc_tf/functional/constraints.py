@@ -10,6 +10,8 @@ import tensorflow as tf
 # A matrix whose largest entry is smaller counts as zero: a scale-free penalty pulls with a force
 # that grows as 1 / size, and would overflow.
 _ZERO = 1e-20
+# The relative ridge that keeps a factorisation defined where a form has no ridge of its own.
+_SINGULAR = 1e-10
 
 
 def transformed_l1(x: Any, a: float = 1.0) -> tf.Tensor:
@@ -76,21 +78,21 @@ def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
     return tf.cast(tf.maximum(math.log1p(ridge) - mean_log, 0.0), dtype)  # -1e-16 is 0
 
 
-def authors_penalty(matrix: Any, nu: float = 1e-5, ridge: float = 1e-6) -> tf.Tensor:
-    r"""Return the condition penalty as the authors' published code has it, :math:`n` columns:
+def authors_penalty(matrix: Any, nu: float = 1e-5) -> tf.Tensor:
+    r"""Return the condition penalty as the authors' published code has it, for n columns.
 
     .. math:: \left(\log(\nu + \det(G/n))\right)^2, \qquad G = M^\top M
 
     It is here to compare with. What it can't see: it depends on the scale of the matrix and not on
     the spread of its singular values ((100, 0.01) cost as much as (1, 1)), and for 100 columns or
     more the determinant of a usual initialisation is far below `nu`, so that its gradient vanishes
-    and the value rests at `log(nu)**2` = 132.55. Computed through `log det` (with a relative ridge,
-    as in `log_ratio`), so a singular matrix does not raise as it does in `tf.linalg.det`'s gradient.
+    and the value rests at `log(nu)**2` = 132.55. Computed through `log det` (with a relative ridge
+    of 1e-10), so a singular matrix does not raise, as it does in the gradient of
+    `tf.linalg.det`.
 
     Args:
         matrix: `(..., p, n)` with `p >= n`.
         nu: what keeps the logarithm finite; > 0.
-        ridge: relative to the mean eigenvalue of G; > 0.
 
     Returns:
         A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
@@ -100,7 +102,7 @@ def authors_penalty(matrix: Any, nu: float = 1e-5, ridge: float = 1e-6) -> tf.Te
     gram = _gram(matrix)
     mean = tf.linalg.trace(gram)[..., tf.newaxis, tf.newaxis] / size
     # The floor keeps the factorisation of a zero matrix defined; its determinant is 0 all the same.
-    lifted = gram + (ridge * tf.stop_gradient(mean) + _ZERO**2) * tf.eye(size, dtype=tf.float64)
+    lifted = gram + (_SINGULAR * mean + _ZERO**2) * tf.eye(size, dtype=tf.float64)
     log_det = _log_det(lifted) - size * math.log(size)
     value = tf.square(math.log(nu) + tf.math.softplus(log_det - math.log(nu)))
     return tf.cast(value, dtype)
@@ -133,7 +135,7 @@ def _as_float64(matrix: Any) -> tuple[tf.Tensor, tf.DType]:
 
 
 def _scaled(matrix: tf.Tensor) -> tf.Tensor:
-    """Return each matrix with its largest entry scaled to 1, or zeros for one that counts as zero."""
+    """Return each matrix with its largest entry scaled to 1; zeros for one that counts as zero."""
     largest = tf.stop_gradient(tf.reduce_max(tf.abs(matrix), axis=(-2, -1), keepdims=True))
     alive = largest > _ZERO
     return tf.where(alive, matrix / tf.where(alive, largest, 1.0), 0.0)

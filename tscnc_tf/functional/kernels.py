@@ -61,7 +61,13 @@ def matrices(kernel: Any, layout: str = "standard", channel_groups: int = 1) -> 
     Rows are everything but the output channels, columns are the output channels; transposed where
     that would be wide, since the singular values don't change.
 
-    Args and errors: as in `canonical`.
+    Args:
+        kernel: as in `canonical`.
+        layout: as in `canonical`.
+        channel_groups: as in `canonical`.
+
+    Raises:
+        ValueError: as in `canonical`.
     """
     kernel = canonical(kernel, layout, channel_groups)
     groups, positions, inputs, outputs = kernel.shape
@@ -79,8 +85,10 @@ def group_norms(
     channel (a row of a dense kernel). The gradient at a group that is all zero is zero.
 
     Args:
-        kernel, layout, channel_groups: as in `canonical`.
+        kernel: as in `canonical`.
         groups: "filter" or "input".
+        layout: as in `canonical`.
+        channel_groups: as in `canonical`.
 
     Raises:
         ValueError: `groups` is neither.

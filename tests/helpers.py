@@ -1,0 +1,74 @@
+"""Small models and data that several test files share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import tf_keras
+
+FLAVOURS = {"tf_keras": tf_keras, "keras": keras}
+
+
+def dense_model(library=tf_keras, inputs=6, classes=3, **options):
+    """A built network of two dense layers that returns logits."""
+    layers = library.layers
+    model = library.Sequential(
+        [
+            layers.InputLayer(input_shape=(inputs,))
+            if library is tf_keras
+            else keras.Input((inputs,)),
+            layers.Dense(8, activation="relu", name="hidden", **options),
+            layers.Dense(classes, name="logits", **options),
+        ]
+    )
+    assert model.built
+    return model
+
+
+def conv_model(library=tf_keras, classes=3):
+    """A built convolutional network with BatchNorm for 8x8 images, functional."""
+    layers = library.layers
+    inputs = library.Input((8, 8, 1))
+    x = layers.Conv2D(6, 3, padding="same", name="conv")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.ReLU()(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    return library.Model(inputs, layers.Dense(classes, name="logits")(x))
+
+
+def blobs(count=96, inputs=6, classes=3, seed=0):
+    """Points in [0, 1] around one centre per class, and their labels."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(1234).uniform(0.2, 0.8, (classes, inputs))
+    y = rng.integers(0, classes, count)
+    x = np.clip(centres[y] + rng.normal(0, 0.08, (count, inputs)), 0, 1)
+    return x.astype("float32"), y
+
+
+def images(count=96, classes=3, seed=0):
+    """8x8 images in [0, 1] with a bright bar whose place is the class, and their labels."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, count)
+    x = rng.uniform(0, 0.4, (count, 8, 8, 1))
+    for index, label in enumerate(y):
+        x[index, :, 2 * label + 1 : 2 * label + 3] += 0.5
+    return np.clip(x, 0, 1).astype("float32"), y
+
+
+def fresh_process(code, *arguments, env=None, cwd=None):
+    """Run Python code in a new process, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})},
+        cwd=cwd,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -1,0 +1,295 @@
+"""The verbs on models: what is touched, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from helpers import FLAVOURS, blobs, conv_model, dense_model
+
+from tscnc_tf import _keras, pruning, regularizers, schedules
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import wrappers
+
+TSCNC = regularizers.TSCNC(1e-4, 1e-2)
+tfmots = _keras.tfmot().sparsity.keras
+
+
+def nested_model(library):
+    inputs = library.Input((8, 8, 1))
+    inner = library.Sequential(
+        [
+            library.layers.Conv2D(4, 3, name="inner_conv"),
+            library.layers.BatchNormalization(),
+            library.layers.SeparableConv2D(4, 3, name="inner_separable"),
+        ],
+        name="inner",
+    )
+    x = library.layers.Flatten()(inner(inputs))
+    return library.Model(inputs, library.layers.Dense(3, name="logits")(x))
+
+
+BUILDERS = {
+    "sequential": lambda library: dense_model(library),
+    "functional": lambda library: conv_model(library),
+    "nested": nested_model,
+}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_add_regularizers_keeps_weights_and_outputs_bit_for_bit(flavour, kind, rng):
+    library = FLAVOURS[flavour]
+    model = BUILDERS[kind](library)
+    model.set_weights([rng.uniform(0.1, 1, w.shape) for w in model.get_weights()])
+    x = rng.uniform(size=(5, *model.input_shape[1:])).astype("float32")
+    new = pruning.add_regularizers(model, TSCNC)
+    assert new is not model
+    names = [[layer.name for layer in m.layers if layer.get_weights()] for m in (model, new)]
+    assert names[0] == names[1]
+    for before, after in zip(model.get_weights(), new.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(model(x, training=False), new(x, training=False))
+    kernels = list(kernel_layers.kernels(new))
+    assert len(new.losses) == len(kernels)
+    assert not model.losses
+    expected = sum(float(TSCNC.for_kernel(**k.reading)(k.variable)) for k in kernels)
+    assert float(sum(new.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_layers_are_chosen_by_type_name_predicate_and_list(flavour):
+    library = FLAVOURS[flavour]
+    model = nested_model(library)
+
+    def touched(layers):
+        new = pruning.add_regularizers(model, TSCNC, layers=layers)
+        return [
+            kernel.name
+            for kernel in kernel_layers.kernels(new)
+            if getattr(kernel.layer, kernel.spec.regularizer) is not None
+        ]
+
+    separable = ["inner_separable/depthwise_kernel", "inner_separable/pointwise_kernel"]
+    assert touched(library.layers.Dense) == ["logits"]
+    assert touched("inner_*") == ["inner_conv", *separable]
+    assert touched(lambda layer: layer.name == "inner_conv") == ["inner_conv"]
+    assert touched(["logits", library.layers.SeparableConv2D]) == [*separable, "logits"]
+    with pytest.raises(ValueError, match=r"chooses no layer.*inner_conv"):
+        touched("nothing*")
+    with pytest.raises(TypeError, match="layers must be a layer class"):
+        touched(3)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_regularizer_that_is_there_stays(flavour):
+    library = FLAVOURS[flavour]
+    model = dense_model(library, kernel_regularizer=library.regularizers.L2(0.1))
+    new = pruning.add_regularizers(model, TSCNC, layers="logits")
+    plain, both = new.losses
+    kernel = model.layers[-1].get_weights()[0]
+    assert float(plain) == pytest.approx(0.1 * np.sum(model.layers[-2].get_weights()[0] ** 2))
+    assert float(both) == pytest.approx(float(TSCNC(kernel)) + 0.1 * np.sum(kernel**2), rel=1e-5)
+
+
+def test_trainability_and_dtype_policies_are_kept():
+    model = dense_model(dtype="mixed_bfloat16")
+    model.layers[0].trainable = False
+    new = pruning.add_regularizers(model, TSCNC)
+    assert [layer.trainable for layer in new.layers] == [False, True]
+    assert new.layers[0].dtype_policy.name == "mixed_bfloat16"
+
+
+def test_prune_goes_through_tfmots_wrappers_and_shares_the_weights():
+    model = conv_model()
+    pruned = pruning.prune(model, schedules.OneShot(0.5))
+    names = [wrapper.layer.name for wrapper in wrappers.wrapped_layers(pruned)]
+    assert names == ["conv", "logits"]
+    assert all(wrappers.is_wrapper(layer) for layer in wrappers.wrapped_layers(pruned))
+    x = np.ones((2, 8, 8, 1), "float32")
+    np.testing.assert_array_equal(model(x), pruned(x, training=False))
+    assert wrappers.wrapped_layers(pruned)[0].layer.kernel is model.get_layer("conv").kernel
+
+
+def test_the_zeros_are_exactly_those_of_numpy(rng):
+    model = dense_model()
+    kernels = [layer.kernel.numpy() for layer in model.layers]
+    pruned = pruning.prune(model, schedules.OneShot(0.75))
+    pruned.compile(tf_keras.optimizers.SGD(0.0), "mse")
+    x = rng.uniform(size=(4, 6))
+    pruned.fit(x, np.zeros((4, 3)), verbose=0, callbacks=[tfmots.UpdatePruningStep()])
+    for layer, kernel in zip(pruning.strip(pruned).layers, kernels, strict=True):
+        kept = np.sort(np.abs(kernel).ravel())[-round(kernel.size * 0.25) :]
+        expected = np.where(np.abs(kernel) >= kept.min(), kernel, 0)
+        np.testing.assert_array_equal(layer.kernel.numpy(), expected)
+
+
+class Scale(tf_keras.layers.Layer):
+    """A layer that tfmot has never heard of, with a weight of rank 2."""
+
+    def build(self, input_shape):
+        self.matrix = self.add_weight("matrix", (input_shape[-1], input_shape[-1]))
+
+    def call(self, inputs):
+        return tf.matmul(inputs, self.matrix)
+
+
+def test_an_unprunable_layer_is_skipped_with_a_warning_and_a_reason():
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Dense(4, input_shape=(3,), name="first"),
+            Scale(name="scale"),
+            tf_keras.layers.Dense(2, name="last"),
+        ]
+    )
+    with pytest.warns(UserWarning, match=r"left unpruned: scale \(tfmot does not know.*Scale"):
+        pruned = pruning.prune(model, schedules.OneShot(0.5), layers=["first", "scale"])
+    report = pruning.report(pruned)
+    assert [(row.name, row.pruned) for row in report.layers] == [
+        ("first", True),
+        ("scale", False),
+        ("last", False),
+    ]
+    assert "get_prunable_weights" in report.layers[1].reason
+    assert report.layers[2].reason == "not chosen"
+    assert report.skipped == report.layers[1:]
+    text = str(report)
+    assert "scale" in text
+    assert "not chosen" in text
+
+
+def test_layers_that_tfmot_registers_without_weights_are_skipped_too():
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.DepthwiseConv2D(3, input_shape=(8, 8, 2), name="depthwise"),
+            tf_keras.layers.Flatten(),
+            tf_keras.layers.Dense(2),
+        ]
+    )
+    with pytest.warns(UserWarning, match="depthwise"):
+        pruned = pruning.prune(model, schedules.OneShot(0.5))
+    assert [row.pruned for row in pruning.report(pruned).layers] == [False, True]
+
+
+def test_nested_models_are_pruned_inside():
+    pruned = pruning.prune(nested_model(tf_keras), schedules.OneShot(0.5))
+    names = [wrapper.layer.name for wrapper in wrappers.wrapped_layers(pruned)]
+    assert names == ["inner_conv", "inner_separable", "logits"]
+    stripped = pruning.strip(pruned)
+    assert not wrappers.wrapped_layers(stripped)
+    x = np.ones((2, 8, 8, 1), "float32")
+    np.testing.assert_array_equal(stripped(x, training=False), pruned(x, training=False))
+
+
+def test_strip_applies_the_masks_first():
+    pruned = pruning.prune(dense_model(), schedules.OneShot(0.5))
+    for weight, mask in wrappers.pruned_variables(pruned):
+        mask.assign(np.resize([0.0, 1.0], mask.shape))
+        weight.assign(tf.ones_like(weight))
+    for layer in pruning.strip(pruned).layers:
+        np.testing.assert_array_equal(layer.kernel, np.resize([0.0, 1.0], layer.kernel.shape))
+
+
+def test_strip_leaves_a_model_without_wrappers_alone():
+    model = dense_model()
+    assert pruning.strip(model) is model
+
+
+def test_the_bare_view_shares_variables_and_changes_nothing():
+    pruned = pruning.prune(conv_model(), schedules.OneShot(0.5))
+    output = pruned.layers[1].output
+    view = wrappers.bare(pruned)
+    assert not wrappers.wrapped_layers(view)
+    assert wrappers.bare(pruned) is view
+    assert pruned.layers[1].output is output
+    assert {id(w) for w in view.weights} < {id(w) for w in pruned.weights}
+    x = np.ones((2, 8, 8, 1), "float32")
+    np.testing.assert_array_equal(view(x, training=False), pruned(x, training=False))
+
+
+def test_masks_reach_the_moving_averages_of_the_optimizer(rng):
+    pruned = pruning.prune(dense_model(), schedules.OneShot(0.5))
+    optimizer = tf_keras.optimizers.SGD(0.1, use_ema=True)
+    optimizer.build(pruned.trainable_variables)
+    pairs = list(wrappers.pruned_variables(pruned))
+    for _, mask in pairs:
+        mask.assign(np.resize([0.0, 1.0], mask.shape))
+    for average in optimizer._model_variables_moving_average:
+        average.assign(tf.ones_like(average))
+    wrappers.apply_masks(pruned, optimizer)
+    averages = wrappers.moving_averages(optimizer)
+    assert len(averages) == 4
+    sums = sorted(float(tf.reduce_mean(average)) for average in averages.values())
+    assert sums == [0.5, 0.5, 1.0, 1.0], "two kernels are masked, two biases are not"
+
+
+class Subclassed(tf_keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = tf_keras.layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def subclassed():
+    model = Subclassed()
+    model.build((None, 4))
+    return model
+
+
+class Forgetful(tf_keras.layers.Dense):
+    """A layer whose configuration lacks one of its constructor's arguments."""
+
+    def __init__(self, units, secret, **kwargs):
+        super().__init__(units, **kwargs)
+        self.secret = secret
+
+
+def test_bad_input_is_named():
+    schedule = schedules.OneShot(0.5)
+    add, prune = pruning.add_regularizers, pruning.prune
+    cases = [
+        (lambda: add(subclassed(), TSCNC), ValueError, "subclassed model"),
+        (lambda: add("model", TSCNC), TypeError, "must be a Keras 3 or tf_keras model, got str"),
+        (lambda: add(dense_model(), 0.1), TypeError, "regularizer must be callable"),
+        (
+            lambda: add(tf_keras.Sequential([tf_keras.layers.Dense(2)]), TSCNC),
+            ValueError,
+            "no weights yet",
+        ),
+        (lambda: add(prune(dense_model(), schedule), TSCNC), ValueError, "before prune"),
+        (
+            lambda: add(
+                tf_keras.Sequential([Forgetful(2, 1, input_shape=(3,), name="odd")]), TSCNC
+            ),
+            ValueError,
+            "layer 'odd' of class Forgetful can't be rebuilt.*get_config",
+        ),
+        (lambda: prune(dense_model(keras), schedule), TypeError, "Keras 3 model.*import tf_keras"),
+        (lambda: prune(subclassed(), schedule), ValueError, "subclassed model"),
+        (lambda: prune(dense_model(), 0.5), TypeError, "schedule must be a PruningSchedule"),
+        (lambda: prune(prune(dense_model(), schedule), schedule), ValueError, "pruned already"),
+        (
+            lambda: prune(dense_model(), schedule, layers="no*"),
+            ValueError,
+            "no layer that can be pruned",
+        ),
+        (lambda: pruning.strip(dense_model(keras)), TypeError, "Keras 3 model"),
+        (lambda: pruning.report(3), TypeError, "got int"),
+    ]
+    for build, error, words in cases:
+        with pytest.raises(error, match=words):
+            build()
+
+
+def test_training_without_wrappers_ignores_the_callbacks():
+    from tscnc_tf import callbacks
+
+    x, y = blobs(16)
+    model = dense_model()
+    model.compile("sgd", tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = model.fit(x, y, verbose=0, callbacks=callbacks.pruning_callbacks())
+    assert np.isfinite(history.history["loss"][0])

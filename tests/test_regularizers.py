@@ -1,0 +1,241 @@
+"""The regularizers: values on real layers, saving in both Kerases, mixed precision, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from helpers import FLAVOURS, fresh_process
+
+from tscnc_tf import functional, regularizers
+from tscnc_tf._keras import layers as kernel_layers
+
+EXAMPLES = {
+    "element": regularizers.TransformedL1(1e-3, a=0.5),
+    "filter": regularizers.TransformedL1(1e-3, groups="filter"),
+    "input": regularizers.TransformedL1(1e-3, groups="input"),
+    "log_ratio": regularizers.ConditionNumber(1e-2),
+    "authors": regularizers.ConditionNumber(1e-2, form="authors"),
+    "orthogonal": regularizers.ConditionNumber(1e-2, form="orthogonal"),
+    "TSCNC": regularizers.TSCNC(1e-3, 1e-2, a=2.0, groups="filter"),
+    "Sum": regularizers.Sum([regularizers.ConditionNumber(1e-2), "l2"]),
+}
+FINAL = {"TransformedL1", "ConditionNumber", "TSCNC", "Sum"}
+
+
+def test_the_list_of_examples_is_complete():
+    assert {type(example).__name__ for example in EXAMPLES.values()} == FINAL
+    assert FINAL | {"KernelRegularizer"} == set(regularizers.__all__)
+
+
+def layers_with_kernels(library):
+    """A layer of each kind with its input shape, and its kernels as a list of matrices, by hand."""
+    L = library.layers  # noqa: N806
+
+    def conv(k):
+        return [k.reshape(-1, k.shape[-1])]
+
+    def depthwise(k):
+        flat = k.reshape(-1, *k.shape[-2:])
+        return [flat[:, channel] for channel in range(flat.shape[1])]
+
+    def transposed(k):
+        swapped = np.swapaxes(k, -1, -2)
+        return [swapped.reshape(-1, swapped.shape[-1])]
+
+    def grouped(k):
+        return [part.reshape(-1, part.shape[-1]) for part in np.split(k, 2, axis=-1)]
+
+    return {
+        "Dense": (L.Dense(5), (None, 4), [conv]),
+        "Conv1D": (L.Conv1D(5, 3), (None, 8, 4), [conv]),
+        "Conv2D": (L.Conv2D(5, 3), (None, 8, 8, 4), [conv]),
+        "Conv3D": (L.Conv3D(5, 2), (None, 4, 4, 4, 3), [conv]),
+        "grouped": (L.Conv2D(6, 3, groups=2), (None, 8, 8, 4), [grouped]),
+        "DepthwiseConv1D": (L.DepthwiseConv1D(3, depth_multiplier=2), (None, 8, 4), [depthwise]),
+        "DepthwiseConv2D": (L.DepthwiseConv2D(3, depth_multiplier=2), (None, 8, 8, 4), [depthwise]),
+        "SeparableConv1D": (L.SeparableConv1D(5, 3), (None, 8, 4), [depthwise, conv]),
+        "SeparableConv2D": (L.SeparableConv2D(5, 3), (None, 8, 8, 4), [depthwise, conv]),
+        "Conv1DTranspose": (L.Conv1DTranspose(5, 3), (None, 8, 4), [transposed]),
+        "Conv2DTranspose": (L.Conv2DTranspose(5, 3), (None, 8, 8, 4), [transposed]),
+        "Conv3DTranspose": (L.Conv3DTranspose(5, 2), (None, 4, 4, 4, 3), [transposed]),
+    }
+
+
+def log_ratio_by_svd(matrix, ridge=1e-6):
+    eigenvalues = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    ridged = eigenvalues / eigenvalues.mean() + ridge
+    return np.log1p(ridge) - np.log(ridged).mean()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("kind", layers_with_kernels(tf_keras))
+def test_each_kind_of_layer_is_read_as_the_right_matrices(flavour, kind):
+    layer, shape, readings = layers_with_kernels(FLAVOURS[flavour])[kind]
+    layer.build(shape)
+    kernels = list(kernel_layers.kernels(layer))
+    assert len(kernels) == len(readings)
+    for kernel, reading in zip(kernels, readings, strict=True):
+        expected = np.mean([log_ratio_by_svd(m) for m in reading(np.asarray(kernel.variable))])
+        regularizer = regularizers.ConditionNumber(2.0).for_kernel(**kernel.reading)
+        assert float(regularizer(kernel.variable)) == pytest.approx(2 * expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_layer_adds_the_penalty_to_the_losses_of_its_model(flavour, name):
+    library = FLAVOURS[flavour]
+    model = library.Sequential([library.layers.Dense(5, kernel_regularizer=EXAMPLES[name])])
+    model.build((None, 7))
+    (loss,) = model.losses
+    assert float(loss) == pytest.approx(float(EXAMPLES[name](model.weights[0])))
+    assert float(loss) > 0
+
+
+def test_values_are_the_sums_of_the_formulas(rng):
+    kernel = rng.normal(size=(3, 3, 4, 6)).astype("float32")
+    element = 1e-3 * np.sum(1.5 * np.abs(kernel) / (0.5 + np.abs(kernel)))
+    assert float(EXAMPLES["element"](kernel)) == pytest.approx(element, rel=1e-5)
+    norms = np.sqrt(np.sum(kernel**2, axis=(0, 1, 2)))
+    filters = 1e-3 * np.sum(2 * norms / (1 + norms))
+    assert float(EXAMPLES["filter"](kernel)) == pytest.approx(filters, rel=1e-5)
+    both = regularizers.TransformedL1(1e-3, 2.0, "filter")(kernel) + EXAMPLES["log_ratio"](kernel)
+    assert float(EXAMPLES["TSCNC"](kernel)) == pytest.approx(float(both))
+    assert float(EXAMPLES["Sum"](kernel)) == pytest.approx(
+        float(EXAMPLES["log_ratio"](kernel)) + 0.01 * np.sum(kernel**2), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_configuration_survives_json_in_both_kerases(name):
+    example = EXAMPLES[name]
+    for library in (keras, tf_keras):
+        if name == "Sum" and library is keras:
+            continue  # this one holds tf_keras' l2
+        packed = json.loads(json.dumps(library.saving.serialize_keras_object(example)))
+        back = library.saving.deserialize_keras_object(packed)
+        assert type(back) is type(example)
+        assert repr(back.get_config()) == repr(example.get_config())
+
+
+LOAD = """
+import sys, numpy as np, tscnc_tf
+library = __import__(sys.argv[1])
+kernel = np.arange(12.0, dtype="float32").reshape(4, 3) / 7
+for path in sys.argv[2:]:
+    model = library.models.load_model(path)
+    regularizer = model.layers[-1].kernel_regularizer
+    print(repr(regularizer.get_config()), float(regularizer(kernel)), float(sum(model.losses)))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5:UserWarning")
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_models_come_back_in_a_fresh_process(flavour, tmp_path):
+    library, paths, expected = FLAVOURS[flavour], [], []
+    kernel = np.arange(12.0, dtype="float32").reshape(4, 3) / 7
+    for name, example in EXAMPLES.items():
+        if name == "Sum":
+            example = regularizers.Sum([EXAMPLES["log_ratio"], library.regularizers.L2(0.1)])
+        model = library.Sequential([library.layers.Dense(3, kernel_regularizer=example)])
+        model.build((None, 4))
+        for ending in ("keras", "h5"):
+            paths.append(tmp_path / f"{name}.{ending}")
+            model.save(paths[-1])
+            expected.append(
+                (repr(example.get_config()), float(example(kernel)), float(sum(model.losses)))
+            )
+    printed = fresh_process(LOAD, flavour, *paths).strip().splitlines()
+    assert len(printed) == len(expected)
+    for line, (config, value, loss) in zip(printed, expected, strict=True):
+        config_back, value_back, loss_back = line.rsplit(" ", 2)
+        if "Sum" not in config and "regularizers" not in config:
+            assert config_back == config
+        assert float(value_back) == pytest.approx(value)
+        assert float(loss_back) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_mixed_precision_computes_in_float32(flavour, policy):
+    library = FLAVOURS[flavour]
+    plain = library.layers.Dense(40, kernel_regularizer=EXAMPLES["TSCNC"])
+    mixed = library.layers.Dense(40, kernel_regularizer=EXAMPLES["TSCNC"], dtype=policy)
+    for layer in (plain, mixed):
+        layer.build((None, 50))
+    mixed.set_weights(plain.get_weights())
+    (loss,), (expected,) = mixed.losses, plain.losses
+    assert loss.dtype == expected.dtype == tf.float32
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    half = EXAMPLES["TSCNC"](tf.cast(plain.kernel, tf.float16))
+    assert half.dtype == tf.float32
+    assert np.isfinite(float(half))
+
+
+def test_the_regularizers_compile_under_xla(rng):
+    kernel = tf.constant(rng.normal(size=(30, 20)), tf.float32)
+    for example in EXAMPLES.values():
+        compiled = tf.function(example, jit_compile=True)
+        assert float(compiled(kernel)) == pytest.approx(float(example(kernel)), rel=1e-5)
+
+
+def test_training_on_the_condition_number_lowers_it(rng):
+    kernel = tf.Variable(rng.normal(size=(12, 8)) * np.logspace(0, -3, 8), dtype=tf.float32)
+    regularizer = regularizers.ConditionNumber(1.0)
+    before = np.linalg.cond(kernel.numpy())
+    optimizer = tf_keras.optimizers.Adam(1e-2)
+    for _ in range(200):
+        with tf.GradientTape() as tape:
+            loss = regularizer(kernel)
+        optimizer.apply_gradients([(tape.gradient(loss, kernel), kernel)])
+    after = np.linalg.cond(kernel.numpy())
+    assert before > 500
+    assert after < 3
+    size = kernel.shape[1]
+    assert after < 2 * np.exp(size * float(functional.log_ratio(kernel)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: regularizers.TransformedL1(-1.0), ValueError, "factor must be >= 0"),
+        (lambda: regularizers.TransformedL1(float("nan")), ValueError, "factor must be finite"),
+        (lambda: regularizers.TransformedL1("0.1"), TypeError, "factor must be a number"),
+        (lambda: regularizers.TransformedL1(1.0, a=0.0), ValueError, "a must be > 0"),
+        (
+            lambda: regularizers.TransformedL1(1.0, groups="row"),
+            ValueError,
+            "groups must be one of",
+        ),
+        (lambda: regularizers.ConditionNumber(1.0, form="det"), ValueError, "form must be one of"),
+        (lambda: regularizers.ConditionNumber(1.0, ridge=0.0), ValueError, "ridge must be > 0"),
+        (
+            lambda: regularizers.ConditionNumber(1.0, layout="x"),
+            ValueError,
+            "layout must be one of",
+        ),
+        (
+            lambda: regularizers.ConditionNumber(1.0, channel_groups=0),
+            ValueError,
+            "channel_groups must be >= 1",
+        ),
+        (lambda: regularizers.TSCNC(-1.0, 1.0), ValueError, "sparsity_factor must be >= 0"),
+        (lambda: regularizers.TSCNC(1.0, -1.0), ValueError, "condition_factor must be >= 0"),
+        (lambda: regularizers.Sum([]), ValueError, "at least one"),
+        (
+            lambda: regularizers.Sum([keras.regularizers.L2(), tf_keras.regularizers.L2()]),
+            ValueError,
+            "of one Keras",
+        ),
+        (lambda: EXAMPLES["TSCNC"](np.zeros(3, "float32")), ValueError, "rank >= 2"),
+        (lambda: EXAMPLES["TSCNC"](np.zeros((3, 3), "int32")), TypeError, "float dtype"),
+        (lambda: regularizers.KernelRegularizer()(np.zeros((2, 2), "f")), TypeError, "abstract"),
+    ],
+)
+def test_bad_input_is_named(build, error, words):
+    with pytest.raises(error, match=words):
+        build()

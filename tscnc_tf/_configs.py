@@ -1,0 +1,42 @@
+"""Configs of frozen dataclasses: from an object to JSON values and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+
+class Configurable:
+    """Mixin for frozen dataclasses whose fields are numbers, names and tuples of them.
+
+    `cls.from_config(obj.get_config()) == obj`, also after a trip through JSON, where tuples turn
+    into lists: the constructor of the dataclass normalises them.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the fields as a dict of JSON values.
+
+        Raises:
+            TypeError: a field holds what JSON cannot, such as a function.
+        """
+        owner = type(self).__name__
+        return {
+            field.name: _json_value(f"{owner}.{field.name}", getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an object from what `get_config` returned."""
+        return cls(**config)
+
+
+def _json_value(name: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_json_value(name, item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"{name} cannot be written to a config: {value!r} is no number, text, or tuple of them. "
+        "Build the object anew where the config is read."
+    )

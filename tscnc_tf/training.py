@@ -1,0 +1,300 @@
+"""Adversarial training as a Keras model around the user's model."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras, attacks, losses
+from tscnc_tf._keras import tf_keras, wrappers
+
+__all__ = ["AdversarialTraining"]
+
+LOGS = (
+    "loss",
+    "clean_loss",
+    "robust_loss",
+    "penalty",
+    "clean_accuracy",
+    "adversarial_accuracy",
+)
+
+
+@tf_keras.saving.register_keras_serializable(package=_keras.PACKAGE)
+class AdversarialTraining(tf_keras.Model):
+    r"""A Keras model that trains another one on adversarial examples.
+
+    Each step finds adversarial examples for its batch, takes one training-mode forward pass (on the
+    clean and the adversarial half together, where the loss needs both) and one optimizer step on
+
+    .. math:: \frac1N\sum_i w_i\,\ell(x_i, x_i', y_i) + \text{penalty}
+
+    where the penalty is the sum of `model.losses`: the regularizers. Then the pruning masks are
+    applied, so that the weights are as sparse after every step as their masks say.
+
+    The adversary runs the network in inference mode, on the bare layers without pruning wrappers:
+    BatchNorm's moving averages are used and not moved, and the pruning step counts optimizer steps.
+
+    The logs hold `loss` (their sum), `clean_loss` (cross-entropy on the clean batch), `robust_loss`
+    (what the robust loss adds, its factor included), `penalty`, `clean_accuracy` and
+    `adversarial_accuracy`, and the metrics given to `compile`, which see the clean batch. With
+    TRADES `loss = clean_loss + robust_loss + penalty`; with Madry and MART the clean loss is shown,
+    but no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what
+    to report is `evaluate_robustness`.
+
+    Args:
+        model: a tf_keras model that returns logits, `(batch, classes)`; pruned or not.
+        attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
+            what the loss asks for: TRADES ascends the KL divergence from the clean output.
+        loss: `losses.TRADES(beta)`, `losses.Madry()` or `losses.MART(beta)`.
+        seed: of the attacks' random starts. With it and `tf_keras.utils.set_random_seed` two runs
+            on a CPU end with the same weights.
+        name: of this model.
+
+    Raises:
+        TypeError: `model` is no tf_keras model, `attack` no attack or `loss` no robust loss.
+        ValueError: `model` is not built, or does not return one row of logits per example.
+
+    Example:
+        >>> import tf_keras
+        >>> import tscnc_tf as tscnc
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
+        >>> trainer = tscnc.AdversarialTraining(
+        ...     model,
+        ...     attack=tscnc.attacks.PGD(epsilon=8/255, step_size=2/255, steps=10),
+        ...     loss=tscnc.losses.TRADES(beta=6.0))
+        >>> trainer.compile(optimizer="sgd", metrics=["accuracy"])
+
+    Reference:
+        Zhang et al. 2019, arXiv 1901.08573 (TRADES); Madry et al. 2018, arXiv 1706.06083;
+        Wang et al. 2020, ICLR (MART); TSCNC, arXiv 2503.20454, for the penalties.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        attack: attacks.Attack,
+        loss: losses.RobustLoss,
+        seed: int = 0,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _keras.require_tf_keras_model("model", model)
+        _keras.require_built("model", model)
+        if not isinstance(attack, attacks.Attack):
+            raise TypeError(f"attack must be one of tscnc_tf.attacks, got {attack!r}.")
+        if not isinstance(loss, losses.RobustLoss):
+            raise TypeError(
+                f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
+            )
+        kwargs.setdefault("dtype", model.dtype_policy)
+        super().__init__(name=name, **kwargs)
+        self._classes = _classes(model)
+        self.model = model
+        self.attack = attack
+        self.robust_loss = loss
+        self.seed = _checks.integer("seed", seed, minimum=0)
+        self._adversary = attack.with_defaults(objective=loss.objective, start=loss.start)
+        self._inference = _keras.inference(model)
+        self._trackers = [tf_keras.metrics.Mean(name=name) for name in LOGS]
+        self.built = True
+
+    def compile(
+        self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Configure training as `Model.compile` does; the loss is that of the constructor.
+
+        Raises:
+            ValueError: a loss is given here.
+        """
+        if loss is not None:
+            raise ValueError(
+                f"loss must be given to AdversarialTraining(..., loss=...), not to compile, got {loss!r}."
+            )
+        super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Model.fit` does; arrays are checked first.
+
+        Raises:
+            ValueError: `x` is empty or outside the attack's bounds, or `y` holds a label out of range.
+        """
+        _check_arrays(x, y, self.attack.bounds, self._classes)
+        return super().fit(x, y, *args, **kwargs)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Return the logits of the model inside."""
+        return self.model(inputs, training=training)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return the logs."""
+        x, y, sample_weight = self._unpack(data)
+        reference = self._reference(x)
+        x_adversarial = self._perturb(x, y, self._step_seed(), reference)
+        with tf.GradientTape() as tape:
+            if self.robust_loss.uses_clean:
+                both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
+                clean, adversarial = tf.split(both, 2)
+            else:
+                clean, adversarial = reference, self.model(x_adversarial, training=True)
+            terms = self._terms(y, clean, adversarial, sample_weight)
+            total = tf.reduce_mean(terms["loss"]) + terms["penalty"]
+            # Gradients are summed over replicas, so each contributes its share of the mean.
+            total /= tf.distribute.get_strategy().num_replicas_in_sync
+        self.optimizer.minimize(total, self.model.trainable_variables, tape=tape)
+        wrappers.apply_masks(self.model, self.optimizer)
+        return self._logs(x, y, clean, adversarial, sample_weight, terms)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Attack a batch in inference mode, and return the logs."""
+        x, y, sample_weight = self._unpack(data)
+        clean = self._inference(x)
+        x_adversarial = self._perturb(x, y, tf.constant([self.seed, 0]), clean)
+        adversarial = self._inference(x_adversarial)
+        terms = self._terms(y, clean, adversarial, sample_weight)
+        return self._logs(x, y, clean, adversarial, sample_weight, terms)
+
+    def _unpack(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
+        if not tf.is_tensor(x) or not x.dtype.is_floating:
+            raise TypeError(
+                "x must be one float tensor per batch (adversarial examples need a gradient), got "
+                f"{getattr(x, 'dtype', type(x).__name__)}: cast images to float and scale them to "
+                f"the attack's bounds {self.attack.bounds}."
+            )
+        if y is None:
+            raise ValueError("y must be given: adversarial training is supervised.")
+        # Data from a pipeline can be checked in the graph only (and XLA leaves the checks out).
+        low, high = self.attack.bounds
+        message = f"x must lie inside the attack's bounds {self.attack.bounds}"
+        tf.debugging.assert_greater_equal(tf.reduce_min(x), tf.cast(low - 1e-6, x.dtype), message)
+        tf.debugging.assert_less_equal(tf.reduce_max(x), tf.cast(high + 1e-6, x.dtype), message)
+        if self._classes and y.dtype.is_integer and (y.shape.rank == 1 or y.shape[-1] == 1):
+            classes = tf.cast(self._classes, y.dtype)
+            tf.debugging.assert_less(y, classes, "y must be below the number of logits")
+            tf.debugging.assert_non_negative(y, "y must not be negative")
+        return x, y, sample_weight
+
+    def _reference(self, x: tf.Tensor) -> tf.Tensor | None:
+        """Return the clean logits in inference mode, if anything in this step needs them."""
+        needed = self._adversary.objective == "kl" or not self.robust_loss.uses_clean
+        return self._inference(x) if needed else None
+
+    def _perturb(self, x: Any, y: Any, seed: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor:
+        x_adversarial = self._adversary.perturb(
+            self._inference, x, y, seed=seed, clean_logits=reference
+        )
+        return tf.stop_gradient(x_adversarial)
+
+    def _step_seed(self) -> tf.Tensor:
+        """Return a seed pair of its own for every step and replica."""
+        context = tf.distribute.get_replica_context()
+        replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        step = tf.cast(self.optimizer.iterations, tf.int32) * context.num_replicas_in_sync
+        return tf.stack([self.seed, 1 + step + replica])
+
+    def _terms(
+        self, y: Any, clean: tf.Tensor, adversarial: tf.Tensor, sample_weight: Any
+    ) -> dict[str, tf.Tensor]:
+        """Return the parts of the loss: per example, weighted; and the penalty, a scalar."""
+        clean_loss = losses.cross_entropy(y, clean)
+        robust_loss = self.robust_loss.robust(y, clean, adversarial)
+        if sample_weight is not None:
+            sample_weight = tf.reshape(tf.cast(sample_weight, clean_loss.dtype), (-1,))
+            clean_loss, robust_loss = clean_loss * sample_weight, robust_loss * sample_weight
+        loss = clean_loss + robust_loss if self.robust_loss.adds_clean_loss else robust_loss
+        penalties = [tf.cast(penalty, loss.dtype) for penalty in self.model.losses]
+        penalty = tf.add_n(penalties) if penalties else tf.zeros((), loss.dtype)
+        return {
+            "loss": loss,
+            "clean_loss": clean_loss,
+            "robust_loss": robust_loss,
+            "penalty": penalty,
+        }
+
+    def _logs(
+        self,
+        x: Any,
+        y: Any,
+        clean: tf.Tensor,
+        adversarial: tf.Tensor,
+        sample_weight: Any,
+        terms: dict[str, tf.Tensor],
+    ) -> dict[str, Any]:
+        values = {
+            **terms,
+            "loss": terms["loss"] + terms["penalty"],
+            "clean_accuracy": _correct(y, clean),
+            "adversarial_accuracy": _correct(y, adversarial),
+        }
+        for tracker in self._trackers:
+            tracker.update_state(values[tracker.name])
+        return self.compute_metrics(x, y, clean, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments, the model and its wrappers among them."""
+        serialize = tf_keras.saving.serialize_keras_object
+        return {
+            "model": serialize(self.model),
+            "attack": serialize(self.attack),
+            "loss": serialize(self.robust_loss),
+            "seed": self.seed,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """Build a trainer from `get_config()`; a pruned one inside `pruning.prune_scope()`."""
+        config = dict(config)
+        for key in ("model", "attack", "loss"):
+            config[key] = tf_keras.saving.deserialize_keras_object(config[key], custom_objects)
+        return cls(**config)
+
+
+def _correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Return 1.0 where the largest logit is that of the label, else 0.0."""
+    labels = losses.one_hot(y, logits.shape[-1])
+    hit = tf.equal(tf.argmax(labels, axis=-1), tf.argmax(logits, axis=-1))
+    return tf.cast(hit, tf.float32)
+
+
+def _classes(model: Any) -> int | None:
+    """Return the number of logits, None if a subclassed model does not tell; refuse anything else."""
+    if not _keras.is_graph_model(model):
+        return None
+    shape = model.output_shape
+    if not isinstance(shape, tuple) or len(shape) != 2 or shape[-1] is None or shape[-1] < 2:
+        raise ValueError(
+            f"model must return logits of shape (batch, classes) with 2 classes or more, got {shape}."
+        )
+    last = getattr(model.layers[-1], "layer", model.layers[-1])
+    ending = getattr(getattr(last, "activation", None), "__name__", type(last).__name__.lower())
+    if ending in ("softmax", "sigmoid"):
+        raise ValueError(
+            f"model must return logits, but its last layer {last.name!r} ends in a {ending}: "
+            "leave that activation out."
+        )
+    return shape[-1]
+
+
+def _check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
+    """Check NumPy data as a whole before training; other data is checked batch by batch."""
+    if isinstance(x, np.ndarray):
+        if not len(x):
+            raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
+        low, high = float(x.min()), float(x.max())
+        if not (bounds[0] - 1e-6 <= low and high <= bounds[1] + 1e-6):  # NaN fails it, too
+            raise ValueError(
+                f"x must lie inside the attack's bounds {bounds}, got values from {low:g} to "
+                f"{high:g}: scale x, or give the attack other bounds."
+            )
+    if classes and isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
+        is_index = y.ndim == 1 or y.shape[-1] == 1
+        if is_index and not (y.min() >= 0 and y.max() < classes):
+            raise ValueError(
+                f"y must hold labels from 0 to {classes - 1} (the model has {classes} logits), "
+                f"got labels from {y.min()} to {y.max()}."
+            )
