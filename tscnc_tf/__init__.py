@@ -1,3 +1,56 @@
-"""tscnc_tf."""
+"""tscnc_tf: networks that are both tiny and hard to fool, for Keras and TensorFlow.
+
+Families live in their modules, the verbs and the one model on top:
+
+    import tscnc_tf as tscnc
+
+* `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
+  `tscnc.pruning`, `tscnc.inspection`
+* `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.strip`, `tscnc.evaluate_robustness`,
+  `tscnc.export_saved_model`, `tscnc.load_saved_model`
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tscnc_tf import attacks, callbacks, functional, inspection, losses, pruning, regularizers
+from tscnc_tf.evaluation import EvaluationWarning, RobustnessReport, evaluate_robustness
+from tscnc_tf.export import export_saved_model, load_saved_model
+from tscnc_tf.pruning import prune, strip
+from tscnc_tf.training import AdversarialTraining
+
+if TYPE_CHECKING:
+    from tscnc_tf import schedules
+
 __version__ = "0.1.0"
-from tscnc_tf import regularizers
+
+__all__ = [
+    "AdversarialTraining",
+    "EvaluationWarning",
+    "RobustnessReport",
+    "__version__",
+    "attacks",
+    "callbacks",
+    "evaluate_robustness",
+    "export_saved_model",
+    "functional",
+    "inspection",
+    "load_saved_model",
+    "losses",
+    "prune",
+    "pruning",
+    "regularizers",
+    "schedules",
+    "strip",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `schedules` when it is first asked for: its classes derive from tfmot's."""
+    if name == "schedules":
+        return importlib.import_module("tscnc_tf.schedules")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,6 +22,11 @@ LOGS = (
 )
 
 
+# A saved trainer holds its attack and its loss, which themselves know no Keras.
+for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MART):
+    _keras.register(_part)
+
+
 @tf_keras.saving.register_keras_serializable(package=_keras.PACKAGE)
 class AdversarialTraining(tf_keras.Model):
     r"""A Keras model that trains another one on adversarial examples.
@@ -76,7 +81,7 @@ class AdversarialTraining(tf_keras.Model):
         self,
         model: Any,
         *,
-        attack: attacks.Attack,
+        attack: attacks.GradientAttack,
         loss: losses.RobustLoss,
         seed: int = 0,
         name: str | None = None,
@@ -84,8 +89,11 @@ class AdversarialTraining(tf_keras.Model):
     ) -> None:
         _keras.require_tf_keras_model("model", model)
         _keras.require_built("model", model)
-        if not isinstance(attack, attacks.Attack):
-            raise TypeError(f"attack must be one of tscnc_tf.attacks, got {attack!r}.")
+        if not isinstance(attack, attacks.GradientAttack):
+            raise TypeError(
+                f"attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, "
+                f"got {attack!r}."
+            )
         if not isinstance(loss, losses.RobustLoss):
             raise TypeError(
                 f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
@@ -112,15 +120,21 @@ class AdversarialTraining(tf_keras.Model):
         """
         if loss is not None:
             raise ValueError(
-                f"loss must be given to AdversarialTraining(..., loss=...), not to compile, got {loss!r}."
+                "loss must be given to AdversarialTraining(..., loss=...), not to compile, got "
+                f"{loss!r}."
             )
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
+        self.compile(**tf_keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Model.fit` does; arrays are checked first.
 
         Raises:
-            ValueError: `x` is empty or outside the attack's bounds, or `y` holds a label out of range.
+            ValueError: `x` is empty or outside the attack's bounds, or a label is out of range.
         """
         _check_arrays(x, y, self.attack.bounds, self._classes)
         return super().fit(x, y, *args, **kwargs)
@@ -130,7 +144,7 @@ class AdversarialTraining(tf_keras.Model):
         return self.model(inputs, training=training)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return the logs."""
+        """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
         x, y, sample_weight = self._unpack(data)
         reference = self._reference(x)
         x_adversarial = self._perturb(x, y, self._step_seed(), reference)
@@ -262,13 +276,14 @@ def _correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 def _classes(model: Any) -> int | None:
-    """Return the number of logits, None if a subclassed model does not tell; refuse anything else."""
+    """Return the number of logits, None where a subclassed model does not tell."""
     if not _keras.is_graph_model(model):
         return None
     shape = model.output_shape
     if not isinstance(shape, tuple) or len(shape) != 2 or shape[-1] is None or shape[-1] < 2:
         raise ValueError(
-            f"model must return logits of shape (batch, classes) with 2 classes or more, got {shape}."
+            "model must return logits of shape (batch, classes) with 2 classes or more, got shape "
+            f"{shape}."
         )
     last = getattr(model.layers[-1], "layer", model.layers[-1])
     ending = getattr(getattr(last, "activation", None), "__name__", type(last).__name__.lower())

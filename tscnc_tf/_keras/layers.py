@@ -76,13 +76,14 @@ def kernels(model: Any) -> Iterator[Kernel]:
     for layer in flatten(model):
         if wrappers.is_wrapper(layer):
             continue  # the layer inside comes by itself
-        for spec in kernel_specs(layer):
+        specs = kernel_specs(layer)
+        for spec in specs:
             variable = getattr(layer, spec.attribute, None)
             if variable is None or id(variable) in seen or len(variable.shape) < 2:
                 continue
             seen.add(id(variable))
-            suffix = "" if spec.attribute == "kernel" else f"/{spec.attribute}"
-            yield Kernel(f"{layer.name}{suffix}", layer, variable, spec)
+            name = layer.name if len(specs) == 1 else f"{layer.name}/{spec.attribute}"
+            yield Kernel(name, layer, variable, spec)
 
 
 def flatten(layer: Any) -> Iterator[Any]:

@@ -54,7 +54,7 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
     """
     pairs = list(pruned_variables(model))
     averages = moving_averages(optimizer)
-    pairs += [(averages[key], mask) for weight, mask in pairs if (key := _key(weight)) in averages]
+    pairs += [(averages[_key(w)], mask) for w, mask in pairs if _key(w) in averages]
     if not pairs:
         return
 

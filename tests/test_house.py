@@ -1,0 +1,144 @@
+"""The house rules: imports go down, one door to each Keras, every public name documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pathlib
+
+import pytest
+
+import tscnc_tf
+from helpers import fresh_process
+
+PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
+FLOORS = {
+    "_keras": 0,
+    "_checks": 0,
+    "_configs": 0,
+    "_tables": 0,
+    "_files": 0,
+    "functional": 1,
+    "losses": 1,
+    "regularizers": 2,
+    "schedules": 2,
+    "attacks": 2,
+    "inspection": 2,
+    "pruning": 3,
+    "training": 3,
+    "callbacks": 3,
+    "evaluation": 3,
+    "export": 4,
+    "__init__": 5,
+}
+FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Every imported module, by its full name; for `from tscnc_tf import x` that is tscnc_tf.x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module == "tscnc_tf":
+                yield from (f"tscnc_tf.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    here = room(path)
+    for name in imports(path):
+        if not name.startswith("tscnc_tf."):
+            continue
+        there = name.split(".")[1]
+        if there in FLOORS and there != here:
+            assert FLOORS[there] < FLOORS[here], f"{here} must not import {there}"
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_there_is_one_door_to_each_keras(path):
+    assert "tf.keras" not in path.read_text().replace("`tf.keras`", "").replace(
+        "_ = tf.keras.__version__", ""
+    )
+    if room(path) != "_keras":
+        assert not FRAGILE & {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_library_neither_prints_nor_asserts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print"
+
+
+def public_objects():
+    for name in tscnc_tf.__all__:
+        value = getattr(tscnc_tf, name)
+        yield name, value
+        if inspect.ismodule(value):
+            for inner in value.__all__:
+                yield f"{name}.{inner}", getattr(value, inner)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [pair for pair in public_objects() if callable(pair[1])]
+)
+def test_public_names_are_documented(name, value):
+    doc = inspect.getdoc(value)
+    assert doc, name
+    assert len(doc.splitlines()[0]) > 20
+    for method, function in vars(value).items() if inspect.isclass(value) else ():
+        if inspect.isfunction(function) and not method.startswith("_"):
+            assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_files_are_read_at_a_sitting():
+    lengths = {str(path): len(path.read_text().splitlines()) for path in FILES}
+    assert not {path: length for path, length in lengths.items() if length > 400}
+
+
+IMPORT = """
+import os, sys
+before = dict(os.environ)
+import tensorflow as tf
+first = sys.argv[1]
+if first == "keras":
+    import keras
+if first == "tf":
+    tf.keras.layers.Dense
+import tscnc_tf
+assert "tensorflow_model_optimization" not in sys.modules, "tfmot imported unasked"
+changed = {k: v for k, v in os.environ.items() if before.get(k) != v and not k.startswith("TF2")}
+assert not {k for k in changed if "KERAS" in k}, changed
+tscnc_tf.schedules.OneShot(0.5)
+assert "tensorflow_model_optimization" in sys.modules
+assert os.environ.get("TF_USE_LEGACY_KERAS") == before.get("TF_USE_LEGACY_KERAS")
+print(tf.keras.__version__)
+"""
+
+
+@pytest.mark.parametrize("first", ["nothing", "keras", "tf"])
+def test_importing_leaves_the_process_as_it_was(first):
+    import keras
+
+    assert fresh_process(IMPORT, first).strip() == keras.__version__
+
+
+def test_importing_changes_no_environment_variable():
+    code = (
+        "import os; b = dict(os.environ); import tensorflow; m = dict(os.environ); "
+        "import tscnc_tf; print(dict(os.environ) == m)"
+    )
+    assert fresh_process(code).strip() == "True"

@@ -1,0 +1,148 @@
+"""The attacks of an evaluation: the names under which they run, and whether they kept the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import attacks as attacks_
+from tscnc_tf.inspection import records
+from tscnc_tf.inspection.inputs import slack
+
+
+class Adversary(NamedTuple):
+    """An attack, ready to be run.
+
+    Attributes:
+        name: unique in the evaluation.
+        attack: an `attacks.Attack`, or a plain callable `(model, x, y) -> x_adv`.
+        description: what the attack says about itself; empty for a plain callable.
+    """
+
+    name: str
+    attack: Callable[..., Any]
+    description: Mapping[str, Any]
+
+    @property
+    def epsilon(self) -> float | None:
+        """The radius of the ball that the attack declares, or None."""
+        return self.description.get("epsilon_value")
+
+    def run(self, model: Any, x: np.ndarray, y: np.ndarray, seed: tuple[int, int]) -> Any:
+        """Return the adversarial examples of one batch."""
+        options = {"seed": seed} if isinstance(self.attack, attacks_.Attack) else {}
+        return self.attack(model, tf.constant(x), tf.constant(y), **options)
+
+
+def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
+    """Return the attacks as they were given: one, a sequence, or a mapping by name.
+
+    Raises:
+        TypeError: something among them is no attack.
+        ValueError: there are none, one of them is targeted, or has other bounds.
+    """
+    if isinstance(attacks, Mapping):
+        named = [(str(name), attack) for name, attack in attacks.items()]
+    elif isinstance(attacks, Iterable) and not isinstance(attacks, str):
+        named = [(None, attack) for attack in attacks]
+    else:
+        named = [(None, attacks)]
+    if not named:
+        raise ValueError(
+            "attacks is empty: there is no robust accuracy without an attack. Clean accuracy alone "
+            "is what model.evaluate is for."
+        )
+    for _, attack in named:
+        _require_attack(attack, bounds)
+    names = records.unique(_name(attack) if name is None else name for name, attack in named)
+    return [
+        Adversary(name, attack, dict(_describe(attack)))
+        for name, (_, attack) in zip(names, named, strict=True)
+    ]
+
+
+def checked(
+    adversary: Adversary, x: np.ndarray, result: Any, bounds: tuple[float, float]
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Return what an attack returned as float32, and how far it moved at most, by norm.
+
+    Raises:
+        TypeError: it is no float tensor.
+        ValueError: its shape is not that of `x`, it is not finite, or it leaves the bounds or the
+            ball that the attack declares.
+    """
+    said = f"attack {adversary.name!r}"
+    try:
+        found = np.asarray(result)
+        is_float = tf.as_dtype(found.dtype).is_floating
+    except (TypeError, ValueError):
+        is_float = False
+    if not is_float:
+        raise TypeError(
+            f"{said} must return a tensor of floats like x, got {type(result).__name__}."
+        )
+    if found.shape != x.shape:
+        raise ValueError(
+            f"{said} must return inputs of the shape of x, {x.shape}, got {found.shape}."
+        )
+    found = found.astype(np.float32)
+    if not np.all(np.isfinite(found)):
+        raise ValueError(f"{said} returned NaN or infinity: look at its loss and step size.")
+    low, high = bounds
+    if found.min() < low - slack(bounds) or found.max() > high + slack(bounds):
+        raise ValueError(
+            f"{said} left bounds={bounds}: its values go from {found.min():g} to "
+            f"{found.max():g}. Give it the same bounds as the evaluation, or clip its result."
+        )
+    delta = (found.astype(np.float64) - x).reshape(len(x), -1)
+    moved = {
+        "linf": float(np.max(np.abs(delta))),
+        "l2": float(np.max(np.linalg.norm(delta, axis=1))),
+        "l1": float(np.max(np.sum(np.abs(delta), axis=1))),
+    }
+    norm, epsilon = adversary.description.get("norm"), adversary.epsilon
+    # Near a bound of 255 a float32 is only known to 1e-5.
+    rounding = max(1e-6, float(np.finfo(np.float32).eps) * max(map(abs, bounds)))
+    if epsilon is not None and norm in moved and moved[norm] > epsilon * (1 + 1e-4) + rounding:
+        raise ValueError(
+            f"{said} left its ball: it moved an input by {moved[norm]:.6g} in {norm}, and declares "
+            f"epsilon={adversary.description.get('epsilon', epsilon)} ({epsilon:.6g}). Project its "
+            "result onto the ball, or declare the epsilon that it uses."
+        )
+    return found, moved
+
+
+def _require_attack(attack: Any, bounds: tuple[float, float]) -> None:
+    if isinstance(attack, type) or not callable(attack):
+        found = repr(attack) if isinstance(attack, type) else f"{type(attack).__name__} {attack!r}"
+        raise TypeError(
+            "attacks must hold attacks, such as attacks.PGD(epsilon='8/255'), or callables "
+            f"(model, x, y) -> x_adv, got {found}."
+        )
+    if _describe(attack).get("targeted"):
+        raise ValueError(
+            f"attack {_name(attack)!r} is targeted: it takes y for the class to reach, where an "
+            "evaluation passes the true one, and its failures do not show robustness. Pass the "
+            "untargeted attack; or choose the targets in a function and declare its ball with "
+            "attacks.Custom."
+        )
+    own = tuple(_describe(attack).get("bounds") or bounds)
+    if own != bounds:
+        raise ValueError(
+            f"attack {_name(attack)!r} has bounds={own}, the evaluation bounds={bounds}: narrower "
+            "ones make an attack weak, wider ones make it cheat. Give both the bounds of the data."
+        )
+
+
+def _describe(attack: Any) -> Mapping[str, Any]:
+    return attack.describe() if isinstance(attack, attacks_.Attack) else {}
+
+
+def _name(attack: Any) -> str:
+    if isinstance(attack, attacks_.Attack):
+        return str(attack.name)
+    name = getattr(attack, "__name__", type(attack).__name__)
+    return "attack" if name == "<lambda>" else name

@@ -1,0 +1,93 @@
+"""The examples of an evaluation: inputs as float32, labels as class indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf.inspection.inputs import as_inputs
+
+
+def examples(
+    x: Any, y: Any, bounds: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Return inputs `(n, ...)`, class indices `(n,)`, and the width of one-hot labels, else None.
+
+    Args:
+        x: inputs, or a batched `tf.data.Dataset` of pairs (inputs, labels).
+        y: labels: integers `(n,)` or `(n, 1)`, or one-hot `(n, classes)`; None with a dataset.
+        bounds: the smallest and the largest value of an input.
+
+    Raises:
+        TypeError: inputs are no floats, labels are no integers, or a dataset holds no pairs.
+        ValueError: something about the values or shapes is wrong; the message says what.
+    """
+    if isinstance(x, tf.data.Dataset):
+        if y is not None:
+            raise ValueError("y must be None when x is a dataset: its labels are in the dataset.")
+        x, y = _materialised(x)
+    elif y is None:
+        raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
+    inputs = as_inputs(x, bounds)
+    labels, width = _labels(y)
+    if len(labels) != len(inputs):
+        raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
+    return inputs, labels, width
+
+
+def require_known_classes(labels: np.ndarray, width: int | None, classes: int) -> None:
+    """Raise a ValueError if labels name a class that the model does not have."""
+    if width is not None and width != classes:
+        raise ValueError(
+            f"y is one-hot of {width} classes, but the model returns {classes} logits per example."
+        )
+    if labels.max() >= classes:
+        raise ValueError(
+            f"y holds the label {labels.max()}, but the model returns {classes} logits per "
+            f"example: labels must be 0 to {classes - 1}."
+        )
+
+
+def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    spec = dataset.element_spec
+    if not isinstance(spec, tuple) or len(spec) != 2:
+        raise TypeError(f"x must be a dataset of pairs (inputs, labels), got elements {spec}.")
+    if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        raise ValueError("x is a dataset without an end: limit it with dataset.take(batches).")
+    if getattr(spec[1], "shape", tf.TensorShape(None)).rank == 0:
+        raise ValueError("x must be a dataset of batches: use dataset.batch(batch_size).")
+    batches = [(np.asarray(inputs), np.asarray(labels)) for inputs, labels in dataset]
+    if not batches:
+        raise ValueError("x is empty: the dataset has no batches.")
+    inputs, labels = zip(*batches, strict=True)
+    return np.concatenate(inputs), np.concatenate(labels)
+
+
+def _labels(y: Any) -> tuple[np.ndarray, int | None]:
+    array = np.asarray(y)
+    if array.ndim == 2 and array.shape[1] > 1:
+        if array.dtype == object or not np.all(np.isin(array, (0, 1))):
+            raise ValueError(
+                "y of shape (examples, classes) must be one-hot, got other values than 0 and 1. "
+                "Soft labels have no accuracy: pass np.argmax(y, axis=1)."
+            )
+        if not np.all(array.sum(axis=1, dtype=np.int64) == 1):
+            raise ValueError("y must be one-hot: exactly one 1 in each row.")
+        return np.argmax(array, axis=1).astype(np.int64), array.shape[1]
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(
+            "y must be class indices of shape (examples,) or (examples, 1), or one-hot of shape "
+            f"(examples, classes), got shape {array.shape}."
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"y must hold integers (class indices), got {array.dtype}. If these are class indices, "
+            "pass y.astype(int); probabilities are no labels."
+        )
+    if array.size and array.min() < 0:
+        raise ValueError(f"y must hold class indices >= 0, got {array.min()}.")
+    return array.astype(np.int64), None

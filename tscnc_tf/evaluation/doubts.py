@@ -1,0 +1,99 @@
+"""What an expert would doubt about the figures, in words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tscnc_tf.evaluation.adversaries import Adversary
+from tscnc_tf.evaluation.report import AttackResult, wilson_interval
+
+# Differences below this share of the examples, and intervals narrower than this on either side,
+# are not worth a remark.
+_NOTABLE_GAIN = 0.01
+_WIDE = 0.05
+
+
+class EvaluationWarning(UserWarning):
+    """A reason not to trust a robustness evaluation, found while it was made."""
+
+
+def before(repeatable: bool, zero_gradients: np.ndarray) -> list[str]:
+    """Return the reasons to distrust any attack on a model.
+
+    Args:
+        repeatable: whether the model returns the same for the same input.
+        zero_gradients: per example, whether its input gradient is exactly zero.
+    """
+    found = []
+    if not repeatable:
+        found.append(
+            "The model's output changes from call to call. Attacks climb a surface that moves, and "
+            "an example counts as robust by luck: make the model deterministic, or attack the mean "
+            "over its randomness (expectation over transformation)."
+        )
+    if np.any(zero_gradients):
+        count, share = int(np.sum(zero_gradients)), float(np.mean(zero_gradients))
+        found.append(
+            f"The input gradient of the cross-entropy is exactly zero for {count} of "
+            f"{len(zero_gradients)} examples ({100 * share:.2f} %). Attacks by gradients can't "
+            "move there, which looks like robustness and is none (gradient masking): look for "
+            "saturated, quantised or dead layers, and add an attack that needs no gradient."
+        )
+    return found
+
+
+def after(
+    clean: np.ndarray, attacks: Sequence[Adversary], results: Mapping[str, AttackResult]
+) -> list[str]:
+    """Return what the results themselves give reason to doubt.
+
+    Args:
+        clean: per example, whether the model is right on it.
+        attacks: the attacks that were run.
+        results: what they did, by name.
+    """
+    found = []
+    for name, result in results.items():
+        if not result.declared:
+            far = ", ".join(f"{value:.3g} in {n}" for n, value in result.largest_distance.items())
+            found.append(
+                f"{name}: it declares no ball, so only bounds were checked; it moved an input by "
+                f"at most {far}. attacks.Custom declares one."
+            )
+        if np.any(clean) and not np.any(clean & ~result.correct):
+            found.append(
+                f"{name}: it fooled the model on no example. Check its epsilon, steps and bounds "
+                "before calling the model robust."
+            )
+    found += [_inversion(*pair, results) for pair in itertools.permutations(attacks, 2)]
+    robust = np.logical_and.reduce([clean, *(result.correct for result in results.values())])
+    low, high = wilson_interval(int(np.sum(robust)), len(robust))
+    if high - low > 2 * _WIDE:
+        found.append(
+            f"{len(robust)} examples are few: the worst case is only known to lie between "
+            f"{100 * low:.1f} and {100 * high:.1f} %. 1000 examples tell it to about ±3 points."
+        )
+    return [text for text in found if text]
+
+
+def _inversion(weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]) -> str:
+    """Return a remark if the attack that ought to be the weaker one of two fools more examples."""
+    if None in (weak.epsilon, strong.epsilon) or weak.epsilon > strong.epsilon:
+        return ""
+    if weak.description.get("norm") != strong.description.get("norm"):
+        return ""
+    one_step = weak.description.get("steps") == 1 and (strong.description.get("steps") or 0) > 1
+    if weak.epsilon == strong.epsilon and not one_step:
+        return ""
+    ours, theirs = results[weak.name], results[strong.name]
+    if theirs.accuracy - ours.accuracy <= _NOTABLE_GAIN:
+        return ""
+    reason = "with a smaller epsilon" if weak.epsilon < strong.epsilon else "with a single step"
+    return (
+        f"{weak.name} fools more examples {reason} ({100 * ours.accuracy:.1f} % are left) than "
+        f"{strong.name} ({100 * theirs.accuracy:.1f} %): a sign of gradient masking, or of a badly "
+        "tuned attack."
+    )

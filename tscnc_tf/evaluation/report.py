@@ -1,0 +1,209 @@
+"""The result of an evaluation, with all that is needed to judge and to repeat it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _files, _tables
+from tscnc_tf.inspection.records import jsonable
+
+_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
+_LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
+_NOT_DECLARED = "not declared"
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    r"""Return Wilson's 95 % score interval of a proportion.
+
+    .. math:: \frac{1}{1 + z^2/n} \left(\hat p + \frac{z^2}{2n} \pm
+        z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}\right)
+
+    Unlike the textbook interval it stays inside [0, 1] and is of use at 0 and at 100 %.
+
+    Reference:
+        Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    share, spread = successes / trials, _Z**2 / trials
+    half = _Z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
+    # At the ends the exact value is 0 or 1; rounding must not leave it there by a hair.
+    return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttackResult:
+    """What one attack did.
+
+    Attributes:
+        name: of the attack, unique within the report.
+        description: what the attack says about itself: epsilon as written, norm, steps, and so on;
+            empty for a plain callable.
+        correct: per example, whether the model is right under this attack.
+        largest_distance: the largest perturbation that was measured, by norm.
+        seconds: how long the attack and its checks took.
+    """
+
+    name: str
+    description: Mapping[str, Any]
+    correct: np.ndarray
+    largest_distance: Mapping[str, float]
+    seconds: float
+
+    @property
+    def declared(self) -> bool:
+        """Whether the attack declares a ball, so that its perturbations could be checked."""
+        return self.description.get("epsilon") is not None
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy on the attack's outputs."""
+        return float(np.mean(self.correct))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy."""
+        return wilson_interval(int(np.sum(self.correct)), len(self.correct))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures and the attack's description as JSON values."""
+        ball = {} if self.declared else {"epsilon": _NOT_DECLARED, "norm": _NOT_DECLARED}
+        result = dict(self.description) | ball | _figures(self.correct)
+        result["largest_distance"] = dict(self.largest_distance)
+        return jsonable({"name": self.name} | result | {"seconds": self.seconds, "name": self.name})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RobustnessReport:
+    """Accuracy of a model, clean and under attack; `print` it for a table.
+
+    Attributes:
+        clean_correct: per example, whether the model is right on the input itself.
+        attacks: what each attack did, by its name.
+        model: the model's name.
+        seed: batch i of each attack drew from the pair (seed, i).
+        batch_size: examples per batch.
+        bounds: the smallest and the largest value of an input.
+        warnings: reasons to doubt the figures, found before any attack was run.
+        notes: remarks on the figures, found afterwards.
+        versions: of the libraries.
+        seconds: how long the evaluation took.
+    """
+
+    clean_correct: np.ndarray
+    attacks: Mapping[str, AttackResult]
+    model: str
+    seed: int
+    batch_size: int
+    bounds: tuple[float, float]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+    seconds: float
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return len(self.clean_correct)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """The accuracy on the inputs themselves."""
+        return float(np.mean(self.clean_correct))
+
+    @property
+    def clean_interval(self) -> tuple[float, float]:
+        """The 95 % interval of the clean accuracy."""
+        return wilson_interval(int(np.sum(self.clean_correct)), self.examples)
+
+    @property
+    def robust_correct(self) -> np.ndarray:
+        """Per example, whether the model is right on the input and under every attack."""
+        return np.logical_and.reduce(
+            [self.clean_correct, *(result.correct for result in self.attacks.values())]
+        )
+
+    @property
+    def robust_accuracy(self) -> float:
+        """The accuracy in the worst case over all attacks, taken example by example."""
+        return float(np.mean(self.robust_correct))
+
+    @property
+    def robust_interval(self) -> tuple[float, float]:
+        """The 95 % interval of the robust accuracy."""
+        return wilson_interval(int(np.sum(self.robust_correct)), self.examples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values, without the single examples."""
+        return jsonable(
+            {
+                "model": self.model,
+                "examples": self.examples,
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+                "bounds": self.bounds,
+                "clean": _figures(self.clean_correct),
+                "attacks": [result.to_dict() for result in self.attacks.values()],
+                "robust": _figures(self.robust_correct),
+                "warnings": self.warnings,
+                "notes": self.notes,
+                "versions": dict(self.versions),
+                "seconds": self.seconds,
+            }
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` to a JSON file, replacing what was there."""
+        _files.write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def __str__(self) -> str:
+        columns = ["attack", "accuracy", "95 % interval", "ε", "norm", "steps", "restarts"]
+        columns += ["examples", "seed"]
+        always = [f"{self.examples}", f"{self.seed}"]
+        rows = [["none", *_cells(self.clean_correct), "–", "–", "–", "–", *always]]
+        for result in self.attacks.values():
+            known = result.description
+            epsilon = known["epsilon"] if result.declared else _NOT_DECLARED
+            others = [known.get(key) for key in ("norm", "steps", "restarts")]
+            cells = [str(epsilon), *("–" if value is None else str(value) for value in others)]
+            rows.append([result.name, *_cells(result.correct), *cells, *always])
+        return _tables.render(
+            f"Robustness of {self.model}",
+            columns,
+            rows,
+            ["worst case", *_cells(self.robust_correct), "", "", "", "", *always],
+            [*(f"Warning: {text}" for text in self.warnings), *self.notes],
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries; "unknown" for what is not installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _figures(correct: np.ndarray) -> dict[str, Any]:
+    count = int(np.sum(correct))
+    return {
+        "accuracy": count / len(correct),
+        "correct": count,
+        "interval": wilson_interval(count, len(correct)),
+    }
+
+
+def _cells(correct: np.ndarray) -> list[str]:
+    low, high = wilson_interval(int(np.sum(correct)), len(correct))
+    return [_tables.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]

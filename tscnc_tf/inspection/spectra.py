@@ -1,0 +1,249 @@
+"""Singular values and condition numbers of a model's kernels, by SVD in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _checks, _tables
+from tscnc_tf.inspection import operators, records, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCondition:
+    r"""The spectrum of one kernel, read as a matrix.
+
+    A grouped or depthwise kernel is several matrices. The two condition numbers are then the
+    largest among them; :math:`\sigma_{max}`, :math:`\sigma_{min}`, rank and stable rank are those
+    of the matrix with the largest condition number.
+
+    Attributes:
+        name: the layer's name, and which of its kernels, where there are several.
+        shape: of the matrix, `(p, n)` with `p >= n`.
+        groups: the number of matrices.
+        sigma_max: the largest singular value: worst-case absolute amplification.
+        sigma_min: the smallest one.
+        condition_number: `sigma_max / sigma_min`, worst-case relative amplification; inf if the
+            rank is below n.
+        effective_condition_number: `sigma_max` over the smallest singular value above
+            `sigma_max * max(p, n) * eps(float32)`; inf for a zero matrix.
+        rank: how many singular values are above `sigma_max * max(p, n) * eps(float64)`, the
+            precision of the SVD itself.
+        stable_rank: `||M||_F^2 / sigma_max^2`; 0 for a zero matrix.
+        filters: the number of output channels.
+        dead_filters: how many of them have no weight other than zero.
+        operator_sigma_max: the largest singular value of the convolution as a map between images,
+            where it was asked for and is known.
+        operator_sigma_min: the smallest one of that map.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    groups: int
+    sigma_max: float
+    sigma_min: float
+    condition_number: float
+    effective_condition_number: float
+    rank: int
+    stable_rank: float
+    filters: int
+    dead_filters: int
+    operator_sigma_max: float | None = None
+    operator_sigma_min: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON values; infinity as "inf"."""
+        return records.jsonable(dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionReport:
+    """The spectra of a model's kernels, in the model's order; `print` it for a table.
+
+    Attributes:
+        rows: one per kernel.
+    """
+
+    rows: tuple[KernelCondition, ...]
+
+    @property
+    def worst(self) -> KernelCondition:
+        """The kernel with the largest condition number; of several, the worst effective one."""
+        return max(self.rows, key=lambda r: (r.condition_number, r.effective_condition_number))
+
+    @property
+    def worst_effective(self) -> KernelCondition:
+        """The kernel with the largest effective condition number."""
+        return max(self.rows, key=lambda r: (r.effective_condition_number, r.condition_number))
+
+    @property
+    def dead_filters(self) -> int:
+        """The number of filters without any weight other than zero, in all kernels."""
+        return sum(row.dead_filters for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values; infinity as "inf"."""
+        return {
+            "worst": self.worst.name,
+            "worst_condition_number": records.jsonable(self.worst.condition_number),
+            "worst_effective": self.worst_effective.name,
+            "worst_effective_condition_number": records.jsonable(
+                self.worst_effective.effective_condition_number
+            ),
+            "dead_filters": self.dead_filters,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        number = _tables.significant
+        columns = ["kernel", "matrix", "σ max", "σ min", "κ", "effective κ", "rank", "stable rank"]
+        columns.append("dead filters")
+        rows = []
+        for row in self.rows:
+            shape = f"{row.shape[0]}×{row.shape[1]}"
+            rows.append(
+                [
+                    row.name,
+                    shape if row.groups == 1 else f"{row.groups} of {shape}",
+                    number(row.sigma_max),
+                    number(row.sigma_min),
+                    number(row.condition_number),
+                    number(row.effective_condition_number),
+                    f"{row.rank}/{row.shape[1]}",
+                    number(row.stable_rank),
+                    f"{row.dead_filters}/{row.filters}",
+                ]
+            )
+        if any(row.operator_sigma_max is not None for row in self.rows):
+            columns += ["operator σ max", "operator σ min"]
+            for cells, row in zip(rows, self.rows, strict=True):
+                both = (row.operator_sigma_max, row.operator_sigma_min)
+                cells += ["–" if value is None else number(value) for value in both]
+        worst, effective = self.worst, self.worst_effective
+        return _tables.render(
+            "Condition of the kernels",
+            columns,
+            rows,
+            notes=[
+                f"Largest κ: {number(worst.condition_number)} ({worst.name}); largest effective κ: "
+                f"{number(effective.effective_condition_number)} ({effective.name})."
+            ],
+        )
+
+
+def condition_numbers(model: Any, *, operator: bool = False) -> ConditionReport:
+    r"""Return the condition number of each kernel of a model, :math:`\sigma_{max}/\sigma_{min}`.
+
+    It bounds how much more a layer can amplify a relative error than the signal, where
+    :math:`\sigma_{max}` bounds the absolute amplification; pruning lowers the second and, by making
+    filters alike or dead, raises the first.
+
+    Each kernel is read as a matrix of (everything else) × (output channels), a grouped or depthwise
+    one as several (see `functional.matrices`), masked weights as zero, and decomposed in float64.
+    The condition number is infinite if the matrix is rank-deficient to the precision of that
+    decomposition; so values far beyond the precision of float32 are told apart from infinity. The
+    effective condition number leaves out directions that are lost in float32.
+
+    Args:
+        model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
+        operator: add the largest and smallest singular value of each convolution as a map between
+            images (`operator_singular_values`), where it has stride 1, no dilation, and an input of
+            known size. For wide layers on large images that takes seconds per layer.
+
+    Returns:
+        A `ConditionReport`; `report.worst.condition_number` is the largest.
+
+    Raises:
+        TypeError: `model` is no Keras model.
+        ValueError: it has no weights yet, no kernels, or weights that are not finite.
+
+    Example:
+        >>> import numpy as np, tf_keras, tscnc_tf.inspection
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(2,), name="last")])
+        >>> model.set_weights([np.diag([4.0, 0.5]), np.zeros(2)])
+        >>> tscnc_tf.inspection.condition_numbers(model).worst.condition_number
+        8.0
+    """
+    _checks.boolean("operator", operator)
+    rows = []
+    for weight, stack, spectra in _decomposed(model):
+        extremes = operators.extremes(weight.kernel, weight.values, model) if operator else None
+        rows.append(_row(weight, stack.shape, spectra, extremes or (None, None)))
+    return ConditionReport(tuple(rows))
+
+
+def singular_values(model: Any) -> dict[str, np.ndarray]:
+    """Return the singular values of each kernel of a model, in descending order.
+
+    Args:
+        model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
+
+    Returns:
+        By the kernel's name, a float64 vector of n values; for a kernel that is several matrices
+        (grouped or depthwise), an array `(groups, n)`.
+
+    Raises:
+        TypeError, ValueError: as `condition_numbers`.
+    """
+    return {
+        weight.name: spectra[0] if len(spectra) == 1 else spectra
+        for weight, _, spectra in _decomposed(model)
+    }
+
+
+def _decomposed(model: Any) -> list[tuple[weights.Weight, np.ndarray, np.ndarray]]:
+    """Return each kernel, its matrices `(groups, p, n)` and their singular values `(groups, n)`."""
+    weights.require_inspectable(model)
+    result = []
+    for weight in weights.kernels(model):
+        if not np.all(np.isfinite(weight.values)):
+            raise ValueError(
+                f"kernel {weight.name!r} of model {model.name!r} holds NaN or infinity: the model "
+                "has diverged, and has no singular values."
+            )
+        stack = weight.matrices()
+        result.append((weight, stack, np.linalg.svd(stack, compute_uv=False)))
+    if not result:
+        raise ValueError(
+            f"model {model.name!r} has no kernels: there is no matrix in it to decompose."
+        )
+    return result
+
+
+def _row(
+    weight: weights.Weight,
+    shape: tuple[int, ...],
+    spectra: np.ndarray,
+    operator: tuple[float | None, float | None],
+) -> KernelCondition:
+    single = max(shape[1:]) * float(np.finfo(np.float32).eps)
+    double = max(shape[1:]) * float(np.finfo(np.float64).eps)
+    figures = []
+    for spectrum in spectra:
+        largest = float(spectrum[0])
+        rank = int(np.sum(spectrum > largest * double))
+        alive = spectrum[spectrum > largest * single]
+        condition = largest / float(spectrum[-1]) if rank == len(spectrum) else math.inf
+        effective = largest / float(alive[-1]) if alive.size else math.inf
+        figures.append((condition, effective, rank, spectrum))
+    condition, _, rank, spectrum = max(figures, key=lambda figure: figure[:2])
+    largest = float(spectrum[0])
+    alive = np.any(weight.canonical() != 0, axis=(1, 2))
+    return KernelCondition(
+        name=weight.name,
+        shape=(shape[1], shape[2]),
+        groups=shape[0],
+        sigma_max=largest,
+        sigma_min=float(spectrum[-1]),
+        condition_number=condition,
+        effective_condition_number=max(figure[1] for figure in figures),
+        rank=rank,
+        stable_rank=float(np.sum((spectrum / largest) ** 2)) if largest > 0 else 0.0,
+        filters=alive.size,
+        dead_filters=int(np.sum(~alive)),
+        operator_sigma_max=operator[0],
+        operator_sigma_min=operator[1],
+    )

@@ -1,0 +1,114 @@
+"""The weights of a model as they act: each pruned weight times its mask, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import functional
+from tscnc_tf._keras import keras, layers, require_built, tf_keras, wrappers
+from tscnc_tf.inspection import records
+
+
+class Weight(NamedTuple):
+    """A weight as it acts: its variable times its mask, if it has one.
+
+    Attributes:
+        name: unique within the model.
+        variable: the variable that was read.
+        values: float64, of the variable's shape.
+        masked: whether it carries a mask.
+        kernel: how to read it as matrices; None for what is no kernel (an embedding, say).
+    """
+
+    name: str
+    variable: Any
+    values: np.ndarray
+    masked: bool
+    kernel: layers.Kernel | None
+
+    def canonical(self) -> np.ndarray:
+        """Return the kernel as `(groups, positions, inputs, outputs)`."""
+        return functional.canonical(self.values, **self.kernel.reading).numpy()
+
+    def matrices(self) -> np.ndarray:
+        """Return the kernel as tall matrices, `(groups, p, n)` with `p >= n`."""
+        return functional.matrices(self.values, **self.kernel.reading).numpy()
+
+
+def require_inspectable(model: Any) -> None:
+    """Raise unless `model` is a built Keras model or layer, of either Keras."""
+    if not isinstance(model, (keras.layers.Layer, tf_keras.layers.Layer)):
+        raise TypeError(
+            "model must be a Keras 3 or tf_keras model (or layer), got "
+            f"{type(model).__name__}: weights are found through the layers that hold them."
+        )
+    require_built("model", model)
+
+
+def masks(model: Any) -> dict[int, Any]:
+    """Return the mask of each pruned variable, by the variable's id."""
+    return {id(weight): mask for weight, mask in wrappers.pruned_variables(model)}
+
+
+def read(variable: Any, mask: Any = None) -> np.ndarray:
+    """Return a variable's values in float64, times its mask.
+
+    Between an optimizer's step and the next forward pass, a pruned weight is not zero although its
+    mask is; what acts is the product.
+    """
+    values = np.asarray(tf.cast(tf.convert_to_tensor(variable), tf.float64))
+    if mask is None:
+        return values
+    return values * np.asarray(tf.cast(tf.convert_to_tensor(mask), tf.float64))
+
+
+def kernels(model: Any) -> list[Weight]:
+    """Return the kernels of a built model; there may be none."""
+    found = list(layers.kernels(model))
+    names = records.unique(kernel.name for kernel in found)
+    by_variable = masks(model)
+    result = []
+    for name, kernel in zip(names, found, strict=True):
+        mask = by_variable.get(id(kernel.variable))
+        values = read(kernel.variable, mask)
+        result.append(Weight(name, kernel.variable, values, mask is not None, kernel))
+    return result
+
+
+def pruned_others(model: Any) -> list[Weight]:
+    """Return the pruned weights that are no kernels, such as embeddings."""
+    seen = {id(kernel.variable) for kernel in layers.kernels(model)}
+    result = []
+    for wrapper in wrappers.wrapped_layers(model):
+        for variable, mask, _ in wrapper.pruning_vars:
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                leaf = variable.name.rpartition("/")[2].partition(":")[0]
+                name = f"{wrapper.layer.name}/{leaf}"
+                result.append(Weight(name, variable, read(variable, mask), True, None))
+    return result
+
+
+def all_weights(model: Any) -> Iterator[np.ndarray]:
+    """Yield the values of every weight that the network computes with.
+
+    Masks, thresholds and counters of pruning wrappers are not among them, nor are metrics, nor is
+    what is no float (counters, seeds, look-up tables).
+    """
+    helpers: set[int] = set()
+    for layer in model._flatten_layers():
+        if isinstance(layer, tf_keras.Model):  # whose weights may hold its metrics' variables
+            helpers |= {id(variable) for metric in layer.metrics for variable in metric.variables}
+    for wrapper in wrappers.wrapped_layers(model):
+        helpers |= {id(variable) for variable in wrapper.weights}
+        helpers -= {id(variable) for variable in wrapper.layer.weights}
+    by_variable, seen = masks(model), set()
+    for variable in model.weights:
+        if id(variable) in helpers | seen or not tf.as_dtype(variable.dtype).is_floating:
+            continue
+        seen.add(id(variable))
+        yield read(variable, by_variable.get(id(variable)))
