@@ -63,6 +63,24 @@ def test_random_starts_follow_their_seed(norm):
     assert np.all(draw(1, 2) != draw(1, 3))
 
 
+def test_normal_draws_are_normal():
+    draws = balls.normal((40000,), tf.constant([3, 4]), tf.float32).numpy()
+    assert abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.02
+    for quantile, share in ((-1.0, 0.1587), (0.5, 0.6915), (2.0, 0.9772)):
+        assert abs(np.mean(draws < quantile) - share) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
+def test_draws_are_the_same_with_xla(dtype):
+    def draw(seed):
+        starts = [balls.random_start((5, 6), 0.5, norm, seed, dtype) for norm in NORMS]
+        return *starts, balls.normal((5, 6), seed, dtype)
+
+    seed = tf.constant([1, 2])
+    for plain, compiled in zip(draw(seed), tf.function(draw, jit_compile=True)(seed), strict=True):
+        np.testing.assert_allclose(plain, compiled, rtol=1e-4, atol=1e-6)
+
+
 def test_lengths():
     delta = tf.constant([[[3.0], [-4.0]], [[0.0], [1.0]]])
     np.testing.assert_allclose(balls.lengths(delta, "l2"), [5, 1])

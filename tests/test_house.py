@@ -7,9 +7,9 @@ import inspect
 import pathlib
 
 import pytest
+from helpers import fresh_process
 
 import tscnc_tf
-from helpers import fresh_process
 
 PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
 FLOORS = {

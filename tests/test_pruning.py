@@ -293,3 +293,18 @@ def test_training_without_wrappers_ignores_the_callbacks():
     model.compile("sgd", tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     history = model.fit(x, y, verbose=0, callbacks=callbacks.pruning_callbacks())
     assert np.isfinite(history.history["loss"][0])
+
+
+def test_masks_apply_outside_the_scope_of_a_strategy():
+    devices = [device.name for device in tf.config.list_logical_devices("CPU")]
+    strategy = tf.distribute.MirroredStrategy(
+        devices, cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+    with strategy.scope():
+        pruned = pruning.prune(dense_model(), schedules.OneShot(0.5))
+        for _, mask in wrappers.pruned_variables(pruned):
+            mask.assign(np.resize([0.0, 1.0], mask.shape))
+    wrappers.apply_masks(pruned)
+    for weight, _ in wrappers.pruned_variables(pruned):
+        for value in strategy.experimental_local_results(weight):
+            assert np.mean(value.numpy() == 0) == 0.5

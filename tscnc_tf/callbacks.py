@@ -61,12 +61,13 @@ class MaskWeights(tf_keras.callbacks.Callback):
         self._apply: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Compile the masking for this model."""
+        """Compile the masking for this model, and mask what it begins with."""
         if not wrappers.wrapped_layers(self.model):
             self._apply = None
             return
         model = self.model
         self._apply = tf.function(lambda: wrappers.apply_masks(model, model.optimizer))
+        self._apply()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Mask what the optimizer step filled in."""

@@ -74,8 +74,8 @@ def require_graph_model(name: str, model: Any) -> None:
     if not is_graph_model(model):
         raise ValueError(
             f"{name} {model.name!r} is a subclassed model ({type(model).__name__}), whose layers "
-            "can't be exchanged from outside: build it as a Sequential or functional model, or set "
-            "the regularizers and wrappers in its constructor."
+            "can't be exchanged from outside: build it as a Sequential or functional model, or do "
+            "in its constructor what is to be done to its layers."
         )
 
 

@@ -66,7 +66,10 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
             strategy.extended.update(variable, assign, args=(mask,))
 
     context = tf.distribute.get_replica_context()
-    if context is None:
+    if not tf.distribute.has_strategy():  # plain code, maybe on a model made under a strategy
+        with model.distribute_strategy.scope():
+            update(model.distribute_strategy)
+    elif context is None:
         update(tf.distribute.get_strategy())
     else:
         context.merge_call(update)

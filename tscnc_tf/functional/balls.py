@@ -73,19 +73,29 @@ def random_start(shape: Any, epsilon: float, norm: str, seed: Any, dtype: Any) -
         shape: `(batch, ...)`, static or as a tensor.
         epsilon: the radius.
         norm: "linf" or "l2".
-        seed: a pair of integers; the same seed gives the same points on every device.
-        dtype: a float dtype.
+        seed: a pair of integers; the same seed gives the same points, with XLA and without.
+        dtype: float32 or float64.
     """
     if norm == "linf":
-        return tf.random.stateless_uniform(
-            shape, seed, -epsilon, epsilon, dtype=dtype, alg="philox"
-        )
+        return epsilon * _symmetric_uniform(shape, seed, dtype)
     first, second = tf.unstack(tf.random.split(seed, 2, alg="philox"))
-    direction = tf.random.stateless_normal(shape, first, dtype=dtype, alg="philox")
+    direction = normal(shape, first, dtype)
     size = tf.cast(tf.reduce_prod(tf.shape(direction)[1:]), dtype)
     radius_shape = tf.concat([tf.shape(direction)[:1], tf.ones_like(tf.shape(direction)[1:])], 0)
-    radius = tf.random.stateless_uniform(radius_shape, second, dtype=dtype, alg="philox")
+    radius = tf.abs(_symmetric_uniform(radius_shape, second, dtype))
     return steepest_ascent(direction, "l2") * epsilon * tf.pow(radius, 1.0 / size)
+
+
+def normal(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
+    """Return draws from N(0, 1), at most 5.3 from zero, the same with XLA as without.
+
+    Args:
+        shape: static or as a tensor.
+        seed: a pair of integers.
+        dtype: float32 or float64.
+    """
+    uniform = _symmetric_uniform(shape, seed, dtype)
+    return 2**0.5 * tf.math.erfinv(tf.clip_by_value(uniform, -1 + 2**-24, 1 - 2**-24))
 
 
 def lengths(delta: Any, norm: str) -> tf.Tensor:
@@ -93,6 +103,17 @@ def lengths(delta: Any, norm: str) -> tf.Tensor:
     if norm == "linf":
         return tf.reduce_max(tf.abs(delta), axis=_axes(delta))
     return tf.norm(tf.reshape(delta, (tf.shape(delta)[0], -1)), axis=-1)
+
+
+def _symmetric_uniform(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
+    """Return draws from U(-1, 1), the same with XLA as without.
+
+    TensorFlow's own floats are not: XLA makes them of other bits of the same integers.
+    """
+    bits = tf.random.stateless_uniform(
+        shape, seed, minval=None, maxval=None, dtype=tf.int32, alg="philox"
+    )
+    return tf.cast(bits, dtype) * 2.0**-31
 
 
 def _l2(delta: Any) -> tf.Tensor:

@@ -108,7 +108,9 @@ def all_weights(model: Any) -> Iterator[np.ndarray]:
         helpers -= {id(variable) for variable in wrapper.layer.weights}
     by_variable, seen = masks(model), set()
     for variable in model.weights:
-        if id(variable) in helpers | seen or not tf.as_dtype(variable.dtype).is_floating:
+        if id(variable) in helpers | seen or not hasattr(variable, "dtype"):
+            continue  # (a look-up table's handler has no dtype)
+        if not tf.as_dtype(variable.dtype).is_floating:
             continue
         seen.add(id(variable))
         yield read(variable, by_variable.get(id(variable)))

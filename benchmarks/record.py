@@ -1,0 +1,139 @@
+"""What is kept of a run: a table for people and a JSON file for later."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+import tscnc_tf
+from benchmarks.measure import Summary, Timing
+from tscnc_tf import _files, _tables
+
+_DISTRIBUTIONS = (
+    "tensorflow",
+    "tf_keras",
+    "keras",
+    "tensorflow-model-optimization",
+    "cleverhans",
+    "numpy",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line. None leaves a number to the benchmark.
+
+    Attributes:
+        smoke: run on a tiny network, to see that everything works; the figures mean nothing.
+        rounds: how many rounds are timed.
+        batch_size: examples a step.
+        network: a name in `networks.NETWORKS`.
+        ablate: whether to time the step without its parts, too.
+        output: the folder for the JSON files.
+    """
+
+    smoke: bool = False
+    rounds: int | None = None
+    batch_size: int | None = None
+    network: str | None = None
+    ablate: bool = False
+    output: pathlib.Path = pathlib.Path(__file__).parent / "results"
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Options:
+        """Return the options among parsed arguments."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(arguments, name) for name in names})
+
+    def pick(self, name: str, default: Any, smoke: Any) -> Any:
+        """Return what was asked for, or else what suits a real or a smoke run."""
+        asked = getattr(self, name)
+        if asked is not None:
+            return asked
+        return smoke if self.smoke else default
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the device: what the figures hang on besides the code."""
+    versions = {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
+    versions |= {"python": platform.python_version(), "tscnc_tf": tscnc_tf.__version__}
+    devices = [device.device_type for device in tf.config.list_physical_devices()]
+    return {
+        "versions": versions,
+        "device": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "tensorflow_devices": devices,
+        },
+    }
+
+
+def write(options: Options, name: str, values: dict[str, Any]) -> pathlib.Path:
+    """Write `<name>.json` into the output folder; summaries become dictionaries."""
+    path = options.output / f"{name}.json"
+    whole = {"benchmark": name, "smoke": options.smoke, **environment(), **_plain(values)}
+    _files.write_text(path, json.dumps(whole, indent=2) + "\n")
+    return path
+
+
+def show(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    notes: Iterable[str],
+    path: pathlib.Path,
+) -> None:
+    """Print a table, its notes, and where the JSON is."""
+    print(_tables.render(title, columns, rows, notes=[*notes, f"Written to {path}"]), flush=True)
+    print(flush=True)
+
+
+COLUMNS = ("what", "median", "lower quartile", "upper quartile", "median, CPU time")
+
+
+def milliseconds(timing: Timing) -> list[str]:
+    """Return the cells for `COLUMNS` but the first."""
+    wall = timing.wall
+    seconds = (wall.median, wall.lower_quartile, wall.upper_quartile, timing.cpu.median)
+    return [f"{1e3 * value:,.1f} ms" for value in seconds]
+
+
+def against(value: float, goal: float, digits: int = 3) -> str:
+    """Return a figure beside its goal: what was hoped for never stands without what is."""
+    verdict = "met" if value <= goal else "missed"
+    return f"{value:.{digits}f} (goal: at most {goal:g}; {verdict})"
+
+
+def quartiles(summary: Summary) -> str:
+    """Return the spread as text."""
+    return f"{summary.lower_quartile:.3f} to {summary.upper_quartile:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Summary | Timing):
+        return value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _processor() -> str:
+    """Return the processor's name, as well as the system tells it."""
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,87 @@
+"""One optimizer step of `AdversarialTraining`, beside the least that such a step has to do."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from benchmarks import measure, parts, record
+
+GOAL = 1.10
+
+_LABELS = {
+    "step": "one step of AdversarialTraining",
+    "gradient": f"floor: {parts.STEPS} x forward and input gradient",
+    "forward": "floor: forward on the clean batch",
+    "train": "floor: training forward and backward, double batch",
+    "update": "floor: optimizer update",
+}
+_ABLATED = {
+    "without regularizers": {"regularized": False},
+    "without pruning": {"pruned": False},
+    "without both": {"regularized": False, "pruned": False},
+}
+
+
+def run(options: record.Options) -> None:
+    """Time the step and its floor in the same rounds; print a table and write `step.json`."""
+    network = options.pick("network", "resnet20", "tiny")
+    size = options.pick("batch_size", 32, 4)
+    rounds = options.pick("rounds", 9, 2)
+
+    floor = parts.Floor(network, size)
+    functions: dict[str, Any] = {"step": _step(network, size)}
+    functions |= {piece: functools.partial(floor.run, piece) for piece in floor.pieces}
+    if options.ablate:
+        functions |= {name: _step(network, size, **kind) for name, kind in _ABLATED.items()}
+    times = measure.interleaved(functions, rounds)
+
+    below = [times[piece] for piece in floor.pieces]
+    ratio = measure.ratio([times["step"]], below)
+    cpu_ratio = measure.ratio([times["step"]], below, "cpu")
+    ablations = {
+        name: {clock: measure.ratio([times[name]], below, clock) for clock in ("wall", "cpu")}
+        for name in _ABLATED
+        if name in functions
+    }
+    path = record.write(
+        options,
+        "step",
+        {
+            "network": network,
+            "batch_size": size,
+            "rounds": rounds,
+            "attack": f"PGD-{parts.STEPS} linf {parts.EPSILON}",
+            "times": times,
+            "floor": sum(timing.wall.median for timing in below),
+            "ratio": ratio,
+            "cpu_ratio": cpu_ratio,
+            "ablations": ablations,
+            "goal": GOAL,
+            "goal_met": ratio.median <= GOAL,
+        },
+    )
+    rows = [
+        (_LABELS.get(name, f"step {name}"), *record.milliseconds(timing))
+        for name, timing in times.items()
+    ]
+    notes = [
+        f"Step over floor (sum of the medians): {record.against(ratio.median, GOAL)}",
+        f"Quartiles over single rounds: {record.quartiles(ratio)}; by CPU time: "
+        f"{cpu_ratio.median:.3f} ({record.quartiles(cpu_ratio)})",
+        *(
+            f"Step {name} over floor: {value['wall'].median:.3f}; by CPU time: "
+            f"{value['cpu'].median:.3f}"
+            for name, value in ablations.items()
+        ),
+        "The step: TRADES with PGD-10, TSCNC on all kernels, tfmot's pruning wrappers (a step that "
+        "updates no mask, as 99 of 100), six metrics.",
+        "The floor has no regularizers, no masks, no metrics and no loss but cross-entropy.",
+    ]
+    title = f"A training step and its floor: {network}, batch {size}, {rounds} rounds"
+    record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def _step(network: str, size: int, **kind: bool) -> Any:
+    model = parts.pruned_model(network, **kind)
+    return functools.partial(parts.step(parts.trainer(model)), *parts.batch(model, size))

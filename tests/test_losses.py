@@ -1,0 +1,283 @@
+"""The losses against NumPy, finite differences, and their own laws."""
+
+from __future__ import annotations
+
+import doctest
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tscnc_tf import losses
+from tscnc_tf.losses import MART, TRADES, Madry, RobustLoss, robust, terms
+
+BATCH, CLASSES = 6, 5
+LABELS = np.array([0, 4, 2, 2, 1, 3])
+
+
+@pytest.fixture
+def logits(rng):
+    return 3.0 * rng.standard_normal((BATCH, CLASSES))
+
+
+@pytest.fixture
+def other_logits(rng):
+    return 3.0 * np.random.default_rng(1).standard_normal((BATCH, CLASSES))
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def by_example(function):
+    """Lift a NumPy function of (label, logits...) of one example to a batch."""
+    return lambda labels, *logits: np.array(
+        [function(y, *rows) for y, *rows in zip(labels, *logits, strict=True)]
+    )
+
+
+@by_example
+def np_margin(y, z):
+    return max(z[k] for k in range(len(z)) if k != y) - z[y]
+
+
+@by_example
+def np_dlr(y, z):
+    descending = sorted(z, reverse=True)
+    wrong = max(z[k] for k in range(len(z)) if k != y)
+    return -(z[y] - wrong) / (descending[0] - descending[2])
+
+
+@by_example
+def np_mart(y, clean, adversarial):
+    p, q = softmax(clean[None])[0], softmax(adversarial[None])[0]
+    wrong = max(q[k] for k in range(len(q)) if k != y)
+    boosted = -np.log(q[y]) - np.log(1.0001 - wrong + 1e-12)
+    return boosted + 5.0 * np.sum(p * np.log(p / q)) * (1.0000001 - p[y])
+
+
+def np_kl(reference, z):
+    p, q = softmax(reference), softmax(z)
+    return np.sum(p * (np.log(p) - np.log(q)), axis=1)
+
+
+def np_cross_entropy(labels, z):
+    return -np.log(softmax(z)[np.arange(len(z)), labels])
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (losses.cross_entropy, np_cross_entropy),
+        (losses.margin, np_margin),
+        (losses.dlr, np_dlr),
+        (Madry().robust, None),
+    ],
+)
+def test_values_are_numpys(function, expected, logits):
+    if expected is None:
+        value, expected = function(LABELS, None, logits), np_cross_entropy
+    else:
+        value = function(LABELS, logits)
+    np.testing.assert_allclose(value, expected(LABELS, logits), rtol=1e-10)
+
+
+def test_kl_trades_and_mart_are_numpys(logits, other_logits):
+    np.testing.assert_allclose(
+        losses.kl_divergence(logits, other_logits), np_kl(logits, other_logits), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        TRADES(2.5).robust(LABELS, logits, other_logits), 2.5 * np_kl(logits, other_logits)
+    )
+    np.testing.assert_allclose(
+        MART().robust(LABELS, logits, other_logits), np_mart(LABELS, logits, other_logits)
+    )
+
+
+def test_log_odds_are_cross_entropy_seen_otherwise(logits):
+    p = softmax(logits)[np.arange(BATCH), LABELS]
+    odds = losses.log_odds(LABELS, logits)
+    np.testing.assert_allclose(odds, np.log((1 - p) / p), rtol=1e-9)
+    np.testing.assert_allclose(tf.math.softplus(odds), losses.cross_entropy(LABELS, logits))
+
+
+def test_log_odds_keep_their_slope_where_cross_entropy_has_none():
+    sure = tf.constant([[200.0, 0.0, -1.0]])
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(sure)
+        entropy, odds = losses.cross_entropy([0], sure), losses.log_odds([0], sure)
+    assert np.all(tape.gradient(entropy, sure).numpy() == 0)
+    q = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(tape.gradient(odds, sure), [[-1, q, 1 - q]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["column", "one_hot", "int_one_hot", "int64", "uint8"])
+def test_labels_may_have_any_form(form, logits, other_logits):
+    labels = {
+        "column": LABELS[:, None],
+        "one_hot": np.eye(CLASSES, dtype=np.float32)[LABELS],
+        "int_one_hot": np.eye(CLASSES, dtype=int)[LABELS],
+        "int64": LABELS.astype(np.int64),
+        "uint8": LABELS.astype(np.uint8),
+    }[form]
+    for function in (losses.cross_entropy, losses.margin, losses.dlr, losses.log_odds):
+        np.testing.assert_array_equal(function(labels, logits), function(LABELS, logits))
+    np.testing.assert_array_equal(
+        MART().robust(labels, logits, other_logits), MART().robust(LABELS, logits, other_logits)
+    )
+
+
+def test_soft_labels_weigh_the_cross_entropy(logits):
+    soft = softmax(logits[::-1].copy())
+    expected = -np.sum(soft * np.log(softmax(logits)), axis=1)
+    np.testing.assert_allclose(losses.cross_entropy(soft, logits), expected, rtol=1e-9)
+    largest = soft.argmax(axis=1)
+    np.testing.assert_allclose(losses.margin(soft, logits), np_margin(largest, logits))
+
+
+def finite_differences(function, z, h=1e-6):
+    result = np.zeros_like(z)
+    for index in np.ndindex(z.shape):
+        step = np.zeros_like(z)
+        step[index] = h
+        result[index] = (np.sum(function(z + step)) - np.sum(function(z - step))) / (2 * h)
+    return result
+
+
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "margin", "dlr", "log_odds", "kl", "kl_clean", "mart", "mart_clean"]
+)
+def test_gradients_are_finite_differences(name, logits, other_logits):
+    function = {
+        "cross_entropy": lambda z: losses.cross_entropy(LABELS, z),
+        "margin": lambda z: losses.margin(LABELS, z),
+        "dlr": lambda z: losses.dlr(LABELS, z),
+        "log_odds": lambda z: losses.log_odds(LABELS, z),
+        "kl": lambda z: losses.kl_divergence(other_logits, z),
+        "kl_clean": lambda z: losses.kl_divergence(z, other_logits),
+        "mart": lambda z: MART().robust(LABELS, other_logits, z),
+        "mart_clean": lambda z: MART().robust(LABELS, z, other_logits),
+    }[name]
+    z = tf.constant(logits)
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        value = function(z)
+    gradient = tape.gradient(value, z)
+    np.testing.assert_allclose(gradient, finite_differences(function, logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_half_precision_is_lifted(dtype, logits, other_logits):
+    low, other = tf.cast(logits, dtype), tf.cast(other_logits, dtype)
+    wide = tf.cast(low, tf.float64)
+    expected = tf.float64 if dtype == "float64" else tf.float32
+    for function in (losses.cross_entropy, losses.margin, losses.dlr, losses.log_odds):
+        value = function(LABELS, low)
+        assert value.dtype == expected and value.shape == (BATCH,)
+        np.testing.assert_allclose(value, function(LABELS, wide), rtol=1e-5)
+    for loss in (TRADES(), Madry(), MART()):
+        assert loss.robust(LABELS, low, other).dtype == expected
+
+
+def test_saturated_logits_stay_finite():
+    huge = tf.constant([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]])
+    with tf.GradientTape() as tape:
+        tape.watch(huge)
+        value = (
+            losses.kl_divergence(huge, huge[:, ::-1])
+            + MART().robust([1, 1], huge, huge[:, ::-1])
+            + losses.dlr([0, 0], huge)
+            + losses.log_odds([0, 0], huge)
+        )
+    assert np.all(np.isfinite(value))
+    assert np.all(np.isfinite(tape.gradient(value, huge)))
+
+
+def test_kl_is_zero_only_for_equal_distributions(logits, other_logits):
+    shifted = losses.kl_divergence(logits, logits + 7.0)
+    np.testing.assert_allclose(shifted, np.zeros(BATCH), atol=1e-12)
+    assert np.all(losses.kl_divergence(logits, other_logits) > 0.01)
+
+
+def test_dlr_knows_no_scale(logits):
+    value = losses.dlr(LABELS, logits)
+    np.testing.assert_allclose(losses.dlr(LABELS, 1000 * logits + 5), value, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: losses.dlr([0], [[1.0, 2.0]]), "at least 3 classes here, got 2"),
+        (lambda: losses.margin([0], [[1.0]]), "at least 2 classes here, got 1"),
+        (
+            lambda: losses.cross_entropy([0], [1.0, 2.0]),
+            r"float tensor of shape \(batch, classes\)",
+        ),
+        (lambda: losses.cross_entropy([0], [[1, 2]]), "got int32"),
+        (lambda: losses.one_hot([0.0, 1.0], 3), "must be integers, got float32"),
+        (lambda: losses.one_hot([[0.0, 1.0]], 3), r"one-hot of shape \(batch, 3\)"),
+        (lambda: losses.one_hot([[[1]]], 3), r"got int32 of shape \(1, 1, 1\)"),
+        (lambda: TRADES(beta=-1.0), "beta must be >= 0, got -1.0"),
+        (lambda: MART(beta=float("nan")), "beta must be finite"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+LOSSES = [TRADES(), TRADES(1.5), Madry(), MART(), MART(beta=2)]
+
+
+def test_the_list_of_losses_is_complete():
+    assert set(RobustLoss.__subclasses__()) == {type(loss) for loss in LOSSES}
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_losses_are_frozen_and_survive_json(loss):
+    assert type(loss).from_config(json.loads(json.dumps(loss.get_config()))) == loss
+    assert hash(loss) == hash(type(loss)(**loss.get_config()))
+    with pytest.raises(AttributeError):
+        loss.beta = 3.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "facts"),
+    [
+        (TRADES(), ("kl", "gaussian", True, True)),
+        (Madry(), ("cross_entropy", "uniform", False, False)),
+        (MART(), ("cross_entropy", "gaussian", True, False)),
+    ],
+    ids=repr,
+)
+def test_losses_say_what_their_adversary_does(loss, facts):
+    assert (loss.objective, loss.start, loss.uses_clean, loss.adds_clean_loss) == facts
+
+
+def test_the_base_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        RobustLoss()
+
+
+def test_unknown_batch_and_classes():
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.int32), tf.TensorSpec((None, None))])
+    def everything(labels, logits):
+        return (
+            losses.cross_entropy(labels, logits)
+            + losses.margin(labels, logits)
+            + losses.dlr(labels, logits)
+            + losses.log_odds(labels, logits)
+            + MART().robust(labels, logits, logits)
+        )
+
+    logits = tf.constant([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    labels = tf.constant([0, 1])
+    assert np.allclose(everything(labels, logits), everything.python_function(labels, logits))
+
+
+@pytest.mark.parametrize("module", [terms, robust])
+def test_examples(module):
+    outcome = doctest.testmod(module)
+    assert outcome.attempted and not outcome.failed

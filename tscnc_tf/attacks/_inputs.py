@@ -1,0 +1,103 @@
+"""What is checked of an attack's inputs before anything runs; values, so eager tensors only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks
+
+
+def examples(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
+    """Return x as a float tensor that is not empty and lies inside the bounds.
+
+    Raises:
+        ValueError: it is not, or does not.
+    """
+    x = tf.convert_to_tensor(x)
+    if not x.dtype.is_floating:
+        raise ValueError(
+            f"x must be of a float dtype, got {x.dtype.name}: for 8-bit images pass "
+            "tf.cast(x, tf.float32) / 255, or keep the scale and set bounds=(0, 255)."
+        )
+    if x.shape.num_elements() == 0:
+        raise ValueError(f"x must not be empty, got shape {x.shape}.")
+    wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+    if not bool(tf.reduce_all(tf.math.is_finite(wide))):
+        raise ValueError("x must be finite, got NaN or infinity in it: clean the data first.")
+    low, high = bounds
+    smallest, largest = float(tf.reduce_min(wide)), float(tf.reduce_max(wide))
+    # Relative to the scale: a bound such as 2.64 is not a float32.
+    slack = 1e-6 * max(1.0, abs(low), abs(high))
+    if smallest < low - slack or largest > high + slack:
+        raise ValueError(
+            f"x must lie inside bounds={bounds}, got values from {smallest:g} to {largest:g}: "
+            "scale x, or pass the attack bounds=(low, high)."
+        )
+    return x
+
+
+def labels(y: Any, batch: int) -> tf.Tensor:
+    """Return labels as int32 of shape `(batch,)`, or as float rows of shape `(batch, classes)`.
+
+    Raises:
+        ValueError: y is neither, or of another length than x.
+    """
+    y = tf.convert_to_tensor(y)
+    if y.shape.rank not in (1, 2):
+        raise ValueError(
+            "y must be integers of shape (batch,) or (batch, 1), or one-hot of shape (batch, "
+            f"classes), got shape {y.shape}."
+        )
+    if y.shape[0] != batch:
+        raise ValueError(f"y must have one label per example of x, {batch}, got {y.shape[0]}.")
+    if y.shape.rank == 2 and y.shape[1] > 1:
+        rows = y if y.dtype == tf.float64 else tf.cast(y, tf.float32)
+        sums = tf.reduce_sum(rows, axis=-1)
+        if float(tf.reduce_min(rows)) < 0 or not bool(tf.reduce_all(tf.abs(sums - 1) < 1e-3)):
+            raise ValueError(
+                f"y of shape {y.shape} must be one-hot or soft labels: rows that are >= 0 and sum "
+                "to 1. Class indices have the shape (batch,)."
+            )
+        return rows
+    if not y.dtype.is_integer:
+        raise ValueError(
+            f"y of shape {y.shape} must be integers, got {y.dtype.name}: cast class indices to "
+            "int32, or pass one-hot labels."
+        )
+    return tf.cast(tf.reshape(y, (-1,)), tf.int32)
+
+
+def check_range(y: tf.Tensor | None, classes: int | None) -> None:
+    """Raise a ValueError unless class indices (or rows, which pass) belong to so many classes."""
+    if y is None or classes is None or y.shape.rank != 1:
+        return
+    smallest, largest = int(tf.reduce_min(y)), int(tf.reduce_max(y))
+    if smallest < 0 or largest >= classes:
+        raise ValueError(
+            f"y must be in 0 ... {classes - 1}, for the model has {classes} outputs, got labels "
+            f"from {smallest} to {largest}."
+        )
+
+
+def seed_pair(seed: Any) -> tf.Tensor:
+    """Return a seed, an integer or a pair of them (or a tensor of either), as two int32."""
+    wrong = f"seed must be an integer or a pair of integers, got {seed!r}."
+    if tf.is_tensor(seed):
+        if seed.shape.as_list() not in ([], [2]) or not seed.dtype.is_integer:
+            raise ValueError(wrong)
+        seed = tf.cast(seed, tf.int32)
+        return tf.stack([0, seed]) if seed.shape.rank == 0 else seed
+    parts = (seed,) if np.ndim(seed) == 0 else tuple(seed)
+    if len(parts) not in (1, 2):
+        raise ValueError(wrong)
+    parts = [_checks.integer("seed", part, minimum=-(2**63)) for part in parts]
+    high, low = (parts[0] >> 32, parts[0]) if len(parts) == 1 else parts
+    return tf.constant([_int32(high), _int32(low)], dtype=tf.int32)
+
+
+def _int32(value: int) -> int:
+    """Return the lower 32 bits of an integer, read with their sign."""
+    return (value + 2**31) % 2**32 - 2**31

@@ -1,0 +1,189 @@
+"""The manifest: an export's report as a JSON file in its folder, sealed, and checked on loading.
+
+The digests find damage: a broken download, a file of another export, a figure edited by hand. They
+are no signature: whoever means to deceive can compute them, too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+import tarfile
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _files
+from tscnc_tf.export.report import ExportedVariable, ExportReport
+
+NAME = "tscnc_manifest.json"
+FORMAT = 1
+
+
+def write(folder: pathlib.Path, report: ExportReport) -> None:
+    """Write the manifest into the folder of a SavedModel. It doesn't say where the folder is."""
+    content = {"format": FORMAT, **report.to_dict()}
+    del content["path"]
+    content["sha256"] = seal(content)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    _files.write_text(folder / NAME, text + "\n")
+
+
+def read(folder: pathlib.Path) -> ExportReport:
+    """Return what the manifest in `folder` says, after checking its seal and the files it lists.
+
+    Raises:
+        ValueError: there is no manifest, it can't be read, was changed, or files differ from it.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {NAME}: it was not written by export_saved_model. "
+            "A SavedModel of another origin is loaded by tf.saved_model.load."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, it is not JSON: {error}. Export again.") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError(f"{file} is damaged, it is not a manifest. Export again.")
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{file} has format {content['format']!r}, and this version of tscnc_tf reads format "
+            f"{FORMAT}: load it with the version that wrote it, or export again."
+        )
+    if content.pop("sha256", None) != seal(content):
+        raise ValueError(
+            f"{file} was changed after the export: its sha256 does not match its content. "
+            "Export again."
+        )
+    report = ExportReport.from_dict({**content, "path": str(folder)})
+    _check_files(folder, report)
+    return report
+
+
+def seal(content: dict[str, Any]) -> str:
+    """Return the digest of a manifest's content, which is not to hold "sha256" itself."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_facts(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 digest of every file below `folder`, by its path, in order."""
+    return {name: _facts(folder / name) for name in _names(folder)}
+
+
+def gzip_size(folder: pathlib.Path) -> int:
+    """Return the size in bytes of `folder` as a .tar.gz that holds names and contents only."""
+    counter = _Counter()
+    with (
+        gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=counter, mtime=0) as packed,
+        tarfile.open(mode="w", fileobj=packed) as archive,
+    ):
+        for name in _names(folder):
+            member = tarfile.TarInfo(name)  # time, owner and mode at their defaults
+            member.size = (folder / name).stat().st_size
+            with (folder / name).open("rb") as stream:
+                archive.addfile(member, stream)
+    return counter.count
+
+
+def variables(loaded: Any) -> list[tf.Variable]:
+    """Return the variables of a loaded SavedModel, in the order of the model's own."""
+    return [variable for variable in loaded.variables if isinstance(variable, tf.Variable)]
+
+
+def values(variable: Any) -> np.ndarray:
+    """Return a variable's values; of one that is mirrored over devices, those of the first."""
+    return tf.convert_to_tensor(variable).numpy()
+
+
+def is_finite(variable: Any) -> bool:
+    """Tell whether a variable holds neither NaN nor infinity; one that is no float holds none."""
+    return not tf.as_dtype(variable.dtype).is_floating or bool(np.isfinite(values(variable)).all())
+
+
+def variable_facts(loaded: Any) -> tuple[ExportedVariable, ...]:
+    """Return what is to be recorded of the variables of a loaded SavedModel."""
+    return tuple(
+        ExportedVariable(
+            name=variable.name,
+            shape=tuple(variable.shape),
+            dtype=variable.dtype.name,
+            zeros=int(np.count_nonzero(values(variable) == 0)),
+        )
+        for variable in variables(loaded)
+    )
+
+
+def check_variables(report: ExportReport, loaded: Any) -> None:
+    """Check the variables of a loaded SavedModel: finite, and what the manifest says of them.
+
+    Raises:
+        ValueError: names every variable that differs.
+    """
+    found, recorded = variable_facts(loaded), report.variables
+    faults = [
+        f"{variable.name} holds NaN or infinity"
+        for variable in variables(loaded)
+        if not is_finite(variable)
+    ]
+    if len(found) != len(recorded):
+        faults.append(f"there are {len(found)} variables, recorded are {len(recorded)}")
+    for is_now, was in zip(found, recorded, strict=False):
+        faults += [
+            f"{was.name} has {field} {getattr(is_now, field)}, recorded as {getattr(was, field)}"
+            for field in ("name", "shape", "dtype", "zeros")
+            if getattr(is_now, field) != getattr(was, field)
+        ]
+    if faults:
+        raise ValueError(
+            f"The variables in {report.path} differ from its manifest: {'; '.join(faults)}. "
+            "Export again."
+        )
+
+
+def _check_files(folder: pathlib.Path, report: ExportReport) -> None:
+    faults = []
+    for name, facts in report.files.items():
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+            continue
+        found = _facts(folder / name)
+        if found["bytes"] != facts["bytes"]:
+            faults.append(f"{name} has {found['bytes']} bytes, recorded as {facts['bytes']}")
+        elif found != facts:
+            faults.append(f"{name} has another content (its sha256 differs)")
+    if faults:
+        raise ValueError(
+            f"The files in {folder} differ from its manifest: {'; '.join(faults)}. "
+            "Copy the folder again, or export again."
+        )
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _facts(file: pathlib.Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+class _Counter(io.RawIOBase):
+    """A file that only counts what is written to it."""
+
+    count = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.count += len(data)
+        return len(data)

@@ -1,0 +1,139 @@
+"""What is made sure of before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _keras, _tables, inspection, pruning, training
+from tscnc_tf._keras import layers, wrappers
+from tscnc_tf.export import manifest
+
+
+def require_exportable(model: Any) -> types.ModuleType:
+    """Return the Keras of a model that can be exported; raise for all others."""
+    if tf.distribute.has_strategy():
+        raise RuntimeError(
+            "export_saved_model must be called outside of strategy.scope(): what it loads to check "
+            "it would be spread over devices. The model may have been made inside."
+        )
+    library = _keras.library("model", model)
+    if isinstance(model, training.AdversarialTraining):
+        raise TypeError(
+            f"model must be the network itself, got the trainer {model.name!r} around it: "
+            "export trainer.model."
+        )
+    _keras.require_built("model", model)
+    inside = [layer.name for layer in wrappers.wrapped_layers(model)]
+    if inside and not _keras.is_graph_model(model):
+        raise ValueError(
+            f"model {model.name!r} is a subclassed model ({type(model).__name__}), so its pruning "
+            f"wrappers {inside} can't be taken out. Build it as a Sequential or functional model, "
+            "or put each wrapper's `.layer` in the wrapper's place yourself."
+        )
+    return library
+
+
+def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the scope in which the model's variables can be read and assigned.
+
+    That matters for a tf_keras model that was made under a distribution strategy.
+    """
+    if isinstance(model, _keras.tf_keras.Model):
+        return model.distribute_strategy.scope()
+    return contextlib.nullcontext()
+
+
+def variables(model: Any) -> list[Any]:
+    """Return a model's variables; tf_keras lists the vocabularies of text layers among them."""
+    kinds = (tf.Variable, _keras.keras.Variable)
+    return [variable for variable in model.variables if isinstance(variable, kinds)]
+
+
+def require_finite(model: Any) -> None:
+    """Raise a ValueError that names the variables unless all weights are finite."""
+    bad = [_name(v) for v in variables(model) if not manifest.is_finite(v)]
+    if bad:
+        raise ValueError(
+            f"model {model.name!r} has weights that are NaN or infinite, in {', '.join(bad)}. "
+            "Go back to a checkpoint from before the training diverged."
+        )
+
+
+def strip(model: Any) -> Any:
+    """Return the model with its masks applied and without wrappers, after looking whether it is so.
+
+    Raises:
+        ValueError: a weight under a mask is not zero, or a wrapper could not be taken out.
+    """
+    wrappers.apply_masks(model)
+    pairs = list(wrappers.pruned_variables(model))
+    for weight, mask in pairs:
+        alive = np.count_nonzero((manifest.values(mask) == 0) & (manifest.values(weight) != 0))
+        if alive:
+            raise ValueError(f"{_name(weight)} has {alive} weights that its mask does not zero.")
+    prunable = [kernel.variable for kernel in layers.kernels(model)]
+    prunable += [weight for weight, _ in pairs]
+    for variable in {id(variable): variable for variable in prunable}.values():
+        _make_zeros_positive(variable)
+
+    stripped = pruning.strip(model) if pairs else model
+    left = [layer.name for layer in wrappers.wrapped_layers(stripped)]
+    theirs = wrapper_variables(model)
+    left += [_name(variable) for variable in variables(stripped) if id(variable) in theirs]
+    if left:
+        raise ValueError(
+            f"model {model.name!r} still has pruning wrappers after stripping: {', '.join(left)}. "
+            "They are inside a layer whose parts can't be exchanged from outside: put each "
+            "wrapper's `.layer` in the wrapper's place yourself."
+        )
+    return stripped
+
+
+def wrapper_variables(model: Any) -> dict[int, str]:
+    """Return the names of masks, thresholds and step counters, by the variables' ids."""
+    names: dict[int, str] = {}
+    for wrapper in wrappers.wrapped_layers(model):
+        inner = {id(variable) for variable in wrapper.layer.weights}
+        names |= {id(v): _name(v) for v in wrapper.weights if id(v) not in inner}
+    return names
+
+
+def require_sparsity(weights: inspection.SparsityReport, expected: float) -> None:
+    """Raise unless each weight has the zeros that tfmot would make, in tfmot's own arithmetic."""
+    keep = np.float32(1) - np.float32(expected)
+    short = []
+    for row in weights.prunable:
+        wanted = row.weights - max(int(np.round(np.float32(row.weights) * keep)), 1)
+        if row.zeros < wanted:
+            short.append(
+                f"{row.name} has {row.zeros:,} zeros of {row.weights:,} "
+                f"({_tables.percent(row.sparsity)}), {wanted:,} are needed"
+            )
+    if short:
+        raise ValueError(
+            f"expected_sparsity={expected:g} is not reached: {'; '.join(short)}. Train on to the "
+            "end of the pruning schedule, or expect less."
+        )
+
+
+def _make_zeros_positive(variable: Any) -> None:
+    """Turn -0.0, which a mask makes of a negative weight, into 0.0.
+
+    Both count the same, but a mixture of the two does not compress: at 90 % zeros, a gzipped kernel
+    is a third larger with it.
+    """
+    values = manifest.values(variable).copy()
+    negative = np.signbit(values) & (values == 0)
+    if negative.any():
+        values[negative] = 0
+        variable.assign(values)
+
+
+def _name(variable: Any) -> str:
+    """Return what a variable is called: Keras 3 has the full name in `path`."""
+    return getattr(variable, "path", variable.name)

@@ -1,0 +1,200 @@
+"""From a trained model to a checked SavedModel."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _files, _keras, inspection
+from tscnc_tf.export import manifest, probes, readiness
+from tscnc_tf.export.report import ExportedTensor, ExportReport
+
+__all__ = ["export_saved_model"]
+
+
+def export_saved_model(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    expected_sparsity: float | None = None,
+    probe: Any = None,
+) -> ExportReport:
+    """Write a model as a SavedModel that serves without us, checked before and after.
+
+    The pruning masks are applied to the model's weights and the pruning wrappers left out. Before
+    anything is written, it is checked that no variable of a wrapper is left, that every weight
+    under a mask is exactly zero, that all weights are finite, that there are as many zeros as
+    expected, and that the logits are still the same. The SavedModel is written into a hidden
+    folder beside `path`, loaded from there, compared with the model (all variables bit by bit, and
+    the logits), and given a manifest, `tscnc_manifest.json`. Only then it is renamed to `path`. So
+    there is a whole, checked export at `path`, or nothing, also if the process is killed (the
+    hidden folder, `.<name>.<8 hex digits>`, stays behind then, and may be removed).
+
+    The SavedModel has the endpoint `serve` and the signatures `serve` and `serving_default`, all in
+    inference mode: `tf.saved_model.load` and TF-Serving need neither Keras, tfmot nor this package.
+
+    Args:
+        model: a built tf_keras model, with pruning wrappers or without, or a built Keras 3 model
+            (which has none). Of an `AdversarialTraining`, pass its `.model`. The model stays as it
+            is, but for its masks being applied; zeros of negative sign become positive, since the
+            two mixed don't compress.
+        path: the folder to make. Nothing is overwritten.
+        expected_sparsity: the fraction of zeros, in [0, 1), that every pruned weight must reach, or
+            every kernel if the model has no masks. Counted as tfmot prunes: of n weights it keeps
+            max(round(n·(1 - s)), 1). None asks for nothing.
+        probe: a batch of inputs to compare logits on, shape (examples, ...), in the structure that
+            the model takes (array, list or dict). None draws 8 examples from U[0, 1), seeded. A
+            subclassed model needs one: the signature takes its shape, with any number of examples.
+
+    Returns:
+        An `ExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        TypeError: `model` is no Keras model, or an argument is of a wrong type.
+        ValueError: the model is not built or has no kernels, its wrappers can't be stripped (they
+            are inside a subclassed model or layer), an argument is out of range, or a check fails:
+            the error names weights and figures. Nothing is written then.
+        RuntimeError: it is called inside the scope of a distribution strategy.
+
+    Example:
+        >>> import os, tempfile, tf_keras
+        >>> from tscnc_tf import export
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,), name="last")])
+        >>> folder = os.path.join(tempfile.mkdtemp(), "tiny")
+        >>> report = export.export_saved_model(model, folder)
+        >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
+        [('last', (4, 3), 0)]
+    """
+    if expected_sparsity is not None:
+        expected_sparsity = _checks.sparsity("expected_sparsity", expected_sparsity)
+    goal = _files.free_path("path", path)
+    library = readiness.require_exportable(model)
+    specs, batch = probes.prepare(model, probe)
+    with readiness.scope(model):
+        readiness.require_finite(model)
+        stripped = readiness.strip(model)
+        weights = inspection.sparsity(model)
+        if expected_sparsity is not None:
+            readiness.require_sparsity(weights, expected_sparsity)
+        logits = probes.logits(lambda x: stripped(x, training=False), batch)
+        allowed = probes.tolerance(stripped, logits)
+        if stripped is not model:
+            before = probes.logits(lambda x: model(x, training=False), batch)
+            _require_same("the model with its pruning wrappers", before, logits, allowed)
+
+    with _files.new_directory("path", goal) as draft:
+        with readiness.scope(model):
+            _write(library, stripped, specs, draft)
+        loaded = tf.saved_model.load(str(draft))
+        _require_same_variables(model, stripped, loaded)
+        served = probes.logits(loaded.serve, batch)
+        apart = _require_same("the SavedModel, loaded again,", served, logits, allowed)
+        files = manifest.file_facts(draft)
+        signature = loaded.signatures["serving_default"]
+        report = ExportReport(
+            path=str(goal),
+            weights=weights,
+            variables=manifest.variable_facts(loaded),
+            expected_sparsity=expected_sparsity,
+            inputs=_tensors(signature.structured_input_signature[1]),
+            outputs=_tensors(signature.structured_outputs),
+            max_logit_difference=apart,
+            logit_tolerance=allowed,
+            probe_examples=int(tf.nest.flatten(batch)[0].shape[0]),
+            saved_model_bytes=sum(facts["bytes"] for facts in files.values()),
+            gzip_bytes=manifest.gzip_size(draft),
+            files=files,
+            versions=_versions(library),
+        )
+        manifest.write(draft, report)
+    return report
+
+
+def _require_same(
+    what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
+) -> float:
+    apart = probes.difference(left, right)
+    if apart > allowed:
+        raise ValueError(
+            f"On the probe batch, the logits of {what} differ from those of the stripped model by "
+            f"up to {apart:.3g}, and {allowed:.3g} is allowed. A layer that is random in inference "
+            "mode, keeps a state between calls, or reads Python variables would do this."
+        )
+    return apart
+
+
+def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:
+    """Raise unless a loaded SavedModel has the variables of the stripped model, bit by bit."""
+    theirs = set(readiness.wrapper_variables(model).values())
+    reachable = tf.train.TrackableView(loaded).descendants()
+    faults = [v.name for v in reachable if isinstance(v, tf.Variable) and v.name in theirs]
+    originals, restored = readiness.variables(stripped), manifest.variables(loaded)
+    if len(restored) != len(originals):
+        faults.append(f"{len(restored)} instead of {len(originals)} variables")
+    for before, after in zip(originals, restored, strict=False):
+        if not np.array_equal(manifest.values(before), manifest.values(after)):
+            faults.append(after.name)
+    if faults:
+        raise ValueError(
+            f"The SavedModel, loaded again, differs from the model in {', '.join(faults)}."
+        )
+
+
+def _write(library: types.ModuleType, model: Any, specs: Any, folder: pathlib.Path) -> None:
+    """Write what `model.export` writes, but in inference mode whatever the model's default is."""
+
+    def serve(inputs: Any) -> Any:
+        return model(inputs, training=False)
+
+    archive = library.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", serve, [specs])
+    if library is _keras.keras:
+        archive.write_out(str(folder), verbose=False)
+    else:
+        with _silent_tf_keras():
+            archive.write_out(str(folder))
+
+
+@contextlib.contextmanager
+def _silent_tf_keras() -> Iterator[None]:
+    """Keep tf_keras from printing, in this thread, as far as it has a switch for that."""
+    utils = _keras.tf_keras.utils
+    was_enabled = utils.is_interactive_logging_enabled()
+    utils.disable_interactive_logging()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            utils.enable_interactive_logging()
+
+
+def _tensors(signature: dict[str, Any]) -> tuple[ExportedTensor, ...]:
+    return tuple(
+        ExportedTensor(name, tuple(spec.shape.as_list()), spec.dtype.name)
+        for name, spec in sorted(signature.items())
+    )
+
+
+def _versions(library: types.ModuleType) -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("tscnc_tf")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"
+    return {
+        "tscnc_tf": own,
+        "tensorflow": tf.__version__,
+        library.__name__: library.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

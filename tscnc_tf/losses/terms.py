@@ -1,0 +1,206 @@
+"""Losses per example, as pure functions of labels and logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+
+def one_hot(labels: Any, num_classes: int | tf.Tensor) -> tf.Tensor:
+    """Return labels of any form as one row per example, `(batch, num_classes)`.
+
+    Args:
+        labels: integers of shape `(batch,)` or `(batch, 1)`; or one-hot or soft labels of shape
+            `(batch, num_classes)` and any dtype.
+        num_classes: the number of classes.
+
+    Returns:
+        A tensor of shape `(batch, num_classes)`, float32 (float64 for float64 labels).
+
+    Raises:
+        ValueError: the labels have neither of these forms.
+
+    Example:
+        >>> one_hot([2, 0], 3).numpy().tolist()
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    labels = tf.convert_to_tensor(labels)
+    rank = labels.shape.rank
+    is_column = rank == 2 and labels.shape[1] == 1
+    if rank == 1 or is_column:
+        if not labels.dtype.is_integer:
+            raise ValueError(
+                f"labels of shape {labels.shape} must be integers, got {labels.dtype.name}: cast "
+                "class indices to int32, or pass one-hot labels of shape (batch, classes)."
+            )
+        return tf.one_hot(tf.reshape(labels, (-1,)), num_classes, dtype=tf.float32)
+    if rank == 2 and _agree(labels.shape[1], num_classes):
+        return tf.cast(labels, tf.float64 if labels.dtype == tf.float64 else tf.float32)
+    raise ValueError(
+        "labels must be integers of shape (batch,) or (batch, 1), or one-hot of shape (batch, "
+        f"{_static(num_classes)}), got {labels.dtype.name} of shape {labels.shape}."
+    )
+
+
+def cross_entropy(labels: Any, logits: Any) -> tf.Tensor:
+    r"""Return the cross-entropy per example, :math:`-\sum_k y_k \log \mathrm{softmax}(z)_k`.
+
+    Args:
+        labels: see `tscnc_tf.losses`.
+        logits: `(batch, classes)`, any float dtype.
+
+    Raises:
+        ValueError: logits are not a float tensor of rank 2, or labels don't fit them.
+
+    Example:
+        >>> round(float(cross_entropy([0], [[0.0, 0.0]])[0]), 4)
+        0.6931
+    """
+    logits = lifted(logits)
+    return tf.nn.softmax_cross_entropy_with_logits(_rows(labels, logits), logits)
+
+
+def kl_divergence(reference_logits: Any, logits: Any) -> tf.Tensor:
+    r"""Return :math:`\mathrm{KL}(p \| q) = \sum_k p_k (\log p_k - \log q_k)` per example.
+
+    p and q are the softmax of `reference_logits` and of `logits`. Both logarithms come from
+    log-softmax, so the value stays finite where probabilities underflow.
+
+    Args:
+        reference_logits: `(batch, classes)`, any float dtype; the gradient flows into it as well.
+        logits: `(batch, classes)`, any float dtype.
+
+    Raises:
+        ValueError: either is not a float tensor of rank 2.
+
+    Example:
+        >>> float(kl_divergence([[1.0, 2.0]], [[3.0, 4.0]])[0])
+        0.0
+    """
+    logits = lifted(logits)
+    log_p = tf.nn.log_softmax(tf.cast(lifted(reference_logits), logits.dtype))
+    log_q = tf.nn.log_softmax(logits)
+    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def log_odds(labels: Any, logits: Any) -> tf.Tensor:
+    r"""Return the log-odds of not being `y`, :math:`\log\sum_{k\ne y} e^{z_k} - z_y`, per example.
+
+    With :math:`p = \mathrm{softmax}(z)` it is :math:`\log((1 - p_y)/p_y)`, so that cross-entropy is
+    `softplus(log_odds)`: both rank all inputs alike and their gradients point the same way. But the
+    gradient of cross-entropy carries the factor :math:`1 - p_y`, which rounds to 0 on an example
+    that the network is sure of, where this one never vanishes.
+
+    Args:
+        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        logits: `(batch, classes)`, any float dtype, at least two classes.
+
+    Raises:
+        ValueError: logits are not a float tensor of rank 2, or labels don't fit them.
+
+    Example:
+        >>> float(log_odds([0], [[3.0, 1.0]])[0])
+        -2.0
+    """
+    true, others = _split(labels, lifted(logits, classes=2))
+    return tf.reduce_logsumexp(others, axis=-1) - true
+
+
+def margin(labels: Any, logits: Any) -> tf.Tensor:
+    r"""Return how far the best wrong class leads, :math:`\max_{k\ne y} z_k - z_y`, per example.
+
+    It is negative where the example is classified correctly.
+
+    Args:
+        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        logits: `(batch, classes)`, any float dtype, at least two classes.
+
+    Raises:
+        ValueError: logits are not a float tensor of rank 2, or labels don't fit them.
+
+    Example:
+        >>> float(margin([0], [[3.0, 1.0, 2.0]])[0])
+        -1.0
+
+    Reference:
+        Carlini & Wagner 2017, arXiv 1608.04644, objective f6 without its cut-off.
+    """
+    true, others = _split(labels, lifted(logits, classes=2))
+    return tf.reduce_max(others, axis=-1) - true
+
+
+def dlr(labels: Any, logits: Any) -> tf.Tensor:
+    r"""Return the difference of logits ratio per example.
+
+    .. math:: \mathrm{DLR}(y, z) = -\frac{z_y - \max_{k\ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
+
+    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits. Unlike cross-entropy and
+    margin it does not change when all logits are shifted or scaled; it lies in [-1, 1] for an
+    example that is classified correctly.
+
+    Args:
+        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        logits: `(batch, classes)`, any float dtype, at least three classes.
+
+    Raises:
+        ValueError: there are fewer than three classes, logits are not a float tensor of rank 2, or
+            labels don't fit them.
+
+    Example:
+        >>> float(dlr([0], [[3.0, 1.0, 2.0]])[0])
+        -0.5
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690, section 4.
+    """
+    logits = lifted(logits, classes=3)
+    largest = tf.math.top_k(logits, k=3).values
+    # The same small number as in the authors' code; it acts only where three logits are equal.
+    return margin(labels, logits) / (largest[:, 0] - largest[:, 2] + 1e-12)
+
+
+def lifted(logits: Any, classes: int = 1) -> tf.Tensor:
+    """Return logits in float32 at least, having checked their form."""
+    logits = tf.convert_to_tensor(logits)
+    if not logits.dtype.is_floating or logits.shape.rank != 2:
+        raise ValueError(
+            "logits must be a float tensor of shape (batch, classes), got "
+            f"{logits.dtype.name} of shape {logits.shape}."
+        )
+    if logits.shape[1] is not None and logits.shape[1] < classes:
+        raise ValueError(
+            f"logits must have at least {classes} classes here, got {logits.shape[1]}: dlr needs "
+            "3, the others 2 (a network for two classes has two outputs)."
+        )
+    return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
+
+
+def _rows(labels: Any, logits: tf.Tensor) -> tf.Tensor:
+    classes = logits.shape[1]
+    classes = tf.shape(logits)[1] if classes is None else classes
+    return tf.cast(one_hot(labels, classes), logits.dtype)
+
+
+def is_true_class(labels: Any, logits: tf.Tensor) -> tf.Tensor:
+    """Return a mask of the shape of `logits` with True at each example's class."""
+    rows = _rows(labels, logits)
+    positions = tf.range(tf.shape(rows)[1], dtype=tf.int64)
+    return positions == tf.argmax(rows, axis=-1)[:, tf.newaxis]
+
+
+def _split(labels: Any, logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the true class's logit `(batch,)`, and the logits with that one out of the running."""
+    is_true = is_true_class(labels, logits)
+    true = tf.reduce_sum(tf.where(is_true, logits, 0.0), axis=-1)
+    return true, tf.where(is_true, logits.dtype.min, logits)
+
+
+def _agree(size: int | None, other: Any) -> bool:
+    """Tell whether two sizes may be equal, as far as is known before the graph runs."""
+    other = _static(other)
+    return size is None or other is None or size == other
+
+
+def _static(size: Any) -> int | None:
+    return None if tf.is_tensor(size) else int(size)
