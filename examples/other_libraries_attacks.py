@@ -1,0 +1,98 @@
+"""Judge a network by attacks of other libraries: CleverHans and ART.
+
+ART is the Adversarial Robustness Toolbox.
+Any callable `(model, x, y) -> x_adv` is an attack. Wrapped in `attacks.Custom`, which declares its
+ball, it is also checked that it stays inside.
+
+    pip install adversarial-robustness-toolbox
+    python examples/other_libraries_attacks.py [--epochs 20] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import tf_keras
+from art.attacks.evasion import AutoProjectedGradientDescent
+from art.estimators.classification import TensorFlowV2Classifier
+from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import tscnc_tf as tscnc
+
+EPSILON = 0.1
+
+
+def cleverhans_pgd(model, x, y):
+    """PGD as CleverHans runs it, eagerly."""
+    return projected_gradient_descent(
+        model,
+        x,
+        EPSILON,
+        EPSILON / 4,
+        20,
+        np.inf,
+        clip_min=0.0,
+        clip_max=1.0,
+        y=y,
+        rand_init=False,
+        sanity_checks=False,
+    )
+
+
+def art_apgd(model, x, y):
+    """Auto-PGD as ART runs it, on NumPy arrays."""
+    classifier = TensorFlowV2Classifier(
+        model=model,
+        nb_classes=10,
+        input_shape=x.shape[1:],
+        clip_values=(0.0, 1.0),
+        loss_object=tf_keras.losses.CategoricalCrossentropy(from_logits=True),
+    )
+    attack = AutoProjectedGradientDescent(
+        classifier, eps=EPSILON, eps_step=EPSILON / 4, max_iter=20, nb_random_init=1, verbose=False
+    )
+    return attack.generate(np.asarray(x), np.asarray(y))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps only, to see that it runs"
+    )
+    args = parser.parse_args()
+
+    tf_keras.utils.set_random_seed(args.seed)
+    data = load_digits()
+    x, x_test, y, y_test = train_test_split(
+        (data.images / 16).astype("float32"), data.target, test_size=0.2, random_state=args.seed
+    )
+    if args.smoke:
+        args.epochs, x_test, y_test = 2, x_test[:32], y_test[:32]
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Flatten(input_shape=(8, 8)),
+            tf_keras.layers.Dense(128, activation="relu"),
+            tf_keras.layers.Dense(10),
+        ]
+    )
+    attack = tscnc.attacks.PGD(epsilon=EPSILON, steps=7)
+    trainer = tscnc.AdversarialTraining(model, attack=attack, loss=tscnc.losses.TRADES(beta=3.0))
+    trainer.compile(tf_keras.optimizers.Adam(1e-3))
+    trainer.fit(x, y, batch_size=64, epochs=args.epochs, verbose=0)
+
+    custom = tscnc.attacks.Custom
+    judges = [
+        attack,
+        custom(function=cleverhans_pgd, epsilon=EPSILON, name="CleverHans PGD-20"),
+        custom(function=art_apgd, epsilon=EPSILON, name="ART Auto-PGD"),
+    ]
+    print(tscnc.evaluate_robustness(model, x_test, y_test, attacks=judges, seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Every example runs, as its docstring says, on a few steps."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+SHOWS = {
+    "quickstart": ["99% TSCNC", "singular_values.png", "one training run a row"],
+    "custom_training_loop": ["epoch 2:", "Pruning", "robust"],
+    "pretrained_model": ["bit for bit: True", "Conv_1", "PGD-2 linf 8/255"],
+    "other_libraries_attacks": ["CleverHans PGD-20", "ART Auto-PGD"],
+}
+
+
+def test_every_example_is_listed():
+    assert {path.stem for path in EXAMPLES} == set(SHOWS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_example_runs(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, path, "--smoke"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "COLUMNS": "160"},
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for words in SHOWS[path.stem]:
+        assert words in done.stdout
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == ({"outputs"} if path.stem == "quickstart" else set())
