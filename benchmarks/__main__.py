@@ -10,7 +10,7 @@ import pathlib
 # Before TensorFlow is imported: its start-up messages are not what is wanted here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from benchmarks import networks, record  # noqa: E402
+from benchmarks import networks, record
 
 BENCHMARKS = ("step", "rivals", "condition", "stablehlo")
 

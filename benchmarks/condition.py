@@ -23,10 +23,10 @@ def run(options: record.Options) -> None:
     batch_size = options.pick("batch_size", BATCH_SIZE, 8)
     sample = min(16, batch_size)
     rounds = options.pick("rounds", 5, 2)
-    results = {name: _measure(name, batch_size, sample, rounds) for name in chosen}
+    results = {name: _measure(name, batch_size, sample, options.steps, rounds) for name in chosen}
 
     smallest = min(results, key=lambda name: results[name]["step_seconds"])
-    checked = _true_step(smallest, batch_size, rounds=min(2, rounds))
+    checked = _true_step(smallest, batch_size, options.steps)
     check = {
         "network": smallest,
         "times": checked,
@@ -68,7 +68,7 @@ def run(options: record.Options) -> None:
         "term: value and gradient of ConditionNumber(1e-2), summed over all kernels, in a "
         "tf.function. XLA: the same with jit_compile=True, over the plain one's time; its share is "
         "of the plain step.",
-        f"step: TRADES, PGD-{parts.STEPS}, batch {batch_size}, without the term; from its parts, "
+        f"step: TRADES, PGD-{options.steps}, batch {batch_size}, without the term; from its parts, "
         f"measured at batch {sample} in the same rounds and scaled linearly.",
         f"Check: {smallest} scaled over one true step at batch {batch_size} "
         f"({checked.wall.median:,.1f} s): {check['scaled_over_true']:.3f}",
@@ -77,10 +77,10 @@ def run(options: record.Options) -> None:
     record.show(title, columns, rows, notes, path)
 
 
-def _measure(network: str, batch_size: int, sample: int, rounds: int) -> dict[str, Any]:
+def _measure(network: str, batch_size: int, sample: int, steps: int, rounds: int) -> dict[str, Any]:
     kernels = [kernel.variable for kernel in layers.kernels(networks.build(network))]
     term, compiled = _term(kernels, jit_compile=False), _term(kernels, jit_compile=True)
-    floor = parts.Floor(network, sample)
+    floor = parts.Floor(network, sample, steps)
     functions: dict[str, Any] = {"term": term, "term, XLA": compiled}
     functions |= {piece: functools.partial(floor.run, piece, 1) for piece in floor.pieces}
     times = measure.interleaved(functions, rounds)
@@ -113,9 +113,10 @@ def _term(kernels: list[Any], *, jit_compile: bool) -> Any:
     return value_and_gradients
 
 
-def _true_step(network: str, batch_size: int, rounds: int) -> measure.Timing:
-    """Time whole steps without any penalty, to hold the scaled figure against."""
+def _true_step(network: str, batch_size: int, steps: int) -> measure.Timing:
+    """Time one whole step without any penalty, to hold the scaled figure against."""
     model = parts.pruned_model(network, regularized=False)
-    step = parts.step(parts.trainer(model))
+    step = parts.step(parts.trainer(model, steps))
+    step(*parts.batch(model, 1))  # traces; a whole step to warm up would take another minute
     function = functools.partial(step, *parts.batch(model, batch_size))
-    return measure.interleaved({"step": function}, rounds)["step"]
+    return measure.interleaved({"step": function}, rounds=1, warm_up=0)["step"]

@@ -14,7 +14,6 @@ from tscnc_tf._keras import wrappers
 
 EPSILON = "8/255"
 STEP_SIZE = 0.0069
-STEPS = 10
 LOSSES = {"TRADES": tscnc.losses.TRADES(6.0), "Madry": tscnc.losses.Madry()}
 
 
@@ -55,9 +54,9 @@ def pruned_model(network: str, *, regularized: bool = True, pruned: bool = True)
     return model
 
 
-def trainer(model: Any, loss: str = "TRADES") -> Any:
-    """Return a compiled trainer: PGD-10 in the ball that the literature on CIFAR-10 uses."""
-    attack = tscnc.attacks.PGD(epsilon=EPSILON, step_size=STEP_SIZE, steps=STEPS)
+def trainer(model: Any, steps: int, loss: str = "TRADES") -> Any:
+    """Return a compiled trainer: PGD in the ball that the literature on CIFAR-10 uses."""
+    attack = tscnc.attacks.PGD(epsilon=EPSILON, step_size=STEP_SIZE, steps=steps)
     made = tscnc.AdversarialTraining(model, attack=attack, loss=LOSSES[loss])
     made.compile(optimizer=optimizer())
     made.optimizer.build(model.trainable_variables)
@@ -65,8 +64,19 @@ def trainer(model: Any, loss: str = "TRADES") -> Any:
 
 
 def step(trainer: Any, *, jit_compile: bool = False) -> Any:
-    """Return `(x, y) -> logs`, one optimizer step, compiled as `fit` compiles it."""
-    return tf.function(lambda x, y: trainer.train_step((x, y)), jit_compile=jit_compile)
+    """Return `(x, y) -> logs`, one optimizer step, compiled as `fit` compiles it.
+
+    That is for batches of any size: the last one of an epoch may be smaller. XLA wants to know the
+    size, and gets that of the first batch.
+    """
+
+    def take(x: tf.Tensor, y: tf.Tensor) -> Any:
+        return trainer.train_step((x, y))
+
+    if jit_compile:
+        return tf.function(take, jit_compile=True)
+    images = tf.TensorSpec((None, *trainer.model.input_shape[1:]), tf.float32)
+    return tf.function(take, input_signature=(images, tf.TensorSpec((None,), tf.int32)))
 
 
 class Floor:
@@ -78,6 +88,7 @@ class Floor:
     Args:
         network: a name in `networks.NETWORKS`.
         size: the batch size.
+        steps: how many steps the attack has.
         jit_compile: whether XLA compiles the pieces.
 
     Attributes:
@@ -86,10 +97,10 @@ class Floor:
             pass in inference mode. "train": forward in training mode and backward to the weights,
             cross-entropy, on a batch of twice the size. "update": one optimizer update.
         arguments: the arguments of each piece, tensors.
-        calls: how often a step of PGD-10 needs each piece.
+        calls: how often a training step needs each piece.
     """
 
-    def __init__(self, network: str, size: int, *, jit_compile: bool = False) -> None:
+    def __init__(self, network: str, size: int, steps: int, *, jit_compile: bool = False) -> None:
         # One network for each piece: the updates of one must not change what another computes.
         model = networks.build(network)
         other = networks.build(network)
@@ -131,7 +142,7 @@ class Floor:
             "train": (tf.concat([x, x], axis=0), tf.concat([y, y], axis=0)),
             "update": tuple(tiny),
         }
-        self.calls = {"gradient": STEPS, "forward": 1, "train": 1, "update": 1}
+        self.calls = {"gradient": steps, "forward": 1, "train": 1, "update": 1}
 
     def run(self, piece: str, calls: int | None = None) -> None:
         """Run a piece as often in a row as a step needs it, or so many times."""

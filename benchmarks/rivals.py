@@ -30,11 +30,12 @@ def run(options: record.Options) -> None:
     for loss in parts.LOSSES:
         model = parts.pruned_model(network)
         data = parts.batch(model, size)
-        functions[f"{loss} ours"] = functools.partial(parts.step(parts.trainer(model, loss)), *data)
-        eager = written_by_hand(parts.pruned_model(network), loss)
+        step = parts.step(parts.trainer(model, options.steps, loss))
+        functions[f"{loss} ours"] = functools.partial(step, *data)
+        eager = written_by_hand(parts.pruned_model(network), options.steps, loss)
         functions[f"{loss} eager"] = functools.partial(eager, *data)
-        graph = tf.function(written_by_hand(parts.pruned_model(network), loss))
-        functions[f"{loss} function"] = functools.partial(graph, *data)
+        graph = written_by_hand(parts.pruned_model(network), options.steps, loss)
+        functions[f"{loss} function"] = functools.partial(tf.function(graph), *data)
     times = measure.interleaved(functions, rounds)
 
     ratios = {
@@ -52,7 +53,7 @@ def run(options: record.Options) -> None:
             "network": network,
             "batch_size": size,
             "rounds": rounds,
-            "attack": f"PGD-{parts.STEPS} linf {parts.EPSILON}",
+            "attack": f"PGD-{options.steps} linf {parts.EPSILON}",
             "times": times,
             "ratios": ratios,
             "goal": 1.0,
@@ -70,7 +71,7 @@ def run(options: record.Options) -> None:
         for name, ratio in ratios.items()
     ]
     notes += [
-        "Both: the same network with TSCNC and tfmot's wrappers, PGD-10, one training forward.",
+        "Both: the same network with TSCNC and tfmot's wrappers, the same attack, one training forward.",
         "TRADES by hand: the clean probabilities stand in for cleverhans' labels, and the start is "
         "uniform within 0.001 instead of normal. By hand there are no metrics.",
     ]
@@ -78,7 +79,9 @@ def run(options: record.Options) -> None:
     record.show(title, record.COLUMNS, rows, notes, path)
 
 
-def written_by_hand(model: Any, loss: str) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+def written_by_hand(
+    model: Any, steps: int, loss: str
+) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """Return `(x, y) -> loss`, one step of TRADES or Madry on a tfmot-pruned model.
 
     As a careful user writes it: the attack sees inference mode, and each step has one forward pass
@@ -101,7 +104,7 @@ def written_by_hand(model: Any, loss: str) -> Callable[[tf.Tensor, tf.Tensor], t
         logits_fn,
         eps=epsilon,
         eps_iter=parts.STEP_SIZE,
-        nb_iter=parts.STEPS,
+        nb_iter=steps,
         norm=np.inf,
         clip_min=0.0,
         clip_max=1.0,

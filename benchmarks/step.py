@@ -11,7 +11,6 @@ GOAL = 1.10
 
 _LABELS = {
     "step": "one step of AdversarialTraining",
-    "gradient": f"floor: {parts.STEPS} x forward and input gradient",
     "forward": "floor: forward on the clean batch",
     "train": "floor: training forward and backward, double batch",
     "update": "floor: optimizer update",
@@ -29,11 +28,13 @@ def run(options: record.Options) -> None:
     size = options.pick("batch_size", 32, 4)
     rounds = options.pick("rounds", 9, 2)
 
-    floor = parts.Floor(network, size)
-    functions: dict[str, Any] = {"step": _step(network, size)}
+    floor = parts.Floor(network, size, options.steps)
+    functions: dict[str, Any] = {"step": _step(options, network, size)}
     functions |= {piece: functools.partial(floor.run, piece) for piece in floor.pieces}
     if options.ablate:
-        functions |= {name: _step(network, size, **kind) for name, kind in _ABLATED.items()}
+        functions |= {
+            name: _step(options, network, size, **kind) for name, kind in _ABLATED.items()
+        }
     times = measure.interleaved(functions, rounds)
 
     below = [times[piece] for piece in floor.pieces]
@@ -51,7 +52,7 @@ def run(options: record.Options) -> None:
             "network": network,
             "batch_size": size,
             "rounds": rounds,
-            "attack": f"PGD-{parts.STEPS} linf {parts.EPSILON}",
+            "attack": f"PGD-{options.steps} linf {parts.EPSILON}",
             "times": times,
             "floor": sum(timing.wall.median for timing in below),
             "ratio": ratio,
@@ -61,8 +62,10 @@ def run(options: record.Options) -> None:
             "goal_met": ratio.median <= GOAL,
         },
     )
+    gradients = f"floor: {options.steps} x forward and input gradient"
+    labels = {**_LABELS, "gradient": gradients}
     rows = [
-        (_LABELS.get(name, f"step {name}"), *record.milliseconds(timing))
+        (labels.get(name, f"step {name}"), *record.milliseconds(timing))
         for name, timing in times.items()
     ]
     notes = [
@@ -74,7 +77,7 @@ def run(options: record.Options) -> None:
             f"{value['cpu'].median:.3f}"
             for name, value in ablations.items()
         ),
-        "The step: TRADES with PGD-10, TSCNC on all kernels, tfmot's pruning wrappers (a step that "
+        "The step: TRADES, TSCNC on all kernels, tfmot's pruning wrappers (a step that "
         "updates no mask, as 99 of 100), six metrics.",
         "The floor has no regularizers, no masks, no metrics and no loss but cross-entropy.",
     ]
@@ -82,6 +85,7 @@ def run(options: record.Options) -> None:
     record.show(title, record.COLUMNS, rows, notes, path)
 
 
-def _step(network: str, size: int, **kind: bool) -> Any:
+def _step(options: record.Options, network: str, size: int, **kind: bool) -> Any:
     model = parts.pruned_model(network, **kind)
-    return functools.partial(parts.step(parts.trainer(model)), *parts.batch(model, size))
+    step = parts.step(parts.trainer(model, options.steps))
+    return functools.partial(step, *parts.batch(model, size))

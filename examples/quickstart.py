@@ -1,8 +1,9 @@
 """From a small network to pruned, robust SavedModels, on real handwritten digits, in minutes.
 
-Four networks are trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8
-pixels), to 95 % and 99 % zeros, without and with the constraints of TSCNC. Each is evaluated on
-images that it has not seen, exported, loaded back and measured again as a user of the file would.
+A network is trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
+once as it is and once under the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
+while it is trained on. What comes out is exported, loaded back, and judged on images that no
+training has seen, the way a user of the file would judge it.
 
     python examples/quickstart.py                 # about 3 minutes on 2 cores
     python examples/quickstart.py --output DIR --seed 1
@@ -21,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tf_keras
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,12 +32,13 @@ from sklearn.model_selection import train_test_split
 import tscnc_tf as tscnc
 
 EPSILON = 0.1  # of a grey scale from 0 to 1
-ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.025, steps=7)
+ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.03, steps=5)
 JUDGES = [
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, restarts=2),
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, objective="margin"),
 ]
-CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=2e-2)
+# The factors were chosen on a part of the training images, before the test images were looked at.
+CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 
 
 def digits(seed: int) -> tuple[np.ndarray, ...]:
@@ -46,19 +49,14 @@ def digits(seed: int) -> tuple[np.ndarray, ...]:
 
 
 def network() -> tf_keras.Model:
-    """A convolutional network with 75,000 weights that returns logits."""
+    """A convolutional network with 93,000 weights that returns logits."""
     layers = tf_keras.layers
     inputs = tf_keras.Input((8, 8, 1))
     x = layers.Conv2D(32, 3, padding="same", use_bias=False, name="stem")(inputs)
-    for index, filters in enumerate((32, 64, 64)):
+    for index, strides in enumerate((2, 1, 2)):
         x = layers.ReLU()(layers.BatchNormalization()(x))
         x = layers.Conv2D(
-            filters,
-            3,
-            strides=2 if index == 1 else 1,
-            padding="same",
-            use_bias=False,
-            name=f"conv_{index + 1}",
+            64, 3, strides=strides, padding="same", use_bias=False, name=f"conv_{index + 1}"
         )(x)
     x = layers.ReLU()(layers.BatchNormalization()(x))
     x = layers.GlobalAveragePooling2D()(x)
@@ -76,37 +74,38 @@ class Advance(tf_keras.callbacks.Callback):
         self.progress.advance(self.task)
 
 
-def train(x, y, sparsity: float, constrained: bool, args, on_epoch) -> tf_keras.Model:
-    """Train one network adversarially while it is pruned to `sparsity`; return it, pruned."""
-    tf_keras.utils.set_random_seed(args.seed)
-    steps_per_epoch = -(-len(x) // args.batch_size)
-    model = network()
-    if constrained:
-        model = tscnc.pruning.add_regularizers(model, CONSTRAINTS)
-    schedule = tscnc.schedules.CosineSparsity.from_epochs(
-        0.0,
-        sparsity,
-        0.25 * args.epochs,
-        0.75 * args.epochs,
-        steps_per_epoch=steps_per_epoch,
-        frequency=5,
-    )
-    # The stem's 288 weights are too few to spare 99 % of them; all else is pruned.
-    model = tscnc.prune(model, schedule, layers=["conv_*", "logits"])
+def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
+    """Train a network adversarially; the callbacks serve a pruned one and leave others alone."""
     trainer = tscnc.AdversarialTraining(
         model, attack=ATTACK, loss=tscnc.losses.TRADES(beta=3.0), seed=args.seed
     )
-    rate = tf_keras.optimizers.schedules.CosineDecay(0.1, args.epochs * steps_per_epoch)
+    rate = tf_keras.optimizers.schedules.CosineDecay(0.1, epochs * steps_per_epoch(x, args))
     trainer.compile(optimizer=tf_keras.optimizers.SGD(rate, momentum=0.9, nesterov=True))
     trainer.fit(
         x,
         y,
         batch_size=args.batch_size,
-        epochs=args.epochs,
+        epochs=epochs,
         verbose=0,
         callbacks=[*tscnc.callbacks.pruning_callbacks(), on_epoch],
     )
-    return trainer.model
+
+
+def pruned(model: tf_keras.Model, sparsity: float, x, args) -> tf_keras.Model:
+    """Wrap a network's inner convolutions so that training prunes them.
+
+    99 % zeros would leave the stem 3 weights for 32 filters, and the last layer 6 for 10 classes;
+    so these two stay dense, as is usual.
+    """
+    schedule = tscnc.schedules.CosineSparsity.from_epochs(
+        0.0, sparsity, 0, 0.6 * args.epochs, steps_per_epoch=steps_per_epoch(x, args), frequency=5
+    )
+    return tscnc.prune(model, schedule, layers="conv_*")
+
+
+def steps_per_epoch(x, args) -> int:
+    """The number of batches in an epoch."""
+    return -(-len(x) // args.batch_size)
 
 
 def judge(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
@@ -127,21 +126,21 @@ def judge(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
 
 def show(results: dict, console: Console) -> None:
     """Print the one table."""
-    table = Table(title=f"Digits, linf epsilon {EPSILON:g}: what is left after pruning")
-    columns = ("sparsity", "clean", "robust", "worst κ", "worst eff. κ", "dead filters", "gzipped")
-    for name in ("network", *columns):
-        table.add_column(name, justify="left" if name == "network" else "right")
+    table = Table(
+        title="What is left after pruning", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for name in ("network", "zeros", "clean", "robust", "worst κ", "dead", "gzipped"):
+        table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
     for name, result in results.items():
         robustness, conditions = result["robustness"], result["conditions"]
         low, high = robustness.robust_interval
         kappa = conditions.worst.condition_number
         table.add_row(
             name,
-            f"{result['export'].sparsity:.2%}",
+            f"{result['export'].sparsity:.1%}",
             f"{robustness.clean_accuracy:.1%}",
-            f"{robustness.robust_accuracy:.1%} [{low:.1%}, {high:.1%}]",
+            f"{robustness.robust_accuracy:.1%} ({100 * low:.0f} to {100 * high:.0f})",
             "∞" if np.isinf(kappa) else f"{kappa:.3g}",
-            f"{conditions.worst_effective.effective_condition_number:.3g}",
             str(conditions.dead_filters),
             f"{result['export'].gzip_bytes / 1024:.1f} KiB",
         )
@@ -155,7 +154,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     for axis, name in zip(axes, names, strict=True):
         for label, result in results.items():
             values = np.maximum(result["singular_values"][name], 1e-6)
-            style = "-" if "TSCNC" in label else ":"
+            style = "-" if label.startswith("TSCNC") else ":"
             axis.plot(values, style, marker=".", markersize=3, label=label)
         axis.set(title=name, xlabel="index", yscale="log")
         axis.grid(alpha=0.3)
@@ -171,8 +170,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("outputs/quickstart"))
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--dense-epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=24, help="of training while pruning")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--smoke", action="store_true", help="a few steps only, to see that it runs"
@@ -180,35 +180,42 @@ def main() -> None:
     args = parser.parse_args()
     x_train, x_test, y_train, y_test = digits(args.seed)
     if args.smoke:
-        args.epochs, x_train, y_train = 4, x_train[:64], y_train[:64]
-        args.batch_size, x_test, y_test = 16, x_test[:32], y_test[:32]
+        args.dense_epochs, args.epochs, args.batch_size = 1, 3, 16
+        x_train, y_train, x_test, y_test = x_train[:48], y_train[:48], x_test[:32], y_test[:32]
     args.output.mkdir(parents=True, exist_ok=True)
 
-    runs = {
-        f"{sparsity:.0%} {'TSCNC' if constrained else 'plain'}": (sparsity, constrained)
-        for sparsity in (0.95, 0.99)
-        for constrained in (False, True)
-    }
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results = {}
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(runs) * args.epochs)
-        for name, (sparsity, constrained) in runs.items():
-            progress.update(task, description=f"training {name}")
-            advance = Advance(progress, task)
-            model = train(x_train, y_train, sparsity, constrained, args, advance)
-            path = args.output / name.replace("% ", "_")
-            shutil.rmtree(path, ignore_errors=True)  # of an earlier run
-            results[name] = judge(model, path, x_test, y_test, sparsity, args.seed)
+        task = progress.add_task("", total=2 * args.dense_epochs + 4 * args.epochs)
+        on_epoch = Advance(progress, task)
+        for kind in ("plain", "TSCNC"):
+            progress.update(task, description=f"training, {kind}")
+            tf_keras.utils.set_random_seed(args.seed)
+            dense = network()
+            if kind == "TSCNC":
+                dense = tscnc.pruning.add_regularizers(dense, CONSTRAINTS)
+            train(dense, x_train, y_train, args.dense_epochs, args, on_epoch)
+            weights = dense.get_weights()
+            for sparsity in (0.95, 0.99):
+                progress.update(task, description=f"pruning to {sparsity:.0%}, {kind}")
+                dense.set_weights(weights)  # a pruned model shares them
+                model = pruned(dense, sparsity, x_train, args)
+                train(model, x_train, y_train, args.epochs, args, on_epoch)
+                path = args.output / f"{kind}_{100 * sparsity:.0f}"
+                shutil.rmtree(path, ignore_errors=True)  # of an earlier run
+                name = f"{kind} {sparsity:.0%}"
+                results[name] = judge(model, path, x_test, y_test, sparsity, args.seed)
 
     show(results, console)
     draw(results, args.output / "singular_values.png")
     figures = {name: result["robustness"].to_dict() for name, result in results.items()}
     (args.output / "robustness.json").write_text(json.dumps(figures, indent=2))
     console.print(
-        f"robust: the worst of {', '.join(a.name for a in JUDGES)}, with its 95 % interval; "
-        f"{len(x_test)} test images, seed {args.seed}, one training run a row."
+        f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon {EPSILON:g}, the worst of "
+        f"{', '.join(a.name for a in JUDGES)}, with its 95 % interval; {len(x_test)} test images, "
+        f"seed {args.seed}, one training run a row."
     )
     console.print(f"SavedModels, singular_values.png and robustness.json are in {args.output}")
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Self
 
 
+@dataclasses.dataclass(frozen=True)
 class Configurable:
     """Mixin for frozen dataclasses whose fields are numbers, names and tuples of them.
 

@@ -273,8 +273,8 @@ class Sum(_keras.Regularizer):
     def __init__(self, regularizers: list[Any], library: str | None = None) -> None:
         if not regularizers:
             raise ValueError("regularizers must hold at least one regularizer, got an empty list.")
-        told = {_keras.flavour(part) for part in regularizers if not _is_ours(part)} - {None}
-        told |= {library} - {None}
+        flavours = [library, *(_keras.flavour(r) for r in regularizers if not _is_ours(r))]
+        told = {flavour for flavour in flavours if flavour is not None}
         if len(told) > 1:
             raise ValueError(
                 f"regularizers must be of one Keras, got {regularizers!r} of {sorted(told)}."

@@ -15,7 +15,7 @@ from tscnc_tf import _checks, _keras
 
 __all__ = ["ConditionGated", "CosineSparsity", "OneShot"]
 
-PruningSchedule = _keras.tfmot().sparsity.keras.PruningSchedule
+PruningSchedule: Any = _keras.tfmot().sparsity.keras.PruningSchedule  # tfmot has no types
 
 
 class _Schedule(PruningSchedule):

@@ -100,16 +100,18 @@ class Ascent:
         return tf.math.divide_no_nan(slope, tf.reduce_max(tf.abs(slope), axis=-1, keepdims=True))
 
     def _value(self, logits: tf.Tensor) -> tf.Tensor:
-        if self._objective == "margin":
-            return losses.margin(self._labels, logits)
-        if self._objective == "dlr":
-            return losses.dlr(self._labels, logits)
         if self._objective == "kl":
             # Softmax doesn't mind the shift, but its rounding does: the top class's gradient is
             # now minus the sum of the others', where 1 - 1 would be noise larger than they are.
             top = tf.argmax(self._reference, axis=-1)
             shifted = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]
             return losses.kl_divergence(self._reference, shifted)
+        if self._labels is None:
+            raise ValueError(f"labels must not be None for objective={self._objective!r}.")
+        if self._objective == "margin":
+            return losses.margin(self._labels, logits)
+        if self._objective == "dlr":
+            return losses.dlr(self._labels, logits)
         # Cross-entropy. Its log-odds climb the same way, and do not saturate; for soft labels
         # there is nothing of the kind.
         odds = losses.log_odds(self._labels, logits)

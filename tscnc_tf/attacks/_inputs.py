@@ -93,8 +93,8 @@ def seed_pair(seed: Any) -> tf.Tensor:
     parts = (seed,) if np.ndim(seed) == 0 else tuple(seed)
     if len(parts) not in (1, 2):
         raise ValueError(wrong)
-    parts = [_checks.integer("seed", part, minimum=-(2**63)) for part in parts]
-    high, low = (parts[0] >> 32, parts[0]) if len(parts) == 1 else parts
+    words = [_checks.integer("seed", part, minimum=-(2**63)) for part in parts]
+    high, low = (words[0] >> 32, words[0]) if len(words) == 1 else words
     return tf.constant([_int32(high), _int32(low)], dtype=tf.int32)
 
 

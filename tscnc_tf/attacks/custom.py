@@ -24,7 +24,7 @@ class Custom(Attack):
         function: may be passed by position.
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf" or "l2".
-        name: a name for reports; None for the function's own and the ball.
+        name: a name for reports; if empty, the function's own and the ball.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
@@ -43,7 +43,7 @@ class Custom(Attack):
     """
 
     function: Callable[[Any, tf.Tensor, Any], Any] = dataclasses.field(kw_only=False)
-    name: str | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class Custom(Attack):
                 "function must be callable as function(model, x, y) -> x_adv, got "
                 f"{self.function!r}."
             )
-        if self.name is None:
+        if not self.name:
             own = getattr(self.function, "__name__", type(self.function).__name__)
             self._set("name", f"{own} {self._ball}")
 

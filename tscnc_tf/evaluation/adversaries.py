@@ -44,6 +44,7 @@ def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
         TypeError: something among them is no attack.
         ValueError: there are none, one of them is targeted, or has other bounds.
     """
+    named: list[tuple[str | None, Any]]
     if isinstance(attacks, Mapping):
         named = [(str(name), attack) for name, attack in attacks.items()]
     elif isinstance(attacks, Iterable) and not isinstance(attacks, str):

@@ -81,17 +81,18 @@ def after(
 
 def _inversion(weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]) -> str:
     """Return a remark if the attack that ought to be the weaker one of two fools more examples."""
-    if None in (weak.epsilon, strong.epsilon) or weak.epsilon > strong.epsilon:
+    small, large = weak.epsilon, strong.epsilon
+    if small is None or large is None or small > large:
         return ""
     if weak.description.get("norm") != strong.description.get("norm"):
         return ""
     one_step = weak.description.get("steps") == 1 and (strong.description.get("steps") or 0) > 1
-    if weak.epsilon == strong.epsilon and not one_step:
+    if small == large and not one_step:
         return ""
     ours, theirs = results[weak.name], results[strong.name]
     if theirs.accuracy - ours.accuracy <= _NOTABLE_GAIN:
         return ""
-    reason = "with a smaller epsilon" if weak.epsilon < strong.epsilon else "with a single step"
+    reason = "with a smaller epsilon" if small < large else "with a single step"
     return (
         f"{weak.name} fools more examples {reason} ({100 * ours.accuracy:.1f} % are left) than "
         f"{strong.name} ({100 * theirs.accuracy:.1f} %): a sign of gradient masking, or of a badly "

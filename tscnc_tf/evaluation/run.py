@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -107,8 +108,9 @@ def evaluate_robustness(
         results = {}
         for opponent in opponents:
             task = bar.add_task(opponent.name, total=len(batches))
+            advance = functools.partial(bar.advance, task)
             results[opponent.name] = _attack(
-                opponent, model, examined, batches, seed, bounds, lambda t=task: bar.advance(t)
+                opponent, model, examined, batches, seed, bounds, advance
             )
     return RobustnessReport(
         clean_correct=clean,
@@ -156,7 +158,8 @@ def _attack(
     advance: Callable[[], Any],
 ) -> AttackResult:
     """Run one attack on all batches and check what it returns."""
-    begin, correct, farthest = time.perf_counter(), [], {}
+    begin, correct = time.perf_counter(), []
+    farthest: dict[str, float] = {}
     for index, (x, y) in enumerate(batches):
         found, moved = checked(opponent, x, opponent.run(model, x, y, (seed, index)), bounds)
         farthest = {norm: max(moved[norm], farthest.get(norm, 0.0)) for norm in moved}

@@ -62,7 +62,7 @@ def leaves(name: str, specs: Any, values: Any) -> list[Any]:
         fits, keys = isinstance(values, dict) and set(values) == set(specs), sorted(specs)
     else:
         fits = isinstance(values, list | tuple) and len(values) == len(specs)
-        keys = range(len(specs))
+        keys = list(range(len(specs)))
     if not fits:
         raise ValueError(
             f"{name} must be of the structure of the model's inputs, {_describe(specs)}, got "
@@ -152,14 +152,14 @@ def _inputs_of(probe: Any) -> Any:
 
 
 def _draw(model: Any, spec: tf.TensorSpec, generator: np.random.Generator) -> np.ndarray:
-    sizes = spec.shape.as_list() if spec.shape.rank else [None, None]
-    if None in sizes[1:] or not spec.dtype.is_floating:
+    if not spec.shape.rank or None in spec.shape[1:].as_list() or not spec.dtype.is_floating:
         raise ValueError(
             f"model {model.name!r} has an input {_describe(spec)}, and no batch can be drawn for "
             f"it: only floats of known shape can. {WAY_OUT}"
         )
-    sizes[0] = sizes[0] or EXAMPLES
-    return generator.random(sizes, np.float32).astype(spec.dtype.as_numpy_dtype)
+    examples, *sizes = spec.shape.as_list()
+    drawn = generator.random((examples or EXAMPLES, *sizes), np.float32)
+    return drawn.astype(spec.dtype.as_numpy_dtype)
 
 
 def _fit(leaf: Any, spec: tf.TensorSpec) -> np.ndarray:

@@ -148,7 +148,7 @@ def local_lipschitz(
     bounds, seed = _checks.bounds("bounds", bounds), _checks.integer("seed", seed, minimum=0)
     inputs = as_inputs(x, bounds)
     start, step = _ascent(_keras.inference(model), inputs.shape[1:], epsilon_value, size, bounds)
-    values = []
+    found = []
     for index, first in enumerate(range(0, len(inputs), batch_size)):
         batch = tf.constant(inputs[first : first + batch_size])
         outputs, point = start(batch, tf.constant([seed, index], tf.int64))
@@ -160,8 +160,8 @@ def local_lipschitz(
             raise ValueError(
                 f"model returns NaN or infinity at or near x[{first}:{first + len(batch)}]."
             )
-        values.append(best.numpy().astype(np.float64))
-    values = np.concatenate(values)
+        found.append(best.numpy().astype(np.float64))
+    values = np.concatenate(found)
     return LipschitzReport(values, written, epsilon_value, steps, size, bounds, seed, batch_size)
 
 

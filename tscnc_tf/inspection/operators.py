@@ -75,7 +75,7 @@ def operator_singular_values(
             f"input_size must have {axes} number(s), one per axis of positions of the kernel of "
             f"shape {values.shape}, got {input_size!r}."
         )
-    positions = np.stack(np.indices(values.shape[:-2]), axis=-1).reshape(-1, axes)
+    positions = np.stack(list(np.indices(values.shape[:-2])), axis=-1).reshape(-1, axes)
     frequencies, counts = _half_of_frequencies(size)
     result = []
     for group in functional.canonical(values, layout, channel_groups).numpy():
@@ -109,10 +109,12 @@ def extremes(kernel: layers.Kernel, values: np.ndarray, model: Any) -> tuple[flo
 def input_size(kernel: layers.Kernel, model: Any) -> tuple[int, ...] | None:
     """Return the positions of the images that a convolution reads, or None (see `extremes`)."""
     layer, rank = kernel.layer, len(kernel.variable.shape)
-    steps = [getattr(layer, name, None) for name in ("strides", "dilation_rate")]
-    if kernel.spec.attribute == "pointwise_kernel" or None in steps or not 3 <= rank <= 5:
+    strides, dilation = getattr(layer, "strides", None), getattr(layer, "dilation_rate", None)
+    if kernel.spec.attribute == "pointwise_kernel" or not 3 <= rank <= 5:
         return None
-    if any(math.prod(np.atleast_1d(step).tolist()) != 1 for step in steps):
+    if strides is None or dilation is None:
+        return None
+    if any(math.prod(np.atleast_1d(step).tolist()) != 1 for step in (strides, dilation)):
         return None
     # A wrapped layer is called by its wrapper only, so it may not know its own input.
     owner = {id(w.layer): w for w in wrappers.wrapped_layers(model)}.get(id(layer), layer)
@@ -131,7 +133,7 @@ def _half_of_frequencies(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]
 
     The kernel is real, so both have the same singular values.
     """
-    frequencies = np.stack(np.indices(size), axis=-1).reshape(-1, len(size))
+    frequencies = np.stack(list(np.indices(size)), axis=-1).reshape(-1, len(size))
     index = np.arange(len(frequencies))
     partner = np.ravel_multi_index(tuple((-frequencies % size).T), size)
     keep = index <= partner

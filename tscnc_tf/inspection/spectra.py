@@ -194,7 +194,7 @@ def singular_values(model: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _decomposed(model: Any) -> list[tuple[weights.Weight, np.ndarray, np.ndarray]]:
+def _decomposed(model: Any) -> list[tuple[weights.KernelWeight, np.ndarray, np.ndarray]]:
     """Return each kernel, its matrices `(groups, p, n)` and their singular values `(groups, n)`."""
     weights.require_inspectable(model)
     result = []
@@ -214,7 +214,7 @@ def _decomposed(model: Any) -> list[tuple[weights.Weight, np.ndarray, np.ndarray
 
 
 def _row(
-    weight: weights.Weight,
+    weight: weights.KernelWeight,
     shape: tuple[int, ...],
     spectra: np.ndarray,
     operator: tuple[float | None, float | None],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,7 +14,8 @@ from tscnc_tf._keras import keras, layers, require_built, tf_keras, wrappers
 from tscnc_tf.inspection import records
 
 
-class Weight(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
     """A weight as it acts: its variable times its mask, if it has one.
 
     Attributes:
@@ -21,14 +23,23 @@ class Weight(NamedTuple):
         variable: the variable that was read.
         values: float64, of the variable's shape.
         masked: whether it carries a mask.
-        kernel: how to read it as matrices; None for what is no kernel (an embedding, say).
     """
 
     name: str
     variable: Any
     values: np.ndarray
     masked: bool
-    kernel: layers.Kernel | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelWeight(Weight):
+    """A kernel as it acts.
+
+    Attributes:
+        kernel: how to read it as matrices.
+    """
+
+    kernel: layers.Kernel
 
     def canonical(self) -> np.ndarray:
         """Return the kernel as `(groups, positions, inputs, outputs)`."""
@@ -66,7 +77,7 @@ def read(variable: Any, mask: Any = None) -> np.ndarray:
     return values * np.asarray(tf.cast(tf.convert_to_tensor(mask), tf.float64))
 
 
-def kernels(model: Any) -> list[Weight]:
+def kernels(model: Any) -> list[KernelWeight]:
     """Return the kernels of a built model; there may be none."""
     found = list(layers.kernels(model))
     names = records.unique(kernel.name for kernel in found)
@@ -75,7 +86,7 @@ def kernels(model: Any) -> list[Weight]:
     for name, kernel in zip(names, found, strict=True):
         mask = by_variable.get(id(kernel.variable))
         values = read(kernel.variable, mask)
-        result.append(Weight(name, kernel.variable, values, mask is not None, kernel))
+        result.append(KernelWeight(name, kernel.variable, values, mask is not None, kernel))
     return result
 
 
@@ -89,7 +100,7 @@ def pruned_others(model: Any) -> list[Weight]:
                 seen.add(id(variable))
                 leaf = variable.name.rpartition("/")[2].partition(":")[0]
                 name = f"{wrapper.layer.name}/{leaf}"
-                result.append(Weight(name, variable, read(variable, mask), True, None))
+                result.append(Weight(name, variable, read(variable, mask), True))
     return result
 
 
@@ -106,7 +117,8 @@ def all_weights(model: Any) -> Iterator[np.ndarray]:
     for wrapper in wrappers.wrapped_layers(model):
         helpers |= {id(variable) for variable in wrapper.weights}
         helpers -= {id(variable) for variable in wrapper.layer.weights}
-    by_variable, seen = masks(model), set()
+    by_variable = masks(model)
+    seen: set[int] = set()
     for variable in model.weights:
         if id(variable) in helpers | seen or not hasattr(variable, "dtype"):
             continue  # (a look-up table's handler has no dtype)

@@ -131,7 +131,7 @@ def sparsity(model: Any) -> SparsityReport:
         0.75
     """
     weights.require_inspectable(model)
-    found = weights.kernels(model) + weights.pruned_others(model)
+    found = [*weights.kernels(model), *weights.pruned_others(model)]
     if not found:
         raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
     names = records.unique(weight.name for weight in found)
