@@ -213,8 +213,8 @@ def main() -> None:
     figures = {name: result["robustness"].to_dict() for name, result in results.items()}
     (args.output / "robustness.json").write_text(json.dumps(figures, indent=2))
     console.print(
-        f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon {EPSILON:g}, the worst of "
-        f"{', '.join(a.name for a in JUDGES)}, with its 95 % interval; {len(x_test)} test images, "
+        f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon {EPSILON:g}, "
+        f"the worst of {', '.join(a.name for a in JUDGES)}, with its 95 % interval; {len(x_test)} test images, "
         f"seed {args.seed}, one training run a row."
     )
     console.print(f"SavedModels, singular_values.png and robustness.json are in {args.output}")
