@@ -213,9 +213,9 @@ def main() -> None:
     figures = {name: result["robustness"].to_dict() for name, result in results.items()}
     (args.output / "robustness.json").write_text(json.dumps(figures, indent=2))
     console.print(
-        f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon {EPSILON:g}, "
-        f"the worst of {', '.join(a.name for a in JUDGES)}, with its 95 % interval; {len(x_test)} test images, "
-        f"seed {args.seed}, one training run a row."
+        f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon "
+        f"{EPSILON:g}, the worst of {' and '.join(attack.name for attack in JUDGES)}, with its "
+        f"95 % interval; {len(x_test)} test images, seed {args.seed}, one training run a row."
     )
     console.print(f"SavedModels, singular_values.png and robustness.json are in {args.output}")
 
