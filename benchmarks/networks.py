@@ -14,7 +14,7 @@ _layers = tf_keras.layers
 
 def tiny() -> Any:
     """A residual network that is too small to be worth timing, for smoke runs."""
-    return _resnet("tiny", size=8, stem=4, widths=(4, 8), blocks=1)
+    return _resnet("tiny", size=8, stem=4, widths=(4,), blocks=1)
 
 
 def resnet20() -> Any:

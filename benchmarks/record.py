@@ -57,7 +57,7 @@ class Options:
     @property
     def steps(self) -> int:
         """The steps of the attack: the ten of the literature, but for a smoke run."""
-        return 2 if self.smoke else 10
+        return 1 if self.smoke else 10
 
     def pick(self, name: str, default: Any, smoke: Any) -> Any:
         """Return what was asked for, or else what suits a real or a smoke run."""

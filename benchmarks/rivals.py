@@ -71,9 +71,10 @@ def run(options: record.Options) -> None:
         for name, ratio in ratios.items()
     ]
     notes += [
-        "Both: the same network with TSCNC and tfmot's wrappers, the same attack, one training forward.",
+        "All: the same network with TSCNC and tfmot's wrappers, as many attack steps, one "
+        "forward pass in training mode. By hand there are no metrics.",
         "TRADES by hand: the clean probabilities stand in for cleverhans' labels, and the start is "
-        "uniform within 0.001 instead of normal. By hand there are no metrics.",
+        "uniform within 0.001 instead of normal.",
     ]
     title = f"Rivals: {network}, batch {size}, {rounds} rounds"
     record.show(title, record.COLUMNS, rows, notes, path)

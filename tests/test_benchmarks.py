@@ -1,0 +1,176 @@
+"""The benchmarks run from end to end on tiny networks, and write down what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure, networks
+from benchmarks.__main__ import BENCHMARKS, main
+from tscnc_tf._keras import layers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder to which one smoke run of all benchmarks wrote."""
+    output = tmp_path_factory.mktemp("benchmarks")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--smoke", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("Written to") == len(BENCHMARKS)
+    (output / "stdout.txt").write_text(done.stdout)
+    return output
+
+
+def result(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def assert_sound(summary, rounds):
+    """The quartiles are in order, and the median is that of the values."""
+    assert summary["rounds"] == len(summary["values"]) == rounds
+    assert 0 < summary["lower_quartile"] <= summary["upper_quartile"]
+    assert min(summary["values"]) > 0
+
+
+def assert_times(times, rounds):
+    for timing in times.values():
+        assert_sound(timing["wall"], rounds)
+        wall = timing["wall"]
+        assert wall["median"] == pytest.approx(np.median(wall["values"]))
+        assert timing["cpu"]["median"] >= 0
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_file_says_what_was_measured_on_what(folder, name):
+    found = result(folder, name)
+    assert found["benchmark"] == name
+    assert found["smoke"] is True
+    assert {"tensorflow", "tf_keras", "tscnc_tf", "python"} <= set(found["versions"])
+    assert found["device"]["cores"] >= 1
+    assert found["device"]["tensorflow_devices"]
+    assert found["batch_size"] >= 1
+    assert found["rounds"] >= 1
+    assert "tiny" in found["network"]
+
+
+def test_a_step_is_held_against_the_sum_of_its_pieces(folder):
+    found = result(folder, "step")
+    assert set(found["times"]) == {"step", "gradient", "forward", "train", "update"}
+    assert_times(found["times"], found["rounds"])
+    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+    step = medians.pop("step")
+    assert found["floor"] == pytest.approx(sum(medians.values()))
+    assert found["ratio"]["median"] == pytest.approx(step / sum(medians.values()))
+    assert_sound(found["ratio"], found["rounds"])
+    assert found["goal"] == 1.10
+    assert found["goal_met"] == (found["ratio"]["median"] <= 1.10)
+
+
+def test_rivals_are_compared_for_both_losses(folder):
+    found = result(folder, "rivals")
+    assert_times(found["times"], found["rounds"])
+    assert set(found["ratios"]) == {
+        f"{loss} {rival}" for loss in ("TRADES", "Madry") for rival in ("eager", "function")
+    }
+    for name, ratio in found["ratios"].items():
+        ours = found["times"][f"{name.split()[0]} ours"]["wall"]["median"]
+        rival = found["times"][name]["wall"]["median"]
+        assert ratio["wall"]["median"] == pytest.approx(ours / rival)
+
+
+def test_the_share_of_the_term_is_of_a_whole_step(folder):
+    found = result(folder, "condition")
+    inner = found["networks"]["tiny"]
+    assert inner["kernels"] == len(list(layers.kernels(networks.build("tiny"))))
+    assert_times(inner["times"], found["rounds"])
+    term = inner["times"]["term"]["wall"]["median"]
+    assert inner["ratio"] == pytest.approx(term / inner["step_seconds"])
+    assert inner["step_seconds"] > inner["times"]["train"]["wall"]["median"]
+    assert inner["jit_over_plain"] > 0
+    assert found["check"]["network"] == "tiny"
+    assert found["check"]["scaled_over_true"] > 0
+    assert found["goal"] == 0.03
+
+
+def test_the_step_is_exported_with_all_its_state(folder):
+    found = result(folder, "stablehlo")
+    assert found["compiles"] and found["weights_finite"] and found["weights_moved"]
+    assert set(found["programs"]) == {"step", "gradient", "forward", "train", "update"}
+    for name, program in found["programs"].items():
+        path = folder / "stablehlo" / name
+        assert "stablehlo" in path.with_suffix(".mlir").read_text()
+        held = np.load(path.with_suffix(".npz"))
+        plan = json.loads(str(held["plan"]))
+        assert len(plan["order"]) == program["inputs"]
+        assert set(plan["order"]) | {"plan"} == set(held.files)
+        assert set(plan["aliases"]) <= set(plan["order"])
+        assert len(set(plan["aliases"].values())) == program["assigned"]
+    step = np.load(folder / "stablehlo" / "step.npz")
+    expected = np.load(folder / "stablehlo" / "expected.npz")
+    assert int(expected["steps"]) == found["rounds"] + 1
+    state = [name for name in step.files if "#" in name]
+    assert {*state, "steps"} == set(expected.files)
+    assert any(np.any(step[name] != expected[name]) for name in state)
+
+
+def test_goals_stand_beside_figures(folder):
+    printed = (folder / "stdout.txt").read_text()
+    assert printed.count("(goal: at most 1.1; ") == 1
+    assert printed.count("(goal: at most 1; ") == 4
+    assert printed.count("(goal: at most 0.03; ") == 1
+
+
+def test_rounds_are_interleaved():
+    calls = []
+    times = measure.interleaved(
+        {name: lambda name=name: calls.append(name) for name in "ABC"}, rounds=3, warm_up=1
+    )
+    assert "".join(calls) == "ABC" * 4
+    assert {timing.wall.rounds for timing in times.values()} == {3}
+
+
+def test_a_ratio_is_of_the_medians_and_its_spread_of_the_rounds():
+    def timing(*values):
+        return measure.Timing(measure.Summary.of(values), measure.Summary.of(values))
+
+    ratio = measure.ratio([timing(2.0, 4.0, 9.0)], [timing(1.0, 1.0, 2.0), timing(1.0, 1.0, 1.0)])
+    assert ratio.median == 4.0 / 2.0
+    assert ratio.values == (1.0, 2.0, 3.0)
+    assert (ratio.lower_quartile, ratio.upper_quartile) == (1.5, 2.5)
+
+
+# What the papers and their authors' code have, to a per cent; VGG-16 with dense layers of 512.
+PARAMETERS = {"resnet20": 0.27e6, "resnet18": 11.17e6, "wrn28_4": 5.85e6, "vgg16": 15.25e6}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_networks_are_those_of_the_literature(name):
+    model = networks.build(name)
+    assert model.input_shape == (None, 32, 32, 3)
+    assert model.output_shape == (None, 10)
+    count = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+    assert count == pytest.approx(PARAMETERS[name], rel=0.02)
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["--rounds", "0"], ["--network", "lenet"]])
+def test_a_wrong_command_line_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "error" in capsys.readouterr().err
