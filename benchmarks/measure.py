@@ -72,8 +72,8 @@ def interleaved(
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for index in range(warm_up + rounds):
+        gc.collect()  # so that no function pays for what another one left behind
         for name, function in functions.items():
-            gc.collect()
             wall, cpu = time.perf_counter(), time.process_time()
             function()
             tf.test.experimental.sync_devices()  # an accelerator may still be at work

@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 SHOWS = {
     "quickstart": ["TSCNC 99%", "singular_values.png", "one training run a row"],
-    "custom_training_loop": ["epoch 2:", "Pruning", "robust"],
+    "custom_training_loop": ["epoch 2:", "Pruning", "Robustness"],
     "pretrained_model": ["bit for bit: True", "Conv_1", "PGD-2 linf 8/255"],
     "other_libraries_attacks": ["CleverHans PGD-20", "ART Auto-PGD"],
 }

@@ -664,7 +664,7 @@ def test_nested_models_and_pruned_weights_that_are_no_kernels(tmp_path):
         export.export_saved_model(model, tmp_path / "model", probe=probe / 1.0)
     report = export.export_saved_model(model, tmp_path / "model", probe=probe)
     assert {row.name for row in report.kernels if row.masked} == {
-        "simple_rnn_cell",
+        "simple_rnn_cell/kernel",
         "simple_rnn_cell/recurrent_kernel",
         "last",
         "words/embeddings",
