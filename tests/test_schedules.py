@@ -159,8 +159,10 @@ import numpy as np, tensorflow as tf, tf_keras
 import tscnc_tf as tscnc
 from tscnc_tf._keras import wrappers
 x, y = np.load(sys.argv[1]).values()
+assert "tscnc_tf.schedules" not in sys.modules
+import tensorflow_model_optimization as tfmot
 for path in sys.argv[2:]:
-    with tscnc.pruning.prune_scope():
+    with tfmot.sparsity.keras.prune_scope():
         model = tf_keras.models.load_model(path)
     wrapper = wrappers.wrapped_layers(model)[0]
     before = int(wrapper.pruning_step)

@@ -13,7 +13,16 @@ Families live in their modules, the verbs and the one model on top:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tscnc_tf import attacks, callbacks, functional, inspection, losses, pruning, regularizers
+from tscnc_tf import (
+    _keras,
+    attacks,
+    callbacks,
+    functional,
+    inspection,
+    losses,
+    pruning,
+    regularizers,
+)
 from tscnc_tf.evaluation import EvaluationWarning, RobustnessReport, evaluate_robustness
 from tscnc_tf.export import export_saved_model, load_saved_model
 from tscnc_tf.pruning import prune, strip
@@ -21,6 +30,10 @@ from tscnc_tf.training import AdversarialTraining
 
 if TYPE_CHECKING:
     from tscnc_tf import schedules
+
+# Models pruned by these schedules load wherever tscnc_tf is imported; tfmot is imported no sooner.
+for _name in ("ConditionGated", "CosineSparsity", "OneShot"):
+    _keras.register_deferred("tscnc_tf.schedules", _name)
 
 __version__ = "0.1.0"
 

@@ -7,6 +7,7 @@ Kerases a model belongs to is seen from its classes, never asked for.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import types
 from collections.abc import Callable
@@ -24,6 +25,7 @@ __all__ = [
     "keras",
     "library",
     "register",
+    "register_deferred",
     "registered_name",
     "require_built",
     "require_graph_model",
@@ -85,10 +87,25 @@ def register(cls: _Class) -> _Class:
     The legacy `.h5` format of tf_keras looks regularizers up by their bare class names, whatever
     name they were registered under; so those get an alias there.
     """
+    tf_keras.utils.get_custom_objects().pop(registered_name(cls), None)  # a deferred one
     keras.saving.register_keras_serializable(package=PACKAGE)(cls)
     if issubclass(cls, Regularizer):
         tf_keras.utils.get_custom_objects()[cls.__name__] = cls
     return tf_keras.saving.register_keras_serializable(package=PACKAGE)(cls)
+
+
+def register_deferred(module: str, name: str) -> None:
+    """Register a class by name only; its module is imported when a tf_keras model asks for it."""
+
+    class Deferred:
+        """Stands for the class until a saved model asks for it."""
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            """Import the class, and build an object of it."""
+            return getattr(importlib.import_module(module), name).from_config(config)
+
+    tf_keras.utils.get_custom_objects()[f"{PACKAGE}>{name}"] = Deferred
 
 
 def registered_name(cls: type) -> str:
@@ -105,7 +122,7 @@ def tfmot() -> types.ModuleType:
     """
     name = "TF_USE_LEGACY_KERAS"
     before = os.environ.get(name)
-    _ = tf.keras.__version__  # any attribute resolves the lazy module
+    _ = tf.keras.layers  # any attribute resolves the lazy module
     try:
         import tensorflow_model_optimization
     except ImportError as error:

@@ -173,7 +173,7 @@ def report(model: Any) -> PruningReport:
 
 
 def prune_scope() -> Any:
-    """Return a scope in which pruned models load: tfmot's wrapper and our schedules are known.
+    """Return tfmot's scope in which pruned models load from `.keras` and `.h5` files.
 
     Example:
         >>> import tf_keras
@@ -181,8 +181,6 @@ def prune_scope() -> Any:
         >>> with tscnc.pruning.prune_scope():  # doctest: +SKIP
         ...     model = tf_keras.models.load_model("pruned.keras")
     """
-    from tscnc_tf import schedules  # noqa: F401  (registers them)
-
     return _keras.tfmot().sparsity.keras.prune_scope()
 
 
