@@ -40,6 +40,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "tensorboard",
         ],
     },
     classifiers=[

@@ -60,26 +60,46 @@ class Program:
 
 
 def check(folder: pathlib.Path) -> bool:
-    """Take the steps that TensorFlow took, and tell whether all variables end up alike."""
+    """Take the steps that TensorFlow took, and tell whether both end up with the same weights.
+
+    After the first step all variables must be alike within 1e-4. Later the two may part company,
+    and more so in a large network: where the gradient at an input is nearly zero, its sign hangs on
+    rounding, and the attack steps by the sign. So after the last step the distance between the two
+    must be below 1 % of the way that the kernels have gone.
+    """
     program = Program(folder / "step")
-    with np.load(folder / "expected.npz") as expected:
+    with np.load(folder / "step.npz") as begin, np.load(folder / "expected.npz") as expected:
+        steps = int(expected["steps"])
         program.run(1)
-        program.run(int(expected["steps"]) - 1)
-        names = [name for name in expected.files if name != "steps"]
-        worst, where = max(
-            (float(np.max(np.abs(np.asarray(program.values[n], float) - expected[n]))), n)
-            for n in names
-        )
+        first = _differences(program, expected, "first")
+        program.run(steps - 1)
+        last = _differences(program, expected, "last")
+        kernels = [name for name in last if "/kernel" in name]
+        way = [expected[f"last:{name}"] - begin[name] for name in kernels]
+        share = _norm([last[name] for name in kernels]) / _norm(way)
         alike = all(
-            np.allclose(np.asarray(program.values[n], float), expected[n], rtol=1e-4, atol=1e-4)
-            for n in names
+            np.all(difference <= 1e-4 + 1e-4 * np.abs(expected[f"first:{name}"]))
+            for name, difference in first.items()
         )
-        print(
-            f"{program.device.device_kind}: {len(names)} variables after "
-            f"{int(expected['steps'])} steps, largest difference {worst:.2e} in {where}: "
-            + ("alike within 1e-4" if alike else "NOT alike within 1e-4")
-        )
-    return alike
+    worst, where = max((float(np.max(value)), name) for name, value in first.items())
+    print(f"{program.device.device_kind}, {len(first)} variables:")
+    print(f"after 1 step the largest difference is {worst:.1e}, in {where}; within 1e-4: {alike}")
+    print(f"after {steps} steps the kernels differ by {share:.1e} of the way they have gone")
+    return alike and share < 0.01
+
+
+def _differences(program: Program, expected: Any, when: str) -> dict[str, np.ndarray]:
+    """Return |JAX - TensorFlow| by the name of the variable."""
+    keys = [key for key in expected.files if key.startswith(f"{when}:")]
+    names = {key: key.partition(":")[2] for key in keys}
+    return {
+        name: np.abs(np.asarray(program.values[name], np.float64) - expected[key])
+        for key, name in names.items()
+    }
+
+
+def _norm(arrays: list[np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in arrays)))
 
 
 def measure(folder: pathlib.Path, rounds: int) -> dict[str, Any]:

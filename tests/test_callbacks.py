@@ -1,0 +1,60 @@
+"""The callbacks by themselves; what they do in training is in test_training.py."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from helpers import blobs, dense_model
+
+from tscnc_tf import _keras, callbacks, pruning, schedules
+
+
+def fitted(*more, **options):
+    x, y = blobs(32)
+    model = pruning.prune(dense_model(), schedules.OneShot(0.5))
+    model.compile("sgd", tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    used = [*callbacks.pruning_callbacks(**options), *more]
+    return model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=used).history
+
+
+def test_tfmots_callback_is_among_them():
+    kinds = [type(callback) for callback in callbacks.pruning_callbacks(log_kernels=True)]
+    assert kinds == [
+        _keras.tfmot().sparsity.keras.UpdatePruningStep,
+        callbacks.MaskWeights,
+        callbacks.ConditionFeed,
+        callbacks.KernelLogger,
+    ]
+
+
+def test_tensorboard_gets_the_figures_of_the_history(tmp_path):
+    history = fitted(log_dir=str(tmp_path))
+    assert history["sparsity"] == [0.5, 0.5]
+    (file,) = tmp_path.iterdir()
+    found = {}
+    for record in tf.data.TFRecordDataset(str(file)):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
+    assert {"sparsity/hidden", "condition_number/logits", "condition_number"} <= set(found)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, history[name], rtol=1e-6)
+
+
+def test_a_log_dir_without_tensorboard_is_refused(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        callbacks.pruning_callbacks(log_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(("frequency", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_a_bad_frequency_is_named(frequency, error):
+    with pytest.raises(error, match="frequency"):
+        callbacks.pruning_callbacks(condition_frequency=frequency)
