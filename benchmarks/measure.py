@@ -14,7 +14,7 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Times or ratios of one thing over the rounds of a run."""
+    """Times, or ratios of times, over the rounds of a run."""
 
     median: float
     lower_quartile: float
@@ -57,6 +57,26 @@ class Timing:
         return {"wall": self.wall.as_dict(), "cpu": self.cpu.as_dict()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """One time over another, seen in three ways.
+
+    Attributes:
+        of_medians: the median of the one over that of the other: the figure to report.
+        of_fastest: the fastest round of the one over that of the other: the one that a busy
+            machine disturbs least.
+        of_rounds: the ratios within single rounds: the spread.
+    """
+
+    of_medians: float
+    of_fastest: float
+    of_rounds: Summary
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**dataclasses.asdict(self), "of_rounds": self.of_rounds.as_dict()}
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
@@ -85,9 +105,12 @@ def interleaved(
     }
 
 
-def ratio(above: list[Timing], below: list[Timing], clock: str = "wall") -> Summary:
-    """Return a sum of times over another: of the medians, with the quartiles over single rounds."""
+def ratio(above: list[Timing], below: list[Timing], clock: str = "wall") -> Ratio:
+    """Return how a sum of times compares with another sum of the same run."""
     tops, bottoms = ([getattr(timing, clock) for timing in part] for part in (above, below))
     rounds = np.sum([s.values for s in tops], axis=0) / np.sum([s.values for s in bottoms], axis=0)
-    of_medians = sum(s.median for s in tops) / sum(s.median for s in bottoms)
-    return dataclasses.replace(Summary.of(rounds), median=of_medians)
+    return Ratio(
+        of_medians=sum(s.median for s in tops) / sum(s.median for s in bottoms),
+        of_fastest=sum(min(s.values) for s in tops) / sum(min(s.values) for s in bottoms),
+        of_rounds=Summary.of(rounds),
+    )

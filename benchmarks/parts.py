@@ -66,17 +66,18 @@ def trainer(model: Any, steps: int, loss: str = "TRADES") -> Any:
 def step(trainer: Any, *, jit_compile: bool = False) -> Any:
     """Return `(x, y) -> logs`, one optimizer step, compiled as `fit` compiles it.
 
-    That is for batches of any size: the last one of an epoch may be smaller. XLA wants to know the
-    size, and gets that of the first batch.
+    That is without AutoGraph, and for batches of any size: the last one of an epoch may be smaller.
+    XLA wants to know the size, and gets that of the first batch.
     """
 
     def take(x: tf.Tensor, y: tf.Tensor) -> Any:
         return trainer.train_step((x, y))
 
     if jit_compile:
-        return tf.function(take, jit_compile=True)
+        return tf.function(take, jit_compile=True, autograph=False)
     images = tf.TensorSpec((None, *trainer.model.input_shape[1:]), tf.float32)
-    return tf.function(take, input_signature=(images, tf.TensorSpec((None,), tf.int32)))
+    labels = tf.TensorSpec((None,), tf.int32)
+    return tf.function(take, input_signature=(images, labels), autograph=False)
 
 
 class Floor:

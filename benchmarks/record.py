@@ -15,7 +15,7 @@ from typing import Any
 import tensorflow as tf
 
 import tscnc_tf
-from benchmarks.measure import Summary, Timing
+from benchmarks.measure import Ratio, Summary, Timing
 from tscnc_tf import _files, _tables
 
 _DISTRIBUTIONS = (
@@ -120,13 +120,17 @@ def against(value: float, goal: float, digits: int = 3) -> str:
     return f"{value:.{digits}f} (goal: at most {goal:g}; {verdict})"
 
 
-def quartiles(summary: Summary) -> str:
-    """Return the spread as text."""
-    return f"{summary.lower_quartile:.3f} to {summary.upper_quartile:.3f}"
+def spread(ratio: Ratio) -> str:
+    """Return what else is to be said of a ratio of medians."""
+    rounds = ratio.of_rounds
+    return (
+        f"of the fastest rounds {ratio.of_fastest:.3f}, of single rounds {rounds.median:.3f} "
+        f"(quartiles {rounds.lower_quartile:.3f} to {rounds.upper_quartile:.3f})"
+    )
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Summary | Timing):
+    if isinstance(value, Summary | Timing | Ratio):
         return value.as_dict()
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}

@@ -57,7 +57,7 @@ def run(options: record.Options) -> None:
             "times": times,
             "ratios": ratios,
             "goal": 1.0,
-            "goal_met": all(ratio["wall"].median < 1 for ratio in ratios.values()),
+            "goal_met": all(ratio["wall"].of_medians < 1 for ratio in ratios.values()),
         },
     )
     rows = []
@@ -66,8 +66,8 @@ def run(options: record.Options) -> None:
         rows.append((f"{loss}: {_KINDS[kind]}", *record.milliseconds(timing)))
     notes = [
         f"{name.split()[0]}, ours over {_KINDS[name.split()[1]]}: "
-        f"{record.against(ratio['wall'].median, 1.0)}, quartiles over single rounds "
-        f"{record.quartiles(ratio['wall'])}; by CPU time {ratio['cpu'].median:.3f}"
+        f"{record.against(ratio['wall'].of_medians, 1.0)}; {record.spread(ratio['wall'])}; "
+        f"by CPU time {ratio['cpu'].of_medians:.3f}"
         for name, ratio in ratios.items()
     ]
     notes += [

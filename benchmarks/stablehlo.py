@@ -96,7 +96,7 @@ def run(options: record.Options) -> None:
     notes = [
         "The step compiles with jit_compile=True and takes "
         f"{1e3 * times['step'].wall.median:,.1f} ms here; over the plain step's time: "
-        f"{over_plain.median:.3f}, quartiles over single rounds {record.quartiles(over_plain)}.",
+        f"{over_plain.of_medians:.3f}; {record.spread(over_plain)}",
         f"After {rounds + 1} steps all weights are finite: {finite}; they moved: {moved}.",
         f"Programs and their state are in {folder}; run_stablehlo.py runs them.",
     ]

@@ -59,7 +59,7 @@ def run(options: record.Options) -> None:
             "cpu_ratio": cpu_ratio,
             "ablations": ablations,
             "goal": GOAL,
-            "goal_met": ratio.median <= GOAL,
+            "goal_met": ratio.of_medians <= GOAL,
         },
     )
     gradients = f"floor: {options.steps} x forward and input gradient"
@@ -69,12 +69,12 @@ def run(options: record.Options) -> None:
         for name, timing in times.items()
     ]
     notes = [
-        f"Step over floor (sum of the medians): {record.against(ratio.median, GOAL)}",
-        f"Quartiles over single rounds: {record.quartiles(ratio)}; by CPU time: "
-        f"{cpu_ratio.median:.3f} ({record.quartiles(cpu_ratio)})",
+        f"Step over floor, of medians: {record.against(ratio.of_medians, GOAL)}; "
+        f"{record.spread(ratio)}",
+        f"By CPU time: {cpu_ratio.of_medians:.3f}; {record.spread(cpu_ratio)}",
         *(
-            f"Step {name} over floor: {value['wall'].median:.3f}; by CPU time: "
-            f"{value['cpu'].median:.3f}"
+            f"Step {name} over floor: {value['wall'].of_medians:.3f}; "
+            f"{record.spread(value['wall'])}; by CPU time {value['cpu'].of_medians:.3f}"
             for name, value in ablations.items()
         ),
         "The step: TRADES, TSCNC on all kernels, tfmot's pruning wrappers (a step that "

@@ -32,7 +32,7 @@ from sklearn.model_selection import train_test_split
 import tscnc_tf as tscnc
 
 EPSILON = 0.1  # of a grey scale from 0 to 1
-ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.03, steps=5)
+ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.05, steps=3)
 JUDGES = [
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, restarts=2),
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, objective="margin"),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import gc
-import importlib
 import inspect
 import json
 import weakref
@@ -806,9 +804,3 @@ def test_a_nan_in_the_gradient_stays_where_it_is():
 
     result = FGSM(epsilon=0.1)(lambda x: linear([1.0, 1.0])(broken(x)), [[0.5, 0.5]], [0])
     np.testing.assert_allclose(result, [[0.6, 0.5]], atol=1e-6)
-
-
-@pytest.mark.parametrize("module", ["gradient", "custom"])
-def test_examples(module):
-    outcome = doctest.testmod(importlib.import_module(f"tscnc_tf.attacks.{module}"))
-    assert outcome.attempted and not outcome.failed

@@ -358,6 +358,48 @@ def test_a_softmax_at_the_end_is_refused_in_both_kerases(k):
         quiet(keras_model(k, activation="softmax"), X, Y, corner_attack())
 
 
+@both
+def test_a_sigmoid_per_class_at_the_end_is_doubted_in_both_kerases(k):
+    with pytest.warns(EvaluationWarning, match=r"sigmoid per class.*activation=None") as caught:
+        report = quiet(keras_model(k, activation="sigmoid"), X, Y, corner_attack())
+    assert len(caught) == 1
+    assert report.warnings == (str(caught[0].message),)
+    assert report.clean_accuracy == np.mean(np.all(margins() > 0, axis=1))
+
+
+def test_outputs_of_which_one_is_no_probability_are_not_doubted():
+    def shifted(x, lowest):
+        unit = tf.sigmoid(linear(x))
+        return unit + (lowest - tf.reduce_min(unit))
+
+    for lowest in (-0.01, 0.99):
+        report = quiet(lambda x, lowest=lowest: shifted(x, lowest), X, Y, corner_attack())
+        assert report.warnings == ()
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.0, 1e-4), (-255.0, 2.64)])
+def test_inputs_may_miss_the_bounds_by_a_millionth_of_their_size(bounds):
+    attack, size = attacks.FGSM(epsilon=1e-6, bounds=bounds), max(map(abs, bounds))
+    x = np.full((1, 2), bounds[1])
+    assert attack(lambda x: x, x + 0.9e-6 * size, [0]).shape == (1, 2)
+    with pytest.raises(ValueError, match="inside bounds"):
+        attack(lambda x: x, x + 1.1e-6 * size, [0])
+
+
+def test_an_attack_that_leaves_small_bounds_is_refused():
+    def model(x):
+        return linear(x * 1e5)
+
+    attack = attacks.Custom(
+        lambda m, x, y: x + 5e-7, epsilon=1e-6, bounds=(0.0, 1e-5), name="leaves"
+    )
+    inside = np.full_like(X, 1e-5)
+    with pytest.raises(ValueError, match="left bounds"):
+        quiet(model, inside, Y, {"leaves": lambda m, x, y: x + 5e-7}, bounds=(0.0, 1e-5))
+    with pytest.raises(ValueError, match="must be within bounds"):
+        quiet(model, inside + 5e-7, Y, attack, bounds=(0.0, 1e-5))
+
+
 def test_a_model_that_overflows_under_attack_is_refused():
     def brittle(x):
         return linear(x) / tf.where(tf.reduce_max(x, axis=1, keepdims=True) > 0.95, 0.0, 1.0)

@@ -76,6 +76,34 @@ def test_hard_matrices_have_a_finite_value_and_gradient(form, name, dtype):
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_broken_matrix_shows_and_leaves_its_neighbours_alone(form, dtype, compiled, rng):
+    sound = rng.normal(size=(6, 4))
+    one, beside_zeros, every = sound.copy(), np.zeros((6, 4)), np.full((6, 4), np.nan)
+    one[2, 1] = beside_zeros[0, 0] = np.nan
+    unbounded = sound.copy()
+    unbounded[5, 3] = np.inf
+    stack = np.stack([sound, one, beside_zeros, every, unbounded, np.zeros((6, 4))]).astype(dtype)
+    function = FORMS[form]
+
+    def both(matrix):
+        with tf.GradientTape() as tape:
+            tape.watch(matrix)
+            value = function(matrix)
+        return value, tape.gradient(value, matrix)
+
+    run = both if compiled is None else tf.function(both, jit_compile=compiled)
+    values, slopes = (part.numpy() for part in run(tf.constant(stack)))
+    np.testing.assert_array_equal(np.isnan(values), [False, True, True, True, True, False])
+    assert np.isnan(slopes[1:5]).any(axis=(1, 2)).all()
+    for index in (0, 5):
+        value, slope = gradient(function, stack[index])
+        np.testing.assert_allclose(values[index], value, rtol=1e-6)
+        np.testing.assert_allclose(slopes[index], slope, rtol=1e-4, atol=1e-6)
+
+
 @given(
     hnp.arrays(
         np.float32,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fractions
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tscnc_tf import inspection
+from tscnc_tf import _checks, inspection
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
 from tscnc_tf.inspection import records
 
@@ -495,6 +497,44 @@ def test_lipschitz_refuses_models_without_one_finite_output():
         inspection.local_lipschitz("model", x, 0.1)
     with pytest.raises(ValueError, match="epsilon"):
         inspection.local_lipschitz(linear(np.ones((3, 1))), x, 0.0)
+
+
+@pytest.mark.parametrize("epsilon", [None, True, [0.1]])
+def test_lipschitz_names_an_epsilon_that_is_no_number(epsilon):
+    with pytest.raises(
+        TypeError, match=f"epsilon must be a number, got {re.escape(repr(epsilon))}"
+    ):
+        inspection.local_lipschitz(linear(np.ones((3, 1))), np.full((2, 3), 0.5), epsilon)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("8 / 255", "8/255"),
+        (8 / 255, "8/255"),
+        (0.2, "0.2"),
+        (3, "3"),
+        (0.12345, "0.12345"),
+        (np.float64(8 / 255), "8/255"),
+        (np.float32(8 / 255), "8/255"),
+        (np.float16(8 / 255), "8/255"),
+        (np.float32(0.3), "0.3"),
+        (np.float32(0.12345), "0.12345"),
+        (fractions.Fraction(8, 255), "8/255"),
+    ],
+)
+def test_a_distance_is_written_as_people_write_it(value, written):
+    assert _checks.as_written(value) == written
+    report = inspection.local_lipschitz(linear([[1.0]]), [[0.5]], value, bounds=(-9, 9), steps=1)
+    assert report.epsilon == written
+
+
+def test_lipschitz_holds_small_bounds_to_their_own_scale():
+    x, model = np.full((2, 3), 1e-7), linear(np.ones((3, 1)))
+    report = inspection.local_lipschitz(model, x, 1e-8, bounds=(0.0, 1e-7))
+    assert report.mean == pytest.approx(3.0, rel=1e-3)
+    with pytest.raises(ValueError, match="bounds"):
+        inspection.local_lipschitz(model, 5 * x, 1e-8, bounds=(0.0, 1e-7))
 
 
 # --- all reports ----------------------------------------------------------------------------------

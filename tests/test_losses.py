@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tscnc_tf import losses
-from tscnc_tf.losses import MART, TRADES, Madry, RobustLoss, robust, terms
+from tscnc_tf.losses import MART, TRADES, Madry, RobustLoss
 
 BATCH, CLASSES = 6, 5
 LABELS = np.array([0, 4, 2, 2, 1, 3])
@@ -275,9 +274,3 @@ def test_unknown_batch_and_classes():
     logits = tf.constant([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
     labels = tf.constant([0, 1])
     assert np.allclose(everything(labels, logits), everything.python_function(labels, logits))
-
-
-@pytest.mark.parametrize("module", [terms, robust])
-def test_examples(module):
-    outcome = doctest.testmod(module)
-    assert outcome.attempted and not outcome.failed

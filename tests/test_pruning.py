@@ -308,3 +308,185 @@ def test_masks_apply_outside_the_scope_of_a_strategy():
     for weight, _ in wrappers.pruned_variables(pruned):
         for value in strategy.experimental_local_results(weight):
             assert np.mean(value.numpy() == 0) == 0.5
+
+
+def constrained(model):
+    """The kernels of a model that have a regularizer, by name."""
+    return [
+        kernel.name
+        for kernel in kernel_layers.kernels(model)
+        if getattr(kernel.layer, kernel.spec.regularizer) is not None
+    ]
+
+
+def sequence_model(library):
+    layers = library.layers
+    inputs = library.Input((5, 4))
+    x = layers.TimeDistributed(layers.Dense(6, name="inner"), name="each")(inputs)
+    sub = library.Sequential([library.Input((6,)), layers.Dense(3, name="deep")], name="sub")
+    x = layers.TimeDistributed(sub, name="every")(x)
+    x = layers.Bidirectional(layers.LSTM(3, name="lstm"), name="both")(x)
+    x = layers.Reshape((2, 3))(x)
+    cells = [layers.GRUCell(2, name="gru"), layers.SimpleRNNCell(2, name="simple")]
+    x = layers.RNN(cells, name="rnn")(x)
+    return library.Model(inputs, layers.Dense(2, name="logits")(x))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_kernels_inside_wrappers_are_constrained(flavour, rng):
+    library = FLAVOURS[flavour]
+    model = sequence_model(library)
+    new = pruning.add_regularizers(model, TSCNC)
+    kernels = list(kernel_layers.kernels(new))
+    assert len(kernels) == 2 + 4 + 4 + 1
+    assert constrained(new) == [kernel.name for kernel in kernels]
+    assert not constrained(model)
+    expected = sum(float(TSCNC.for_kernel(**k.reading)(k.variable)) for k in kernels)
+    assert float(sum(new.losses)) == pytest.approx(expected, rel=1e-5)
+    x = rng.normal(size=(2, 5, 4)).astype("float32")
+    np.testing.assert_array_equal(model(x), new(x))
+    assert constrained(pruning.add_regularizers(model, TSCNC, layers="inner")) == ["inner"]
+    assert constrained(pruning.add_regularizers(model, TSCNC, layers="every")) == ["deep"]
+    deep = pruning.add_regularizers(model, TSCNC, layers=model.get_layer("every"))
+    assert constrained(deep) == ["deep"]
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_chosen_kernels_that_stay_unconstrained_are_named(flavour, rng):
+    library = FLAVOURS[flavour]
+    inputs = library.Input((5, 4))
+    attention = library.layers.MultiHeadAttention(2, 3, name="attention")
+    outputs = library.layers.Dense(2, name="logits")(attention(inputs, inputs))
+    model = library.Model(inputs, outputs)
+    words = r"stay unconstrained: attention/query/kernel, .*attention/attention_output/kernel\."
+    with pytest.warns(UserWarning, match=words):
+        new = pruning.add_regularizers(model, TSCNC)
+    kernel = model.get_layer("logits").kernel
+    assert float(sum(new.losses)) == pytest.approx(float(TSCNC(kernel)), rel=1e-5)
+    pruning.add_regularizers(model, TSCNC, layers="logits")  # no warning
+
+
+def shared_model(library):
+    """A layer and a nested model that are used in the outer model and in another nested one."""
+    layers = library.layers
+    inputs = library.Input((4,))
+    shared = layers.Dense(4, name="shared")
+    deep = library.Sequential([library.Input((4,)), layers.Dense(4, name="deep")], name="deepest")
+    inner = library.Model(inputs, deep(shared(inputs)), name="inner")
+    outer = library.Input((4,))
+    x = deep(shared(inner(outer)))
+    return library.Model(outer, layers.Dense(3, name="logits")(x))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_shared_layers_stay_shared_under_a_regularizer(flavour, rng):
+    model = shared_model(FLAVOURS[flavour])
+    new = pruning.add_regularizers(model, TSCNC)
+    assert [w.shape for w in new.get_weights()] == [w.shape for w in model.get_weights()]
+    assert new.get_layer("shared") is new.get_layer("inner").get_layer("shared")
+    x = rng.normal(size=(5, 4)).astype("float32")
+    np.testing.assert_array_equal(model(x), new(x))
+    kernels = [kernel.variable for kernel in kernel_layers.kernels(new)]
+    assert len(kernels) == 3
+    expected = sum(float(TSCNC(kernel)) for kernel in kernels)
+    assert float(sum(new.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_shared_layers_get_one_mask():
+    model = shared_model(tf_keras)
+    pruned = pruning.prune(model, schedules.OneShot(0.5))
+    pairs = list(wrappers.pruned_variables(pruned))
+    assert len(pairs) == len({id(weight) for weight, _ in pairs}) == 3
+    for _, mask in pairs:
+        mask.assign(np.resize([0.0, 1.0], mask.shape))
+    stripped = pruning.strip(pruned)
+    x = np.ones((2, 4), "float32")
+    np.testing.assert_array_equal(stripped(x), model(x))
+    for weight, mask in pairs:
+        np.testing.assert_array_equal(weight == 0, mask == 0)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_layers_are_chosen_by_identity(flavour):
+    model = nested_model(FLAVOURS[flavour])
+
+    def touched(layers):
+        return constrained(pruning.add_regularizers(model, TSCNC, layers=layers))
+
+    inner = model.get_layer("inner")
+    separable = ["inner_separable/depthwise_kernel", "inner_separable/pointwise_kernel"]
+    assert touched(model.get_layer("logits")) == ["logits"]
+    assert touched([inner.layers[0], model.get_layer("logits")]) == ["inner_conv", "logits"]
+    assert touched(inner) == ["inner_conv", *separable]
+    with pytest.raises(ValueError, match="chooses no layer"):
+        touched(dense_model(FLAVOURS[flavour]).layers[-1])
+
+
+def test_prune_takes_a_layer_by_identity():
+    model = dense_model()
+    pruned = pruning.prune(model, schedules.OneShot(0.5), layers=model.layers[1])
+    assert [w.layer for w in wrappers.wrapped_layers(pruned)] == [model.layers[1]]
+
+
+def test_blocks_skip_what_is_not_a_matrix():
+    with pytest.warns(UserWarning, match=r"conv \(block_size=\(2, 2\) is for weights of rank 2"):
+        pruned = pruning.prune(conv_model(), schedules.OneShot(0.5), block_size=(2, 2))
+    rows = pruning.report(pruned).layers
+    assert [(row.name, row.pruned) for row in rows] == [("conv", False), ("logits", True)]
+    assert "rank [4]" in rows[0].reason
+    (wrapper,) = wrappers.wrapped_layers(pruned)
+    assert tuple(wrapper.block_size) == (2, 2)
+
+
+def test_patterns_of_m_by_n_skip_what_they_do_not_fit_and_are_not_saved(tmp_path):
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Conv1D(3, 2, input_shape=(5, 2), name="conv"),
+            tf_keras.layers.Flatten(),
+            tf_keras.layers.Dense(4, name="logits"),
+        ]
+    )
+    with (
+        pytest.warns(UserWarning, match=r"conv \(sparsity_m_by_n=\(2, 4\) is for .*rank \[3\]"),
+        pytest.warns(UserWarning, match=r"does not save sparsity_m_by_n=\(2, 4\)"),
+    ):
+        pruned = pruning.prune(model, schedules.OneShot(0.5), sparsity_m_by_n=(2, 4))
+    rows = pruning.report(pruned).layers
+    assert [(row.name, row.pruned) for row in rows] == [("conv", False), ("logits", True)]
+    pruned.save(tmp_path / "pruned.keras")
+    with pruning.prune_scope():
+        back = tf_keras.models.load_model(tmp_path / "pruned.keras")
+    assert wrappers.wrapped_layers(pruned)[0].sparsity_m_by_n == (2, 4)
+    assert wrappers.wrapped_layers(back)[0].sparsity_m_by_n is None, "then the warning is obsolete"
+
+
+def test_frozen_layers_are_named_and_listed():
+    model = dense_model()
+    model.layers[0].trainable = False
+    with pytest.warns(UserWarning, match=r"hidden \(it is frozen \(trainable=False\)\)"):
+        pruned = pruning.prune(model, schedules.OneShot(0.5))
+    rows = pruning.report(pruned).layers
+    assert [(r.name, r.weights, r.pruned) for r in rows] == [
+        ("hidden", 48, False),
+        ("logits", 24, True),
+    ]
+    assert rows[0].reason == "it is frozen (trainable=False)"
+
+
+def test_a_layer_made_of_others_is_one_row():
+    inputs = tf_keras.Input((5, 4))
+    x = tf_keras.layers.LSTM(3, return_sequences=True, name="lstm")(inputs)
+    x = tf_keras.layers.MultiHeadAttention(2, 3, name="attention")(x, x)
+    x = tf_keras.layers.Bidirectional(tf_keras.layers.LSTM(2), name="both")(x)
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(2, name="logits")(x))
+    with pytest.warns(UserWarning, match="left unpruned: both"):
+        pruned = pruning.prune(model, schedules.OneShot(0.5))
+    rows = pruning.report(pruned).layers
+    assert [(row.name, row.weights, row.pruned) for row in rows] == [
+        ("lstm", 4 * 3 * (4 + 3), True),
+        ("attention", 4 * 3 * 6 + 3 * 6, True),
+        ("both", 2 * 4 * 2 * (3 + 2), False),
+        ("logits", 8, True),
+    ]
+    masked = sum(weight.shape.num_elements() for weight, _ in wrappers.pruned_variables(pruned))
+    assert masked == 84 + 72 + 8

@@ -22,9 +22,9 @@ EXAMPLES = {
     "authors": regularizers.ConditionNumber(1e-2, form="authors"),
     "orthogonal": regularizers.ConditionNumber(1e-2, form="orthogonal"),
     "TSCNC": regularizers.TSCNC(1e-3, 1e-2, a=2.0, groups="filter"),
-    "Sum": regularizers.Sum([regularizers.ConditionNumber(1e-2), "l2"]),
+    "RegularizerSum": regularizers.RegularizerSum([regularizers.ConditionNumber(1e-2), "l2"]),
 }
-FINAL = {"TransformedL1", "ConditionNumber", "TSCNC", "Sum"}
+FINAL = {"TransformedL1", "ConditionNumber", "TSCNC", "RegularizerSum"}
 
 
 def test_the_list_of_examples_is_complete():
@@ -105,7 +105,7 @@ def test_values_are_the_sums_of_the_formulas(rng):
     assert float(EXAMPLES["filter"](kernel)) == pytest.approx(filters, rel=1e-5)
     both = regularizers.TransformedL1(1e-3, 2.0, "filter")(kernel) + EXAMPLES["log_ratio"](kernel)
     assert float(EXAMPLES["TSCNC"](kernel)) == pytest.approx(float(both))
-    assert float(EXAMPLES["Sum"](kernel)) == pytest.approx(
+    assert float(EXAMPLES["RegularizerSum"](kernel)) == pytest.approx(
         float(EXAMPLES["log_ratio"](kernel)) + 0.01 * np.sum(kernel**2), rel=1e-5
     )
 
@@ -114,7 +114,7 @@ def test_values_are_the_sums_of_the_formulas(rng):
 def test_the_configuration_survives_json_in_both_kerases(name):
     example = EXAMPLES[name]
     for library in (keras, tf_keras):
-        if name == "Sum" and library is keras:
+        if name == "RegularizerSum" and library is keras:
             continue  # this one holds tf_keras' l2
         packed = json.loads(json.dumps(library.saving.serialize_keras_object(example)))
         back = library.saving.deserialize_keras_object(packed)
@@ -139,8 +139,10 @@ def test_models_come_back_in_a_fresh_process(flavour, tmp_path):
     library, paths, expected = FLAVOURS[flavour], [], []
     kernel = np.arange(12.0, dtype="float32").reshape(4, 3) / 7
     for name, example in EXAMPLES.items():
-        if name == "Sum":
-            example = regularizers.Sum([EXAMPLES["log_ratio"], library.regularizers.L2(0.1)])
+        if name == "RegularizerSum":
+            example = regularizers.RegularizerSum(
+                [EXAMPLES["log_ratio"], library.regularizers.L2(0.1)]
+            )
         model = library.Sequential([library.layers.Dense(3, kernel_regularizer=example)])
         model.build((None, 4))
         for ending in ("keras", "h5"):
@@ -153,7 +155,7 @@ def test_models_come_back_in_a_fresh_process(flavour, tmp_path):
     assert len(printed) == len(expected)
     for line, (config, value, loss) in zip(printed, expected, strict=True):
         config_back, value_back, loss_back = line.rsplit(" ", 2)
-        if "Sum" not in config and "regularizers" not in config:
+        if "RegularizerSum" not in config and "regularizers" not in config:
             assert config_back == config
         assert float(value_back) == pytest.approx(value)
         assert float(loss_back) == pytest.approx(loss)
@@ -199,6 +201,56 @@ def test_training_on_the_condition_number_lowers_it(rng):
     assert after < 2 * np.exp(size * float(functional.log_ratio(kernel)) / 2)
 
 
+def test_the_registered_names_hide_nothing_of_keras():
+    registered = tf_keras.utils.get_custom_objects().items()
+    bare = [
+        name
+        for name, value in registered
+        if ">" not in name and value.__module__.startswith("tscnc_tf")
+    ]
+    assert set(bare) == FINAL
+    rooms = ["metrics", "layers", "losses", "optimizers", "regularizers", "initializers"]
+    for room in [*rooms, "callbacks"]:
+        assert not [name for name in bare if name in dir(getattr(tf_keras, room))], room
+    metric = tf_keras.metrics.get("Sum")
+    metric.update_state([1.0, 2.0, 4.0])
+    assert type(metric) is tf_keras.metrics.Sum
+    assert float(metric.result()) == 7.0
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_einsum_kernels_are_read_only_where_they_are_one_matrix(flavour, rng):
+    library = FLAVOURS[flavour]
+
+    def build(equation, output, inputs):
+        layer = library.layers.EinsumDense(equation, output_shape=output)
+        layer(np.zeros(inputs, "float32"))
+        return layer
+
+    attention = library.layers.MultiHeadAttention(2, 3, name="attention")
+    x = rng.normal(size=(2, 4, 6)).astype("float32")
+    attention(x, x)
+    assert not list(kernel_layers.kernels(attention))
+    assert not list(kernel_layers.kernels(build("abc,cde->abde", (4, 2, 3), (1, 4, 6))))
+    assert not list(kernel_layers.kernels(build("ab,ab->ab", (4,), (3, 4))))
+    for equation in ("ab,bc->ac", "ab,cb->ac", "...x,xy->...y"):
+        layer = build(equation, (7,), (3, 4))
+        matrix = np.asarray(layer.kernel)
+        (kernel,) = kernel_layers.kernels(layer)
+        regularizer = regularizers.TransformedL1(1.0, groups="filter").for_kernel(**kernel.reading)
+        norms = np.sqrt((matrix**2).sum(axis=matrix.shape.index(4)))
+        assert norms.shape == (7,)
+        expected = np.sum(2 * norms / (1 + norms))
+        assert float(regularizer(kernel.variable)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_smallest_ridge_is_finite_on_a_singular_kernel():
+    kernel = tf.ones((256, 256))
+    value = regularizers.ConditionNumber(1.0, ridge=1e-12)(kernel)
+    expected = -(np.log(256 + 1e-12) + 255 * np.log(1e-12)) / 256
+    assert float(value) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
@@ -212,7 +264,21 @@ def test_training_on_the_condition_number_lowers_it(rng):
             "groups must be one of",
         ),
         (lambda: regularizers.ConditionNumber(1.0, form="det"), ValueError, "form must be one of"),
-        (lambda: regularizers.ConditionNumber(1.0, ridge=0.0), ValueError, "ridge must be > 0"),
+        (
+            lambda: regularizers.ConditionNumber(1.0, ridge=0.0),
+            ValueError,
+            "ridge must be >= 1e-12.*default",
+        ),
+        (
+            lambda: regularizers.ConditionNumber(1.0, ridge=1e-18),
+            ValueError,
+            "ridge must be >= 1e-12, got 1e-18.*1e-6",
+        ),
+        (
+            lambda: regularizers.TSCNC(1.0, 1.0, ridge=9e-13),
+            ValueError,
+            "ridge must be >= 1e-12",
+        ),
         (
             lambda: regularizers.ConditionNumber(1.0, layout="x"),
             ValueError,
@@ -225,9 +291,11 @@ def test_training_on_the_condition_number_lowers_it(rng):
         ),
         (lambda: regularizers.TSCNC(-1.0, 1.0), ValueError, "sparsity_factor must be >= 0"),
         (lambda: regularizers.TSCNC(1.0, -1.0), ValueError, "condition_factor must be >= 0"),
-        (lambda: regularizers.Sum([]), ValueError, "at least one"),
+        (lambda: regularizers.RegularizerSum([]), ValueError, "at least one"),
         (
-            lambda: regularizers.Sum([keras.regularizers.L2(), tf_keras.regularizers.L2()]),
+            lambda: regularizers.RegularizerSum(
+                [keras.regularizers.L2(), tf_keras.regularizers.L2()]
+            ),
             ValueError,
             "of one Keras",
         ),

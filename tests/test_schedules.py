@@ -137,6 +137,8 @@ def test_epochs_become_steps():
     assert schedules.CosineSparsity.from_epochs(
         0.0, 0.9, 1, 2.5, steps_per_epoch=100, frequency=7
     ) == schedules.CosineSparsity(0.0, 0.9, 100, 250, 7)
+    often = schedules.CosineSparsity.from_epochs(0.0, 0.9, 0, 5, steps_per_epoch=20)
+    assert often.frequency == 2, "a short schedule is no single shot"
     assert schedules.OneShot.from_epochs(0.9, 3, steps_per_epoch=10) == schedules.OneShot(0.9, 30)
     inside = schedules.CosineSparsity(0.0, 0.9, 0, 10)
     assert schedules.ConditionGated.from_epochs(

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 from helpers import blobs, conv_model, dense_model, fresh_process, images
 
-from tscnc_tf import attacks, callbacks, losses, pruning, regularizers, schedules
+from tscnc_tf import _keras, attacks, callbacks, losses, pruning, regularizers, schedules
 from tscnc_tf._keras import wrappers
 from tscnc_tf.training import LOGS, AdversarialTraining
 
@@ -369,6 +369,63 @@ def test_training_goes_on_in_a_fresh_process_bit_for_bit(tmp_path):
         assert_same(trainer.model.get_weights(), list(end.values()))
 
 
+class Recording(schedules.ConditionGated):
+    """A gate that notes when it is told something."""
+
+    def update(self, condition_number, step):
+        super().update(condition_number, step)
+        seen_steps.append(step)
+
+
+seen_steps = []
+
+
+@pytest.mark.parametrize(("per_execution", "expected"), [(1, [0, 4, 8, 12]), (3, [0, 6, 12])])
+def test_the_condition_gate_is_fed_by_steps_across_short_epochs(per_execution, expected):
+    seen_steps.clear()
+    gate = Recording(schedules.CosineSparsity(0.0, 0.75, 1, 6, 1), 1e9)
+    model = pruning.prune(dense_model(), gate)
+    trainer = trainer_for(model, steps_per_execution=per_execution)
+    feed = callbacks.pruning_callbacks(condition_frequency=4)
+    trainer.fit(*blobs(48), batch_size=16, epochs=4, verbose=0, callbacks=feed)
+    assert seen_steps == expected
+
+
+def test_a_gate_that_came_back_as_one_per_layer_is_still_one():
+    def gate():
+        return schedules.ConditionGated(schedules.CosineSparsity(0.0, 0.75, 1, 50, 1), 20.0)
+
+    model = pruning.prune(dense_model(), gate())
+    for wrapper in wrappers.wrapped_layers(model):
+        wrapper.pruning_schedule = wrapper.pruning_obj._pruning_schedule = gate()
+    hidden = wrappers.wrapped_layers(model)[0].layer
+    hidden.kernel.assign(hidden.kernel * np.logspace(0, -3, 8)[np.newaxis])
+    fit(trainer_for(model, optimizer=tf_keras.optimizers.SGD(0.0)), blobs(48), epochs=1)
+    gates = [wrapper.pruning_schedule for wrapper in wrappers.wrapped_layers(model)]
+    assert [g.is_open for g in gates] == [False, False]
+    assert sparsities(model) == [0.0, 0.0]
+
+
+def test_a_layer_called_twice_still_counts_optimizer_steps():
+    inputs = tf_keras.Input((6,))
+    twice = tf_keras.layers.Dense(6, name="twice")
+    outputs = tf_keras.layers.Dense(3, name="once")(twice(tf_keras.layers.ReLU()(twice(inputs))))
+    model = pruning.prune(tf_keras.Model(inputs, outputs), schedules.OneShot(0.5, 3))
+    fit(trainer_for(model), blobs(48), epochs=2)
+    assert [int(wrapper.pruning_step) for wrapper in wrappers.wrapped_layers(model)] == [6, 6]
+
+
+def test_the_adversary_meets_masked_weights_only():
+    x, _ = blobs(8)
+    model = pruning.prune(dense_model(), schedules.OneShot(0.5))
+    for weight, mask in wrappers.pruned_variables(model):
+        mask.assign(np.resize([0.0, 1.0], mask.shape))
+        weight.assign(tf.ones_like(weight))
+    logits = _keras.inference(model)(x)
+    np.testing.assert_array_equal(logits, model(x, training=False))
+    assert_zeros_equal_masks(model)
+
+
 def test_the_condition_gate_is_fed_and_holds():
     gate = schedules.ConditionGated(schedules.CosineSparsity(0.0, 0.75, 1, 6, 1), 1.0)
     model = pruning.prune(conv_model(), gate)
@@ -428,6 +485,8 @@ def test_bad_input_is_named():
     loss = losses.TRADES()
     soft = tf_keras.Sequential([tf_keras.layers.Dense(3, activation="softmax", input_shape=(6,))])
     single = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(6,))])
+    inputs = tf_keras.Input((6,))
+    functional = tf_keras.Model(inputs, tf.nn.softmax(tf_keras.layers.Dense(3)(inputs)))
     custom = attacks.Custom(function=lambda m, x, y: x, epsilon=0.1)
 
     def trainer():
@@ -438,6 +497,13 @@ def test_bad_input_is_named():
         (lambda: build("model", attack=PGD, loss=loss), TypeError, "tf_keras model, got str"),
         (lambda: build(dense_model(), attack="pgd", loss=loss), TypeError, "attack must be one of"),
         (lambda: build(dense_model(), attack=custom, loss=loss), TypeError, "follow the gradient"),
+        (
+            lambda: build(dense_model(), attack=attacks.PGD(epsilon=0.1, targeted=True), loss=loss),
+            ValueError,
+            "attack must be untargeted",
+        ),
+        (lambda: trainer().save("folder"), ValueError, "must end in .keras"),
+        (lambda: build(functional, attack=PGD, loss=loss), ValueError, "ends in a softmax"),
         (lambda: build(dense_model(), attack=PGD, loss="trades"), TypeError, "loss must be one of"),
         (lambda: build(soft, attack=PGD, loss=loss), ValueError, "ends in a softmax"),
         (lambda: build(single, attack=PGD, loss=loss), ValueError, "2 classes or more"),

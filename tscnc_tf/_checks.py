@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*")
 
 
@@ -90,6 +92,15 @@ def bounds(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
+def slack(bounds: tuple[float, float]) -> float:
+    """Return by how much a float32 value may miss the bounds and still count as inside.
+
+    It is relative to their size alone: a bound such as 2.64 is not a float32, and one of 1e-6 must
+    not grow to twice itself.
+    """
+    return 1e-6 * max(abs(bounds[0]), abs(bounds[1]))
+
+
 def distance(name: str, value: Any) -> float:
     """Return an epsilon or a step size as a float > 0; it may be written as a fraction, "8/255"."""
     if isinstance(value, str):
@@ -107,13 +118,15 @@ def as_written(value: float | str) -> str:
     """Return a distance the way people write it: 8/255 as "8/255", 0.3 as "0.3".
 
     A float within 1e-12 of k/255, with a whole k, is read as that fraction, if its decimal form is
-    no shorter: 0.2 stays 0.2, though it is 51/255.
+    no shorter: 0.2 stays 0.2, though it is 51/255. A NumPy float is read in its own precision.
     """
     if isinstance(value, str):
         return value.replace(" ", "")
-    if float(f"{value:.3g}") == value:
-        return f"{value:g}"
-    count = round(value * 255)
-    if count and abs(count / 255 - value) < 1e-12:
+    kind = type(value) if isinstance(value, np.floating) else float
+    exact = float(value)
+    if kind(f"{exact:.3g}") == kind(value):
+        return f"{exact:g}"
+    count = round(exact * 255)
+    if count and abs(float(kind(count / 255)) - exact) < 1e-12:
         return f"{count}/255"
-    return repr(float(value))
+    return str(kind(value))

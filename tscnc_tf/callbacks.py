@@ -22,7 +22,8 @@ def pruning_callbacks(
     That is tfmot's `UpdatePruningStep` (without which its wrappers refuse to train), `MaskWeights`,
     `ConditionFeed` for the schedules that ask for it, and on request a `KernelLogger`.
 
-    They are safe for a model that is not pruned: then they do nothing.
+    They are safe for a model that is not pruned: then they do nothing. In a plain `fit`, which is
+    not that of `AdversarialTraining`, give them before the callbacks that write checkpoints.
 
     Args:
         condition_frequency: see `ConditionFeed`.
@@ -40,7 +41,7 @@ def pruning_callbacks(
     callbacks = [
         _keras.tfmot().sparsity.keras.UpdatePruningStep(),
         MaskWeights(),
-        ConditionFeed(frequency=condition_frequency),
+        ConditionFeed(_checks.integer("condition_frequency", condition_frequency, minimum=1)),
     ]
     if log_kernels or log_dir is not None:
         callbacks.append(KernelLogger(log_dir=log_dir))
@@ -84,46 +85,50 @@ class ConditionFeed(tf_keras.callbacks.Callback):
     """Measure condition numbers for the `ConditionGated` schedules of a model.
 
     Each such schedule is told the largest condition number among the masked kernels that it
-    governs: when training begins, then every `frequency` batches, by NumPy's SVD in float64.
+    governs: when training begins, then every `frequency` optimizer steps, by NumPy's SVD in
+    float64. Equal schedules count as one, also where a model that was saved and loaded has a copy
+    of it for each layer.
 
     Args:
-        frequency: number of batches between two measurements, >= 1.
+        frequency: number of optimizer steps between two measurements, >= 1.
     """
 
     def __init__(self, frequency: int = 100) -> None:
         super().__init__()
         self.frequency = _checks.integer("frequency", frequency, minimum=1)
-        self._gates: list[tuple[Any, list[Any]]] = []
+        self._governed: dict[Any, list[Any]] = {}
+        self._measured_at = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find the gated schedules, and measure for the first time."""
+        self._governed = {}
         wrapped = wrappers.wrapped_layers(self.model)
         if not wrapped:
             return
-        from tscnc_tf import (
-            schedules,
-        )  # imports tfmot, which a model with wrappers has done already
+        from tscnc_tf import schedules  # imports tfmot, as a model with wrappers has done already
 
-        gates: dict[int, tuple[Any, list[Any]]] = {}
         for wrapper in wrapped:
             if isinstance(wrapper.pruning_schedule, schedules.ConditionGated):
-                gate = gates.setdefault(
-                    id(wrapper.pruning_schedule), (wrapper.pruning_schedule, [])
-                )
-                gate[1].append(wrapper)
-        self._gates = list(gates.values())
-        self._measure()
+                self._governed.setdefault(wrapper.pruning_schedule, []).append(wrapper)
+        if self._governed:
+            self._measure(self._step())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Measure anew, every so many batches."""
-        if self._gates and (batch + 1) % self.frequency == 0:
-            self._measure()
+        """Measure anew, if enough steps have been taken (one batch may be several steps)."""
+        if self._governed and (step := self._step()) - self._measured_at >= self.frequency:
+            self._measure(step)
 
-    def _measure(self) -> None:
-        for schedule, wrapped in self._gates:
+    def _step(self) -> int:
+        wrapper = next(iter(self._governed.values()))[0]
+        return int(tf_keras.backend.get_value(wrapper.pruning_step))
+
+    def _measure(self, step: int) -> None:
+        self._measured_at = step
+        for schedule, wrapped in self._governed.items():
             reports = [inspection.condition_numbers(wrapper) for wrapper in wrapped]
             worst = max(getattr(row, schedule.measure) for report in reports for row in report.rows)
-            schedule.update(worst, int(tf_keras.backend.get_value(wrapped[0].pruning_step)))
+            for copy in {id(wrapper.pruning_schedule): wrapper for wrapper in wrapped}.values():
+                copy.pruning_schedule.update(worst, step)
 
 
 class KernelLogger(tf_keras.callbacks.Callback):

@@ -2,6 +2,10 @@
 
 One class per constraint, configured by numbers and names only, so that each is saved with a model
 and comes back from `.keras` and `.h5` files wherever `tscnc_tf` has been imported.
+
+A regularizer sees the kernel and not its layer. Given by hand to a grouped, transposed or depthwise
+convolution, as in `kernel_regularizer=TSCNC(...)`, it must be told by `layout=` and
+`channel_groups=` how to read the kernel; `pruning.add_regularizers` does that by itself.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras, functional
 from tscnc_tf.functional.kernels import GROUPS, LAYOUTS
 
-__all__ = ["ConditionNumber", "KernelRegularizer", "Sum", "TSCNC", "TransformedL1"]
+__all__ = ["ConditionNumber", "KernelRegularizer", "RegularizerSum", "TSCNC", "TransformedL1"]
 
 FORMS = ("log_ratio", "authors", "orthogonal")
+# Below it, rounding in float64 outweighs the ridge, and a singular matrix can't be factorised.
+_MIN_RIDGE = 1e-12
 
 
 class KernelRegularizer(_keras.Regularizer):
@@ -27,8 +33,9 @@ class KernelRegularizer(_keras.Regularizer):
     Args:
         layout: "standard" (..., in, out) for Dense and Conv, "transposed" (..., out, in) for the
             transposed convolutions, "depthwise" (..., in, multiplier) for depthwise kernels.
-            `pruning.add_regularizers` sets it from the layer.
-        channel_groups: `groups` of a grouped convolution.
+            To be given wherever the regularizer is put by hand on such a layer: the kernel alone
+            does not tell. `pruning.add_regularizers` sets it from the layer.
+        channel_groups: `groups` of a grouped convolution, likewise to be given by hand.
     """
 
     def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
@@ -82,7 +89,9 @@ class TransformedL1(KernelRegularizer):
         a: a number > 0; small values count non-zeros, large ones approach the l1 norm.
         groups: None for single weights, "filter" for all that leads to one output channel, "input"
             for all that reads one input channel.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
+            on grouped, transposed or depthwise layers, they must be given;
+            `pruning.add_regularizers` sets them itself.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -145,9 +154,11 @@ class ConditionNumber(KernelRegularizer):
     Args:
         factor: a number >= 0.
         form: one of the three names above.
-        ridge: for `log_ratio`, relative to the mean eigenvalue of G, > 0: eigenvalues far below it
-            don't count.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+        ridge: for `log_ratio`, relative to the mean eigenvalue of G, >= 1e-12: eigenvalues far
+            below it don't count.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
+            on grouped, transposed or depthwise layers, they must be given;
+            `pruning.add_regularizers` sets them itself.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -175,7 +186,7 @@ class ConditionNumber(KernelRegularizer):
         super().__init__(layout=layout, channel_groups=channel_groups)
         self.factor = _checks.factor("factor", factor)
         self.form = _checks.one_of("form", form, FORMS)
-        self.ridge = _checks.number("ridge", ridge, above=0.0)
+        self.ridge = _ridge(ridge)
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
         matrices = functional.matrices(kernel, **self._reading)
@@ -202,7 +213,9 @@ class TSCNC(KernelRegularizer):
         condition_factor: factor of the condition number constraint, >= 0.
         a, groups: see `TransformedL1`.
         form, ridge: see `ConditionNumber`.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
+            on grouped, transposed or depthwise layers, they must be given;
+            `pruning.add_regularizers` sets them itself.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -252,7 +265,7 @@ class TSCNC(KernelRegularizer):
 
 
 @_keras.register
-class Sum(_keras.Regularizer):
+class RegularizerSum(_keras.Regularizer):
     """Several regularizers on one kernel, Keras' own among them: their sum.
 
     Args:
@@ -266,7 +279,7 @@ class Sum(_keras.Regularizer):
     Example:
         >>> import tf_keras
         >>> import tscnc_tf as tscnc
-        >>> both = tscnc.regularizers.Sum(
+        >>> both = tscnc.regularizers.RegularizerSum(
         ...     [tf_keras.regularizers.L2(5e-4), tscnc.regularizers.ConditionNumber(1e-2)])
     """
 
@@ -315,8 +328,18 @@ class Sum(_keras.Regularizer):
         return cls(parts, config["library"])
 
     def __repr__(self) -> str:
-        return f"Sum({self.regularizers!r})"
+        return f"RegularizerSum({self.regularizers!r})"
+
+
+def _ridge(value: Any) -> float:
+    try:
+        return _checks.number("ridge", value, minimum=_MIN_RIDGE)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} A smaller one is lost in rounding, and singular kernels give NaN; "
+            "the default is 1e-6."
+        ) from None
 
 
 def _is_ours(regularizer: Any) -> bool:
-    return isinstance(regularizer, KernelRegularizer | Sum)
+    return isinstance(regularizer, KernelRegularizer | RegularizerSum)

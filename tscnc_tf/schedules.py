@@ -108,13 +108,16 @@ class CosineSparsity(_Schedule):
         end_epoch: float,
         *,
         steps_per_epoch: int,
-        frequency: int = 100,
+        frequency: int | None = None,
     ) -> Self:
         """Build the schedule from epochs (or fractions of them).
 
-        It begins after `begin_epoch` epochs, and ends with the last step of epoch `end_epoch`.
+        It begins after `begin_epoch` epochs, and ends with the last step of epoch `end_epoch`. With
+        `frequency=None` the masks are renewed about 50 times.
         """
         begin_step, end_step = _steps(steps_per_epoch, begin_epoch=begin_epoch, end_epoch=end_epoch)
+        if frequency is None:
+            frequency = max(1, (end_step - begin_step) // 50)
         return cls(initial_sparsity, final_sparsity, begin_step, end_step, frequency)
 
     def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -196,7 +199,8 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         max_condition_number: the limit, >= 1.
         end_step: the step by which the final sparsity must be reached; None for the `end_step` of
             the schedule inside.
-        measure: "condition_number", which is infinite as soon as one filter is dead, or
+        measure: "condition_number", which is infinite as soon as one filter is dead (which then
+            closes the gate until `end_step`, since masks that are held revive nothing), or
             "effective_condition_number", which leaves dead directions out.
 
     Raises:

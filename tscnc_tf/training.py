@@ -94,6 +94,11 @@ class AdversarialTraining(tf_keras.Model):
                 f"attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, "
                 f"got {attack!r}."
             )
+        if attack.targeted:
+            raise ValueError(
+                "attack must be untargeted, got targeted=True: it would move each example towards "
+                "its own label, and training would see examples easier than the clean ones."
+            )
         if not isinstance(loss, losses.RobustLoss):
             raise TypeError(
                 f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
@@ -128,7 +133,8 @@ class AdversarialTraining(tf_keras.Model):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
         self.compile(**tf_keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        if isinstance(self.optimizer, tf_keras.optimizers.Optimizer):  # not a legacy one
+            self.optimizer.build(self.trainable_variables)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Model.fit` does; arrays are checked first.
@@ -148,6 +154,7 @@ class AdversarialTraining(tf_keras.Model):
         x, y, sample_weight = self._unpack(data)
         reference = self._reference(x)
         x_adversarial = self._perturb(x, y, self._step_seed(), reference)
+        steps = wrappers.pruning_steps(self.model)
         with tf.GradientTape() as tape:
             if self.robust_loss.uses_clean:
                 both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
@@ -158,6 +165,7 @@ class AdversarialTraining(tf_keras.Model):
             total = tf.reduce_mean(terms["loss"]) + terms["penalty"]
             # Gradients are summed over replicas, so each contributes its share of the mean.
             total /= tf.distribute.get_strategy().num_replicas_in_sync
+        wrappers.advance(self.model, steps)
         self.optimizer.minimize(total, self.model.trainable_variables, tape=tape)
         wrappers.apply_masks(self.model, self.optimizer)
         return self._logs(x, y, clean, adversarial, sample_weight, terms)
@@ -183,9 +191,10 @@ class AdversarialTraining(tf_keras.Model):
             raise ValueError("y must be given: adversarial training is supervised.")
         # Data from a pipeline can be checked in the graph only (and XLA leaves the checks out).
         low, high = self.attack.bounds
+        slack = _checks.slack(self.attack.bounds)
         message = f"x must lie inside the attack's bounds {self.attack.bounds}"
-        tf.debugging.assert_greater_equal(tf.reduce_min(x), tf.cast(low - 1e-6, x.dtype), message)
-        tf.debugging.assert_less_equal(tf.reduce_max(x), tf.cast(high + 1e-6, x.dtype), message)
+        tf.debugging.assert_greater_equal(tf.reduce_min(x), tf.cast(low - slack, x.dtype), message)
+        tf.debugging.assert_less_equal(tf.reduce_max(x), tf.cast(high + slack, x.dtype), message)
         if self._classes and y.dtype.is_integer and (y.shape.rank == 1 or y.shape[-1] == 1):
             classes = tf.cast(self._classes, y.dtype)
             tf.debugging.assert_less(y, classes, "y must be below the number of logits")
@@ -248,6 +257,19 @@ class AdversarialTraining(tf_keras.Model):
             tracker.update_state(values[tracker.name])
         return self.compute_metrics(x, y, clean, sample_weight)
 
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the trainer, its model and the optimizer's state to a `.keras` file.
+
+        Raises:
+            ValueError: `filepath` has another ending.
+        """
+        if not str(filepath).endswith(".keras"):
+            raise ValueError(
+                f"filepath must end in .keras, got {str(filepath)!r}: a trainer is saved in that "
+                "format. For a SavedModel to serve, call export_saved_model(trainer.model, ...)."
+            )
+        super().save(filepath, *args, **kwargs)
+
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, the model and its wrappers among them."""
         serialize = tf_keras.saving.serialize_keras_object
@@ -285,8 +307,11 @@ def _classes(model: Any) -> int | None:
             "model must return logits of shape (batch, classes) with 2 classes or more, got shape "
             f"{shape}."
         )
-    last = getattr(model.layers[-1], "layer", model.layers[-1])
-    ending = getattr(getattr(last, "activation", None), "__name__", type(last).__name__.lower())
+    last = model.layers[-1] if isinstance(model, tf_keras.Sequential) else model._output_layers[0]
+    last = last.layer if wrappers.is_wrapper(last) else last
+    activation = getattr(getattr(last, "activation", None), "__name__", "")
+    operation = str(getattr(last, "symbol", type(last).__name__)).rpartition(".")[2].lower()
+    ending = activation or operation  # of a layer, or of a TensorFlow function in the graph
     if ending in ("softmax", "sigmoid"):
         raise ValueError(
             f"model must return logits, but its last layer {last.name!r} ends in a {ending}: "
@@ -301,7 +326,8 @@ def _check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | No
         if not len(x):
             raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
         low, high = float(x.min()), float(x.max())
-        if not (bounds[0] - 1e-6 <= low and high <= bounds[1] + 1e-6):  # NaN fails it, too
+        slack = _checks.slack(bounds)
+        if not (bounds[0] - slack <= low and high <= bounds[1] + slack):  # NaN fails it, too
             raise ValueError(
                 f"x must lie inside the attack's bounds {bounds}, got values from {low:g} to "
                 f"{high:g}: scale x, or give the attack other bounds."

@@ -161,7 +161,8 @@ def require_built(name: str, model: Any) -> None:
 def inference(model: Any) -> Callable[[Any], Any]:
     """Return `x -> logits` for any callable model; Keras models run in inference mode.
 
-    Pruning wrappers are bypassed: they would re-assign every masked weight at each call.
+    Pruning wrappers are bypassed: they would re-assign every masked weight at each call. What they
+    would do first is done once here, unless a graph is being traced: the masks are applied.
     """
     if flavour(model) is None:
         if not callable(model):
@@ -169,4 +170,6 @@ def inference(model: Any) -> Callable[[Any], Any]:
         return model
     from tscnc_tf._keras import wrappers
 
+    if flavour(model) == "tf_keras" and tf.executing_eagerly():
+        wrappers.apply_masks(model)
     return functools.partial(wrappers.bare(model), training=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tscnc_tf._keras import flavour, keras, wrappers
+import tensorflow as tf
+
+from tscnc_tf._keras import flavour, keras, tf_keras, wrappers
 
 
 class KernelSpec(NamedTuple):
@@ -48,11 +50,15 @@ def kernel_specs(layer: Any) -> list[KernelSpec]:
     """Return the kernels that a layer has, or will have once built, by its class and arguments.
 
     Embeddings, biases, normalisation and locally connected weights are not kernels here: they are
-    no matrix that maps inputs to outputs, or a different one at each place.
+    no matrix that maps inputs to outputs, or a different one at each place. Nor are the kernels of
+    EinsumDense other than plain matrices, those inside MultiHeadAttention among them: which of
+    their axes are inputs is up to the equation.
     """
     names = [base.__name__ for base in type(layer).__mro__]
     if _any_starts(names, "LocallyConnected"):
         return []
+    if isinstance(layer, keras.layers.EinsumDense | tf_keras.layers.EinsumDense):
+        return _einsum_specs(layer.equation)
     attribute = "depthwise_kernel" if flavour(layer) == "tf_keras" else "kernel"
     if _any_starts(names, "SeparableConv"):
         return [
@@ -86,6 +92,14 @@ def kernels(model: Any) -> Iterator[Kernel]:
             yield Kernel(name, layer, variable, spec)
 
 
+def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (attribute, variable) of what a built layer itself calls a kernel, read or not."""
+    for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel", "recurrent_kernel"):
+        variable = getattr(layer, attribute, None)
+        if isinstance(variable, tf.Variable | keras.Variable) and len(variable.shape) >= 2:
+            yield attribute, variable
+
+
 def flatten(layer: Any) -> Iterator[Any]:
     """Yield a layer or model and all layers in it, in the order of the model, some maybe twice."""
     if flavour(layer) == "tf_keras":
@@ -94,6 +108,21 @@ def flatten(layer: Any) -> Iterator[Any]:
     yield layer
     for part in layer.layers if isinstance(layer, keras.Model) else layer._layers:
         yield from flatten(part)
+
+
+def _einsum_specs(equation: str) -> list[KernelSpec]:
+    """Return the kernel of an EinsumDense if it is one matrix: one axis summed over, one new."""
+    operands, _, outputs = equation.replace(" ", "").partition("->")
+    inputs, _, axes = operands.partition(",")
+    if len(axes) != 2:
+        return []
+    summed = [axis in inputs and axis not in outputs for axis in axes]
+    new = [axis in outputs and axis not in inputs for axis in axes]
+    if summed == [True, False] and new == [False, True]:
+        return [_KERNEL]
+    if summed == [False, True] and new == [True, False]:
+        return [_KERNEL._replace(layout="transposed")]
+    return []
 
 
 def _any_starts(names: list[str], prefix: str) -> bool:

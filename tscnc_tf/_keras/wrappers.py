@@ -7,6 +7,7 @@ after an optimizer step the weights are dense again until then. `apply_masks` cl
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
 from collections.abc import Iterator
@@ -75,6 +76,21 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
         context.merge_call(update)
 
 
+def pruning_steps(model: Any) -> list[tf.Tensor]:
+    """Return the step that each wrapper has counted to."""
+    return [tf.identity(wrapper.pruning_step) for wrapper in wrapped_layers(model)]
+
+
+def advance(model: Any, steps: list[tf.Tensor]) -> None:
+    """Set each wrapper's step to one after `steps`.
+
+    A wrapper counts its calls in training mode. For a layer that a model calls twice these are not
+    the optimizer's steps.
+    """
+    for wrapper, step in zip(wrapped_layers(model), steps, strict=True):
+        wrapper.pruning_step.assign(step + 1)
+
+
 def moving_averages(optimizer: Any) -> dict[Any, Any]:
     """Return the optimizer's moving averages, by the key of the weight that each belongs to."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
@@ -100,21 +116,46 @@ def bare(model: Any) -> Any:
     return _VIEWS[model]
 
 
-def unprunable(layer: Any) -> str:
-    """Return why tfmot can't prune a layer, or an empty text if it can."""
-    if hasattr(layer, "get_prunable_weights"):
-        return "" if layer.get_prunable_weights() else "it names no weights to prune"
+def unprunable(layer: Any, block_size: Any = (1, 1), sparsity_m_by_n: Any = None) -> str:
+    """Return why tfmot can't prune a layer in the way asked for, or an empty text if it can."""
+    if not layer.trainable:
+        return "it is frozen (trainable=False)"
     tfmot()
     from tensorflow_model_optimization.python.core.sparsity.keras import prune_registry
 
     registry = prune_registry.PruneRegistry
-    if not registry.supports(layer):
+
+    def named(owner: Any, names: Any) -> list[Any]:
+        return [operator.attrgetter(name)(owner) for name in names]
+
+    if hasattr(layer, "get_prunable_weights"):  # tfmot takes any class that has it
+        weights = layer.get_prunable_weights()
+        if not weights:
+            return "it names no weights to prune"
+    elif not registry.supports(layer):
         return (
             f"tfmot does not know the class {type(layer).__name__}; give it a method "
             "get_prunable_weights() that returns the weights to prune"
         )
-    if not (registry._is_rnn_layer(layer) or registry._is_mha_layer(layer)):
-        return "" if registry._weight_names(layer) else "tfmot prunes no weight of this class"
+    elif registry._is_rnn_layer(layer):
+        weights = []
+        for cell in registry._get_rnn_cells(layer):
+            if type(cell) in registry._RNN_CELLS_WEIGHTS_MAP:
+                weights += named(cell, registry._RNN_CELLS_WEIGHTS_MAP[type(cell)])
+            else:
+                weights += cell.get_prunable_weights()
+    else:
+        weights = named(layer, registry._weight_names(layer))
+        if not weights:
+            return "tfmot prunes no weight of this class"
+    ranks = sorted({len(weight.shape) for weight in weights})
+    if tuple(block_size) != (1, 1) and ranks != [2]:
+        return f"block_size={tuple(block_size)} is for weights of rank 2 only, it has rank {ranks}"
+    if sparsity_m_by_n and not set(ranks) <= {2, 4}:
+        return (
+            f"sparsity_m_by_n={tuple(sparsity_m_by_n)} is for weights of rank 2 and 4 only, "
+            f"it has rank {ranks}"
+        )
     return ""
 
 

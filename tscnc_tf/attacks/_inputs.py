@@ -29,8 +29,7 @@ def examples(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
         raise ValueError("x must be finite, got NaN or infinity in it: clean the data first.")
     low, high = bounds
     smallest, largest = float(tf.reduce_min(wide)), float(tf.reduce_max(wide))
-    # Relative to the scale: a bound such as 2.64 is not a float32.
-    slack = 1e-6 * max(1.0, abs(low), abs(high))
+    slack = _checks.slack(bounds)
     if smallest < low - slack or largest > high + slack:
         raise ValueError(
             f"x must lie inside bounds={bounds}, got values from {smallest:g} to {largest:g}: "

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tscnc_tf import _checks
 from tscnc_tf import attacks as attacks_
 from tscnc_tf.inspection import records
-from tscnc_tf.inspection.inputs import slack
 
 
 class Adversary(NamedTuple):
@@ -93,7 +93,8 @@ def checked(
     if not np.all(np.isfinite(found)):
         raise ValueError(f"{said} returned NaN or infinity: look at its loss and step size.")
     low, high = bounds
-    if found.min() < low - slack(bounds) or found.max() > high + slack(bounds):
+    slack = _checks.slack(bounds)
+    if found.min() < low - slack or found.max() > high + slack:
         raise ValueError(
             f"{said} left bounds={bounds}: its values go from {found.min():g} to "
             f"{found.max():g}. Give it the same bounds as the evaluation, or clip its result."

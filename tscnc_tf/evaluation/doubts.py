@@ -20,11 +20,12 @@ class EvaluationWarning(UserWarning):
     """A reason not to trust a robustness evaluation, found while it was made."""
 
 
-def before(repeatable: bool, zero_gradients: np.ndarray) -> list[str]:
+def before(repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray) -> list[str]:
     """Return the reasons to distrust any attack on a model.
 
     Args:
         repeatable: whether the model returns the same for the same input.
+        unit_interval: whether all its outputs lie in [0, 1].
         zero_gradients: per example, whether its input gradient is exactly zero.
     """
     found = []
@@ -33,6 +34,14 @@ def before(repeatable: bool, zero_gradients: np.ndarray) -> list[str]:
             "The model's output changes from call to call. Attacks climb a surface that moves, and "
             "an example counts as robust by luck: make the model deterministic, or attack the mean "
             "over its randomness (expectation over transformation)."
+        )
+    if unit_interval:
+        found.append(
+            "All outputs of the model are in [0, 1], though its rows do not sum to 1: they look "
+            "like probabilities, as of a sigmoid per class. Attacks need logits: a sigmoid that is "
+            "certain has no gradient left, and makes a model look robust. Leave out the last "
+            "activation (activation=None), or pass the part of the model before it. If these are "
+            "logits, the model is hardly trained, or something holds them in [0, 1]."
         )
     if np.any(zero_gradients):
         count, share = int(np.sum(zero_gradients)), float(np.mean(zero_gradients))

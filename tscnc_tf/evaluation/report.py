@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _files, _tables
-from tscnc_tf.inspection.records import jsonable
+from tscnc_tf.inspection.records import Z95, jsonable
 
-_Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 _LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
 _NOT_DECLARED = "not declared"
 
@@ -32,8 +31,8 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     Reference:
         Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    share, spread = successes / trials, _Z**2 / trials
-    half = _Z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    share, spread = successes / trials, Z95**2 / trials
+    half = Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
     # At the ends the exact value is 0 or 1; rounding must not leave it there by a hair.
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)

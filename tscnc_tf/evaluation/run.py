@@ -69,8 +69,9 @@ def evaluate_robustness(
             leaves its ball or the bounds.
 
     Warns:
-        EvaluationWarning: the model's output changes from call to call, or the gradient that
-            attacks ascend is exactly zero for some examples. Before the attacks are run.
+        EvaluationWarning: the model's output changes from call to call, its outputs all lie in
+            [0, 1] (as probabilities per class do), or the gradient that attacks ascend is exactly
+            zero for some examples. Before the attacks are run.
 
     Example:
         >>> import numpy as np, tensorflow as tf
@@ -144,7 +145,8 @@ def _examine(
     logits, zero_gradients = zip(*(examined.examine(*batch) for batch in batches), strict=True)
     logits = np.concatenate(logits)
     subject.require_logits(logits)
-    warned = doubts.before(repeatable, np.concatenate(zero_gradients))
+    unit_interval = subject.within_unit_interval(logits)
+    warned = doubts.before(repeatable, unit_interval, np.concatenate(zero_gradients))
     return np.argmax(logits, axis=1) == labels, warned
 
 

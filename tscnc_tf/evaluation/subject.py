@@ -91,14 +91,18 @@ def require_logits(logits: np.ndarray) -> None:
         raise ValueError(
             f"model returns NaN or infinity for {np.sum(~finite)} of {len(finite)} examples."
         )
-    in_range = np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6
-    if in_range and np.allclose(logits.sum(axis=1), 1.0, rtol=0.0, atol=1e-3):
+    if within_unit_interval(logits) and np.allclose(logits.sum(axis=1), 1.0, rtol=0.0, atol=1e-3):
         raise ValueError(
             "model returns probabilities: all outputs are in [0, 1], and each row sums to 1. "
             "Attacks need logits: a softmax that is certain has no gradient left, and makes a "
             "model look robust. Leave out the last softmax (activation=None), or pass the part of "
             "the model before it."
         )
+
+
+def within_unit_interval(logits: np.ndarray) -> bool:
+    """Tell whether all outputs lie in [0, 1], up to rounding, as probabilities do."""
+    return bool(np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6)
 
 
 def _type_name(model: Any) -> str:

@@ -75,7 +75,8 @@ def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
     size = matrix.shape[-1]
     normalised = _trace_normalised(_gram(_scaled(matrix)))
     mean_log = _log_det(normalised + ridge * tf.eye(size, dtype=tf.float64)) / size
-    return tf.cast(tf.maximum(math.log1p(ridge) - mean_log, 0.0), dtype)  # -1e-16 is 0
+    value = math.log1p(ridge) - mean_log
+    return tf.cast(tf.where(value < 0.0, tf.zeros_like(value), value), dtype)  # -1e-16 is 0
 
 
 def authors_penalty(matrix: Any, nu: float = 1e-5) -> tf.Tensor:
@@ -135,9 +136,14 @@ def _as_float64(matrix: Any) -> tuple[tf.Tensor, tf.DType]:
 
 
 def _scaled(matrix: tf.Tensor) -> tf.Tensor:
-    """Return each matrix with its largest entry scaled to 1; zeros for one that counts as zero."""
-    largest = tf.stop_gradient(tf.reduce_max(tf.abs(matrix), axis=(-2, -1), keepdims=True))
-    alive = largest > _ZERO
+    """Return each matrix with its largest entry scaled to 1; zeros for one that counts as zero.
+
+    What holds NaN or infinity comes out with NaN: a training that broke must not look sound.
+    """
+    # (`~(largest <= _ZERO)` would not do: in a graph Grappler makes `largest > _ZERO` of it.)
+    size = tf.abs(matrix)
+    largest = tf.stop_gradient(tf.reduce_max(size, axis=(-2, -1), keepdims=True))
+    alive = ~tf.reduce_all(size <= _ZERO, axis=(-2, -1), keepdims=True)
     return tf.where(alive, matrix / tf.where(alive, largest, 1.0), 0.0)
 
 

@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-
-def slack(bounds: tuple[float, float]) -> float:
-    """Return by how much a float32 value may miss the bounds and still count as inside."""
-    return 1e-6 * max(1.0, abs(bounds[0]), abs(bounds[1]))
+from tscnc_tf import _checks
 
 
 def as_inputs(x: Any, bounds: tuple[float, float]) -> np.ndarray:
@@ -41,7 +38,8 @@ def as_inputs(x: Any, bounds: tuple[float, float]) -> np.ndarray:
         raise ValueError(f"x holds NaN or infinity, in {bad} of {len(array)} examples.")
     low, high = bounds
     smallest, largest = float(array.min()), float(array.max())
-    if smallest < low - slack(bounds) or largest > high + slack(bounds):
+    slack = _checks.slack(bounds)
+    if smallest < low - slack or largest > high + slack:
         raise ValueError(
             f"x must be within bounds={bounds}, its values go from {smallest:g} to {largest:g}. "
             "Rescale x, or pass the bounds of the data as they are (and put normalisation by mean "

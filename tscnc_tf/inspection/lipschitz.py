@@ -60,7 +60,7 @@ class LipschitzReport:
         """The 95 % interval of the mean, for a sample of this size; (0, inf) for one example."""
         if self.examples < 2:
             return 0.0, math.inf
-        half = 1.959964 * float(np.std(self.values, ddof=1)) / math.sqrt(self.examples)
+        half = records.Z95 * float(np.std(self.values, ddof=1)) / math.sqrt(self.examples)
         return max(0.0, self.mean - half), self.mean + half
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +140,8 @@ def local_lipschitz(
         >>> round(report.mean, 3)  # |3| + |-4|
         7.0
     """
-    written, epsilon_value = _checks.as_written(epsilon), _checks.distance("epsilon", epsilon)
+    epsilon_value = _checks.distance("epsilon", epsilon)
+    written = _checks.as_written(epsilon)
     steps = _checks.integer("steps", steps, minimum=1)
     size = 2.5 * epsilon_value / steps
     size = size if step_size is None else _checks.distance("step_size", step_size)

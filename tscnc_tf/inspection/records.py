@@ -1,4 +1,4 @@
-"""What all reports share: unique names for their rows, values that JSON can hold."""
+"""What all reports share: names of rows, values that JSON can hold, the width of intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution: 95 % lie within ±Z95
 
 
 def unique(names: Iterable[str]) -> list[str]:

@@ -48,8 +48,9 @@ def prune(model: Any, schedule: Any, *, layers: Any = None, **options: Any) -> A
     """Return a model whose layers are pruned by magnitude as it is trained, through tfmot.
 
     Each layer with weights to prune is wrapped by `tfmot.sparsity.keras.prune_low_magnitude`.
-    Layers that tfmot does not know don't abort it: they are left as they are, and a warning names
-    them; `pruning.report(model)` says what was pruned and why the rest was not.
+    Layers that tfmot does not know, that are frozen, or that don't suit the options given don't
+    abort it: they are left as they are, and a warning names them; `pruning.report(model)` says what
+    was pruned and why the rest was not. A layer that is used in several places gets one wrapper.
 
     The pruned model shares its weights with the one given, as it does with tfmot's own verb.
     Train it with `callbacks.pruning_callbacks()`.
@@ -59,6 +60,7 @@ def prune(model: Any, schedule: Any, *, layers: Any = None, **options: Any) -> A
         schedule: a `PruningSchedule` of `tscnc_tf.schedules` or tfmot.
         layers: which layers, as in `add_regularizers`; None for all that tfmot can prune.
         **options: `block_size`, `block_pooling_type`, `sparsity_m_by_n`, as tfmot takes them.
+            tfmot forgets `sparsity_m_by_n` when the pruned model is saved: a warning says so.
 
     Returns:
         A new, uncompiled model.
@@ -88,15 +90,22 @@ def prune(model: Any, schedule: Any, *, layers: Any = None, **options: Any) -> A
     if wrappers.wrapped_layers(model):
         raise ValueError(f"model {model.name!r} is pruned already: strip it first.")
     chosen = selector("layers", layers)
+    m_by_n = options.get("sparsity_m_by_n")
     skipped: dict[str, str] = {}
+    clones: dict[int, Any] = {}
 
     def wrap(layer: Any) -> Any:
+        if id(layer) not in clones:
+            clones[id(layer)] = wrapped(layer)
+        return clones[id(layer)]
+
+    def wrapped(layer: Any) -> Any:
         if isinstance(layer, tf_keras.Model):
             _keras.require_graph_model("model: its part", layer)
             return tf_keras.models.clone_model(layer, clone_function=wrap)
         if not _matrix_weights(layer) or not chosen(layer):
             return layer
-        if reason := wrappers.unprunable(layer):
+        if reason := wrappers.unprunable(layer, options.get("block_size", (1, 1)), m_by_n):
             skipped[layer.name] = reason
             return layer
         return tfmots.prune_low_magnitude(layer, schedule, **options)
@@ -111,6 +120,14 @@ def prune(model: Any, schedule: Any, *, layers: Any = None, **options: Any) -> A
     if skipped:
         listing = "; ".join(f"{name} ({reason})" for name, reason in skipped.items())
         warnings.warn(f"These layers are left unpruned: {listing}.", UserWarning, stacklevel=2)
+    if m_by_n:
+        warnings.warn(
+            f"tfmot does not save sparsity_m_by_n={tuple(m_by_n)}: a model that is saved and "
+            "loaded again goes on unstructured. Train it to the end before you save it, and save "
+            "the stripped model.",
+            UserWarning,
+            stacklevel=2,
+        )
     return pruned
 
 
@@ -147,7 +164,8 @@ def report(model: Any) -> PruningReport:
     """Return which layers of a model are pruned, and why the others are not.
 
     Only layers that hold weights of rank 2 or more are listed: biases and normalisation weights
-    are never pruned.
+    are never pruned. A layer made of others, such as LSTM, Bidirectional or MultiHeadAttention, is
+    one row; it counts as pruned if any of its weights is.
 
     Args:
         model: a tf_keras model, pruned or not.
@@ -157,23 +175,27 @@ def report(model: Any) -> PruningReport:
     """
     _keras.require_tf_keras_model("model", model)
     _keras.tfmot()
-    inside = {id(wrapper.layer): wrapper for wrapper in wrappers.wrapped_layers(model)}
+    masked = {id(weight) for weight, _ in wrappers.pruned_variables(model)}
+    listed: set[int] = set()
+    block_size, m_by_n = _options(model)
     rows = []
     for layer in model._flatten_layers(include_self=False):
         if wrappers.is_wrapper(layer) or isinstance(layer, tf_keras.Model):
             continue
-        weights = _matrix_weights(layer)
+        weights = [weight for weight in _matrix_weights(layer) if id(weight) not in listed]
         if not weights:
             continue
-        pruned = id(layer) in inside
-        reason = "" if pruned else wrappers.unprunable(layer) or "not chosen"
+        listed |= {id(weight) for weight in weights}
+        pruned = any(id(weight) in masked for weight in weights)
+        reason = wrappers.unprunable(layer, block_size, m_by_n) or "not chosen"
+        reason = "" if pruned else reason
         count = sum(weight.shape.num_elements() for weight in weights)
         rows.append(LayerStatus(layer.name, type(layer).__name__, count, pruned, reason))
     return PruningReport(tuple(rows))
 
 
 def prune_scope() -> Any:
-    """Return tfmot's scope in which pruned models load from `.keras` and `.h5` files.
+    """Return tfmot's scope, in which pruned models load, from whatever format.
 
     Example:
         >>> import tf_keras
@@ -185,5 +207,16 @@ def prune_scope() -> Any:
 
 
 def _matrix_weights(layer: Any) -> list[Any]:
-    """Return a layer's weights of rank 2 or more: what could be pruned at all."""
-    return [weight for weight in layer.trainable_weights if len(weight.shape) >= 2]
+    """Return a layer's weights of rank 2 or more, frozen or not: what could be pruned at all."""
+    return [weight for weight in layer.weights if weight.trainable and len(weight.shape) >= 2]
+
+
+def _options(model: Any) -> tuple[Any, Any]:
+    """Return the block size and the m-by-n pattern that all of a model's wrappers agree on."""
+    every = wrappers.wrapped_layers(model)
+    sizes = {tuple(wrapper.block_size) for wrapper in every}
+    patterns = {wrapper.sparsity_m_by_n for wrapper in every}
+    return (
+        sizes.pop() if len(sizes) == 1 else (1, 1),
+        patterns.pop() if len(patterns) == 1 else None,
+    )

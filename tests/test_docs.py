@@ -1,0 +1,62 @@
+"""What the documentation shows runs: every docstring's example, and the README's ten lines."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pathlib
+import re
+import tempfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import conv_model, images
+
+import tscnc_tf
+
+PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
+README = PACKAGE.parent / "README.md"
+EXAMPLE = re.compile(r"^ *>>> ", re.MULTILINE)
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+WITH_EXAMPLES = [p for p in sorted(PACKAGE.rglob("*.py")) if EXAMPLE.search(p.read_text())]
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=module_name)
+def test_the_examples_of_the_docstrings_run(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    module = importlib.import_module(module_name(path))
+    found = [test for test in doctest.DocTestFinder().find(module) if test.examples]
+    # What a decorator hides from the finder would never be run.
+    assert sum(len(test.examples) for test in found) == len(EXAMPLE.findall(path.read_text()))
+    runner = doctest.DocTestRunner(verbose=False)
+    for test in found:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
+
+
+def ten_lines():
+    section = README.read_text().split("\n## Ten lines\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return block
+
+
+def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (x, y), (xv, yv) = images(48), images(16, seed=1)
+    names = {"model": conv_model(), "x": x, "y": y, "xv": xv, "yv": yv}
+    exec(compile(ten_lines(), str(README), "exec"), names)
+    assert "PGD-50 linf 8/255" in capsys.readouterr().out
+    served = tf.saved_model.load(str(tmp_path / "pruned"))
+    (logits,) = served.signatures["serving_default"](tf.constant(xv)).values()
+    expected = names["trainer"].model(xv, training=False)
+    assert logits.shape == (16, 3)
+    assert np.ptp(logits) > 0
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
