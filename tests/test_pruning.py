@@ -484,7 +484,7 @@ def test_a_layer_made_of_others_is_one_row():
     rows = pruning.report(pruned).layers
     assert [(row.name, row.weights, row.pruned) for row in rows] == [
         ("lstm", 4 * 3 * (4 + 3), True),
-        ("attention", 4 * 3 * 6 + 3 * 6, True),
+        ("attention", 4 * 18 + 3 * 6, True),
         ("both", 2 * 4 * 2 * (3 + 2), False),
         ("logits", 8, True),
     ]
