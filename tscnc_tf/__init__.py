@@ -6,8 +6,8 @@ Families live in their modules, the verbs and the one model on top:
 
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
   `tscnc.pruning`, `tscnc.inspection`
-* `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.strip`, `tscnc.evaluate_robustness`,
-  `tscnc.export_saved_model`, `tscnc.load_saved_model`
+* `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
+  `tscnc.evaluate_robustness`, `tscnc.export_saved_model`, `tscnc.load_saved_model`
 """
 
 import importlib
@@ -25,7 +25,7 @@ from tscnc_tf import (
 )
 from tscnc_tf.evaluation import EvaluationWarning, RobustnessReport, evaluate_robustness
 from tscnc_tf.export import export_saved_model, load_saved_model
-from tscnc_tf.pruning import prune, strip
+from tscnc_tf.pruning import prune, prune_now, strip
 from tscnc_tf.training import AdversarialTraining
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
     "load_saved_model",
     "losses",
     "prune",
+    "prune_now",
     "pruning",
     "regularizers",
     "schedules",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, inspection
-from tscnc_tf._keras import tf_keras, wrappers
+from tscnc_tf._keras import flavours, masked, masks, tf_keras, wrappers
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf.functional import scheduling
 
-__all__ = ["ConditionFeed", "KernelLogger", "MaskWeights", "pruning_callbacks"]
+__all__ = ["ConditionFeed", "KernelLogger", "UpdatePruning", "pruning_callbacks"]
 
 
 def pruning_callbacks(
@@ -19,11 +24,9 @@ def pruning_callbacks(
 ) -> list[Any]:
     """Return all that pruning needs in `fit(..., callbacks=...)`.
 
-    That is tfmot's `UpdatePruningStep` (without which its wrappers refuse to train), `MaskWeights`,
-    `ConditionFeed` for the schedules that ask for it, and on request a `KernelLogger`.
-
-    They are safe for a model that is not pruned: then they do nothing. In a plain `fit`, which is
-    not that of `AdversarialTraining`, give them before the callbacks that write checkpoints.
+    That is `UpdatePruning`, `ConditionFeed` for the schedules that ask for it, and on request a
+    `KernelLogger`. They serve both Kerases and both engines, and are safe for a model that is not
+    pruned: then they do nothing. Give them before the callbacks that write checkpoints.
 
     Args:
         condition_frequency: see `ConditionFeed`.
@@ -39,8 +42,7 @@ def pruning_callbacks(
         >>> callbacks = tscnc.callbacks.pruning_callbacks(log_kernels=True)
     """
     callbacks = [
-        _keras.tfmot().sparsity.keras.UpdatePruningStep(),
-        MaskWeights(),
+        UpdatePruning(),
         ConditionFeed(_checks.integer("condition_frequency", condition_frequency, minimum=1)),
     ]
     if log_kernels or log_dir is not None:
@@ -48,40 +50,92 @@ def pruning_callbacks(
     return callbacks
 
 
-class MaskWeights(tf_keras.callbacks.Callback):
-    """Apply the pruning masks after every batch, so that a checkpoint holds the zeros of its masks.
+class UpdatePruning(flavours.Callback):
+    """Prune in `fit`, whichever engine does it; and say if training is too short for the schedule.
 
-    tfmot applies a mask in the next forward pass, and so leaves the weights dense after each
-    optimizer step. Give this callback before those that write checkpoints. (`AdversarialTraining`
-    masks inside its step already; for it, what counts is the end of training, where Keras puts the
-    averages of an optimizer with `use_ema=True` in place of the weights.)
+    A model with a `Pruner` prunes in its training step already. This callback does it where that
+    step is not the one that runs: for a model inside another one.
+
+    A model in tfmot's wrappers needs it. It does what tfmot's `UpdatePruningStep` does, without
+    which the wrappers refuse to train, and applies the masks after every batch: tfmot applies them
+    in the next forward pass only, and so leaves the weights dense after each optimizer step. Give
+    this callback before those that write checkpoints. (`AdversarialTraining` masks inside its step;
+    for it, what counts is the end of training, where Keras puts the averages of an optimizer with
+    `use_ema=True` in place of the weights.)
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._tfmots: Any = None
         self._apply: Any = None
+        self._pruners: list[Any] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Compile the masking for this model, and mask what it begins with."""
-        if not wrappers.wrapped_layers(self.model):
-            self._apply = None
-            return
+        """See how the model is pruned, mask what it begins with, and look ahead.
+
+        Warns:
+            UserWarning: in the number of steps that is planned, the last renewal of the masks comes
+                before the schedule has reached its final sparsity.
+        """
         model = self.model
-        self._apply = tf.function(lambda: wrappers.apply_masks(model, model.optimizer))
-        self._apply()
+        self._pruners = [part.pruner for part in masked.masked_models(model)]
+        wrapped = wrappers.wrapped_layers(model)
+        self._tfmots = self._apply = None
+        if wrapped:
+            self._tfmots = _keras.tfmot().sparsity.keras.UpdatePruningStep()
+            self._tfmots.set_model(model)
+            self._tfmots.on_train_begin(logs)
+            self._apply = tf.function(lambda: wrappers.apply_masks(model, model.optimizer))
+            self._apply()
+        self._look_ahead(wrapped)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Mask what the optimizer step filled in."""
         if self._apply is not None:
             self._apply()
+        for pruner in self._pruners:
+            if pruner.is_behind(self.model.optimizer):
+                pruner.step(self.model.optimizer)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Do what tfmot does at the end of an epoch."""
+        if self._tfmots is not None:
+            self._tfmots.on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Mask once more: Keras may have put averaged weights in place."""
-        if self._apply is not None:
-            self._apply()
+        masks.apply(self.model, self.model.optimizer)
+
+    def _look_ahead(self, wrapped: list[Any]) -> None:
+        """Warn of schedules that training as planned will leave before their end."""
+        params = self.params or {}
+        if not params.get("epochs") or not params.get("steps"):
+            return
+        planned = params["epochs"] * params["steps"]
+        planned //= getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
+        progress = {p.schedule: p.steps for p in self._pruners if not p.frozen}
+        for wrapper in wrapped:
+            done = int(tf_keras.backend.get_value(wrapper.pruning_step))
+            progress[wrapper.pruning_schedule] = max(done, 0)
+        for schedule, done in progress.items():
+            final = scheduling.final_sparsity(schedule)
+            last = done + planned
+            known = scheduling.renewals(schedule, last)
+            if known is None:
+                continue
+            step, sparsity = known[-1] if known else (0, 0.0)
+            if sparsity < final - 1e-6:
+                warnings.warn(
+                    f"{schedule!r} does not reach its sparsity of {final:g} in the training "
+                    f"planned, steps {done + 1} to {last}: the last renewal of the masks is at "
+                    f"step {step}, to {sparsity:.4g}. Train longer, let the schedule end earlier or "
+                    "renew more often, or force it in the end by the pruner's finalize().",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
 
-class ConditionFeed(tf_keras.callbacks.Callback):
+class ConditionFeed(flavours.Callback):
     """Measure condition numbers for the `ConditionGated` schedules of a model.
 
     Each such schedule is told the largest condition number among the masked kernels that it
@@ -96,20 +150,29 @@ class ConditionFeed(tf_keras.callbacks.Callback):
     def __init__(self, frequency: int = 100) -> None:
         super().__init__()
         self.frequency = _checks.integer("frequency", frequency, minimum=1)
-        self._governed: dict[Any, list[Any]] = {}
+        self._governed: dict[Any, list[_Governed]] = {}
         self._measured_at = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find the gated schedules, and measure for the first time."""
         self._governed = {}
-        wrapped = wrappers.wrapped_layers(self.model)
-        if not wrapped:
+        found = []
+        for wrapper in wrappers.wrapped_layers(self.model):
+            step = functools.partial(tf_keras.backend.get_value, wrapper.pruning_step)
+            found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
+        for part in masked.masked_models(self.model):
+            pruner = part.pruner
+            step = functools.partial(getattr, pruner, "steps")
+            for layer in {id(target.layer): target.layer for target in pruner.targets}.values():
+                if any(kernel_layers.kernels(layer)):
+                    found.append(_Governed(pruner.schedule, layer, step))
+        if not found:
             return
-        from tscnc_tf import schedules  # imports tfmot, as a model with wrappers has done already
+        from tscnc_tf import schedules  # imports tfmot, where it is installed
 
-        for wrapper in wrapped:
-            if isinstance(wrapper.pruning_schedule, schedules.ConditionGated):
-                self._governed.setdefault(wrapper.pruning_schedule, []).append(wrapper)
+        for governed in found:
+            if isinstance(governed.schedule, schedules.ConditionGated):
+                self._governed.setdefault(governed.schedule, []).append(governed)
         if self._governed:
             self._measure(self._step())
 
@@ -119,19 +182,26 @@ class ConditionFeed(tf_keras.callbacks.Callback):
             self._measure(step)
 
     def _step(self) -> int:
-        wrapper = next(iter(self._governed.values()))[0]
-        return int(tf_keras.backend.get_value(wrapper.pruning_step))
+        return int(next(iter(self._governed.values()))[0].step())
 
     def _measure(self, step: int) -> None:
         self._measured_at = step
-        for schedule, wrapped in self._governed.items():
-            reports = [inspection.condition_numbers(wrapper) for wrapper in wrapped]
+        for schedule, governed in self._governed.items():
+            reports = [inspection.condition_numbers(each.layer) for each in governed]
             worst = max(getattr(row, schedule.measure) for report in reports for row in report.rows)
-            for copy in {id(wrapper.pruning_schedule): wrapper for wrapper in wrapped}.values():
-                copy.pruning_schedule.update(worst, step)
+            for copy in {id(each.schedule): each.schedule for each in governed}.values():
+                copy.update(worst, step)
 
 
-class KernelLogger(tf_keras.callbacks.Callback):
+class _Governed(NamedTuple):
+    """A layer, or a wrapper around one, that a schedule governs; and the step that it is at."""
+
+    schedule: Any
+    layer: Any
+    step: Callable[[], Any]
+
+
+class KernelLogger(flavours.Callback):
     """Log sparsity and condition number of every kernel after each epoch.
 
     They appear in Keras' logs and history as `sparsity`, `condition_number` (the worst), and

@@ -1,7 +1,7 @@
 """Pruning schedules: subclasses of tfmot's `PruningSchedule` that survive saving.
 
-Importing this module imports tfmot; `import tscnc_tf` does not, it loads the module when it is
-first asked for. Steps are counted as tfmot's wrappers count them: the first optimizer step is 1.
+Importing this module imports tfmot, if it is installed; `import tscnc_tf` does not, it loads the
+module when it is first asked for. Steps are counted from 1, the first optimizer step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tscnc_tf import _checks, _keras
 
 __all__ = ["ConditionGated", "CosineSparsity", "OneShot"]
 
-PruningSchedule: Any = _keras.tfmot().sparsity.keras.PruningSchedule  # tfmot has no types
+PruningSchedule: Any = _keras.pruning_schedule_class()  # tfmot has no types
 
 
 class _Schedule(PruningSchedule):
@@ -301,9 +301,7 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         """Build a schedule from `get_config()` or from the inner dictionary of arguments."""
         config = dict(config.get("config", config))
         inside = config.pop("schedule")
-        return cls(
-            inside if isinstance(inside, PruningSchedule) else _deserialize(inside), **config
-        )
+        return cls(inside if isinstance(inside, PruningSchedule) else deserialize(inside), **config)
 
     def __repr__(self) -> str:
         return (
@@ -312,10 +310,13 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         )
 
 
-def _deserialize(config: dict[str, Any]) -> Any:
-    """Build any registered schedule, or one of tfmot's own, from what its `get_config` returned."""
-    tfmots = _keras.tfmot().sparsity.keras
-    known = {cls.__name__: cls for cls in (tfmots.ConstantSparsity, tfmots.PolynomialDecay)}
+def deserialize(config: dict[str, Any]) -> Any:
+    """Build any registered schedule, or one of tfmot's own, from what its `get_config` returned.
+
+    Raises:
+        ValueError: the class of the schedule is not known here.
+    """
+    known = _keras.tfmots_schedules()
     name = config["class_name"]
     cls = _keras.tf_keras.utils.get_registered_object(name, custom_objects=known)
     if cls is None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ __all__ = [
     "is_graph_model",
     "keras",
     "library",
+    "output_layer",
+    "pruning_schedule_class",
     "register",
     "register_deferred",
     "registered_name",
@@ -32,6 +36,7 @@ __all__ = [
     "require_tf_keras_model",
     "tf_keras",
     "tfmot",
+    "tfmots_schedules",
 ]
 
 PACKAGE = "tscnc_tf"
@@ -71,13 +76,22 @@ def is_graph_model(model: Any) -> bool:
     return any(base.__name__ == "Functional" for base in type(model).__mro__)
 
 
-def require_graph_model(name: str, model: Any) -> None:
+def output_layer(model: Any) -> Any:
+    """Return the layer (or operation) that makes the first output of a graph model."""
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        return model.layers[-1]
+    if flavour(model) == "tf_keras":
+        return model._output_layers[0]
+    return model.outputs[0]._keras_history.operation
+
+
+def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
     """Raise a ValueError unless the model is Sequential or functional."""
     if not is_graph_model(model):
         raise ValueError(
             f"{name} {model.name!r} is a subclassed model ({type(model).__name__}), whose layers "
             "can't be exchanged from outside: build it as a Sequential or functional model, or do "
-            "in its constructor what is to be done to its layers."
+            f"in its constructor what is to be done to its layers. {way_out}".rstrip()
         )
 
 
@@ -127,7 +141,8 @@ def tfmot() -> types.ModuleType:
         import tensorflow_model_optimization
     except ImportError as error:
         raise ImportError(
-            "This needs tensorflow-model-optimization: pip install tensorflow-model-optimization."
+            "This needs tensorflow-model-optimization: pip install tensorflow-model-optimization. "
+            'Or prune with engine="masks", which does without.'
         ) from error
     finally:
         if before is None:
@@ -135,6 +150,39 @@ def tfmot() -> types.ModuleType:
         else:
             os.environ[name] = before
     return tensorflow_model_optimization
+
+
+class PruningSchedule:
+    """The protocol of tfmot's schedules, in their place where tfmot is not installed.
+
+    A schedule is called with an optimizer step, counted from 1, and returns whether to choose the
+    masks anew, and the sparsity, the fraction of zeros.
+    """
+
+    def __call__(self, step: Any) -> tuple[Any, Any]:
+        """Return whether to choose the masks anew at this step, and the sparsity."""
+        raise NotImplementedError(f"{type(self).__name__} has no __call__(step).")
+
+
+def has_tfmot() -> bool:
+    """Tell whether tfmot is installed. Does not import it."""
+    name = "tensorflow_model_optimization"
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def pruning_schedule_class() -> type:
+    """Return tfmot's `PruningSchedule`, or ours of the same protocol if it is not installed."""
+    return tfmot().sparsity.keras.PruningSchedule if has_tfmot() else PruningSchedule
+
+
+def tfmots_schedules() -> dict[str, type]:
+    """Return tfmot's own schedules by name; none if it is not installed."""
+    if not has_tfmot():
+        return {}
+    schedules = tfmot().sparsity.keras
+    return {cls.__name__: cls for cls in (schedules.ConstantSparsity, schedules.PolynomialDecay)}
 
 
 def require_tf_keras_model(name: str, model: Any) -> None:
@@ -161,15 +209,16 @@ def require_built(name: str, model: Any) -> None:
 def inference(model: Any) -> Callable[[Any], Any]:
     """Return `x -> logits` for any callable model; Keras models run in inference mode.
 
-    Pruning wrappers are bypassed: they would re-assign every masked weight at each call. What they
-    would do first is done once here, unless a graph is being traced: the masks are applied.
+    tfmot's pruning wrappers are bypassed: they would re-assign every masked weight at each call.
+    What they would do first is done once here, unless a graph is being traced: the masks are
+    applied, whichever engine they belong to.
     """
     if flavour(model) is None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
         return model
-    from tscnc_tf._keras import wrappers
+    from tscnc_tf._keras import masks, wrappers
 
-    if flavour(model) == "tf_keras" and tf.executing_eagerly():
-        wrappers.apply_masks(model)
+    if tf.executing_eagerly():
+        masks.apply(model)
     return functools.partial(wrappers.bare(model), training=False)

@@ -106,23 +106,38 @@ def flatten(layer: Any) -> Iterator[Any]:
         yield from layer._flatten_layers()
         return
     yield layer
-    for part in layer.layers if isinstance(layer, keras.Model) else layer._layers:
+    for part in parts(layer):
         yield from flatten(part)
+
+
+def parts(layer: Any) -> Iterator[Any]:
+    """Yield the layers that a layer or model is made of, one level down."""
+    if flavour(layer) == "tf_keras":
+        yield from layer._flatten_layers(recursive=False, include_self=False)
+        return
+    yield from layer.layers if isinstance(layer, keras.Model) else layer._layers
+
+
+def einsum_layout(equation: str, rank: int) -> str:
+    """Return the layout of an EinsumDense kernel, a letter an axis, as in `functional.canonical`.
+
+    Empty if an axis of the kernel is neither summed over nor new, so that it is no one matrix.
+    """
+    operands, _, outputs = equation.replace(" ", "").replace("...", "").partition("->")
+    inputs, _, axes = operands.partition(",")
+    if len(axes) != rank:
+        return ""
+    kinds = {(True, False): "i", (False, True): "o"}
+    letters = [kinds.get((axis in inputs, axis in outputs), "") for axis in axes]
+    return "".join(letters) if all(letters) else ""
 
 
 def _einsum_specs(equation: str) -> list[KernelSpec]:
     """Return the kernel of an EinsumDense if it is one matrix: one axis summed over, one new."""
-    operands, _, outputs = equation.replace(" ", "").partition("->")
-    inputs, _, axes = operands.partition(",")
-    if len(axes) != 2:
-        return []
-    summed = [axis in inputs and axis not in outputs for axis in axes]
-    new = [axis in outputs and axis not in inputs for axis in axes]
-    if summed == [True, False] and new == [False, True]:
+    layout = einsum_layout(equation, 2)
+    if layout == "io":
         return [_KERNEL]
-    if summed == [False, True] and new == [True, False]:
-        return [_KERNEL._replace(layout="transposed")]
-    return []
+    return [_KERNEL._replace(layout="transposed")] if layout == "oi" else []
 
 
 def _any_starts(names: list[str], prefix: str) -> bool:

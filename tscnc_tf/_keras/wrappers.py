@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf._keras import is_graph_model, tfmot
+from tscnc_tf._keras.distribution import update_everywhere
 
 _VIEWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
@@ -44,9 +45,7 @@ def pruned_variables(model: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def apply_masks(model: Any, optimizer: Any = None) -> None:
-    """Set every pruned weight to `weight * mask`, and likewise its moving average.
-
-    Works eagerly, in a graph, under XLA, and in the replica context of a distribution strategy.
+    """Set every wrapped weight to `weight * mask`, and likewise its moving average.
 
     Args:
         model: a model with pruning wrappers; without any, nothing happens.
@@ -66,14 +65,7 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
         for variable, mask in pairs:
             strategy.extended.update(variable, assign, args=(mask,))
 
-    context = tf.distribute.get_replica_context()
-    if not tf.distribute.has_strategy():  # plain code, maybe on a model made under a strategy
-        with model.distribute_strategy.scope():
-            update(model.distribute_strategy)
-    elif context is None:
-        update(tf.distribute.get_strategy())
-    else:
-        context.merge_call(update)
+    update_everywhere(model, update)
 
 
 def pruning_steps(model: Any) -> list[tf.Tensor]:

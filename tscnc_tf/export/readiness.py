@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras, _tables, inspection, pruning, training
-from tscnc_tf._keras import layers, wrappers
+from tscnc_tf._keras import layers, masks, wrappers
 from tscnc_tf.export import manifest
 
 
@@ -70,8 +70,8 @@ def strip(model: Any) -> Any:
     Raises:
         ValueError: a weight under a mask is not zero, or a wrapper could not be taken out.
     """
-    wrappers.apply_masks(model)
-    pairs = list(wrappers.pruned_variables(model))
+    masks.apply(model)
+    pairs = list(masks.masked_variables(model))
     for weight, mask in pairs:
         alive = np.count_nonzero((manifest.values(mask) == 0) & (manifest.values(weight) != 0))
         if alive:
@@ -81,7 +81,8 @@ def strip(model: Any) -> Any:
     for variable in {id(variable): variable for variable in prunable}.values():
         _make_zeros_positive(variable)
 
-    stripped = pruning.strip(model) if pairs else model
+    # A pruner may stay where it is: it hides its masks from SavedModels.
+    stripped = pruning.strip(model) if wrappers.wrapped_layers(model) else model
     left = [layer.name for layer in wrappers.wrapped_layers(stripped)]
     theirs = wrapper_variables(model)
     left += [_name(variable) for variable in variables(stripped) if id(variable) in theirs]
@@ -96,11 +97,7 @@ def strip(model: Any) -> Any:
 
 def wrapper_variables(model: Any) -> dict[int, str]:
     """Return the names of masks, thresholds and step counters, by the variables' ids."""
-    names: dict[int, str] = {}
-    for wrapper in wrappers.wrapped_layers(model):
-        inner = {id(variable) for variable in wrapper.layer.weights}
-        names |= {id(v): _name(v) for v in wrapper.weights if id(v) not in inner}
-    return names
+    return masks.names(model)
 
 
 def require_sparsity(weights: inspection.SparsityReport, expected: float) -> None:

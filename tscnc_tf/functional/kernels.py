@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -18,10 +19,12 @@ def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) ->
       groups, each of which sees `in` channels of its own.
     * `"transposed"`: `(..., out, in)`: the transposed convolutions.
     * `"depthwise"`: `(..., in, multiplier)`: each input channel is a group by itself.
+    * any other text over the letters p, i and o, one an axis, says of each axis whether it is one
+      of positions, inputs or outputs: "ioo" for a kernel (in, heads, size) of attention.
 
     Args:
         kernel: tensor or variable of rank >= 2, of fully known shape.
-        layout: one of the three names above.
+        layout: one of the three names above, or a text as described.
         channel_groups: number of groups of a grouped convolution; 1 for all else.
 
     Returns:
@@ -38,6 +41,12 @@ def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) ->
             f"kernel must have a known shape of rank >= 2 (it is read as a matrix), got {shape}. "
             "Biases and normalisation weights take no such regularizer."
         )
+    if layout not in LAYOUTS:
+        order = _order(layout, shape.rank)
+        sizes = [math.prod(shape[axis] for axis in axes) for axes in order]
+        return tf.reshape(
+            tf.transpose(kernel, [axis for axes in order for axis in axes]), (1, *sizes)
+        )
     positions = shape[:-2].num_elements() if shape.rank > 2 else 1
     first, second = shape[-2], shape[-1]
     kernel = tf.reshape(kernel, (positions, first, second))
@@ -45,14 +54,34 @@ def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) ->
         return tf.transpose(kernel, (1, 0, 2))[:, :, tf.newaxis, :]
     if layout == "transposed":
         return tf.transpose(kernel, (0, 2, 1))[tf.newaxis]
-    if layout != "standard":
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}.")
     if second % channel_groups:
         raise ValueError(
             f"channel_groups must divide the output channels ({second}), got {channel_groups}."
         )
     kernel = tf.reshape(kernel, (positions, first, channel_groups, second // channel_groups))
     return tf.transpose(kernel, (2, 0, 1, 3))
+
+
+def restore(values: Any, shape: Any, layout: str = "standard") -> tf.Tensor:
+    """Return what `canonical` returned to the axes of the kernel: its inverse.
+
+    Args:
+        values: `(groups, positions, inputs, outputs)`, of any dtype.
+        shape: of the kernel.
+        layout: as in `canonical`.
+    """
+    shape = tuple(tf.TensorShape(shape))
+    if layout not in LAYOUTS:
+        order = [axis for axes in _order(layout, len(shape)) for axis in axes]
+        values = tf.reshape(values, [shape[axis] for axis in order])
+        return tf.transpose(values, [order.index(axis) for axis in range(len(order))])
+    if layout == "depthwise":  # (in, positions, 1, multiplier)
+        values = tf.transpose(values, (1, 0, 2, 3))
+    elif layout == "transposed":  # (1, positions, in, out)
+        values = tf.transpose(values, (0, 1, 3, 2))
+    else:
+        values = tf.transpose(values, (1, 2, 0, 3))
+    return tf.reshape(values, shape)
 
 
 def matrices(kernel: Any, layout: str = "standard", channel_groups: int = 1) -> tf.Tensor:
@@ -105,3 +134,13 @@ def group_norms(
     alive = squared > 0
     norms = tf.where(alive, tf.sqrt(tf.where(alive, squared, 1.0)), 0.0)
     return tf.reshape(norms * tf.reshape(scale, tf.shape(norms)), (-1,))
+
+
+def _order(layout: str, rank: int) -> list[list[int]]:
+    """Return the axes of positions, inputs and outputs that a layout of letters names."""
+    if len(layout) != rank or not set(layout) <= set("pio"):
+        raise ValueError(
+            f"layout must be one of {LAYOUTS}, or have a letter p, i or o for each of the kernel's "
+            f"{rank} axes, got {layout!r}."
+        )
+    return [[axis for axis in range(rank) if layout[axis] == letter] for letter in "pio"]

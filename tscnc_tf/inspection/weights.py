@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import functional
-from tscnc_tf._keras import keras, layers, require_built, tf_keras, wrappers
+from tscnc_tf._keras import keras, layers, require_built, tf_keras
+from tscnc_tf._keras import masks as masking
 from tscnc_tf.inspection import records
 
 
@@ -62,7 +63,7 @@ def require_inspectable(model: Any) -> None:
 
 def masks(model: Any) -> dict[int, Any]:
     """Return the mask of each pruned variable, by the variable's id."""
-    return {id(weight): mask for weight, mask in wrappers.pruned_variables(model)}
+    return {id(weight): mask for weight, mask in masking.masked_variables(model)}
 
 
 def read(variable: Any, mask: Any = None) -> np.ndarray:
@@ -92,15 +93,15 @@ def kernels(model: Any) -> list[KernelWeight]:
 
 def pruned_others(model: Any) -> list[Weight]:
     """Return the pruned weights that are no kernels, such as embeddings."""
-    seen = {id(kernel.variable) for kernel in layers.kernels(model)}
+    by_variable = masks(model)
+    for kernel in layers.kernels(model):
+        by_variable.pop(id(kernel.variable), None)
     result = []
-    for wrapper in wrappers.wrapped_layers(model):
-        for variable, mask, _ in wrapper.pruning_vars:
-            if id(variable) not in seen:
-                seen.add(id(variable))
+    for layer in layers.flatten(model):
+        for variable in layer.weights if by_variable else ():
+            if (mask := by_variable.pop(id(variable), None)) is not None:
                 leaf = variable.name.rpartition("/")[2].partition(":")[0]
-                name = f"{wrapper.layer.name}/{leaf}"
-                result.append(Weight(name, variable, read(variable, mask), True))
+                result.append(Weight(f"{layer.name}/{leaf}", variable, read(variable, mask), True))
     return result
 
 
@@ -114,9 +115,7 @@ def all_weights(model: Any) -> Iterator[np.ndarray]:
     for layer in model._flatten_layers():
         if isinstance(layer, tf_keras.Model):  # whose weights may hold its metrics' variables
             helpers |= {id(variable) for metric in layer.metrics for variable in metric.variables}
-    for wrapper in wrappers.wrapped_layers(model):
-        helpers |= {id(variable) for variable in wrapper.weights}
-        helpers -= {id(variable) for variable in wrapper.layer.weights}
+    helpers |= set(masking.names(model))
     by_variable = masks(model)
     seen: set[int] = set()
     for variable in model.weights:

@@ -1,6 +1,25 @@
-"""Verbs on models: attach regularizers, prune, strip."""
+"""Verbs on models: attach regularizers, prune, keep zeros, strip; and the engine behind them."""
 
+from tscnc_tf.pruning.criteria import Magnitude
+from tscnc_tf.pruning.engine import Pruner
 from tscnc_tf.pruning.regularize import add_regularizers
-from tscnc_tf.pruning.wrap import PruningReport, prune, prune_scope, report, strip
+from tscnc_tf.pruning.status import PruningReport, report
+from tscnc_tf.pruning.structures import NM, Block, Filters, Unstructured
+from tscnc_tf.pruning.verbs import freeze_mask, prune, prune_now, prune_scope, strip
 
-__all__ = ["PruningReport", "add_regularizers", "prune", "prune_scope", "report", "strip"]
+__all__ = [
+    "Block",
+    "Filters",
+    "Magnitude",
+    "NM",
+    "Pruner",
+    "PruningReport",
+    "Unstructured",
+    "add_regularizers",
+    "freeze_mask",
+    "prune",
+    "prune_now",
+    "prune_scope",
+    "report",
+    "strip",
+]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses
-from tscnc_tf._keras import tf_keras, wrappers
+from tscnc_tf._keras import flavours, masks, optimizers, wrappers
+from tscnc_tf.training import inputs
 
 __all__ = ["AdversarialTraining"]
 
@@ -27,8 +27,10 @@ for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MAR
     _keras.register(_part)
 
 
-@tf_keras.saving.register_keras_serializable(package=_keras.PACKAGE)
-class AdversarialTraining(tf_keras.Model):
+_Base: Any = object  # a model class of either Keras; `flavours.in_library` puts it there
+
+
+class AdversarialTraining(_Base):
     r"""A Keras model that trains another one on adversarial examples.
 
     Each step finds adversarial examples for its batch, takes one training-mode forward pass (on the
@@ -38,6 +40,8 @@ class AdversarialTraining(tf_keras.Model):
 
     where the penalty is the sum of `model.losses`: the regularizers. Then the pruning masks are
     applied, so that the weights are as sparse after every step as their masks say.
+
+    It is a model of the Keras that `model` is of: a `keras.Model` or a `tf_keras.Model`.
 
     The adversary runs the network in inference mode, on the bare layers without pruning wrappers:
     BatchNorm's moving averages are used and not moved, and the pruning step counts optimizer steps.
@@ -50,22 +54,22 @@ class AdversarialTraining(tf_keras.Model):
     to report is `evaluate_robustness`.
 
     Args:
-        model: a tf_keras model that returns logits, `(batch, classes)`; pruned or not.
+        model: a model of either Keras that returns logits, `(batch, classes)`; pruned or not.
         attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
             what the loss asks for: TRADES ascends the KL divergence from the clean output.
         loss: `losses.TRADES(beta)`, `losses.Madry()` or `losses.MART(beta)`.
-        seed: of the attacks' random starts. With it and `tf_keras.utils.set_random_seed` two runs
-            on a CPU end with the same weights.
+        seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
+            `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
 
     Raises:
-        TypeError: `model` is no tf_keras model, `attack` no attack or `loss` no robust loss.
+        TypeError: `model` is no Keras model, `attack` no attack or `loss` no robust loss.
         ValueError: `model` is not built, or does not return one row of logits per example.
 
     Example:
-        >>> import tf_keras
+        >>> import keras
         >>> import tscnc_tf as tscnc
-        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
         >>> trainer = tscnc.AdversarialTraining(
         ...     model,
         ...     attack=tscnc.attacks.PGD(epsilon=8/255, step_size=2/255, steps=10),
@@ -77,6 +81,11 @@ class AdversarialTraining(tf_keras.Model):
         Wang et al. 2020, ICLR (MART); TSCNC, arXiv 2503.20454, for the penalties.
     """
 
+    def __new__(cls, model: Any, **kwargs: Any) -> Any:  # noqa: ARG004
+        """Return a trainer of the Keras that `model` is of."""
+        made = flavours.in_library(cls, _keras.library("model", model).Model)
+        return super().__new__(made)
+
     def __init__(
         self,
         model: Any,
@@ -87,7 +96,7 @@ class AdversarialTraining(tf_keras.Model):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        _keras.require_tf_keras_model("model", model)
+        library = _keras.library("model", model)
         _keras.require_built("model", model)
         if not isinstance(attack, attacks.GradientAttack):
             raise TypeError(
@@ -105,20 +114,22 @@ class AdversarialTraining(tf_keras.Model):
             )
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
-        self._classes = _classes(model)
+        self._classes = inputs.classes(model)
         self.model = model
         self.attack = attack
         self.robust_loss = loss
         self.seed = _checks.integer("seed", seed, minimum=0)
         self._adversary = attack.with_defaults(objective=loss.objective, start=loss.start)
         self._inference = _keras.inference(model)
-        self._trackers = [tf_keras.metrics.Mean(name=name) for name in LOGS]
+        self._trackers = [library.metrics.Mean(name=name) for name in LOGS]
         self.built = True
 
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Configure training as `Model.compile` does; the loss is that of the constructor.
+
+        XLA is off unless `jit_compile=True` asks for it, in Keras 3 too.
 
         Raises:
             ValueError: a loss is given here.
@@ -128,12 +139,15 @@ class AdversarialTraining(tf_keras.Model):
                 "loss must be given to AdversarialTraining(..., loss=...), not to compile, got "
                 f"{loss!r}."
             )
+        kwargs.setdefault("jit_compile", False)
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
+        # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
+        self._loss_tracker = None
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
-        self.compile(**tf_keras.saving.deserialize_keras_object(config))
-        if isinstance(self.optimizer, tf_keras.optimizers.Optimizer):  # not a legacy one
+        self.compile(**_library(type(self)).saving.deserialize_keras_object(config))
+        if hasattr(self.optimizer, "build"):  # not a legacy one
             self.optimizer.build(self.trainable_variables)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +156,7 @@ class AdversarialTraining(tf_keras.Model):
         Raises:
             ValueError: `x` is empty or outside the attack's bounds, or a label is out of range.
         """
-        _check_arrays(x, y, self.attack.bounds, self._classes)
+        inputs.check_arrays(x, y, self.attack.bounds, self._classes)
         return super().fit(x, y, *args, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -155,20 +169,24 @@ class AdversarialTraining(tf_keras.Model):
         reference = self._reference(x)
         x_adversarial = self._perturb(x, y, self._step_seed(), reference)
         steps = wrappers.pruning_steps(self.model)
-        with tf.GradientTape() as tape:
+        result: dict[str, Any] = {}
+
+        def total() -> tf.Tensor:
             if self.robust_loss.uses_clean:
                 both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
                 clean, adversarial = tf.split(both, 2)
             else:
                 clean, adversarial = reference, self.model(x_adversarial, training=True)
             terms = self._terms(y, clean, adversarial, sample_weight)
-            total = tf.reduce_mean(terms["loss"]) + terms["penalty"]
+            result.update(clean=clean, adversarial=adversarial, terms=terms)
+            value = tf.reduce_mean(terms["loss"]) + terms["penalty"]
             # Gradients are summed over replicas, so each contributes its share of the mean.
-            total /= tf.distribute.get_strategy().num_replicas_in_sync
+            return value / tf.distribute.get_strategy().num_replicas_in_sync
+
+        flavours.minimize(self.optimizer, total, self.model.trainable_variables)
         wrappers.advance(self.model, steps)
-        self.optimizer.minimize(total, self.model.trainable_variables, tape=tape)
-        wrappers.apply_masks(self.model, self.optimizer)
-        return self._logs(x, y, clean, adversarial, sample_weight, terms)
+        masks.after_step(self.model, self.optimizer)
+        return self._logs(x, y, sample_weight=sample_weight, **result)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Attack a batch in inference mode, and return the logs."""
@@ -177,28 +195,12 @@ class AdversarialTraining(tf_keras.Model):
         x_adversarial = self._perturb(x, y, tf.constant([self.seed, 0]), clean)
         adversarial = self._inference(x_adversarial)
         terms = self._terms(y, clean, adversarial, sample_weight)
-        return self._logs(x, y, clean, adversarial, sample_weight, terms)
+        return self._logs(x, y, clean, adversarial, terms, sample_weight)
 
     def _unpack(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        x, y, sample_weight = tf_keras.utils.unpack_x_y_sample_weight(data)
-        if not tf.is_tensor(x) or not x.dtype.is_floating:
-            raise TypeError(
-                "x must be one float tensor per batch (adversarial examples need a gradient), got "
-                f"{getattr(x, 'dtype', type(x).__name__)}: cast images to float and scale them to "
-                f"the attack's bounds {self.attack.bounds}."
-            )
-        if y is None:
-            raise ValueError("y must be given: adversarial training is supervised.")
-        # Data from a pipeline can be checked in the graph only (and XLA leaves the checks out).
-        low, high = self.attack.bounds
-        slack = _checks.slack(self.attack.bounds)
-        message = f"x must lie inside the attack's bounds {self.attack.bounds}"
-        tf.debugging.assert_greater_equal(tf.reduce_min(x), tf.cast(low - slack, x.dtype), message)
-        tf.debugging.assert_less_equal(tf.reduce_max(x), tf.cast(high + slack, x.dtype), message)
-        if self._classes and y.dtype.is_integer and (y.shape.rank == 1 or y.shape[-1] == 1):
-            classes = tf.cast(self._classes, y.dtype)
-            tf.debugging.assert_less(y, classes, "y must be below the number of logits")
-            tf.debugging.assert_non_negative(y, "y must not be negative")
+        unpack = _library(type(self)).utils.unpack_x_y_sample_weight
+        x, y, sample_weight = unpack(data)
+        inputs.check_batch(x, y, self.attack.bounds, self._classes)
         return x, y, sample_weight
 
     def _reference(self, x: tf.Tensor) -> tf.Tensor | None:
@@ -216,7 +218,9 @@ class AdversarialTraining(tf_keras.Model):
         """Return a seed pair of its own for every step and replica."""
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
-        step = tf.cast(self.optimizer.iterations, tf.int32) * context.num_replicas_in_sync
+        step = (
+            tf.cast(optimizers.iterations(self.optimizer), tf.int32) * context.num_replicas_in_sync
+        )
         return tf.stack([self.seed, 1 + step + replica])
 
     def _terms(
@@ -244,14 +248,14 @@ class AdversarialTraining(tf_keras.Model):
         y: Any,
         clean: tf.Tensor,
         adversarial: tf.Tensor,
-        sample_weight: Any,
         terms: dict[str, tf.Tensor],
+        sample_weight: Any,
     ) -> dict[str, Any]:
         values = {
             **terms,
             "loss": terms["loss"] + terms["penalty"],
-            "clean_accuracy": _correct(y, clean),
-            "adversarial_accuracy": _correct(y, adversarial),
+            "clean_accuracy": inputs.correct(y, clean),
+            "adversarial_accuracy": inputs.correct(y, adversarial),
         }
         for tracker in self._trackers:
             tracker.update_state(values[tracker.name])
@@ -272,7 +276,7 @@ class AdversarialTraining(tf_keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, the model and its wrappers among them."""
-        serialize = tf_keras.saving.serialize_keras_object
+        serialize = _library(type(self)).saving.serialize_keras_object
         return {
             "model": serialize(self.model),
             "attack": serialize(self.attack),
@@ -283,59 +287,20 @@ class AdversarialTraining(tf_keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Build a trainer from `get_config()`; a pruned one inside `pruning.prune_scope()`."""
+        """Build a trainer from `get_config()`; one in tfmot's wrappers inside `prune_scope()`."""
         config = dict(config)
+        deserialize = _library(cls).saving.deserialize_keras_object
         for key in ("model", "attack", "loss"):
-            config[key] = tf_keras.saving.deserialize_keras_object(config[key], custom_objects)
+            config[key] = deserialize(config[key], custom_objects)
         return cls(**config)
 
 
-def _correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Return 1.0 where the largest logit is that of the label, else 0.0."""
-    labels = losses.one_hot(y, logits.shape[-1])
-    hit = tf.equal(tf.argmax(labels, axis=-1), tf.argmax(logits, axis=-1))
-    return tf.cast(hit, tf.float32)
+def _library(cls: type) -> Any:
+    """Return the Keras that a class of trainers belongs to."""
+    return _keras.keras if issubclass(cls, _keras.keras.Model) else _keras.tf_keras
 
 
-def _classes(model: Any) -> int | None:
-    """Return the number of logits, None where a subclassed model does not tell."""
-    if not _keras.is_graph_model(model):
-        return None
-    shape = model.output_shape
-    if not isinstance(shape, tuple) or len(shape) != 2 or shape[-1] is None or shape[-1] < 2:
-        raise ValueError(
-            "model must return logits of shape (batch, classes) with 2 classes or more, got shape "
-            f"{shape}."
-        )
-    last = model.layers[-1] if isinstance(model, tf_keras.Sequential) else model._output_layers[0]
-    last = last.layer if wrappers.is_wrapper(last) else last
-    activation = getattr(getattr(last, "activation", None), "__name__", "")
-    operation = str(getattr(last, "symbol", type(last).__name__)).rpartition(".")[2].lower()
-    ending = activation or operation  # of a layer, or of a TensorFlow function in the graph
-    if ending in ("softmax", "sigmoid"):
-        raise ValueError(
-            f"model must return logits, but its last layer {last.name!r} ends in a {ending}: "
-            "leave that activation out."
-        )
-    return shape[-1]
-
-
-def _check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
-    """Check NumPy data as a whole before training; other data is checked batch by batch."""
-    if isinstance(x, np.ndarray):
-        if not len(x):
-            raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
-        low, high = float(x.min()), float(x.max())
-        slack = _checks.slack(bounds)
-        if not (bounds[0] - slack <= low and high <= bounds[1] + slack):  # NaN fails it, too
-            raise ValueError(
-                f"x must lie inside the attack's bounds {bounds}, got values from {low:g} to "
-                f"{high:g}: scale x, or give the attack other bounds."
-            )
-    if classes and isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
-        is_index = y.ndim == 1 or y.shape[-1] == 1
-        if is_index and not (y.min() >= 0 and y.max() < classes):
-            raise ValueError(
-                f"y must hold labels from 0 to {classes - 1} (the model has {classes} logits), "
-                f"got labels from {y.min()} to {y.max()}."
-            )
+for _module in (_keras.keras, _keras.tf_keras):  # so that saved trainers of either are found
+    _module.saving.register_keras_serializable(_keras.PACKAGE)(
+        flavours.in_library(AdversarialTraining, _module.Model)
+    )

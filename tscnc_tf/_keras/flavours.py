@@ -1,0 +1,67 @@
+"""What differs between the two Kerases in training, in one place each.
+
+A class that is to be a model, layer or callback of either Keras is written once, without a Keras
+base; `in_library` derives it from the base of one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import tensorflow as tf
+
+from tscnc_tf._keras import keras, tf_keras
+
+_DERIVED: dict[tuple[Any, Any], Any] = {}
+
+
+def in_library(cls: Any, base: Any) -> Any:
+    """Return the subclass of both `cls` and a class of one of the Kerases, the same each time."""
+    if issubclass(cls, base):
+        return cls
+    if (cls, base) in _DERIVED:
+        return _DERIVED[cls, base]
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    derived = type(base)(cls.__name__, (cls, base), {**namespace, "__doc__": cls.__doc__})
+    return _DERIVED.setdefault((cls, base), derived)
+
+
+class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
+    """Base of callbacks that `fit` of either Keras takes; `self.model` is the model in training."""
+
+    model: Any = None  # in Keras 3 a property without a setter
+
+    def __init__(self) -> None:
+        keras.callbacks.Callback.__init__(self)
+        tf_keras.callbacks.Callback.__init__(self)
+
+    def set_model(self, model: Any) -> None:
+        """Take note of the model, as Keras tells it."""
+        self.model = model
+
+
+def tensor_variable(variable: Any) -> Any:
+    """Return the `tf.Variable` behind a variable of either Keras."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def minimize(optimizer: Any, loss: Callable[[], tf.Tensor], variables: Iterable[Any]) -> None:
+    """Take one optimizer step on what `loss` returns; float16 losses are scaled on the way.
+
+    Args:
+        optimizer: an optimizer of either Keras.
+        loss: computes the value to descend, a scalar.
+        variables: the weights to train.
+    """
+    variables = list(variables)
+    is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
+    with tf.GradientTape() as tape:
+        value = loss()
+        if is_keras_3:
+            value = optimizer.scale_loss(value)
+    if is_keras_3:
+        gradients = tape.gradient(value, variables)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    else:
+        optimizer.minimize(value, variables, tape=tape)

@@ -1,0 +1,179 @@
+"""Models that carry their pruning masks with them, in both Kerases.
+
+`attach` gives a model a pruner by exchanging its class for a subclass of it, as torch's
+parametrizations do with modules: the object, its layers and its weights stay the same, so it works
+on subclassed models too. The subclass does four things: after each optimizer step of `fit` it lets
+the pruner act; it names the pruner in the model's configuration, so that a `.keras` file brings it
+back; it shows the masks to weight files and checkpoints; and it hides them from SavedModels.
+
+The masks are no weights of the model: `get_weights`, `count_params` and the summary don't see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tscnc_tf._keras import PACKAGE, keras, tf_keras
+from tscnc_tf._keras.flavours import in_library, tensor_variable
+
+_Base: Any = object  # a model of either Keras; `in_library` puts it there
+_PRUNER = "_attached_pruner"
+
+
+class MaskedModel(_Base):
+    """What the class of a model with a pruner adds to its own class."""
+
+    _plain: type  # the model's own class
+
+    @property
+    def pruner(self) -> Any:
+        """The pruner that this model was given."""
+        return vars(self)[_PRUNER]
+
+    @property
+    def pruning_state(self) -> Any:
+        """The pruner's variables, as a layer: that is how weight files find them."""
+        return self.pruner.state
+
+    def train_step(self, data: Any) -> Any:
+        """Take the model's own training step, then let the pruner act on what it has changed."""
+        logs = super().train_step(data)
+        self.pruner.step(self.optimizer)
+        return logs
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model with its masks to a `.keras` file.
+
+        Raises:
+            ValueError: `filepath` has another ending: other formats have no place for masks.
+        """
+        if not str(filepath).endswith(".keras"):
+            raise ValueError(
+                f"filepath must end in .keras, got {str(filepath)!r}: only that format holds the "
+                "masks of a model that is being pruned. Strip the model first to save it in "
+                "another one."
+            )
+        super().save(filepath, *args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the configuration of the model without its pruner, and that of the pruner."""
+        library = _library(type(self))
+        masked, self.__class__ = type(self), self._plain
+        try:
+            plain = library.saving.serialize_keras_object(self)
+        finally:
+            self.__class__ = masked
+        plain.pop("compile_config", None)  # it is in the outer configuration
+        return {"model": plain, "pruner": self.pruner.get_config()}
+
+    def get_build_config(self) -> None:
+        """Return nothing: the configuration inside has it."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Build the model, and give it its pruner."""
+        library = _library(cls)
+        model = library.saving.deserialize_keras_object(config["model"], custom_objects)
+        pruner = library.saving.get_registered_object(f"{PACKAGE}>Pruner")
+        pruner.from_config(config["pruner"], model=model)
+        return model
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """Show the masks to TensorFlow's checkpoints, but not to SavedModels."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "checkpoint":
+            children = {**children, "pruning_state": self.pruning_state}
+        return children
+
+
+class PruningState(_Base):
+    """The variables of a pruner, as a layer of the model's Keras.
+
+    Attributes:
+        step: the number of optimizer steps since the pruner was attached.
+        seen: the optimizer's own count when the pruner last acted; -1 before that.
+        frozen: whether the masks are to stay as they are.
+        masks: one per pruned weight, True where the weight is kept.
+
+    Args:
+        shapes: of the pruned weights.
+    """
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__(name="pruning_state", dtype="float32", trainable=False)
+        fixed: dict[str, Any] = {"shape": (), "trainable": False}
+        self.step = self.add_weight(name="step", dtype="int64", initializer="zeros", **fixed)
+        self.seen = self.add_weight(name="seen", dtype="int64", initializer="zeros", **fixed)
+        self.frozen = self.add_weight(name="frozen", dtype="bool", initializer="zeros", **fixed)
+        self._count = len(shapes)
+        for index, shape in enumerate(shapes):
+            mask = self.add_weight(
+                name=f"mask_{index}", shape=shape, dtype="bool", initializer="ones", trainable=False
+            )
+            setattr(self, f"mask_{index}", mask)  # in a list, checkpoints would not find it
+        self.seen.assign(-1)
+        self.built = True
+
+    @property
+    def masks(self) -> list[Any]:
+        """The masks, as TensorFlow variables."""
+        return [tensor_variable(getattr(self, f"mask_{i}")) for i in range(self._count)]
+
+
+def new_state(model: Any, shapes: list[tuple[int, ...]]) -> Any:
+    """Return fresh variables for a pruner of `model`."""
+    with model.distribute_strategy.scope():
+        return in_library(PruningState, _library(type(model)).layers.Layer)(shapes)
+
+
+def attach(model: Any, pruner: Any) -> None:
+    """Give a model a pruner, in place."""
+    plain = type(model)
+    masked: Any = in_library(MaskedModel, plain)
+    masked._plain = plain
+    masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
+    _register(masked, _library(plain))
+    vars(model)[_PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
+    model.__class__ = masked
+    model.train_function = None  # which may have been compiled from the plain training step
+
+
+def detach(model: Any) -> None:
+    """Take a model's pruner away, in place."""
+    model.__class__ = model._plain
+    del vars(model)[_PRUNER]
+    model.train_function = None
+
+
+def is_masked(model: Any) -> bool:
+    """Tell whether a model has a pruner itself; not whether a model inside has one."""
+    return isinstance(model, MaskedModel)
+
+
+def masked_models(model: Any) -> Iterator[Any]:
+    """Yield the models with a pruner in `model`, which may be one itself, each once."""
+    from tscnc_tf._keras.layers import flatten
+
+    seen: set[int] = set()
+    for layer in flatten(model):
+        if is_masked(layer) and id(layer) not in seen:
+            seen.add(id(layer))
+            yield layer
+
+
+def _library(cls: type) -> Any:
+    return keras if issubclass(cls, keras.layers.Layer) else tf_keras
+
+
+def _register(cls: type, library: Any) -> None:
+    """Register a class as the one that loads masked models; any of them does."""
+    name = f"{PACKAGE}>MaskedModel"
+    if library.saving.get_registered_name(cls) == name:
+        return
+    library.saving.get_custom_objects().pop(name, None)
+    library.saving.register_keras_serializable(PACKAGE, "MaskedModel")(cls)
+
+
+for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
+    _register(in_library(MaskedModel, _base), keras if _base is keras.Model else tf_keras)

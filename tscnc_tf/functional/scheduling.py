@@ -1,0 +1,80 @@
+"""What a pruning schedule says over many steps: where it leads, and when masks are renewed.
+
+A schedule is any callable from a step, counted from 1, to (whether to renew the masks, sparsity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+Schedule = Callable[[Any], tuple[Any, Any]]
+
+_FAR = 2**31 - 1  # a step after the end of any schedule
+_LOOK_AHEAD = 1_000_000  # steps that a schedule is asked about at the most, all in one call
+_LOOK_AHEAD_ONE_BY_ONE = 20_000
+
+
+def final_sparsity(schedule: Schedule) -> float:
+    """Return the sparsity that a schedule gives in the end: at step 2^31 - 1."""
+    # What is stored as float32 is meant as the decimal that it is nearest to: 0.9, not 0.89999998.
+    return float(str(np.float32(schedule(tf.constant(_FAR, tf.int64))[1])))
+
+
+def due_between(
+    schedule: Schedule, before: tf.Tensor, now: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return whether masks were due at any step after `before` up to `now`, and the sparsity now.
+
+    Args:
+        schedule: a schedule of TensorFlow operations.
+        before: int64 scalar, the last step that the masks were looked at.
+        now: int64 scalar, the present step; as a rule the one after `before`.
+    """
+    due, sparsity = schedule(now)
+    due = tf.convert_to_tensor(due) & (now > before)
+
+    def look_back(step: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return step - 1, found | tf.convert_to_tensor(schedule(step)[0])
+
+    _, due = tf.while_loop(lambda step, found: (step > before) & ~found, look_back, (now - 1, due))
+    return due, tf.cast(sparsity, tf.float32)
+
+
+def renewals(schedule: Schedule, last: int) -> list[tuple[int, float]] | None:
+    """Return the steps up to `last` at which masks are renewed, with the sparsity at each.
+
+    None if the schedule would have to be asked about too many steps.
+    """
+    if last > _LOOK_AHEAD:
+        return None
+    steps = tf.range(1, last + 1, dtype=tf.int64)
+    try:  # most schedules are arithmetic, and take a vector of steps as well
+        due, sparsity = schedule(steps)
+        due, sparsity = np.asarray(due), np.asarray(sparsity)
+        is_vector = due.shape == (last,) and sparsity.shape in ((last,), ())
+    except Exception:
+        is_vector = False
+    if not is_vector:
+        if last > _LOOK_AHEAD_ONE_BY_ONE:
+            return None
+        due, sparsity = _one_by_one(schedule, steps)
+    sparsity = np.broadcast_to(sparsity, (last,))
+    return [(int(index) + 1, float(sparsity[index])) for index in np.flatnonzero(due)]
+
+
+def _one_by_one(schedule: Schedule, steps: tf.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def ask(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        due, sparsity = schedule(step)
+        return tf.convert_to_tensor(due), tf.cast(sparsity, tf.float32)
+
+    @tf.function
+    def ask_all(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        signature = (tf.TensorSpec((), tf.bool), tf.TensorSpec((), tf.float32))
+        return tf.map_fn(ask, steps, fn_output_signature=signature)
+
+    due, sparsity = ask_all(steps)
+    return due.numpy(), sparsity.numpy()

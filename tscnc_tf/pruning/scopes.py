@@ -1,0 +1,175 @@
+"""How the weights that are kept are shared out among the layers."""
+
+from __future__ import annotations
+
+import abc
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, functional
+from tscnc_tf.pruning.targets import Target
+
+SCOPES = ("layer", "global", "erk")
+
+
+class Units(NamedTuple):
+    """What is kept or goes as one, of one weight tensor.
+
+    Attributes:
+        scores: a float vector, one per unit.
+        size: the number of weights in each unit; a vector where they differ.
+        weights: the number of all weights.
+    """
+
+    scores: tf.Tensor
+    size: int | np.ndarray
+    weights: int
+
+
+class Scope(abc.ABC):
+    """Chooses the units to keep; of every weight tensor at least `min_weights` weights."""
+
+    is_per_layer = False
+
+    def __init__(self, min_weights: int) -> None:
+        self.min_weights = min_weights
+
+    @abc.abstractmethod
+    def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
+        """Return a mask of units for each weight tensor, True where a unit is kept."""
+
+    def counts(self, sizes: Sequence[int], sparsity: Any) -> list[tf.Tensor] | None:  # noqa: ARG002
+        """Return how many weights each tensor keeps, or None where that is up to the scores."""
+        return None
+
+    def _best(self, units: Units, count: Any) -> tf.Tensor:
+        """Return a mask of the units with the largest scores, `count` weights in all."""
+        count = tf.maximum(tf.cast(count, tf.int32), min(self.min_weights, units.weights))
+        if isinstance(units.size, int):
+            number = tf.round(tf.cast(count, tf.float32) / units.size)
+            fewest = math.ceil(min(self.min_weights, units.weights) / units.size)
+            number = tf.maximum(tf.cast(number, tf.int32), fewest)
+            exact = count if units.size == 1 else number
+            return functional.largest(units.scores, exact)
+        within = functional.largest_within(units.scores, units.size, count)
+        return within | functional.largest(units.scores, 1)
+
+
+class ByCounts(Scope):
+    """Each weight tensor by itself, with its own sparsity."""
+
+    def __init__(self, min_weights: int, rule: Any, is_per_layer: bool) -> None:
+        super().__init__(min_weights)
+        self._rule = rule
+        self.is_per_layer = is_per_layer
+
+    def counts(self, sizes: Sequence[int], sparsity: Any) -> list[tf.Tensor]:
+        """Return how many weights each tensor keeps."""
+        sparsities = self._rule(tf.cast(sparsity, tf.float32))
+        return [
+            tf.maximum(functional.kept_count(size, sparsities[index]), min(self.min_weights, size))
+            for index, size in enumerate(sizes)
+        ]
+
+    def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
+        """Return a mask of units for each weight tensor."""
+        counts = self.counts([unit.weights for unit in units], sparsity)
+        return [self._best(*pair) for pair in zip(units, counts, strict=True)]
+
+
+class Global(Scope):
+    """All weight tensors together, by their scores."""
+
+    def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
+        """Return a mask of units for each weight tensor."""
+        guarded = [tf.where(self._best(u, self.min_weights), np.inf, u.scores) for u in units]
+        scores = tf.concat(guarded, axis=0)
+        count = functional.kept_count(sum(unit.weights for unit in units), sparsity)
+        lengths = [int(unit.scores.shape[0]) for unit in units]
+        if all(isinstance(unit.size, int) and unit.size == 1 for unit in units):
+            mask = functional.largest(scores, count)
+        else:
+            sizes = [np.broadcast_to(u.size, n) for u, n in zip(units, lengths, strict=True)]
+            mask = functional.largest_within(scores, np.concatenate(sizes), count)
+            mask |= tf.math.is_inf(scores)
+        return tf.split(mask, lengths)
+
+
+def scope_for(
+    value: str | Mapping[str, float],
+    targets: Sequence[Target],
+    final: float,
+    minimum: int,
+) -> Scope:
+    """Return the scope that an argument `scope` names.
+
+    Args:
+        value: "layer", "global", "erk", or final sparsities by name pattern.
+        targets: the weights that are pruned.
+        final: the schedule's final sparsity.
+        minimum: how many weights every weight tensor keeps at least.
+
+    Raises:
+        TypeError, ValueError: `value` is none of these, or a pattern fits no weight.
+    """
+    if value == "layer":
+        return ByCounts(minimum, lambda sparsity: [sparsity] * len(targets), True)
+    if value == "global":
+        return Global(minimum)
+    if value == "erk":
+        return ByCounts(minimum, _erk([target.shape for target in targets]), False)
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"scope must be one of {', '.join(map(repr, SCOPES))}, or a dict of final sparsities "
+            f"by name pattern, got {value!r}."
+        )
+    return ByCounts(minimum, _by_pattern(value, targets, final), False)
+
+
+def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: float) -> Any:
+    """Return the rule of sparsities by name: each rises in step with the schedule."""
+    ratios = {name: _checks.sparsity(f"scope[{name!r}]", ratio) for name, ratio in ratios.items()}
+    names = [target.name for target in targets]
+    for pattern in ratios:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"scope has a pattern {pattern!r} that fits none of {names}.")
+
+    def part(name: str) -> float:
+        fitting = [r for pattern, r in ratios.items() if fnmatch.fnmatchcase(name, pattern)]
+        return fitting[0] / final if fitting and final > 0 else 1.0
+
+    parts = [part(name) for name in names]
+    return lambda sparsity: [sparsity * share for share in parts]
+
+
+def _erk(shapes: Sequence[tuple[int, ...]]) -> Any:
+    r"""Return the rule of Erdős–Rényi-Kernel: densities in proportion to Σ axes / Π axes.
+
+    No density is above 1; what that takes from one layer goes to the others, so that the sparsity
+    of all together is the one asked for.
+
+    Reference:
+        Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, section 3.
+    """
+    sizes = np.array([math.prod(shape) for shape in shapes], np.float64)
+    raw = np.array([sum(shape) for shape in shapes], np.float64) / sizes
+    order = np.argsort(-raw, kind="stable")
+    # If the first j layers in this order are dense, the factor of the others follows.
+    dense = np.concatenate([[0.0], np.cumsum(sizes[order])[:-1]])
+    rest = np.cumsum((raw * sizes)[order][::-1])[::-1]
+
+    def rule(sparsity: tf.Tensor) -> list[tf.Tensor]:
+        kept = (1.0 - tf.cast(sparsity, tf.float64)) * sizes.sum()
+        factors = (kept - dense) / rest
+        fits = factors * raw[order] <= 1.0 + 1e-9
+        fits = tf.concat([fits[:-1], [True]], axis=0)
+        factor = factors[tf.argmax(tf.cast(fits, tf.int32))]
+        density = tf.clip_by_value(factor * raw, 0.0, 1.0)
+        return tf.unstack(tf.cast(1.0 - density, tf.float32))
+
+    return rule

@@ -1,0 +1,171 @@
+"""What of a model is pruned and what is not, weight by weight, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _keras, _tables
+from tscnc_tf._keras import masked, masks, wrappers
+from tscnc_tf.inspection import weights as acting
+from tscnc_tf.pruning import wrap
+from tscnc_tf.pruning.targets import candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightStatus:
+    """One weight tensor of rank 2 or more: whether it is pruned, and if not, why.
+
+    Attributes:
+        name: of its layer, and which of its weights, where there are several.
+        kind: the class of the layer.
+        shape: of the weight.
+        weights: the number of its entries.
+        zeros: how many of them are zero, masks counted.
+        pruned: whether it has a mask.
+        reason: why it has none; empty if it has one.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros: int
+    pruned: bool
+    reason: str
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros."""
+        return self.zeros / self.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningReport:
+    """What of a model is pruned and what is not, weight by weight; `print` it for a table.
+
+    Biases and other weights of rank 1 are not listed; they count for the whole model.
+
+    Attributes:
+        rows: one per weight tensor of rank 2 or more.
+        model_weights: the number of all weights of the model.
+        model_zeros: how many of them are zero.
+    """
+
+    rows: tuple[WeightStatus, ...]
+    model_weights: int
+    model_zeros: int
+
+    @property
+    def pruned(self) -> tuple[WeightStatus, ...]:
+        """The weight tensors that are pruned."""
+        return tuple(row for row in self.rows if row.pruned)
+
+    @property
+    def skipped(self) -> tuple[WeightStatus, ...]:
+        """The weight tensors that are not pruned."""
+        return tuple(row for row in self.rows if not row.pruned)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros among the weights that are pruned; 0 if none is."""
+        count = sum(row.weights for row in self.pruned)
+        return sum(row.zeros for row in self.pruned) / count if count else 0.0
+
+    @property
+    def model_sparsity(self) -> float:
+        """The fraction of zeros among all weights of the model."""
+        return self.model_zeros / self.model_weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "model_weights": self.model_weights,
+            "model_zeros": self.model_zeros,
+            "rows": [
+                {**dataclasses.asdict(row), "shape": list(row.shape), "sparsity": row.sparsity}
+                for row in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        count, zeros = (sum(getattr(row, n) for row in self.pruned) for n in ("weights", "zeros"))
+        return _tables.render(
+            "Pruning",
+            ("weight", "layer class", "shape", "weights", "zeros", "sparsity", "pruned", "why not"),
+            [
+                (
+                    row.name,
+                    row.kind,
+                    "×".join(map(str, row.shape)),
+                    f"{row.weights:,}",
+                    f"{row.zeros:,}",
+                    _tables.percent(row.sparsity),
+                    "yes" if row.pruned else "no",
+                    row.reason,
+                )
+                for row in self.rows
+            ],
+            (
+                *("all pruned weights", "", "", f"{count:,}", f"{zeros:,}"),
+                *(_tables.percent(self.sparsity), "", ""),
+            ),
+            [
+                f"Whole model: {self.model_zeros:,} of {self.model_weights:,} weights are zero, "
+                f"{_tables.percent(self.model_sparsity)}."
+            ],
+        )
+
+
+def report(model: Any) -> PruningReport:
+    """Return which weights of a model are pruned, and why the others are not.
+
+    Args:
+        model: a built model of either Keras, pruned by whichever engine, or not pruned.
+
+    Raises:
+        TypeError: `model` is no Keras model.
+        ValueError: it is not built.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, name="last")])
+        >>> model = tscnc.prune_now(model, 0.75)
+        >>> [(row.name, row.zeros, row.pruned) for row in tscnc.pruning.report(model).rows]
+        [('last', 24, True)]
+    """
+    _keras.library("model", model)
+    _keras.require_built("model", model)
+    by_variable = {id(weight): mask for weight, mask in masks.masked_variables(model)}
+    is_wrapped = bool(wrappers.wrapped_layers(model))
+    reasons = {
+        id(target.variable): reason
+        for part in masked.masked_models(model)
+        for target, reason in part.pruner.skipped
+    }
+    rows = []
+    for target, _ in candidates(model):
+        mask = by_variable.get(id(target.variable))
+        reason = reasons.get(id(target.variable), "not chosen")
+        if mask is None and is_wrapped:
+            reason = wrap.reason(model, target.layer)
+        zeros = int(np.count_nonzero(acting.read(target.variable, mask) == 0))
+        rows.append(
+            WeightStatus(
+                name=target.name,
+                kind=type(target.layer).__name__,
+                shape=target.shape,
+                weights=target.size,
+                zeros=zeros,
+                pruned=mask is not None,
+                reason=reason if mask is None else "",
+            )
+        )
+    every = [(values.size, np.count_nonzero(values)) for values in acting.all_weights(model)]
+    count = sum(size for size, _ in every)
+    return PruningReport(tuple(rows), count, count - int(sum(alive for _, alive in every)))

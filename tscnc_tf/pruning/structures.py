@@ -1,0 +1,234 @@
+"""Which weights are kept or go together: single ones, blocks, filters, n of every m.
+
+A structure turns the scores of a weight tensor into those of its units, and a mask of units back
+into a mask of weights. A unit's score is the mean of its weights' scores.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _configs, _keras, functional
+from tscnc_tf.pruning.scopes import Scope, Units
+from tscnc_tf.pruning.targets import Target
+
+__all__ = ["Block", "Filters", "NM", "Structure", "Unstructured"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure(_configs.Configurable, abc.ABC):
+    """Base of the structures."""
+
+    def reason(self, target: Target) -> str:  # noqa: ARG002
+        """Return why a weight can't be pruned in this structure, or an empty text."""
+        return ""
+
+    def reachable(self, sparsity: float) -> float:
+        """Return the sparsity that this structure gives where `sparsity` is asked for."""
+        return sparsity
+
+    @abc.abstractmethod
+    def masks(
+        self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
+    ) -> list[tf.Tensor]:
+        """Return one mask per weight, True where it is kept.
+
+        Args:
+            scores: one tensor per weight, of its shape.
+            targets: the weights.
+            scope: how the kept weights are shared out.
+            sparsity: fraction of zeros, a scalar, possibly a tensor.
+        """
+
+
+class _Ranked(Structure):
+    """Structures whose units compete by their scores, as the scope has it."""
+
+    def masks(
+        self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
+    ) -> list[tf.Tensor]:
+        """Return one mask per weight, True where it is kept."""
+        units = [self._units(*pair) for pair in zip(scores, targets, strict=True)]
+        chosen = scope.choose(units, sparsity)
+        return [self._spread(*pair) for pair in zip(chosen, targets, strict=True)]
+
+    @abc.abstractmethod
+    def _units(self, scores: tf.Tensor, target: Target) -> Units:
+        """Return the scores of a weight's units."""
+
+    @abc.abstractmethod
+    def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
+        """Return a mask of units as one of weights."""
+
+
+@_keras.register
+@dataclasses.dataclass(frozen=True)
+class Unstructured(_Ranked):
+    """Single weights, wherever they are."""
+
+    def _units(self, scores: tf.Tensor, target: Target) -> Units:
+        return Units(tf.reshape(scores, (-1,)), 1, target.size)
+
+    def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
+        return tf.reshape(mask, target.shape)
+
+
+@_keras.register
+@dataclasses.dataclass(frozen=True)
+class Filters(_Ranked):
+    """Whole filters: all weights that lead to one output channel or unit.
+
+    What is left can be made smaller by `pruning.compact`, and is faster then on any hardware.
+    """
+
+    def reason(self, target: Target) -> str:
+        """Return why a weight has no filters, or an empty text."""
+        return "" if target.layout else _UNREAD
+
+    def _units(self, scores: tf.Tensor, target: Target) -> Units:
+        values = target.canonical(scores)
+        means = tf.reduce_mean(values, axis=(1, 2))
+        return Units(tf.reshape(means, (-1,)), target.size // int(tf.size(means)), target.size)
+
+    def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
+        groups, positions, inputs, outputs = target.canonical_shape
+        mask = tf.reshape(mask, (groups, 1, 1, outputs))
+        return target.restore(tf.broadcast_to(mask, (groups, positions, inputs, outputs)))
+
+
+@_keras.register
+@dataclasses.dataclass(frozen=True)
+class Block(_Ranked):
+    """Blocks of the kernel as a matrix of (positions and inputs) × outputs.
+
+    Blocks at the end of a matrix whose sides are no multiples are smaller.
+
+    Args:
+        rows: of a block, along positions and inputs, >= 1.
+        columns: of a block, along outputs, >= 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> structure = tscnc.pruning.Block(4, 4)
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        _checks.integer("rows", self.rows, minimum=1)
+        _checks.integer("columns", self.columns, minimum=1)
+
+    def reason(self, target: Target) -> str:
+        """Return why a weight has no such blocks, or an empty text."""
+        return "" if target.layout else _UNREAD
+
+    def _units(self, scores: tf.Tensor, target: Target) -> Units:
+        groups, _, _, outputs = target.canonical_shape
+        matrix = tf.reshape(target.canonical(scores), (groups, -1, outputs))
+        sums = self._sums(matrix)
+        sizes = self._sums(np.ones(matrix.shape, np.float32))
+        flat = np.asarray(tf.get_static_value(sizes), np.int64).ravel()
+        size = int(flat[0]) if np.all(flat == flat[0]) else flat
+        means = tf.reshape(sums, (-1,)) / tf.constant(flat, sums.dtype)
+        return Units(means, size, target.size)
+
+    def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
+        groups, positions, inputs, outputs = target.canonical_shape
+        height = positions * inputs
+        mask = tf.reshape(mask, (groups, -(-height // self.rows), -(-outputs // self.columns)))
+        mask = tf.repeat(tf.repeat(mask, self.rows, axis=1), self.columns, axis=2)
+        mask = mask[:, :height, :outputs]
+        return target.restore(tf.reshape(mask, target.canonical_shape))
+
+    def _sums(self, matrix: Any) -> tf.Tensor:
+        """Return the sum over each block, `(groups, block rows, block columns)`."""
+        groups, height, width = matrix.shape
+        down, right = -height % self.rows, -width % self.columns
+        padded = tf.pad(tf.convert_to_tensor(matrix), ((0, 0), (0, down), (0, right)))
+        shape = (groups, (height + down) // self.rows, self.rows, -1, self.columns)
+        return tf.reduce_sum(tf.reshape(padded, shape), axis=(2, 4))
+
+
+@_keras.register
+@dataclasses.dataclass(frozen=True)
+class NM(Structure):
+    """N of every M weights along the input axis: 2:4 is what sparse tensor cores compute with.
+
+    At a sparsity s, ceil(M·(1 - s)) weights of every M are kept, never fewer than N: so a schedule
+    that rises to 1 - N/M thins the groups out step by step. Of an incomplete group at the end of an
+    axis the same number is kept, as far as it has so many.
+
+    Args:
+        n: weights kept of each group, >= 1.
+        m: size of a group, > n.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> structure = tscnc.pruning.NM(2, 4)
+
+    Reference:
+        Mishra et al. 2021, arXiv 2104.08378.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        _checks.integer("n", self.n, minimum=1)
+        _checks.integer("m", self.m, minimum=self.n + 1)
+
+    def reason(self, target: Target) -> str:
+        """Return why a weight has no such groups, or an empty text."""
+        if not target.layout:
+            return _UNREAD
+        inputs = target.canonical_shape[2]
+        if inputs < self.m:
+            return f"it has {inputs} inputs per output, fewer than a group of {self.m}"
+        return ""
+
+    def reachable(self, sparsity: float) -> float:
+        """Return the sparsity of the pattern, if that much or more is asked for."""
+        return 1.0 - int(self._kept(sparsity)) / self.m
+
+    def masks(
+        self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
+    ) -> list[tf.Tensor]:
+        """Return one mask per weight; see the class."""
+        if not scope.is_per_layer:
+            raise ValueError(
+                f"scope must be 'layer' with structure={self!r}, which fixes how many weights are "
+                "kept in every group."
+            )
+        kept = self._kept(sparsity)
+        return [self._mask(*pair, kept) for pair in zip(scores, targets, strict=True)]
+
+    def _kept(self, sparsity: Any) -> tf.Tensor:
+        # A hair is taken off before rounding up: 4·(1 - 0.75) may come out as 1.0000001.
+        kept = tf.math.ceil(self.m * (1.0 - tf.cast(sparsity, tf.float32)) - 1e-4)
+        return tf.clip_by_value(tf.cast(kept, tf.int32), self.n, self.m)
+
+    def _mask(self, scores: tf.Tensor, target: Target, kept: tf.Tensor) -> tf.Tensor:
+        groups, positions, inputs, outputs = target.canonical_shape
+        values = tf.transpose(target.canonical(scores), (0, 1, 3, 2))
+        missing = -inputs % self.m
+        # What is no weight ranks below every weight, pruned ones included.
+        values = tf.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=-np.inf)
+        rows = tf.reshape(values, (groups, positions, outputs, -1, self.m))
+        mask = tf.reshape(functional.largest_per_row(rows, kept), values.shape)
+        return target.restore(tf.transpose(mask[..., :inputs], (0, 1, 3, 2)))
+
+
+_UNREAD = "it is not known which of its axes are inputs and which outputs"

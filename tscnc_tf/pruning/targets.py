@@ -1,0 +1,188 @@
+"""Which weights of a model are pruned, and why the others are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tscnc_tf import _keras, functional
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import wrappers
+from tscnc_tf.inspection import records
+from tscnc_tf.pruning.selection import selector
+
+# Weights of rank 2 or more that are called so are no linear map of their layer's input.
+_NO_KERNELS = ("bias", "beta", "gamma", "embeddings", "alpha")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A weight that is pruned.
+
+    Attributes:
+        name: of the layer, and which of its weights, where there are several.
+        layer: the layer that holds it.
+        variable: the weight, a variable of the layer's Keras.
+        layout: how to read its axes, as in `functional.canonical`; empty if that is not known.
+        channel_groups: of a grouped convolution, else 1.
+    """
+
+    name: str
+    layer: Any
+    variable: Any
+    layout: str
+    channel_groups: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return tuple(self.variable.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of its entries."""
+        return math.prod(self.shape)
+
+    @property
+    def outputs(self) -> int | None:
+        """The number of its output channels, None if that is not known."""
+        if not self.layout:
+            return None
+        groups, _, _, outputs = self.canonical_shape
+        return groups * outputs
+
+    @property
+    def canonical_shape(self) -> tuple[int, int, int, int]:
+        """The shape of `canonical(...)`: groups, positions, inputs, outputs."""
+        return tuple(self.canonical(tf.zeros(self.shape, tf.bool)).shape)
+
+    def canonical(self, values: tf.Tensor) -> tf.Tensor:
+        """Return values of the weight's shape as `(groups, positions, inputs, outputs)`."""
+        return functional.canonical(values, self.layout, self.channel_groups)
+
+    def restore(self, values: tf.Tensor) -> tf.Tensor:
+        """Return the inverse of `canonical`."""
+        return functional.restore(values, self.shape, self.layout)
+
+
+class Candidate(NamedTuple):
+    """A weight of rank 2 or more, and the reason not to prune it, empty if there is none."""
+
+    target: Target
+    reason: str
+
+
+def candidates(
+    model: Any,
+    layers: Any = None,
+    weights: str | None = None,
+    min_rank: int = 2,
+    unfit: Callable[[Target], str] = lambda _: "",
+) -> list[Candidate]:
+    """Return all weights of rank 2 or more of a model, with what speaks against pruning them.
+
+    Args:
+        model: a built model of either Keras.
+        layers: which layers, see `selection.selector`; None for every layer that has kernels. Of a
+            layer that is chosen, all trainable weights of the rank asked for are taken.
+        weights: a pattern for the names of weights, such as "*kernel"; None for all.
+        min_rank: the smallest rank of a weight to prune.
+        unfit: returns why a weight does not suit the structure asked for, or an empty text.
+    """
+    chosen = selector("layers", layers)
+    found = []
+    for path, layer, variable, is_chosen in _owned(model, chosen):
+        leaf = _leaf(variable)
+        layout, groups = _reading(layer, variable)
+        target = Target("/".join([*path, leaf]), layer, variable, layout, groups)
+        if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
+            reason = "not chosen"
+        elif not variable.trainable or not layer.trainable:
+            reason = "it is frozen (trainable=False)"
+        elif not tf.as_dtype(variable.dtype).is_floating:
+            reason = f"it holds no floats, but {tf.as_dtype(variable.dtype).name}"
+        elif len(variable.shape) < min_rank:
+            reason = f"its rank is {len(variable.shape)}, below min_rank={min_rank}"
+        elif layers is None and _is_no_kernel(layer, leaf):
+            reason = f"{leaf!r} is no kernel; choose its layer by layers= to prune it"
+        else:
+            reason = unfit(target)
+        found.append(Candidate(target, reason))
+    return _named(found)
+
+
+def _owned(
+    model: Any, chosen: Callable[[Any], bool]
+) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
+    """Yield (path of names, layer, weight, whether chosen) for each weight of rank 2 or more.
+
+    The path begins below the innermost model. Who chooses a layer chooses the layers inside it.
+    """
+    seen: set[int] = set()
+
+    def walk(layer: Any, path: tuple[str, ...], taken: bool) -> Iterator[Any]:
+        is_model = isinstance(layer, _keras.keras.Model | _keras.tf_keras.Model)
+        taken = taken or chosen(layer)
+        inside = list(kernel_layers.parts(layer))
+        theirs = {id(variable) for part in inside for variable in part.weights}
+        here = (*path, layer.name) if not is_model or layer is model else (layer.name,)
+        if wrappers.is_wrapper(layer):  # tfmot's: its own weights are masks
+            yield from walk(layer.layer, path, taken)
+            return
+        for variable in layer.weights:
+            is_variable = isinstance(variable, tf.Variable | _keras.keras.Variable)
+            if not is_variable or id(variable) in theirs | seen or len(variable.shape) < 2:
+                continue
+            seen.add(id(variable))
+            yield here, layer, variable, taken
+        below = () if is_model else here
+        for part in inside:
+            yield from walk(part, below, taken)
+
+    yield from walk(model, (), False)
+
+
+def _named(found: list[Candidate]) -> list[Candidate]:
+    """Shorten names to that of the layer where it has one such weight; keep all names apart."""
+    counts: dict[int, int] = {}
+    for candidate in found:
+        counts[id(candidate.target.layer)] = counts.get(id(candidate.target.layer), 0) + 1
+    names = []
+    for target, _ in found:
+        single = counts[id(target.layer)] == 1 and "/" in target.name
+        names.append(target.name.rpartition("/")[0] if single else target.name)
+    unique = records.unique(names)
+    return [
+        Candidate(dataclasses.replace(target, name=name), reason)
+        for name, (target, reason) in zip(unique, found, strict=True)
+    ]
+
+
+def _reading(layer: Any, variable: Any) -> tuple[str, int]:
+    """Return the layout and the channel groups of a weight; an empty layout if not known."""
+    for spec in kernel_layers.kernel_specs(layer):
+        if getattr(layer, spec.attribute, None) is variable:
+            return spec.layout, spec.channel_groups
+    if isinstance(layer, _keras.keras.layers.EinsumDense | _keras.tf_keras.layers.EinsumDense):
+        return kernel_layers.einsum_layout(layer.equation, len(variable.shape)), 1
+    return "", 1
+
+
+def _is_no_kernel(layer: Any, leaf: str) -> bool:
+    """Tell whether a weight is none of those that pruning is meant for, unless asked to.
+
+    Keras' own layers call their kernels so. What a layer of the user's calls its weights is not
+    known, so all are taken but those with a name that says otherwise.
+    """
+    is_keras_own = type(layer).__module__.partition(".")[0] in ("keras", "tf_keras")
+    return not leaf.endswith("kernel") if is_keras_own else leaf in _NO_KERNELS
+
+
+def _leaf(variable: Any) -> str:
+    """Return the last part of a variable's name."""
+    return variable.name.rpartition("/")[2].partition(":")[0]

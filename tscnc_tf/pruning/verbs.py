@@ -1,0 +1,184 @@
+"""Prune a model, while it is trained or at once; keep its zeros; take the pruning off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import masked, wrappers
+from tscnc_tf.pruning import wrap
+from tscnc_tf.pruning.engine import Pruner, require_unpruned
+
+ENGINES = ("tfmot", "masks")
+
+
+def prune(
+    model: Any, schedule: Any, *, layers: Any = None, engine: str | None = None, **options: Any
+) -> Any:
+    """Return a model whose weights are pruned by magnitude as it is trained.
+
+    Two engines do it. **"masks"**, the one for Keras 3, is a `Pruner`: masks on the variables of
+    any model of either Keras, which is changed in place and returned. **"tfmot"**, the default for
+    tf_keras, puts each layer into a wrapper of `tfmot.sparsity.keras.prune_low_magnitude` and
+    returns a new model that shares the weights; it takes Sequential and functional models.
+
+    Weights that can't be pruned don't abort it: they are left as they are, and
+    `pruning.report(model)` says why. Train the model with `callbacks.pruning_callbacks()`.
+
+    Args:
+        model: a built model of either Keras.
+        schedule: a `PruningSchedule` of `tscnc_tf.schedules` or tfmot; for the masks engine any
+            callable from a step to (whether to choose the weights anew, the sparsity).
+        layers: which layers, as in `add_regularizers`; None for all that can be pruned.
+        engine: "masks" or "tfmot"; None for tfmot where the model is a tf_keras model.
+        **options: for the masks engine those of `Pruner`: `weights`, `min_rank`, `criterion`,
+            `structure`, `scope`, `min_weights`. For tfmot `block_size`, `block_pooling_type`,
+            `sparsity_m_by_n`, as tfmot takes them.
+
+    Returns:
+        The pruned model: the same one, or a new, uncompiled one (tfmot).
+
+    Raises:
+        TypeError: `model` is no Keras model, `schedule` no schedule, or an option is not known.
+        ValueError: the model is not built or pruned already, nothing can be pruned, the engine does
+            not take such a model, or an option is out of range.
+        ImportError: the engine is tfmot, and it is not installed.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> model = tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.5, 10, 100))
+
+    Reference:
+        Zhu & Gupta 2017, arXiv 1710.01878.
+    """
+    library = _keras.library("model", model)
+    if engine is None:
+        engine = "tfmot" if library is _keras.tf_keras else "masks"
+    _checks.one_of("engine", engine, ENGINES)
+    _keras.require_built("model", model)
+    require_unpruned("model", model)
+    if engine == "masks":
+        Pruner(model, schedule, layers=layers, **options)
+        return model
+    if library is _keras.keras:
+        raise ValueError(
+            f"engine must be 'masks' for the Keras 3 model {model.name!r}: tfmot's wrappers take "
+            "tf_keras models only."
+        )
+    return wrap.wrap(model, schedule, layers, options)
+
+
+def prune_now(model: Any, sparsity: float, *, layers: Any = None, **options: Any) -> Any:
+    """Prune a model at once, without training; what is kept stays as it is, bit for bit.
+
+    The model keeps its masks, frozen: if it is trained on, what is zero stays zero.
+
+    Args:
+        model: a built model of either Keras; it is changed in place.
+        sparsity: fraction of zeros, in [0, 1).
+        layers: which layers, as in `add_regularizers`; None for all that can be pruned.
+        **options: of `Pruner`: `weights`, `min_rank`, `criterion`, `structure`, `scope`,
+            `min_weights`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: as `Pruner`.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+        >>> model = tscnc.strip(tscnc.prune_now(model, 0.5))
+        >>> tscnc.inspection.sparsity(model).sparsity
+        0.5
+    """
+    from tscnc_tf import schedules
+
+    sparsity = _checks.sparsity("sparsity", sparsity)
+    Pruner(model, schedules.OneShot(sparsity), layers=layers, **options).finalize()
+    return model
+
+
+def freeze_mask(model: Any) -> Any:
+    """Keep a model's zeros where they are from now on, for fine-tuning; return the model.
+
+    A model that is being pruned keeps its masks as they are. One that has no masks, such as a
+    sparse model that was stripped, is given a frozen `Pruner`, whose masks are where its kernels
+    are not zero.
+
+    Args:
+        model: a built model of either Keras; it is changed in place. One in tfmot's wrappers is to
+            be stripped first.
+
+    Raises:
+        TypeError: `model` is no Keras model.
+        ValueError: it is not built, in tfmot's wrappers, or has nothing that could be pruned.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+        >>> model = tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.5, 10, 100))
+        >>> tscnc.pruning.freeze_mask(model).pruner.frozen
+        True
+    """
+    _keras.library("model", model)
+    if wrappers.wrapped_layers(model):
+        raise ValueError(
+            f"model {model.name!r} is in tfmot's wrappers, whose schedule can't be stopped: strip "
+            "it first, then freeze its mask."
+        )
+    parts = list(masked.masked_models(model))
+    for part in parts:
+        part.pruner.freeze()
+    if not parts:
+        Pruner.of_zeros(model)
+    return model
+
+
+def strip(model: Any) -> Any:
+    """Return a pruned model without what pruned it, its masks applied to the weights.
+
+    A model with a `Pruner` loses it in place, and is itself returned; a model in tfmot's wrappers
+    stays, and a new one without them is returned, which shares its weights. A model that is not
+    pruned is returned as it is.
+
+    Args:
+        model: a model of either Keras; with tfmot's wrappers a Sequential or functional one.
+
+    Raises:
+        TypeError: `model` is no Keras model.
+        ValueError: `model` is subclassed and holds wrappers.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> plain_class = type(model)
+        >>> pruned = tscnc.prune(model, tscnc.schedules.OneShot(0.5))
+        >>> type(tscnc.strip(pruned)) is plain_class
+        True
+    """
+    _keras.library("model", model)
+    for part in list(masked.masked_models(model)):
+        part.pruner.apply(getattr(part, "optimizer", None))
+        masked.detach(part)
+    return wrap.unwrap(model) if wrappers.wrapped_layers(model) else model
+
+
+def prune_scope() -> Any:
+    """Return tfmot's scope, in which models in its wrappers load, from whatever format.
+
+    Models with a `Pruner` need none: they load wherever tscnc_tf has been imported.
+
+    Example:
+        >>> import tf_keras
+        >>> import tscnc_tf as tscnc
+        >>> with tscnc.pruning.prune_scope():  # doctest: +SKIP
+        ...     model = tf_keras.models.load_model("pruned.keras")
+    """
+    return _keras.tfmot().sparsity.keras.prune_scope()
