@@ -478,7 +478,7 @@ def test_frozen_layers_are_named_and_listed():
     assert rows[0].reason == "it is frozen (trainable=False)"
 
 
-def test_a_layer_made_of_others_is_one_row():
+def test_a_layer_made_of_others_is_listed_weight_by_weight():
     inputs = tf_keras.Input((5, 4))
     x = tf_keras.layers.LSTM(3, return_sequences=True, name="lstm")(inputs)
     x = tf_keras.layers.MultiHeadAttention(2, 3, name="attention")(x, x)
@@ -486,12 +486,17 @@ def test_a_layer_made_of_others_is_one_row():
     model = tf_keras.Model(inputs, tf_keras.layers.Dense(2, name="logits")(x))
     with pytest.warns(UserWarning, match="left unpruned: both"):
         pruned = pruning.prune(model, schedules.OneShot(0.5))
-    rows = pruning.report(pruned).rows
-    assert [(row.name, row.weights, row.pruned) for row in rows] == [
-        ("lstm", 4 * 3 * (4 + 3), True),
-        ("attention", 4 * 18 + 3 * 6, True),
-        ("both", 2 * 4 * 2 * (3 + 2), False),
-        ("logits", 8, True),
-    ]
+    rows = {row.name: row for row in pruning.report(pruned).rows}
+    assert len(rows) == 2 + 4 + 3 + 4 + 1
+    assert {name: (row.weights, row.pruned) for name, row in rows.items() if row.pruned} == {
+        "lstm/lstm_cell/kernel": (4 * 4 * 3, True),
+        "lstm/lstm_cell/recurrent_kernel": (3 * 4 * 3, True),
+        **{f"attention/{part}/kernel": (18, True) for part in ("query", "key", "value")},
+        "attention/attention_output": (18, True),
+        "logits": (8, True),
+    }
+    assert not rows["attention/query/bias"].pruned
+    assert all("does not know" in row.reason for name, row in rows.items() if "both/" in name)
+    assert sum("both/" in name for name in rows) == 4
     masked = sum(weight.shape.num_elements() for weight, _ in wrappers.pruned_variables(pruned))
     assert masked == 84 + 72 + 8

@@ -53,10 +53,10 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
             an average over time fills in what was pruned on the way.
     """
     pairs = list(pruned_variables(model))
-    averages = moving_averages(optimizer)
-    pairs += [(averages[_key(w)], mask) for w, mask in pairs if _key(w) in averages]
     if not pairs:
         return
+    averages = moving_averages(optimizer)
+    pairs += [(averages[_key(w)], mask) for w, mask in pairs if _key(w) in averages]
 
     def assign(variable: Any, mask: Any) -> Any:
         return variable.assign(tf.cast(variable, mask.dtype) * mask)

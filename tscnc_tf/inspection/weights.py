@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import functional
-from tscnc_tf._keras import keras, layers, require_built, tf_keras
+from tscnc_tf._keras import keras, layers, require_built, tf_keras, wrappers
 from tscnc_tf._keras import masks as masking
 from tscnc_tf.inspection import records
 
@@ -96,12 +96,15 @@ def pruned_others(model: Any) -> list[Weight]:
     by_variable = masks(model)
     for kernel in layers.kernels(model):
         by_variable.pop(id(kernel.variable), None)
+    owners: dict[int, tuple[Any, Any]] = {}
+    for layer in layers.flatten(model) if by_variable else ():  # what comes later lies deeper
+        if not wrappers.is_wrapper(layer):
+            owners |= {id(v): (layer, v) for v in layer.weights if id(v) in by_variable}
     result = []
-    for layer in layers.flatten(model):
-        for variable in layer.weights if by_variable else ():
-            if (mask := by_variable.pop(id(variable), None)) is not None:
-                leaf = variable.name.rpartition("/")[2].partition(":")[0]
-                result.append(Weight(f"{layer.name}/{leaf}", variable, read(variable, mask), True))
+    for key, (layer, variable) in owners.items():
+        leaf = variable.name.rpartition("/")[2].partition(":")[0]
+        values = read(variable, by_variable[key])
+        result.append(Weight(f"{layer.name}/{leaf}", variable, values, True))
     return result
 
 
