@@ -37,8 +37,9 @@ class Pruner:
     in TensorFlow's checkpoints. `strip` takes the pruner off again.
 
     Steps are counted by the optimizer's `iterations`: not by forward passes, so that a layer that
-    is called twice counts once; a step that a loss scale skips, or that only accumulates gradients,
-    does not count; an optimizer that begins anew goes on where the last one stopped.
+    is called twice counts once. A step that only accumulates gradients does not count, nor does one
+    that a loss scale skips, where the optimizer does not count it (Keras 3). An optimizer that
+    begins anew goes on where the last one stopped.
 
     Args:
         model: a built model of either Keras, subclassed ones too.
@@ -234,11 +235,11 @@ class Pruner:
     def _update(self, strategy: Any, optimizer: Any) -> None:
         before = tf.identity(tensor_variable(self.state.step))
         seen = tf.identity(tensor_variable(self.state.seen))
-        count = seen + 1 if optimizer is None else optimizers.iterations(optimizer)
+        count = tf.maximum(seen, 0) + 1 if optimizer is None else optimizers.iterations(optimizer)
         # The first time, only the step just taken is ours. A count that has fallen is that of
         # another optimizer, which began anew.
-        one = tf.ones_like(seen)
-        taken = tf.where(seen < 0, one, tf.where(count >= seen, count - seen, count))
+        first = tf.minimum(count, 1)
+        taken = tf.where(seen < 0, first, tf.where(count >= seen, count - seen, count))
         now = before + taken
         due, sparsity = scheduling.due_between(self.schedule, before, now)
         due &= ~tf.identity(tensor_variable(self.state.frozen))

@@ -17,7 +17,8 @@ from tscnc_tf.inspection import records
 from tscnc_tf.pruning.selection import selector
 
 # Weights of rank 2 or more that are called so are no linear map of their layer's input.
-_NO_KERNELS = ("bias", "beta", "gamma", "embeddings", "alpha")
+_BIASES = ("bias", "beta", "gamma")
+_NO_KERNELS = ("embeddings", "alpha")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,8 +90,8 @@ def candidates(
     Args:
         model: a built model of either Keras.
         layers: which layers, see `selection.selector`; None for every layer that has kernels. Of a
-            layer that is chosen, all trainable weights of the rank asked for are taken.
-        weights: a pattern for the names of weights, such as "*kernel"; None for all.
+            layer that is chosen, all weights of the rank asked for are taken, but biases.
+        weights: a pattern for the names of weights, such as "*kernel"; None for all but biases.
         min_rank: the smallest rank of a weight to prune.
         unfit: returns why a weight does not suit the structure asked for, or an empty text.
     """
@@ -108,7 +109,9 @@ def candidates(
             reason = f"it holds no floats, but {tf.as_dtype(variable.dtype).name}"
         elif len(variable.shape) < min_rank:
             reason = f"its rank is {len(variable.shape)}, below min_rank={min_rank}"
-        elif layers is None and _is_no_kernel(layer, leaf):
+        elif weights is None and leaf in _BIASES:
+            reason = f"{leaf!r} is no kernel"
+        elif weights is None and layers is None and _is_no_kernel(layer, leaf):
             reason = f"{leaf!r} is no kernel; choose its layer by layers= to prune it"
         else:
             reason = unfit(target)
