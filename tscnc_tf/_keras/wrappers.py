@@ -23,7 +23,7 @@ _VIEWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 def is_wrapper(layer: Any) -> bool:
     """Tell whether `layer` is a pruning wrapper. Does not import tfmot."""
-    if "tensorflow_model_optimization" not in sys.modules:
+    if sys.modules.get("tensorflow_model_optimization") is None:
         return False
     from tensorflow_model_optimization.python.core.sparsity.keras import pruning_wrapper
 

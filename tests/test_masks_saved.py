@@ -1,0 +1,383 @@
+"""Masks, step and schedule travel with the model; nothing of them reaches who did not ask."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from helpers import FLAVOURS, conv_model, dense_model, fresh_process, images
+
+import tscnc_tf
+from tscnc_tf import export, pruning, schedules
+from tscnc_tf.pruning import NM, Block, Filters, Unstructured
+
+
+@pytest.fixture(params=FLAVOURS)
+def library(request):
+    return FLAVOURS[request.param]
+
+
+def loss(library):
+    return library.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@tf_keras.saving.register_keras_serializable("tests")
+@keras.saving.register_keras_serializable("tests")
+def stairs(step):
+    """A schedule of one's own."""
+    step = tf.cast(step, tf.int32)
+    return tf.equal(step % 2, 0), tf.minimum(0.1 * tf.cast(step, tf.float32), 0.8)
+
+
+@tf_keras.saving.register_keras_serializable("tests")
+@keras.saving.register_keras_serializable("tests")
+def square(weight):
+    """A criterion of one's own."""
+    return tf.square(weight)
+
+
+def half_trained(library, schedule=None, **options):
+    model = conv_model(library)
+    schedule = schedule or schedules.CosineSparsity(0.0, 0.75, 1, 6, frequency=1)
+    model = pruning.prune(model, schedule, engine="masks", **options)
+    model.compile(library.optimizers.Adam(0.01), loss(library), jit_compile=False)
+    model.fit(*images(64), batch_size=16, verbose=0, shuffle=False)
+    return model
+
+
+def masks(model):
+    return [mask.numpy() for mask in model.pruner.state.masks]
+
+
+def assert_alike(model, other):
+    assert model.pruner.steps == other.pruner.steps == 4
+    for mine, theirs in zip(masks(model), masks(other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert any(not mask.all() for mask in masks(model))
+    for mine, theirs in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    # and both go on alike
+    for each in (model, other):
+        each.fit(*images(64), batch_size=16, verbose=0, shuffle=False)
+    for mine, theirs in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_keras_file_brings_everything_back(library, tmp_path):
+    model = half_trained(library)
+    model.save(tmp_path / "model.keras")
+    other = library.models.load_model(tmp_path / "model.keras")
+    assert repr(other.pruner) == repr(model.pruner)
+    assert isinstance(other, type(model).__mro__[2])
+    assert_alike(model, other)
+
+
+@pytest.mark.parametrize("kind", ["weights", "checkpoint"])
+def test_weight_files_and_checkpoints_hold_the_masks(kind, library, tmp_path):
+    model, other = half_trained(library), half_trained(library)
+    other.pruner.finalize()
+    path = str(tmp_path / "model.weights.h5")
+    if kind == "weights":
+        model.save_weights(path)
+        other.load_weights(path)
+    else:
+        path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(path)
+        status = tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path)
+        status.assert_existing_objects_matched()
+    assert not other.pruner.frozen
+    assert_alike(model, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"structure": NM(2, 4), "schedule": schedules.OneShot(0.5)},
+        {"structure": Block(3, 2), "scope": "global"},
+        {"structure": Filters(), "scope": "erk", "min_weights": 2},
+        {"structure": Unstructured(), "scope": {"conv": 0.5}, "layers": "conv"},
+        {"criterion": square, "schedule": stairs},
+        {"schedule": schedules.ConditionGated(schedules.OneShot(0.5), 100.0)},
+    ],
+    ids=["n of m", "blocks", "filters", "ratios", "own functions", "gated"],
+)
+def test_every_setting_survives_saving(options, library, tmp_path):
+    model = pruning.add_regularizers(conv_model(library), tscnc_tf.regularizers.TSCNC(1e-4, 1e-2))
+    options = {"schedule": schedules.CosineSparsity(0.0, 0.75, 1, 6)} | options
+    model = pruning.prune(model, options.pop("schedule"), engine="masks", **options)
+    model.save(tmp_path / "model.keras")
+    other = library.models.load_model(tmp_path / "model.keras")
+    assert repr(other.pruner) == repr(model.pruner)
+    assert [t.name for t in other.pruner.targets] == [t.name for t in model.pruner.targets]
+    for each in (model, other):
+        each.pruner.finalize()
+    for mine, theirs in zip(masks(model), masks(other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_tfmots_own_schedules_survive_saving(library, tmp_path):
+    from tscnc_tf import _keras
+
+    schedule = _keras.tfmot().sparsity.keras.PolynomialDecay(0.1, 0.7, 2, 8, frequency=2)
+    model = pruning.prune(dense_model(library), schedule, engine="masks")
+    assert model.pruner.target_sparsity == 0.7
+    model.save(tmp_path / "model.keras")
+    other = library.models.load_model(tmp_path / "model.keras").pruner.schedule
+    assert type(other) is type(schedule)
+    for step in (1, 2, 5, 8, 9):
+        assert [float(v) for v in other(step)] == [float(v) for v in schedule(step)]
+
+
+LOAD = """
+import importlib, sys
+import numpy as np
+import tscnc_tf as tscnc
+library = importlib.import_module(sys.argv[1])
+model = library.models.load_model(sys.argv[2])
+print(type(model).__name__, model.pruner.steps, model.pruner.frozen)
+np.savez(sys.argv[3], *[mask.numpy() for mask in model.pruner.state.masks])
+"""
+
+
+def test_a_fresh_process_needs_nothing_but_the_import(library, tmp_path):
+    model = half_trained(library)
+    model.save(tmp_path / "model.keras")
+    paths = [tmp_path / name for name in ("model.keras", "masks.npz")]
+    printed = fresh_process(LOAD, library.__name__, *paths)
+    assert printed.split() == ["MaskedFunctional", "4", "False"]
+    with np.load(paths[1]) as found:
+        for mine, theirs in zip(masks(model), found.values(), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+TRAIN = """
+import importlib, os, sys
+import numpy as np
+import tscnc_tf as tscnc
+flavour, folder, end, kill_at = sys.argv[1:]
+library = importlib.import_module(flavour)
+library.utils.set_random_seed(0)
+layers = library.layers
+inputs = library.Input((6,))
+outputs = layers.Dense(3)(layers.Dense(8, activation="relu")(inputs))
+model = library.Model(inputs, outputs)
+tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.75, 1, 30, 1), engine="masks")
+model.compile(library.optimizers.Adam(0.01),
+              library.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+
+
+class Kill(library.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if model.optimizer.iterations == int(kill_at):
+            os._exit(3)
+
+
+rng = np.random.default_rng(0)
+x, y = rng.uniform(size=(64, 6)).astype("float32"), rng.integers(0, 3, 64)
+if os.path.exists(folder + "/last.keras"):
+    model = library.models.load_model(folder + "/last.keras")
+done = int(model.optimizer.iterations) // 8
+keep = library.callbacks.ModelCheckpoint(folder + "/last.keras")
+model.fit(x, y, batch_size=8, epochs=5, initial_epoch=done, shuffle=False, verbose=0,
+          callbacks=[Kill(), *tscnc.callbacks.pruning_callbacks(), keep])
+np.savez(end, *model.get_weights(), *[mask.numpy() for mask in model.pruner.state.masks])
+"""
+
+
+def test_training_that_was_killed_goes_on_bit_for_bit(library, tmp_path):
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+
+    def train(name, kill_at):
+        arguments = [library.__name__, tmp_path / name, tmp_path / f"{name}.npz", kill_at]
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, *map(str, arguments)],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode in (0, 3), done.stderr[-3000:]
+        return done.returncode
+
+    assert train("whole", -1) == 0
+    assert train("killed", 21) == 3, "in the middle of the third epoch"
+    assert train("killed", -1) == 0
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "killed.npz") as killed:
+        for one, other in zip(whole.values(), killed.values(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@tf_keras.saving.register_keras_serializable("tests")
+class TfKerasNet(tf_keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden, self.last = (tf_keras.layers.Dense(n, name=f"d{n}") for n in (5, 3))
+
+    def call(self, inputs):
+        return self.last(self.hidden(inputs))
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@keras.saving.register_keras_serializable("tests")
+class KerasNet(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden, self.last = (keras.layers.Dense(n, name=f"d{n}") for n in (5, 3))
+
+    def call(self, inputs):
+        return self.last(self.hidden(inputs))
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_subclassed_models_come_back_with_their_masks(library, tmp_path):
+    model = KerasNet() if library is keras else TfKerasNet()
+    x = np.ones((2, 4), "float32")
+    model(x)
+    pruning.prune_now(model, 0.5)
+    model.save(tmp_path / "net.keras")
+    other = library.models.load_model(tmp_path / "net.keras")
+    assert isinstance(other, KerasNet | TfKerasNet)
+    assert other.pruner.frozen
+    np.testing.assert_array_equal(model(x), other(x))
+    for mine, theirs in zip(masks(model), masks(other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_pruned_part_comes_back_in_its_whole_and_in_a_clone(library, tmp_path):
+    first, inputs = library.Input((6,)), library.Input((6,))
+    layers = library.layers
+    inner = library.Model(first, layers.Dense(4)(layers.Dense(8)(first)))
+    pruning.prune_now(inner, 0.5)
+    model = library.Model(inputs, layers.Dense(2)(inner(inputs)))
+    model.save(tmp_path / "whole.keras")
+    other = library.models.load_model(tmp_path / "whole.keras")
+    assert [row.sparsity for row in pruning.report(other).pruned] == [0.5, 0.5]
+    clone = library.models.clone_model(inner)
+    assert clone.pruner is not inner.pruner
+    assert [mask.all() for mask in masks(clone)] == [True, True], "a clone begins anew"
+
+
+def test_a_stripped_model_is_as_if_it_had_never_been_pruned(library, tmp_path):
+    model = conv_model(library)
+    plain, weights = type(model), len(model.weights)
+    half_way = pruning.prune(model, schedules.OneShot(0.5), engine="masks")
+    half_way.pruner.finalize()
+    model = pruning.strip(half_way)
+    assert type(model) is plain
+    assert len(model.weights) == weights
+    assert not hasattr(model, "pruner")
+    model.save(tmp_path / "plain.keras")
+    code = "import sys, importlib; lib = importlib.import_module(sys.argv[1]); "
+    code += "print(lib.models.load_model(sys.argv[2]).count_params())"
+    printed = fresh_process(code, library.__name__, tmp_path / "plain.keras")
+    assert int(printed.split()[-1]) == model.count_params()
+
+
+def test_other_formats_have_no_place_for_masks_and_say_so(library, tmp_path):
+    model = pruning.prune_now(dense_model(library), 0.5)
+    for name in ("model.h5", "folder"):
+        with pytest.raises(ValueError, match=r"must end in \.keras.*Strip the model first"):
+            model.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_name_can_not_be_saved_and_says_so(library, tmp_path):
+    model = dense_model(library)
+    pruning.prune(model, lambda step: (step > 3, 0.5), engine="masks")
+    with pytest.raises(ValueError, match="a lambda has no name: write it as a function"):
+        model.save(tmp_path / "model.keras")
+
+
+def test_a_saved_model_holds_no_masks(library, tmp_path):
+    model = half_trained(library)
+    model.pruner.finalize()
+    x = images(4)[0]
+    report = export.export_saved_model(model, tmp_path / "folder", expected_sparsity=0.7)
+    assert model.pruner.steps == 4, "the model keeps its pruner"
+    assert report.sparsity == pytest.approx(0.75, abs=0.01)
+    loaded = tf.saved_model.load(str(tmp_path / "folder"))
+    assert len(loaded.variables) == len(model.weights)
+    reachable = tf.train.TrackableView(loaded).descendants()
+    assert not [v for v in reachable if isinstance(v, tf.Variable) and v.dtype == tf.bool]
+    np.testing.assert_allclose(loaded.serve(x), model(x, training=False), atol=1e-6)
+
+
+WITHOUT = """
+import sys
+sys.modules["tensorflow_model_optimization"] = None  # as if it were not installed
+import keras, numpy as np, tf_keras
+import tscnc_tf as tscnc
+for library in (keras, tf_keras):
+    inputs = library.Input((6,))
+    model = library.Model(inputs, library.layers.Dense(3)(inputs))
+    schedule = tscnc.schedules.ConditionGated(tscnc.schedules.CosineSparsity(0, 0.5, 1, 4, 1), 1e9)
+    model = tscnc.prune(model, schedule, engine="masks")
+    trainer = tscnc.AdversarialTraining(
+        model, attack=tscnc.attacks.PGD(epsilon=0.1), loss=tscnc.losses.Madry())
+    trainer.compile("sgd")
+    x, y = np.full((32, 6), 0.5, "float32"), np.zeros(32, "int32")
+    trainer.fit(x, y, batch_size=8, verbose=0, callbacks=tscnc.callbacks.pruning_callbacks())
+    print(tscnc.inspection.sparsity(model).sparsity)
+    trainer.save(sys.argv[1] + "/t.keras")
+    print(library.models.load_model(sys.argv[1] + "/t.keras").model.pruner.schedule == schedule)
+    print(tscnc.pruning.report(tscnc.strip(model)).sparsity)
+try:
+    tscnc.prune(model, tscnc.schedules.OneShot(0.5))
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_everything_but_tfmots_wrappers_works_without_tfmot(tmp_path):
+    printed = fresh_process(WITHOUT, tmp_path)
+    assert printed.splitlines()[:6] == ["0.5", "True", "0.0"] * 2
+    assert "pip install tensorflow-model-optimization" in printed
+    assert 'engine="masks"' in printed
+
+
+UNTOUCHED = """
+import os, sys
+if sys.argv[1] == "keras":
+    import keras
+import tensorflow as tf
+before = dict(os.environ)
+if sys.argv[1] == "tscnc_tf":
+    import tscnc_tf as tscnc
+    import keras
+import tscnc_tf as tscnc
+import numpy as np
+assert keras.config.backend() == "tensorflow"
+names, policy = set(dir(keras)), keras.config.dtype_policy().name
+model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+model = tscnc.pruning.add_regularizers(model, tscnc.regularizers.TSCNC(1e-4, 1e-2))
+model = tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.5, 1, 4, 1))
+trainer = tscnc.AdversarialTraining(
+    model, attack=tscnc.attacks.PGD(epsilon=0.1), loss=tscnc.losses.TRADES())
+trainer.compile("sgd")
+x, y = np.full((32, 6), 0.5, "float32"), np.zeros(32, "int32")
+trainer.fit(x, y, batch_size=8, verbose=0, callbacks=tscnc.callbacks.pruning_callbacks())
+tscnc.evaluate_robustness(model, x, y, tscnc.attacks.PGD(epsilon=0.1), progress=False)
+tscnc.export_saved_model(model, sys.argv[2] + "/out")
+changed = {k: v for k, v in os.environ.items() if before.get(k) != v}
+assert not changed and set(before) <= set(os.environ), changed
+assert set(dir(keras)) == names and keras.config.dtype_policy().name == policy
+assert tf.keras.layers.Dense is keras.layers.Dense, "tf.keras is Keras 3, as it was"
+assert type(tscnc.strip(model)) is keras.Sequential
+print("untouched")
+"""
+
+
+@pytest.mark.parametrize("first", ["keras", "tscnc_tf"])
+def test_a_user_of_keras_3_sees_no_side_effects(first, tmp_path):
+    assert fresh_process(UNTOUCHED, first, tmp_path).split()[-1] == "untouched"
