@@ -26,6 +26,10 @@ class MaskedModel(_Base):
 
     _plain: type  # the model's own class
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a model of the plain class: what is built by a constructor has no pruner yet."""
+        return cls._plain(*args, **kwargs)
+
     @property
     def pruner(self) -> Any:
         """The pruner that this model was given."""
