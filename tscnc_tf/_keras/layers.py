@@ -115,7 +115,10 @@ def parts(layer: Any) -> Iterator[Any]:
     if flavour(layer) == "tf_keras":
         yield from layer._flatten_layers(recursive=False, include_self=False)
         return
-    yield from layer.layers if isinstance(layer, keras.Model) else layer._layers
+    if isinstance(layer, keras.Model):
+        yield from layer.layers
+    elif isinstance(layer, keras.layers.Layer):  # an operation of a graph has no parts
+        yield from layer._layers
 
 
 def einsum_layout(equation: str, rank: int) -> str:
