@@ -1,24 +1,40 @@
-"""Reading a model without changing it: zeros, spectra, Lipschitz estimates."""
+"""Reading a model without changing it: zeros, sizes, speed, spectra, Lipschitz estimates."""
 
 from tscnc_tf.inspection.lipschitz import LipschitzReport, local_lipschitz
 from tscnc_tf.inspection.operators import operator_singular_values
+from tscnc_tf.inspection.sizes import KernelSize, SizeReport, sizes
 from tscnc_tf.inspection.spectra import (
     ConditionReport,
     KernelCondition,
     condition_numbers,
     singular_values,
 )
+from tscnc_tf.inspection.speed import (
+    KernelStructure,
+    LayerSpeed,
+    SpeedReport,
+    Times,
+    speed_check,
+)
 from tscnc_tf.inspection.zeros import SparsityReport, WeightSparsity, sparsity
 
 __all__ = [
     "ConditionReport",
     "KernelCondition",
+    "KernelSize",
+    "KernelStructure",
+    "LayerSpeed",
     "LipschitzReport",
+    "SizeReport",
     "SparsityReport",
+    "SpeedReport",
+    "Times",
     "WeightSparsity",
     "condition_numbers",
     "local_lipschitz",
     "operator_singular_values",
     "singular_values",
+    "sizes",
     "sparsity",
+    "speed_check",
 ]

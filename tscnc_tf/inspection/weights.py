@@ -108,10 +108,10 @@ def pruned_others(model: Any) -> list[Weight]:
     return result
 
 
-def all_weights(model: Any) -> Iterator[np.ndarray]:
-    """Yield the values of every weight that the network computes with.
+def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield every weight that the network computes with: the variable, and its values as they act.
 
-    Masks, thresholds and counters of pruning wrappers are not among them, nor are metrics, nor is
+    What belongs to pruning is not among them (masks, thresholds, counters), nor are metrics, nor is
     what is no float (counters, seeds, look-up tables).
     """
     helpers: set[int] = set()
@@ -127,4 +127,4 @@ def all_weights(model: Any) -> Iterator[np.ndarray]:
         if not tf.as_dtype(variable.dtype).is_floating:
             continue
         seen.add(id(variable))
-        yield read(variable, by_variable.get(id(variable)))
+        yield variable, read(variable, by_variable.get(id(variable)))

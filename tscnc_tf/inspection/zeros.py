@@ -135,7 +135,7 @@ def sparsity(model: Any) -> SparsityReport:
     if not found:
         raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
     names = records.unique(weight.name for weight in found)
-    every = [(values.size, _zeros(values)) for values in weights.all_weights(model)]
+    every = [(values.size, _zeros(values)) for _, values in weights.all_weights(model)]
     return SparsityReport(
         rows=tuple(
             WeightSparsity(

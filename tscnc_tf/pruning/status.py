@@ -166,6 +166,6 @@ def report(model: Any) -> PruningReport:
                 reason=reason if mask is None else "",
             )
         )
-    every = [(values.size, np.count_nonzero(values)) for values in acting.all_weights(model)]
+    every = [(values.size, np.count_nonzero(values)) for _, values in acting.all_weights(model)]
     count = sum(size for size, _ in every)
     return PruningReport(tuple(rows), count, count - int(sum(alive for _, alive in every)))

@@ -1,0 +1,275 @@
+"""How many bytes the weights take: dense, compressed, and in the formats that leave zeros out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _tables
+from tscnc_tf.inspection import records, weights
+
+NOTE = (
+    "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: it "
+    "stores each zero like any other number, in full width and uncompressed, and the optimizer's "
+    "state beside the weights, if there is one. Compress the file; what is ideally sparse needs a "
+    "format of its own, and a reader for it."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSize:
+    """The bytes of one kernel, or of another pruned weight, in several formats.
+
+    Attributes:
+        name: the layer's name, and which of its weights, where there are several.
+        shape: the shape of the variable.
+        dtype: the name of its dtype.
+        weights: the number of entries, n.
+        nonzeros: how many of them are not zero, k.
+        dense_bytes: n times the size of an entry.
+        gzip_bytes: of the dense array as a gzip stream of its own (level 9); None if not asked for.
+        bitmap_bytes: one bit per entry that tells zeros from others, and the others.
+        csr_bytes: compressed sparse rows: a pointer per row and one more, a column for each of the
+            others, and the others; by rows or by columns, whichever is smaller, with unsigned
+            integers of 1, 2, 4 or 8 bytes, each kind the smallest that suffices.
+        limit_bytes: n·H(k/n) bits to tell where the zeros are, and the others. No format takes
+            less for zeros in places that are independent of each other; gzip may, where they make a
+            pattern or the values repeat. H is the binary entropy.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    nonzeros: int
+    dense_bytes: int
+    gzip_bytes: int | None
+    bitmap_bytes: int
+    csr_bytes: int
+    limit_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros."""
+        return 1.0 - self.nonzeros / self.weights
+
+    @property
+    def ideal_sparse_bytes(self) -> int:
+        """The smallest of dense, bitmap and CSR: what a format that knows all three takes."""
+        return min(self.dense_bytes, self.bitmap_bytes, self.csr_bytes)
+
+    @property
+    def ideal_format(self) -> str:
+        """The name of the smallest: "dense", "bitmap" or "CSR"."""
+        sizes = {"dense": self.dense_bytes, "bitmap": self.bitmap_bytes, "CSR": self.csr_bytes}
+        return min(sizes, key=sizes.__getitem__)
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than dense the ideal sparse size is."""
+        return self.dense_bytes / self.ideal_sparse_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        derived = {"sparsity": self.sparsity, "ratio": self.ratio}
+        ideal = {"ideal_sparse_bytes": self.ideal_sparse_bytes, "ideal_format": self.ideal_format}
+        return records.jsonable(dataclasses.asdict(self) | derived | ideal)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReport:
+    """The bytes of a model's weights, kernel by kernel; `print` it for a table.
+
+    Attributes:
+        rows: one per kernel, then one per other pruned weight.
+        other_weights: the number of all other weights: biases, normalisation, embeddings.
+        other_bytes: their size; they are dense in every format.
+        gzip_bytes: of all weights in one gzip stream (level 9); None if not asked for.
+    """
+
+    rows: tuple[KernelSize, ...]
+    other_weights: int
+    other_bytes: int
+    gzip_bytes: int | None
+
+    @property
+    def dense_bytes(self) -> int:
+        """All weights as dense arrays, in their dtypes: about what Keras saves."""
+        return sum(row.dense_bytes for row in self.rows) + self.other_bytes
+
+    @property
+    def ideal_sparse_bytes(self) -> int:
+        """Each row in its ideal format, all else dense."""
+        return sum(row.ideal_sparse_bytes for row in self.rows) + self.other_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """Each row at its lower limit, all else dense."""
+        return sum(row.limit_bytes for row in self.rows) + self.other_bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than dense the ideal sparse size is."""
+        return self.dense_bytes / self.ideal_sparse_bytes
+
+    @property
+    def gzip_ratio(self) -> float | None:
+        """How many times smaller than dense the gzip stream is."""
+        return None if self.gzip_bytes is None else self.dense_bytes / self.gzip_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        names = ("dense_bytes", "ideal_sparse_bytes", "limit_bytes", "ratio", "gzip_ratio")
+        figures = dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        return records.jsonable(figures | {"rows": [row.to_dict() for row in self.rows]})
+
+    def __str__(self) -> str:
+        columns = ["weight", "shape", "dtype", "zeros", "dense", "gzip", "bitmap", "CSR"]
+        rows = [
+            (
+                row.name,
+                "×".join(map(str, row.shape)),
+                row.dtype,
+                _tables.percent(row.sparsity),
+                *map(_size, (row.dense_bytes, row.gzip_bytes, row.bitmap_bytes, row.csr_bytes)),
+                f"{_size(row.ideal_sparse_bytes)} ({row.ideal_format})",
+                _times(row.ratio),
+                _size(row.limit_bytes),
+            )
+            for row in self.rows
+        ]
+        other, packed = _size(self.other_bytes), self.gzip_ratio
+        rows.append(("all else", f"{self.other_weights}", "", "", other, *[""] * 3, other, "", ""))
+        sizes = [_size(size) for size in (self.dense_bytes, self.gzip_bytes)]
+        ideal = (_size(self.ideal_sparse_bytes), _times(self.ratio), _size(self.limit_bytes))
+        return _tables.render(
+            "Bytes of the weights",
+            [*columns, "ideal sparse", "ratio", "limit"],
+            rows,
+            ("whole model", *[""] * 3, *sizes, "", "", *ideal),
+            [
+                f"Smaller than dense: {'' if packed is None else f'gzip {_times(packed)}, '}"
+                f"ideal sparse {_times(self.ratio)}; if only the values were stored and the "
+                f"entropy of the zeros' places, {_times(self.dense_bytes / self.limit_bytes)}.",
+                NOTE,
+            ],
+        )
+
+
+def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
+    r"""Return how many bytes a model's weights take: dense, compressed, and ideally sparse.
+
+    Of a kernel with n entries of b bytes, k of which are not zero, these are compared:
+
+    * dense: :math:`n b`
+    * bitmap: :math:`\lceil n/8 \rceil + k b`
+    * CSR, of the kernel as a matrix with r rows and c columns: :math:`(r + 1) p + k i + k b`, where
+      an index of i bytes reaches c - 1, and a pointer of p bytes reaches k
+    * the lower limit: :math:`\lceil n H(k/n) / 8 \rceil + k b` with the binary entropy
+      :math:`H(q) = -q \log_2 q - (1 - q) \log_2 (1 - q)`
+
+    The matrix has a row per output channel (or, in the other direction, a column). A pruned weight
+    counts as `weight * mask`, in the dtype of its variable, and zeros have no sign. All that is
+    neither a kernel nor pruned counts as dense. The values themselves count in full: rounding them
+    to fewer bits is another way to save, and not looked at here.
+
+    Args:
+        model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
+        gzip: whether to compress all weights as well, which takes seconds for a hundred MiB.
+
+    Returns:
+        A `SizeReport`; `report.ideal_sparse_bytes` beside `report.dense_bytes` and
+        `report.gzip_bytes`. The same weights give the same figures.
+
+    Raises:
+        TypeError: `model` is no Keras model, or `gzip` not a boolean.
+        ValueError: it has no weights yet, or neither kernels nor pruned weights.
+
+    Reference:
+        Cover & Thomas, "Elements of Information Theory", 2nd ed. 2006, section 5.4 (the limit);
+        Han, Mao & Dally 2016, "Deep Compression", arXiv 1510.00149 (what else can be saved).
+
+    Example:
+        >>> import numpy as np, tf_keras, tscnc_tf.inspection
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(8, input_shape=(8,), name="last")])
+        >>> model.set_weights([np.eye(8), np.ones(8)])
+        >>> report = tscnc_tf.inspection.sizes(model)
+        >>> report.dense_bytes, report.ideal_sparse_bytes  # 64 and 8 floats; 64 bits, 16 floats
+        (288, 72)
+    """
+    weights.require_inspectable(model)
+    _checks.boolean("gzip", gzip)
+    found = [*weights.kernels(model), *weights.pruned_others(model)]
+    if not found:
+        raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
+    names = records.unique(weight.name for weight in found)
+    rows = {id(w.variable): _row(n, w, gzip) for n, w in zip(names, found, strict=True)}
+    arrays = [(v, _in_dtype(values, v)) for v, values in weights.all_weights(model)]
+    others = [values for variable, values in arrays if id(variable) not in rows]
+    return SizeReport(
+        rows=tuple(rows.values()),
+        other_weights=sum(values.size for values in others),
+        other_bytes=sum(values.nbytes for values in others),
+        gzip_bytes=_gzip_bytes(values for _, values in arrays) if gzip else None,
+    )
+
+
+def _row(name: str, weight: weights.Weight, gzip: bool) -> KernelSize:
+    values = _in_dtype(weight.values, weight.variable)
+    count, nonzeros = values.size, int(np.count_nonzero(values))
+    item = values.itemsize
+    outputs = values.shape[-1]
+    if isinstance(weight, weights.KernelWeight):
+        groups, _, _, per_group = weight.canonical().shape
+        outputs = groups * per_group
+    inputs = count // outputs
+    share = nonzeros / count
+    entropy = -sum(q * math.log2(q) for q in (share, 1.0 - share) if q)
+    return KernelSize(
+        name=name,
+        shape=values.shape,
+        dtype=values.dtype.name,
+        weights=count,
+        nonzeros=nonzeros,
+        dense_bytes=values.nbytes,
+        gzip_bytes=_gzip_bytes([values]) if gzip else None,
+        bitmap_bytes=math.ceil(count / 8) + nonzeros * item,
+        csr_bytes=nonzeros * item
+        + min(_csr(outputs, inputs, nonzeros), _csr(inputs, outputs, nonzeros)),
+        limit_bytes=math.ceil(count * entropy / 8) + nonzeros * item,
+    )
+
+
+def _csr(rows: int, columns: int, nonzeros: int) -> int:
+    """Return the bytes of the pointers and the columns of a matrix in compressed sparse rows."""
+    return (rows + 1) * _width(nonzeros) + nonzeros * _width(columns - 1)
+
+
+def _width(largest: int) -> int:
+    """Return the bytes of the smallest unsigned integer that reaches `largest`."""
+    return next(width for width in (1, 2, 4, 8) if largest < 256**width)
+
+
+def _in_dtype(values: np.ndarray, variable: Any) -> np.ndarray:
+    """Return float64 values as the variable holds them, with zeros of positive sign."""
+    return (values + 0.0).astype(tf.as_dtype(variable.dtype).as_numpy_dtype)
+
+
+def _gzip_bytes(arrays: Iterable[np.ndarray]) -> int:
+    """Return the length of arrays, one after the other, as a gzip stream without a file name."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    return sum(len(stream.compress(array.tobytes())) for array in arrays) + len(stream.flush())
+
+
+def _size(count: int | None) -> str:
+    return "–" if count is None else _tables.size(count)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}×"
