@@ -1,4 +1,4 @@
-"""Installs tscnc_tf: `pip install .`, with the extras `examples` and `test`."""
+"""Installs tscnc_tf: `pip install .`, with the extras `examples`, `litert`, `onnx` and `test`."""
 
 import pathlib
 import re
@@ -10,6 +10,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "tscnc_tf/__init__.py").read_text(encoding="utf-8"), re.M
 )[1]
 EXAMPLES = ["scikit-learn", "matplotlib"]
+LITERT = ["ai-edge-litert>=2.1"]
+ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
     name="tscnc_tf",
@@ -32,8 +34,12 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
+        "litert": LITERT,
+        "onnx": ONNX,
         "test": [
             *EXAMPLES,
+            *LITERT,
+            *ONNX,
             "adversarial-robustness-toolbox",
             "hypothesis",
             "mypy",

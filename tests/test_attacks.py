@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tscnc_tf import losses
-from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack
+from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer
 from tscnc_tf.attacks._ascent import Ascent
 from tscnc_tf.functional import balls
 
@@ -87,6 +87,9 @@ ATTACKS = {
     Custom: lambda **more: Custom(
         darker, **{"epsilon": 0.1 if more.get("norm") != "l2" else 0.1 * 32**0.5, **more}
     ),
+    Transfer: lambda **more: Transfer(
+        source=wavy, attack=PGD(**{"epsilon": "8/255", "steps": 3, **more})
+    ),
 }
 every_attack = pytest.mark.parametrize("make", ATTACKS.values(), ids=[a.__name__ for a in ATTACKS])
 every_norm = pytest.mark.parametrize("norm", balls.NORMS)
@@ -126,7 +129,11 @@ def test_admission_of_the_object(make):
     attack = make(bounds=(0, 2))
     assert attack == make(bounds=[0.0, 2.0]) and hash(attack) == hash(make(bounds=(0, 2)))
     assert repr(attack).startswith(f"{type(attack).__name__}(") and "epsilon=" in repr(attack)
-    assert dataclasses.replace(attack, norm="l2").norm == "l2"
+    if isinstance(attack, Transfer):
+        changed = dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, norm="l2"))
+    else:
+        changed = dataclasses.replace(attack, norm="l2")
+    assert changed.norm == "l2" and changed != attack
     with pytest.raises(dataclasses.FrozenInstanceError):
         attack.norm = "l2"
     description = attack.describe()
@@ -140,8 +147,8 @@ def test_admission_of_the_object(make):
         }
     )
     assert description["name"] == attack.name and attack.norm in attack.name
-    if isinstance(attack, Custom):
-        with pytest.raises(TypeError, match=r"Custom.function cannot be written to a config"):
+    if isinstance(attack, Custom | Transfer):
+        with pytest.raises(TypeError, match=r"(function|source) cannot be written to a config"):
             attack.get_config()
     else:
         assert type(attack).from_config(json.loads(json.dumps(attack.get_config()))) == attack
@@ -598,6 +605,52 @@ def test_custom_attacks(batch):
     assert seen[0][0] is model and np.all(seen[0][1].numpy() == y.numpy())
     with pytest.raises(ValueError, match=r"half linf 0.1 must return .* of the shape of x"):
         Custom(lambda model, x, y: x[:2], epsilon=0.1, name="half linf 0.1")(model, x, y)
+
+
+def test_transferred_attacks(batch):
+    x, y = batch
+    source, asked = network(), []
+
+    def judged(x):
+        asked.append(x)
+        return wavy(x)
+
+    inner = PGD(epsilon="8/255", steps=3, norm="l2", bounds=(0, 2))
+    attack = Transfer(source=source, attack=inner)
+    assert (attack.epsilon, attack.norm, attack.bounds) == ("8/255", "l2", (0.0, 2.0))
+    assert attack.name == f"PGD-3 l2 8/255 from {source.name}"
+    assert attack.describe() == inner.describe() | {"name": attack.name, "source": source.name}
+    np.testing.assert_array_equal(attack(judged, x, y, seed=5), inner(source, x, y, seed=5))
+    assert np.any(attack(judged, x, y, seed=6) != inner(source, x, y, seed=5))
+    assert not attack.uses_gradient and inner.uses_gradient
+    graph = tf.function(lambda x, y: attack(judged, x, y, seed=5))
+    np.testing.assert_allclose(graph(x, y), inner(source, x, y, seed=5), atol=1e-6)
+    assert not asked
+
+
+def test_transferred_attacks_take_defaults_and_names():
+    transfer = Transfer(source=wavy, attack=PGD(epsilon=0.1))
+    assert transfer.with_defaults(objective="kl", start="gaussian") == Transfer(
+        source=wavy, attack=PGD(epsilon=0.1, objective="kl", start="gaussian")
+    )
+    assert transfer.name == "PGD-10 linf 0.1 from wavy"
+    assert Transfer(source=Slotted(), attack=FGSM(epsilon=0.1)).describe()["source"] == "Slotted"
+    targeted = Transfer(source=wavy, attack=FGSM(epsilon=0.1, targeted=True))
+    assert targeted.describe()["targeted"] is True
+
+
+def test_arguments_of_transferred_attacks():
+    fgsm = FGSM(epsilon=0.1)
+    for source in (3, None, Slotted):
+        with pytest.raises(TypeError, match=r"source must be a model, callable as"):
+            Transfer(source=source, attack=fgsm)
+    for attack in (darker, FGSM):
+        with pytest.raises(TypeError, match=r"attack must be one of .*becomes an attack by Custom"):
+            Transfer(source=wavy, attack=attack)
+    with pytest.raises(ValueError, match=r"attack must run on source itself, got Transfer\("):
+        Transfer(source=wavy, attack=Transfer(source=wavy, attack=fgsm))
+    with pytest.raises(TypeError, match="epsilon"):
+        Transfer(source=wavy, attack=fgsm, epsilon=0.2)
 
 
 # --- Graphs, seeds, restarts, precision -------------------------------------------------------

@@ -161,6 +161,11 @@ def test_the_report_says_what_is_in_the_folder(exported):
     }
     assert report.saved_model_bytes == sum(map(len, files.values()))
     assert 0 < report.gzip_bytes < report.saved_model_bytes
+    # The smallest is a bitmap, for each kernel; beside it the weights that are left.
+    bitmaps = 72 // 8 + 6272 // 8 + 80 // 8
+    others = 8 + 4 * 8 + 16 + 5  # biases and normalisation
+    expected = bitmaps + 4 * (7 + 627 + 8 + others)
+    assert report.ideal_sparse_bytes == expected < report.gzip_bytes
     assert report.inputs == (export.ExportedTensor("image", (None, 16, 16, 1), "float32"),)
     assert report.outputs == (export.ExportedTensor("output_0", (None, 5), "float32"),)
     assert report.variables[0] == export.ExportedVariable(
@@ -177,7 +182,8 @@ def test_the_report_says_what_is_in_the_folder(exported):
 def test_the_report_as_table_and_as_json(exported):
     report = exported[2]
     table = str(report)
-    for text in ("conv", "3×3×1×8", "5,645", "90.28 %", "90.01 %", "whole model", "gzipped"):
+    sizes = ("gzipped", "ideally sparse")
+    for text in ("conv", "3×3×1×8", "5,645", "90.28 %", "90.01 %", "whole model", *sizes):
         assert text.lower() in table.lower()
     assert "image (any, 16, 16, 1) float32" in table
     as_json = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -528,7 +534,7 @@ def test_a_model_that_is_random_when_served_is_refused(tmp_path):
 
 def test_a_mask_that_was_not_applied_is_noticed(tmp_path, monkeypatch):
     model = masked()
-    monkeypatch.setattr(wrappers, "apply_masks", lambda model: None)
+    monkeypatch.setattr(wrappers, "apply_masks", lambda model, optimizer=None: None)
     with pytest.raises(ValueError, match="first/kernel:0 has 12 weights that its mask does not"):
         export.export_saved_model(model, tmp_path / "model")
 
@@ -805,6 +811,16 @@ def test_a_changed_manifest_is_found_on_loading(copy, key):
     (copy / manifest.NAME).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="was changed after the export"):
         export.load_saved_model(copy)
+
+
+def test_an_export_made_before_sparse_sizes_were_counted_is_read(copy):
+    content = read(copy)
+    assert content.pop("ideal_sparse_bytes") > 0
+    reseal(copy, content)
+    report = export.load_saved_model(copy).report
+    assert report.ideal_sparse_bytes is None
+    assert "ideal" not in str(report)
+    assert f"gzipped {report.gzip_bytes / 1024:.1f} KiB." in str(report)
 
 
 def test_a_manifest_of_another_format(copy):

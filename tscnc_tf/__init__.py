@@ -7,7 +7,8 @@ Families live in their modules, the verbs and the one model on top:
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
   `tscnc.pruning`, `tscnc.inspection`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
-  `tscnc.evaluate_robustness`, `tscnc.export_saved_model`, `tscnc.load_saved_model`
+  `tscnc.evaluate_robustness`
+* `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each
 """
 
 import importlib
@@ -24,7 +25,14 @@ from tscnc_tf import (
     regularizers,
 )
 from tscnc_tf.evaluation import EvaluationWarning, RobustnessReport, evaluate_robustness
-from tscnc_tf.export import export_saved_model, load_saved_model
+from tscnc_tf.export import (
+    export_litert,
+    export_onnx,
+    export_saved_model,
+    load_litert,
+    load_onnx,
+    load_saved_model,
+)
 from tscnc_tf.pruning import prune, prune_now, strip
 from tscnc_tf.training import AdversarialTraining
 
@@ -45,9 +53,13 @@ __all__ = [
     "attacks",
     "callbacks",
     "evaluate_robustness",
+    "export_litert",
+    "export_onnx",
     "export_saved_model",
     "functional",
     "inspection",
+    "load_litert",
+    "load_onnx",
     "load_saved_model",
     "losses",
     "prune",

@@ -75,6 +75,35 @@ def new_directory(name: str, path: str | os.PathLike[str]) -> Iterator[pathlib.P
         shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(name: str, path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yield a path to write a file at; it becomes `path` when the block ends, and goes if it fails.
+
+    Args:
+        name: what the caller calls the path, for the error messages.
+        path: where the file is to be; missing folders on the way are made.
+
+    Raises:
+        FileExistsError: there is something at `path`, before or after the block.
+        TypeError, NotADirectoryError: see `free_path`.
+    """
+    goal = free_path(name, path)
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft(goal)
+    try:
+        yield draft
+        _flush(draft)
+        free_path(name, goal)
+        try:
+            os.link(draft, goal)  # which, unlike a renaming, replaces nothing
+        except OSError:
+            free_path(name, goal)  # somebody was faster
+            draft.rename(goal)  # there are file systems without links
+        _flush_folder(goal.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file (UTF-8) in one piece, replacing what was there.
 

@@ -84,6 +84,11 @@ class Attack(_configs.Configurable, abc.ABC):
         return self
 
     @property
+    def uses_gradient(self) -> bool:
+        """Whether it may follow the gradient of the model that it is called with."""
+        return True
+
+    @property
     def epsilon_value(self) -> float:
         """The radius as a number."""
         return _checks.distance("epsilon", self.epsilon)

@@ -31,6 +31,16 @@ class Adversary(NamedTuple):
         """The radius of the ball that the attack declares, or None."""
         return self.description.get("epsilon_value")
 
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether it may follow the gradient of the model; of a plain callable nobody knows."""
+        return not isinstance(self.attack, attacks_.Attack) or self.attack.uses_gradient
+
+    @property
+    def source(self) -> str | None:
+        """The name of the model that the attack runs on, if that is another one than evaluated."""
+        return self.description.get("source")
+
     def run(self, model: Any, x: np.ndarray, y: np.ndarray, seed: tuple[int, int]) -> Any:
         """Return the adversarial examples of one batch."""
         options = {"seed": seed} if isinstance(self.attack, attacks_.Attack) else {}

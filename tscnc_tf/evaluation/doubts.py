@@ -26,7 +26,7 @@ def before(repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray) ->
     Args:
         repeatable: whether the model returns the same for the same input.
         unit_interval: whether all its outputs lie in [0, 1].
-        zero_gradients: per example, whether its input gradient is exactly zero.
+        zero_gradients: per example, whether an attack would find its gradient exactly zero.
     """
     found = []
     if not repeatable:
@@ -77,6 +77,12 @@ def after(
                 f"{name}: it fooled the model on no example. Check its epsilon, steps and bounds "
                 "before calling the model robust."
             )
+    if all(attack.source for attack in attacks):
+        sources = ", ".join(sorted({str(attack.source) for attack in attacks}))
+        found.append(
+            "No attack looked at this model: all adversarial examples were found on another "
+            f"({sources}). One who attacks the model itself may find more."
+        )
     found += [_inversion(*pair, results) for pair in itertools.permutations(attacks, 2)]
     robust = np.logical_and.reduce([clean, *(result.correct for result in results.values())])
     low, high = wilson_interval(int(np.sum(robust)), len(robust))

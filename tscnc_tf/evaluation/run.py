@@ -43,8 +43,9 @@ def evaluate_robustness(
 
     Args:
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can
-            compile: a Keras 3 or tf_keras model (run in inference mode), a loaded SavedModel, a
-            function.
+            compile: a Keras 3 or tf_keras model (run in inference mode), a loaded SavedModel,
+            a loaded file of LiteRT or ONNX (without a gradient, so that attacks on it must be an
+            `attacks.Transfer`), a function.
         x: inputs `(examples, ...)`, floats within `bounds`, given to the model as float32; or a
             batched `tf.data.Dataset` of pairs (inputs, labels), which is read into memory.
         y: labels, integers `(examples,)` or `(examples, 1)`, or one-hot `(examples, classes)`; None
@@ -71,7 +72,8 @@ def evaluate_robustness(
     Warns:
         EvaluationWarning: the model's output changes from call to call, its outputs all lie in
             [0, 1] (as probabilities per class do), or the gradient that attacks ascend is exactly
-            zero for some examples. Before the attacks are run.
+            zero for some examples (if an attack may follow it; `attacks.Transfer` does not). Before
+            the attacks are run.
 
     Example:
         >>> import numpy as np, tensorflow as tf
@@ -99,7 +101,8 @@ def evaluate_robustness(
     examined = subject.Subject(model, batches[0][0])
     data.require_known_classes(labels, width, examined.classes)
 
-    clean, warned = _examine(examined, batches, labels)
+    by_gradient = any(opponent.uses_gradient for opponent in opponents)
+    clean, warned = _examine(examined, batches, labels, by_gradient)
     for text in warned:
         warnings.warn(text, doubts.EvaluationWarning, stacklevel=2)
 
@@ -138,15 +141,17 @@ def _examine(
     examined: subject.Subject,
     batches: list[tuple[np.ndarray, np.ndarray]],
     labels: np.ndarray,
+    by_gradient: bool,
 ) -> tuple[np.ndarray, list[str]]:
-    """Return which examples the model gets right, and the reasons to doubt any attack on it."""
+    """Return which examples the model gets right, and the reasons to doubt the attacks on it."""
     repeatable = examined.is_repeatable(batches[0][0])
     examined.compile()
     logits, zero_gradients = zip(*(examined.examine(*batch) for batch in batches), strict=True)
     logits = np.concatenate(logits)
     subject.require_logits(logits)
     unit_interval = subject.within_unit_interval(logits)
-    warned = doubts.before(repeatable, unit_interval, np.concatenate(zero_gradients))
+    masked = np.concatenate(zero_gradients) & by_gradient
+    warned = doubts.before(repeatable, unit_interval, masked)
     return np.argmax(logits, axis=1) == labels, warned
 
 

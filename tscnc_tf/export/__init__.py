@@ -1,19 +1,34 @@
-"""Ship a pruned model: a checked SavedModel with a manifest, and the way back.
+"""Ship a pruned model: a checked SavedModel with a manifest, or a file of LiteRT or ONNX.
 
 `export_saved_model` takes the pruning wrappers off, checks what it writes, and puts a manifest
 beside the graph; `load_saved_model` checks the folder against the manifest and returns a callable.
 The folder itself is a plain SavedModel: TF-Serving and `tf.saved_model.load` need nothing of ours.
+
+`export_litert` and `export_onnx` write one file with the same care, and see to it that every zero
+of every kernel is in it; `load_litert` and `load_onnx` return a callable. They need the extras
+`litert` and `onnx`.
 """
 
+from tscnc_tf.export.file_report import ExportedKernel, FileExportReport
+from tscnc_tf.export.file_serving import ServedFile
+from tscnc_tf.export.litert import export_litert, load_litert
+from tscnc_tf.export.onnx import export_onnx, load_onnx
 from tscnc_tf.export.report import ExportedTensor, ExportedVariable, ExportReport
 from tscnc_tf.export.saving import export_saved_model
 from tscnc_tf.export.serving import ServedModel, load_saved_model
 
 __all__ = [
+    "export_litert",
+    "export_onnx",
     "export_saved_model",
+    "load_litert",
+    "load_onnx",
     "load_saved_model",
     "ExportReport",
+    "ExportedKernel",
     "ExportedTensor",
     "ExportedVariable",
+    "FileExportReport",
+    "ServedFile",
     "ServedModel",
 ]

@@ -15,7 +15,7 @@ EXAMPLES = 8
 WAY_OUT = "Pass probe=, a batch of inputs as the model takes them."
 
 
-def prepare(model: Any, probe: Any) -> tuple[Any, Any]:
+def prepare(model: Any, probe: Any, name: str = "probe") -> tuple[Any, Any]:
     """Return the model's inputs as TensorSpecs, and a batch of the same structure.
 
     The specs leave the number of examples open, whatever the model says: a Sequential model without
@@ -25,6 +25,7 @@ def prepare(model: Any, probe: Any) -> tuple[Any, Any]:
         model: a built Keras model.
         probe: a batch given by the user, or None for `EXAMPLES` rows drawn from U[0, 1), seeded (as
             many rows as the model takes, if it names a number).
+        name: what the caller calls the batch, for the error messages.
 
     Raises:
         ValueError: the batch does not fit the model, or none can be drawn for it.
@@ -41,8 +42,22 @@ def prepare(model: Any, probe: Any) -> tuple[Any, Any]:
     if probe is None:
         generator = np.random.default_rng(0)
         return any_size, tf.nest.map_structure(lambda spec: _draw(model, spec, generator), specs)
-    pairs = zip(leaves("probe", any_size, probe), tf.nest.flatten(any_size), strict=True)
-    return any_size, tf.nest.pack_sequence_as(any_size, [_fit(*pair) for pair in pairs])
+    return any_size, fit(name, any_size, probe)
+
+
+def fit(name: str, specs: Any, values: Any) -> Any:
+    """Return a batch given by the user as arrays of the dtypes that the model takes.
+
+    Args:
+        name: what the caller calls the batch, for the error messages.
+        specs: the model's inputs, as `prepare` returns them.
+        values: the batch.
+
+    Raises:
+        ValueError: the batch does not fit the model.
+    """
+    pairs = zip(leaves(name, specs, values), tf.nest.flatten(specs), strict=True)
+    return tf.nest.pack_sequence_as(specs, [_fit(name, *pair) for pair in pairs])
 
 
 def leaves(name: str, specs: Any, values: Any) -> list[Any]:
@@ -162,16 +177,16 @@ def _draw(model: Any, spec: tf.TensorSpec, generator: np.random.Generator) -> np
     return drawn.astype(spec.dtype.as_numpy_dtype)
 
 
-def _fit(leaf: Any, spec: tf.TensorSpec) -> np.ndarray:
+def _fit(name: str, leaf: Any, spec: tf.TensorSpec) -> np.ndarray:
     array = np.asarray(leaf)
     wanted = np.dtype(spec.dtype.as_numpy_dtype)
     if not spec.shape.is_compatible_with(array.shape) or array.shape[:1] == (0,):
-        raise ValueError(f"probe must be {_describe(spec)}, got an array of shape {array.shape}.")
+        raise ValueError(f"{name} must be {_describe(spec)}, got an array of shape {array.shape}.")
     if not np.can_cast(array.dtype, wanted, "same_kind"):
-        raise ValueError(f"probe must be {_describe(spec)}, got an array of {array.dtype}.")
+        raise ValueError(f"{name} must be {_describe(spec)}, got an array of {array.dtype}.")
     array = array.astype(wanted)
     if spec.dtype.is_floating and not np.isfinite(array).all():
-        raise ValueError("probe must be finite, got an array with NaN or infinity.")
+        raise ValueError(f"{name} must be finite, got an array with NaN or infinity.")
     return array
 
 

@@ -18,8 +18,8 @@ def require_exportable(model: Any) -> types.ModuleType:
     """Return the Keras of a model that can be exported; raise for all others."""
     if tf.distribute.has_strategy():
         raise RuntimeError(
-            "export_saved_model must be called outside of strategy.scope(): what it loads to check "
-            "it would be spread over devices. The model may have been made inside."
+            "A model must be exported outside of strategy.scope(): what is loaded to check the "
+            "export would be spread over devices. The model may have been made inside."
         )
     library = _keras.library("model", model)
     if isinstance(model, training.AdversarialTraining):

@@ -66,6 +66,9 @@ class ExportReport:
         saved_model_bytes: the size of all files of the SavedModel, without the manifest.
         gzip_bytes: the size of the same files as one .tar.gz (level 9, without time stamps). This
             is where zeros pay off, in a download; the SavedModel itself stores each of them.
+        ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
+            dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
+            SavedModel is that small. None for an export made before this was counted.
         files: for every file of the SavedModel, its size in bytes and its SHA-256 digest. If a
             model is exported twice, the variables' files are the same; that of the graph is not,
             since TensorFlow numbers its functions on.
@@ -83,6 +86,7 @@ class ExportReport:
     probe_examples: int
     saved_model_bytes: int
     gzip_bytes: int
+    ideal_sparse_bytes: int | None
     files: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
 
@@ -101,6 +105,12 @@ class ExportReport:
         """The fraction of zeros among all weights, biases and normalisation included."""
         return self.weights.model_sparsity
 
+    @property
+    def _ideal_sparse(self) -> str:
+        if self.ideal_sparse_bytes is None:
+            return ""
+        return f"; the weights alone, ideally sparse, {_tables.size(self.ideal_sparse_bytes)}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything in the report as plain values, ready for JSON."""
         weights = self.weights.to_dict()
@@ -118,6 +128,7 @@ class ExportReport:
             "probe_examples": self.probe_examples,
             "saved_model_bytes": self.saved_model_bytes,
             "gzip_bytes": self.gzip_bytes,
+            "ideal_sparse_bytes": self.ideal_sparse_bytes,
             "files": {name: dict(facts) for name, facts in self.files.items()},
             "versions": dict(self.versions),
         }
@@ -141,6 +152,7 @@ class ExportReport:
                 outputs=_rows(ExportedTensor, values["outputs"]),
                 files={name: dict(facts) for name, facts in values["files"].items()},
                 versions=dict(values["versions"]),
+                ideal_sparse_bytes=values.get("ideal_sparse_bytes"),
                 **{name: values[name] for name in _SIMPLE},
             )
         except (AttributeError, KeyError, TypeError) as error:
@@ -176,7 +188,8 @@ class ExportReport:
                 f"weights are zero, {_tables.percent(self.model_sparsity)}.",
                 f"Expected sparsity: {'none' if asked is None else _tables.percent(asked)}.",
                 f"Size: {_tables.size(self.saved_model_bytes)}, "
-                f"gzipped {_tables.size(self.gzip_bytes)}.",
+                f"gzipped {_tables.size(self.gzip_bytes)}"
+                f"{self._ideal_sparse}.",
                 f"Inputs: {'; '.join(map(str, self.inputs))}.",
                 f"Outputs: {'; '.join(map(str, self.outputs))}.",
                 f"Largest logit difference on {self.probe_examples} examples: "

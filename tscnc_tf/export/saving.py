@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import pathlib
-import platform
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _files, _keras, inspection
-from tscnc_tf.export import manifest, probes, readiness
+from tscnc_tf import _files, _keras
+from tscnc_tf.export import checked, manifest, probes, readiness
 from tscnc_tf.export.report import ExportedTensor, ExportReport
 
 __all__ = ["export_saved_model"]
@@ -75,62 +73,37 @@ def export_saved_model(
         >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
         [('last', (4, 3), 0)]
     """
-    if expected_sparsity is not None:
-        expected_sparsity = _checks.sparsity("expected_sparsity", expected_sparsity)
     goal = _files.free_path("path", path)
-    library = readiness.require_exportable(model)
-    specs, batch = probes.prepare(model, probe)
-    with readiness.scope(model):
-        readiness.require_finite(model)
-        stripped = readiness.strip(model)
-        weights = inspection.sparsity(model)
-        if expected_sparsity is not None:
-            readiness.require_sparsity(weights, expected_sparsity)
-        logits = probes.logits(lambda x: stripped(x, training=False), batch)
-        allowed = probes.tolerance(stripped, logits)
-        if stripped is not model:
-            before = probes.logits(lambda x: model(x, training=False), batch)
-            _require_same("the model with its pruning wrappers", before, logits, allowed)
-
+    ready = checked.check(model, expected_sparsity, probe)
     with _files.new_directory("path", goal) as draft:
         with readiness.scope(model):
-            _write(library, stripped, specs, draft)
+            _write(ready.library, ready.stripped, ready.specs, draft)
         loaded = tf.saved_model.load(str(draft))
-        _require_same_variables(model, stripped, loaded)
-        served = probes.logits(loaded.serve, batch)
-        apart = _require_same("the SavedModel, loaded again,", served, logits, allowed)
+        _require_same_variables(model, ready.stripped, loaded)
+        served = probes.logits(loaded.serve, ready.batch)
+        apart = checked.require_same(
+            "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
+        )
         files = manifest.file_facts(draft)
         signature = loaded.signatures["serving_default"]
         report = ExportReport(
             path=str(goal),
-            weights=weights,
+            weights=ready.weights,
             variables=manifest.variable_facts(loaded),
-            expected_sparsity=expected_sparsity,
+            expected_sparsity=ready.expected_sparsity,
             inputs=_tensors(signature.structured_input_signature[1]),
             outputs=_tensors(signature.structured_outputs),
             max_logit_difference=apart,
-            logit_tolerance=allowed,
-            probe_examples=int(tf.nest.flatten(batch)[0].shape[0]),
+            logit_tolerance=ready.tolerance,
+            probe_examples=ready.examples,
             saved_model_bytes=sum(facts["bytes"] for facts in files.values()),
             gzip_bytes=manifest.gzip_size(draft),
+            ideal_sparse_bytes=ready.ideal_sparse_bytes,
             files=files,
-            versions=_versions(library),
+            versions=checked.versions(ready.library),
         )
         manifest.write(draft, report)
     return report
-
-
-def _require_same(
-    what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
-) -> float:
-    apart = probes.difference(left, right)
-    if apart > allowed:
-        raise ValueError(
-            f"On the probe batch, the logits of {what} differ from those of the stripped model by "
-            f"up to {apart:.3g}, and {allowed:.3g} is allowed. A layer that is random in inference "
-            "mode, keeps a state between calls, or reads Python variables would do this."
-        )
-    return apart
 
 
 def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:
@@ -150,20 +123,39 @@ def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:
         )
 
 
+def write_endpoint(
+    library: types.ModuleType,
+    model: Any,
+    serve: Callable[..., Any],
+    signature: list[Any],
+    folder: pathlib.Path,
+) -> None:
+    """Write a SavedModel with the endpoint `serve`, a function of the model.
+
+    Args:
+        library: the Keras that the model is made of.
+        model: what the function uses.
+        serve: the function.
+        signature: the specs of its arguments.
+        folder: where to.
+    """
+    archive = library.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", serve, signature)
+    if library is _keras.keras:
+        archive.write_out(str(folder), verbose=False)
+    else:
+        with _silent_tf_keras():
+            archive.write_out(str(folder))
+
+
 def _write(library: types.ModuleType, model: Any, specs: Any, folder: pathlib.Path) -> None:
     """Write what `model.export` writes, but in inference mode whatever the model's default is."""
 
     def serve(inputs: Any) -> Any:
         return model(inputs, training=False)
 
-    archive = library.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint("serve", serve, [specs])
-    if library is _keras.keras:
-        archive.write_out(str(folder), verbose=False)
-    else:
-        with _silent_tf_keras():
-            archive.write_out(str(folder))
+    write_endpoint(library, model, serve, [specs], folder)
 
 
 @contextlib.contextmanager
@@ -184,17 +176,3 @@ def _tensors(signature: dict[str, Any]) -> tuple[ExportedTensor, ...]:
         ExportedTensor(name, tuple(spec.shape.as_list()), spec.dtype.name)
         for name, spec in sorted(signature.items())
     )
-
-
-def _versions(library: types.ModuleType) -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("tscnc_tf")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
-    return {
-        "tscnc_tf": own,
-        "tensorflow": tf.__version__,
-        library.__name__: library.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

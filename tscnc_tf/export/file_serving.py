@@ -1,0 +1,127 @@
+"""From a single file on disk, as of LiteRT or ONNX, to a function that is called."""
+
+from __future__ import annotations
+
+import abc
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf.export import probes
+from tscnc_tf.export.report import ExportedTensor
+
+__all__ = ["ServedFile"]
+
+
+class ServedFile(abc.ABC):
+    """An exported file, loaded: `served(x)` returns its logits in float32.
+
+    It can be the `model` of an evaluation. It has no gradient, so an attack must not ask for one:
+    `attacks.Transfer` runs on the model that was exported, and has the file face what it found.
+
+    Args:
+        path: the file.
+        inputs, outputs: its tensors.
+
+    Example:
+        See `load_litert` and `load_onnx`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        inputs: Iterable[ExportedTensor],
+        outputs: Iterable[ExportedTensor],
+    ) -> None:
+        self._path = pathlib.Path(path)
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return self._path.name
+
+    @property
+    def inputs(self) -> tuple[ExportedTensor, ...]:
+        """The tensors that it takes."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[ExportedTensor, ...]:
+        """The tensors that it returns."""
+        return self._outputs
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return the logits for a batch of any size; in a graph, too.
+
+        Args:
+            inputs: tensor or array of shape (examples, ...); a dict of them, by name, if there are
+                several inputs.
+
+        Returns:
+            A tensor of shape (examples, classes), float32 where the file's is; a dict of them, by
+            name, if there are several outputs.
+
+        Raises:
+            ValueError: `inputs` is not what the file takes.
+        """
+        specs = {tensor.name: _spec(tensor) for tensor in self._inputs}
+        if len(specs) == 1 and not isinstance(inputs, dict):
+            inputs = dict.fromkeys(specs, inputs)
+        values = [inputs[name] for name in _require_names(specs, inputs)]
+        dtypes = [tensor.dtype for tensor in self._outputs]
+        if tf.executing_eagerly():
+            results = [tf.constant(array) for array in self._arrays(*map(np.asarray, values))]
+        else:
+            results = tf.numpy_function(self._arrays, values, dtypes)
+            for result, tensor in zip(results, self._outputs, strict=True):
+                result.set_shape(_spec(tensor).shape)
+        if len(results) == 1:
+            return results[0]
+        return {tensor.name: result for tensor, result in zip(self._outputs, results, strict=True)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._path)!r})"
+
+    @abc.abstractmethod
+    def _run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs by name for arrays of the right shapes and dtypes."""
+
+    def _arrays(self, *values: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs in their order for inputs in theirs."""
+        arrays = {
+            tensor.name: np.ascontiguousarray(
+                probes.fit(f"inputs {tensor.name!r}", _spec(tensor), value)
+            )
+            for tensor, value in zip(self._inputs, values, strict=True)
+        }
+        if len({len(array) for array in arrays.values()}) > 1:
+            sizes = ", ".join(f"{name}: {len(array)}" for name, array in arrays.items())
+            raise ValueError(f"inputs must have as many examples each, got {sizes}.")
+        results = self._run(arrays)
+        return [results[tensor.name] for tensor in self._outputs]
+
+
+def require_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return `path` as an absolute Path, if there is a file."""
+    file = pathlib.Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a file with an exported model, got {file}.")
+    return file
+
+
+def _require_names(names: Iterable[str], inputs: Any) -> list[str]:
+    """Return the names of a file's inputs, if `inputs` has all of them."""
+    names = list(names)
+    if not isinstance(inputs, dict) or set(inputs) != set(names):
+        got = list(inputs) if isinstance(inputs, dict) else type(inputs).__name__
+        raise ValueError(f"inputs must be a dict with the names {names}, got {got}.")
+    return names
+
+
+def _spec(tensor: ExportedTensor) -> tf.TensorSpec:
+    return tf.TensorSpec(tensor.shape, tensor.dtype)

@@ -1,0 +1,248 @@
+"""LiteRT (TensorFlow Lite): one file for phones and microcontrollers, in float32 or int8."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks
+from tscnc_tf.export import checked, formats, probes, readiness, saving
+from tscnc_tf.export.constants import Constant
+from tscnc_tf.export.file_report import FileExportReport
+from tscnc_tf.export.file_serving import ServedFile, require_file
+from tscnc_tf.export.report import ExportedTensor
+
+__all__ = ["export_litert", "load_litert"]
+
+_SIGNATURE = "serving_default"
+_CALIBRATION_BATCH = 32
+
+
+def export_litert(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    precision: str = "float32",
+    calibration: Any = None,
+    expected_sparsity: float | None = None,
+    probe: Any = None,
+) -> FileExportReport:
+    """Write a model as a LiteRT file (`.tflite`), checked before and after.
+
+    The model is made ready and checked as by `export_saved_model`. The file is written under a
+    hidden name beside `path`, loaded from there by the LiteRT interpreter, and checked: every zero
+    of every kernel is a zero in the file, in its place, and the logits are those of the model.
+    Only then it appears at `path`.
+
+    In float32 the logits may differ by 1e-4 of the largest one (or of 1), as for a SavedModel: the
+    converter multiplies BatchNorms into kernels, and LiteRT takes sums in another order. (Small
+    networks differ by 1e-7, a ResNet-50 of random weights by 6e-5.) In int8 weights and activations
+    are quantised (per channel and symmetric the weights, so that 0.0 is stored as 0), input and
+    output stay float32, and any finite difference is allowed: it depends on data and training what
+    8 bits cost. The report says how much it was, and whether the classes are the same; robust
+    accuracy is to be measured again, with `attacks.Transfer`.
+
+    Needs `pip install "tscnc_tf[litert]"`.
+
+    Args:
+        model: a built model of either Keras, as for `export_saved_model`, that computes in float32.
+            Only LiteRT's own operations are used, so that every interpreter runs the file: a
+            recurrent layer must be built with `unroll=True`.
+        path: the file to make; its name usually ends in `.tflite`. Nothing is overwritten.
+        precision: "float32" or "int8".
+        calibration: for int8, and only for it: a batch of typical inputs, from which the ranges of
+            the activations are taken; some hundred examples of the training set.
+        expected_sparsity: as for `export_saved_model`.
+        probe: a batch of inputs to compare logits on. None takes the first 8 examples of
+            `calibration`, or draws 8 from U[0, 1), seeded.
+
+    Returns:
+        A `FileExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
+
+    Raises:
+        ImportError: LiteRT is not installed.
+        FileExistsError, TypeError, RuntimeError: as `export_saved_model`.
+        ValueError: as `export_saved_model`; or a layer computes in half precision, or `calibration`
+            is missing or does not fit. LiteRT's converter has errors of its own. There is nothing
+            at `path` then.
+
+    Example:
+        >>> import os, tempfile, numpy as np, tf_keras
+        >>> from tscnc_tf import export
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,), name="last")])
+        >>> model.layers[0].kernel.assign(np.eye(4, 3)) is None
+        False
+        >>> path = os.path.join(tempfile.mkdtemp(), "tiny.tflite")
+        >>> report = export.export_litert(model, path)
+        >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
+        [('last', (3, 4), 9)]
+    """
+    formats.require_extra("ai_edge_litert.interpreter", "litert")
+    _checks.one_of("precision", precision, ("float32", "int8"))
+    settings = {}
+    if precision == "int8":
+        calibration = _calibration(model, calibration)
+        settings["calibration_examples"] = len(tf.nest.flatten(calibration)[0])
+        if probe is None:
+            probe = tf.nest.map_structure(lambda array: array[: probes.EXAMPLES], calibration)
+    elif calibration is not None:
+        raise ValueError("calibration is for precision='int8' only: float32 needs none.")
+    form = formats.Format(
+        name="LiteRT",
+        precision=precision,
+        write=functools.partial(_write, calibration=calibration),
+        read=_constants,
+        load=load_litert,
+        settings=settings,
+        distributions=("ai-edge-litert",),
+    )
+    return formats.export(model, path, form, expected_sparsity=expected_sparsity, probe=probe)
+
+
+def load_litert(path: str | os.PathLike[str]) -> ServedFile:
+    """Load a LiteRT file, for batches of any size, on all processors.
+
+    The inputs are resized to each batch. The file needs a signature, as `export_litert` and Keras
+    write it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `ServedFile`: call it on a batch.
+
+    Raises:
+        ImportError: LiteRT is not installed.
+        FileNotFoundError: there is no file at `path`.
+        ValueError: it is no LiteRT file with a signature.
+
+    Example:
+        >>> import os, tempfile, tf_keras
+        >>> from tscnc_tf import export
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
+        >>> path = os.path.join(tempfile.mkdtemp(), "tiny.tflite")
+        >>> _ = export.export_litert(model, path)
+        >>> served = export.load_litert(path)
+        >>> served([[0.0, 0.0, 0.0, 0.0]]).numpy().tolist()
+        [[0.0, 0.0, 0.0]]
+    """
+    library = formats.require_extra("ai_edge_litert.interpreter", "litert")
+    file = require_file(path)
+    try:
+        interpreter = library.Interpreter(str(file), num_threads=os.cpu_count())
+        runner = interpreter.get_signature_runner(_SIGNATURE)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is no LiteRT file with the signature {_SIGNATURE!r}: {error}"
+        ) from error
+    return _LiteRT(file, runner)
+
+
+class _LiteRT(ServedFile):
+    """A LiteRT file. An interpreter serves one caller at a time."""
+
+    def __init__(self, path: pathlib.Path, runner: Any) -> None:
+        super().__init__(
+            path, _tensors(runner.get_input_details()), _tensors(runner.get_output_details())
+        )
+        self._runner, self._lock = runner, threading.Lock()
+
+    def _run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with self._lock:
+            return self._runner(**arrays)
+
+
+def _tensors(details: dict[str, Any]) -> list[ExportedTensor]:
+    return [
+        ExportedTensor(
+            name,
+            tuple(None if size < 0 else int(size) for size in found["shape_signature"]),
+            np.dtype(found["dtype"]).name,
+        )
+        for name, found in sorted(details.items())
+    ]
+
+
+def _calibration(model: Any, calibration: Any) -> Any:
+    """Return the calibration set as arrays that fit the model."""
+    if calibration is None:
+        raise ValueError(
+            "calibration is missing: precision='int8' takes the ranges of the activations from a "
+            "batch of typical inputs. Pass some hundred examples of the training set."
+        )
+    readiness.require_exportable(model)
+    return probes.prepare(model, calibration, "calibration")[1]
+
+
+def _write(
+    ready: checked.Checked,
+    serve: Callable[..., Any],
+    signature: list[tf.TensorSpec],
+    path: pathlib.Path,
+    calibration: Any,
+) -> None:
+    """Write a LiteRT file, by way of a SavedModel: only so it has a signature."""
+    with tempfile.TemporaryDirectory() as folder:
+        saving.write_endpoint(ready.library, ready.stripped, serve, signature, pathlib.Path(folder))
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[_SIGNATURE])
+        if calibration is not None:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.representative_dataset = functools.partial(_batches, signature, calibration)
+        with _quiet_calibration():
+            try:
+                content = converter.convert()
+            except Exception as error:
+                error.add_note(
+                    f"LiteRT's converter could not convert model {ready.stripped.name!r}. Only "
+                    "LiteRT's own operations are used; a recurrent layer needs unroll=True."
+                )
+                raise
+    path.write_bytes(content)
+
+
+def _batches(signature: list[tf.TensorSpec], calibration: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches of the calibration set by the names of the inputs."""
+    arrays = tf.nest.flatten(calibration)
+    for start in range(0, len(arrays[0]), _CALIBRATION_BATCH):
+        batch = slice(start, start + _CALIBRATION_BATCH)
+        yield {spec.name: array[batch] for spec, array in zip(signature, arrays, strict=True)}
+
+
+@contextlib.contextmanager
+def _quiet_calibration() -> Iterator[None]:
+    """Drop a warning that TensorFlow's converter gives of an interpreter that it uses itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is dep", UserWarning)
+        yield
+
+
+def _constants(path: pathlib.Path) -> list[Constant]:
+    """Return the weights in a LiteRT file: its constants of float32 and int8."""
+    schema = formats.require_extra("ai_edge_litert.schema_py_generated", "litert")
+    dtypes = {schema.TensorType.FLOAT32: np.dtype("<f4"), schema.TensorType.INT8: np.dtype("i1")}
+    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    found = []
+    for index in range(model.SubgraphsLength()):
+        subgraph = model.Subgraphs(index)
+        for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
+            buffer = model.Buffers(tensor.Buffer())
+            if tensor.Type() not in dtypes or not buffer.DataLength():
+                continue
+            values = buffer.DataAsNumpy().view(dtypes[tensor.Type()])
+            quantization = tensor.Quantization()
+            points = quantization.ZeroPointAsNumpy() if quantization else 0
+            points = tuple(map(int, points)) if isinstance(points, np.ndarray) else ()
+            shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
+            found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
+    return found

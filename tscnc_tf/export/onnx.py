@@ -1,0 +1,220 @@
+"""ONNX: one file for ONNX Runtime and whatever else reads the format."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks
+from tscnc_tf.export import checked, formats
+from tscnc_tf.export.constants import Constant
+from tscnc_tf.export.file_report import FileExportReport
+from tscnc_tf.export.file_serving import ServedFile, require_file
+from tscnc_tf.export.report import ExportedTensor
+
+__all__ = ["export_onnx", "load_onnx"]
+
+_OLDEST_OPSET = 13
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+
+
+def export_onnx(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    expected_sparsity: float | None = None,
+    probe: Any = None,
+    opset: int | None = None,
+) -> FileExportReport:
+    """Write a model as an ONNX file, checked before and after.
+
+    The model is made ready and checked as by `export_saved_model`, and converted by tf2onnx. The
+    file is written under a hidden name beside `path`, loaded from there by ONNX Runtime, and
+    checked: it is valid, every zero of every kernel is a zero in the file, in its place, and the
+    logits are those of the model. Only then it appears at `path`. The logits may differ by 1e-4 of
+    the largest one (or of 1), as for a SavedModel: see `export_litert`.
+
+    Needs `pip install "tscnc_tf[onnx]"`.
+
+    Args:
+        model: a built model of either Keras, as for `export_saved_model`, that computes in float32.
+        path: the file to make; its name usually ends in `.onnx`. Nothing is overwritten.
+        expected_sparsity: as for `export_saved_model`.
+        probe: as for `export_saved_model`.
+        opset: the version of ONNX's operations, from 13 to what tf2onnx knows (18); None for the
+            one that tf2onnx prefers (15).
+
+    Returns:
+        A `FileExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
+
+    Raises:
+        ImportError: onnx, tf2onnx or ONNX Runtime is not installed.
+        FileExistsError, TypeError, RuntimeError: as `export_saved_model`.
+        ValueError: as `export_saved_model`; or a layer computes in half precision, or an operation
+            of the model is not known to ONNX. There is nothing at `path` then.
+
+    Example:
+        >>> import os, tempfile, numpy as np, tf_keras
+        >>> from tscnc_tf import export
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,), name="last")])
+        >>> model.layers[0].kernel.assign(np.eye(4, 3)) is None
+        False
+        >>> path = os.path.join(tempfile.mkdtemp(), "tiny.onnx")
+        >>> report = export.export_onnx(model, path)
+        >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
+        [('last', (4, 3), 9)]
+    """
+    for module in ("onnx", "onnxruntime", "tf2onnx"):
+        formats.require_extra(module, "onnx")
+    known = formats.require_extra("tf2onnx.constants", "onnx")
+    opset = known.PREFERRED_OPSET if opset is None else opset
+    newest = max(known.OPSET_TO_IR_VERSION)
+    if _checks.integer("opset", opset, minimum=_OLDEST_OPSET) > newest:
+        raise ValueError(f"opset must be <= {newest}, the newest of tf2onnx, got {opset}.")
+    form = formats.Format(
+        name="ONNX",
+        precision="float32",
+        write=functools.partial(_write, opset=opset),
+        read=_constants,
+        load=load_onnx,
+        settings={"opset": opset},
+        distributions=("onnx", "tf2onnx", "onnxruntime"),
+    )
+    return formats.export(model, path, form, expected_sparsity=expected_sparsity, probe=probe)
+
+
+def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
+    """Load an ONNX file, for batches of any size, on all cores of the CPU.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `ServedFile`: call it on a batch.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        FileNotFoundError: there is no file at `path`.
+        ValueError: ONNX Runtime can't read it; the error says what it says.
+
+    Example:
+        >>> import os, tempfile, tf_keras
+        >>> from tscnc_tf import export
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
+        >>> path = os.path.join(tempfile.mkdtemp(), "tiny.onnx")
+        >>> _ = export.export_onnx(model, path)
+        >>> served = export.load_onnx(path)
+        >>> served([[0.0, 0.0, 0.0, 0.0]]).numpy().tolist()
+        [[0.0, 0.0, 0.0]]
+    """
+    library = formats.require_extra("onnxruntime", "onnx")
+    file = require_file(path)
+    try:
+        session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # each kind of fault has a class of its own, without a common base
+        raise ValueError(f"{file} can't be read by ONNX Runtime: {error}") from error
+    return _ONNX(file, session)
+
+
+class _ONNX(ServedFile):
+    """An ONNX file. A session serves many callers."""
+
+    def __init__(self, path: pathlib.Path, session: Any) -> None:
+        super().__init__(path, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
+        self._session = session
+
+    def _run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = [tensor.name for tensor in self.outputs]
+        return dict(zip(names, self._session.run(names, arrays), strict=True))
+
+
+def _tensors(arguments: Any) -> list[ExportedTensor]:
+    return [
+        ExportedTensor(
+            argument.name,
+            tuple(size if isinstance(size, int) else None for size in argument.shape),
+            _DTYPES.get(argument.type, argument.type.removeprefix("tensor(").removesuffix(")")),
+        )
+        for argument in arguments
+    ]
+
+
+def _write(
+    ready: checked.Checked,  # noqa: ARG001 - the endpoint is enough here
+    serve: Callable[..., Any],
+    signature: list[tf.TensorSpec],
+    path: pathlib.Path,
+    opset: int,
+) -> None:
+    onnx = formats.require_extra("onnx", "onnx")
+    convert = formats.require_extra("tf2onnx.convert", "onnx")
+    function = tf.function(serve, input_signature=signature)
+    with _inlined():
+        concrete = function.get_concrete_function()
+    proto, _ = convert.from_function(function, signature, opset=opset)
+    _embed(onnx, proto.graph, concrete)
+    for tensor in (*proto.graph.input, *proto.graph.output):
+        dimensions = tensor.type.tensor_type.shape.dim
+        if dimensions and dimensions[0].dim_param:
+            dimensions[0].dim_param = "batch"  # rather than a number that tf2onnx counts up
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(
+            f"The model can't be written as ONNX with opset {opset}: {error} Exchange the layer "
+            "that uses the operation, or try a newer opset."
+        ) from error
+    path.write_bytes(proto.SerializeToString())
+
+
+@contextlib.contextmanager
+def _inlined() -> Iterator[None]:
+    """Trace functions in functions as part of the outer one.
+
+    Keras 3 has a grouped convolution compiled by XLA, in a function that tf2onnx can't look into.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
+    """Make constants of the tensors that a model has in Python, which tf2onnx takes for inputs."""
+    captured = concrete.captured_inputs
+    places = concrete.inputs[len(concrete.inputs) - len(captured) :]
+    values = {place.name: value for place, value in zip(places, captured, strict=True)}
+    for argument in list(graph.input):
+        if argument.name in values:
+            array = values[argument.name].numpy()
+            graph.initializer.append(onnx.numpy_helper.from_array(array, argument.name))
+            graph.input.remove(argument)
+
+
+def _constants(path: pathlib.Path) -> list[Constant]:
+    """Return the weights in an ONNX file: its constants of float32, those of loops included."""
+    onnx = formats.require_extra("onnx", "onnx")
+    return [
+        Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
+        for tensor in _tensors_in(onnx.load(path).graph)
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    ]
+
+
+def _tensors_in(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("g"):
+                yield from _tensors_in(attribute.g)
