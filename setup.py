@@ -9,8 +9,8 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "tscnc_tf/__init__.py").read_text(encoding="utf-8"), re.M
 )[1]
-EXAMPLES = ["scikit-learn", "matplotlib"]
 LITERT = ["ai-edge-litert>=2.1"]
+EXAMPLES = ["scikit-learn", "matplotlib", *LITERT]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
@@ -38,7 +38,6 @@ setup(
         "onnx": ONNX,
         "test": [
             *EXAMPLES,
-            *LITERT,
             *ONNX,
             "adversarial-robustness-toolbox",
             "hypothesis",

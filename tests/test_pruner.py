@@ -431,6 +431,25 @@ def test_whole_filters_go_by_their_mean_magnitude(library):
     assert report.dead_filters == 3 + 6
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("scope", ["layer", "global", "erk"])
+@pytest.mark.parametrize(
+    "structure", [Unstructured(), Block(2, 4), Block(4, 3), Filters(), NM(2, 4)], ids=str
+)
+def test_a_compiled_step_chooses_what_is_chosen_at_once(structure, scope, jit):
+    if isinstance(structure, NM) and scope != "layer":
+        pytest.skip("n:m has a scope of its own")
+    model = dense_model(keras)
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    pruning.prune_now(twin, 0.5, structure=structure, scope=scope)
+    pruner = Pruner(model, schedules.OneShot(0.5), structure=structure, scope=scope)
+    tf.function(lambda: pruner.step(), jit_compile=jit)()
+    for one, other in zip(values(model).values(), values(twin).values(), strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+    assert any(not mask.all() for _, mask in values(model).values())
+
+
 def test_a_weight_that_does_not_suit_a_structure_is_skipped_with_its_reason(library):
     model = functional(library, (4,), own_layer(library), library.layers.Dense(3, name="dense"))
     report = pruning.report(pruning.prune_now(model, 0.5, structure=NM(2, 4)))

@@ -240,6 +240,21 @@ def subclassed():
     return model
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_copy_of_a_compiled_model_with_adapted_layers_computes_the_same(flavour, rng):
+    library = FLAVOURS[flavour]
+    normalization = library.layers.Normalization()
+    x = rng.normal(3.0, 2.0, size=(64, 4)).astype("float32")
+    normalization.adapt(x)
+    inputs = library.Input((4,))
+    model = library.Model(inputs, library.layers.Dense(3)(normalization(inputs)))
+    model.compile("sgd", loss=lambda y, prediction: prediction)
+    copy = pruning.add_regularizers(model, TSCNC)
+    np.testing.assert_array_equal(copy(x), model(x))
+    assert getattr(copy, "optimizer", None) is None
+    assert model.optimizer is not None
+
+
 class Forgetful(tf_keras.layers.Dense):
     """A layer whose configuration lacks one of its constructor's arguments."""
 

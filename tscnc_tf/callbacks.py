@@ -128,8 +128,8 @@ class UpdatePruning(flavours.Callback):
                 warnings.warn(
                     f"{schedule!r} does not reach its sparsity of {final:g} in the training "
                     f"planned, steps {done + 1} to {last}: the last renewal of the masks is at "
-                    f"step {step}, to {sparsity:.4g}. Train longer, let the schedule end earlier or "
-                    "renew more often, or force it in the end by the pruner's finalize().",
+                    f"step {step}, to {sparsity:.4g}. Train longer, let the schedule end earlier "
+                    "or renew more often, or force it in the end by the pruner's finalize().",
                     UserWarning,
                     stacklevel=2,
                 )

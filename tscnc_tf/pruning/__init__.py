@@ -1,5 +1,6 @@
 """Verbs on models: attach regularizers, prune, keep zeros, strip; and the engine behind them."""
 
+from tscnc_tf.pruning.compaction import Compaction, compact
 from tscnc_tf.pruning.criteria import Magnitude
 from tscnc_tf.pruning.engine import Pruner
 from tscnc_tf.pruning.regularize import add_regularizers
@@ -9,6 +10,7 @@ from tscnc_tf.pruning.verbs import freeze_mask, prune, prune_now, prune_scope, s
 
 __all__ = [
     "Block",
+    "Compaction",
     "Filters",
     "Magnitude",
     "NM",
@@ -16,6 +18,7 @@ __all__ = [
     "PruningReport",
     "Unstructured",
     "add_regularizers",
+    "compact",
     "freeze_mask",
     "prune",
     "prune_now",

@@ -60,13 +60,16 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
         )
     chosen = selector("layers", layers)
     rebuilding = _Rebuilding(library, regularizer, chosen)
-    copy = library.models.clone_model(model, clone_function=rebuilding.clone)
+    copy = _cloned(library, model, rebuilding.clone)
     if not rebuilding.constrained:
         raise ValueError(
             f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; it has "
             f"{[kernel.name for kernel in kernel_layers.kernels(model)]}."
         )
     copy.set_weights(model.get_weights())
+    for layer in kernel_layers.flatten(copy):
+        if isinstance(layer, library.layers.Normalization):
+            layer.finalize_state()  # it computes with what it derives from its weights
     if names := rebuilding.unconstrained():
         warnings.warn(
             f"These kernels are chosen, but stay unconstrained: {', '.join(names)}. They are not "
@@ -76,6 +79,17 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
             stacklevel=2,
         )
     return copy
+
+
+def _cloned(library: Any, model: Any, clone: Callable[[Any], Any]) -> Any:
+    """Return a clone that is not compiled; Keras 3 would compile it as the model is."""
+    if library is not _keras.keras:
+        return library.models.clone_model(model, clone_function=clone)
+    was_compiled, model.compiled = model.compiled, False
+    try:
+        return library.models.clone_model(model, clone_function=clone)
+    finally:
+        model.compiled = was_compiled
 
 
 class _Rebuilding:

@@ -92,9 +92,9 @@ class Filters(_Ranked):
         return "" if target.layout else _UNREAD
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
-        values = target.canonical(scores)
-        means = tf.reduce_mean(values, axis=(1, 2))
-        return Units(tf.reshape(means, (-1,)), target.size // int(tf.size(means)), target.size)
+        _, positions, inputs, _ = target.canonical_shape
+        means = tf.reduce_mean(target.canonical(scores), axis=(1, 2))
+        return Units(tf.reshape(means, (-1,)), positions * inputs, target.size)
 
     def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
         groups, positions, inputs, outputs = target.canonical_shape
@@ -133,14 +133,18 @@ class Block(_Ranked):
         return "" if target.layout else _UNREAD
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
-        groups, _, _, outputs = target.canonical_shape
-        matrix = tf.reshape(target.canonical(scores), (groups, -1, outputs))
-        sums = self._sums(matrix)
-        sizes = self._sums(np.ones(matrix.shape, np.float32))
-        flat = np.asarray(tf.get_static_value(sizes), np.int64).ravel()
-        size = int(flat[0]) if np.all(flat == flat[0]) else flat
-        means = tf.reshape(sums, (-1,)) / tf.constant(flat, sums.dtype)
-        return Units(means, size, target.size)
+        groups, positions, inputs, outputs = target.canonical_shape
+        height = positions * inputs
+        down, right = -height % self.rows, -outputs % self.columns
+        matrix = tf.reshape(target.canonical(scores), (groups, height, outputs))
+        padded = tf.pad(matrix, ((0, 0), (0, down), (0, right)))
+        shape = (groups, (height + down) // self.rows, self.rows, -1, self.columns)
+        sums = tf.reshape(tf.reduce_sum(tf.reshape(padded, shape), axis=(2, 4)), (-1,))
+        heights = np.minimum(self.rows, height - np.arange(0, height, self.rows))
+        widths = np.minimum(self.columns, outputs - np.arange(0, outputs, self.columns))
+        sizes = np.tile(np.outer(heights, widths).ravel(), groups)
+        size = int(sizes[0]) if np.all(sizes == sizes[0]) else sizes
+        return Units(sums / tf.constant(sizes, sums.dtype), size, target.size)
 
     def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
         groups, positions, inputs, outputs = target.canonical_shape
@@ -149,14 +153,6 @@ class Block(_Ranked):
         mask = tf.repeat(tf.repeat(mask, self.rows, axis=1), self.columns, axis=2)
         mask = mask[:, :height, :outputs]
         return target.restore(tf.reshape(mask, target.canonical_shape))
-
-    def _sums(self, matrix: Any) -> tf.Tensor:
-        """Return the sum over each block, `(groups, block rows, block columns)`."""
-        groups, height, width = matrix.shape
-        down, right = -height % self.rows, -width % self.columns
-        padded = tf.pad(tf.convert_to_tensor(matrix), ((0, 0), (0, down), (0, right)))
-        shape = (groups, (height + down) // self.rows, self.rows, -1, self.columns)
-        return tf.reduce_sum(tf.reshape(padded, shape), axis=(2, 4))
 
 
 @_keras.register

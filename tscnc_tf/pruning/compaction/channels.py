@@ -1,0 +1,179 @@
+"""Which channels of a network can go: constants forwards, needs backwards, ties between."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from tscnc_tf.pruning.compaction.graph import Call, Graph, Tensor
+from tscnc_tf.pruning.compaction.operations import Barrier, Channels, Fate, Operation
+from tscnc_tf.pruning.compaction.weighted import Depthwise, Linear
+
+AT_LEAST_ONE = "Keras has no layers without any filter"
+
+
+@dataclasses.dataclass(eq=False)
+class Verdict(Fate):
+    """What becomes of the channels of each tensor, and why not more of them go.
+
+    Attributes:
+        obstacles: for each producing call, how many of its channels are dead and stay, by reasons.
+    """
+
+    obstacles: dict[Call, dict[str, int]]
+
+
+def judge(graph: Graph, operations: list[Operation]) -> Verdict:
+    """Return which channels stay. Of the operations, each comes after those that it reads.
+
+    A channel goes if nothing that stays depends on its value: a later kernel has only zeros for it,
+    or it is a constant that the later layers fold into their biases. It does not matter how long
+    the chain of layers is in which one death brings another: needs are followed from the outputs
+    backwards, so that the largest set of channels that only serve each other is found at once.
+    """
+    analysis = _Analysis(graph, operations)
+    analysis.find_constants()
+    analysis.find_needs()
+    analysis.find_held()
+    keeps = {tensor: held > 0 for tensor, held in analysis.held.items()}
+    return Verdict(analysis.constants, keeps, analysis.obstacles())
+
+
+class _Analysis:
+    """The facts, tensor by tensor; `reasons` and `held` are indices into `texts`, 0 for none.
+
+    Attributes:
+        constants: the value that a channel has for every input, or NaN.
+        needed: whether something that counts would change with its value.
+        reasons: what keeps a value that is constant from being dropped, there or further on.
+        held: what keeps the channel where it is; 0 if it goes.
+    """
+
+    def __init__(self, graph: Graph, operations: list[Operation]) -> None:
+        self.graph = graph
+        self.operations = operations
+        self.constants: dict[Tensor, Channels] = {}
+        self.needed: dict[Tensor, Channels] = {}
+        self.reasons: dict[Tensor, np.ndarray] = {}
+        self.held: dict[Tensor, np.ndarray] = {}
+        self.texts = [""]
+        for tensor in self._tensors():
+            self.constants[tensor] = np.full(tensor.channels, np.nan)
+            self.needed[tensor] = np.zeros(tensor.channels, bool)
+            self.reasons[tensor] = np.zeros(tensor.channels, np.int64)
+            self.held[tensor] = np.zeros(tensor.channels, np.int64)
+
+    def _tensors(self) -> Iterable[Tensor]:
+        yield from self.graph.inputs
+        for operation in self.operations:
+            yield from operation.outputs
+
+    def find_constants(self) -> None:
+        """Go forwards: the constants of each tensor from those before it."""
+        for operation in self.operations:
+            if not isinstance(operation, Barrier):
+                given = [self.constants[tensor] for tensor in operation.inputs]
+                with np.errstate(all="ignore"):  # what overflows is no constant
+                    found = operation.constants(given)
+                self.constants[operation.output] = np.where(np.isfinite(found), found, np.nan)
+
+    def find_needs(self) -> None:
+        """Go backwards: which values are needed, and what stops constants from being dropped."""
+        self._require(self.graph.outputs, "it is an output of the model")
+        for operation in reversed(self.operations):
+            if isinstance(operation, Barrier):
+                self._require(operation.inputs, operation.obstacle)
+                continue
+            given = [self.constants[tensor] for tensor in operation.inputs]
+            wanted = self.needed[operation.output] & np.isnan(self.constants[operation.output])
+            text = self._text(operation.obstacle)
+            pairs = zip(operation.inputs, operation.needed(wanted, given), strict=True)
+            for tensor, needed in pairs:
+                self.needed[tensor] |= needed
+                stopped = needed & np.isfinite(self.constants[tensor])
+                self._explain(tensor, np.where(stopped, text, 0))
+            after = self.reasons[operation.output]
+            for position, source, target in operation.ties():
+                behind = np.zeros_like(self.reasons[operation.inputs[position]])
+                told = np.flatnonzero(after[target])[::-1]  # backwards, so that the first remains
+                behind[source[told]] = after[target[told]]
+                self._explain(operation.inputs[position], behind)
+
+    def _require(self, tensors: list[Tensor], reason: str) -> None:
+        text = self._text(reason)
+        for tensor in tensors:
+            self.needed[tensor][:] = True
+            self._explain(tensor, np.full(tensor.channels, text))
+
+    def _explain(self, tensor: Tensor, texts: np.ndarray) -> None:
+        """Note reasons for channels that have none yet."""
+        before = self.reasons[tensor]
+        self.reasons[tensor] = np.where(before == 0, texts, before)
+
+    def _text(self, reason: str) -> int:
+        self.texts.append(reason)
+        return len(self.texts) - 1
+
+    def find_held(self) -> None:
+        """Hold the channels that something needs, and with each all that are tied to it."""
+        self._hold(self.graph.inputs, "tied to an input of the model")
+        self._hold(self.graph.outputs, "tied to an output of the model")
+        for operation in self.operations:
+            if isinstance(operation, Barrier):
+                self._hold((*operation.inputs, *operation.outputs), operation.obstacle)
+            elif isinstance(operation, Linear):
+                reading = f"tied to a channel that {operation.call.name!r} reads"
+                self._hold(operation.inputs, reading, self.needed[operation.inputs[0]])
+        self._spread()
+        for held in self.held.values():
+            if held.size and not held.any():
+                # A Keras layer needs a filter to exist. One channel does no harm: nobody needs its
+                # value, or it is a constant that its readers keep their weights for.
+                held[0] = self._text(AT_LEAST_ONE)
+                self._spread()
+
+    def _hold(self, tensors: Iterable[Tensor], reason: str, chosen: Channels | bool = True) -> None:
+        text = self._text(reason)
+        for tensor in tensors:
+            self.held[tensor] = np.where((self.held[tensor] == 0) & chosen, text, self.held[tensor])
+
+    def _spread(self) -> None:
+        """Carry `held` along the ties, in both directions, until nothing changes."""
+        changed = True
+        while changed:
+            changed = False
+            for operations in (self.operations, self.operations[::-1]):
+                for operation in operations:
+                    changed |= self._spread_at(operation)
+
+    def _spread_at(self, operation: Operation) -> bool:
+        changed = False
+        for position, source, target in operation.ties():
+            before, after = self.held[operation.inputs[position]], self.held[operation.output]
+            backwards = (before[source] == 0) & (after[target] != 0)
+            before[source[backwards]] = after[target[backwards]]
+            forwards = (after[target] == 0) & (before[source] != 0)
+            after[target[forwards]] = before[source[forwards]]
+            changed |= bool(backwards.any() or forwards.any())
+        return changed
+
+    def obstacles(self) -> dict[Call, dict[str, int]]:
+        """Return why filters stay whose output is constant, or needed by nobody."""
+        inner = {o.inputs[0] for o in self.operations if o.inputs[0] not in o.call.inputs}
+        inner = {o.inputs[0] for o in self.operations if isinstance(o, Linear)} & inner
+        found: dict[Call, dict[str, int]] = {}
+        for operation in self.operations:
+            if not isinstance(operation, Linear | Depthwise):
+                continue
+            made = operation.output
+            if made in inner:
+                continue  # of a separable convolution, the filters are those of its second half
+            held, reasons = self.held[made], self.reasons[made]
+            dead = (np.isfinite(self.constants[made]) | ~self.needed[made]) & (held > 0)
+            if dead.any():
+                texts = np.where(reasons == 0, held, reasons)[dead]
+                found[operation.call] = dict(collections.Counter(self.texts[t] for t in texts))
+        return found

@@ -1,0 +1,204 @@
+"""What compacting a model has done: one frozen dataclass, shown as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tscnc_tf import _checks, _tables
+from tscnc_tf.inspection import records
+from tscnc_tf.pruning.compaction import latency, probes
+
+NOTES = 20  # so many of the kept filters are told of in the table; a residual network has hundreds
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """One layer with weights, before and after.
+
+    Attributes:
+        name: the layer's name, after those of the nested models that it is in.
+        kind: its class.
+        filters_before, filters_after: the channels of its output; None if not known.
+        parameters_before, parameters_after: the entries of all its weights.
+        flops_before, flops_after: for one example; None for layers that are not counted.
+    """
+
+    name: str
+    kind: str
+    filters_before: int | None
+    filters_after: int | None
+    parameters_before: int
+    parameters_after: int
+    flops_before: int | None
+    flops_after: int | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the layer has become smaller, or got a bias."""
+        return (self.filters_before, self.parameters_before) != (
+            self.filters_after,
+            self.parameters_after,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Filters of a layer that do nothing for the result and stay nevertheless.
+
+    Attributes:
+        layer: the layer's name.
+        channels: how many of its filters.
+        reason: what they are needed for.
+    """
+
+    layer: str
+    channels: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """A layer that is not understood: the channels that it reads and makes all stay.
+
+    Attributes:
+        layer: the layer's name.
+        reason: why it is left alone.
+    """
+
+    layer: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compaction:
+    """A compacted model, and what has become of its layers; `print` it for a table.
+
+    FLOPs are those of the kernels of convolutions and dense layers for one example, two per
+    multiply-add: `2 · kernel entries · positions`, a position being a place of the output (of the
+    input, for transposed convolutions). Biases, normalisation, activations and pooling are not
+    counted, nor is padding told apart. Other layers have no FLOPs here.
+
+    Attributes:
+        model: the new model, uncompiled.
+        original: the model that was given.
+        layers: one row per layer with weights.
+        kept: the dead filters that could not be removed, and why.
+        left_alone: the layers that are not understood.
+        max_logit_difference: the largest absolute difference between the logits of both models on
+            the probe batch.
+        logit_tolerance: the largest difference that would have passed.
+        probe_examples: the number of examples in the probe batch.
+    """
+
+    model: Any = dataclasses.field(repr=False)
+    original: Any = dataclasses.field(repr=False)
+    layers: tuple[LayerChange, ...]
+    kept: tuple[Kept, ...]
+    left_alone: tuple[LeftAlone, ...]
+    max_logit_difference: float
+    logit_tolerance: float
+    probe_examples: int
+
+    @property
+    def parameters_before(self) -> int:
+        """The number of parameters of the model that was given."""
+        return sum(row.parameters_before for row in self.layers)
+
+    @property
+    def parameters_after(self) -> int:
+        """The number of parameters of the new model."""
+        return sum(row.parameters_after for row in self.layers)
+
+    @property
+    def flops_before(self) -> int:
+        """The FLOPs of the model that was given, of what is counted."""
+        return sum(row.flops_before or 0 for row in self.layers)
+
+    @property
+    def flops_after(self) -> int:
+        """The FLOPs of the new model, of what is counted."""
+        return sum(row.flops_after or 0 for row in self.layers)
+
+    def measure_latency(self, batch: Any, *, rounds: int = 50) -> latency.Latency:
+        """Measure how long a forward pass takes before and after. It is never run by itself.
+
+        Both models are compiled by `tf.function` for the batch, warmed up, and then timed in turns
+        (A B A B ...) in this process, so that what slows the machine down slows both.
+
+        Args:
+            batch: inputs as the model takes them; its size is part of what is measured.
+            rounds: how often each model is timed.
+
+        Returns:
+            A `Latency`: medians, quartiles, the ratio, and the device.
+
+        Raises:
+            TypeError: `rounds` is no integer.
+            ValueError: it is below 1, or the batch does not fit the model.
+
+        Example:
+            >>> import numpy as np, tf_keras, tscnc_tf as tscnc
+            >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
+            >>> compaction = tscnc.pruning.compact(model)
+            >>> compaction.measure_latency(np.zeros((2, 4), "float32"), rounds=3).examples
+            2
+        """
+        rounds = _checks.integer("rounds", rounds, minimum=1)
+        batch = probes.prepare(self.original, batch, "batch")
+        return latency.measure(self.original, self.model, batch, rounds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values, without the models."""
+        names = ("max_logit_difference", "logit_tolerance", "probe_examples")
+        totals = ("parameters_before", "parameters_after", "flops_before", "flops_after")
+        return records.jsonable(
+            {
+                **{name: getattr(self, name) for name in (*totals, *names)},
+                "layers": [dataclasses.asdict(row) for row in self.layers],
+                "kept": [dataclasses.asdict(row) for row in self.kept],
+                "left_alone": [dataclasses.asdict(row) for row in self.left_alone],
+            }
+        )
+
+    def __str__(self) -> str:
+        notes = ["FLOPs: two per multiply-add, one example; convolutions and dense layers only."]
+        kept = [f"Kept: {row.channels} of {row.layer!r}: {row.reason}." for row in self.kept]
+        notes += kept[:NOTES]
+        if len(kept) > NOTES:
+            notes.append(f"... and {len(kept) - NOTES} more like these, in `kept`.")
+        notes += [f"Left alone: {row.reason}." for row in self.left_alone]
+        notes.append(
+            f"The largest difference between the logits of {self.probe_examples} examples is "
+            f"{_tables.significant(self.max_logit_difference)} (at most "
+            f"{_tables.significant(self.logit_tolerance)})."
+        )
+        return _tables.render(
+            f"Compaction of {self.model.name}",
+            ("layer", "class", "filters", "parameters", "FLOPs"),
+            [
+                (
+                    row.name,
+                    row.kind,
+                    _pair(row.filters_before, row.filters_after),
+                    _pair(row.parameters_before, row.parameters_after),
+                    _pair(row.flops_before, row.flops_after),
+                )
+                for row in self.layers
+            ],
+            (
+                "all",
+                "",
+                "",
+                _pair(self.parameters_before, self.parameters_after),
+                _pair(self.flops_before, self.flops_after),
+            ),
+            notes,
+        )
+
+
+def _pair(before: int | None, after: int | None) -> str:
+    """Return a count before and after, or once if it is the same."""
+    if before is None or after is None:
+        return "–"
+    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
