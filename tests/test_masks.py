@@ -27,6 +27,20 @@ def test_the_largest_are_exactly_so_many_and_of_equals_the_first(scores, count):
     np.testing.assert_array_equal(np.flatnonzero(mask), first_largest(scores, max(count, 0)))
 
 
+@given(
+    hnp.arrays(
+        st.sampled_from(["float32", "float64"]),
+        st.integers(1, 30),
+        elements=st.floats(allow_nan=False, width=32),
+    ),
+    st.integers(0, 30),
+)
+def test_the_largest_of_any_floats_are_found(scores, count):
+    """Tiny, huge, infinite and negative ones, and zeros of both signs."""
+    mask = functional.largest(scores, count).numpy()
+    np.testing.assert_array_equal(np.flatnonzero(mask), first_largest(scores, count))
+
+
 @given(TIED, st.data())
 def test_entries_are_taken_in_order_until_the_budget_is_spent(scores, data):
     sizes = data.draw(hnp.arrays("int32", len(scores), elements=st.integers(1, 9)))

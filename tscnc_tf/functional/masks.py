@@ -26,22 +26,28 @@ def kept_count(size: Any, sparsity: Any) -> tf.Tensor:
 def largest(scores: Any, count: Any) -> tf.Tensor:
     """Return a mask of the `count` largest entries of a vector; of equals the first ones.
 
-    Exactly `count` entries are True (all, if there are fewer), also where scores are equal. One
-    sort, and no operation whose shape depends on `count`, so that XLA compiles it.
+    Exactly `count` entries are True (all, if there are fewer), also where scores are equal. NaN
+    counts as larger than all else.
+
+    The threshold is found bit by bit, by counting what lies above, and not by sorting: on millions
+    of weights that is several times faster, and under XLA more; nor does the shape of anything
+    depend on `count`.
 
     Args:
-        scores: a float vector.
+        scores: a vector, float32 or float64.
         count: a scalar, possibly a tensor.
     """
-    scores = tf.convert_to_tensor(scores)
-    size = tf.size(scores)
-    count = tf.clip_by_value(tf.cast(count, tf.int32), 0, size)
-    ordered = tf.sort(scores, direction="DESCENDING")
-    threshold = tf.gather(ordered, tf.maximum(count - 1, 0))
-    above, level = scores > threshold, tf.equal(scores, threshold)
-    room = count - tf.reduce_sum(tf.cast(above, tf.int32))
-    place = tf.cumsum(tf.cast(level, tf.int32))
-    return (above | (level & (place <= room))) & (count > 0)
+    ranks = _ordered_integers(tf.convert_to_tensor(scores))
+    count = tf.clip_by_value(tf.cast(count, tf.int32), 0, tf.size(ranks))
+    threshold = _nth_largest(ranks, tf.maximum(count, 1))
+    above, level = ranks > threshold, tf.equal(ranks, threshold)
+    room = count - _count(above)
+    chosen = tf.cond(
+        _count(level) > room,
+        lambda: level & (tf.cumsum(tf.cast(level, tf.int32)) <= room),
+        lambda: level,
+    )
+    return (above | chosen) & (count > 0)
 
 
 def largest_within(scores: Any, sizes: Any, budget: Any) -> tf.Tensor:
@@ -79,3 +85,31 @@ def largest_per_row(scores: Any, count: Any) -> tf.Tensor:
     ahead = (other > mine) | (tf.equal(other, mine) & earlier)
     rank = tf.reduce_sum(tf.cast(ahead, tf.int32), axis=-1)
     return rank < tf.cast(count, tf.int32)
+
+
+def _ordered_integers(scores: tf.Tensor) -> tf.Tensor:
+    """Return integers that are in the same order as the floats: their bits, negatives mirrored."""
+    integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
+    bits = tf.bitcast(scores + 0.0, integer)  # -0.0 becomes 0.0
+    return tf.where(bits < 0, tf.bitwise.bitwise_xor(bits, integer.max), bits)
+
+
+def _nth_largest(values: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """Return the largest integer that `count` entries reach: their sign first, then bit by bit."""
+    zero = tf.zeros((), values.dtype)
+    found = tf.where(_count(values >= zero) >= count, zero, zero + values.dtype.min)
+
+    def refine(bit: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        ahead = found + tf.bitwise.left_shift(tf.ones((), values.dtype), bit)
+        return bit - 1, tf.where(_count(values >= ahead) >= count, ahead, found)
+
+    bits = 8 * values.dtype.size - 1
+    first = tf.constant(bits - 1, values.dtype)
+    _, found = tf.while_loop(
+        lambda bit, _: bit >= 0, refine, (first, found), maximum_iterations=bits
+    )
+    return found
+
+
+def _count(mask: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.cast(mask, tf.int32))

@@ -328,5 +328,8 @@ def _assign(variable: Any, value: tf.Tensor) -> Any:
 
 
 def _keep(variable: Any, mask: tf.Tensor) -> Any:
-    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity.
-    return variable.assign(tf.where(mask, variable, tf.zeros_like(variable)))
+    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
+    # `tf.where`, which is slower, as it looks for shapes to broadcast.
+    value = tf.convert_to_tensor(variable)
+    kept = tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))
+    return variable.assign(kept)

@@ -1,0 +1,106 @@
+"""What masks cost a training step: between two renewals, and at one; beside tfmot's wrappers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import tensorflow as tf
+
+import tscnc_tf as tscnc
+from benchmarks import measure, networks, parts, record
+from tscnc_tf._keras import wrappers
+
+GOAL = 0.05
+
+_LABELS = {
+    "train": "a training pass: forward and backward",
+    "update": "the optimizer's update",
+    "masks": "a pruner's step, masks as they are",
+    "renewal, layer": "… that renews them, layer by layer",
+    "renewal, global": "… that renews them, over the whole network",
+    "tfmot": "tfmot's wrappers: masks applied after a step",
+}
+
+
+def run(options: record.Options) -> None:
+    """Time the pruner beside a plain training step; print a table and write `masks.json`."""
+    network = options.pick("network", "resnet18", "tiny")
+    size = options.pick("batch_size", 16, 4)
+    rounds = options.pick("rounds", 9, 2)
+
+    floor = parts.Floor(network, size // 2, 1)
+    functions: dict[str, Any] = {
+        piece: functools.partial(floor.run, piece) for piece in ("train", "update")
+    }
+    functions |= {
+        "masks": _pruner(network, "layer", renews=False),
+        "renewal, layer": _pruner(network, "layer", renews=True),
+        "renewal, global": _pruner(network, "global", renews=True),
+        "tfmot": _wrapped(network),
+    }
+    times = measure.interleaved(functions, rounds)
+
+    below = [times["train"], times["update"]]
+    ratios = {
+        name: {clock: measure.ratio([times[name]], below, clock) for clock in ("wall", "cpu")}
+        for name in functions
+        if name not in ("train", "update")
+    }
+    share = ratios["masks"]["wall"]
+    path = record.write(
+        options,
+        "masks",
+        {
+            "network": network,
+            "batch_size": size,
+            "rounds": rounds,
+            "weights": networks.build(network).count_params(),
+            "times": times,
+            "ratios": ratios,
+            "goal": GOAL,
+            "goal_met": share.of_medians <= GOAL,
+        },
+    )
+    rows = [(_LABELS[name], *record.milliseconds(timing)) for name, timing in times.items()]
+    notes = [
+        f"A pruner's step over a plain training step, of medians: "
+        f"{record.against(share.of_medians, GOAL)}; {record.spread(share)}",
+        *(
+            f"{_LABELS[name].strip('… ')}, over the same: {value['wall'].of_medians:.3f}; by CPU "
+            f"time {value['cpu'].of_medians:.3f}"
+            for name, value in ratios.items()
+            if name != "masks"
+        ),
+        f"By CPU time the first is {ratios['masks']['cpu'].of_medians:.3f}.",
+        "A plain training step: no attack. With PGD-10 a step is about six times as long.",
+    ]
+    title = f"Masks beside a training step: {network}, batch {size}, {rounds} rounds"
+    record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def _pruner(network: str, scope: str, *, renews: bool) -> Any:
+    """Return a pruner's compiled step on a network with SGD's momenta: at 90 % zeros."""
+    model = networks.build(network)
+    optimizer = parts.optimizer()
+    optimizer.build(model.trainable_variables)
+
+    def schedule(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.equal(step, 1) | renews, tf.constant(0.9)
+
+    pruner = tscnc.pruning.Pruner(model, schedule, scope=scope, min_weights=64)
+
+    @tf.function
+    def step() -> None:
+        optimizer.iterations.assign_add(1)
+        pruner.step(optimizer)
+
+    step()  # the first one renews in any case
+    return step
+
+
+def _wrapped(network: str) -> Any:
+    """Return what applies the masks of tfmot's wrappers, to weights only, compiled."""
+    schedule = tscnc.schedules.OneShot(0.9)
+    model = tscnc.prune(networks.build(network), schedule, engine="tfmot")
+    return tf.function(lambda: wrappers.apply_masks(model))
