@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,11 @@ def images(count=96, classes=3, seed=0):
     for index, label in enumerate(y):
         x[index, :, 2 * label + 1 : 2 * label + 3] += 0.5
     return np.clip(x, 0, 1).astype("float32"), y
+
+
+def python_blocks(markdown):
+    """Return the blocks of Python code of a document, in their order."""
+    return re.findall(r"^```python\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
 
 
 def fresh_process(code, *arguments, env=None, cwd=None):
