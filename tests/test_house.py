@@ -147,3 +147,12 @@ def test_importing_changes_no_environment_variable():
 def test_tfmot_may_have_been_imported_before():
     code = "import tensorflow_model_optimization, tscnc_tf; print(tscnc_tf.schedules.OneShot(0.5))"
     assert fresh_process(code).strip() == "OneShot(final_sparsity=0.5, begin_step=0)"
+
+
+def test_keras_3_on_another_backend_is_refused(monkeypatch):
+    from tscnc_tf import _keras
+
+    model = _keras.keras.Sequential([_keras.keras.Input((2,)), _keras.keras.layers.Dense(2)])
+    monkeypatch.setattr(_keras.keras.config, "backend", lambda: "jax")
+    with pytest.raises(RuntimeError, match="on jax, and tscnc_tf works on TensorFlow: set KERAS_B"):
+        tscnc_tf.prune_now(model, 0.5)

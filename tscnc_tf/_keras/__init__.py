@@ -61,10 +61,20 @@ def flavour(obj: Any) -> str | None:
 
 
 def library(name: str, model: Any) -> types.ModuleType:
-    """Return the Keras that `model` is a model of, or raise a TypeError."""
+    """Return the Keras that `model` is a model of.
+
+    Raises:
+        TypeError: it is none of either Keras.
+        RuntimeError: it is a Keras 3 model on another backend than TensorFlow.
+    """
     if isinstance(model, tf_keras.Model):
         return tf_keras
     if isinstance(model, keras.Model):
+        if keras.config.backend() != "tensorflow":
+            raise RuntimeError(
+                f"{name} {model.name!r} is a Keras 3 model on {keras.config.backend()}, and tscnc_tf "
+                "works on TensorFlow: set KERAS_BACKEND=tensorflow before Keras is imported."
+            )
         return keras
     raise TypeError(f"{name} must be a Keras 3 or tf_keras model, got {type(model).__name__}.")
 
