@@ -471,6 +471,11 @@ def test_patterns_of_m_by_n_skip_what_they_do_not_fit_and_are_not_saved(tmp_path
         pytest.warns(UserWarning, match=r"does not save sparsity_m_by_n=\(2, 4\)"),
     ):
         pruned = pruning.prune(model, schedules.OneShot(0.5), sparsity_m_by_n=(2, 4))
+    with pytest.warns(UserWarning) as warned:  # tfmot counts zeros, NM what is kept
+        pruning.prune(
+            tf_keras.models.clone_model(model), schedules.OneShot(0.5), sparsity_m_by_n=(1, 4)
+        )
+    assert any("structure=NM(n=3, m=4), which is saved" in str(w.message) for w in warned)
     rows = pruning.report(pruned).rows
     assert [(row.name, row.pruned) for row in rows] == [("conv", False), ("logits", True)]
     pruned.save(tmp_path / "pruned.keras")

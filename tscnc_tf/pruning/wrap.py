@@ -8,6 +8,7 @@ from typing import Any
 from tscnc_tf import _keras
 from tscnc_tf._keras import tf_keras, wrappers
 from tscnc_tf.pruning.selection import selector
+from tscnc_tf.pruning.structures import NM
 
 
 def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any:
@@ -68,12 +69,17 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
         warnings.warn(
             f"tfmot does not save sparsity_m_by_n={tuple(m_by_n)}: a model that is saved and "
             "loaded again goes on unstructured. Train it to the end before you save it, and save "
-            f'the stripped model; or use engine="masks" with structure=NM{tuple(m_by_n)}, which is '
-            "saved.",
+            'the stripped model; or use engine="masks" with '
+            f"structure={_same_pattern(*m_by_n)}, which is saved.",
             UserWarning,
             stacklevel=3,
         )
     return pruned
+
+
+def _same_pattern(zeros: int, size: int) -> NM:
+    """Return our structure for tfmot's m by n: it counts the zeros, we what is kept."""
+    return NM(size - zeros, size)
 
 
 def unwrap(model: Any) -> Any:
