@@ -6,10 +6,15 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import hypothesis
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+
+# The same examples in every run; and a first call, which TensorFlow compiles, may take its time.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # Two logical devices, for the tests of distribution strategies; before anything touches the CPU.
 _CPU = tf.config.list_physical_devices("CPU")[0]

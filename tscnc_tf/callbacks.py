@@ -69,14 +69,10 @@ class UpdatePruning(flavours.Callback):
         self._tfmots: Any = None
         self._apply: Any = None
         self._pruners: list[Any] = []
+        self._ahead = False
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """See how the model is pruned, mask what it begins with, and look ahead.
-
-        Warns:
-            UserWarning: in the number of steps that is planned, the last renewal of the masks comes
-                before the schedule has reached its final sparsity.
-        """
+        """See how the model is pruned, and mask what it begins with."""
         model = self.model
         self._pruners = [part.pruner for part in masked.masked_models(model)]
         wrapped = wrappers.wrapped_layers(model)
@@ -87,7 +83,18 @@ class UpdatePruning(flavours.Callback):
             self._tfmots.on_train_begin(logs)
             self._apply = tf.function(lambda: wrappers.apply_masks(model, model.optimizer))
             self._apply()
-        self._look_ahead(wrapped)
+        self._ahead = True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Look ahead, in the first epoch, which may not be epoch 0.
+
+        Warns:
+            UserWarning: in the number of steps that is planned, the last renewal of the masks comes
+                before the schedule has reached its final sparsity.
+        """
+        if self._ahead:
+            self._ahead = False
+            self._look_ahead(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Mask what the optimizer step filled in."""
@@ -106,18 +113,19 @@ class UpdatePruning(flavours.Callback):
         """Mask once more: Keras may have put averaged weights in place."""
         masks.apply(self.model, self.model.optimizer)
 
-    def _look_ahead(self, wrapped: list[Any]) -> None:
+    def _look_ahead(self, epoch: int) -> None:
         """Warn of schedules that training as planned will leave before their end."""
         params = self.params or {}
         if not params.get("epochs") or not params.get("steps"):
             return
-        planned = params["epochs"] * params["steps"]
+        planned = (params["epochs"] - epoch) * params["steps"]
         planned //= getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
-        progress = {p.schedule: p.steps for p in self._pruners if not p.frozen}
-        for wrapper in wrapped:
+        progress = [(p.schedule, p.steps) for p in self._pruners if not p.frozen]
+        wrapped = {id(w.pruning_schedule): w for w in wrappers.wrapped_layers(self.model)}
+        for wrapper in wrapped.values():
             done = int(tf_keras.backend.get_value(wrapper.pruning_step))
-            progress[wrapper.pruning_schedule] = max(done, 0)
-        for schedule, done in progress.items():
+            progress.append((wrapper.pruning_schedule, max(done, 0)))
+        for schedule, done in progress:
             final = scheduling.final_sparsity(schedule)
             last = done + planned
             known = scheduling.renewals(schedule, last)

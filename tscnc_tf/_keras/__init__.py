@@ -72,8 +72,8 @@ def library(name: str, model: Any) -> types.ModuleType:
     if isinstance(model, keras.Model):
         if keras.config.backend() != "tensorflow":
             raise RuntimeError(
-                f"{name} {model.name!r} is a Keras 3 model on {keras.config.backend()}, and tscnc_tf "
-                "works on TensorFlow: set KERAS_BACKEND=tensorflow before Keras is imported."
+                f"{name} {model.name!r} is a Keras 3 model on {keras.config.backend()}, and "
+                "tscnc_tf works on TensorFlow: set KERAS_BACKEND=tensorflow before importing Keras."
             )
         return keras
     raise TypeError(f"{name} must be a Keras 3 or tf_keras model, got {type(model).__name__}.")
@@ -220,15 +220,15 @@ def inference(model: Any) -> Callable[[Any], Any]:
     """Return `x -> logits` for any callable model; Keras models run in inference mode.
 
     tfmot's pruning wrappers are bypassed: they would re-assign every masked weight at each call.
-    What they would do first is done once here, unless a graph is being traced: the masks are
-    applied, whichever engine they belong to.
+    What they would do first is done once here, unless a graph is being traced: their masks are
+    applied.
     """
     if flavour(model) is None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
         return model
-    from tscnc_tf._keras import masks, wrappers
+    from tscnc_tf._keras import wrappers
 
     if tf.executing_eagerly():
-        masks.apply(model)
+        wrappers.apply_masks(model)
     return functools.partial(wrappers.bare(model), training=False)

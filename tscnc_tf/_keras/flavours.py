@@ -27,6 +27,10 @@ def in_library(cls: Any, base: Any) -> Any:
     return _DERIVED.setdefault((cls, base), derived)
 
 
+class Trainer:
+    """Marks models that train another one, which is what is to be pruned or exported."""
+
+
 class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
     """Base of callbacks that `fit` of either Keras takes; `self.model` is the model in training."""
 

@@ -43,8 +43,64 @@ class MaskedModel(_Base):
     def train_step(self, data: Any) -> Any:
         """Take the model's own training step, then let the pruner act on what it has changed."""
         logs = super().train_step(data)
-        self.pruner.step(self.optimizer)
+        self.pruner.step()
         return logs
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and mask in the end: a callback may have put other weights in place."""
+        history = super().fit(*args, **kwargs)
+        self.pruner.apply(self.optimizer)
+        return history
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configure training, by an optimizer that begins to count."""
+        super().compile(*args, **kwargs)
+        self.pruner.begin_anew()
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Configure training as a saved model was."""
+        masked, self.__class__ = type(self), self._plain  # Keras does it for models of its own only
+        try:
+            self.compile_from_config(config)
+        finally:
+            self.__class__ = masked
+
+    def set_weights(self, weights: Any) -> None:
+        """Set the weights, those that are pruned to zero."""
+        super().set_weights(weights)
+        self.pruner.apply()
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, and masks where the file has them; what is pruned becomes zero."""
+        status = super().load_weights(filepath, *args, **kwargs)
+        self.pruner.apply()
+        return status
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save weights and masks.
+
+        Raises:
+            ValueError: `filepath` names tf_keras' legacy format, which has no place for masks.
+        """
+        name = str(filepath)
+        if name.endswith((".h5", ".hdf5", ".keras")) and not name.endswith(".weights.h5"):
+            raise ValueError(
+                f"filepath must end in .weights.h5, got {name!r}: the legacy format has no place "
+                "for the masks of a model that is being pruned."
+            )
+        return super().save_weights(filepath, *args, **kwargs)
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """Export the model with its masks applied."""
+        self.pruner.apply()
+        return super().export(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Pickle as the plain class does: what stands in a pickle must be found by its name."""
+        function, *rest = super().__reduce__()
+        if getattr(function, "__self__", None) is type(self):
+            function = getattr(_library(type(self)).Model, function.__name__)
+        return (function, *rest)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model with its masks to a `.keras` file.
@@ -132,8 +188,17 @@ def new_state(model: Any, shapes: list[tuple[int, ...]]) -> Any:
 
 
 def attach(model: Any, pruner: Any) -> None:
-    """Give a model a pruner, in place."""
+    """Give a model a pruner, in place.
+
+    Raises:
+        ValueError: the model has an attribute `pruner` of its own.
+    """
     plain = type(model)
+    if hasattr(model, "pruner"):
+        raise ValueError(
+            f"model {model.name!r} has an attribute 'pruner' of its own, which is where its Pruner "
+            "is to be found: give it another name."
+        )
     masked: Any = in_library(MaskedModel, plain)
     masked._plain = plain
     masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"

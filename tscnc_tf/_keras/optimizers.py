@@ -47,6 +47,17 @@ def companions(optimizer: Any, variable: Any) -> list[Any]:
     return list(found.values())
 
 
+def trains(optimizer: Any, variables: list[Any]) -> bool:
+    """Tell whether an object is an optimizer that has begun to train one of these weights."""
+    kinds = (keras.optimizers.Optimizer, tf_keras.optimizers.Optimizer)
+    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+        return True  # it does not tell
+    if not isinstance(optimizer, kinds):
+        return False
+    positions = _positions(innermost(optimizer))
+    return any(_key(variable) in positions for variable in variables)
+
+
 def iterations(optimizer: Any) -> tf.Tensor:
     """Return the number of steps that an optimizer has taken, int64."""
     return tf.cast(tf.convert_to_tensor(innermost(optimizer).iterations), tf.int64)

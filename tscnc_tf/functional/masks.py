@@ -10,7 +10,8 @@ import tensorflow as tf
 def kept_count(size: Any, sparsity: Any) -> tf.Tensor:
     """Return how many of `size` weights are kept at a sparsity: max(round(size·(1 - sparsity)), 1).
 
-    In float32 and with ties rounded to even, as tfmot counts, so that both prune alike.
+    In float32 and with ties rounded to even, as tfmot counts, so that both prune alike; above 2^24
+    weights, which float32 can't count, in float64.
 
     Args:
         size: number of weights, an integer or a vector of integers.
@@ -19,15 +20,17 @@ def kept_count(size: Any, sparsity: Any) -> tf.Tensor:
     Returns:
         An int32 tensor.
     """
-    kept = tf.round(tf.cast(size, tf.float32) * (1.0 - tf.cast(sparsity, tf.float32)))
-    return tf.maximum(tf.cast(kept, tf.int32), 1)
+    share = 1.0 - tf.cast(sparsity, tf.float32)
+    kept = tf.cast(tf.round(tf.cast(size, tf.float32) * share), tf.int32)
+    exact = tf.cast(tf.round(tf.cast(size, tf.float64) * tf.cast(share, tf.float64)), tf.int32)
+    return tf.maximum(tf.where(tf.cast(size, tf.int32) > 2**24, exact, kept), 1)
 
 
 def largest(scores: Any, count: Any) -> tf.Tensor:
     """Return a mask of the `count` largest entries of a vector; of equals the first ones.
 
-    Exactly `count` entries are True (all, if there are fewer), also where scores are equal. NaN
-    counts as larger than all else.
+    Exactly `count` entries are True (all, if there are fewer), also where scores are equal. Scores
+    are to be free of NaN, which has no place in their order.
 
     The threshold is found bit by bit, by counting what lies above, and not by sorting: on millions
     of weights that is several times faster, and under XLA more; nor does the shape of anything
@@ -90,7 +93,8 @@ def largest_per_row(scores: Any, count: Any) -> tf.Tensor:
 def _ordered_integers(scores: tf.Tensor) -> tf.Tensor:
     """Return integers that are in the same order as the floats: their bits, negatives mirrored."""
     integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
-    bits = tf.bitcast(scores + 0.0, integer)  # -0.0 becomes 0.0
+    bits = tf.bitcast(scores, integer)
+    bits = tf.where(tf.equal(bits, integer.min), tf.zeros_like(bits), bits)  # -0.0 is 0.0
     return tf.where(bits < 0, tf.bitwise.bitwise_xor(bits, integer.max), bits)
 
 

@@ -62,8 +62,13 @@ def require_inspectable(model: Any) -> None:
 
 
 def masks(model: Any) -> dict[int, Any]:
-    """Return the mask of each pruned variable, by the variable's id."""
-    return {id(weight): mask for weight, mask in masking.masked_variables(model)}
+    """Return the mask of each pruned variable, by the variable's id.
+
+    Of tfmot's wrappers the mask itself, as the wrapper multiplies by it in every call. A pruner
+    sets weights to zero and no more: they act as they are, so it is None.
+    """
+    wrapped = {id(weight): mask for weight, mask in wrappers.pruned_variables(model)}
+    return {id(w): wrapped.get(id(w)) for w, _ in masking.masked_variables(model)}
 
 
 def read(variable: Any, mask: Any = None) -> np.ndarray:
@@ -85,9 +90,9 @@ def kernels(model: Any) -> list[KernelWeight]:
     by_variable = masks(model)
     result = []
     for name, kernel in zip(names, found, strict=True):
-        mask = by_variable.get(id(kernel.variable))
-        values = read(kernel.variable, mask)
-        result.append(KernelWeight(name, kernel.variable, values, mask is not None, kernel))
+        values = read(kernel.variable, by_variable.get(id(kernel.variable)))
+        is_masked = id(kernel.variable) in by_variable
+        result.append(KernelWeight(name, kernel.variable, values, is_masked, kernel))
     return result
 
 

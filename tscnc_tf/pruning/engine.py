@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import masked, optimizers, wrappers
+from tscnc_tf._keras import flavours, masked, optimizers, wrappers
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import plans
-from tscnc_tf.pruning.criteria import Magnitude
-from tscnc_tf.pruning.scopes import scope_for
-from tscnc_tf.pruning.structures import Structure, Unstructured
+from tscnc_tf.pruning.choice import Choice
+from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import Candidate, candidates
 
 __all__ = ["Pruner"]
@@ -31,10 +32,12 @@ class Pruner:
     weights. A pruned weight does not come back as long as the sparsity does not fall.
 
     The model is given the pruner in place; no layer is wrapped or cloned, so subclassed models and
-    layers of any class will do. From then on `fit`, and `AdversarialTraining`, call `step` after
-    each optimizer step by themselves, inside the compiled step; a training loop of your own calls
-    it. Masks, step and schedule are saved with the model: in `.keras` files, in weight files, and
-    in TensorFlow's checkpoints. `strip` takes the pruner off again.
+    layers of any class will do. From then on the model's own `fit`, and `AdversarialTraining`, call
+    `step` after each optimizer step by themselves, inside the compiled step. A training loop of
+    your own calls it. Where the model is a part of another one that is trained, or has a
+    `make_train_function` of its own, `callbacks.pruning_callbacks()` see to it. Masks, step and
+    schedule are saved with the model: in `.keras` files, in weight files, and in TensorFlow's
+    checkpoints. `strip` takes the pruner off again.
 
     Steps are counted by the optimizer's `iterations`: not by forward passes, so that a layer that
     is called twice counts once. A step that only accumulates gradients does not count, nor does one
@@ -98,16 +101,14 @@ class Pruner:
         _keras.require_built("model", model)
         require_unpruned("model", model)
         plans.require_schedule(schedule)
-        structure = Unstructured() if structure is None else structure
-        if not isinstance(structure, Structure):
-            raise TypeError(
-                "structure must be Unstructured(), NM(n, m), Block(rows, columns) or Filters(), "
-                f"got {structure!r}."
-            )
+        if weights is not None and not isinstance(weights, str):
+            raise TypeError(f"weights must be a name pattern such as '*kernel', got {weights!r}.")
         min_rank = _checks.integer("min_rank", min_rank, minimum=1)
-        found = candidates(model, layers, weights, min_rank, structure.reason)
-        self._set_up(model, schedule, criterion, structure, scope, min_weights, found)
-        plans.warn_of_starving(self.targets, self._scope, self.target_sparsity)
+        unfit = structure.reason if isinstance(structure, Structure) else lambda _: ""
+        found = candidates(model, layers, weights, min_rank, unfit)
+        choice = {"criterion": criterion, "structure": structure, "scope": scope}
+        self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
+        self._choice.warn_of_starving(self.target_sparsity)
 
     @classmethod
     def of_zeros(cls, model: Any) -> Self:
@@ -118,54 +119,43 @@ class Pruner:
         _keras.require_built("model", model)
         require_unpruned("model", model)
         found = candidates(model)
-        pruner._set_up(model, schedules.OneShot(0.0), None, Unstructured(), "layer", 1, found)
+        choice = {"criterion": None, "structure": None, "scope": "layer", "min_weights": 1}
+        pruner._set_up(model, schedules.OneShot(0.0), found, choice)
         for target, mask in zip(pruner.targets, pruner.state.masks, strict=True):
             mask.assign(tf.not_equal(tensor_variable(target.variable), 0))
         pruner.freeze()
         return pruner
 
     def _set_up(
-        self,
-        model: Any,
-        schedule: Any,
-        criterion: Any,
-        structure: Structure,
-        scope: Any,
-        min_weights: int,
-        found: list[Candidate],
+        self, model: Any, schedule: Any, found: list[Candidate], choice: dict[str, Any]
     ) -> None:
         self.model = model
         self.schedule = schedule
-        self.criterion = Magnitude() if criterion is None else criterion
-        if not callable(self.criterion):
-            raise TypeError(f"criterion must be callable, got {criterion!r}.")
         self.targets = [target for target, reason in found if not reason]
-        self._skipped = [candidate for candidate in found if candidate.reason]
+        self._found = found
         if not self.targets:
             reasons = {target.name: reason for target, reason in found}
             raise ValueError(
                 f"model {model.name!r} has no weight that can be pruned as asked for: "
                 f"{reasons or 'it has none of rank 2 or more'}."
             )
-        self._structure = structure
-        self._min_weights = _checks.integer("min_weights", min_weights, minimum=1)
-        self._scope_name = scope
         self._asked = scheduling.final_sparsity(schedule)
-        self.target_sparsity = structure.reachable(self._asked)
-        self._scope = scope_for(scope, self.targets, self._asked, self._min_weights)
-        self._functions: dict[int, Any] = {}
+        self._choice = Choice(self.targets, sparsity=self._asked, **choice)
+        self.target_sparsity = self.structure.reachable(self._asked)
+        self._compiled: tuple[Any, Any] = (None, None)
+        self._optimizer: Any = None
         self.state = masked.new_state(model, [target.shape for target in self.targets])
         masked.attach(model, self)
 
     @property
     def structure(self) -> Structure:
         """The structure that was asked for."""
-        return self._structure
+        return self._choice.structure
 
     @property
     def skipped(self) -> tuple[Candidate, ...]:
         """The weights of rank 2 or more that are not pruned, and why."""
-        return tuple(self._skipped)
+        return tuple(candidate for candidate in self._found if candidate.reason)
 
     @property
     def steps(self) -> int:
@@ -190,16 +180,35 @@ class Pruner:
 
         Args:
             optimizer: the one that has taken the step. None for the one that the model is compiled
-                with; if there is none, each call counts as a step.
+                with, or another one of its own that trains these weights; if there is none, each
+                call counts as a step.
         """
-        optimizer = getattr(self.model, "optimizer", None) if optimizer is None else optimizer
+        optimizer = self._own_optimizer() if optimizer is None else optimizer
         if not tf.executing_eagerly():
             self._step(optimizer)
             return
-        key = id(optimizer)
-        if key not in self._functions:
-            self._functions[key] = (tf.function(lambda: self._step(optimizer)), optimizer)
-        self._functions[key][0]()
+        last = self._optimizer() if self._optimizer is not None else None
+        if last is not None and optimizer is not None and last is not optimizer:
+            self.begin_anew()
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        # What an optimizer keeps for each weight is there only once it has begun.
+        key = (id(optimizer), tuple(id(variable) for variable in self._companions(optimizer)))
+        if self._compiled[0] != key:
+            self._compiled = (key, tf.function(lambda: self._step(optimizer)))
+        self._compiled[1]()
+
+    def _own_optimizer(self) -> Any:
+        """Return the model's optimizer that trains the targets, None if there is none."""
+        held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
+        variables = [target.variable for target in self.targets]
+        return next((each for each in held if optimizers.trains(each, variables)), None)
+
+    def begin_anew(self) -> None:
+        """Take note that another optimizer takes over, whose steps so far were not counted."""
+        tensor_variable(self.state.seen).assign(-1)
+
+    def _companions(self, optimizer: Any) -> list[Any]:
+        return [c for t in self.targets for c in optimizers.companions(optimizer, t.variable)]
 
     def is_behind(self, optimizer: Any) -> bool:
         """Tell whether an optimizer has taken steps that `step` has not been called for."""
@@ -250,13 +259,7 @@ class Pruner:
 
     def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
         """Choose the weights to keep, and write the masks."""
-        scores = []
-        for target, mask in zip(self.targets, self.state.masks, strict=True):
-            score = self.criterion(tf.convert_to_tensor(tensor_variable(target.variable)))
-            # What is pruned ranks below all that is not, so that no tie brings it back.
-            lowest = tf.constant(-1.0, score.dtype) + tf.minimum(tf.reduce_min(score), 0.0)
-            scores.append(tf.where(mask, score, lowest))
-        masks = self._structure.masks(scores, self.targets, self._scope, sparsity)
+        masks = self._choice.masks(sparsity, self.state.masks)
         for variable, mask in zip(self.state.masks, masks, strict=True):
             strategy.extended.update(variable, _assign, args=(mask,))
 
@@ -268,57 +271,70 @@ class Pruner:
 
     def get_config(self) -> dict[str, Any]:
         """Return what brings the pruner back, given the same model; masks are saved beside it."""
-        scope = self._scope_name
+        scope = self._choice.scope
         return {
             "schedule": plans.serialize_schedule(self.schedule, self.model),
-            "criterion": plans.serialize(self.criterion, self.model),
-            "structure": plans.serialize(self._structure, self.model),
+            "criterion": plans.serialize(self._choice.criterion, self.model),
+            "structure": plans.serialize(self.structure, self.model),
             "scope": scope if isinstance(scope, str) else dict(scope),
-            "min_weights": self._min_weights,
-            "weights": [target.name for target in self.targets],
+            "min_weights": self._choice.min_weights,
+            "weights": [
+                {"position": position, "name": target.name, "shape": list(target.shape)}
+                for position, (target, reason) in enumerate(self._found)
+                if not reason
+            ],
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
         """Give `model` the pruner that `get_config` described.
 
+        Weights are found by their places: a subclassed model names its layers anew when it is
+        built.
+
         Raises:
             ValueError: the model lacks a weight that was pruned.
         """
-        config = dict(config)
-        names = config.pop("weights")
-        found = [
-            Candidate(target, "" if target.name in names else reason or "not chosen")
-            for target, reason in candidates(model)
-        ]
-        pruner = cls.__new__(cls)
-        pruner._set_up(
-            model,
-            plans.deserialize_schedule(config["schedule"], model),
-            plans.deserialize(config["criterion"], model),
-            plans.deserialize(config["structure"], model),
-            config["scope"],
-            config["min_weights"],
-            found,
-        )
-        have = [target.name for target in pruner.targets]
-        if have != names:
+        pruned = {weight["position"]: weight for weight in config["weights"]}
+        found = []
+        for position, (target, reason) in enumerate(candidates(model)):
+            weight = pruned.pop(position, None)
+            if weight is not None and list(target.shape) == list(weight["shape"]):
+                target = dataclasses.replace(target, name=weight["name"])
+                found.append(Candidate(target, ""))
+            elif weight is not None:
+                pruned[position] = weight
+            else:
+                found.append(Candidate(target, reason or "not chosen"))
+        if pruned:
             raise ValueError(
-                f"model {model.name!r} does not have the weights that were pruned: {names} were, "
-                f"it has {have}."
+                f"model {model.name!r} does not have the weights that were pruned: it lacks "
+                f"{[(weight['name'], weight['shape']) for weight in pruned.values()]}."
             )
+        pruner = cls.__new__(cls)
+        choice = {
+            "criterion": plans.deserialize(config["criterion"], model),
+            "structure": plans.deserialize(config["structure"], model),
+            "scope": config["scope"],
+            "min_weights": config["min_weights"],
+        }
+        pruner._set_up(model, plans.deserialize_schedule(config["schedule"], model), found, choice)
         return pruner
 
     def __repr__(self) -> str:
         return (
-            f"Pruner({self.model.name!r}, {self.schedule!r}, criterion={self.criterion!r}, "
-            f"structure={self._structure!r}, scope={self._scope_name!r}, "
-            f"min_weights={self._min_weights})"
+            f"Pruner({self.model.name!r}, {self.schedule!r}, criterion={self._choice.criterion!r}, "
+            f"structure={self.structure!r}, scope={self._choice.scope!r}, "
+            f"min_weights={self._choice.min_weights})"
         )
 
 
 def require_unpruned(name: str, model: Any) -> None:
     """Raise a ValueError if a model, or one inside it, is pruned already, by whichever engine."""
+    if isinstance(model, flavours.Trainer):
+        raise ValueError(
+            f"{name} must be the network itself, not the trainer: prune trainer.model."
+        )
     if wrappers.wrapped_layers(model) or any(masked.masked_models(model)):
         raise ValueError(f"{name} {model.name!r} is pruned already: strip it first.")
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf import _keras, _tables
+from tscnc_tf import _keras
 from tscnc_tf.functional.scheduling import final_sparsity
-from tscnc_tf.pruning.scopes import Scope
-from tscnc_tf.pruning.targets import Target
 
 
 def require_schedule(schedule: Any) -> None:
@@ -24,38 +20,19 @@ def require_schedule(schedule: Any) -> None:
     try:
         due, sparsity = schedule(tf.constant(1, tf.int64))
         _ = bool(due), float(sparsity)
+        signature = [tf.TensorSpec((), tf.int64)]
+        tf.function(schedule.__call__, signature, autograph=False).get_concrete_function()
     except Exception as error:
         raise TypeError(
-            f"schedule must return (whether to prune, sparsity) for a step, {schedule!r} fails for "
-            f"step 1: {error}"
+            "schedule must return (whether to prune, sparsity) for a step, by TensorFlow "
+            "operations, "
+            f"tf.where and not if, as it is compiled; {schedule!r} fails: {error}"
         ) from error
     final = final_sparsity(schedule)
     if not 0.0 <= final < 1.0:
         raise ValueError(
             f"schedule must lead to a sparsity in [0, 1), the fraction of zeros; {schedule!r} "
             f"leads to {final:g}."
-        )
-
-
-def warn_of_starving(targets: Sequence[Target], scope: Scope, sparsity: float) -> None:
-    """Warn of weight tensors that keep fewer weights than they have outputs in the end."""
-    counts = scope.counts([target.size for target in targets], sparsity)
-    if counts is None:
-        return
-    starving = []
-    for target, count in zip(targets, counts, strict=True):
-        outputs = target.outputs or 1
-        if int(count) < outputs:
-            starving.append(
-                f"{target.name} keeps {int(count)} of {target.size} weights for {outputs} outputs, "
-                f"so at least {outputs - int(count)} are dead"
-            )
-    if starving:
-        warnings.warn(
-            f"At a sparsity of {_tables.percent(sparsity)}, {'; '.join(starving)}. Leave these out "
-            "by layers=, keep more by min_weights= or scope=, or prune less.",
-            UserWarning,
-            stacklevel=4,
         )
 
 

@@ -43,10 +43,6 @@ class Scope(abc.ABC):
     def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
         """Return a mask of units for each weight tensor, True where a unit is kept."""
 
-    def counts(self, sizes: Sequence[int], sparsity: Any) -> list[tf.Tensor] | None:  # noqa: ARG002
-        """Return how many weights each tensor keeps, or None where that is up to the scores."""
-        return None
-
     def _best(self, units: Units, count: Any) -> tf.Tensor:
         """Return a mask of the units with the largest scores, `count` weights in all."""
         count = tf.maximum(tf.cast(count, tf.int32), min(self.min_weights, units.weights))
@@ -56,8 +52,9 @@ class Scope(abc.ABC):
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
             return functional.largest(units.scores, exact)
-        within = functional.largest_within(units.scores, units.size, count)
-        return within | functional.largest(units.scores, 1)
+        # Units are taken as long as they fit; the floor is reached, if by a unit too many.
+        floor = min(self.min_weights, units.weights) + int(np.max(units.size)) - 1
+        return functional.largest_within(units.scores, units.size, tf.maximum(count, floor))
 
 
 class ByCounts(Scope):
@@ -96,7 +93,7 @@ class Global(Scope):
         else:
             sizes = [np.broadcast_to(u.size, n) for u, n in zip(units, lengths, strict=True)]
             mask = functional.largest_within(scores, np.concatenate(sizes), count)
-            mask |= tf.math.is_inf(scores)
+            mask |= tf.equal(scores, np.inf)
         return tf.split(mask, lengths)
 
 
@@ -134,6 +131,11 @@ def scope_for(
 def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: float) -> Any:
     """Return the rule of sparsities by name: each rises in step with the schedule."""
     ratios = {name: _checks.sparsity(f"scope[{name!r}]", ratio) for name, ratio in ratios.items()}
+    if final == 0.0:
+        raise ValueError(
+            f"scope={dict(ratios)!r} needs a schedule that leads to a sparsity above 0: those of "
+            "scope rise in step with it."
+        )
     names = [target.name for target in targets]
     for pattern in ratios:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -141,7 +143,7 @@ def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: f
 
     def part(name: str) -> float:
         fitting = [r for pattern, r in ratios.items() if fnmatch.fnmatchcase(name, pattern)]
-        return fitting[0] / final if fitting and final > 0 else 1.0
+        return fitting[0] / final if fitting else 1.0
 
     parts = [part(name) for name in names]
     return lambda sparsity: [sparsity * share for share in parts]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _keras, _tables
-from tscnc_tf._keras import masked, masks, wrappers
+from tscnc_tf._keras import masked, wrappers
 from tscnc_tf.inspection import weights as acting
 from tscnc_tf.pruning import wrap
 from tscnc_tf.pruning.targets import candidates
@@ -141,7 +141,7 @@ def report(model: Any) -> PruningReport:
     """
     _keras.library("model", model)
     _keras.require_built("model", model)
-    by_variable = {id(weight): mask for weight, mask in masks.masked_variables(model)}
+    by_variable = acting.masks(model)
     is_wrapped = bool(wrappers.wrapped_layers(model))
     reasons = {
         id(target.variable): reason
@@ -149,21 +149,21 @@ def report(model: Any) -> PruningReport:
         for target, reason in part.pruner.skipped
     }
     rows = []
-    for target, _ in candidates(model):
-        mask = by_variable.get(id(target.variable))
-        reason = reasons.get(id(target.variable), "not chosen")
-        if mask is None and is_wrapped:
+    for target, unfit in candidates(model):
+        is_pruned = id(target.variable) in by_variable
+        reason = reasons.get(id(target.variable)) or unfit or "not chosen"
+        if is_wrapped and not is_pruned:
             reason = wrap.reason(model, target.layer)
-        zeros = int(np.count_nonzero(acting.read(target.variable, mask) == 0))
+        values = acting.read(target.variable, by_variable.get(id(target.variable)))
         rows.append(
             WeightStatus(
                 name=target.name,
                 kind=type(target.layer).__name__,
                 shape=target.shape,
                 weights=target.size,
-                zeros=zeros,
-                pruned=mask is not None,
-                reason=reason if mask is None else "",
+                zeros=int(np.count_nonzero(values == 0)),
+                pruned=is_pruned,
+                reason="" if is_pruned else reason,
             )
         )
     every = [(values.size, np.count_nonzero(values)) for _, values in acting.all_weights(model)]

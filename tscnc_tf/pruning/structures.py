@@ -33,6 +33,9 @@ class Structure(_configs.Configurable, abc.ABC):
         """Return the sparsity that this structure gives where `sparsity` is asked for."""
         return sparsity
 
+    def require(self, scope: Scope) -> None:
+        """Raise a ValueError if this structure does not go with a scope."""
+
     @abc.abstractmethod
     def masks(
         self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
@@ -200,16 +203,23 @@ class NM(Structure):
         return 1.0 - int(self._kept(sparsity)) / self.m
 
     def masks(
-        self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
+        self,
+        scores: Sequence[tf.Tensor],
+        targets: Sequence[Target],
+        scope: Scope,  # noqa: ARG002
+        sparsity: Any,
     ) -> list[tf.Tensor]:
         """Return one mask per weight; see the class."""
-        if not scope.is_per_layer:
-            raise ValueError(
-                f"scope must be 'layer' with structure={self!r}, which fixes how many weights are "
-                "kept in every group."
-            )
         kept = self._kept(sparsity)
         return [self._mask(*pair, kept) for pair in zip(scores, targets, strict=True)]
+
+    def require(self, scope: Scope) -> None:
+        """Raise a ValueError unless every layer goes by itself, and without a floor."""
+        if not scope.is_per_layer or scope.min_weights > 1:
+            raise ValueError(
+                f"scope must be 'layer' and min_weights 1 with structure={self!r}, which fixes how "
+                f"many weights are kept in every group; got min_weights={scope.min_weights}."
+            )
 
     def _kept(self, sparsity: Any) -> tf.Tensor:
         # A hair is taken off before rounding up: 4·(1 - 0.75) may come out as 1.0000001.
@@ -220,8 +230,9 @@ class NM(Structure):
         groups, positions, inputs, outputs = target.canonical_shape
         values = tf.transpose(target.canonical(scores), (0, 1, 3, 2))
         missing = -inputs % self.m
-        # What is no weight ranks below every weight, pruned ones included.
-        values = tf.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=-np.inf)
+        # What is no weight ranks with what is pruned, and behind it as it comes last.
+        lowest = tf.constant(-np.inf, values.dtype)
+        values = tf.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=lowest)
         rows = tf.reshape(values, (groups, positions, outputs, -1, self.m))
         mask = tf.reshape(functional.largest_per_row(rows, kept), values.shape)
         return target.restore(tf.transpose(mask[..., :inputs], (0, 1, 3, 2)))

@@ -7,7 +7,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses
-from tscnc_tf._keras import flavours, masks, optimizers, wrappers
+from tscnc_tf._keras import flavours, masked, masks, optimizers, wrappers
 from tscnc_tf.training import inputs
 
 __all__ = ["AdversarialTraining"]
@@ -30,7 +30,7 @@ for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MAR
 _Base: Any = object  # a model class of either Keras; `flavours.in_library` puts it there
 
 
-class AdversarialTraining(_Base):
+class AdversarialTraining(flavours.Trainer, _Base):
     r"""A Keras model that trains another one on adversarial examples.
 
     Each step finds adversarial examples for its batch, takes one training-mode forward pass (on the
@@ -122,6 +122,7 @@ class AdversarialTraining(_Base):
         self._adversary = attack.with_defaults(objective=loss.objective, start=loss.start)
         self._inference = _keras.inference(model)
         self._trackers = [library.metrics.Mean(name=name) for name in LOGS]
+        self._pruners: tuple[Any, ...] = ()  # that the training step was compiled with
         self.built = True
 
     def compile(
@@ -143,6 +144,8 @@ class AdversarialTraining(_Base):
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
         # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
         self._loss_tracker = None
+        for part in masked.masked_models(self.model):
+            part.pruner.begin_anew()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
@@ -157,7 +160,17 @@ class AdversarialTraining(_Base):
             ValueError: `x` is empty or outside the attack's bounds, or a label is out of range.
         """
         inputs.check_arrays(x, y, self.attack.bounds, self._classes)
-        return super().fit(x, y, *args, **kwargs)
+        history = super().fit(x, y, *args, **kwargs)
+        masks.apply(self.model, self.optimizer)  # a callback may have put other weights in place
+        return history
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Compile the training step, anew if the model has been pruned or stripped since."""
+        pruners = [part.pruner for part in masked.masked_models(self.model)]
+        if [id(pruner) for pruner in pruners] != [id(pruner) for pruner in self._pruners]:
+            force = True
+        self._pruners = tuple(pruners)
+        return super().make_train_function(force)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the logits of the model inside."""

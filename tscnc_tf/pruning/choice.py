@@ -1,0 +1,108 @@
+"""Which weights of a model to keep: a criterion, a structure and a scope, together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _tables
+from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.pruning.criteria import Magnitude
+from tscnc_tf.pruning.scopes import scope_for
+from tscnc_tf.pruning.structures import Structure, Unstructured
+from tscnc_tf.pruning.targets import Target
+
+
+class Choice:
+    """Chooses weights to keep; see `Pruner` for the arguments.
+
+    Args:
+        targets: the weights that are pruned.
+        criterion: what weights are worth, None for magnitude.
+        structure: which go together, None for single weights.
+        scope: how what is kept is shared out.
+        min_weights: what every weight tensor keeps at least.
+        sparsity: the sparsity that is led to in the end.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        criterion: Callable[[tf.Tensor], tf.Tensor] | None,
+        structure: Structure | None,
+        scope: str | Mapping[str, float],
+        min_weights: int,
+        sparsity: float,
+    ) -> None:
+        self.targets = list(targets)
+        self.criterion = Magnitude() if criterion is None else criterion
+        if not callable(self.criterion):
+            raise TypeError(f"criterion must be callable, got {criterion!r}.")
+        self.structure = Unstructured() if structure is None else structure
+        if not isinstance(self.structure, Structure):
+            raise TypeError(
+                "structure must be Unstructured(), NM(n, m), Block(rows, columns) or Filters(), "
+                f"got {structure!r}."
+            )
+        self.scope = scope
+        self.min_weights = _checks.integer("min_weights", min_weights, minimum=1)
+        self._scope = scope_for(scope, self.targets, sparsity, self.min_weights)
+        self.structure.require(self._scope)
+
+    def masks(self, sparsity: Any, alive: Sequence[Any]) -> list[tf.Tensor]:
+        """Return a mask per weight, True where it is kept.
+
+        Args:
+            sparsity: fraction of zeros, a scalar, possibly a tensor.
+            alive: the masks so far; what is pruned ranks below all that is not.
+        """
+        values = [tf.convert_to_tensor(tensor_variable(t.variable)) for t in self.targets]
+        scores = [self._scores(*pair) for pair in zip(self.targets, values, strict=True)]
+        widest = tf.float64 if any(score.dtype == tf.float64 for score in scores) else tf.float32
+        ranked = []
+        for score, mask in zip(scores, alive, strict=True):
+            score = tf.cast(score, widest)
+            # NaN, and -inf, are the lowest of what lives, and above what is pruned.
+            score = tf.where(tf.math.is_nan(score), widest.min, tf.maximum(score, widest.min))
+            ranked.append(tf.where(mask, score, tf.constant(-np.inf, widest)))
+        return self.structure.masks(ranked, self.targets, self._scope, sparsity)
+
+    def _scores(self, target: Target, value: tf.Tensor) -> tf.Tensor:
+        score = self.criterion(value)
+        if not tf.is_tensor(score) or score.shape != value.shape:
+            shape = score.shape if tf.is_tensor(score) else type(score).__name__
+            raise ValueError(
+                f"criterion must return a tensor of scores of the weight's shape, {value.shape} "
+                f"for {target.name!r}, {self.criterion!r} returned {shape}."
+            )
+        return score
+
+    def warn_of_starving(self, sparsity: float) -> None:
+        """Warn of weight tensors that keep fewer weights than outputs, or all, in the end.
+
+        Judged by the weights as they are now.
+        """
+        if sparsity == 0.0:
+            return
+        alive = [tf.ones(target.shape, tf.bool) for target in self.targets]
+        found = []
+        for target, mask in zip(self.targets, self.masks(sparsity, alive), strict=True):
+            kept, outputs = int(np.sum(mask)), target.outputs or 1
+            if kept < outputs:
+                found.append(
+                    f"{target.name} keeps {kept} of {target.size} weights for {outputs} outputs, "
+                    f"so at least {outputs - kept} are dead"
+                )
+            elif kept == target.size and self._scope.is_per_layer:
+                found.append(f"{target.name} keeps all of its {kept} weights in {self.structure!r}")
+        if found:
+            warnings.warn(
+                f"At a sparsity of {_tables.percent(sparsity)}, {'; '.join(found)}. Leave these "
+                "out by layers=, keep more by min_weights= or scope=, or prune less.",
+                UserWarning,
+                stacklevel=4,
+            )
