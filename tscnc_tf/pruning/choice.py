@@ -97,7 +97,7 @@ class Choice:
                     f"{target.name} keeps {kept} of {target.size} weights for {outputs} outputs, "
                     f"so at least {outputs - kept} are dead"
                 )
-            elif kept == target.size and self._scope.is_per_layer:
+            elif self.min_weights < target.size == kept and self._scope.is_per_layer:
                 found.append(f"{target.name} keeps all of its {kept} weights in {self.structure!r}")
         if found:
             warnings.warn(
