@@ -255,6 +255,14 @@ def test_the_floor_holds_for_blocks_of_unequal_size(library):
     assert 12 <= 49 - zeros(model)[0] < 12 + 9
 
 
+@pytest.mark.parametrize("structure", [None, Filters()])
+def test_floors_of_all_layers_hold_where_they_are_more_than_what_is_left(library, structure):
+    model = dense_model(library)
+    pruning.prune_now(model, 0.9, scope="global", min_weights=30, structure=structure)
+    kept = [48 - zeros(model)[0], 24 - zeros(model)[1]]
+    assert kept == [30, 24]
+
+
 def test_starving_is_judged_by_what_comes_out(library):
     with pytest.warns(UserWarning, match="hidden keeps 6 of 48 weights for 8 outputs"):
         Pruner(dense_model(library), schedules.OneShot(0.9), structure=Filters())

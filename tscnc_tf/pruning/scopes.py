@@ -93,8 +93,8 @@ class Global(Scope):
         else:
             sizes = [np.broadcast_to(u.size, n) for u, n in zip(units, lengths, strict=True)]
             mask = functional.largest_within(scores, np.concatenate(sizes), count)
-            mask |= tf.equal(scores, np.inf)
-        return tf.split(mask, lengths)
+        # The floors hold also where all of them together are more than the sparsity leaves.
+        return tf.split(mask | tf.equal(scores, np.inf), lengths)
 
 
 def scope_for(
