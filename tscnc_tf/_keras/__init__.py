@@ -6,6 +6,7 @@ Kerases a model belongs to is seen from its classes, never asked for.
 
 from __future__ import annotations
 
+import abc
 import functools
 import importlib
 import importlib.util
@@ -162,16 +163,16 @@ def tfmot() -> types.ModuleType:
     return tensorflow_model_optimization
 
 
-class PruningSchedule:
+class PruningSchedule(abc.ABC):
     """The protocol of tfmot's schedules, in their place where tfmot is not installed.
 
     A schedule is called with an optimizer step, counted from 1, and returns whether to choose the
     masks anew, and the sparsity, the fraction of zeros.
     """
 
+    @abc.abstractmethod
     def __call__(self, step: Any) -> tuple[Any, Any]:
         """Return whether to choose the masks anew at this step, and the sparsity."""
-        raise NotImplementedError(f"{type(self).__name__} has no __call__(step).")
 
 
 def has_tfmot() -> bool:

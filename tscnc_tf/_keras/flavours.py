@@ -6,6 +6,7 @@ base; `in_library` derives it from the base of one of them.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,6 +26,11 @@ def in_library(cls: Any, base: Any) -> Any:
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     derived = type(base)(cls.__name__, (cls, base), {**namespace, "__doc__": cls.__doc__})
     return _DERIVED.setdefault((cls, base), derived)
+
+
+def library_of(cls: type) -> types.ModuleType:
+    """Return the Keras that a class of models or layers belongs to."""
+    return keras if issubclass(cls, keras.layers.Layer) else tf_keras
 
 
 class Trainer:

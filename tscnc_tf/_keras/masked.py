@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tscnc_tf._keras import PACKAGE, keras, tf_keras
-from tscnc_tf._keras.flavours import in_library, tensor_variable
+from tscnc_tf._keras.flavours import in_library, library_of, tensor_variable
 
 _Base: Any = object  # a model of either Keras; `in_library` puts it there
 _PRUNER = "_attached_pruner"
@@ -99,7 +99,7 @@ class MaskedModel(_Base):
         """Pickle as the plain class does: what stands in a pickle must be found by its name."""
         function, *rest = super().__reduce__()
         if getattr(function, "__self__", None) is type(self):
-            function = getattr(_library(type(self)).Model, function.__name__)
+            function = getattr(library_of(type(self)).Model, function.__name__)
         return (function, *rest)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ class MaskedModel(_Base):
 
     def get_config(self) -> dict[str, Any]:
         """Return the configuration of the model without its pruner, and that of the pruner."""
-        library = _library(type(self))
+        library = library_of(type(self))
         masked, self.__class__ = type(self), self._plain
         try:
             plain = library.saving.serialize_keras_object(self)
@@ -133,7 +133,7 @@ class MaskedModel(_Base):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         """Build the model, and give it its pruner."""
-        library = _library(cls)
+        library = library_of(cls)
         model = library.saving.deserialize_keras_object(config["model"], custom_objects)
         pruner = library.saving.get_registered_object(f"{PACKAGE}>Pruner")
         pruner.from_config(config["pruner"], model=model)
@@ -184,7 +184,7 @@ class PruningState(_Base):
 def new_state(model: Any, shapes: list[tuple[int, ...]]) -> Any:
     """Return fresh variables for a pruner of `model`."""
     with model.distribute_strategy.scope():
-        return in_library(PruningState, _library(type(model)).layers.Layer)(shapes)
+        return in_library(PruningState, library_of(type(model)).layers.Layer)(shapes)
 
 
 def attach(model: Any, pruner: Any) -> None:
@@ -202,7 +202,7 @@ def attach(model: Any, pruner: Any) -> None:
     masked: Any = in_library(MaskedModel, plain)
     masked._plain = plain
     masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
-    _register(masked, _library(plain))
+    _register(masked, library_of(plain))
     vars(model)[_PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
     model.__class__ = masked
     model.train_function = None  # which may have been compiled from the plain training step
@@ -231,10 +231,6 @@ def masked_models(model: Any) -> Iterator[Any]:
             yield layer
 
 
-def _library(cls: type) -> Any:
-    return keras if issubclass(cls, keras.layers.Layer) else tf_keras
-
-
 def _register(cls: type, library: Any) -> None:
     """Register a class as the one that loads masked models; any of them does."""
     name = f"{PACKAGE}>MaskedModel"
@@ -245,4 +241,4 @@ def _register(cls: type, library: Any) -> None:
 
 
 for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
-    _register(in_library(MaskedModel, _base), keras if _base is keras.Model else tf_keras)
+    _register(in_library(MaskedModel, _base), library_of(_base))

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import inputs as model_inputs
 
 EXAMPLES = 8
 WAY_OUT = "Pass probe=, a batch of inputs as the model takes them."
@@ -131,12 +132,9 @@ def _known_inputs(model: Any) -> Any:
     """Return a graph model's inputs as TensorSpecs, in its own structure; None if not known."""
     if not _keras.is_graph_model(model):
         return None
-    is_keras_3 = isinstance(model, _keras.keras.Model)
-    is_sequential = isinstance(model, _keras.keras.Sequential | _keras.tf_keras.Sequential)
-    inputs = model.inputs[0] if is_keras_3 and is_sequential else model.input
     return tf.nest.map_structure(
         lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype, name=_identifier(tensor.name)),
-        inputs,
+        model_inputs.symbols(model),
     )
 
 
@@ -167,14 +165,14 @@ def _inputs_of(probe: Any) -> Any:
 
 
 def _draw(model: Any, spec: tf.TensorSpec, generator: np.random.Generator) -> np.ndarray:
-    if not spec.shape.rank or None in spec.shape[1:].as_list() or not spec.dtype.is_floating:
+    examples = spec.shape[0] if spec.shape.rank else None
+    drawn = model_inputs.draw(spec, examples or EXAMPLES, generator)
+    if drawn is None:
         raise ValueError(
             f"model {model.name!r} has an input {_describe(spec)}, and no batch can be drawn for "
             f"it: only floats of known shape can. {WAY_OUT}"
         )
-    examples, *sizes = spec.shape.as_list()
-    drawn = generator.random((examples or EXAMPLES, *sizes), np.float32)
-    return drawn.astype(spec.dtype.as_numpy_dtype)
+    return drawn
 
 
 def _fit(name: str, leaf: Any, spec: tf.TensorSpec) -> np.ndarray:

@@ -113,6 +113,13 @@ def pruned_others(model: Any) -> list[Weight]:
     return result
 
 
+def totals(model: Any) -> tuple[int, int]:
+    """Return the number of weights that the network computes with, and how many are zero."""
+    every = [(values.size, np.count_nonzero(values)) for _, values in all_weights(model)]
+    count = sum(size for size, _ in every)
+    return count, count - int(sum(alive for _, alive in every))
+
+
 def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield every weight that the network computes with: the variable, and its values as they act.
 

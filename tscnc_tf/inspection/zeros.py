@@ -135,7 +135,7 @@ def sparsity(model: Any) -> SparsityReport:
     if not found:
         raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
     names = records.unique(weight.name for weight in found)
-    every = [(values.size, _zeros(values)) for _, values in weights.all_weights(model)]
+    model_weights, model_zeros = weights.totals(model)
     return SparsityReport(
         rows=tuple(
             WeightSparsity(
@@ -147,8 +147,8 @@ def sparsity(model: Any) -> SparsityReport:
             )
             for name, weight in zip(names, found, strict=True)
         ),
-        model_weights=sum(size for size, _ in every),
-        model_zeros=sum(zeros for _, zeros in every),
+        model_weights=model_weights,
+        model_zeros=model_zeros,
     )
 
 

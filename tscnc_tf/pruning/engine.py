@@ -221,18 +221,13 @@ class Pruner:
 
     def finalize(self) -> None:
         """Prune to the schedule's final sparsity now, wherever the schedule is, and freeze."""
-        self.prune_to(self._asked)
-        self.freeze()
-
-    def prune_to(self, sparsity: float) -> None:
-        """Choose the weights to keep at a sparsity now, and set the others to zero."""
-        sparsity = _checks.sparsity("sparsity", sparsity)
 
         def update(strategy: Any) -> None:
-            self._renew(strategy, tf.constant(sparsity))
+            self._renew(strategy, tf.constant(self._asked))
             self._apply(strategy, getattr(self.model, "optimizer", None))
 
         update_everywhere(self.model, update)
+        self.freeze()
 
     def freeze(self) -> None:
         """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""

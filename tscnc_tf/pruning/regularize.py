@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tscnc_tf import _keras, regularizers
+from tscnc_tf._keras import cloning, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import wrappers
 from tscnc_tf.pruning.selection import selector
 
 
@@ -60,16 +60,13 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
         )
     chosen = selector("layers", layers)
     rebuilding = _Rebuilding(library, regularizer, chosen)
-    copy = _cloned(library, model, rebuilding.clone)
+    copy = cloning.cloned(library, model, rebuilding.clone)
     if not rebuilding.constrained:
         raise ValueError(
             f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; it has "
             f"{[kernel.name for kernel in kernel_layers.kernels(model)]}."
         )
-    copy.set_weights(model.get_weights())
-    for layer in kernel_layers.flatten(copy):
-        if isinstance(layer, library.layers.Normalization):
-            layer.finalize_state()  # it computes with what it derives from its weights
+    cloning.set_weights(library, copy, model.get_weights())
     if names := rebuilding.unconstrained():
         warnings.warn(
             f"These kernels are chosen, but stay unconstrained: {', '.join(names)}. They are not "
@@ -79,17 +76,6 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
             stacklevel=2,
         )
     return copy
-
-
-def _cloned(library: Any, model: Any, clone: Callable[[Any], Any]) -> Any:
-    """Return a clone that is not compiled; Keras 3 would compile it as the model is."""
-    if library is not _keras.keras:
-        return library.models.clone_model(model, clone_function=clone)
-    was_compiled, model.compiled = model.compiled, False
-    try:
-        return library.models.clone_model(model, clone_function=clone)
-    finally:
-        model.compiled = was_compiled
 
 
 class _Rebuilding:
@@ -114,14 +100,7 @@ class _Rebuilding:
             _keras.require_graph_model("model: its part", layer)
             return self.library.models.clone_model(layer, clone_function=self.clone)
         config = self._with_regularizer(layer, layer.get_config(), False)
-        try:
-            new = type(layer).from_config(config)
-        except Exception as error:
-            raise ValueError(
-                f"layer {layer.name!r} of class {type(layer).__name__} can't be rebuilt from its "
-                "configuration: give the class a get_config that returns all arguments of its "
-                "constructor."
-            ) from error
+        new = cloning.rebuilt(layer, lambda: type(layer).from_config(config))
         self._pairs.append((layer, new))
         return new
 

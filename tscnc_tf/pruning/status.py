@@ -166,6 +166,4 @@ def report(model: Any) -> PruningReport:
                 reason="" if is_pruned else reason,
             )
         )
-    every = [(values.size, np.count_nonzero(values)) for _, values in acting.all_weights(model)]
-    count = sum(size for size, _ in every)
-    return PruningReport(tuple(rows), count, count - int(sum(alive for _, alive in every)))
+    return PruningReport(tuple(rows), *acting.totals(model))

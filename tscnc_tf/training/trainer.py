@@ -149,7 +149,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
-        self.compile(**_library(type(self)).saving.deserialize_keras_object(config))
+        self.compile(**flavours.library_of(type(self)).saving.deserialize_keras_object(config))
         if hasattr(self.optimizer, "build"):  # not a legacy one
             self.optimizer.build(self.trainable_variables)
 
@@ -211,7 +211,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return self._logs(x, y, clean, adversarial, terms, sample_weight)
 
     def _unpack(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        unpack = _library(type(self)).utils.unpack_x_y_sample_weight
+        unpack = flavours.library_of(type(self)).utils.unpack_x_y_sample_weight
         x, y, sample_weight = unpack(data)
         inputs.check_batch(x, y, self.attack.bounds, self._classes)
         return x, y, sample_weight
@@ -289,7 +289,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, the model and its wrappers among them."""
-        serialize = _library(type(self)).saving.serialize_keras_object
+        serialize = flavours.library_of(type(self)).saving.serialize_keras_object
         return {
             "model": serialize(self.model),
             "attack": serialize(self.attack),
@@ -302,15 +302,10 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """Build a trainer from `get_config()`; one in tfmot's wrappers inside `prune_scope()`."""
         config = dict(config)
-        deserialize = _library(cls).saving.deserialize_keras_object
+        deserialize = flavours.library_of(cls).saving.deserialize_keras_object
         for key in ("model", "attack", "loss"):
             config[key] = deserialize(config[key], custom_objects)
         return cls(**config)
-
-
-def _library(cls: type) -> Any:
-    """Return the Keras that a class of trainers belongs to."""
-    return _keras.keras if issubclass(cls, _keras.keras.Model) else _keras.tf_keras
 
 
 for _module in (_keras.keras, _keras.tf_keras):  # so that saved trainers of either are found

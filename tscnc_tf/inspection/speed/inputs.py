@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import inputs as model_inputs
 
 
 def fitted(x: Any, batch_size: int) -> Any:
@@ -37,18 +38,17 @@ def drawn(model: Any, batch_size: int, seed: int) -> Any:
         )
     generator = np.random.default_rng(seed)
 
-    def draw(spec: Any) -> tf.Tensor:
-        sizes, dtype = tuple(spec.shape)[1:], tf.as_dtype(spec.dtype)
-        if None in sizes or not dtype.is_floating:
+    def draw(symbol: Any) -> tf.Tensor:
+        values = model_inputs.draw(symbol, batch_size, generator)
+        if values is None:
             raise ValueError(
-                f"model {model.name!r} has an input of shape {tuple(spec.shape)} and dtype "
-                f"{dtype.name}, and only floats of known shape can be drawn: pass x=, a batch of "
-                "inputs as the model takes them."
+                f"model {model.name!r} has an input of shape {tuple(symbol.shape)} and dtype "
+                f"{tf.as_dtype(symbol.dtype).name}, and only floats of known shape can be drawn: "
+                "pass x=, a batch of inputs as the model takes them."
             )
-        return tf.cast(generator.random((batch_size, *sizes), np.float32), dtype)
+        return tf.constant(values)
 
-    sequential = isinstance(model, _keras.keras.Sequential)
-    return tf.nest.map_structure(draw, model.inputs[0] if sequential else model.input)
+    return tf.nest.map_structure(draw, model_inputs.symbols(model))
 
 
 def input_shapes(layers: Iterable[Any], run: Callable[[], Any]) -> dict[int, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tscnc_tf.pruning.compaction.graph import Call, Graph, Tensor
-from tscnc_tf.pruning.compaction.operations import Barrier, Channels, Fate, Operation
+from tscnc_tf.pruning.compaction.operations import Channels, Fate, Operation, Step
 from tscnc_tf.pruning.compaction.weighted import Depthwise, Linear
 
 AT_LEAST_ONE = "Keras has no layers without any filter"
@@ -26,7 +26,7 @@ class Verdict(Fate):
     obstacles: dict[Call, dict[str, int]]
 
 
-def judge(graph: Graph, operations: list[Operation]) -> Verdict:
+def judge(graph: Graph, operations: list[Step]) -> Verdict:
     """Return which channels stay. Of the operations, each comes after those that it reads.
 
     A channel goes if nothing that stays depends on its value: a later kernel has only zeros for it,
@@ -52,7 +52,7 @@ class _Analysis:
         held: what keeps the channel where it is; 0 if it goes.
     """
 
-    def __init__(self, graph: Graph, operations: list[Operation]) -> None:
+    def __init__(self, graph: Graph, operations: list[Step]) -> None:
         self.graph = graph
         self.operations = operations
         self.constants: dict[Tensor, Channels] = {}
@@ -74,7 +74,7 @@ class _Analysis:
     def find_constants(self) -> None:
         """Go forwards: the constants of each tensor from those before it."""
         for operation in self.operations:
-            if not isinstance(operation, Barrier):
+            if isinstance(operation, Operation):
                 given = [self.constants[tensor] for tensor in operation.inputs]
                 with np.errstate(all="ignore"):  # what overflows is no constant
                     found = operation.constants(given)
@@ -84,7 +84,7 @@ class _Analysis:
         """Go backwards: which values are needed, and what stops constants from being dropped."""
         self._require(self.graph.outputs, "it is an output of the model")
         for operation in reversed(self.operations):
-            if isinstance(operation, Barrier):
+            if not isinstance(operation, Operation):
                 self._require(operation.inputs, operation.obstacle)
                 continue
             given = [self.constants[tensor] for tensor in operation.inputs]
@@ -122,7 +122,7 @@ class _Analysis:
         self._hold(self.graph.inputs, "tied to an input of the model")
         self._hold(self.graph.outputs, "tied to an output of the model")
         for operation in self.operations:
-            if isinstance(operation, Barrier):
+            if not isinstance(operation, Operation):
                 self._hold((*operation.inputs, *operation.outputs), operation.obstacle)
             elif isinstance(operation, Linear):
                 reading = f"tied to a channel that {operation.call.name!r} reads"
@@ -149,10 +149,10 @@ class _Analysis:
                 for operation in operations:
                     changed |= self._spread_at(operation)
 
-    def _spread_at(self, operation: Operation) -> bool:
+    def _spread_at(self, operation: Step) -> bool:
         changed = False
         for position, source, target in operation.ties():
-            before, after = self.held[operation.inputs[position]], self.held[operation.output]
+            before, after = self.held[operation.inputs[position]], self.held[operation.outputs[0]]
             backwards = (before[source] == 0) & (after[target] != 0)
             before[source[backwards]] = after[target[backwards]]
             forwards = (after[target] == 0) & (before[source] != 0)

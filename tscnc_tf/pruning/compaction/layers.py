@@ -18,6 +18,7 @@ from tscnc_tf.pruning.compaction.operations import (
     Elementwise,
     Operation,
     Rearrangement,
+    Step,
 )
 from tscnc_tf.pruning.compaction.vocabulary import (
     bias_of,
@@ -48,7 +49,7 @@ class Reader:
             if function := getattr(library.activations, name, None):
                 self._elementwise.add(id(function))
 
-    def read(self, call: Call) -> list[Operation]:
+    def read(self, call: Call) -> list[Step]:
         """Return the operations that a call stands for, in their order."""
         try:
             if reason := self._unclear(call):
@@ -77,7 +78,7 @@ class Reader:
             return "has its channels first"
         return ""
 
-    def _understood(self, call: Call) -> list[Operation]:
+    def _understood(self, call: Call) -> list[Step]:
         layer, name = call.layer, type(call.layer).__name__
         if type(layer) is not getattr(self.library.layers, name, None):
             return self._function(call)  # a class of the same name is not the layer that we know
@@ -105,13 +106,13 @@ class Reader:
             return [self._rescaling(call)]
         return [self._rearrangement(call, name)]
 
-    def _dense(self, call: Call) -> list[Operation]:
+    def _dense(self, call: Call) -> list[Step]:
         layer = call.layer
         if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
             raise _NotUnderstoodError("is quantised, or has a low-rank addition")
         return self._activated(call, [self._linear(call, call.inputs, size="units")])
 
-    def _convolution(self, call: Call, transposed: bool) -> list[Operation]:
+    def _convolution(self, call: Call, transposed: bool) -> list[Step]:
         layer = call.layer
         if getattr(layer, "groups", 1) != 1:
             raise _NotUnderstoodError(f"is a convolution of {layer.groups} groups")
@@ -125,7 +126,7 @@ class Reader:
             [self._linear(call, call.inputs, size="filters", folds=folds, transposed=transposed)],
         )
 
-    def _depthwise(self, call: Call) -> list[Operation]:
+    def _depthwise(self, call: Call) -> list[Step]:
         attribute = "depthwise_kernel" if self.library is _keras.tf_keras else "kernel"
         return self._activated(
             call,
@@ -143,7 +144,7 @@ class Reader:
             ],
         )
 
-    def _separable(self, call: Call) -> list[Operation]:
+    def _separable(self, call: Call) -> list[Step]:
         layer = call.layer
         kernel = values(layer.depthwise_kernel)
         between = _like(call.outputs[0], kernel.shape[-2] * kernel.shape[-1])
@@ -169,7 +170,7 @@ class Reader:
             call, inputs, [output], border_reason(call), attribute, kernel, bias, **options
         )
 
-    def _activated(self, call: Call, operations: list[Operation]) -> list[Operation]:
+    def _activated(self, call: Call, operations: list[Step]) -> list[Step]:
         """Return the operations with the layer's own activation after them."""
         function = call.layer.activation
         inner, outputs = operations[-1].outputs, call.outputs
@@ -240,7 +241,7 @@ class Reader:
             raise _NotUnderstoodError(f"joins axis {call.layer.axis}, not the channels")
         return Concatenation(call, call.inputs, call.outputs)
 
-    def _function(self, call: Call) -> list[Operation]:
+    def _function(self, call: Call) -> list[Step]:
         """Read one of Keras 3's operations, or a TensorFlow function in a tf_keras layer."""
         kind = type(call.layer)
         if kind.__module__.startswith(vocabulary.OPERATIONS):

@@ -8,6 +8,7 @@ inputs and outputs can only be removed together.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class Tie(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class Operation:
+class Step:
     """One step of the network; a layer may be several, a convolution and its activation.
 
     Attributes:
@@ -62,14 +63,26 @@ class Operation:
     outputs: list[Tensor]
     obstacle: str = ""
 
+    def ties(self) -> Iterator[Tie]:
+        """Yield which channels are one. Without ties, inputs and outputs part."""
+        yield from ()
+
+
+class Barrier(Step):
+    """Whatever is not understood, and the model's own inputs and outputs: channels stay."""
+
+
+class Operation(Step, abc.ABC):
+    """A step that is understood; it has one output."""
+
     @property
     def output(self) -> Tensor:
         """The only output."""
         return self.outputs[0]
 
+    @abc.abstractmethod
     def constants(self, given: list[Channels]) -> Channels:
         """Return the constants of the output, from those of the inputs."""
-        raise NotImplementedError
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
         """Return which values of each input are needed.
@@ -81,7 +94,7 @@ class Operation:
         return [wanted] * len(given)
 
     def ties(self) -> Iterator[Tie]:
-        """Yield which channels are one. Of an operation without ties, inputs and outputs part."""
+        """Yield which channels are one: as a rule, each of an input and the same of the output."""
         for position in range(len(self.inputs)):
             every = np.arange(self.output.channels)
             yield Tie(position, every, every)
@@ -90,18 +103,9 @@ class Operation:
 class Sized(Operation):
     """An operation whose layer has weights or arguments that go by the number of channels."""
 
+    @abc.abstractmethod
     def edit(self, fate: Fate) -> Edit:
         """Return what the layer has without the channels that are not kept: all its weights."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(eq=False)
-class Barrier(Operation):
-    """Whatever is not understood, and the model's own inputs and outputs: channels stay."""
-
-    def ties(self) -> Iterator[Tie]:
-        """Yield nothing."""
-        yield from ()
 
 
 @dataclasses.dataclass(eq=False)

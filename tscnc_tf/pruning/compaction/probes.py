@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras
+from tscnc_tf import _checks
+from tscnc_tf._keras import inputs as model_inputs
 
 EXAMPLES = 8
 
@@ -23,9 +24,7 @@ def prepare(model: Any, probe: Any, name: str = "probe") -> Any:
     Raises:
         ValueError: the batch does not fit the model, or none can be drawn for it.
     """
-    is_keras_3 = _keras.flavour(model) == "keras"
-    is_sequential = is_keras_3 and isinstance(model, _keras.keras.Sequential)
-    symbols = model.inputs[0] if is_sequential else model.input
+    symbols = model_inputs.symbols(model)
     if probe is None:
         generator = np.random.default_rng(0)
         return tf.nest.map_structure(lambda symbol: _draw(model, symbol, generator), symbols)
@@ -76,16 +75,14 @@ def tolerance(value: float | None, layers: list[Any], expected: list[np.ndarray]
 
 
 def _draw(model: Any, symbol: Any, generator: np.random.Generator) -> np.ndarray:
-    examples, *sizes = tf.TensorShape(symbol.shape).as_list()
-    dtype = tf.as_dtype(symbol.dtype)
-    if None in sizes or not dtype.is_floating:
+    drawn = model_inputs.draw(symbol, symbol.shape[0] or EXAMPLES, generator)
+    if drawn is None:
         raise ValueError(
-            f"model {model.name!r} has an input of shape {tuple(symbol.shape)} and {dtype.name}, "
-            "and no batch can be drawn for it: only floats of known shape can. Pass probe=, a "
-            "batch of inputs as the model takes them."
+            f"model {model.name!r} has an input of shape {tuple(symbol.shape)} and "
+            f"{tf.as_dtype(symbol.dtype).name}, and no batch can be drawn for it: only floats of "
+            "known shape can. Pass probe=, a batch of inputs as the model takes them."
         )
-    drawn = generator.random((examples or EXAMPLES, *sizes), np.float32)
-    return drawn.astype(dtype.as_numpy_dtype)
+    return drawn
 
 
 def _fit(name: str, symbol: Any, values: Any) -> np.ndarray:

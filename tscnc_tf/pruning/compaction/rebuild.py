@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import cloning
 from tscnc_tf.pruning.compaction.graph import Tensor
 from tscnc_tf.pruning.compaction.operations import Channels, Edit
 
@@ -86,31 +86,24 @@ class _Rebuilding:
     def _copy_weights(self, old: Any, new: Any) -> None:
         if not isinstance(old, self.library.layers.Layer) or not old.weights:
             return
-        new.set_weights(old.get_weights())
-        for part in kernel_layers.flatten(new):
-            if isinstance(part, self.library.layers.Normalization):
-                part.finalize_state()  # what it computes with follows from its weights
+        cloning.set_weights(self.library, new, old.get_weights())
 
     def _layer(self, layer: Any) -> Any:
-        try:
-            with warnings.catch_warnings():  # that lambdas are not to be saved: nothing is
-                warnings.simplefilter("ignore", UserWarning)
-                config = layer.get_config()
-            for name in config:
-                # The objects themselves, which need not be registered to be used again.
-                if name.endswith(_OBJECTS) and callable(value := getattr(layer, name, None)):
-                    config[name] = value
-            if edit := self.edits.get(layer):
-                config = {**config, **edit.config}
-            if type(layer) is self.library.layers.Lambda:
-                return self._lambda(layer, config)
-            return type(layer).from_config(config)
-        except Exception as error:
-            raise ValueError(
-                f"layer {layer.name!r} of class {type(layer).__name__} can't be rebuilt from its "
-                "configuration: give the class a get_config that returns all arguments of its "
-                "constructor."
-            ) from error
+        return cloning.rebuilt(layer, lambda: self._from_config(layer))
+
+    def _from_config(self, layer: Any) -> Any:
+        with warnings.catch_warnings():  # that lambdas are not to be saved: nothing is
+            warnings.simplefilter("ignore", UserWarning)
+            config = layer.get_config()
+        for name in config:
+            # The objects themselves, which need not be registered to be used again.
+            if name.endswith(_OBJECTS) and callable(value := getattr(layer, name, None)):
+                config[name] = value
+        if edit := self.edits.get(layer):
+            config = {**config, **edit.config}
+        if type(layer) is self.library.layers.Lambda:
+            return self._lambda(layer, config)
+        return type(layer).from_config(config)
 
     def _lambda(self, layer: Any, config: dict[str, Any]) -> Any:
         """Return a Lambda with the same function object: its configuration has only byte code."""

@@ -16,7 +16,7 @@ from tscnc_tf._keras import wrappers
 from tscnc_tf.pruning.compaction import channels, flops, probes
 from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
 from tscnc_tf.pruning.compaction.layers import Reader
-from tscnc_tf.pruning.compaction.operations import Barrier, Edit, Operation, Sized
+from tscnc_tf.pruning.compaction.operations import Barrier, Edit, Sized, Step
 from tscnc_tf.pruning.compaction.rebuild import rebuild
 from tscnc_tf.pruning.compaction.report import Compaction, Kept, LayerChange, LeftAlone
 
@@ -126,7 +126,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     )
 
 
-def _read(library: types.ModuleType, model: Any) -> tuple[Graph, list[Operation]]:
+def _read(library: types.ModuleType, model: Any) -> tuple[Graph, list[Step]]:
     """Return the graph of a model, and the operations that its calls stand for."""
     graph = unroll(library, model)
     holders: collections.Counter[int] = collections.Counter()
@@ -178,7 +178,7 @@ def _flops(uses: list[Call], layer: Any) -> int | None:
     return sum(counts) if len(counts) == len(uses) else None
 
 
-def _left_alone(operations: list[Operation]) -> tuple[LeftAlone, ...]:
+def _left_alone(operations: list[Step]) -> tuple[LeftAlone, ...]:
     found = {
         (operation.call.name, operation.obstacle): None
         for operation in operations

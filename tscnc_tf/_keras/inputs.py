@@ -1,0 +1,31 @@
+"""What a graph model takes, and batches drawn for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf._keras import keras
+
+
+def symbols(model: Any) -> Any:
+    """Return the symbolic inputs of a Sequential or functional model, in its own structure."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
+    """Return examples of an input, drawn from U[0, 1); None if only the user knows what to give.
+
+    Args:
+        symbol: a symbolic input, or whatever else has a shape and a dtype; it is drawn if it holds
+            floats of known shape.
+        examples: how many.
+        generator: draws.
+    """
+    shape, dtype = tf.TensorShape(symbol.shape), tf.as_dtype(symbol.dtype)
+    if not shape.rank or None in shape[1:].as_list() or not dtype.is_floating:
+        return None
+    drawn = generator.random((examples, *shape[1:].as_list()), np.float32)
+    return drawn.astype(dtype.as_numpy_dtype)
