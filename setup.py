@@ -1,4 +1,4 @@
-"""Installs tscnc_tf: `pip install .`, with the extras `examples`, `litert`, `onnx` and `test`."""
+"""Installs tscnc_tf: `pip install .`; extras: `datasets`, `examples`, `litert`, `onnx`, `test`."""
 
 import pathlib
 import re
@@ -10,7 +10,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "tscnc_tf/__init__.py").read_text(encoding="utf-8"), re.M
 )[1]
 LITERT = ["ai-edge-litert>=2.1"]
-EXAMPLES = ["scikit-learn", "matplotlib", *LITERT]
+DATASETS = ["scikit-learn", "pillow", "scipy"]
+EXAMPLES = [*DATASETS, "matplotlib", *LITERT]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
@@ -33,6 +34,7 @@ setup(
         "rich>=13",
     ],
     extras_require={
+        "datasets": DATASETS,
         "examples": EXAMPLES,
         "litert": LITERT,
         "onnx": ONNX,

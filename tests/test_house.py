@@ -18,6 +18,7 @@ FLOORS = {
     "_configs": 0,
     "_tables": 0,
     "_files": 0,
+    "_extras": 0,
     "functional": 1,
     "losses": 1,
     "regularizers": 2,
@@ -29,6 +30,7 @@ FLOORS = {
     "callbacks": 3,
     "evaluation": 3,
     "export": 4,
+    "datasets": 4,
     "__init__": 5,
 }
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}

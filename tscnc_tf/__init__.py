@@ -5,7 +5,7 @@ Families live in their modules, the verbs and the one model on top:
     import tscnc_tf as tscnc
 
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
-  `tscnc.pruning`, `tscnc.inspection`
+  `tscnc.pruning`, `tscnc.inspection`, `tscnc.datasets`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
   `tscnc.evaluate_robustness`
 * `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each
@@ -18,6 +18,7 @@ from tscnc_tf import (
     _keras,
     attacks,
     callbacks,
+    datasets,
     functional,
     inspection,
     losses,
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "attacks",
     "callbacks",
+    "datasets",
     "evaluate_robustness",
     "export_litert",
     "export_onnx",

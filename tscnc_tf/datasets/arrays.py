@@ -1,0 +1,206 @@
+"""What sources bring, checked: pixels `(n, h, w, c)` of uint8 or float32, labels of int64."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _checks
+
+# So many images are turned into wider numbers at a time.
+CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """What a source brings.
+
+    Attributes:
+        x_train, y_train: as the source has them.
+        x_test, y_test: None where the source has no test part of its own.
+        class_names: in the order of the labels; None: the numbers themselves.
+        augmentation: what is usual for these images; None: seen from their channels.
+    """
+
+    x_train: Any
+    y_train: Any
+    x_test: Any = None
+    y_test: Any = None
+    _: dataclasses.KW_ONLY
+    class_names: tuple[str, ...] | None = None
+    augmentation: str | None = None
+
+
+def checked(raw: Raw) -> Raw:
+    """Return the arrays in one form, or raise an error that names what is wrong with them.
+
+    Raises:
+        TypeError: pixels or labels are no numbers of a kind that fits.
+        ValueError: shapes or values don't fit; the message says which.
+    """
+    x_train, y_train = _part("train", raw.x_train, raw.y_train)
+    if raw.x_test is None:
+        x_test, y_test = None, None
+    else:
+        x_test, y_test = _part("test", raw.x_test, raw.y_test)
+        _require_same_kind(x_train, x_test)
+    names = raw.class_names
+    if names is None:
+        names = tuple(str(label) for label in range(int(y_train.max()) + 1))
+    _require_all_classes(y_train, y_test, names)
+    usual = "crop_and_flip" if x_train.shape[-1] > 1 else "crop"
+    return Raw(
+        *(x_train, y_train, x_test, y_test),
+        class_names=names,
+        augmentation=raw.augmentation or usual,
+    )
+
+
+def as_floats(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels as float32 in [0, 1]: bytes divided by 255."""
+    if pixels.dtype != np.uint8:
+        return pixels
+    return np.divide(pixels, np.float32(255), dtype=np.float32)
+
+
+def statistics(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel, on the scale [0, 1].
+
+    Those of bytes are exact: counted first, and divided in the end.
+    """
+    if pixels.dtype == np.uint8:
+        pairs = [_moments(_histogram(pixels[..., c])) for c in range(pixels.shape[-1])]
+        mean, deviation = zip(*pairs, strict=True)
+        return mean, deviation
+    count = pixels.size // pixels.shape[-1]
+    axes = (0, 1, 2)
+    means = sum(part.sum(axes, dtype=np.float64) for part in chunks(pixels)) / count
+    squares = sum(((part - means) ** 2).sum(axes) for part in chunks(pixels))
+    return tuple(means.tolist()), tuple(np.sqrt(squares / count).tolist())
+
+
+def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Return the SHA-256 digest of named arrays: their names, dtypes, shapes and values.
+
+    The bytes are taken in little-endian order, so that every machine finds the same digest.
+    """
+    found = hashlib.sha256()
+    for name, array in arrays:
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        found.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
+        found.update(little.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield an array in parts of some length, in order."""
+    for start in range(0, len(array), CHUNK):
+        yield array[start : start + CHUNK]
+
+
+def _part(split: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    pixels = _pixels(f"x_{split}", x)
+    labels, _ = _checks.class_indices(f"y_{split}", y)
+    if len(pixels) != len(labels):
+        raise ValueError(
+            f"x_{split} has {len(pixels):,} images, but y_{split} has {len(labels):,} labels."
+        )
+    return pixels, labels
+
+
+def _pixels(name: str, x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    if array.ndim == 3:
+        array = array[..., np.newaxis]
+    if array.ndim != 4:
+        raise ValueError(
+            f"{name} must hold images of shape (n, height, width, channels), or (n, height, width) "
+            f"for grey ones, got shape {array.shape}."
+        )
+    if not array.size:
+        raise ValueError(f"{name} holds no images: its shape is {array.shape}.")
+    if array.shape[1] in (1, 3) and array.shape[-1] > 4:
+        raise ValueError(
+            f"{name} has shape {array.shape}, its channels before its pixels: store "
+            f"np.moveaxis({name}, 1, -1)."
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        return _floats(name, array)
+    if np.issubdtype(array.dtype, np.integer):
+        return _bytes(name, array)
+    raise TypeError(f"{name} must hold numbers, uint8 or floats, got {array.dtype}.")
+
+
+def _floats(name: str, array: np.ndarray) -> np.ndarray:
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0.0 and high <= 1.0):  # NaN fails it, too
+        raise ValueError(
+            f"{name} holds floats from {low:g} to {high:g}, and floats must lie in [0, 1]: divide "
+            "them by what stands for white, or store 0 to 255 as uint8."
+        )
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _bytes(name: str, array: np.ndarray) -> np.ndarray:
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 255:
+        raise ValueError(
+            f"{name} holds integers from {low} to {high}, and integers must lie in 0 to 255."
+        )
+    if high <= 1:
+        raise ValueError(
+            f"{name} holds integers up to {high}, which as bytes (0 to 255) are black images. If 1 "
+            f"stands for white, store {name}.astype('float32')."
+        )
+    return np.ascontiguousarray(array, np.uint8)
+
+
+def _require_same_kind(train: np.ndarray, test: np.ndarray) -> None:
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(
+            f"x_train and x_test must hold images of one shape, got {train.shape[1:]} and "
+            f"{test.shape[1:]}."
+        )
+    if train.dtype != test.dtype:
+        raise ValueError(
+            f"x_train and x_test must both hold bytes (0 to 255) or both floats in [0, 1], got "
+            f"{train.dtype} and {test.dtype}."
+        )
+
+
+def _require_all_classes(y_train: np.ndarray, y_test: Any, names: tuple[str, ...]) -> None:
+    classes = len(names)
+    for split, labels in (("train", y_train), ("test", y_test)):
+        if labels is not None and labels.max() >= classes:
+            raise ValueError(
+                f"y_{split} holds the label {labels.max()}, but there are {classes} classes, 0 to "
+                f"{classes - 1}."
+            )
+    if classes < 2:
+        raise ValueError(f"y_train must hold 2 classes or more, got {classes}.")
+    absent = np.flatnonzero(np.bincount(y_train, minlength=classes) == 0)
+    if len(absent):
+        shown = ", ".join(names[label] for label in absent[:5])
+        raise ValueError(
+            f"y_train has no example of {len(absent)} of {classes} classes ({shown}"
+            f"{', ...' if len(absent) > 5 else ''}): number the classes 0, 1, 2, ... without gaps, "
+            "and give each a training image."
+        )
+
+
+def _histogram(channel: np.ndarray) -> list[int]:
+    counts = sum(np.bincount(part.reshape(-1), minlength=256) for part in chunks(channel))
+    return np.asarray(counts).tolist()
+
+
+def _moments(histogram: list[int]) -> tuple[float, float]:
+    """Return mean and standard deviation of bytes / 255, in whole numbers as long as may be."""
+    count = sum(histogram)
+    total = sum(value * times for value, times in enumerate(histogram))
+    squares = sum(value * value * times for value, times in enumerate(histogram))
+    variance = (count * squares - total * total) / (count * 255) ** 2
+    return total / (count * 255), variance**0.5

@@ -1,0 +1,261 @@
+"""A data set in memory: training, validation and test part, and the ways to go through them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, final
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks
+from tscnc_tf.datasets import arrays, pipeline, splits
+from tscnc_tf.datasets.augmentation import AUGMENTATIONS
+
+SPLITS = ("train", "validation", "test")
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Images and labels in three disjoint parts; `tscnc_tf.datasets.load` makes it.
+
+    Pixels are kept as they came, bytes as uint8 (0 to 255) and floats as float32 in [0, 1]; what
+    its methods give is always float32 in [0, 1]. The arrays are read-only.
+
+    Attributes:
+        x_train, x_validation, x_test: `(n, height, width, channels)`.
+        y_train, y_validation, y_test: class indices `(n,)`, int64.
+        class_names: in the order of the labels.
+        name: of the set.
+        augmentation: what `training` does with images unless told otherwise.
+        provenance: what was done to the data since it was read, a line a step.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> data = tscnc.datasets.load("digits")
+        >>> data
+        Dataset(digits: 1,294 training, 144 validation and 359 test images, 8x8x1 as float32, \
+10 classes, augmentation 'crop')
+        >>> batches = data.training(batch_size=64, epochs=2)
+        >>> int(batches.cardinality()) == 2 * data.steps_per_epoch(64)
+        True
+    """
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_validation: np.ndarray
+    y_validation: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    class_names: tuple[str, ...]
+    name: str
+    augmentation: str
+    provenance: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            for field in (f"x_{split}", f"y_{split}"):
+                array = getattr(self, field).view()
+                array.setflags(write=False)
+                object.__setattr__(self, field, array)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.x_train.shape[1:]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 digest of all arrays: the same pixels, labels and splits, and no others.
+
+        Equal on every machine. (Decoders of JPEG files may differ in the last bit, and so may the
+        fingerprint of images that were decoded on different machines: it tells.)
+        """
+        fields = [f"{kind}_{split}" for split in SPLITS for kind in ("x", "y")]
+        return arrays.digest((field, getattr(self, field)) for field in fields)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a manifest should say about the data, as JSON can hold it."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "image_shape": list(self.image_shape),
+            "classes": self.classes,
+            "images": {split: len(self._part(split)[1]) for split in SPLITS},
+            "augmentation": self.augmentation,
+            "provenance": list(self.provenance),
+        }
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return how many full batches an epoch has; what is left over is in no batch.
+
+        Raises:
+            ValueError: there are fewer training images than that.
+        """
+        size = _checks.integer("batch_size", batch_size, minimum=1)
+        if size > len(self.y_train):
+            raise ValueError(
+                f"batch_size must be <= {len(self.y_train):,}, the number of training images, "
+                f"got {size:,}."
+            )
+        return len(self.y_train) // size
+
+    def training(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: str | None = None,
+        first_epoch: int = 0,
+        epochs: int | None = None,
+    ) -> tf.data.Dataset:
+        """Return training batches: shuffled anew in every epoch, augmented, of one fixed shape.
+
+        What is at a place of an epoch depends on the seed, the number of the epoch and the place,
+        and on nothing else: a run that was stopped after epoch e and goes on with `first_epoch=e`
+        sees bit for bit what it would have seen. The last examples of an epoch's order that fill no
+        batch are left out; it is others in every epoch.
+
+        A crop moves the image by up to 4 pixels of 32 (in proportion for other sizes, at least
+        1) in each direction, with black coming in; a flip mirrors half of the images left to right.
+
+        Args:
+            batch_size: how many examples a batch has.
+            seed: of orders and augmentation, >= 0.
+            augment: "crop", "flip", "crop_and_flip" or "none"; None: `self.augmentation`.
+            first_epoch: the number of the epoch to begin with, counted from 0.
+            epochs: how many; None: without an end, and `fit` needs `steps_per_epoch=`.
+
+        Returns:
+            A dataset of pairs x `(batch_size, height, width, channels)`, float32 in [0, 1], and
+            class indices y `(batch_size,)`, int64.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+
+        Example:
+            >>> import keras
+            >>> import tscnc_tf as tscnc
+            >>> data = tscnc.datasets.load("digits")
+            >>> model = keras.Sequential(
+            ...     [keras.Input(data.image_shape), keras.layers.Flatten(), keras.layers.Dense(10)])
+            >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            >>> history = model.fit(
+            ...     data.training(64), epochs=2, steps_per_epoch=data.steps_per_epoch(64),
+            ...     validation_data=data.evaluation("validation"), verbose=0)
+        """
+        self.steps_per_epoch(batch_size)  # checks it
+        if augment is None:
+            augment = self.augmentation
+        if epochs is not None:
+            epochs = _checks.integer("epochs", epochs, minimum=1)
+        return pipeline.training(
+            self.x_train,
+            self.y_train,
+            batch_size=int(batch_size),
+            seed=splits.seed(seed),
+            augment=_checks.one_of("augment", augment, AUGMENTATIONS),
+            first_epoch=_checks.integer("first_epoch", first_epoch, minimum=0),
+            epochs=epochs,
+        )
+
+    def evaluation(self, split: str = "test", batch_size: int = 256) -> tf.data.Dataset:
+        """Return the batches of a part in order, nothing left out, nothing augmented.
+
+        Args:
+            split: "test", "validation" or "train".
+            batch_size: of all batches but the last, which may be smaller.
+
+        Raises:
+            ValueError: there is no such part, or it is empty.
+        """
+        size = _checks.integer("batch_size", batch_size, minimum=1)
+        return pipeline.evaluation(*self._filled(split), size)
+
+    def arrays(self, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
+        """Return a part as x, float32 in [0, 1], and class indices y; in the order of `evaluation`.
+
+        x is a new array, of four times the bytes of uint8, where pixels are kept as uint8.
+
+        Args:
+            split: "test", "validation" or "train".
+
+        Raises:
+            ValueError: there is no such part, or it is empty.
+        """
+        x, y = self._filled(split)
+        return arrays.as_floats(x), y
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of each channel over the training part alone.
+
+        On the scale [0, 1], computed in float64, the deviation over n (not n - 1) pixels.
+        """
+        return arrays.statistics(self.x_train)
+
+    def subset(
+        self,
+        n_train: int | None = None,
+        n_test: int | None = None,
+        *,
+        n_validation: int | None = None,
+        seed: int = 0,
+    ) -> Dataset:
+        """Return a smaller data set, in which every class keeps its share; for trying things out.
+
+        Args:
+            n_train: how many examples of the training part to keep; None: all.
+            n_test: likewise of the test part.
+            n_validation: likewise of the validation part.
+            seed: of the choice.
+
+        Raises:
+            ValueError: there are not so many, or too few for each class to have a training image.
+        """
+        seed = splits.seed(seed)
+        parts: dict[str, Any] = {}
+        notes = []
+        for split, size, stream in (
+            ("train", n_train, splits.SUBSET_TRAIN),
+            ("validation", n_validation, splits.SUBSET_VALIDATION),
+            ("test", n_test, splits.SUBSET_TEST),
+        ):
+            if size is None:
+                continue
+            x, y = self._part(split)
+            name = f"n_{split}"
+            size = _checks.integer(name, size, minimum=0)
+            kept = splits.sample(name, y, size, seed, stream, every_class=split == "train")
+            parts |= {f"x_{split}": x[kept], f"y_{split}": y[kept]}
+            notes.append(f"{split}: {size:,} of {len(y):,} images kept, seed {seed}")
+        return dataclasses.replace(self, **parts, provenance=(*self.provenance, *notes))
+
+    def _part(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        _checks.one_of("split", split, SPLITS)
+        return getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
+
+    def _filled(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        x, y = self._part(split)
+        if not len(y):
+            raise ValueError(
+                f"the {split} part of {self.name} is empty: ask for one when loading it, as by "
+                "validation=0.1."
+            )
+        return x, y
+
+    def __repr__(self) -> str:
+        train, validation, test = (len(self._part(split)[1]) for split in SPLITS)
+        size = "x".join(str(side) for side in self.image_shape)
+        return (
+            f"Dataset({self.name}: {train:,} training, {validation:,} validation and {test:,} test "
+            f"images, {size} as {self.x_train.dtype}, {self.classes} classes, augmentation "
+            f"{self.augmentation!r})"
+        )

@@ -1,0 +1,153 @@
+"""`load`: from a name or a path to a data set that is checked, resized and split."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from tscnc_tf.datasets import arrays, folders, npz, resizing, sources, splits
+from tscnc_tf.datasets.dataset import Dataset
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    validation: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Dataset:
+    """Load a data set by its name, or a user's own by its path.
+
+    Names:
+
+    * `"digits"`: scikit-learn's 8x8 digits, which need no internet.
+    * `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"cifar100"`: by `keras.datasets`, which fetches
+      them once. Where it can't, the error says which file to put where.
+    * `"svhn"`: train_32x32.mat and test_32x32.mat, in `folder`.
+    * `"tiny-imagenet"`: the unpacked folder tiny-imagenet-200, or the one that it lies in, as
+      `folder`. Its validation images are the test.
+
+    Paths:
+
+    * an `.npz` file of `x_train`, `y_train`, `x_test`, `y_test`: images `(n, height, width,
+      channels)` or `(n, height, width)` as bytes 0 to 255 or as floats in [0, 1]; labels as
+      integers or one-hot. Or of packed JPEG or PNG files: `train_bytes` (all files, one after the
+      other, uint8), `train_offsets` (where each begins, and the end), `train_labels`, and the same
+      for `test`. An entry `class_names` may be beside them.
+    * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
+      `<class>/*` (or `train/<class>/*`), of which a test part is cut.
+
+    Args:
+        name_or_path: one of the names, or a path.
+        validation: how many training images become the validation part: a fraction below 1, or a
+            count. Of each class the same share; 0 for none.
+        test: the same for the test part, where the source has none of its own (digits, folders
+            without test images); cut before the validation part. Not looked at otherwise.
+        seed: of both cuts.
+        folder: where the files of "svhn" and "tiny-imagenet" are.
+        image_size: `(height, width)` to resize to, antialiased; None: as they are.
+
+    Returns:
+        The data set. Equal input and arguments give equal parts on every machine.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; or the data is damaged, has other
+            shapes or values than described, or lacks a class: the message says what and where.
+        FileNotFoundError: there is nothing of that name, or its files are missing.
+        ImportError: a library that reads it is not installed; the message says how to.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> data = tscnc.datasets.load("digits", validation=200, seed=1)
+        >>> data.x_validation.shape
+        (200, 8, 8, 1)
+        >>> data.provenance
+        ('test: 359 of 1,797 images, seed 1', 'validation: 200 of 1,438 training images, seed 1')
+
+    Reference:
+        LeCun et al. 1998 (MNIST); Xiao et al. 2017, arXiv 1708.07747 (Fashion-MNIST); Krizhevsky
+        2009 (CIFAR); Netzer et al. 2011 (SVHN); Le & Yang 2015 (Tiny ImageNet). Padded crops and
+        flips: He et al. 2016, arXiv 1512.03385, section 4.2.
+    """
+    size = resizing.size(image_size)
+    seed = splits.seed(seed)
+    splits.part_size("validation", validation, 0)  # what is wrong is said before anything is read
+    splits.part_size("test", test, 0)
+    name, raw = _read(name_or_path, folder, size)
+    raw = arrays.checked(raw)
+    notes = []
+    if size is not None:
+        raw = _resized(raw, size)
+        notes.append(f"resized to {size[0]}x{size[1]}, antialiased")
+    if raw.x_test is None:
+        raw, note = _with_test(raw, test, seed)
+        notes.append(note)
+    count = len(raw.y_train)
+    held_out = splits.part_size("validation", validation, count)
+    stays, taken = splits.cut("validation", raw.y_train, held_out, seed, splits.VALIDATION)
+    if held_out:
+        notes.append(f"validation: {held_out:,} of {count:,} training images, seed {seed}")
+    return Dataset(
+        x_train=raw.x_train[stays] if held_out else raw.x_train,
+        y_train=raw.y_train[stays],
+        x_validation=raw.x_train[taken],
+        y_validation=raw.y_train[taken],
+        x_test=raw.x_test,
+        y_test=raw.y_test,
+        class_names=raw.class_names or (),
+        name=name,
+        augmentation=raw.augmentation or "none",
+        provenance=tuple(notes),
+    )
+
+
+def _read(
+    name_or_path: Any, folder: Any, image_size: tuple[int, int] | None
+) -> tuple[str, arrays.Raw]:
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"name_or_path must be a name or a path, got {name_or_path!r} of type "
+            f"{type(name_or_path).__name__}."
+        )
+    if folder is not None and name_or_path not in sources.IN_FOLDERS:
+        raise ValueError(
+            f"folder is for {' and '.join(map(repr, sources.IN_FOLDERS))} only, got "
+            f"{folder!r} with {name_or_path!r}. A path of one's own is the first argument."
+        )
+    if name_or_path in sources.NAMES:
+        where = None if folder is None else pathlib.Path(folder).expanduser()
+        return str(name_or_path), sources.read(str(name_or_path), where, image_size)
+    path = pathlib.Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path.resolve().name, folders.read(path, image_size)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"name_or_path must be one of {', '.join(map(repr, sources.NAMES))}, or the path of an "
+            f".npz file or a folder, got {str(name_or_path)!r}: there is nothing at that path."
+        )
+    if path.suffix != ".npz":
+        raise ValueError(f"name_or_path must be a folder or an .npz file, got {str(path)!r}.")
+    return path.stem, npz.read(path, image_size)
+
+
+def _resized(raw: arrays.Raw, size: tuple[int, int]) -> arrays.Raw:
+    test = None if raw.x_test is None else resizing.resized(raw.x_test, size)
+    return dataclasses.replace(raw, x_train=resizing.resized(raw.x_train, size), x_test=test)
+
+
+def _with_test(raw: arrays.Raw, test: float, seed: int) -> tuple[arrays.Raw, str]:
+    """Return data with a test part cut from what the source has, and the note that says so."""
+    count = len(raw.y_train)
+    size = splits.part_size("test", test, count)
+    if size < 1:
+        raise ValueError(f"test must be > 0 where the source has no test part, got {test!r}.")
+    stays, taken = splits.cut("test", raw.y_train, size, seed, splits.TEST)
+    x, y = raw.x_train, raw.y_train
+    split = dataclasses.replace(
+        raw, x_train=x[stays], y_train=y[stays], x_test=x[taken], y_test=y[taken]
+    )
+    return split, f"test: {size:,} of {count:,} images, seed {seed}"

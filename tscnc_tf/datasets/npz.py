@@ -1,0 +1,79 @@
+"""A user's `.npz` file: arrays of pixels, or packed image files."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf.datasets import images
+from tscnc_tf.datasets.arrays import Raw
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+PACKED = tuple(f"{s}_{p}" for s in ("train", "test") for p in ("bytes", "offsets", "labels"))
+
+
+def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
+    """Read `x_train`, `y_train`, `x_test`, `y_test`; or the same as packed image files.
+
+    Packed, `train_bytes` holds JPEG or PNG files one after the other as uint8, the i-th from
+    `train_offsets[i]` to `train_offsets[i + 1]`, and `train_labels` their labels; likewise `test_`.
+    `class_names`, an array of strings, may be beside either.
+
+    Raises:
+        ValueError: the file is damaged, lacks entries, or holds something that can't be read.
+    """
+    entries = _entries(path)
+    names = entries.get("class_names")
+    class_names = None if names is None else tuple(str(name) for name in np.asarray(names).ravel())
+    if set(ARRAYS) <= set(entries):
+        return Raw(*(entries[key] for key in ARRAYS), class_names=class_names)
+    if set(PACKED) <= set(entries):
+        train, test = (_unpacked(path, entries, split) for split in ("train", "test"))
+        pixels = images.decoded(
+            train + test,
+            lambda i: (
+                f"{path}: image {i if i < len(train) else i - len(train)} of "
+                f"{'train' if i < len(train) else 'test'}_bytes"
+            ),
+            image_size,
+        )
+        count = len(train)
+        labels = entries["train_labels"], entries["test_labels"]
+        return Raw(*(pixels[:count], labels[0], pixels[count:], labels[1]), class_names=class_names)
+    raise ValueError(
+        f"{path} must hold {', '.join(ARRAYS)} (or packed image files: {', '.join(PACKED)}), "
+        f"got {', '.join(sorted(entries)) or 'nothing'}."
+    )
+
+
+def _entries(path: pathlib.Path) -> dict[str, Any]:
+    known = {*ARRAYS, *PACKED, "class_names"}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] if key in known else None for key in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} can't be read as an .npz file of plain arrays: {error}. Arrays of Python "
+            "objects are refused, as loading them can run any code."
+        ) from error
+
+
+def _unpacked(path: pathlib.Path, entries: dict[str, Any], split: str) -> list[bytes]:
+    content, offsets = entries[f"{split}_bytes"], entries[f"{split}_offsets"]
+    if content.dtype != np.uint8 or content.ndim != 1:
+        raise ValueError(
+            f"{path}: {split}_bytes must be a row of uint8, got {content.dtype} of shape "
+            f"{content.shape}."
+        )
+    fits = offsets.ndim == 1 and np.issubdtype(offsets.dtype, np.integer) and len(offsets) > 1
+    if not fits or offsets[0] < 0 or offsets[-1] > len(content) or np.any(np.diff(offsets) <= 0):
+        raise ValueError(
+            f"{path}: {split}_offsets must rise from 0 to the length of {split}_bytes, "
+            f"{len(content):,}: one integer more than there are images."
+        )
+    ends = offsets.tolist()
+    return [content[a:b].tobytes() for a, b in itertools.pairwise(ends)]

@@ -1,0 +1,76 @@
+"""Arrays as `tf.data`: training epochs that seed and number decide, and evaluation in order."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf.datasets import augmentation
+
+_FOREVER = np.iinfo(np.int64).max
+
+
+def training(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: str,
+    first_epoch: int,
+    epochs: int | None,
+) -> tf.data.Dataset:
+    """Return batches of fixed shape, epoch after epoch.
+
+    Everything random about an epoch is drawn at its start, from the seed and its number: an order
+    of all examples, and a plan for each place in it. What follows has nothing left to chance.
+    """
+    steps = len(x) // batch_size
+    padding = augmentation.padding(augment, x.shape[1:])
+    with tf.device("CPU:0"):
+        pixels, labels = tf.constant(x), tf.constant(y)
+
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        draws = tf.random.stateless_uniform(
+            (4, len(x)), [seed, number], minval=None, maxval=None, dtype=tf.int64, alg="philox"
+        )
+        order = tf.argsort(draws[0], stable=True)
+        plans = augmentation.plans(draws[1:], padding, augment)
+        used = steps * batch_size
+        return tf.data.Dataset.from_tensor_slices(
+            (
+                tf.reshape(order[:used], (steps, batch_size)),
+                tf.reshape(plans[:used], (steps, batch_size, 3)),
+            )
+        )
+
+    def batch(order: tf.Tensor, plans: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        images = tf.gather(pixels, order)
+        if augment != "none":
+            images = augmentation.augmented(images, plans, padding)
+        return _scaled(images), tf.gather(labels, order)
+
+    end = _FOREVER if epochs is None else first_epoch + epochs
+    batches = tf.data.Dataset.range(first_epoch, end).flat_map(epoch)
+    count = tf.data.INFINITE_CARDINALITY if epochs is None else steps * epochs
+    batches = batches.apply(tf.data.experimental.assert_cardinality(count))
+    batches = batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def evaluation(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
+    """Return all examples in order, the last batch as small as it comes."""
+    with tf.device("CPU:0"):
+        pixels, labels = tf.constant(x), tf.constant(y)
+
+    def batch(places: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return _scaled(tf.gather(pixels, places)), tf.gather(labels, places)
+
+    batches = tf.data.Dataset.range(len(x)).batch(batch_size)
+    batches = batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def _scaled(images: tf.Tensor) -> tf.Tensor:
+    """Return float32 in [0, 1], the same as `arrays.as_floats`."""
+    return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images

@@ -1,0 +1,143 @@
+"""The data sets that have a name."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tscnc_tf import _keras
+from tscnc_tf._extras import require_extra
+from tscnc_tf.datasets import folders
+from tscnc_tf.datasets.arrays import Raw
+from tscnc_tf.datasets.class_names import CIFAR10, CIFAR100, DIGITS, FASHION
+
+_GOOGLE = "https://storage.googleapis.com/tensorflow/tf-keras-datasets"
+_TORONTO = "https://www.cs.toronto.edu/~kriz"
+
+
+class KerasSet(NamedTuple):
+    """A data set of `keras.datasets`.
+
+    Attributes:
+        files: where Keras fetches each file, and where below its home it looks for it.
+        class_names: in the order of the labels.
+        augmentation: what is usual.
+    """
+
+    files: dict[str, str]
+    class_names: tuple[str, ...]
+    augmentation: str
+
+
+KERAS_SETS = {
+    "mnist": KerasSet({f"{_GOOGLE}/mnist.npz": "datasets/mnist.npz"}, DIGITS, "crop"),
+    "fashion_mnist": KerasSet(
+        {
+            f"{_GOOGLE}/{file}": f"datasets/fashion-mnist/{file}"
+            for kind in ("labels-idx1", "images-idx3")
+            for file in (f"train-{kind}-ubyte.gz", f"t10k-{kind}-ubyte.gz")
+        },
+        FASHION,
+        "crop_and_flip",
+    ),
+    "cifar10": KerasSet(
+        {f"{_TORONTO}/cifar-10-python.tar.gz": "datasets/cifar-10-batches-py-target_archive"},
+        CIFAR10,
+        "crop_and_flip",
+    ),
+    "cifar100": KerasSet(
+        {f"{_TORONTO}/cifar-100-python.tar.gz": "datasets/cifar-100-python-target_archive"},
+        CIFAR100,
+        "crop_and_flip",
+    ),
+}
+SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
+NAMES = ("digits", *KERAS_SETS, "svhn", "tiny-imagenet")
+# Sets that lie in a folder of the user's.
+IN_FOLDERS = ("svhn", "tiny-imagenet")
+
+
+def read(name: str, folder: pathlib.Path | None, image_size: tuple[int, int] | None) -> Raw:
+    """Read a data set by its name.
+
+    Raises:
+        FileNotFoundError: its files are not there; the message says which, and where to put them.
+        ImportError: the library that reads it is not installed.
+        ValueError: a file is damaged.
+    """
+    if name == "digits":
+        return _digits()
+    if name in KERAS_SETS:
+        return _from_keras(name)
+    if name == "svhn":
+        return _svhn(folder)
+    return _tiny_imagenet(folder, image_size)
+
+
+def _digits() -> Raw:
+    """Read scikit-learn's 1,797 digits of 8x8 pixels, 0 to 16."""
+    data = require_extra("sklearn.datasets", "datasets").load_digits()
+    pixels = (data.images / 16.0).astype(np.float32)
+    return Raw(pixels, data.target, class_names=DIGITS, augmentation="crop")
+
+
+def _from_keras(name: str) -> Raw:
+    known = KERAS_SETS[name]
+    load_data: Callable[[], Any] = getattr(_keras.keras.datasets, name).load_data
+    try:
+        (x_train, y_train), (x_test, y_test) = load_data()
+    except Exception as error:  # Keras raises a bare Exception where it can't fetch a file
+        home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras"))
+        goals = "; ".join(f"{url} as {home / goal}" for url, goal in known.files.items())
+        raise FileNotFoundError(
+            f"{name} is not on this machine, or damaged, and can't be fetched ({error}). Bring it "
+            f"from a machine with internet access: {goals}. Or pass the path of an .npz file that "
+            "holds x_train, y_train, x_test and y_test."
+        ) from error
+    return Raw(
+        *(x_train, y_train, x_test, y_test),
+        class_names=known.class_names,
+        augmentation=known.augmentation,
+    )
+
+
+def _svhn(folder: pathlib.Path | None) -> Raw:
+    """Read the cropped digits of SVHN, in which the label 10 means 0."""
+    source = "http://ufldl.stanford.edu/housenumbers"
+    parts: list[Any] = []
+    for file in SVHN_FILES:
+        path = None if folder is None else folder / file
+        if path is None or not path.is_file():
+            raise FileNotFoundError(
+                f"svhn needs {' and '.join(SVHN_FILES)} in a folder, given as folder=..., got "
+                f"folder={None if folder is None else str(folder)!r}: fetch {source}/{file}."
+            )
+        parts.extend(_matlab(path))
+    return Raw(*parts, class_names=DIGITS, augmentation="crop")
+
+
+def _matlab(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels `(n, h, w, c)` and labels of one of SVHN's files, which has n last."""
+    scipy = require_extra("scipy.io", "datasets")
+    try:
+        content = scipy.loadmat(path)
+        pixels, labels = content["X"], content["y"].ravel()
+    except Exception as error:  # SciPy raises whatever its parser stumbles over
+        raise ValueError(f"{path} is damaged, or not a file of SVHN: {error!r}.") from error
+    if pixels.ndim != 4:
+        raise ValueError(f"{path}: X must be of shape (32, 32, 3, n), got {pixels.shape}.")
+    return np.moveaxis(pixels, -1, 0), np.where(labels == 10, 0, labels)
+
+
+def _tiny_imagenet(folder: pathlib.Path | None, image_size: tuple[int, int] | None) -> Raw:
+    if folder is None:
+        raise FileNotFoundError(
+            "tiny-imagenet needs the unpacked folder tiny-imagenet-200, or the one that it lies "
+            "in, given as folder=...: fetch http://cs231n.stanford.edu/tiny-imagenet-200.zip."
+        )
+    inside = folder / "tiny-imagenet-200"
+    return folders.read_tiny_imagenet(inside if inside.is_dir() else folder, image_size)
