@@ -31,6 +31,7 @@ FLOORS = {
     "evaluation": 3,
     "export": 4,
     "datasets": 4,
+    "applications": 4,
     "__init__": 5,
 }
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}

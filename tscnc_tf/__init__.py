@@ -5,7 +5,7 @@ Families live in their modules, the verbs and the one model on top:
     import tscnc_tf as tscnc
 
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
-  `tscnc.pruning`, `tscnc.inspection`, `tscnc.datasets`
+  `tscnc.pruning`, `tscnc.inspection`, `tscnc.applications`, `tscnc.datasets`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
   `tscnc.evaluate_robustness`
 * `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tscnc_tf import (
     _keras,
+    applications,
     attacks,
     callbacks,
     datasets,
@@ -51,6 +52,7 @@ __all__ = [
     "EvaluationWarning",
     "RobustnessReport",
     "__version__",
+    "applications",
     "attacks",
     "callbacks",
     "datasets",

@@ -1,0 +1,44 @@
+"""The networks of the literature on robust pruning, in their forms for CIFAR.
+
+Each function returns a built functional model that takes images in [0, 1] and returns logits, with
+new weights. They have these keyword arguments in common:
+
+* `input_shape=(32, 32, 3)`: height, width and channels; the sizes need not be equal.
+* `classes=10`: the number of logits.
+* `mean=None`, `std=None`: statistics per channel. With them the network begins with a layer
+  `normalization` that computes (x - mean) / std, so that attacks, which keep to [0, 1], act on
+  pixels. It has no weights, and is saved, cloned and exported with the model.
+* `activation="relu"`: any name or function that Keras takes.
+* `kernel_initializer="he_normal"`: of all kernels.
+* `library="keras"`: "keras" (Keras 3) or "tf_keras".
+* `seed=None`: of the initial weights. The same integer gives the same weights, whatever has been
+  drawn before; None leaves them to Keras' own generator.
+* `name=None`: of the model; None is its kind, such as "resnet18" or "wrn28x4".
+
+They differ from the first papers as the later literature does: 3x3 stems of stride 1 with no
+pooling after them, BatchNorm before each activation (but for VGG's hidden dense layers), no biases
+before BatchNorm, which would take them away, and projections as shortcuts where the shape changes.
+BatchNorm keeps 0.9 of its averages at each step. Strided convolutions pad as `padding="same"` does,
+at the end only; PyTorch pads at both ends.
+
+The first convolution is called `stem` and the classifier `logits` in all of them, all other
+convolutions `stage_...`, so that `layers="stage_*"` leaves out what is best left alone.
+
+Under a mixed precision policy the normalisation and the logits are computed in float32.
+"""
+
+from tscnc_tf.applications.plain import VGG16, SmallCNN
+from tscnc_tf.applications.resnet import ResNet18, ResNet20
+from tscnc_tf.applications.wide_resnet import WideResNet, WRN28x4, WRN28x10, WRN34x10, WRN40x4
+
+__all__ = [
+    "ResNet18",
+    "ResNet20",
+    "SmallCNN",
+    "VGG16",
+    "WRN28x10",
+    "WRN28x4",
+    "WRN34x10",
+    "WRN40x4",
+    "WideResNet",
+]

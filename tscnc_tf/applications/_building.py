@@ -1,0 +1,169 @@
+"""What all networks are made of: their named layers, in either Keras, and checked arguments."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from tscnc_tf import _checks, _keras
+
+_LIBRARIES: dict[str, types.ModuleType] = {"keras": _keras.keras, "tf_keras": _keras.tf_keras}
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all networks have in common; see `tscnc_tf.applications`."""
+
+    input_shape: Sequence[int]
+    classes: int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    activation: Any
+    kernel_initializer: Any
+    library: str
+    name: str | None
+    seed: int | None
+
+
+class Builder:
+    """Makes the layers of one network, from its input to its logits.
+
+    Args:
+        kind: what the model is called if it is given no name.
+        smallest: the height and width that the network's strides need at least.
+        input_shape, classes, mean, std, activation, kernel_initializer, library, name, seed: see
+            `tscnc_tf.applications`.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        smallest: int,
+        *,
+        input_shape: Sequence[int] = (32, 32, 3),
+        classes: int = 10,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        activation: Any = "relu",
+        kernel_initializer: Any = "he_normal",
+        library: str = "keras",
+        name: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._library = _LIBRARIES[_checks.one_of("library", library, _LIBRARIES)]
+        self.layers = self._library.layers
+        self._classes = _checks.integer("classes", classes, minimum=2)
+        shape = _image_shape(input_shape, smallest)
+        statistics = _statistics(mean, std, shape[-1])
+        self._name = kind if name is None else name
+        self._activation = activation
+        self._kernel_initializer = self._library.initializers.get(kernel_initializer)
+        self._seed = None if seed is None else _checks.integer("seed", seed, minimum=0)
+        self._kernels = 0
+        # Of the weights: float32 under a mixed precision policy, else what the policy says.
+        self._full_precision = self.layers.Layer().variable_dtype
+        self._inputs = self._library.Input(shape, name="image")
+        self.inputs = self._inputs if statistics is None else self._normalized_input(*statistics)
+
+    def _normalized_input(self, mean: list[float], variance: list[float]) -> Any:
+        # In half precision, a pixel would be rounded before the mean is taken from it.
+        return self.layers.Normalization(
+            mean=mean, variance=variance, dtype=self._full_precision, name="normalization"
+        )(self._inputs)
+
+    def stem(self, filters: int) -> Any:
+        """Return the first convolution's output, normalised and activated."""
+        x = self.normalized(self.convolution(self.inputs, "stem", filters), "stem_norm")
+        return self.activated(x, "stem_activation")
+
+    def convolution(
+        self, x: Any, name: str, filters: int, *, size: int = 3, stride: int = 1
+    ) -> Any:
+        """Return a convolution of x without a bias, padded to the size of x over the stride."""
+        return self.layers.Conv2D(
+            filters,
+            size,
+            strides=stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=self._initializer(),
+            name=name,
+        )(x)
+
+    def normalized(self, x: Any, name: str) -> Any:
+        """Return x after BatchNorm."""
+        # The literature's 1e-5 is the least that cuDNN takes; TensorFlow then adds a hair.
+        return self.layers.BatchNormalization(momentum=0.9, epsilon=1.001e-5, name=name)(x)
+
+    def activated(self, x: Any, name: str) -> Any:
+        """Return x after the network's activation."""
+        return self.layers.Activation(self._activation, name=name)(x)
+
+    def hidden(self, x: Any, name: str, units: int) -> Any:
+        """Return a dense layer's output, activated."""
+        x = self.layers.Dense(units, kernel_initializer=self._initializer(), name=name)(x)
+        return self.activated(x, f"{name}_activation")
+
+    def added(self, x: Any, y: Any, name: str) -> Any:
+        """Return x + y."""
+        return self.layers.Add(name=name)([x, y])
+
+    def model(self, x: Any) -> Any:
+        """Return the network that ends in logits of x, `(batch, features)`."""
+        # Softmax and cross-entropy of half-precision logits would lose what adversaries look for.
+        logits = self.layers.Dense(
+            self._classes,
+            kernel_initializer=self._initializer(),
+            dtype=self._full_precision,
+            name="logits",
+        )(x)
+        return self._library.Model(self._inputs, logits, name=self._name)
+
+    def _initializer(self) -> Any:
+        """Return an initializer for one kernel; one that all share might draw the same for all."""
+        shared = self._kernel_initializer
+        if not isinstance(shared, self._library.initializers.Initializer):
+            return shared
+        config = shared.get_config()
+        if self._seed is not None and "seed" in config:
+            config["seed"] = self._seed + self._kernels
+        self._kernels += 1
+        return type(shared).from_config(config)
+
+
+def _image_shape(shape: Any, smallest: int) -> tuple[int, int, int]:
+    """Return a checked input shape."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
+        raise ValueError(f"input_shape must be (height, width, channels), got {shape!r}.")
+    height, width, channels = (
+        _checks.integer(f"input_shape[{axis}]", size, minimum=1) for axis, size in enumerate(shape)
+    )
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"input_shape must have a height and width of {smallest} or more, which this network's "
+            f"strides take down to 1, got {tuple(shape)}: enlarge the images, or take SmallCNN."
+        )
+    return height, width, channels
+
+
+def _statistics(mean: Any, std: Any, channels: int) -> tuple[list[float], list[float]] | None:
+    """Return means and variances per channel, or None if there are none."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise ValueError(f"mean and std must be given together, got mean={mean!r}, std={std!r}.")
+    means = _per_channel("mean", mean, channels)
+    deviations = _per_channel("std", std, channels, above=0.0)
+    return means, [deviation**2 for deviation in deviations]
+
+
+def _per_channel(name: str, values: Any, channels: int, **limits: Any) -> list[float]:
+    try:
+        values = list(values)
+    except TypeError:
+        raise TypeError(f"{name} must hold one number per channel, got {values!r}.") from None
+    if len(values) != channels:
+        raise ValueError(
+            f"{name} must hold one number per channel of input_shape, {channels}, got {values!r}."
+        )
+    return [_checks.number(f"{name}[{i}]", value, **limits) for i, value in enumerate(values)]
