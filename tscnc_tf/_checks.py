@@ -56,12 +56,14 @@ def sparsity(name: str, value: Any) -> float:
         ) from None
 
 
-def integer(name: str, value: Any, *, minimum: int) -> int:
-    """Return `value` as an int that is at least `minimum`."""
+def integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> int:
+    """Return `value` as an int that is at least `minimum`, and at most `maximum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {value!r}.")
+    if maximum is not None and int(value) > maximum:
+        raise ValueError(f"{name} must be <= {maximum}, got {value!r}.")
     return int(value)
 
 
@@ -130,3 +132,35 @@ def as_written(value: float | str) -> str:
     if count and abs(float(kind(count / 255)) - exact) < 1e-12:
         return f"{count}/255"
     return str(kind(value))
+
+
+def class_indices(name: str, value: Any) -> tuple[np.ndarray, int | None]:
+    """Return labels as class indices `(n,)` of int64, and the width of one-hot labels, else None.
+
+    Integers `(n,)` or `(n, 1)` and one-hot rows `(n, classes)` are labels.
+    """
+    array = np.asarray(value)
+    if array.ndim == 2 and array.shape[1] > 1:
+        if array.dtype == object or not np.all(np.isin(array, (0, 1))):
+            raise ValueError(
+                f"{name} of shape (examples, classes) must be one-hot, got other values than 0 and "
+                f"1. Soft labels have no accuracy: pass np.argmax({name}, axis=1)."
+            )
+        if not np.all(array.sum(axis=1, dtype=np.int64) == 1):
+            raise ValueError(f"{name} must be one-hot: exactly one 1 in each row.")
+        return np.argmax(array, axis=1).astype(np.int64), array.shape[1]
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(
+            f"{name} must be class indices of shape (examples,) or (examples, 1), or one-hot of "
+            f"shape (examples, classes), got shape {array.shape}."
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"{name} must hold integers (class indices), got {array.dtype}. If these are class "
+            f"indices, pass {name}.astype(int); probabilities are no labels."
+        )
+    if array.size and array.min() < 0:
+        raise ValueError(f"{name} must hold class indices >= 0, got {array.min()}.")
+    return array.astype(np.int64), None

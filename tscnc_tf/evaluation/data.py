@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tscnc_tf import _checks
 from tscnc_tf.inspection.inputs import as_inputs
 
 
@@ -31,7 +32,7 @@ def examples(
     elif y is None:
         raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
     inputs = as_inputs(x, bounds)
-    labels, width = _labels(y)
+    labels, width = _checks.class_indices("y", y)
     if len(labels) != len(inputs):
         raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
     return inputs, labels, width
@@ -63,31 +64,3 @@ def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("x is empty: the dataset has no batches.")
     inputs, labels = zip(*batches, strict=True)
     return np.concatenate(inputs), np.concatenate(labels)
-
-
-def _labels(y: Any) -> tuple[np.ndarray, int | None]:
-    array = np.asarray(y)
-    if array.ndim == 2 and array.shape[1] > 1:
-        if array.dtype == object or not np.all(np.isin(array, (0, 1))):
-            raise ValueError(
-                "y of shape (examples, classes) must be one-hot, got other values than 0 and 1. "
-                "Soft labels have no accuracy: pass np.argmax(y, axis=1)."
-            )
-        if not np.all(array.sum(axis=1, dtype=np.int64) == 1):
-            raise ValueError("y must be one-hot: exactly one 1 in each row.")
-        return np.argmax(array, axis=1).astype(np.int64), array.shape[1]
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
-        raise ValueError(
-            "y must be class indices of shape (examples,) or (examples, 1), or one-hot of shape "
-            f"(examples, classes), got shape {array.shape}."
-        )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(
-            f"y must hold integers (class indices), got {array.dtype}. If these are class indices, "
-            "pass y.astype(int); probabilities are no labels."
-        )
-    if array.size and array.min() < 0:
-        raise ValueError(f"y must hold class indices >= 0, got {array.min()}.")
-    return array.astype(np.int64), None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
 import os
 import pathlib
-import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,21 +39,6 @@ class Format(NamedTuple):
     load: Callable[[pathlib.Path], ServedFile]
     settings: Mapping[str, int]
     distributions: tuple[str, ...]
-
-
-def require_extra(module: str, extra: str) -> types.ModuleType:
-    """Import a module that an extra of this package installs, and return it.
-
-    Raises:
-        ImportError: it is not installed; the error says how to.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'This needs {module.partition(".")[0]}, of the extra "{extra}": '
-            f'pip install "tscnc_tf[{extra}]".'
-        ) from error
 
 
 def endpoint(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _extras
 from tscnc_tf.export import checked, formats, probes, readiness, saving
 from tscnc_tf.export.constants import Constant
 from tscnc_tf.export.file_report import FileExportReport
@@ -87,7 +87,7 @@ def export_litert(
         >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
         [('last', (3, 4), 9)]
     """
-    formats.require_extra("ai_edge_litert.interpreter", "litert")
+    _extras.require_extra("ai_edge_litert.interpreter", "litert")
     _checks.one_of("precision", precision, ("float32", "int8"))
     settings = {}
     if precision == "int8":
@@ -136,7 +136,7 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
         >>> served([[0.0, 0.0, 0.0, 0.0]]).numpy().tolist()
         [[0.0, 0.0, 0.0]]
     """
-    library = formats.require_extra("ai_edge_litert.interpreter", "litert")
+    library = _extras.require_extra("ai_edge_litert.interpreter", "litert")
     file = require_file(path)
     try:
         interpreter = library.Interpreter(str(file), num_threads=os.cpu_count())
@@ -229,7 +229,7 @@ def _quiet_calibration() -> Iterator[None]:
 
 def _constants(path: pathlib.Path) -> list[Constant]:
     """Return the weights in a LiteRT file: its constants of float32 and int8."""
-    schema = formats.require_extra("ai_edge_litert.schema_py_generated", "litert")
+    schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
     dtypes = {schema.TensorType.FLOAT32: np.dtype("<f4"), schema.TensorType.INT8: np.dtype("i1")}
     model = schema.Model.GetRootAs(path.read_bytes(), 0)
     found = []

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _extras
 from tscnc_tf.export import checked, formats
 from tscnc_tf.export.constants import Constant
 from tscnc_tf.export.file_report import FileExportReport
@@ -72,8 +72,8 @@ def export_onnx(
         [('last', (4, 3), 9)]
     """
     for module in ("onnx", "onnxruntime", "tf2onnx"):
-        formats.require_extra(module, "onnx")
-    known = formats.require_extra("tf2onnx.constants", "onnx")
+        _extras.require_extra(module, "onnx")
+    known = _extras.require_extra("tf2onnx.constants", "onnx")
     opset = known.PREFERRED_OPSET if opset is None else opset
     newest = max(known.OPSET_TO_IR_VERSION)
     if _checks.integer("opset", opset, minimum=_OLDEST_OPSET) > newest:
@@ -114,7 +114,7 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
         >>> served([[0.0, 0.0, 0.0, 0.0]]).numpy().tolist()
         [[0.0, 0.0, 0.0]]
     """
-    library = formats.require_extra("onnxruntime", "onnx")
+    library = _extras.require_extra("onnxruntime", "onnx")
     file = require_file(path)
     try:
         session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -153,8 +153,8 @@ def _write(
     path: pathlib.Path,
     opset: int,
 ) -> None:
-    onnx = formats.require_extra("onnx", "onnx")
-    convert = formats.require_extra("tf2onnx.convert", "onnx")
+    onnx = _extras.require_extra("onnx", "onnx")
+    convert = _extras.require_extra("tf2onnx.convert", "onnx")
     function = tf.function(serve, input_signature=signature)
     with _inlined():
         concrete = function.get_concrete_function()
@@ -202,7 +202,7 @@ def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
 
 def _constants(path: pathlib.Path) -> list[Constant]:
     """Return the weights in an ONNX file: its constants of float32, those of loops included."""
-    onnx = formats.require_extra("onnx", "onnx")
+    onnx = _extras.require_extra("onnx", "onnx")
     return [
         Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
         for tensor in _tensors_in(onnx.load(path).graph)
