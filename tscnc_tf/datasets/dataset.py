@@ -122,7 +122,8 @@ class Dataset:
         What is at a place of an epoch depends on the seed, the number of the epoch and the place,
         and on nothing else: a run that was stopped after epoch e and goes on with `first_epoch=e`
         sees bit for bit what it would have seen. The last examples of an epoch's order that fill no
-        batch are left out; it is others in every epoch.
+        batch are left out; it is others in every epoch. `fit` has nothing left to shuffle, and
+        Keras 3 says so by a warning at any `tf.data` unless it is told `shuffle=False`.
 
         A crop moves the image by up to 4 pixels of 32 (in proportion for other sizes, at least
         1) in each direction, with black coming in; a flip mirrors half of the images left to right.
@@ -132,7 +133,8 @@ class Dataset:
             seed: of orders and augmentation, >= 0.
             augment: "crop", "flip", "crop_and_flip" or "none"; None: `self.augmentation`.
             first_epoch: the number of the epoch to begin with, counted from 0.
-            epochs: how many; None: without an end, and `fit` needs `steps_per_epoch=`.
+            epochs: how many; None: without an end, and `fit` needs `steps_per_epoch=`. (Without it,
+                `fit` begins a dataset with an end anew in each of its own epochs: the same orders.)
 
         Returns:
             A dataset of pairs x `(batch_size, height, width, channels)`, float32 in [0, 1], and
@@ -150,7 +152,7 @@ class Dataset:
             >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
             >>> history = model.fit(
             ...     data.training(64), epochs=2, steps_per_epoch=data.steps_per_epoch(64),
-            ...     validation_data=data.evaluation("validation"), verbose=0)
+            ...     validation_data=data.evaluation("validation"), shuffle=False, verbose=0)
         """
         self.steps_per_epoch(batch_size)  # checks it
         if augment is None:

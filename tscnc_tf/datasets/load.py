@@ -42,7 +42,8 @@ def load(
       `<class>/*` (or `train/<class>/*`), of which a test part is cut.
 
     Args:
-        name_or_path: one of the names, or a path.
+        name_or_path: one of the names, or a path; a folder that is called like one of the names is
+            `"./mnist"`.
         validation: how many training images become the validation part: a fraction below 1, or a
             count. Of each class the same share; 0 for none.
         test: the same for the test part, where the source has none of its own (digits, folders

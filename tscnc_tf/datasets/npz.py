@@ -53,7 +53,8 @@ def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
 def _entries(path: pathlib.Path) -> dict[str, Any]:
     known = {*ARRAYS, *PACKED, "class_names"}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # By a stream of ours: NumPy leaves its own open when a file is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {key: file[key] if key in known else None for key in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
