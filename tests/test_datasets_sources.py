@@ -140,6 +140,7 @@ X, Y = arrays()["x_train"], arrays()["y_train"]
         ({"y_train": Y % 1}, ValueError, "y_test holds the label 2, but there are 1 classes"),
         ({"y_train": Y * 2, "y_test": Y[:12]}, ValueError, r"no example of 2 of 5 classes \(1, 3"),
         ({"y_test": Y[:12] + 1}, ValueError, "y_test holds the label 3, but there are 3 classes"),
+        ({"y_train": Y + 2**40}, ValueError, "holds the label 1099511627778, with 30 images: numb"),
         ({"y_train": np.full((30, 3), 0.3)}, ValueError, "y_train of shape .* must be one-hot"),
         ({"x_train": X * 1.0}, ValueError, "x_train holds floats from 0 to 255, and floats must"),
         ({"x_train": X / -255.0}, ValueError, "x_train holds floats from -1 to -?0"),
@@ -583,6 +584,13 @@ def test_loading_resizes_all_parts_and_says_so(written):
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         load(**{"name_or_path": "digits", **arguments})
+
+
+def test_libraries_of_the_extra_are_imported_only_when_needed():
+    for path in pathlib.Path(sources.__file__).parent.glob("*.py"):
+        assert not re.search(
+            r"^\s*(import|from) (sklearn|scipy|PIL)", path.read_text(), re.MULTILINE
+        )
 
 
 @pytest.mark.parametrize("module", ["sklearn.datasets", "PIL.Image", "scipy.io"])

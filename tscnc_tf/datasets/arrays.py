@@ -50,6 +50,12 @@ def checked(raw: Raw) -> Raw:
         _require_same_kind(x_train, x_test)
     names = raw.class_names
     if names is None:
+        # A gap, said before a name is made for each of perhaps a billion numbers.
+        if y_train.max() >= len(y_train):
+            raise ValueError(
+                f"y_train holds the label {y_train.max()}, with {len(y_train):,} images: number "
+                "the classes 0, 1, 2, ... without gaps."
+            )
         names = tuple(str(label) for label in range(int(y_train.max()) + 1))
     _require_all_classes(y_train, y_test, names)
     usual = "crop_and_flip" if x_train.shape[-1] > 1 else "crop"

@@ -125,6 +125,8 @@ class Dataset:
         batch are left out; it is others in every epoch. `fit` has nothing left to shuffle, and
         Keras 3 says so by a warning at any `tf.data` unless it is told `shuffle=False`.
 
+        The batches come from a copy of the training part, which goes when the dataset does.
+
         A crop moves the image by up to 4 pixels of 32 (in proportion for other sizes, at least
         1) in each direction, with black coming in; a flip mirrors half of the images left to right.
 
