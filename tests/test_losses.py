@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tscnc_tf import losses
-from tscnc_tf.losses import MART, TRADES, Madry, RobustLoss
+from tscnc_tf.losses import MART, RSLAD, TRADES, Madry, RobustLoss
 
 BATCH, CLASSES = 6, 5
 LABELS = np.array([0, 4, 2, 2, 1, 3])
@@ -227,7 +227,7 @@ def test_errors_say_what_is_wrong(call, words):
         call()
 
 
-LOSSES = [TRADES(), TRADES(1.5), Madry(), MART(), MART(beta=2)]
+LOSSES = [TRADES(), TRADES(1.5), Madry(), MART(), MART(beta=2), RSLAD(None), RSLAD(None, 0.5)]
 
 
 def test_the_list_of_losses_is_complete():
@@ -248,6 +248,7 @@ def test_losses_are_frozen_and_survive_json(loss):
         (TRADES(), ("kl", "gaussian", True, True)),
         (Madry(), ("cross_entropy", "uniform", False, False)),
         (MART(), ("cross_entropy", "gaussian", True, False)),
+        (RSLAD(None), ("kl", "gaussian", True, False)),
     ],
     ids=repr,
 )

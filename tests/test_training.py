@@ -17,7 +17,19 @@ from tscnc_tf.training import AdversarialTraining
 from tscnc_tf.training.trainer import LOGS
 
 PGD = attacks.PGD(epsilon=0.1, step_size=0.04, steps=2)
-LOSSES = {"TRADES": losses.TRADES(6.0), "Madry": losses.Madry(), "MART": losses.MART(5.0)}
+
+
+def teacher(x):
+    """A network that is sure of the class whose pair of inputs is the largest."""
+    return 4.0 * (x[:, :3] + x[:, 3:])
+
+
+LOSSES = {
+    "TRADES": losses.TRADES(6.0),
+    "Madry": losses.Madry(),
+    "MART": losses.MART(5.0),
+    "RSLAD": losses.RSLAD(teacher),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +119,10 @@ def test_a_step_descends_the_loss_of_its_paper(loss, flavour):
     before = model.get_weights()
     trainer = trainer_for(model, loss, library.optimizers.SGD(0.1))
     adversary = trainer._adversary
-    x_adversarial = adversary.perturb(model, tf.constant(x), tf.constant(y), tf.constant([0, 1]))
+    target = teacher(x) if loss == "RSLAD" else None
+    x_adversarial = adversary.perturb(
+        model, tf.constant(x), tf.constant(y), tf.constant([0, 1]), clean_logits=target
+    )
     with tf.GradientTape() as tape:
         clean = tf.nn.log_softmax(model(x))
         adversarial = tf.nn.log_softmax(model(x_adversarial))
@@ -119,6 +134,11 @@ def test_a_step_descends_the_loss_of_its_paper(loss, flavour):
             value = ce_clean + 6.0 * kl
         elif loss == "Madry":
             value = ce_adversarial
+        elif loss == "RSLAD":
+            soft = tf.nn.softmax(target)
+            to_clean = tf.reduce_sum(soft * (tf.math.log(soft) - clean), 1)
+            to_adversarial = tf.reduce_sum(soft * (tf.math.log(soft) - adversarial), 1)
+            value = to_clean / 6.0 + 5.0 * to_adversarial / 6.0
         else:
             other = tf.reduce_max(tf.exp(adversarial) - 2 * hot, 1)
             boosted = ce_adversarial - tf.math.log(1.0001 - other + 1e-12)
@@ -168,7 +188,9 @@ class Counter:
         return tf.identity(inputs)
 
 
-@pytest.mark.parametrize(("loss", "inference"), [("TRADES", 3), ("Madry", 3), ("MART", 2)])
+@pytest.mark.parametrize(
+    ("loss", "inference"), [("TRADES", 3), ("Madry", 3), ("MART", 2), ("RSLAD", 2)]
+)
 def test_a_step_takes_one_forward_pass_in_training_mode(loss, inference, kind):
     x, y = blobs(48)
     layers = kind.library.layers

@@ -21,7 +21,7 @@ class Ascent:
         labels: labels of any form; None where the objective needs none.
         objective: one of `OBJECTIVES`.
         targeted: whether the labels are classes to reach; the objective is then descended.
-        clean_logits: the logits at x, if they are known; else "kl" computes them.
+        clean_logits: what "kl" leads away from; if it is None, the logits at x, computed here.
     """
 
     def __init__(

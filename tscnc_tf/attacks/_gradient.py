@@ -77,8 +77,8 @@ class GradientAttack(Attack):
             x: `(batch, ...)`, of a known rank and a float dtype.
             y: labels of any form; may be None for objective "kl".
             seed: two integers, int32.
-            clean_logits: the logits at x in inference mode, if they are known already; only
-                objective "kl" looks at them.
+            clean_logits: the logits at x in inference mode, if they are known already, or those
+                of another network in their place; only objective "kl" looks at them.
             unroll: the largest number of steps that is unrolled rather than looped.
 
         Returns:

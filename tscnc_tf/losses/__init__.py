@@ -4,15 +4,17 @@ The functions take labels first: integers of shape `(batch,)` or `(batch, 1)`, o
 labels of shape `(batch, classes)`. They compute in float32 at least, whatever the dtype of the
 logits, and return one value per example, of shape `(batch,)`.
 
-`TRADES`, `Madry` and `MART` say how a training step is made of them.
+`TRADES`, `Madry`, `MART` and `RSLAD` say how a training step is made of them.
 """
 
+from tscnc_tf.losses.distillation import RSLAD
 from tscnc_tf.losses.robust import MART, TRADES, Madry, RobustLoss
 from tscnc_tf.losses.terms import cross_entropy, dlr, kl_divergence, log_odds, margin, one_hot
 
 __all__ = [
     "MART",
     "Madry",
+    "RSLAD",
     "RobustLoss",
     "TRADES",
     "cross_entropy",

@@ -35,11 +35,24 @@ class RobustLoss(_configs.Configurable, abc.ABC):
     def robust(self, labels: Any, clean_logits: Any, adversarial_logits: Any) -> tf.Tensor:
         """Return the robust term per example, shape `(batch,)`.
 
+        A loss that has a `reference` takes it as a fourth argument, `reference_logits`.
+
         Args:
             labels: see `tscnc_tf.losses`.
             clean_logits: `(batch, classes)`; not looked at where `uses_clean` is False.
             adversarial_logits: `(batch, classes)`.
         """
+
+    def reference(self, x: tf.Tensor) -> tf.Tensor | None:  # noqa: ARG002
+        """Return logits that stand for the network's own clean ones, None if there are none.
+
+        A training step asks once, outside of the attack. The adversary of objective "kl" leads
+        away from them, and `robust` is given them as `reference_logits`.
+
+        Args:
+            x: the clean batch.
+        """
+        return None
 
 
 @final

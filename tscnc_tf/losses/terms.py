@@ -72,14 +72,21 @@ def kl_divergence(reference_logits: Any, logits: Any) -> tf.Tensor:
         logits: `(batch, classes)`, any float dtype.
 
     Raises:
-        ValueError: either is not a float tensor of rank 2.
+        ValueError: either is not a float tensor of rank 2, or they have different numbers of
+            classes.
 
     Example:
         >>> float(kl_divergence([[1.0, 2.0]], [[3.0, 4.0]])[0])
         0.0
     """
-    logits = lifted(logits)
-    log_p = tf.nn.log_softmax(tf.cast(lifted(reference_logits), logits.dtype))
+    logits, reference = lifted(logits), lifted(reference_logits)
+    if not reference.shape[1:].is_compatible_with(logits.shape[1:]):
+        raise ValueError(
+            "reference_logits must be for the same classes as logits, got shapes "
+            f"{reference.shape} and {logits.shape}: a teacher must know the classes of the network "
+            "that it teaches, and no others."
+        )
+    log_p = tf.nn.log_softmax(tf.cast(reference, logits.dtype))
     log_q = tf.nn.log_softmax(logits)
     return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=-1)
 

@@ -1,4 +1,4 @@
-"""What comes into training: batches, arrays, and a model that returns logits."""
+"""What comes into training: an attack, a loss, batches and arrays."""
 
 from __future__ import annotations
 
@@ -7,8 +7,29 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, losses
-from tscnc_tf._keras import wrappers
+from tscnc_tf import _checks, attacks, losses
+
+
+def require_attack(attack: Any) -> None:
+    """Raise unless training can follow an attack."""
+    if not isinstance(attack, attacks.GradientAttack):
+        raise TypeError(
+            f"attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, "
+            f"got {attack!r}."
+        )
+    if attack.targeted:
+        raise ValueError(
+            "attack must be untargeted, got targeted=True: it would move each example towards "
+            "its own label, and training would see examples easier than the clean ones."
+        )
+
+
+def require_loss(loss: Any) -> None:
+    """Raise a TypeError unless `loss` is a robust loss."""
+    if not isinstance(loss, losses.RobustLoss):
+        raise TypeError(
+            f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
+        )
 
 
 def check_batch(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
@@ -37,29 +58,6 @@ def correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     labels = losses.one_hot(y, logits.shape[-1])
     hit = tf.equal(tf.argmax(labels, axis=-1), tf.argmax(logits, axis=-1))
     return tf.cast(hit, tf.float32)
-
-
-def classes(model: Any) -> int | None:
-    """Return the number of logits, None where a subclassed model does not tell."""
-    if not _keras.is_graph_model(model):
-        return None
-    shape = model.output_shape
-    if not isinstance(shape, tuple) or len(shape) != 2 or shape[-1] is None or shape[-1] < 2:
-        raise ValueError(
-            "model must return logits of shape (batch, classes) with 2 classes or more, got shape "
-            f"{shape}."
-        )
-    last = _keras.output_layer(model)
-    last = last.layer if wrappers.is_wrapper(last) else last
-    activation = getattr(getattr(last, "activation", None), "__name__", "")
-    operation = str(getattr(last, "symbol", type(last).__name__)).rpartition(".")[2].lower()
-    ending = activation or operation  # of a layer, or of a TensorFlow function in the graph
-    if ending in ("softmax", "sigmoid"):
-        raise ValueError(
-            f"model must return logits, but its last layer {last.name!r} ends in a {ending}: "
-            "leave that activation out."
-        )
-    return shape[-1]
 
 
 def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses
-from tscnc_tf._keras import flavours, masked, masks, optimizers, wrappers
+from tscnc_tf._keras import flavours, masked, masks, optimizers, outputs, wrappers
 from tscnc_tf.training import inputs
 
 __all__ = ["AdversarialTraining"]
@@ -22,8 +22,10 @@ LOGS = (
 )
 
 
-# A saved trainer holds its attack and its loss, which themselves know no Keras.
-for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MART):
+# A saved trainer holds its attack and its loss, which themselves are registered in no Keras.
+_ATTACKS = (attacks.FGSM, attacks.PGD)
+_LOSSES = (losses.TRADES, losses.Madry, losses.MART, losses.RSLAD)
+for _part in (*_ATTACKS, *_LOSSES):
     _keras.register(_part)
 
 
@@ -49,15 +51,16 @@ class AdversarialTraining(flavours.Trainer, _Base):
     The logs hold `loss` (their sum), `clean_loss` (cross-entropy on the clean batch), `robust_loss`
     (what the robust loss adds, its factor included), `penalty`, `clean_accuracy` and
     `adversarial_accuracy`, and the metrics given to `compile`, which see the clean batch. With
-    TRADES `loss = clean_loss + robust_loss + penalty`; with Madry and MART the clean loss is shown,
-    but no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what
-    to report is `evaluate_robustness`.
+    TRADES `loss = clean_loss + robust_loss + penalty`; with the others the clean loss is shown, but
+    no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what to
+    report is `evaluate_robustness`.
 
     Args:
         model: a model of either Keras that returns logits, `(batch, classes)`; pruned or not.
         attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
             what the loss asks for: TRADES ascends the KL divergence from the clean output.
-        loss: `losses.TRADES(beta)`, `losses.Madry()` or `losses.MART(beta)`.
+        loss: `losses.TRADES(beta)`, `losses.Madry()`, `losses.MART(beta)` or
+            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`, which may be set.
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
@@ -78,7 +81,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     Reference:
         Zhang et al. 2019, arXiv 1901.08573 (TRADES); Madry et al. 2018, arXiv 1706.06083;
-        Wang et al. 2020, ICLR (MART); TSCNC, arXiv 2503.20454, for the penalties.
+        Wang et al. 2020, ICLR (MART); Zi et al. 2021, arXiv 2108.07969 (RSLAD); TSCNC, arXiv
+        2503.20454, for the penalties.
     """
 
     def __new__(cls, model: Any, **kwargs: Any) -> Any:  # noqa: ARG004
@@ -98,32 +102,34 @@ class AdversarialTraining(flavours.Trainer, _Base):
     ) -> None:
         library = _keras.library("model", model)
         _keras.require_built("model", model)
-        if not isinstance(attack, attacks.GradientAttack):
-            raise TypeError(
-                f"attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, "
-                f"got {attack!r}."
-            )
-        if attack.targeted:
-            raise ValueError(
-                "attack must be untargeted, got targeted=True: it would move each example towards "
-                "its own label, and training would see examples easier than the clean ones."
-            )
-        if not isinstance(loss, losses.RobustLoss):
-            raise TypeError(
-                f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
-            )
+        inputs.require_attack(attack)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
-        self._classes = inputs.classes(model)
+        self._classes = outputs.classes("model", model)
         self.model = model
         self.attack = attack
         self.robust_loss = loss
         self.seed = _checks.integer("seed", seed, minimum=0)
-        self._adversary = attack.with_defaults(objective=loss.objective, start=loss.start)
         self._inference = _keras.inference(model)
         self._trackers = [library.metrics.Mean(name=name) for name in LOGS]
         self._pruners: tuple[Any, ...] = ()  # that the training step was compiled with
         self.built = True
+
+    @property
+    def robust_loss(self) -> losses.RobustLoss:
+        """What training descends; if it is set, the steps are compiled anew.
+
+        Raises:
+            TypeError: it is set to what is no robust loss.
+        """
+        return self._robust_loss
+
+    @robust_loss.setter
+    def robust_loss(self, loss: losses.RobustLoss) -> None:
+        inputs.require_loss(loss)
+        self._robust_loss = loss
+        self._adversary = self.attack.with_defaults(objective=loss.objective, start=loss.start)
+        self.train_function = self.test_function = None
 
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
@@ -179,8 +185,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
         x, y, sample_weight = self._unpack(data)
-        reference = self._reference(x)
-        x_adversarial = self._perturb(x, y, self._step_seed(), reference)
+        reference = self.robust_loss.reference(x)
+        known = self._known_clean(x, reference)
+        x_adversarial = self._perturb(x, y, self._step_seed(), known, reference)
         steps = wrappers.pruning_steps(self.model)
         result: dict[str, Any] = {}
 
@@ -189,8 +196,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
                 clean, adversarial = tf.split(both, 2)
             else:
-                clean, adversarial = reference, self.model(x_adversarial, training=True)
-            terms = self._terms(y, clean, adversarial, sample_weight)
+                clean, adversarial = known, self.model(x_adversarial, training=True)
+            terms = self._terms(y, clean, adversarial, reference, sample_weight)
             result.update(clean=clean, adversarial=adversarial, terms=terms)
             value = tf.reduce_mean(terms["loss"]) + terms["penalty"]
             # Gradients are summed over replicas, so each contributes its share of the mean.
@@ -204,10 +211,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def test_step(self, data: Any) -> dict[str, Any]:
         """Attack a batch in inference mode, and return the logs."""
         x, y, sample_weight = self._unpack(data)
+        reference = self.robust_loss.reference(x)
         clean = self._inference(x)
-        x_adversarial = self._perturb(x, y, tf.constant([self.seed, 0]), clean)
+        x_adversarial = self._perturb(x, y, tf.constant([self.seed, 0]), clean, reference)
         adversarial = self._inference(x_adversarial)
-        terms = self._terms(y, clean, adversarial, sample_weight)
+        terms = self._terms(y, clean, adversarial, reference, sample_weight)
         return self._logs(x, y, clean, adversarial, terms, sample_weight)
 
     def _unpack(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
@@ -216,14 +224,17 @@ class AdversarialTraining(flavours.Trainer, _Base):
         inputs.check_batch(x, y, self.attack.bounds, self._classes)
         return x, y, sample_weight
 
-    def _reference(self, x: tf.Tensor) -> tf.Tensor | None:
+    def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:
         """Return the clean logits in inference mode, if anything in this step needs them."""
-        needed = self._adversary.objective == "kl" or not self.robust_loss.uses_clean
+        leads_away = self._adversary.objective == "kl" and reference is None
+        needed = leads_away or not self.robust_loss.uses_clean
         return self._inference(x) if needed else None
 
-    def _perturb(self, x: Any, y: Any, seed: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor:
+    def _perturb(self, x: Any, y: Any, seed: tf.Tensor, clean: Any, reference: Any) -> tf.Tensor:
+        """Return adversarial examples; the loss's reference goes before the clean logits."""
+        origin = clean if reference is None else reference
         x_adversarial = self._adversary.perturb(
-            self._inference, x, y, seed=seed, clean_logits=reference
+            self._inference, x, y, seed=seed, clean_logits=origin
         )
         return tf.stop_gradient(x_adversarial)
 
@@ -237,11 +248,12 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return tf.stack([self.seed, 1 + step + replica])
 
     def _terms(
-        self, y: Any, clean: tf.Tensor, adversarial: tf.Tensor, sample_weight: Any
+        self, y: Any, clean: tf.Tensor, adversarial: tf.Tensor, reference: Any, sample_weight: Any
     ) -> dict[str, tf.Tensor]:
         """Return the parts of the loss: per example, weighted; and the penalty, a scalar."""
         clean_loss = losses.cross_entropy(y, clean)
-        robust_loss = self.robust_loss.robust(y, clean, adversarial)
+        extra = () if reference is None else (reference,)
+        robust_loss = self.robust_loss.robust(y, clean, adversarial, *extra)
         if sample_weight is not None:
             sample_weight = tf.reshape(tf.cast(sample_weight, clean_loss.dtype), (-1,))
             clean_loss, robust_loss = clean_loss * sample_weight, robust_loss * sample_weight
