@@ -350,6 +350,15 @@ def test_from_pruning_to_the_export(library, tmp_path):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_tfmots_wrappers_leave_the_normalisation_in_place():
+    model = applications.SmallCNN(mean=MEAN, std=STD, library="tf_keras")
+    schedule = tscnc.schedules.OneShot(0.5)
+    wrapped = tscnc.prune(model, schedule, layers="stage_*", engine="tfmot")
+    x = pixels(shape=(32, 32, 3))
+    np.testing.assert_allclose(wrapped(x), model(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tscnc.strip(wrapped)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_attacks_work_on_pixels(library):
     """On the network with a normalisation, epsilon is one of pixels; without, of what it is fed."""
     inside = applications.SmallCNN(mean=MEAN, std=STD, library=library, seed=0)

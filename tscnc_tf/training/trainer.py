@@ -23,9 +23,7 @@ LOGS = (
 
 
 # A saved trainer holds its attack and its loss, which themselves are registered in no Keras.
-_ATTACKS = (attacks.FGSM, attacks.PGD)
-_LOSSES = (losses.TRADES, losses.Madry, losses.MART, losses.RSLAD)
-for _part in (*_ATTACKS, *_LOSSES):
+for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MART, losses.RSLAD):
     _keras.register(_part)
 
 
