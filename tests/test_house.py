@@ -25,6 +25,7 @@ FLOORS = {
     "schedules": 2,
     "attacks": 2,
     "inspection": 2,
+    "gates": 2,
     "pruning": 3,
     "training": 3,
     "callbacks": 3,

@@ -5,7 +5,7 @@ Families live in their modules, the verbs and the one model on top:
     import tscnc_tf as tscnc
 
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
-  `tscnc.pruning`, `tscnc.inspection`, `tscnc.applications`, `tscnc.datasets`
+  `tscnc.pruning`, `tscnc.gates`, `tscnc.inspection`, `tscnc.applications`, `tscnc.datasets`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
   `tscnc.evaluate_robustness`
 * `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each
@@ -21,6 +21,7 @@ from tscnc_tf import (
     callbacks,
     datasets,
     functional,
+    gates,
     inspection,
     losses,
     pruning,
@@ -61,6 +62,7 @@ __all__ = [
     "export_onnx",
     "export_saved_model",
     "functional",
+    "gates",
     "inspection",
     "load_litert",
     "load_onnx",

@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: all that pruning needs, and a logger of what it does to the kernels."""
+"""Callbacks for `fit`: all that pruning needs, and loggers of what becomes of kernels and gates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, inspection
-from tscnc_tf._keras import flavours, masked, masks, tf_keras, wrappers
+from tscnc_tf import _checks, _keras, gates, inspection
+from tscnc_tf._keras import flavours, gated, masked, masks, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
+from tscnc_tf.inspection import records
 
-__all__ = ["ConditionFeed", "KernelLogger", "UpdatePruning", "pruning_callbacks"]
+__all__ = ["ConditionFeed", "GateLogger", "KernelLogger", "UpdatePruning", "pruning_callbacks"]
 
 
 def pruning_callbacks(
@@ -168,12 +169,14 @@ class ConditionFeed(flavours.Callback):
         for wrapper in wrappers.wrapped_layers(self.model):
             step = functools.partial(tf_keras.backend.get_value, wrapper.pruning_step)
             found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
+        gated_around = gated.owners(self.model)
         for part in masked.masked_models(self.model):
             pruner = part.pruner
             step = functools.partial(getattr, pruner, "steps")
             for layer in {id(target.layer): target.layer for target in pruner.targets}.values():
                 if any(kernel_layers.kernels(layer)):
-                    found.append(_Governed(pruner.schedule, layer, step))
+                    acting = gated_around.get(id(layer), layer)
+                    found.append(_Governed(pruner.schedule, acting, step))
         if not found:
             return
         from tscnc_tf import schedules  # imports tfmot, where it is installed
@@ -209,18 +212,8 @@ class _Governed(NamedTuple):
     step: Callable[[], Any]
 
 
-class KernelLogger(flavours.Callback):
-    """Log sparsity and condition number of every kernel after each epoch.
-
-    They appear in Keras' logs and history as `sparsity`, `condition_number` (the worst), and
-    `sparsity/NAME`, `condition_number/NAME` for each kernel; infinite condition numbers as such.
-
-    Args:
-        log_dir: a folder to which the same scalars are written for TensorBoard, None for none.
-
-    Raises:
-        ImportError: `log_dir` is given and TensorBoard is not installed.
-    """
+class _ScalarLogger(flavours.Callback):
+    """Base: adds the figures of `scalars` to the logs of each epoch, and to TensorBoard's."""
 
     def __init__(self, log_dir: str | None = None) -> None:
         super().__init__()
@@ -234,7 +227,7 @@ class KernelLogger(flavours.Callback):
             self._writer = tf.summary.create_file_writer(str(log_dir))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measure the kernels, and add the figures to the logs."""
+        """Measure the model, and add the figures to the logs."""
         scalars = self.scalars()
         if logs is not None:
             logs.update(scalars)
@@ -243,6 +236,30 @@ class KernelLogger(flavours.Callback):
                 for name, value in scalars.items():
                     tf.summary.scalar(name, value)
             self._writer.flush()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Close TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def scalars(self) -> dict[str, float]:
+        """Return the figures of the model as it is now."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: use one of its subclasses.")
+
+
+class KernelLogger(_ScalarLogger):
+    """Log sparsity and condition number of every kernel after each epoch.
+
+    They appear in Keras' logs and history as `sparsity`, `condition_number` (the worst), and
+    `sparsity/NAME`, `condition_number/NAME` for each kernel; infinite condition numbers as such.
+
+    Args:
+        log_dir: a folder to which the same scalars are written for TensorBoard, None for none.
+
+    Raises:
+        ImportError: `log_dir` is given and TensorBoard is not installed.
+    """
 
     def scalars(self) -> dict[str, float]:
         """Return the figures of the model as it is now."""
@@ -256,8 +273,27 @@ class KernelLogger(flavours.Callback):
         scalars |= {f"condition_number/{r.name}": r.condition_number for r in conditions.rows}
         return {name: float(value) for name, value in scalars.items()}
 
-    def on_train_end(self, logs: Any = None) -> None:
-        """Close TensorBoard's file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+
+class GateLogger(_ScalarLogger):
+    """Log after each epoch how many gates are open.
+
+    They appear in Keras' logs and history as `expected_l0` (the expected number of weights whose
+    gate is open in training) and `open_gates` (the share of gates above zero at inference), and as
+    `expected_l0/NAME`, `open_gates/NAME` for each gated layer. See `gates.report`.
+
+    Args:
+        log_dir: a folder to which the same scalars are written for TensorBoard, None for none.
+
+    Raises:
+        ImportError: `log_dir` is given and TensorBoard is not installed.
+    """
+
+    def scalars(self) -> dict[str, float]:
+        """Return the figures of the model as it is now."""
+        report = gates.report(self.model)
+        names = records.unique(row.name for row in report.rows)
+        scalars = {"expected_l0": report.expected_l0, "open_gates": report.open_share}
+        for name, row in zip(names, report.rows, strict=True):
+            scalars[f"expected_l0/{name}"] = row.expected_l0
+            scalars[f"open_gates/{name}"] = row.open_share
+        return scalars

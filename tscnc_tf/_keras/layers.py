@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tscnc_tf._keras import flavour, keras, tf_keras, wrappers
+from tscnc_tf._keras import flavour, is_graph_model, keras, tf_keras, wrappers
 
 
 class KernelSpec(NamedTuple):
@@ -119,6 +120,25 @@ def parts(layer: Any) -> Iterator[Any]:
         yield from layer.layers
     elif isinstance(layer, keras.layers.Layer):  # an operation of a graph has no parts
         yield from layer._layers
+
+
+def calls(model: Any) -> collections.Counter[int]:
+    """Return how often a graph model calls each layer in a forward pass, by the layers' ids.
+
+    Models inside are followed; what other layers call inside of them is not known.
+    """
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        called = list(model.layers)
+    else:
+        nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
+        attribute = "layer" if flavour(model) == "tf_keras" else "operation"
+        called = [getattr(node, attribute) for node in nodes]
+    counts: collections.Counter[int] = collections.Counter()
+    for layer in called:
+        counts[id(layer)] += 1
+        if is_graph_model(layer):
+            counts += calls(layer)
+    return counts
 
 
 def einsum_layout(equation: str, rank: int) -> str:

@@ -112,34 +112,15 @@ def unprunable(layer: Any, block_size: Any = (1, 1), sparsity_m_by_n: Any = None
     """Return why tfmot can't prune a layer in the way asked for, or an empty text if it can."""
     if not layer.trainable:
         return "it is frozen (trainable=False)"
-    tfmot()
-    from tensorflow_model_optimization.python.core.sparsity.keras import prune_registry
-
-    registry = prune_registry.PruneRegistry
-
-    def named(owner: Any, names: Any) -> list[Any]:
-        return [operator.attrgetter(name)(owner) for name in names]
-
-    if hasattr(layer, "get_prunable_weights"):  # tfmot takes any class that has it
-        weights = layer.get_prunable_weights()
-        if not weights:
-            return "it names no weights to prune"
-    elif not registry.supports(layer):
+    weights = prunable_weights(layer)
+    if weights is None:
         return (
             f"tfmot does not know the class {type(layer).__name__}; give it a method "
             "get_prunable_weights() that returns the weights to prune"
         )
-    elif registry._is_rnn_layer(layer):
-        weights = []
-        for cell in registry._get_rnn_cells(layer):
-            if type(cell) in registry._RNN_CELLS_WEIGHTS_MAP:
-                weights += named(cell, registry._RNN_CELLS_WEIGHTS_MAP[type(cell)])
-            else:
-                weights += cell.get_prunable_weights()
-    else:
-        weights = named(layer, registry._weight_names(layer))
-        if not weights:
-            return "tfmot prunes no weight of this class"
+    if not weights:
+        says = hasattr(layer, "get_prunable_weights")
+        return "it names no weights to prune" if says else "tfmot prunes no weight of this class"
     ranks = sorted({len(weight.shape) for weight in weights})
     if tuple(block_size) != (1, 1) and ranks != [2]:
         return f"block_size={tuple(block_size)} is for weights of rank 2 only, it has rank {ranks}"
@@ -149,6 +130,31 @@ def unprunable(layer: Any, block_size: Any = (1, 1), sparsity_m_by_n: Any = None
             f"it has rank {ranks}"
         )
     return ""
+
+
+def prunable_weights(layer: Any) -> list[Any] | None:
+    """Return the weights of a built layer that tfmot prunes, None if it does not know the class."""
+    tfmot()
+    from tensorflow_model_optimization.python.core.sparsity.keras import prune_registry
+
+    registry = prune_registry.PruneRegistry
+
+    def named(owner: Any, names: Any) -> list[Any]:
+        return [operator.attrgetter(name)(owner) for name in names]
+
+    if hasattr(layer, "get_prunable_weights"):  # tfmot takes any class that has it
+        return layer.get_prunable_weights()
+    if not registry.supports(layer):
+        return None
+    if not registry._is_rnn_layer(layer):
+        return named(layer, registry._weight_names(layer))
+    weights = []
+    for cell in registry._get_rnn_cells(layer):
+        if type(cell) in registry._RNN_CELLS_WEIGHTS_MAP:
+            weights += named(cell, registry._RNN_CELLS_WEIGHTS_MAP[type(cell)])
+        else:
+            weights += cell.get_prunable_weights()
+    return weights
 
 
 def _key(variable: Any) -> Any:

@@ -19,7 +19,7 @@ class Checked(NamedTuple):
 
     Attributes:
         library: the Keras that it is made of.
-        stripped: the model with its masks applied and without pruning wrappers.
+        stripped: the model with its masks applied, and without pruning wrappers and gates.
         weights: its zeros.
         ideal_sparse_bytes: what the weights would take in the sparse format best for each.
         expected_sparsity: what the zeros were held to, or None.
@@ -66,7 +66,7 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         allowed = probes.tolerance(stripped, logits)
         if stripped is not model:
             before = probes.logits(lambda x: model(x, training=False), batch)
-            require_same("the model with its pruning wrappers", before, logits, allowed)
+            require_same("the model with its pruning wrappers or gates", before, logits, allowed)
     return Checked(
         library, stripped, weights, ideal, expected_sparsity, specs, batch, logits, allowed
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras, _tables, inspection, pruning, training
+from tscnc_tf import _keras, _tables, gates, inspection, pruning, training
 from tscnc_tf._keras import layers, masks, wrappers
 from tscnc_tf.export import manifest
 
@@ -65,7 +65,7 @@ def require_finite(model: Any) -> None:
 
 
 def strip(model: Any) -> Any:
-    """Return the model with its masks applied and without wrappers, after looking whether it is so.
+    """Return the model with masks applied, gates folded and no wrappers; look whether it is so.
 
     Raises:
         ValueError: a weight under a mask is not zero, or a wrapper could not be taken out.
@@ -82,7 +82,7 @@ def strip(model: Any) -> Any:
         _make_zeros_positive(variable)
 
     # A pruner may stay where it is: it hides its masks from SavedModels.
-    stripped = pruning.strip(model) if wrappers.wrapped_layers(model) else model
+    stripped = pruning.strip(model) if wrappers.wrapped_layers(model) else gates.fold(model)
     left = [layer.name for layer in wrappers.wrapped_layers(stripped)]
     theirs = wrapper_variables(model)
     left += [_name(variable) for variable in variables(stripped) if id(variable) in theirs]

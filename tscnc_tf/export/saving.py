@@ -28,7 +28,8 @@ def export_saved_model(
 ) -> ExportReport:
     """Write a model as a SavedModel that serves without us, checked before and after.
 
-    The pruning masks are applied to the model's weights and the pruning wrappers left out. Before
+    The pruning masks are applied to the model's weights and the pruning wrappers left out; gates
+    are folded into the weights that are written (`gates.fold`). Before
     anything is written, it is checked that no variable of a wrapper is left, that every weight
     under a mask is exactly zero, that all weights are finite, that there are as many zeros as
     expected, and that the logits are still the same. The SavedModel is written into a hidden

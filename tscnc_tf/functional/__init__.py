@@ -1,4 +1,4 @@
-"""Pure tensor maths: kernels as matrices, the two constraints, masks, balls. Knows no Keras."""
+"""Pure tensor maths: kernels as matrices, the two constraints, masks, gates, balls. No Keras."""
 
 from tscnc_tf.functional.balls import lengths, project, random_start, steepest_ascent
 from tscnc_tf.functional.constraints import (
@@ -7,13 +7,16 @@ from tscnc_tf.functional.constraints import (
     orthogonality,
     transformed_l1,
 )
+from tscnc_tf.functional.gates import deterministic_gate, hard_concrete, open_probability
 from tscnc_tf.functional.kernels import canonical, group_norms, matrices, restore
 from tscnc_tf.functional.masks import kept_count, largest, largest_per_row, largest_within
 
 __all__ = [
     "authors_penalty",
     "canonical",
+    "deterministic_gate",
     "group_norms",
+    "hard_concrete",
     "kept_count",
     "largest",
     "largest_per_row",
@@ -21,6 +24,7 @@ __all__ = [
     "lengths",
     "log_ratio",
     "matrices",
+    "open_probability",
     "orthogonality",
     "project",
     "random_start",

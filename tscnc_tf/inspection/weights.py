@@ -1,23 +1,23 @@
-"""The weights of a model as they act: each pruned weight times its mask, in float64."""
+"""The weights of a model as they act: each times its mask and its gates, in float64."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import functional
-from tscnc_tf._keras import keras, layers, require_built, tf_keras, wrappers
+from tscnc_tf._keras import gated, keras, layers, require_built, tf_keras, wrappers
 from tscnc_tf._keras import masks as masking
 from tscnc_tf.inspection import records
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight as it acts: its variable times its mask, if it has one.
+    """A weight as it acts: its variable times its mask and its gates, if it has any.
 
     Attributes:
         name: unique within the model.
@@ -71,13 +71,21 @@ def masks(model: Any) -> dict[int, Any]:
     return {id(w): wrapped.get(id(w)) for w, _ in masking.masked_variables(model)}
 
 
-def read(variable: Any, mask: Any = None) -> np.ndarray:
-    """Return a variable's values in float64, times its mask.
+def reader(model: Any) -> Callable[[Any], np.ndarray]:
+    """Return `variable -> its values as they act` for the variables of a model."""
+    by_variable, gates = masks(model), gated.factors(model)
+    return lambda v: read(v, by_variable.get(id(v)), gates.get(id(v)))
+
+
+def read(variable: Any, mask: Any = None, gates: Any = None) -> np.ndarray:
+    """Return a variable's values in float64, times its mask, times its gates.
 
     Between an optimizer's step and the next forward pass, a pruned weight is not zero although its
-    mask is; what acts is the product.
+    mask is; what acts is the product. Gates are those of inference.
     """
-    values = np.asarray(tf.cast(tf.convert_to_tensor(variable), tf.float64))
+    value = tf.convert_to_tensor(variable)
+    value = value if gates is None else gated.times(value, gates)
+    values = np.asarray(tf.cast(value, tf.float64))
     if mask is None:
         return values
     return values * np.asarray(tf.cast(tf.convert_to_tensor(mask), tf.float64))
@@ -87,11 +95,11 @@ def kernels(model: Any) -> list[KernelWeight]:
     """Return the kernels of a built model; there may be none."""
     found = list(layers.kernels(model))
     names = records.unique(kernel.name for kernel in found)
-    by_variable = masks(model)
+    by_variable, acting = masks(model), reader(model)
     result = []
     for name, kernel in zip(names, found, strict=True):
-        values = read(kernel.variable, by_variable.get(id(kernel.variable)))
         is_masked = id(kernel.variable) in by_variable
+        values = acting(kernel.variable)
         result.append(KernelWeight(name, kernel.variable, values, is_masked, kernel))
     return result
 
@@ -123,15 +131,15 @@ def totals(model: Any) -> tuple[int, int]:
 def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield every weight that the network computes with: the variable, and its values as they act.
 
-    What belongs to pruning is not among them (masks, thresholds, counters), nor are metrics, nor is
-    what is no float (counters, seeds, look-up tables).
+    What belongs to pruning is not among them (masks, thresholds, counters), nor to gates, nor are
+    metrics, nor is what is no float (counters, seeds, look-up tables).
     """
     helpers: set[int] = set()
     for layer in model._flatten_layers():
         if isinstance(layer, tf_keras.Model):  # whose weights may hold its metrics' variables
             helpers |= {id(variable) for metric in layer.metrics for variable in metric.variables}
-    helpers |= set(masking.names(model))
-    by_variable = masks(model)
+    helpers |= set(masking.names(model)) | set(gated.names(model))
+    acting = reader(model)
     seen: set[int] = set()
     for variable in model.weights:
         if id(variable) in helpers | seen or not hasattr(variable, "dtype"):
@@ -139,4 +147,4 @@ def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
         if not tf.as_dtype(variable.dtype).is_floating:
             continue
         seen.add(id(variable))
-        yield variable, read(variable, by_variable.get(id(variable)))
+        yield variable, acting(variable)

@@ -23,7 +23,7 @@ class WeightStatus:
         kind: the class of the layer.
         shape: of the weight.
         weights: the number of its entries.
-        zeros: how many of them are zero, masks counted.
+        zeros: how many of them are zero, masks and closed gates counted.
         pruned: whether it has a mask.
         reason: why it has none; empty if it has one.
     """
@@ -141,7 +141,7 @@ def report(model: Any) -> PruningReport:
     """
     _keras.library("model", model)
     _keras.require_built("model", model)
-    by_variable = acting.masks(model)
+    by_variable, read = acting.masks(model), acting.reader(model)
     is_wrapped = bool(wrappers.wrapped_layers(model))
     reasons = {
         id(target.variable): reason
@@ -154,7 +154,7 @@ def report(model: Any) -> PruningReport:
         reason = reasons.get(id(target.variable)) or unfit or "not chosen"
         if is_wrapped and not is_pruned:
             reason = wrap.reason(model, target.layer)
-        values = acting.read(target.variable, by_variable.get(id(target.variable)))
+        values = read(target.variable)
         rows.append(
             WeightStatus(
                 name=target.name,

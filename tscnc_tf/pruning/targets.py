@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tscnc_tf import _keras, functional
+from tscnc_tf._keras import gated, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import wrappers
 from tscnc_tf.inspection import records
 from tscnc_tf.pruning.selection import selector
 
@@ -134,7 +134,8 @@ def _owned(
         inside = list(kernel_layers.parts(layer))
         theirs = {id(variable) for part in inside for variable in part.weights}
         here = (*path, layer.name) if not is_model or layer is model else (layer.name,)
-        if wrappers.is_wrapper(layer):  # tfmot's: its own weights are masks
+        # What is tfmot's has masks for weights of its own, and what is gated has gates.
+        if wrappers.is_wrapper(layer) or gated.is_gated(layer):
             yield from walk(layer.layer, path, taken)
             return
         for variable in layer.weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tscnc_tf import _checks, _keras
+from tscnc_tf import _checks, _keras, gates
 from tscnc_tf._keras import masked, wrappers
 from tscnc_tf.pruning import wrap
 from tscnc_tf.pruning.engine import Pruner, require_unpruned
@@ -144,15 +144,17 @@ def strip(model: Any) -> Any:
     """Return a pruned model without what pruned it, its masks applied to the weights.
 
     A model with a `Pruner` loses it in place, and is itself returned; a model in tfmot's wrappers
-    stays, and a new one without them is returned, which shares its weights. A model that is not
-    pruned is returned as it is.
+    stays, and a new one without them is returned, which shares its weights. A model with gates
+    stays as well, but for its masks, and a new one is returned that has weights of its own, with
+    the gates in them (`gates.fold`). A model that has nothing of these is returned as it is.
 
     Args:
-        model: a model of either Keras; with tfmot's wrappers a Sequential or functional one.
+        model: a model of either Keras; with tfmot's wrappers or gates a Sequential or functional
+            one.
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: `model` is subclassed and holds wrappers.
+        ValueError: `model` is subclassed and holds wrappers or gates.
 
     Example:
         >>> import keras
@@ -167,7 +169,7 @@ def strip(model: Any) -> Any:
     for part in list(masked.masked_models(model)):
         part.pruner.apply(getattr(part, "optimizer", None))
         masked.detach(part)
-    return wrap.unwrap(model) if wrappers.wrapped_layers(model) else model
+    return gates.fold(wrap.unwrap(model) if wrappers.wrapped_layers(model) else model)
 
 
 def prune_scope() -> Any:

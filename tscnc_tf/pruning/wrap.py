@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import tf_keras, wrappers
+from tscnc_tf._keras import gated, tf_keras, wrappers
 from tscnc_tf.pruning.selection import selector
 from tscnc_tf.pruning.structures import NM
 
@@ -44,9 +44,10 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
         if isinstance(layer, tf_keras.Model):
             _keras.require_graph_model("model: its part", layer)
             return tf_keras.models.clone_model(layer, clone_function=clone)
-        if not matrix_weights(layer) or not chosen(layer):
+        inner = layer.layer if gated.is_gated(layer) else layer
+        if not matrix_weights(inner) or not (chosen(layer) or chosen(inner)):
             return layer
-        if reason := wrappers.unprunable(layer, options.get("block_size", (1, 1)), m_by_n):
+        if reason := wrappers.unprunable(inner, options.get("block_size", (1, 1)), m_by_n):
             skipped[layer.name] = reason
             return layer
         return tfmots.prune_low_magnitude(layer, schedule, **options)

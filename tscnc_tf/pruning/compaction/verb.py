@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import gated, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import wrappers
 from tscnc_tf.pruning.compaction import channels, flops, probes
 from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
 from tscnc_tf.pruning.compaction.layers import Reader
@@ -48,8 +48,8 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     dropout would have treated the constants differently.
 
     Args:
-        model: a Sequential or functional model of either Keras, built, without pruning wrappers.
-            Nested models are followed. It is not changed.
+        model: a Sequential or functional model of either Keras, built, without pruning wrappers
+            and without gates. Nested models are followed. It is not changed.
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
             rows drawn from U[0, 1), seeded.
         tolerance: by how much they may differ, relative to the largest logit (if above 1); None for
@@ -61,8 +61,8 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is subclassed, not built, still wrapped for pruning, holds a layer that can't
-            be rebuilt from its configuration, or `probe` does not fit it.
+        ValueError: it is subclassed, not built, still wrapped for pruning or gated, holds a layer
+            that can't be rebuilt from its configuration, or `probe` does not fit it.
         RuntimeError: the logits differ by more than the tolerance; no model is returned.
 
     Example:
@@ -90,6 +90,11 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         raise ValueError(
             f"model {model.name!r} still has pruning wrappers: strip it first, "
             "compact(tscnc_tf.strip(model))."
+        )
+    if gated.gated_layers(model):
+        raise ValueError(
+            f"model {model.name!r} still has gates: fold them into its weights first, "
+            "compact(tscnc_tf.gates.fold(model))."
         )
     batch = probes.prepare(model, probe)
     before = probes.outputs(model, batch)

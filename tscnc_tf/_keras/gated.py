@@ -1,0 +1,82 @@
+"""Layers that put gates on the weights of others, and what all rooms need to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tscnc_tf._keras import layers
+
+
+class GatedLayer:
+    """Marks layers that compute as another one does, with gates on some of its weights.
+
+    Attributes:
+        layer: the layer inside, whose variables hold the weights without their gates.
+    """
+
+    layer: Any
+
+    def gated_variables(self) -> Iterator[tuple[Any, Any]]:
+        """Yield (variable, gates) as they act at inference; gates broadcast with the variable."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which weights have gates.")
+
+    def own_variables(self) -> list[Any]:
+        """Return the variables that belong to the gates, and not to the layer inside."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what is its own.")
+
+
+def is_gated(layer: Any) -> bool:
+    """Tell whether `layer` puts gates on the weights of another one."""
+    return isinstance(layer, GatedLayer)
+
+
+def gated_layers(model: Any) -> list[Any]:
+    """Return the gated layers in `model` (or `model` itself, if it is one), each once."""
+    return list({id(part): part for part in layers.flatten(model) if is_gated(part)}.values())
+
+
+def factors(model: Any) -> dict[int, Any]:
+    """Return the gates of each variable that has some, as they act at inference, by its id."""
+    return {
+        id(variable): gates
+        for layer in gated_layers(model)
+        for variable, gates in layer.gated_variables()
+    }
+
+
+def times(value: tf.Tensor, gates: tf.Tensor) -> tf.Tensor:
+    """Return a weight times its gates, in the dtype of the weight."""
+    return value * tf.cast(gates, value.dtype)
+
+
+def owners(model: Any) -> dict[int, Any]:
+    """Return the gated layer around each layer that is inside of one, by the id of the latter."""
+    return {id(gated.layer): gated for gated in gated_layers(model)}
+
+
+def names(model: Any) -> dict[int, str]:
+    """Return what belongs to gates and not to the network: names by the variables' ids."""
+    return {
+        id(variable): variable.name
+        for layer in gated_layers(model)
+        for variable in layer.own_variables()
+    }
+
+
+def with_values(layer: Any, values: dict[int, Any]) -> Any:
+    """Return a view of a layer that computes with tensors in place of some of its variables.
+
+    The view shares all else with the layer, which is not touched: replicas and threads may compute
+    with values of their own at the same time. Only its `call` is meant to be used.
+
+    Args:
+        layer: a built layer of either Keras.
+        values: the tensors, by the ids of the variables that they stand for.
+    """
+    view = object.__new__(type(layer))
+    for name, value in vars(layer).items():
+        vars(view)[name] = values.get(id(value), value)
+    return view

@@ -1,0 +1,248 @@
+"""A layer around another one, which puts gates on its filters or input units."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras, functional
+from tscnc_tf._keras import flavours, gated, wrappers
+from tscnc_tf.functional.gates import uniform
+from tscnc_tf.gates.groups import Groups, groups_of, kind_of
+
+__all__ = ["Gated"]
+
+LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
+_INITIAL_DEVIATION = 0.01
+
+_Base: Any = object  # the Wrapper of either Keras; `flavours.in_library` puts it there
+
+
+class Gated(gated.GatedLayer, _Base):
+    r"""A convolution or dense layer with a hard-concrete gate on each filter or input unit.
+
+    A convolution of any kind (transposed, depthwise, separable and grouped ones too) has one gate
+    per output filter, which acts on its kernel and bias; a dense layer has one per input unit,
+    which acts on a row of its kernel. The layer computes with :math:`z_g w_g` for :math:`w_g`:
+
+    * in training with gates that are drawn once per forward pass, by `functional.hard_concrete`,
+      and are the same for the whole batch;
+    * at inference with `functional.deterministic_gate`: nothing is random, so attacks and
+      evaluation see one network.
+
+    `losses` has the penalty
+
+    .. math:: \text{sparsity\_factor} \cdot \sum_g T_a(p_g u_g), \qquad
+              u_g = \tfrac12\,\text{weight\_decay}\,\|w_g\|^2 + \text{l0\_factor}\,|g|
+
+    with :math:`p_g` the probability that the gate is open and :math:`|g|` the number of kernel
+    weights of the group. It is a regularizer of :math:`\log\alpha`, so it is there exactly once,
+    whether the layer has been called not at all, or several times. After each optimizer step
+    :math:`\log\alpha` is clipped to [log 0.01, log 100], by a constraint.
+
+    With the defaults the factor is 1, and the penalty is the sum as it stands. `l0_factor=1e-6` is
+    of the size that the paper on gates uses on 60 000 examples (0.1/N); `weight_decay=5e-4` is the
+    usual one of image classifiers, and in place of another one, not beside it.
+
+    How gates are drawn: by the Philox generator, from `seed` and the number of draws so far, which
+    is an int64 weight of the layer. So a run that goes on from a checkpoint
+    draws what it would have drawn without the break; and eager code, graphs and XLA draw the same.
+    Replicas of a distribution strategy all draw the same: a gate belongs to the step, and the batch
+    is shared out. A layer that a model calls in several places has the same gates in all of them,
+    as it has the same weights, if `calls` says how often it is called.
+
+    Other regularizers see the kernel itself, without gates; `inspection` sees it as it acts at
+    inference, gates included. `prune` masks the kernel inside. Where the weights of the layer
+    inside are frozen when the gates are added, so are the gates.
+
+    Args:
+        layer: the layer to put gates on, built or not.
+        drop_rate: the share of gates that are to be closed to begin with, in (0, 1):
+            :math:`\log\alpha \sim N(\log((1-d)/d), 0.01^2)`.
+        sparsity_factor: what the penalty is multiplied by, >= 0.
+        weight_decay: the factor of the squared norm in the cost of a group, >= 0.
+        l0_factor: the cost of each single weight of a group, >= 0.
+        a: of the transformed l1, > 0; large values make the penalty linear in :math:`p_g`.
+        seed: of the initial values and of all draws; give each layer its own.
+        calls: how often the model calls the layer in one forward pass.
+        **kwargs: of every layer. The name is by default that of the layer inside.
+
+    Raises:
+        TypeError: `layer` is no Keras layer, or an argument is of a wrong type.
+        ValueError: `layer` is of a kind that can't have gates, or an argument is out of range.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> layer = tscnc.gates.Gated(keras.layers.Conv2D(8, 3, activation="relu"))
+        >>> model = keras.Sequential([keras.Input((8, 8, 1)), layer])
+        >>> layer.log_alpha.shape, len(model.losses)
+        ((8,), 1)
+
+    Reference:
+        Louizos, Welling & Kingma 2018, arXiv 1712.01312; TSCNC, arXiv 2503.20454, for the
+        transformed l1 of the expected cost.
+    """
+
+    def __new__(cls, layer: Any, **kwargs: Any) -> Any:  # noqa: ARG004
+        """Return a layer of the Keras that `layer` is of."""
+        library = _keras.keras if _keras.flavour(layer) == "keras" else _keras.tf_keras
+        if not isinstance(layer, library.layers.Layer):
+            raise TypeError(f"layer must be a layer of Keras 3 or tf_keras, got {layer!r}.")
+        made = flavours.in_library(cls, library.layers.Wrapper)
+        return super().__new__(made)
+
+    def __init__(
+        self,
+        layer: Any,
+        *,
+        drop_rate: float = 0.3,
+        sparsity_factor: float = 1.0,
+        weight_decay: float = 5e-4,
+        l0_factor: float = 1e-6,
+        a: float = 1.0,
+        seed: int = 0,
+        calls: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if not kind_of(layer):
+            raise ValueError(
+                f"layer {layer.name!r} of class {type(layer).__name__} can't have gates: they are "
+                "for convolutions and dense layers."
+            )
+        kwargs = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
+        kwargs.setdefault("trainable", layer.trainable)
+        super().__init__(layer, **kwargs)
+        self.drop_rate = _checks.number("drop_rate", drop_rate, above=0.0, below=1.0)
+        self.sparsity_factor = _checks.factor("sparsity_factor", sparsity_factor)
+        self.weight_decay = _checks.factor("weight_decay", weight_decay)
+        self.l0_factor = _checks.factor("l0_factor", l0_factor)
+        self.a = _checks.number("a", a, above=0.0)
+        self.seed = _checks.integer("seed", seed, minimum=0)
+        self.calls = _checks.integer("calls", calls, minimum=1)
+        self.supports_masking = layer.supports_masking
+
+    def build(self, input_shape: Any = None) -> None:
+        """Build the layer inside, and make a gate for each of its groups."""
+        super().build(input_shape)
+        is_keras_3 = _keras.flavour(self) == "keras"
+        first = "only_first_replica" if is_keras_3 else tf.VariableAggregation.ONLY_FIRST_REPLICA
+        # Weights that layers compute with are cast to float16 where that is the policy; not these.
+        autocast = {"autocast" if is_keras_3 else "experimental_autocast": False}
+        self.log_alpha = self.add_weight(
+            name="log_alpha",
+            shape=(self.groups.count,),
+            dtype="float32",
+            initializer=self._initial_log_alpha,
+            regularizer=self._penalty,
+            constraint=_clipped,
+            aggregation=first,
+            **autocast,
+        )
+        self.draws = self.add_weight(
+            name="draws",
+            shape=(),
+            dtype="int64",
+            initializer="zeros",
+            trainable=False,
+            aggregation=first,
+            **autocast,
+        )
+        self.input_spec = self.layer.input_spec
+        self.built = True
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of weights that have a gate each."""
+        return groups_of(self.layer)
+
+    def call(self, inputs: Any, training: Any = None) -> Any:
+        """Return what the layer inside makes of its inputs with gated weights."""
+        gates = self._gates(training)
+        values = {}
+        for variable, shape in self._shapes():
+            value = tf.convert_to_tensor(variable)
+            values[id(variable)] = gated.times(value, tf.reshape(gates, shape))
+        acting = gated.with_values(self.layer, values)
+        takes_training = "training" in inspect.signature(self.layer.call).parameters
+        return acting.call(inputs, **({"training": training} if takes_training else {}))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Return what the layer inside returns."""
+        return self.layer.compute_output_shape(input_shape)
+
+    def gated_variables(self) -> Iterator[tuple[Any, Any]]:
+        """Yield (variable, gates) as they act at inference; gates broadcast with the variable."""
+        gates = functional.deterministic_gate(self.log_alpha)
+        for variable, shape in self._shapes():
+            yield variable, tf.reshape(gates, shape)
+
+    def own_variables(self) -> list[Any]:
+        """Return the variables that belong to the gates, and not to the layer inside."""
+        return [self.log_alpha, self.draws]
+
+    def get_prunable_weights(self) -> list[Any]:
+        """Return what tfmot is to prune: what it prunes of the layer inside."""
+        return wrappers.prunable_weights(self.layer) or []
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "drop_rate": self.drop_rate,
+            "sparsity_factor": self.sparsity_factor,
+            "weight_decay": self.weight_decay,
+            "l0_factor": self.l0_factor,
+            "a": self.a,
+            "seed": self.seed,
+            "calls": self.calls,
+        }
+
+    def _shapes(self) -> list[tuple[Any, tuple[int, ...]]]:
+        """Return the variables that gates act on, and the shape of the gates for each."""
+        groups = self.groups
+        shapes: list[tuple[Any, tuple[int, ...]]] = [(groups.kernel, groups.shape)]
+        return shapes if groups.bias is None else [*shapes, (groups.bias, (-1,))]
+
+    def _gates(self, training: Any) -> tf.Tensor:
+        if tf.is_tensor(training):
+            return tf.cond(tf.cast(training, tf.bool), self._drawn, self._deterministic)
+        return self._drawn() if training else self._deterministic()
+
+    def _deterministic(self) -> tf.Tensor:
+        return functional.deterministic_gate(self.log_alpha)
+
+    def _drawn(self) -> tf.Tensor:
+        draws = tf.identity(flavours.tensor_variable(self.draws))
+        self.draws.assign_add(1)
+        return functional.hard_concrete(self.log_alpha, self._uniform(1 + draws // self.calls))
+
+    def _uniform(self, draw: Any) -> tf.Tensor:
+        return uniform(self.groups.count, self.seed, draw)
+
+    def _initial_log_alpha(self, shape: Any, dtype: Any = None, **_: Any) -> tf.Tensor:
+        mean = math.log((1.0 - self.drop_rate) / self.drop_rate)
+        normal = tf.math.ndtri(self._uniform(0))  # draw 0 is for this, the others for the gates
+        log_alpha = _clipped(mean + _INITIAL_DEVIATION * normal)
+        return tf.cast(tf.reshape(log_alpha, shape), dtype or tf.float32)
+
+    def _penalty(self, log_alpha: Any) -> tf.Tensor:
+        """Return the penalty of all gates, a float32 scalar."""
+        groups = self.groups
+        cost = 0.5 * self.weight_decay * groups.squared_norms() + self.l0_factor * groups.size
+        expected = functional.open_probability(log_alpha) * cost
+        return self.sparsity_factor * tf.reduce_sum(functional.transformed_l1(expected, self.a))
+
+
+def _clipped(log_alpha: Any) -> tf.Tensor:
+    return tf.clip_by_value(tf.convert_to_tensor(log_alpha), *LOG_ALPHA_RANGE)
+
+
+for _module in (_keras.keras, _keras.tf_keras):  # so that saved models of either are found
+    _module.saving.register_keras_serializable(_keras.PACKAGE)(
+        flavours.in_library(Gated, _module.layers.Wrapper)
+    )

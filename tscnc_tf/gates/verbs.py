@@ -1,0 +1,264 @@
+"""Put gates into a model that exists already, and multiply them into its weights in the end."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import cloning, flavours, gated, masked, masks, wrappers
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras.selection import selector
+from tscnc_tf.gates.groups import kind_of
+from tscnc_tf.gates.layer import Gated
+
+
+def add_gates(
+    model: Any,
+    layers: Any = None,
+    *,
+    drop_rate: float = 0.3,
+    sparsity_factor: float = 1.0,
+    weight_decay: float = 5e-4,
+    l0_factor: float = 1e-6,
+    a: float = 1.0,
+    seed: int = 0,
+) -> Any:
+    r"""Return a copy of a model with gates on the filters and input units of its layers.
+
+    Each chosen convolution or dense layer is put into a `Gated`, which bears its name; weights are
+    the same. Outputs are not: gates begin half open (at a `drop_rate` of 0.3 they are about 0.74 at
+    inference), which the training that follows makes up for. With the defaults the penalty of a
+    layer is :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
+
+    Train the copy as any model. What is closed by then is cut by `fold`. To prune single weights as
+    well, add the gates first, then call `prune`: a pruned model takes no gates.
+
+    Args:
+        model: a Sequential or functional model of either Keras, built; nested models are followed,
+            and a layer that is used in several places stays one, with the same gates in each.
+        layers: which layers, as in `pruning.add_regularizers`; None for all convolutions and dense
+            layers, the one of the logits among them (whose gates are on its inputs, so that no
+            class can be lost). Layers inside wrappers such as TimeDistributed take no gates.
+        drop_rate: the share of gates that are to be closed to begin with, in (0, 1).
+        sparsity_factor: what the penalty is multiplied by, >= 0.
+        weight_decay: the factor of the squared norm in the cost of a group, >= 0.
+        l0_factor: the cost of each single weight of a group, >= 0.
+        a: of the transformed l1, > 0.
+        seed: of the initial values and of all draws; each layer gets one of its own made of it.
+
+    Returns:
+        A new, uncompiled model of the same Keras. The old one is not changed.
+
+    Raises:
+        TypeError: `model` is no Keras model, or an argument is of a wrong type.
+        ValueError: the model is subclassed, not built, has gates already, is being pruned, holds a
+            layer that can't be rebuilt from its configuration, no layer is chosen that can have
+            gates, or an argument is out of range.
+
+    Warns:
+        UserWarning: some chosen kernels can have no gates; it names them.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([
+        ...     keras.Input((8, 8, 1)), keras.layers.Conv2D(8, 3, name="conv"),
+        ...     keras.layers.Flatten(), keras.layers.Dense(3, name="logits")])
+        >>> model = tscnc.gates.add_gates(model, "conv", sparsity_factor=10.0)
+        >>> [(row.name, row.gates) for row in tscnc.gates.report(model).rows]
+        [('conv', 8)]
+
+    Reference:
+        Louizos, Welling & Kingma 2018, arXiv 1712.01312; TSCNC, arXiv 2503.20454.
+    """
+    library = _require_plain(model)
+    options = {
+        "drop_rate": drop_rate,
+        "sparsity_factor": sparsity_factor,
+        "weight_decay": weight_decay,
+        "l0_factor": l0_factor,
+        "a": a,
+    }
+    gating = _Gating(library, model, selector("layers", layers), options, seed)
+    copy = _copied(library, model, around=gating.around)
+    if not gating.count:
+        able = [part.name for part in kernel_layers.flatten(model) if kind_of(part)]
+        raise ValueError(
+            f"layers={layers!r} chooses no layer of model {model.name!r} that can have gates; "
+            f"those that can are {able}."
+        )
+    if gating.skipped:
+        warnings.warn(
+            f"These kernels are chosen, but get no gates: {', '.join(gating.skipped)}. Gates are "
+            "for convolutions and dense layers that are no part of another layer. Choose the "
+            "others by layers= if that is meant.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return copy
+
+
+def fold(model: Any) -> Any:
+    """Return a model without gates that computes what the gated one computes at inference.
+
+    The gates of inference are multiplied into the weights: into kernel and bias of a filter, into
+    the row of an input unit. Filters whose gate is closed are zero then, and `pruning.compact`
+    takes them out. What `prune` masks is set to zero before. `strip` folds, too, and exports do.
+
+    Args:
+        model: a built model of either Keras, Sequential or functional. It stays as it is, but for
+            its masks being applied.
+
+    Returns:
+        A new, uncompiled model, with weights of its own, layers of the classes and names that they
+        had before `add_gates`, and no pruner. A model without gates is returned as it is.
+
+    Raises:
+        TypeError: `model` is no Keras model.
+        ValueError: it is subclassed, or a gated layer is inside of a layer whose parts can't be
+            exchanged from outside.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> folded = tscnc.gates.fold(tscnc.gates.add_gates(model))
+        >>> type(folded.layers[-1]).__name__
+        'Dense'
+    """
+    library = _keras.library("model", model)
+    if not gated.gated_layers(model):
+        return model
+    _keras.require_graph_model(
+        "model", model, "The gated layers' `gated_variables()` say what to multiply by what."
+    )
+    masks.apply(model)
+    bare = wrappers.bare(model)
+    copy = _copied(library, bare, inside=_without_gates)
+    left = [layer.name for layer in gated.gated_layers(copy)]
+    if left:
+        raise ValueError(
+            f"model {model.name!r} still has gates after folding, in {', '.join(left)}: they are "
+            "inside a layer whose parts can't be exchanged from outside."
+        )
+    return copy
+
+
+class _Gating:
+    """Chooses the layers of one model that get gates, and makes them."""
+
+    def __init__(
+        self,
+        library: Any,
+        model: Any,
+        chosen: Callable[[Any], bool],
+        options: dict[str, Any],
+        seed: int,
+    ) -> None:
+        self._library = library
+        self._options = options
+        self._seed = _checks.integer("seed", seed, minimum=0)
+        self._calls = kernel_layers.calls(model)
+        # Who chooses a layer chooses the layers inside it.
+        self._chosen = {
+            id(inner)
+            for part in kernel_layers.flatten(model)
+            if chosen(part)
+            for inner in kernel_layers.flatten(part)
+        }
+        self.count = 0
+        self.skipped: list[str] = []
+
+    def around(self, layer: Any, new: Any) -> Any:
+        """Return what is to stand for a layer: its copy `new`, in gates if they are wanted."""
+        if id(layer) in self._chosen and kind_of(layer):
+            seed = np.random.SeedSequence([self._seed, self.count]).generate_state(1)
+            self.count += 1
+            calls = max(self._calls[id(layer)], 1)
+            return Gated(new, seed=int(seed[0]), calls=calls, **self._options)
+        self.skipped += [
+            f"{part.name}/{attribute}"
+            for part in kernel_layers.flatten(layer)
+            if id(part) in self._chosen
+            for attribute, _ in kernel_layers.named_kernels(part)
+        ]
+        return new
+
+
+def _require_plain(model: Any) -> types.ModuleType:
+    """Return the Keras of a model that can be given gates; raise for all others."""
+    library = _keras.library("model", model)
+    if isinstance(model, flavours.Trainer):
+        raise ValueError(
+            "model must be the network itself, not the trainer: add gates to trainer.model, and "
+            "make a trainer of what is returned."
+        )
+    _keras.require_graph_model("model", model, "There, put `Gated(layer)` in a layer's place.")
+    _keras.require_built("model", model)
+    if found := [layer.name for layer in gated.gated_layers(model)]:
+        raise ValueError(f"model {model.name!r} has gates already, in {found}: fold it first.")
+    if wrappers.wrapped_layers(model) or any(masked.masked_models(model)):
+        raise ValueError(
+            f"model {model.name!r} is being pruned: add gates first and call prune on what is "
+            "returned, or strip the model before."
+        )
+    return library
+
+
+def _copied(
+    library: Any,
+    model: Any,
+    *,
+    inside: Callable[[Any], Any] = lambda layer: layer,
+    around: Callable[[Any, Any], Any] = lambda _, new: new,
+) -> Any:
+    """Return a copy of a graph model, with weights of its own: those that act, gates included.
+
+    Args:
+        library: the Keras that it is made of.
+        model: what to copy.
+        inside: returns the layer to copy for a layer of the model.
+        around: returns what is to stand for a layer, given it and the copy.
+    """
+    clones: dict[int, Any] = {}  # a layer may be shared by several models
+    pairs: list[tuple[Any, Any]] = []
+
+    def clone(layer: Any) -> Any:
+        if id(layer) not in clones:
+            clones[id(layer)] = made(layer)
+        return clones[id(layer)]
+
+    def made(layer: Any) -> Any:
+        if isinstance(layer, library.Model):
+            _keras.require_graph_model("model: its part", layer)
+            return cloning.cloned(library, layer, clone)
+        source = inside(layer)
+        new = cloning.rebuilt(source, lambda: type(source).from_config(source.get_config()))
+        pairs.append((source, new))
+        return around(layer, new)
+
+    copy = cloning.cloned(library, model, clone)
+    gates = gated.factors(model)
+    for source, new in pairs:
+        if any(id(weight) in gates for weight in source.weights):
+            values = [_acting(weight, gates.get(id(weight))) for weight in source.weights]
+        else:
+            values = source.get_weights()
+        cloning.set_weights(library, new, values)
+    return copy
+
+
+def _without_gates(layer: Any) -> Any:
+    return layer.layer if gated.is_gated(layer) else layer
+
+
+def _acting(weight: Any, gates: tf.Tensor | None) -> np.ndarray:
+    """Return a weight times its gates; zeros are positive, as negative ones don't compress."""
+    value = tf.convert_to_tensor(weight)
+    return np.asarray(value if gates is None else gated.times(value, gates) + 0.0)
