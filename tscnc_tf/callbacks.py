@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import warnings
@@ -70,12 +71,15 @@ class UpdatePruning(flavours.Callback):
         self._tfmots: Any = None
         self._apply: Any = None
         self._pruners: list[Any] = []
+        self._training = contextlib.ExitStack()
         self._ahead = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """See how the model is pruned, and mask what it begins with."""
         model = self.model
         self._pruners = [part.pruner for part in masked.masked_models(model)]
+        self._training.close()  # where the last training broke off
+        self._training.enter_context(masks.training(model, model.optimizer))
         wrapped = wrappers.wrapped_layers(model)
         self._tfmots = self._apply = None
         if wrapped:
@@ -112,6 +116,7 @@ class UpdatePruning(flavours.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Mask once more: Keras may have put averaged weights in place."""
+        self._training.close()
         masks.apply(self.model, self.model.optimizer)
 
     def _look_ahead(self, epoch: int) -> None:

@@ -101,6 +101,13 @@ def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
             yield attribute, variable
 
 
+def is_normalization(layer: Any) -> bool:
+    """Tell whether a layer normalizes, by Keras' own class: γ and β are all that it learns."""
+    names = [base.__name__ for base in type(layer).__mro__]
+    kinds = ("Batch", "Layer", "Group", "RMS", "Unit")
+    return any(name == f"{kind}Normalization" for name in names for kind in kinds)
+
+
 def flatten(layer: Any) -> Iterator[Any]:
     """Yield a layer or model and all layers in it, in the order of the model, some maybe twice."""
     if flavour(layer) == "tf_keras":

@@ -42,20 +42,22 @@ class MaskedModel(_Base):
 
     def train_step(self, data: Any) -> Any:
         """Take the model's own training step, then let the pruner act on what it has changed."""
-        logs = super().train_step(data)
+        with self.pruner.training():
+            logs = super().train_step(data)
         self.pruner.step()
         return logs
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and mask in the end: a callback may have put other weights in place."""
-        history = super().fit(*args, **kwargs)
+        with self.pruner.training():
+            history = super().fit(*args, **kwargs)
         self.pruner.apply(self.optimizer)
         return history
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training, by an optimizer that begins to count."""
         super().compile(*args, **kwargs)
-        self.pruner.begin_anew()
+        self.pruner.begin_anew(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Configure training as a saved model was."""
@@ -68,12 +70,12 @@ class MaskedModel(_Base):
     def set_weights(self, weights: Any) -> None:
         """Set the weights, those that are pruned to zero."""
         super().set_weights(weights)
-        self.pruner.apply()
+        self.pruner.adopt()
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights, and masks where the file has them; what is pruned becomes zero."""
         status = super().load_weights(filepath, *args, **kwargs)
-        self.pruner.apply()
+        self.pruner.adopt()
         return status
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +137,8 @@ class MaskedModel(_Base):
         """Build the model, and give it its pruner."""
         library = library_of(cls)
         model = library.saving.deserialize_keras_object(config["model"], custom_objects)
-        pruner = library.saving.get_registered_object(f"{PACKAGE}>Pruner")
+        name = config["pruner"].get("class_name", "Pruner")
+        pruner = library.saving.get_registered_object(f"{PACKAGE}>{name}")
         pruner.from_config(config["pruner"], model=model)
         return model
 
@@ -181,10 +184,49 @@ class PruningState(_Base):
         return [tensor_variable(getattr(self, f"mask_{i}")) for i in range(self._count)]
 
 
-def new_state(model: Any, shapes: list[tuple[int, ...]]) -> Any:
-    """Return fresh variables for a pruner of `model`."""
+class ScoringState(PruningState):
+    """The variables of a pruner that trains scores.
+
+    Attributes:
+        dense: the weights before pruning, one per pruned weight.
+        scores: what they are worth, one per pruned weight.
+
+    Args:
+        shapes: of the pruned weights.
+        dtypes: of the pruned weights.
+    """
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtypes: list[str]) -> None:
+        super().__init__(shapes)
+        for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            for kind in ("dense", "score"):
+                variable = self.add_weight(
+                    name=f"{kind}_{index}",
+                    shape=shape,
+                    dtype=dtype,
+                    initializer="zeros",
+                    trainable=False,
+                )
+                setattr(self, f"{kind}_{index}", variable)
+
+    @property
+    def dense(self) -> list[Any]:
+        """The weights as they were before pruning, as TensorFlow variables."""
+        return [tensor_variable(getattr(self, f"dense_{i}")) for i in range(self._count)]
+
+    @property
+    def scores(self) -> list[Any]:
+        """What the weights are worth, as TensorFlow variables."""
+        return [tensor_variable(getattr(self, f"score_{i}")) for i in range(self._count)]
+
+
+def new_state(model: Any, shapes: list[tuple[int, ...]], dtypes: list[str] | None = None) -> Any:
+    """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes."""
+    layer = library_of(type(model)).layers.Layer
     with model.distribute_strategy.scope():
-        return in_library(PruningState, library_of(type(model)).layers.Layer)(shapes)
+        if dtypes is None:
+            return in_library(PruningState, layer)(shapes)
+        return in_library(ScoringState, layer)(shapes, dtypes)
 
 
 def attach(model: Any, pruner: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,15 @@ def apply(model: Any, optimizer: Any = None) -> None:
     wrappers.apply_masks(model, optimizer)
     for part in masked.masked_models(model):
         part.pruner.apply(optimizer)
+
+
+@contextlib.contextmanager
+def training(model: Any, optimizer: Any) -> Iterator[None]:
+    """Let every pruner of `model` see to how an optimizer trains it, as long as this lasts."""
+    with contextlib.ExitStack() as stack:
+        for part in masked.masked_models(model):
+            stack.enter_context(part.pruner.training(optimizer))
+        yield
 
 
 def after_step(model: Any, optimizer: Any) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from tscnc_tf._keras import keras, tf_keras
 from tscnc_tf._keras.flavours import tensor_variable
+
+_DETOURS: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def innermost(optimizer: Any) -> Any:
@@ -32,7 +37,7 @@ def companions(optimizer: Any, variable: Any) -> list[Any]:
         names = optimizer.get_slot_names()
         return [optimizer.get_slot(variable, name) for name in names]
     positions = _positions(optimizer)
-    position = positions.get(_key(variable))
+    position = positions.get(key(variable))
     if position is None:
         return []
     found = {}
@@ -42,20 +47,97 @@ def companions(optimizer: Any, variable: Any) -> list[Any]:
         companion = kept[position]
         if not isinstance(companion, tf.Variable | keras.Variable):
             continue
-        if _key(companion) != _key(variable) and tuple(companion.shape) == tuple(variable.shape):
-            found[_key(companion)] = companion
+        if key(companion) != key(variable) and tuple(companion.shape) == tuple(variable.shape):
+            found[key(companion)] = companion
     return list(found.values())
+
+
+def average(optimizer: Any, variable: Any) -> Any:
+    """Return the moving average that an optimizer keeps of a weight, None if it keeps none."""
+    averages = getattr(innermost(optimizer), "_model_variables_moving_average", None)
+    known = {key(kept) for kept in averages or () if kept is not None}
+    kept = companions(optimizer, variable)
+    return next((companion for companion in kept if key(companion) in known), None)
+
+
+def is_optimizer(obj: Any) -> bool:
+    """Tell whether an object is an optimizer of either Keras."""
+    kinds = (
+        keras.optimizers.Optimizer,
+        tf_keras.optimizers.Optimizer,
+        tf_keras.optimizers.legacy.Optimizer,
+    )
+    return isinstance(obj, kinds)
+
+
+def build(optimizer: Any, variables: list[Any]) -> None:
+    """Let an optimizer make what it keeps for these weights, unless it has done so."""
+    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+        return  # it does so as it goes
+    if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
+        return
+    with tf.init_scope():
+        optimizer.build(variables)
+
+
+@contextlib.contextmanager
+def diverted(optimizer: Any, detour: Any) -> Iterator[None]:
+    """Let what an optimizer does to weights go by way of `detour`, as long as this lasts.
+
+    Keras' own training step takes the gradient and hands it to the optimizer in one go. So this is
+    where to step in between, whatever the model's `train_step` is.
+
+    Args:
+        optimizer: of either Keras; that there is a detour is seen in the object only, not in its
+            class, its configuration or its variables.
+        detour: `detour.take(optimizer, pairs, go_on)` is called for each step with the pairs
+            (gradient, weight), and has `go_on(pairs)` take it. `detour.settle(go_on)` is called
+            when training ends, and has `go_on()` put averages in place of weights. A detour that an
+            optimizer is on already is not made twice.
+    """
+    under_way = _DETOURS.setdefault(optimizer, [])
+    if any(each is detour for each in under_way):
+        yield
+        return
+    is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
+    name = "apply" if is_keras_3 else "apply_gradients"
+    own_step = getattr(optimizer, name)
+    own_end = getattr(optimizer, "finalize_variable_values", None)  # legacy ones have none
+
+    def apply(grads: Any, trainable_variables: Any = None) -> Any:
+        known = optimizer._trainable_variables
+        variables = known if trainable_variables is None else trainable_variables
+        pairs = list(zip(grads, variables, strict=True))
+        return detour.take(optimizer, pairs, lambda pairs: own_step(*zip(*pairs, strict=True)))
+
+    def apply_gradients(grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
+        pairs = list(grads_and_vars)
+        return detour.take(optimizer, pairs, lambda pairs: own_step(pairs, *args, **kwargs))
+
+    replaced: dict[str, Any] = {name: apply if is_keras_3 else apply_gradients}
+    if own_end is not None:
+        end = own_end
+        replaced["finalize_variable_values"] = lambda var_list: detour.settle(lambda: end(var_list))
+    before = {each: vars(optimizer)[each] for each in replaced if each in vars(optimizer)}
+    vars(optimizer).update(replaced)  # past Keras' own tracking
+    under_way.append(detour)
+    try:
+        yield
+    finally:
+        under_way.remove(detour)
+        for each in replaced:
+            del vars(optimizer)[each]
+        vars(optimizer).update(before)
 
 
 def trains(optimizer: Any, variables: list[Any]) -> bool:
     """Tell whether an object is an optimizer that has begun to train one of these weights."""
-    kinds = (keras.optimizers.Optimizer, tf_keras.optimizers.Optimizer)
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
         return True  # it does not tell
-    if not isinstance(optimizer, kinds):
+    if not is_optimizer(optimizer):
         return False
     positions = _positions(innermost(optimizer))
-    return any(_key(variable) in positions for variable in variables)
+    return any(key(variable) in positions for variable in variables)
 
 
 def iterations(optimizer: Any) -> tf.Tensor:
@@ -67,9 +149,10 @@ def _positions(optimizer: Any) -> dict[Any, int]:
     """Return the place of each weight in an optimizer's lists; empty if it is not built."""
     if isinstance(optimizer, keras.optimizers.Optimizer):
         known = getattr(optimizer, "_trainable_variables", None) or []
-        return {_key(variable): index for index, variable in enumerate(known)}
+        return {key(variable): index for index, variable in enumerate(known)}
     return dict(getattr(optimizer, "_index_dict", {}))
 
 
-def _key(variable: Any) -> Any:
+def key(variable: Any) -> Any:
+    """Return what tells a variable from all others, in whichever guise it comes."""
     return getattr(tensor_variable(variable), "_unique_id", None)

@@ -53,14 +53,18 @@ class Choice:
         self._scope = scope_for(scope, self.targets, sparsity, self.min_weights)
         self.structure.require(self._scope)
 
-    def masks(self, sparsity: Any, alive: Sequence[Any]) -> list[tf.Tensor]:
+    def masks(
+        self, sparsity: Any, alive: Sequence[Any], judged: Sequence[Any] | None = None
+    ) -> list[tf.Tensor]:
         """Return a mask per weight, True where it is kept.
 
         Args:
             sparsity: fraction of zeros, a scalar, possibly a tensor.
             alive: the masks so far; what is pruned ranks below all that is not.
+            judged: what the criterion is applied to, one variable per weight; None for the weights.
         """
-        values = [tf.convert_to_tensor(tensor_variable(t.variable)) for t in self.targets]
+        judged = [target.variable for target in self.targets] if judged is None else judged
+        values = [tf.convert_to_tensor(tensor_variable(variable)) for variable in judged]
         scores = [self._scores(*pair) for pair in zip(self.targets, values, strict=True)]
         widest = tf.float64 if any(score.dtype == tf.float64 for score in scores) else tf.float32
         ranked = []
@@ -81,16 +85,17 @@ class Choice:
             )
         return score
 
-    def warn_of_starving(self, sparsity: float) -> None:
+    def warn_of_starving(self, sparsity: float, judged: Sequence[Any] | None = None) -> None:
         """Warn of weight tensors that keep fewer weights than outputs, or all, in the end.
 
-        Judged by the weights as they are now.
+        Judged by the weights as they are now, or by what `masks` is told to judge.
         """
         if sparsity == 0.0:
             return
         alive = [tf.ones(target.shape, tf.bool) for target in self.targets]
         found = []
-        for target, mask in zip(self.targets, self.masks(sparsity, alive), strict=True):
+        masks = self.masks(sparsity, alive, judged)
+        for target, mask in zip(self.targets, masks, strict=True):
             kept, outputs = int(np.sum(mask)), target.outputs or 1
             if kept < outputs:
                 found.append(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import flavours, masked, optimizers, wrappers
+from tscnc_tf import _keras
+from tscnc_tf._keras import masked, optimizers
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
-from tscnc_tf.pruning import plans
+from tscnc_tf.pruning import plans, updates
 from tscnc_tf.pruning.choice import Choice
 from tscnc_tf.pruning.structures import Structure
-from tscnc_tf.pruning.targets import Candidate, candidates
+from tscnc_tf.pruning.targets import Candidate, candidates, found_again
 
 __all__ = ["Pruner"]
 
@@ -97,32 +97,33 @@ class Pruner:
         scope: str | Mapping[str, float] = "layer",
         min_weights: int = 1,
     ) -> None:
-        _keras.library("model", model)
-        _keras.require_built("model", model)
-        require_unpruned("model", model)
+        plans.require_model(model)
         plans.require_schedule(schedule)
-        if weights is not None and not isinstance(weights, str):
-            raise TypeError(f"weights must be a name pattern such as '*kernel', got {weights!r}.")
-        min_rank = _checks.integer("min_rank", min_rank, minimum=1)
         unfit = structure.reason if isinstance(structure, Structure) else lambda _: ""
-        found = candidates(model, layers, weights, min_rank, unfit)
+        found = candidates(model, layers, *plans.checked_selection(weights, min_rank), unfit)
         choice = {"criterion": criterion, "structure": structure, "scope": scope}
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
         self._choice.warn_of_starving(self.target_sparsity)
 
-    @classmethod
-    def of_zeros(cls, model: Any) -> Self:
+    @staticmethod
+    def of_zeros(model: Any) -> Pruner:
         """Return a frozen pruner of a model whose masks are False where a kernel is zero now."""
-        from tscnc_tf import schedules
-
-        pruner = cls.__new__(cls)
-        _keras.require_built("model", model)
-        require_unpruned("model", model)
-        found = candidates(model)
+        plans.require_model(model)
         choice = {"criterion": None, "structure": None, "scope": "layer", "min_weights": 1}
-        pruner._set_up(model, schedules.OneShot(0.0), found, choice)
+        pruner = Pruner._frozen(model, candidates(model), 0.0, choice)
         for target, mask in zip(pruner.targets, pruner.state.masks, strict=True):
             mask.assign(tf.not_equal(tensor_variable(target.variable), 0))
+        return pruner
+
+    @staticmethod
+    def _frozen(
+        model: Any, found: list[Candidate], sparsity: float, choice: dict[str, Any]
+    ) -> Pruner:
+        """Return a frozen pruner, whose masks are yet to be written."""
+        from tscnc_tf import schedules
+
+        pruner = Pruner.__new__(Pruner)
+        pruner._set_up(model, schedules.OneShot(sparsity), found, choice)
         pruner.freeze()
         return pruner
 
@@ -144,8 +145,11 @@ class Pruner:
         self.target_sparsity = self.structure.reachable(self._asked)
         self._compiled: tuple[Any, Any] = (None, None)
         self._optimizer: Any = None
-        self.state = masked.new_state(model, [target.shape for target in self.targets])
+        self.state = self._new_state()
         masked.attach(model, self)
+
+    def _new_state(self) -> Any:
+        return masked.new_state(self.model, [target.shape for target in self.targets])
 
     @property
     def structure(self) -> Structure:
@@ -187,15 +191,26 @@ class Pruner:
         if not tf.executing_eagerly():
             self._step(optimizer)
             return
-        last = self._optimizer() if self._optimizer is not None else None
-        if last is not None and optimizer is not None and last is not optimizer:
-            self.begin_anew()
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._meet(optimizer)
         # What an optimizer keeps for each weight is there only once it has begun.
         key = (id(optimizer), tuple(id(variable) for variable in self._companions(optimizer)))
         if self._compiled[0] != key:
             self._compiled = (key, tf.function(lambda: self._step(optimizer)))
         self._compiled[1]()
+
+    def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
+        """Return the context in which an optimizer is to train the model; this pruner needs none.
+
+        `fit`, `AdversarialTraining` and the callbacks enter it by themselves.
+        """
+        return contextlib.nullcontext()
+
+    def _meet(self, optimizer: Any) -> None:
+        """Begin anew if, from one call to the next, another optimizer has taken over."""
+        last = self._optimizer() if self._optimizer is not None else None
+        if last is not None and optimizer is not None and last is not optimizer:
+            self.begin_anew(optimizer)
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     def _own_optimizer(self) -> Any:
         """Return the model's optimizer that trains the targets, None if there is none."""
@@ -203,7 +218,7 @@ class Pruner:
         variables = [target.variable for target in self.targets]
         return next((each for each in held if optimizers.trains(each, variables)), None)
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, optimizer: Any = None) -> None:  # noqa: ARG002
         """Take note that another optimizer takes over, whose steps so far were not counted."""
         tensor_variable(self.state.seen).assign(-1)
 
@@ -218,6 +233,10 @@ class Pruner:
     def apply(self, optimizer: Any = None) -> None:
         """Set to zero what is not kept: in weights, in the optimizer's slots and averages."""
         update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))
+
+    def adopt(self) -> None:
+        """Act on weights that were set from outside: what is not kept becomes zero."""
+        self.apply()
 
     def finalize(self) -> None:
         """Prune to the schedule's final sparsity now, wherever the schedule is, and freeze."""
@@ -249,27 +268,33 @@ class Pruner:
         due &= ~tf.identity(tensor_variable(self.state.frozen))
         tf.cond(due, lambda: self._renew(strategy, sparsity), lambda: None)
         for variable, value in ((self.state.step, now), (self.state.seen, count)):
-            strategy.extended.update(tensor_variable(variable), _assign, args=(value,))
+            strategy.extended.update(tensor_variable(variable), updates.assign, args=(value,))
         self._apply(strategy, optimizer)
 
     def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
         """Choose the weights to keep, and write the masks."""
         masks = self._choice.masks(sparsity, self.state.masks)
         for variable, mask in zip(self.state.masks, masks, strict=True):
-            strategy.extended.update(variable, _assign, args=(mask,))
+            strategy.extended.update(variable, updates.assign, args=(mask,))
 
     def _apply(self, strategy: Any, optimizer: Any) -> None:
         for target, mask in zip(self.targets, self.state.masks, strict=True):
-            kept = [target.variable, *optimizers.companions(optimizer, target.variable)]
-            for variable in kept:
-                strategy.extended.update(tensor_variable(variable), _keep, args=(mask,))
+            together = [target.variable, *optimizers.companions(optimizer, target.variable)]
+            for variable in together:
+                strategy.extended.update(tensor_variable(variable), updates.keep, args=(mask,))
 
     def get_config(self) -> dict[str, Any]:
         """Return what brings the pruner back, given the same model; masks are saved beside it."""
-        scope = self._choice.scope
         return {
             "schedule": plans.serialize_schedule(self.schedule, self.model),
             "criterion": plans.serialize(self._choice.criterion, self.model),
+            **self._shared_config(),
+        }
+
+    def _shared_config(self) -> dict[str, Any]:
+        scope = self._choice.scope
+        return {
+            "class_name": type(self).__name__,
             "structure": plans.serialize(self.structure, self.model),
             "scope": scope if isinstance(scope, str) else dict(scope),
             "min_weights": self._choice.min_weights,
@@ -290,22 +315,7 @@ class Pruner:
         Raises:
             ValueError: the model lacks a weight that was pruned.
         """
-        pruned = {weight["position"]: weight for weight in config["weights"]}
-        found = []
-        for position, (target, reason) in enumerate(candidates(model)):
-            weight = pruned.pop(position, None)
-            if weight is not None and list(target.shape) == list(weight["shape"]):
-                target = dataclasses.replace(target, name=weight["name"])
-                found.append(Candidate(target, ""))
-            elif weight is not None:
-                pruned[position] = weight
-            else:
-                found.append(Candidate(target, reason or "not chosen"))
-        if pruned:
-            raise ValueError(
-                f"model {model.name!r} does not have the weights that were pruned: it lacks "
-                f"{[(weight['name'], weight['shape']) for weight in pruned.values()]}."
-            )
+        found = found_again(model, config["weights"])
         pruner = cls.__new__(cls)
         choice = {
             "criterion": plans.deserialize(config["criterion"], model),
@@ -322,25 +332,3 @@ class Pruner:
             f"structure={self.structure!r}, scope={self._choice.scope!r}, "
             f"min_weights={self._choice.min_weights})"
         )
-
-
-def require_unpruned(name: str, model: Any) -> None:
-    """Raise a ValueError if a model, or one inside it, is pruned already, by whichever engine."""
-    if isinstance(model, flavours.Trainer):
-        raise ValueError(
-            f"{name} must be the network itself, not the trainer: prune trainer.model."
-        )
-    if wrappers.wrapped_layers(model) or any(masked.masked_models(model)):
-        raise ValueError(f"{name} {model.name!r} is pruned already: strip it first.")
-
-
-def _assign(variable: Any, value: tf.Tensor) -> Any:
-    return variable.assign(value)
-
-
-def _keep(variable: Any, mask: tf.Tensor) -> Any:
-    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
-    # `tf.where`, which is slower, as it looks for shapes to broadcast.
-    value = tf.convert_to_tensor(variable)
-    kept = tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))
-    return variable.assign(kept)

@@ -6,8 +6,33 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf import _keras
+from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import flavours, masked, wrappers
 from tscnc_tf.functional.scheduling import final_sparsity
+
+
+def require_model(model: Any) -> None:
+    """Raise unless a model is one of either Keras, built, and not pruned yet."""
+    _keras.library("model", model)
+    _keras.require_built("model", model)
+    require_unpruned("model", model)
+
+
+def require_unpruned(name: str, model: Any) -> None:
+    """Raise a ValueError if a model, or one inside it, is pruned already, by whichever engine."""
+    if isinstance(model, flavours.Trainer):
+        raise ValueError(
+            f"{name} must be the network itself, not the trainer: prune trainer.model."
+        )
+    if wrappers.wrapped_layers(model) or any(masked.masked_models(model)):
+        raise ValueError(f"{name} {model.name!r} is pruned already: strip it first.")
+
+
+def checked_selection(weights: Any, min_rank: Any) -> tuple[str | None, int]:
+    """Return the arguments `weights` and `min_rank`, or raise an error."""
+    if weights is not None and not isinstance(weights, str):
+        raise TypeError(f"weights must be a name pattern such as '*kernel', got {weights!r}.")
+    return weights, _checks.integer("min_rank", min_rank, minimum=1)
 
 
 def require_schedule(schedule: Any) -> None:

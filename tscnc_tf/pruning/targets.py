@@ -119,6 +119,35 @@ def candidates(
     return _named(found)
 
 
+def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
+    """Return the weights of a model, those to prune found by their places.
+
+    Args:
+        model: a built model.
+        weights: of each weight that is to be pruned its position, name and shape.
+
+    Raises:
+        ValueError: the model lacks one of them.
+    """
+    pruned = {weight["position"]: weight for weight in weights}
+    found = []
+    for position, (target, reason) in enumerate(candidates(model)):
+        weight = pruned.pop(position, None)
+        if weight is not None and list(target.shape) == list(weight["shape"]):
+            target = dataclasses.replace(target, name=weight["name"])
+            found.append(Candidate(target, ""))
+        elif weight is not None:
+            pruned[position] = weight
+        else:
+            found.append(Candidate(target, reason or "not chosen"))
+    if pruned:
+        raise ValueError(
+            f"model {model.name!r} does not have the weights that were pruned: it lacks "
+            f"{[(weight['name'], weight['shape']) for weight in pruned.values()]}."
+        )
+    return found
+
+
 def _owned(
     model: Any, chosen: Callable[[Any], bool]
 ) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:

@@ -7,20 +7,36 @@ from typing import Any
 from tscnc_tf import _checks, _keras, gates
 from tscnc_tf._keras import masked, wrappers
 from tscnc_tf.pruning import wrap
-from tscnc_tf.pruning.engine import Pruner, require_unpruned
+from tscnc_tf.pruning.engine import Pruner
+from tscnc_tf.pruning.plans import require_unpruned
+from tscnc_tf.pruning.scores import ScorePruner
 
 ENGINES = ("tfmot", "masks")
+METHODS = ("magnitude", "scores")
 
 
 def prune(
-    model: Any, schedule: Any, *, layers: Any = None, engine: str | None = None, **options: Any
+    model: Any,
+    schedule: Any = None,
+    *,
+    layers: Any = None,
+    engine: str | None = None,
+    method: str = "magnitude",
+    **options: Any,
 ) -> Any:
-    """Return a model whose weights are pruned by magnitude as it is trained.
+    """Return a model whose weights are pruned as it is trained: by magnitude, or by scores.
 
-    Two engines do it. **"masks"**, the one for Keras 3, is a `Pruner`: masks on the variables of
-    any model of either Keras, which is changed in place and returned. **"tfmot"**, the default for
-    tf_keras, puts each layer into a wrapper of `tfmot.sparsity.keras.prune_low_magnitude` and
-    returns a new model that shares the weights; it takes Sequential and functional models.
+    By **magnitude** the schedule says when how much is pruned, and what is pruned stays so. By
+    **scores** (HYDRA) the model is pruned to `sparsity` at once, and training finds out which
+    weights to keep: their scores are trained and the weights are not, until
+    `pruning.freeze_mask(model)`. That is for a network that has been trained already; see
+    `ScorePruner`.
+
+    Two engines do the first. **"masks"**, the one for Keras 3, is a `Pruner`: masks on the
+    variables of any model of either Keras, which is changed in place and returned. **"tfmot"**, the
+    default for tf_keras, puts each layer into a wrapper of
+    `tfmot.sparsity.keras.prune_low_magnitude` and returns a new model that shares the weights; it
+    takes Sequential and functional models.
 
     Weights that can't be pruned don't abort it: they are left as they are, and
     `pruning.report(model)` says why. Train the model with `callbacks.pruning_callbacks()`.
@@ -28,12 +44,17 @@ def prune(
     Args:
         model: a built model of either Keras.
         schedule: a `PruningSchedule` of `tscnc_tf.schedules` or tfmot; for the masks engine any
-            callable from a step to (whether to choose the weights anew, the sparsity).
+            callable from a step to (whether to choose the weights anew, the sparsity). None for
+            scores.
         layers: which layers, as in `add_regularizers`; None for all that can be pruned.
-        engine: "masks" or "tfmot"; None for tfmot where the model is a tf_keras model.
+        engine: "masks" or "tfmot"; None for tfmot where the model is a tf_keras model, but for
+            scores, which the masks engine trains.
+        method: "magnitude" or "scores".
         **options: for the masks engine those of `Pruner`: `weights`, `min_rank`, `criterion`,
             `structure`, `scope`, `min_weights`. For tfmot `block_size`, `block_pooling_type`,
-            `sparsity_m_by_n`, as tfmot takes them.
+            `sparsity_m_by_n`, as tfmot takes them. For scores those of `ScorePruner`: `sparsity`,
+            which has to be given, `frequency`, `also_train`, `weights`, `min_rank`, `structure`,
+            `scope`, `min_weights`.
 
     Returns:
         The pruned model: the same one, or a new, uncompiled one (tfmot).
@@ -41,7 +62,7 @@ def prune(
     Raises:
         TypeError: `model` is no Keras model, `schedule` no schedule, or an option is not known.
         ValueError: the model is not built or pruned already, nothing can be pruned, the engine does
-            not take such a model, or an option is out of range.
+            not take such a model or method, or an option is out of range.
         ImportError: the engine is tfmot, and it is not installed.
 
     Example:
@@ -49,11 +70,14 @@ def prune(
         >>> import tscnc_tf as tscnc
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
         >>> model = tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.5, 10, 100))
+        >>> model = tscnc.prune(tscnc.strip(model), method="scores", sparsity=0.75)
 
     Reference:
-        Zhu & Gupta 2017, arXiv 1710.01878.
+        Zhu & Gupta 2017, arXiv 1710.01878; Sehwag et al. 2020, arXiv 2002.10509, for scores.
     """
     library = _keras.library("model", model)
+    if _checks.one_of("method", method, METHODS) == "scores":
+        return _prune_by_scores(model, schedule, layers, engine, options)
     if engine is None:
         engine = "tfmot" if library is _keras.tf_keras else "masks"
     _checks.one_of("engine", engine, ENGINES)
@@ -68,6 +92,24 @@ def prune(
             "tf_keras models only."
         )
     return wrap.wrap(model, schedule, layers, options)
+
+
+def _prune_by_scores(
+    model: Any, schedule: Any, layers: Any, engine: str | None, options: dict[str, Any]
+) -> Any:
+    if schedule is not None:
+        raise TypeError(
+            f"schedule must be left out with method='scores', got {schedule!r}: the number of "
+            "weights that are kept is the same throughout; give it as sparsity=0.99."
+        )
+    if engine not in (None, "masks"):
+        raise ValueError(
+            f"engine must be 'masks' (or left out) with method='scores', got {engine!r}."
+        )
+    if "sparsity" not in options:
+        raise TypeError("sparsity must be given with method='scores', such as sparsity=0.99.")
+    ScorePruner(model, layers=layers, **options)
+    return model
 
 
 def prune_now(model: Any, sparsity: float, *, layers: Any = None, **options: Any) -> Any:

@@ -149,7 +149,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
         self._loss_tracker = None
         for part in masked.masked_models(self.model):
-            part.pruner.begin_anew()
+            part.pruner.begin_anew(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
@@ -164,7 +164,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
             ValueError: `x` is empty or outside the attack's bounds, or a label is out of range.
         """
         inputs.check_arrays(x, y, self.attack.bounds, self._classes)
-        history = super().fit(x, y, *args, **kwargs)
+        with masks.training(self.model, self.optimizer):
+            history = super().fit(x, y, *args, **kwargs)
         masks.apply(self.model, self.optimizer)  # a callback may have put other weights in place
         return history
 
@@ -201,7 +202,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
             # Gradients are summed over replicas, so each contributes its share of the mean.
             return value / tf.distribute.get_strategy().num_replicas_in_sync
 
-        flavours.minimize(self.optimizer, total, self.model.trainable_variables)
+        with masks.training(self.model, self.optimizer):
+            flavours.minimize(self.optimizer, total, self.model.trainable_variables)
         wrappers.advance(self.model, steps)
         masks.after_step(self.model, self.optimizer)
         return self._logs(x, y, sample_weight=sample_weight, **result)

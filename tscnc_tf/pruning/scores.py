@@ -1,0 +1,394 @@
+"""Pruning by importance scores that are trained: the second way of the mask engine (HYDRA)."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import masked, optimizers
+from tscnc_tf._keras.distribution import update_everywhere
+from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.pruning import engine, importance, plans, updates
+from tscnc_tf.pruning.structures import Structure
+from tscnc_tf.pruning.targets import Candidate, Target, candidates, found_again
+
+__all__ = ["ScorePruner"]
+
+
+@_keras.register
+class ScorePruner(engine.Pruner):
+    r"""Learns which weights to keep, by a score for each, while the weights stay as they are.
+
+    Of each kernel :math:`w` the k weights with the largest :math:`|s|` act, and the others are
+    zero: the kernel of the layer is :math:`w \odot m`, :math:`m = 1[|s| \in \text{top } k]`, at all
+    times, and exactly k weights are kept, ties or not. What training changes is s. It begins as
+
+    .. math:: s = \sqrt{6/\text{fan-in}}\; w / \max|w|
+
+    so at first the largest weights act. The gradient passes the choice as if it were the identity
+    (straight-through), and :math:`|s|` as it is:
+
+    .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
+
+    It is there for weights that are zero at present, too: so they can come back. (A kernel's sign
+    is that of s at first; without the last factor a negative score would fall in magnitude just
+    where its weight is of use.)
+
+    The model is given the pruner in place, as with `Pruner`, and is pruned at once. From then on
+    its `fit`, and `AdversarialTraining`, train the scores in place of the kernels: the optimizer
+    sees the kernels' gradients as those of the scores, with its momentum, clipping, loss scale,
+    weight decay (of scores) and moving averages (of scores; where Keras puts these in place of the
+    weights, they become the scores, and the masks are chosen by them). Penalties on kernels, such
+    as `TSCNC`, are part of the loss. A loop of your own calls `apply_gradients` of this pruner in
+    place of the optimizer's; for a model inside another one, `callbacks.pruning_callbacks()` see to
+    it. Weights that are set or loaded from outside (`set_weights`, `load_weights`) become the dense
+    ones, and their scores begin anew. Keras' `SwapEMAWeights` is of no use here: it would put
+    scores in place of weights.
+
+    After the stage, `pruning.freeze_mask(model)` ends it: the mask stays for good, the weights
+    :math:`w \odot m` are trained again, and the model's pruner is a frozen `Pruner`. Compile the
+    model anew for it. `strip` ends it without more.
+
+    Dense weights and scores take twice the memory of the kernels, in `.keras` files too, until
+    then. All else is as with `Pruner`.
+
+    Args:
+        model: a built model of either Keras, trained already, subclassed ones too.
+        sparsity: fraction of zeros, in [0, 1).
+        frequency: number of optimizer steps from one choice of the masks to the next, >= 1.
+        also_train: what is trained beside the scores: "normalization" (γ and β of normalization
+            layers, as in the authors' code), "all" that is trainable, biases and kernels that are
+            not pruned among them, or "none". Moving statistics of BatchNorm follow the data as in
+            any training, whichever it is.
+        layers: which layers, as in `Pruner`.
+        weights: a pattern for the names of weights, as in `Pruner`.
+        min_rank: the smallest rank of a weight to prune.
+        structure: as in `Pruner`; a unit is worth the mean of its weights' :math:`|s|`.
+        scope: as in `Pruner`.
+        min_weights: the number of weights that every weight tensor keeps at least.
+
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: the model is not built or has a pruner already, nothing is left to prune, a
+            kernel is all zero or not finite, or an argument is out of range.
+
+    Warns:
+        UserWarning: as `Pruner`.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+        >>> pruner = tscnc.pruning.ScorePruner(model, 0.75)
+        >>> tscnc.inspection.sparsity(model).sparsity
+        0.75
+        >>> tscnc.pruning.freeze_mask(model).pruner.frozen
+        True
+
+    Reference:
+        Sehwag et al. 2020, "HYDRA: Pruning Adversarially Robust Neural Networks", arXiv 2002.10509,
+        section 3; Ramanujan et al. 2020, arXiv 1911.13299, for the straight-through scores.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sparsity: float,
+        *,
+        frequency: int = 1,
+        also_train: str = "normalization",
+        layers: Any = None,
+        weights: str | None = None,
+        min_rank: int = 2,
+        structure: Structure | None = None,
+        scope: str | Mapping[str, float] = "layer",
+        min_weights: int = 1,
+    ) -> None:
+        plans.require_model(model)
+        found = candidates(
+            model, layers, *plans.checked_selection(weights, min_rank), importance.unfit(structure)
+        )
+        for target, reason in found:
+            if not reason:
+                importance.require_rankable(target, f"model {model.name!r}")
+        choice = {"criterion": None, "structure": structure, "scope": scope}
+        schedule = importance.Every(
+            _checks.sparsity("sparsity", sparsity),
+            _checks.integer("frequency", frequency, minimum=1),
+        )
+        self.also_train = _checks.one_of("also_train", also_train, importance.OTHERS)
+        self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
+        self._choice.warn_of_starving(self.target_sparsity, self.state.scores)
+
+    def _set_up(
+        self, model: Any, schedule: Any, found: list[Candidate], choice: dict[str, Any]
+    ) -> None:
+        self._met: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_used = False
+        super()._set_up(model, schedule, found, choice)
+        for target, dense, score in self._triples():
+            weight = tf.convert_to_tensor(tensor_variable(target.variable))
+            dense.assign(weight)
+            score.assign(importance.initial_scores(weight, target))
+        self._choose()
+
+    def _new_state(self) -> Any:
+        dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
+        return masked.new_state(self.model, [target.shape for target in self.targets], dtypes)
+
+    def _triples(self) -> Iterator[tuple[Target, Any, Any]]:
+        return zip(self.targets, self.state.dense, self.state.scores, strict=True)
+
+    @property
+    def frequency(self) -> int:
+        """The number of optimizer steps from one choice of the masks to the next."""
+        return self.schedule.frequency
+
+    def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which an optimizer trains the scores in place of the kernels.
+
+        `fit`, `AdversarialTraining` and the callbacks enter it by themselves.
+
+        Args:
+            optimizer: None for all that the model holds.
+        """
+        held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
+        found = [each for each in held if optimizers.is_optimizer(each)]
+        stack = contextlib.ExitStack()
+        for each in found if optimizer is None else [optimizer]:
+            stack.enter_context(optimizers.diverted(each, self))
+        return stack
+
+    def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
+        """Take an optimizer's step on the scores, and choose the weights to keep by them.
+
+        For a training loop of your own, in place of `optimizer.apply_gradients`.
+
+        Args:
+            optimizer: of the model's Keras.
+            gradients_and_variables: pairs of a gradient and a variable of the model, kernels as
+                they are in the model.
+
+        Returns:
+            What the optimizer's `apply_gradients` returns.
+        """
+        with self.training(optimizer):
+            return optimizer.apply_gradients(gradients_and_variables)
+
+    def step(self, optimizer: Any = None) -> None:
+        """Make sure that no optimizer step went past the scores; there is nothing else to do.
+
+        Raises:
+            RuntimeError: one has changed the kernels, whose change is lost.
+        """
+        optimizer = self._own_optimizer() if optimizer is None else optimizer
+        if tf.executing_eagerly():
+            count = 0 if optimizer is None else int(optimizers.iterations(optimizer))
+            missed = optimizer is not None and max(self._seen(), 0) != count
+        else:
+            missed = not self._is_used
+        if missed:
+            raise RuntimeError(
+                f"an optimizer step has changed the kernels of model {self.model.name!r}, which "
+                "are not what is trained while scores are. Train it by its own fit, by "
+                "AdversarialTraining, as a part of another model with pruning_callbacks(), or by "
+                "apply_gradients of its pruner; and compile anew what was trained before it was "
+                "pruned."
+            )
+
+    def begin_anew(self, optimizer: Any = None) -> None:
+        """Take note that another optimizer takes over, whose steps so far were not counted."""
+        super().begin_anew(optimizer)
+        if optimizers.is_optimizer(optimizer):
+            self._met.add(optimizer)
+
+    def take(
+        self, optimizer: Any, pairs: list[tuple[Any, Any]], go_on: Callable[[Any], Any]
+    ) -> Any:
+        """Let an optimizer take its step on scores; called by way of `training`.
+
+        While it does so, the kernels' variables hold the scores: so all that it keeps for them, and
+        all that it does to them, is for the scores.
+        """
+        kernels = {optimizers.key(target.variable) for target in self.targets}
+        if not any(optimizers.key(variable) in kernels for _, variable in pairs):
+            return go_on(pairs)
+        if tf.executing_eagerly():
+            self._meet(optimizer)
+        self._met.add(optimizer)
+        self._is_used = True
+        optimizers.build(optimizer, [variable for _, variable in pairs])
+        trained = self._of_scores(pairs)
+        update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
+        try:
+            result = go_on(trained)
+        except Exception:
+            if tf.executing_eagerly():
+                self.apply()  # the kernels hold scores at this moment
+            raise
+        super().step(optimizer)
+        return result
+
+    def settle(self, go_on: Callable[[], Any]) -> None:
+        """Let an optimizer put its averages in place of scores; called by way of `training`."""
+        for target, _, score in self._triples():
+            tensor_variable(target.variable).assign(score)
+        go_on()
+        for target, _, score in self._triples():
+            score.assign(tensor_variable(target.variable))
+        self._choose()
+
+    def adopt(self) -> None:
+        """Take weights that were set from outside for the dense ones; their scores begin anew.
+
+        Where they are zero, the dense weights stay what they were, and rank last. What is as the
+        pruner has it is no news.
+
+        Raises:
+            ValueError: a kernel is all zero or not finite.
+        """
+        for (target, dense, score), mask in zip(self._triples(), self.state.masks, strict=True):
+            given = tf.convert_to_tensor(tensor_variable(target.variable))
+            if bool(tf.reduce_all(tf.equal(given, updates.kept(dense, mask)))):
+                continue
+            importance.require_rankable(target, "the weights that were set")
+            alive = tf.not_equal(given, 0)
+            least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
+            below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
+            score.assign(importance.initial_scores(tf.where(alive, given, below), target))
+            dense.assign(tf.where(alive, given, dense))
+        self._choose()
+
+    def freeze(self) -> None:
+        """End the stage: keep the masks for good, and let the weights be trained again.
+
+        The model's pruner is from now on a frozen `Pruner`. What the optimizers keep for the
+        scores is forgotten.
+        """
+        self._choose()
+        super().freeze()
+        model, masks = self.model, [mask.numpy() for mask in self.state.masks]
+        self._met.update(o for o in vars(model).values() if optimizers.is_optimizer(o))
+        choice = {
+            "criterion": None,
+            "structure": self.structure,
+            "scope": self._choice.scope,
+            "min_weights": self._choice.min_weights,
+        }
+        masked.detach(model)
+        pruner = engine.Pruner._frozen(model, self._found, self.schedule.sparsity, choice)
+        tensor_variable(pruner.state.step).assign(self.steps)
+        for variable, mask in zip(pruner.state.masks, masks, strict=True):
+            variable.assign(mask)
+        for optimizer in self._met:
+            for target in self.targets:
+                updates.begin_companions(
+                    optimizer, target.variable, target.variable, updates.at_once, True
+                )
+
+    def finalize(self) -> None:
+        """End the stage, as `freeze` does."""
+        self.freeze()
+
+    def _seen(self) -> int:
+        return int(tensor_variable(self.state.seen).numpy())
+
+    def _choose(self) -> None:
+        """Choose the weights to keep by the scores as they are, and let them act."""
+
+        def update(strategy: Any) -> None:
+            self._renew(strategy, tf.constant(self._asked))
+            self._apply(strategy, None)
+
+        update_everywhere(self.model, update)
+
+    def _of_scores(self, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        """Return the pairs to train: kernels' gradients as those of scores, without the frozen."""
+        factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self._triples()}
+        frozen = importance.frozen_others(self.model, self.also_train) - set(factors)
+        result = []
+        for gradient, variable in pairs:
+            key = optimizers.key(variable)
+            if key in frozen:
+                continue
+            if key in factors and gradient is not None:
+                dense, score = factors[key]
+                gradient = tf.convert_to_tensor(gradient) * dense * tf.sign(score)
+            result.append((gradient, variable))
+        return result
+
+    def _show_scores(self, strategy: Any, optimizer: Any) -> None:
+        """Put the scores in the kernels' place, for the optimizer."""
+        past = optimizers.iterations(optimizer) > 0
+
+        def begin() -> None:
+            for target, _, score in self._triples():
+                updates.begin_companions(
+                    optimizer, target.variable, score, strategy.extended.update, past
+                )
+
+        tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
+        for target, _, score in self._triples():
+            strategy.extended.update(
+                tensor_variable(target.variable), updates.assign, args=(score,)
+            )
+
+    def _update(self, strategy: Any, optimizer: Any) -> None:
+        for target, _, score in self._triples():
+            variable = tensor_variable(target.variable)
+            strategy.extended.update(score, updates.assign, args=(variable,))
+        super()._update(strategy, optimizer)
+
+    def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
+        anything = [tf.ones(target.shape, tf.bool) for target in self.targets]
+        masks = self._choice.masks(sparsity, anything, self.state.scores)
+        for variable, mask in zip(self.state.masks, masks, strict=True):
+            strategy.extended.update(variable, updates.assign, args=(mask,))
+
+    def _apply(self, strategy: Any, optimizer: Any) -> None:  # noqa: ARG002
+        for target, dense, mask in zip(
+            self.targets, self.state.dense, self.state.masks, strict=True
+        ):
+            variable = tensor_variable(target.variable)
+            strategy.extended.update(variable, updates.act, args=(dense, mask))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what brings the pruner back, given the same model; its state is saved beside."""
+        return {
+            "sparsity": self.schedule.sparsity,
+            "frequency": self.frequency,
+            "also_train": self.also_train,
+            **self._shared_config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
+        """Give `model` the pruner that `get_config` described.
+
+        Raises:
+            ValueError: the model lacks a weight that was pruned.
+        """
+        pruner = cls.__new__(cls)
+        pruner.also_train = config["also_train"]
+        choice = {
+            "criterion": None,
+            "structure": plans.deserialize(config["structure"], model),
+            "scope": config["scope"],
+            "min_weights": config["min_weights"],
+        }
+        schedule = importance.Every(config["sparsity"], config["frequency"])
+        pruner._set_up(model, schedule, found_again(model, config["weights"]), choice)
+        return pruner
+
+    def __repr__(self) -> str:
+        return (
+            f"ScorePruner({self.model.name!r}, {self.schedule.sparsity:g}, "
+            f"frequency={self.frequency}, also_train={self.also_train!r}, "
+            f"structure={self.structure!r}, scope={self._choice.scope!r}, "
+            f"min_weights={self._choice.min_weights})"
+        )
