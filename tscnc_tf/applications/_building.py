@@ -6,6 +6,8 @@ import types
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import numpy as np
+
 from tscnc_tf import _checks, _keras
 
 _LIBRARIES: dict[str, types.ModuleType] = {"keras": _keras.keras, "tf_keras": _keras.tf_keras}
@@ -58,8 +60,8 @@ class Builder:
         self._name = kind if name is None else name
         self._activation = activation
         self._kernel_initializer = self._library.initializers.get(kernel_initializer)
-        self._seed = None if seed is None else _checks.integer("seed", seed, minimum=0)
-        self._kernels = 0
+        seed = None if seed is None else _checks.integer("seed", seed, minimum=0)
+        self._seeds = None if seed is None else np.random.default_rng(seed)
         # Of the weights: float32 under a mixed precision policy, else what the policy says.
         self._full_precision = self.layers.Layer().variable_dtype
         self._inputs = self._library.Input(shape, name="image")
@@ -125,9 +127,8 @@ class Builder:
         if not isinstance(shared, self._library.initializers.Initializer):
             return shared
         config = shared.get_config()
-        if self._seed is not None and "seed" in config:
-            config["seed"] = self._seed + self._kernels
-        self._kernels += 1
+        if self._seeds is not None and "seed" in config:
+            config["seed"] = int(self._seeds.integers(2**31))
         return type(shared).from_config(config)
 
 
@@ -141,7 +142,8 @@ def _image_shape(shape: Any, smallest: int) -> tuple[int, int, int]:
     if min(height, width) < smallest:
         raise ValueError(
             f"input_shape must have a height and width of {smallest} or more, which this network's "
-            f"strides take down to 1, got {tuple(shape)}: enlarge the images, or take SmallCNN."
+            f"strides take down to 1, got {tuple(shape)}: enlarge the images, or take a network "
+            "with fewer strides."
         )
     return height, width, channels
 
