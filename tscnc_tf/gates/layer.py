@@ -115,6 +115,8 @@ class Gated(gated.GatedLayer, _Base):
                 "for convolutions and dense layers."
             )
         kwargs = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
+        # The layer inside is computed with, but not called: what a call adds is added around it.
+        kwargs.setdefault("activity_regularizer", layer.activity_regularizer)
         kwargs.setdefault("trainable", layer.trainable)
         super().__init__(layer, **kwargs)
         self.drop_rate = _checks.number("drop_rate", drop_rate, above=0.0, below=1.0)

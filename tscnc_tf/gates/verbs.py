@@ -138,16 +138,15 @@ def fold(model: Any) -> Any:
     _keras.require_graph_model(
         "model", model, "The gated layers' `gated_variables()` say what to multiply by what."
     )
-    masks.apply(model)
     bare = wrappers.bare(model)
-    copy = _copied(library, bare, inside=_without_gates)
-    left = [layer.name for layer in gated.gated_layers(copy)]
-    if left:
+    called = kernel_layers.calls(bare)
+    if inside := [layer.name for layer in gated.gated_layers(bare) if id(layer) not in called]:
         raise ValueError(
-            f"model {model.name!r} still has gates after folding, in {', '.join(left)}: they are "
-            "inside a layer whose parts can't be exchanged from outside."
+            f"model {model.name!r} has gates that can't be folded, in {', '.join(inside)}: they "
+            "are inside a layer whose parts can't be exchanged from outside."
         )
-    return copy
+    masks.apply(model)
+    return _copied(library, bare, inside=_without_gates)
 
 
 class _Gating:
@@ -246,6 +245,8 @@ def _copied(
     copy = cloning.cloned(library, model, clone)
     gates = gated.factors(model)
     for source, new in pairs:
+        if not isinstance(source, library.layers.Layer):
+            continue  # an operation, which has no weights
         if any(id(weight) in gates for weight in source.weights):
             values = [_acting(weight, gates.get(id(weight))) for weight in source.weights]
         else:
