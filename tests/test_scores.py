@@ -135,11 +135,13 @@ def test_every_scope_keeps_its_exact_count_in_every_step(scope, kept, library):
         if scope != "global":
             assert found == counts
         compiled(model, library).train_on_batch(X, Y)
-    if scope == "global":  # the largest of all, but for the floor
-        together = np.concatenate([np.abs(score).ravel() for score in scores(model)])
-        least = np.sort(together)[-total]
-        for mask, score in zip(model.pruner.state.masks, scores(model), strict=True):
-            assert int(np.sum(mask)) == max(int(np.sum(np.abs(score) >= least)), 4)
+    if scope == "global":  # the four largest of each, then the largest of all
+        magnitudes = [np.abs(score) for score in scores(model)]
+        floors = [top(score, 4) for score in magnitudes]
+        ranked = [np.where(f, np.inf, m) for f, m in zip(floors, magnitudes, strict=True)]
+        together = top(np.concatenate([each.ravel() for each in ranked]), total)
+        found = np.concatenate([mask.numpy().ravel() for mask in model.pruner.state.masks])
+        np.testing.assert_array_equal(found, together)
 
 
 @pytest.mark.parametrize("structure", [NM(2, 4), Block(2, 2), Filters(), Unstructured()], ids=str)
@@ -149,9 +151,11 @@ def test_every_structure_holds_as_scores_move(structure, library):
     compiled(model, library).fit(X, Y, epochs=8, batch_size=16, verbose=0)
     mask = kernels(model)[0] != 0
     assert np.any(mask != before), "it has moved"
-    assert mask.sum() == 24
     if isinstance(structure, NM):
         assert mask[:4].sum(axis=0).tolist() == [2] * 8
+        assert mask[4:].all(), "of an incomplete group as many"
+    else:
+        assert mask.sum() == 24
     if isinstance(structure, Block):
         blocks = mask.reshape(3, 2, 4, 2).sum(axis=(1, 3))
         assert set(blocks.ravel()) == {0, 4}
@@ -227,43 +231,32 @@ def test_clipping_is_of_the_gradients_of_scores(library):
     assert max(step.max() for step in steps) == pytest.approx(1e-3, rel=1e-3)
 
 
-def planted(library):
-    """A model whose useful weights are small, and useless ones large: inputs 3 to 5 are noise."""
-    model = dense_model(library, inputs=6, classes=2)
-    hidden, last = model.layers[-2:]
-    kernel = np.full((6, 8), 0.3, "float32")
-    kernel[3:] = 0.6
-    kernel[:, 4:] *= -1
-    hidden.kernel.assign(kernel)
-    hidden.bias.assign(np.where(np.arange(8) < 4, -1.0, 2.0))
-    last.kernel.assign(np.repeat([[-1.0, 1.0], [1.0, -1.0]], 4, axis=0))
-    rng = np.random.default_rng(0)
-    x = rng.uniform(size=(256, 6)).astype("float32")
-    return model, x, (x[:, :3].sum(axis=1) > 1.5).astype("int32")
-
-
 def test_masked_weights_come_back_where_they_are_of_use(library):
-    """Of both signs: half of the units see the inputs by negative weights."""
-    model, x, y = planted(library)
+    """Of both signs. The three inputs that count have small weights, those of noise large ones."""
+    model = dense_model(library, classes=2)
+    hidden, last = model.layers[-2:]
+    signs = np.repeat([1.0, -1.0], 4)
+    hidden.kernel.assign(np.repeat([[0.3], [0.6]], 3, axis=0) * signs)
+    last.kernel.assign(np.stack([-signs, signs], axis=1))
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (256, 6)).astype("float32")
+    y = (x[:, :3].sum(axis=1) > 0).astype("int32")
     scored(library, model=model, layers="hidden")
-    assert np.all(kernels(model)[0][:3] == 0), "by magnitude all useful weights go"
-    weights = dense(model)
-    before = model.evaluate if library is None else None
-    del before
-    compiled(model, library, library.optimizers.Adam(0.05))
+    before, weights = kernels(model)[0], dense(model)
+    assert not before[:3].any()
+    assert before[3:].all(), "by magnitude, all that is of use goes"
+    compiled(model, library, library.optimizers.Adam(0.1))
     first = model.evaluate(x, y, verbose=0)
-    model.fit(x, y, epochs=30, batch_size=64, verbose=0)
+    model.fit(x, y, epochs=15, batch_size=64, verbose=0)
     kernel = kernels(model)[0]
     assert np.mean(kernel[:3] != 0) > 0.9
-    assert np.any(kernel[:3] > 0)
-    assert np.any(kernel[:3] < 0)
-    assert model.evaluate(x, y, verbose=0) < 0.8 * first
+    np.testing.assert_array_equal(np.sign(kernel[kernel != 0]), np.sign(weights[0][kernel != 0]))
+    assert model.evaluate(x, y, verbose=0) < 0.7 * first
     assert_same(dense(model), weights)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}],
+    [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}],
     ids=str,
 )
 def test_every_way_to_run_gives_the_same_scores(options, library):
@@ -308,7 +301,7 @@ def test_a_loop_of_ones_own_trains_scores_by_the_pruners_step(library):
             np.testing.assert_allclose(now, expected, rtol=1e-5, atol=1e-7)
         assert_consistent(model)
     assert model.pruner.steps == 2
-    with pytest.raises(RuntimeError, match="went|has changed the kernels"):
+    with pytest.raises(RuntimeError, match="has changed the kernels"):
         optimizer.apply_gradients([(tf.ones_like(v), v) for v in model.trainable_variables])
         model.pruner.step(optimizer)
     with pytest.raises(RuntimeError, match="has changed the kernels of model"):
@@ -408,7 +401,7 @@ def test_averages_are_of_scores_and_become_the_scores(overwrite, library):
             expected[i] = expected[i] - 0.5 * slopes[i] * weight * np.sign(expected[i])
             first = step == 1 and library is keras  # whose averages begin after the first step
             averages[i] = expected[i] if first else 0.5 * averages[i] + 0.5 * expected[i]
-            if overwrite and step % overwrite == (0 if library is tf_keras else overwrite - 1):
+            if overwrite and step % overwrite == 0:
                 expected[i] = averages[i].copy()
         assert_consistent(model)
         for found, value in zip(scores(model), expected, strict=True):
@@ -676,8 +669,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize(
+    ("name", "anew"),
+    [("momentum", False), ("adam", False), ("adamw", True), ("ema", True), ("ema", False)],
+)
 def test_after_freezing_weights_are_trained_and_zeros_stay(name, anew, library):
     make = OPTIMIZERS[name]
     model = compiled(scored(library, 0.75), library, make(library.optimizers))
@@ -694,7 +689,7 @@ def test_after_freezing_weights_are_trained_and_zeros_stay(name, anew, library):
     for was, now in zip(chosen, kernels(model), strict=True):
         assert not np.any(now[was == 0])
         changed = np.abs(now - was)[was != 0]
-        assert np.mean(changed > 0) > 0.5
+        assert np.any(changed > 0)
         assert changed.max() < 0.9, "no momentum or average of scores gets in"
     report = pruning.report(model)
     assert [row.zeros for row in report.pruned] == [36, 18]
@@ -805,8 +800,8 @@ def test_a_constraint_on_weights_is_a_reason_not_to_prune(library):
         scored(library, model=model)
 
 
-@settings(max_examples=15)
-@given(st.integers(0, 10**6), st.floats(0.0, 0.97), st.sampled_from(["float32", "float64"]))
+@settings(max_examples=6)
+@given(st.integers(0, 10**6), st.floats(0.1, 0.97), st.sampled_from(["float32", "float64"]))
 def test_what_acts_is_always_the_dense_weights_of_the_largest_scores(seed, sparsity, dtype):
     rng = np.random.default_rng(seed)
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7, dtype=dtype)])
