@@ -118,7 +118,7 @@ def test_ties_are_no_reason_to_keep_more_or_fewer(library):
 
 @pytest.mark.parametrize(
     ("scope", "kept"),
-    [("layer", [7, 4]), ("erk", None), ("global", None), ({"hidden": 0.5}, [24, 4])],
+    [("erk", None), ("global", None), ({"hidden": 0.5}, [24, 4])],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:At a sparsity")
@@ -331,7 +331,6 @@ def test_the_masks_may_be_chosen_every_so_many_steps_and_at_the_end(library):
     for _ in range(5):
         before = kernels(model)
         model.train_on_batch(X, Y)
-        assert_same(dense(model), dense(model))
         renewed.append(any(np.any(b != k) for b, k in zip(before, kernels(model), strict=True)))
     assert not renewed[1]
     assert not renewed[2]
@@ -351,13 +350,15 @@ def test_what_else_is_trained_is_ones_choice(also_train, library):
     moving = np.asarray(model.get_layer("norm").moving_mean)
     compiled(model, library).fit(x, y, batch_size=16, verbose=0)
     moved = {
-        i
-        for i, (name, variable) in enumerate(zip(names, model.trainable_variables, strict=True))
+        index
+        for index, (name, variable) in enumerate(zip(names, model.trainable_variables, strict=True))
         if np.any(np.asarray(variable) != before[name])
     }
-    # conv: kernel, bias; norm: gamma, beta; logits: kernel, bias
-    expected = {"normalization": {2, 3}, "all": {1, 2, 3, 4, 5}, "none": set()}[also_train]
-    assert moved - {0} == expected - {1} | (moved & expected & {1})
+    # conv: kernel, bias; norm: gamma, beta; logits: kernel, bias. A bias before a BatchNorm does
+    # nothing, so whether rounding moves it is left open.
+    expected = {"normalization": {2, 3}, "all": {2, 3, 4, 5}, "none": set()}[also_train]
+    assert moved - {0, 1} == expected
+    assert also_train == "all" or 1 not in moved
     assert np.any(moving != np.asarray(model.get_layer("norm").moving_mean))
     assert_consistent(model)
 
@@ -414,29 +415,39 @@ def test_averages_are_of_scores_and_become_the_scores(overwrite, library):
 
 
 def test_an_optimizer_with_a_past_begins_anew_with_scores(library):
-    def adam():
-        return library.optimizers.Adam(0.05, use_ema=True)
-
-    model = compiled(dense_model(library), library, adam())
+    """Its first step on scores is that of momentum from rest, and its average begins with them."""
+    optimizer = library.optimizers.SGD(0.5, momentum=0.9, use_ema=True, ema_momentum=0.5)
+    model = compiled(dense_model(library), library, optimizer)
     model.fit(X, Y, batch_size=16, verbose=0)
     scored(library, model=model)
-    twin = dense_model(library)
-    twin.set_weights(model.get_weights())
-    was = scores(model)
+    was, weights, slopes = scores(model), dense(model), gradients(model)
     model.train_on_batch(X, Y)
-    for target, score, before in zip(model.pruner.targets, scores(model), was, strict=True):
-        first = np.asarray(optimizers.companions(model.optimizer, target.variable)[-2])
-        average = np.asarray(optimizers.average(model.optimizer, target.variable))
-        assert np.abs(average - before).max() <= np.abs(score - before).max() + 1e-6
-        assert np.isfinite(first).all()
+    for target, now, before, weight, slope in zip(
+        model.pruner.targets, scores(model), was, weights, slopes, strict=True
+    ):
+        expected = before - 0.5 * slope * weight * np.sign(before)
+        np.testing.assert_allclose(now, expected, rtol=1e-5, atol=1e-6)
+        average = np.asarray(optimizers.average(optimizer, target.variable))
+        np.testing.assert_allclose(average, 0.5 * (before + now), rtol=1e-5, atol=1e-6)
+
+
+def test_tf_keras_legacy_optimizers_train_scores_too():
+    optimizer = tf_keras.optimizers.legacy.SGD(0.5, momentum=0.9)
+    model = compiled(scored(tf_keras), tf_keras, optimizer)
+    was, weights, slopes = scores(model), dense(model), gradients(model)
+    model.fit(X, Y, batch_size=64, verbose=0)
+    for now, score, weight, slope in zip(scores(model), was, weights, slopes, strict=True):
+        expected = score - 0.5 * slope * weight * np.sign(score)
+        np.testing.assert_allclose(now, expected, rtol=1e-5, atol=1e-6)
+    assert_consistent(model)
 
 
 # Adversarial training
 
 
-def trainer_of(model, **options):
-    attack = attacks.PGD(epsilon=0.05, steps=2)
-    return AdversarialTraining(model, attack=attack, loss=losses.TRADES(6.0), **options)
+def trainer_of(model):
+    attack = attacks.PGD(epsilon=0.05, steps=1)
+    return AdversarialTraining(model, attack=attack, loss=losses.TRADES(6.0))
 
 
 def test_adversarial_training_trains_scores_and_saves_them(library, tmp_path):
@@ -522,8 +533,11 @@ def test_a_part_is_trained_by_scores_in_the_training_of_the_whole(library):
     inner = scored(library, model=dense_model(library, classes=4), also_train="all")
     model = whole(inner)
     head, weights, was = np.asarray(model.layers[-1].kernel), dense(inner), scores(inner)
+    with pytest.raises(ValueError, match="pruned already"):
+        scored(library, model=model)
     model.fit(X, Y, batch_size=16, verbose=0, callbacks=callbacks.pruning_callbacks())
     assert inner.pruner.steps == 4
+    assert not {"apply", "apply_gradients"} & set(vars(model.optimizer)), "left as it was"
     assert any(np.any(one != other) for one, other in zip(was, scores(inner), strict=True))
     assert np.any(head != np.asarray(model.layers[-1].kernel))
     assert_same(dense(inner), weights)
@@ -592,29 +606,30 @@ LOAD = """
 import importlib, sys
 import numpy as np
 import tscnc_tf as tscnc
-library = importlib.import_module(sys.argv[1])
-model = library.models.load_model(sys.argv[2])
-print(type(model.pruner).__name__, model.pruner.steps, model.pruner.frequency)
-np.savez(sys.argv[3], *[score.numpy() for score in model.pruner.state.scores])
-model = library.models.load_model(sys.argv[4])
-print(type(model.pruner).__name__, model.pruner.frozen)
-print(tscnc.pruning.report(tscnc.strip(model)).model_zeros)
+for flavour in ("keras", "tf_keras"):
+    library, folder = importlib.import_module(flavour), sys.argv[1] + "/" + flavour
+    model = library.models.load_model(folder + "_scored.keras")
+    print(type(model.pruner).__name__, model.pruner.steps, model.pruner.frequency)
+    np.savez(folder + ".npz", *[score.numpy() for score in model.pruner.state.scores])
+    model = library.models.load_model(folder + "_frozen.keras")
+    print(type(model.pruner).__name__, model.pruner.frozen)
+    print(tscnc.pruning.report(tscnc.strip(model)).model_zeros)
 """
 
 
-def test_a_fresh_process_needs_nothing_but_the_import(library, tmp_path):
-    model = stage(library)
-    names = ("model.keras", "scores.npz", "frozen.keras")
-    paths = [tmp_path / name for name in names]
-    model.save(paths[0])
-    found = scores(model)
-    pruning.freeze_mask(model).save(paths[2])
-    printed = fresh_process(LOAD, library.__name__, *paths).split()
-    zeros = inspection.sparsity(model)
-    assert printed[:5] == ["ScorePruner", "4", "1", "Pruner", "True"]
-    assert int(printed[5]) >= sum(row.zeros for row in zeros.prunable)
-    with np.load(paths[1]) as saved:
-        assert_same(saved.values(), found)
+def test_a_fresh_process_needs_nothing_but_the_import(tmp_path):
+    expected, printed = {}, []
+    for flavour, library in sorted(FLAVOURS.items()):
+        model = stage(library)
+        model.save(tmp_path / f"{flavour}_scored.keras")
+        expected[flavour] = scores(model)
+        pruning.freeze_mask(model).save(tmp_path / f"{flavour}_frozen.keras")
+        zeros = sum(int(np.sum(weight == 0)) for weight in model.get_weights())
+        printed += ["ScorePruner 4 1", "Pruner True", str(zeros)]
+    assert fresh_process(LOAD, tmp_path).splitlines() == printed
+    for flavour, found in expected.items():
+        with np.load(tmp_path / f"{flavour}.npz") as saved:
+            assert_same(saved.values(), found)
 
 
 def test_weights_from_outside_become_the_dense_ones(library):
@@ -800,7 +815,7 @@ def test_a_constraint_on_weights_is_a_reason_not_to_prune(library):
         scored(library, model=model)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.97), st.sampled_from(["float32", "float64"]))
 def test_what_acts_is_always_the_dense_weights_of_the_largest_scores(seed, sparsity, dtype):
     rng = np.random.default_rng(seed)

@@ -2,9 +2,10 @@
 
 `attach` gives a model a pruner by exchanging its class for a subclass of it, as torch's
 parametrizations do with modules: the object, its layers and its weights stay the same, so it works
-on subclassed models too. The subclass does four things: after each optimizer step of `fit` it lets
-the pruner act; it names the pruner in the model's configuration, so that a `.keras` file brings it
-back; it shows the masks to weight files and checkpoints; and it hides them from SavedModels.
+on subclassed models too. The subclass does four things: in `fit` it lets the pruner see to each
+optimizer step, and act after it; it names the pruner in the model's configuration, so that a
+`.keras` file brings it back; it shows the masks to weight files and checkpoints; and it hides them
+from SavedModels.
 
 The masks are no weights of the model: `get_weights`, `count_params` and the summary don't see them.
 """

@@ -72,12 +72,11 @@ def is_optimizer(obj: Any) -> bool:
 
 def build(optimizer: Any, variables: list[Any]) -> None:
     """Let an optimizer make what it keeps for these weights, unless it has done so."""
-    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        return  # it does so as it goes
+    is_legacy = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
     if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
         return
     with tf.init_scope():
-        optimizer.build(variables)
+        (optimizer._create_all_weights if is_legacy else optimizer.build)(variables)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import tensorflow as tf
@@ -109,21 +109,35 @@ class Pruner:
     def of_zeros(model: Any) -> Pruner:
         """Return a frozen pruner of a model whose masks are False where a kernel is zero now."""
         plans.require_model(model)
+        found = candidates(model)
+        variables = [tensor_variable(target.variable) for target, reason in found if not reason]
+        masks = [tf.not_equal(variable, 0) for variable in variables]
         choice = {"criterion": None, "structure": None, "scope": "layer", "min_weights": 1}
-        pruner = Pruner._frozen(model, candidates(model), 0.0, choice)
-        for target, mask in zip(pruner.targets, pruner.state.masks, strict=True):
-            mask.assign(tf.not_equal(tensor_variable(target.variable), 0))
-        return pruner
+        return Pruner.of_masks(model, found, masks, 0.0, choice)
 
     @staticmethod
-    def _frozen(
-        model: Any, found: list[Candidate], sparsity: float, choice: dict[str, Any]
+    def of_masks(
+        model: Any,
+        found: list[Candidate],
+        masks: Sequence[Any],
+        sparsity: float,
+        choice: dict[str, Any],
     ) -> Pruner:
-        """Return a frozen pruner, whose masks are yet to be written."""
+        """Return a frozen pruner of a model.
+
+        Args:
+            model: a built model of either Keras, not pruned.
+            found: its weights, and why some of them are not pruned.
+            masks: of those that are, in their order; True where a weight is kept.
+            sparsity: that was asked for.
+            choice: how the masks were chosen.
+        """
         from tscnc_tf import schedules
 
         pruner = Pruner.__new__(Pruner)
         pruner._set_up(model, schedules.OneShot(sparsity), found, choice)
+        for variable, mask in zip(pruner.state.masks, masks, strict=True):
+            variable.assign(mask)
         pruner.freeze()
         return pruner
 
@@ -214,9 +228,14 @@ class Pruner:
 
     def _own_optimizer(self) -> Any:
         """Return the model's optimizer that trains the targets, None if there is none."""
-        held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
         variables = [target.variable for target in self.targets]
+        held = self._held_optimizers()
         return next((each for each in held if optimizers.trains(each, variables)), None)
+
+    def _held_optimizers(self) -> list[Any]:
+        """Return the optimizers that the model holds, the one that it is compiled with first."""
+        held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
+        return [each for each in held if optimizers.is_optimizer(each)]
 
     def begin_anew(self, optimizer: Any = None) -> None:  # noqa: ARG002
         """Take note that another optimizer takes over, whose steps so far were not counted."""

@@ -25,8 +25,9 @@ class ScorePruner(engine.Pruner):
     r"""Learns which weights to keep, by a score for each, while the weights stay as they are.
 
     Of each kernel :math:`w` the k weights with the largest :math:`|s|` act, and the others are
-    zero: the kernel of the layer is :math:`w \odot m`, :math:`m = 1[|s| \in \text{top } k]`, at all
-    times, and exactly k weights are kept, ties or not. What training changes is s. It begins as
+    zero: the kernel of the layer is :math:`w \odot m`, :math:`m = 1[|s| \in \text{top } k]`, after
+    every step, and exactly k weights are kept, ties or not. What training changes is s. It begins
+    as
 
     .. math:: s = \sqrt{6/\text{fan-in}}\; w / \max|w|
 
@@ -60,7 +61,9 @@ class ScorePruner(engine.Pruner):
     Args:
         model: a built model of either Keras, trained already, subclassed ones too.
         sparsity: fraction of zeros, in [0, 1).
-        frequency: number of optimizer steps from one choice of the masks to the next, >= 1.
+        frequency: number of optimizer steps from one choice of the masks to the next, >= 1. A
+            choice takes some 30 passes over the scores; in between, the masks are those of the last
+            one. Where the stage ends, they are chosen once more.
         also_train: what is trained beside the scores: "normalization" (γ and β of normalization
             layers, as in the authors' code), "all" that is trainable, biases and kernels that are
             not pruned among them, or "none". Moving statistics of BatchNorm follow the data as in
@@ -157,10 +160,8 @@ class ScorePruner(engine.Pruner):
         Args:
             optimizer: None for all that the model holds.
         """
-        held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
-        found = [each for each in held if optimizers.is_optimizer(each)]
         stack = contextlib.ExitStack()
-        for each in found if optimizer is None else [optimizer]:
+        for each in self._held_optimizers() if optimizer is None else [optimizer]:
             stack.enter_context(optimizers.diverted(each, self))
         return stack
 
@@ -273,7 +274,7 @@ class ScorePruner(engine.Pruner):
         self._choose()
         super().freeze()
         model, masks = self.model, [mask.numpy() for mask in self.state.masks]
-        self._met.update(o for o in vars(model).values() if optimizers.is_optimizer(o))
+        self._met.update(self._held_optimizers())
         choice = {
             "criterion": None,
             "structure": self.structure,
@@ -281,10 +282,8 @@ class ScorePruner(engine.Pruner):
             "min_weights": self._choice.min_weights,
         }
         masked.detach(model)
-        pruner = engine.Pruner._frozen(model, self._found, self.schedule.sparsity, choice)
+        pruner = engine.Pruner.of_masks(model, self._found, masks, self.schedule.sparsity, choice)
         tensor_variable(pruner.state.step).assign(self.steps)
-        for variable, mask in zip(pruner.state.masks, masks, strict=True):
-            variable.assign(mask)
         for optimizer in self._met:
             for target in self.targets:
                 updates.begin_companions(

@@ -148,9 +148,11 @@ def prune_now(model: Any, sparsity: float, *, layers: Any = None, **options: Any
 def freeze_mask(model: Any) -> Any:
     """Keep a model's zeros where they are from now on, for fine-tuning; return the model.
 
-    A model that is being pruned keeps its masks as they are. One that has no masks, such as a
-    sparse model that was stripped, is given a frozen `Pruner`, whose masks are where its kernels
-    are not zero.
+    A model that is being pruned keeps its masks as they are. For one whose scores are trained that
+    ends the stage: its weights are trained again, those that are kept. Do so between two trainings,
+    not inside `fit`, and compile the model anew: fine-tuning has a learning rate of its own. A
+    model that has no masks, such as a sparse one that was stripped, is given a frozen `Pruner`,
+    whose masks are where its kernels are not zero.
 
     Args:
         model: a built model of either Keras; it is changed in place. One in tfmot's wrappers is to
