@@ -1,4 +1,7 @@
-"""Installs tscnc_tf: `pip install .`; extras: `datasets`, `examples`, `litert`, `onnx`, `test`."""
+"""Installs tscnc_tf: `pip install .`.
+
+Extras: `datasets`, `experiments`, `examples`, `litert`, `onnx`, `test`.
+"""
 
 import pathlib
 import re
@@ -11,7 +14,8 @@ VERSION = re.search(
 )[1]
 LITERT = ["ai-edge-litert>=2.1"]
 DATASETS = ["scikit-learn", "pillow", "scipy"]
-EXAMPLES = [*DATASETS, "matplotlib", *LITERT]
+EXPERIMENTS = [*DATASETS, "pyyaml"]
+EXAMPLES = [*EXPERIMENTS, "matplotlib", *LITERT]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
@@ -36,6 +40,7 @@ setup(
     extras_require={
         "datasets": DATASETS,
         "examples": EXAMPLES,
+        "experiments": EXPERIMENTS,
         "litert": LITERT,
         "onnx": ONNX,
         "test": [

@@ -767,3 +767,11 @@ def test_bad_input_is_named(library):
     model = build().model
     with pytest.raises(ValueError, match="pruned already: strip it first"):
         build(model=model)
+
+
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_a_predicate_that_holds_for_the_model_itself_does_not_choose_all_of_it(library):
+    model = dense_model(library)
+    pruning.prune_now(model, 0.5, layers=lambda layer: layer.name != "logits")
+    assert [target.name for target in model.pruner.targets] == ["hidden"]
+    assert np.all(model.get_layer("logits").get_weights()[0])

@@ -5,7 +5,8 @@ Families live in their modules, the verbs and the one model on top:
     import tscnc_tf as tscnc
 
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
-  `tscnc.pruning`, `tscnc.gates`, `tscnc.inspection`, `tscnc.applications`, `tscnc.datasets`
+  `tscnc.pruning`, `tscnc.gates`, `tscnc.inspection`, `tscnc.applications`, `tscnc.datasets`,
+  `tscnc.experiments`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
   `tscnc.evaluate_robustness`
 * `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each
@@ -20,6 +21,7 @@ from tscnc_tf import (
     attacks,
     callbacks,
     datasets,
+    experiments,
     functional,
     gates,
     inspection,
@@ -58,6 +60,7 @@ __all__ = [
     "callbacks",
     "datasets",
     "evaluate_robustness",
+    "experiments",
     "export_litert",
     "export_onnx",
     "export_saved_model",

@@ -104,23 +104,29 @@ def new_file(name: str, path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         draft.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file (UTF-8) in one piece, replacing what was there.
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yield a path to write a file at; it replaces `path` at the end, and goes if the block fails.
 
-    A reader sees the old text or the new one, whole. If `path` is a link, the file that it leads
-    to is replaced.
+    A reader sees the old file or the new one, whole. If `path` is a link, the file that it leads to
+    is replaced.
     """
     goal = _absolute("path", path).resolve()
     goal.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(goal)
     try:
-        with draft.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        yield draft
         _flush(draft)
         draft.replace(goal)
         _flush_folder(goal.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file (UTF-8) in one piece, replacing what was there, see `replaced`."""
+    with replaced(path) as draft, draft.open("x", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
 
 
 def _absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:

@@ -106,10 +106,10 @@ class Pruner:
         self._choice.warn_of_starving(self.target_sparsity)
 
     @staticmethod
-    def of_zeros(model: Any) -> Pruner:
+    def of_zeros(model: Any, layers: Any = None) -> Pruner:
         """Return a frozen pruner of a model whose masks are False where a kernel is zero now."""
         plans.require_model(model)
-        found = candidates(model)
+        found = candidates(model, layers)
         variables = [tensor_variable(target.variable) for target, reason in found if not reason]
         masks = [tf.not_equal(variable, 0) for variable in variables]
         choice = {"criterion": None, "structure": None, "scope": "layer", "min_weights": 1}

@@ -153,13 +153,15 @@ def _owned(
 ) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
     """Yield (path of names, layer, weight, whether chosen) for each weight of rank 2 or more.
 
-    The path begins below the innermost model. Who chooses a layer chooses the layers inside it.
+    The path begins below the innermost model. Who chooses a layer chooses the layers inside it; but
+    the model itself is asked about for its own weights only: a predicate such as "not the last
+    layer" holds for it, too, and means no less than all.
     """
     seen: set[int] = set()
 
     def walk(layer: Any, path: tuple[str, ...], taken: bool) -> Iterator[Any]:
         is_model = isinstance(layer, _keras.keras.Model | _keras.tf_keras.Model)
-        taken = taken or chosen(layer)
+        above, taken = taken, taken or chosen(layer)
         inside = list(kernel_layers.parts(layer))
         theirs = {id(variable) for part in inside for variable in part.weights}
         here = (*path, layer.name) if not is_model or layer is model else (layer.name,)
@@ -175,7 +177,7 @@ def _owned(
             yield here, layer, variable, taken
         below = () if is_model else here
         for part in inside:
-            yield from walk(part, below, taken)
+            yield from walk(part, below, above if layer is model else taken)
 
     yield from walk(model, (), False)
 

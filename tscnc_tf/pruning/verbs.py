@@ -145,7 +145,7 @@ def prune_now(model: Any, sparsity: float, *, layers: Any = None, **options: Any
     return model
 
 
-def freeze_mask(model: Any) -> Any:
+def freeze_mask(model: Any, *, layers: Any = None) -> Any:
     """Keep a model's zeros where they are from now on, for fine-tuning; return the model.
 
     A model that is being pruned keeps its masks as they are. For one whose scores are trained that
@@ -157,10 +157,13 @@ def freeze_mask(model: Any) -> Any:
     Args:
         model: a built model of either Keras; it is changed in place. One in tfmot's wrappers is to
             be stripped first.
+        layers: the zeros of which layers, as in `add_regularizers`; None for all. For a model that
+            has no masks yet.
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is not built, in tfmot's wrappers, or has nothing that could be pruned.
+        ValueError: it is not built, in tfmot's wrappers, or has nothing that could be pruned; or
+            layers are given for a model that has masks.
 
     Example:
         >>> import keras
@@ -177,10 +180,15 @@ def freeze_mask(model: Any) -> Any:
             "it first, then freeze its mask."
         )
     parts = list(masked.masked_models(model))
+    if parts and layers is not None:
+        raise ValueError(
+            f"layers must be None for model {model.name!r}, which has masks already, "
+            f"got {layers!r}."
+        )
     for part in parts:
         part.pruner.freeze()
     if not parts:
-        Pruner.of_zeros(model)
+        Pruner.of_zeros(model, layers)
     return model
 
 

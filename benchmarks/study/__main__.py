@@ -1,0 +1,73 @@
+"""The command line: `python -m benchmarks.study run|report|choose`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from rich.console import Console
+
+from benchmarks.study import choosing, report, results, work
+from benchmarks.study.plan import HERE, Plan
+
+RESULTS = HERE.parent / "results" / "study"
+DOCUMENT = HERE.parents[1] / "docs" / "study.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a study, or show what it has found; return 0 if all of it is done."""
+    options = _parser().parse_args(arguments)
+    path = HERE / "quick.yaml" if options.quick else options.plan
+    files = dict(pair.split("=", 1) for pair in options.data)
+    plan = Plan.read(path, files)
+    folder = options.results / plan.name
+    console = Console()
+    if options.what == "report":
+        _report(plan, folder, options, console)
+        return 0
+    if options.what == "choose":
+        console.print(choosing.choose(plan, folder / "choices.json", options.scratch))
+        return 0
+    done = work.supervise(
+        path, files, folder, options.scratch / plan.name, options.workers, options.minutes
+    )
+    console.print(report.tables(results.read(folder), list(plan.arms)), markup=False)
+    console.print("All done." if done else "More is to do: run the same command again.")
+    return 0 if done else 75
+
+
+def _report(
+    plan: Plan, folder: pathlib.Path, options: argparse.Namespace, console: Console
+) -> None:
+    found = results.read(folder)
+    if not found:
+        sys.exit(f"{folder} holds no results yet: python -m benchmarks.study run")
+    text = report.tables(found, list(plan.arms))
+    console.print(text, markup=False)
+    if options.write:
+        report.insert(DOCUMENT, plan.name, text)
+        report.plot(found, list(plan.arms), DOCUMENT.with_name(f"study-{plan.name}.png"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("what", choices=("run", "report", "choose"))
+    parser.add_argument("--plan", type=pathlib.Path, default=HERE / "cpu.yaml")
+    parser.add_argument("--quick", action="store_true", help="the plan of about 10 minutes")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("outputs/study"))
+    parser.add_argument("--write", action="store_true", help="report: into docs/study.md")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a study runs: settings, arms, methods, sparsities and seeds, from a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tscnc_tf.experiments import Recipe, parse
+
+HERE = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One experiment of a study.
+
+    Attributes:
+        setting, arm, method, sparsity, seed: where it stands in the study.
+        recipe: what is run.
+    """
+
+    setting: str
+    arm: str
+    method: str
+    sparsity: float
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm}-{self.method}-{100 * self.sparsity:g}-seed{self.seed}"
+
+    @property
+    def group(self) -> str:
+        """Of the runs that begin with the same dense network."""
+        return f"{self.setting}/{self.arm}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A study.
+
+    Attributes:
+        name: of the study, and of its folder of results.
+        seeds: each arm is run with each.
+        methods: ways of pruning.
+        sparsities: fractions of zeros.
+        settings: by name, values of a recipe: data, network, epochs.
+        arms: by name, values of a recipe by their dotted names: what the arm changes.
+        settled: by setting and arm, such values as were chosen on the validation set.
+        choices: by arm, a dotted name and the values to choose from.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    settings: Mapping[str, Mapping[str, Any]]
+    arms: Mapping[str, Mapping[str, Any]]
+    settled: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: pathlib.Path, files: Mapping[str, str] | None = None) -> Plan:
+        """Read a plan from a YAML file.
+
+        Args:
+            path: of the file.
+            files: where data are that the plan knows by name.
+        """
+        values = parse(path.read_text(encoding="utf-8"), str(path))
+        for setting in values["settings"].values():
+            name = setting["data"]["dataset"]
+            setting["data"]["dataset"] = (files or {}).get(name, name)
+        for name in ("seeds", "methods", "sparsities"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def runs(self) -> Iterator[Run]:
+        """Yield all runs: seed by seed, so that what is there is balanced at any time."""
+        for seed in self.seeds:
+            for setting in self.settings:
+                for arm in self.arms:
+                    yield from self.runs_of(setting, arm, seed)
+
+    def runs_of(
+        self, setting: str, arm: str, seed: int, changes: Mapping[str, Any] | None = None
+    ) -> Iterator[Run]:
+        """Yield the runs that begin with the same dense network."""
+        recipe = Recipe.from_dict(self.settings[setting]).baseline()
+        recipe = recipe.override(self.arms[arm])
+        recipe = recipe.override(self.settled.get(setting, {}).get(arm, {}))
+        recipe = recipe.override({**(changes or {}), "seed": seed})
+        for method in self.methods:
+            for sparsity in self.sparsities:
+                values = {"prune.method": method, "sparsity": sparsity}
+                yield Run(setting, arm, method, sparsity, seed, recipe.override(values))

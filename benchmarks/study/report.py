@@ -1,0 +1,147 @@
+"""Tables and plots of a study, for `docs/study.md`."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.study import results as figures
+from benchmarks.study.results import BASE, Cell, Correlation, Estimate, Result
+from tscnc_tf import _files
+
+BEGIN, END = "<!-- begin: {name} -->", "<!-- end: {name} -->"
+
+
+def tables(results: Sequence[Result], arms: Sequence[str]) -> str:
+    """Return a table for each setting, method and sparsity, and one of correlations."""
+    parts = []
+    for cell, by_arm in figures.by_cell(results).items():
+        parts.append(_table(cell, by_arm, arms))
+    parts.append(_correlations(results))
+    return "\n\n".join(parts)
+
+
+def insert(path: pathlib.Path, name: str, text: str) -> None:
+    """Put tables between the marks of that name in a document."""
+    content = path.read_text(encoding="utf-8")
+    begin, end = BEGIN.format(name=name), END.format(name=name)
+    before, found, rest = content.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{path} has no marks {begin} and {end}.")
+    _files.write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def _table(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]) -> str:
+    head = ["arm", "seeds", "clean", "robust", f"robust − {BASE}", "worst κ", "effective κ"]
+    head += ["dead", "stable rank / filters", "local Lipschitz"]
+    rows = []
+    for arm in arms:
+        found = list(by_arm.get(arm, {}).values())
+        if not found:
+            continue
+        difference = "" if arm == BASE else _points(_difference(by_arm, arm), signed=True)
+        rows.append(
+            [
+                arm,
+                str(len(found)),
+                _points(_mean(found, "clean")),
+                _points(_mean(found, "robust")),
+                difference,
+                _median(found, "condition"),
+                _median(found, "effective"),
+                f"{np.mean([result.dead for result in found]):.1f}",
+                f"{np.mean([result.stable_rank for result in found]):.3f}",
+                f"{np.mean([result.lipschitz for result in found]):.3g}",
+            ]
+        )
+    title = f"### {cell.setting}, {cell.method}, {100 * cell.sparsity:g} % zeros"
+    return f"{title}\n\n{_markdown(head, rows)}"
+
+
+def _correlations(results: Sequence[Result]) -> str:
+    names = {"effective": "effective κ", "condition": "κ", "lipschitz": "local Lipschitz"}
+    found = {figure: figures.within_cells(results, figure) for figure in names}
+    head = ["setting, method, zeros", "runs", *names.values()]
+    rows = [
+        [
+            f"{cell.setting}, {cell.method}, {100 * cell.sparsity:g} %",
+            str(found["effective"][cell].count),
+            *(_correlation(found[figure][cell]) for figure in names),
+        ]
+        for cell in found["effective"]
+    ]
+    title = "### Rank correlation with robust accuracy, over arms and seeds"
+    return f"{title}\n\n{_markdown(head, rows)}"
+
+
+def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> None:
+    """Draw robust accuracy and effective condition number over sparsity."""
+    cells = figures.by_cell(results)
+    columns = sorted({(cell.setting, cell.method) for cell in cells})
+    shape = (2, max(1, len(columns)))
+    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 6), squeeze=False, sharex=True)
+    for column, (setting, method) in enumerate(columns):
+        top, bottom = axes[:, column]
+        levels = sorted(c.sparsity for c in cells if (c.setting, c.method) == (setting, method))
+        for index, arm in enumerate(arms):
+            places = np.arange(len(levels)) + 0.08 * (index - len(arms) / 2)
+            by_arm = [cells[Cell(setting, method, level)].get(arm, {}) for level in levels]
+            robust = [_mean(list(found.values()), "robust") for found in by_arm]
+            halves = [100 * e.half if math.isfinite(e.half) else 0.0 for e in robust]
+            means = [100 * e.mean for e in robust]
+            top.errorbar(places, means, halves, fmt="o", markersize=3, capsize=2, label=arm)
+            effective = [
+                np.median([r.effective for r in found.values()]) if found else np.nan
+                for found in by_arm
+            ]
+            bottom.semilogy(places, effective, "o", markersize=4)
+        top.set_title(f"{setting}, {method}", fontsize=9)
+        bottom.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
+        bottom.set_xlabel("zeros")
+    axes[0, 0].set_ylabel("robust accuracy, %")
+    axes[1, 0].set_ylabel("worst effective κ")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(arms), frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    with _files.replaced(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")
+    plt.close(figure)
+
+
+def _difference(by_arm: dict[str, dict[int, Result]], arm: str) -> Estimate:
+    return figures.paired(by_arm[arm], by_arm.get(BASE, {}))
+
+
+def _mean(found: Sequence[Result], name: str) -> Estimate:
+    return figures.estimate([getattr(result, name) for result in found])
+
+
+def _points(value: Estimate, signed: bool = False) -> str:
+    """Return percentage points with the half width of their interval."""
+    if not value.count:
+        return "–"
+    mean = f"{100 * value.mean:+.1f}" if signed else f"{100 * value.mean:.1f}"
+    return f"{mean} ± {100 * value.half:.1f}" if math.isfinite(value.half) else mean
+
+
+def _median(found: Sequence[Result], name: str) -> str:
+    value = float(np.median([getattr(result, name) for result in found]))
+    return "∞" if math.isinf(value) else f"{value:.3g}"
+
+
+def _correlation(value: Correlation) -> str:
+    return f"{value.rho:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,149 @@
+"""What the results of a study say: means with intervals, paired differences, correlations."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+BASE = "none"  # the arm that others are held against
+
+
+class Estimate(NamedTuple):
+    """A mean and the half width of its 95 % interval; infinite with fewer than two values."""
+
+    mean: float
+    half: float
+    count: int
+
+
+class Correlation(NamedTuple):
+    """Spearman's rank correlation and its 95 % bootstrap interval."""
+
+    rho: float
+    low: float
+    high: float
+    count: int
+
+
+class Cell(NamedTuple):
+    """What is compared: the same setting, method and sparsity."""
+
+    setting: str
+    method: str
+    sparsity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The figures of one run.
+
+    Attributes:
+        cell, arm, seed: where it stands in the study.
+        clean, robust: accuracies on the test set.
+        lipschitz: the empirical local Lipschitz constant.
+        condition: the worst condition number of the pruned kernels; inf if one has not full rank.
+        effective: the worst effective condition number of the pruned kernels.
+        dead: dead filters in the pruned kernels.
+        stable_rank: the mean over the pruned kernels, each over its number of filters.
+    """
+
+    cell: Cell
+    arm: str
+    seed: int
+    clean: float
+    robust: float
+    lipschitz: float
+    condition: float
+    effective: float
+    dead: float
+    stable_rank: float
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Result:
+        """Read what a run has written."""
+        kernels = [row for row in content["kernels"] if row["pruned"]]
+        return cls(
+            Cell(content["setting"], content["method"], content["sparsity"]),
+            content["arm"],
+            content["seed"],
+            content["clean"],
+            content["robust"],
+            float(content["lipschitz"]),
+            max(float(row["condition_number"]) for row in kernels),
+            max(float(row["effective_condition_number"]) for row in kernels),
+            sum(row["dead_filters"] for row in kernels),
+            float(np.mean([float(row["stable_rank"]) / row["filters"] for row in kernels])),
+        )
+
+
+def read(folder: pathlib.Path) -> list[Result]:
+    """Return all results in a folder, in the order of their names."""
+    files = sorted(folder.glob("*/*.json"))
+    return [Result.of(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
+def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, dict[int, Result]]]:
+    """Return results by cell, arm and seed."""
+    found: dict[Cell, dict[str, dict[int, Result]]] = {}
+    for result in results:
+        found.setdefault(result.cell, {}).setdefault(result.arm, {})[result.seed] = result
+    return dict(sorted(found.items()))
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean and Student's 95 % interval."""
+    count = len(values)
+    if count < 2:
+        return Estimate(float(np.mean(values)) if count else math.nan, math.inf, count)
+    half = stats.t.ppf(0.975, count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Estimate(float(np.mean(values)), float(half), count)
+
+
+def paired(
+    arm: Mapping[int, Result], base: Mapping[int, Result], figure: str = "robust"
+) -> Estimate:
+    """Return the mean difference of an arm to another one over the seeds that both have."""
+    seeds = sorted(set(arm) & set(base))
+    return estimate([getattr(arm[s], figure) - getattr(base[s], figure) for s in seeds])
+
+
+def correlation(
+    x: Sequence[float], y: Sequence[float], *, samples: int = 2000, seed: int = 0
+) -> Correlation:
+    """Return Spearman's rank correlation, which takes infinity as the largest value."""
+    ranks = [stats.rankdata(values) for values in (x, y)]
+    rho = _pearson(*ranks)
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(samples):
+        chosen = generator.integers(0, len(x), len(x))
+        drawn = [stats.rankdata(np.asarray(values)[chosen]) for values in (x, y)]
+        found.append(_pearson(*drawn))
+    sound = [value for value in found if not math.isnan(value)]
+    low, high = np.percentile(sound, [2.5, 97.5]) if sound else (math.nan, math.nan)
+    return Correlation(rho, float(low), float(high), len(x))
+
+
+def within_cells(results: Iterable[Result], figure: str) -> dict[Cell, Correlation]:
+    """Return how a figure of the kernels goes with robust accuracy, over arms and seeds."""
+    groups = collections.defaultdict(list)
+    for result in results:
+        groups[result.cell].append(result)
+    return {
+        cell: correlation([getattr(r, figure) for r in group], [r.robust for r in group])
+        for cell, group in sorted(groups.items())
+        if len(group) >= 5
+    }
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    return float(np.corrcoef(x, y)[0, 1])

@@ -1,0 +1,182 @@
+"""Running a study: several processes, each taking one group of runs after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.study.plan import Plan, Run
+from tscnc_tf import _files, experiments
+from tscnc_tf.evaluation.report import versions
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def result_path(results: pathlib.Path, run: Run) -> pathlib.Path:
+    """Return where the result of a run stands."""
+    return results / run.setting / f"{run.name}.json"
+
+
+def missing(plan: Plan, results: pathlib.Path) -> list[Run]:
+    """Return the runs that have no result yet, in the plan's order."""
+    return [run for run in plan.runs() if not result_path(results, run).is_file()]
+
+
+def supervise(
+    path: pathlib.Path,
+    files: Mapping[str, str],
+    results: pathlib.Path,
+    scratch: pathlib.Path,
+    workers: int,
+    minutes: float,
+) -> bool:
+    """Run what is missing until nothing is, or the time is over; tell whether all is done.
+
+    A group is a process of its own, with a share of the cores. Whoever is killed loses at most an
+    epoch: each run goes on where it was.
+
+    Args:
+        path: of the plan.
+        files: where data of the plan are, by their names there.
+        results: the folder for the results.
+        scratch: the folder for the experiments themselves, which are removed when they are done.
+        workers: how many processes.
+        minutes: no group is begun after that.
+    """
+    plan, console = Plan.read(path, files), Console(stderr=True)
+    begin, running = time.monotonic(), {}
+    tried: set[str] = set()
+    total = sum(1 for _ in plan.runs())
+    while True:
+        for group, process in list(running.items()):
+            if process.poll() is not None:
+                del running[group]
+                left = len(missing(plan, results))
+                elapsed = (time.monotonic() - begin) / 60
+                console.print(f"{elapsed:6.1f} min  {total - left} of {total}  {group} ended")
+        in_time = time.monotonic() - begin < 60 * minutes
+        waiting = [run.group for run in missing(plan, results) if run.group not in tried]
+        waiting = list(dict.fromkeys(waiting)) if in_time else []
+        while waiting and len(running) < workers:
+            group = waiting.pop(0)
+            tried.add(group)
+            running[group] = _start(path, files, results, scratch, group, workers)
+        if not running:
+            return not missing(plan, results)
+        time.sleep(0.5)
+
+
+def _start(
+    path: pathlib.Path,
+    files: Mapping[str, str],
+    results: pathlib.Path,
+    scratch: pathlib.Path,
+    group: str,
+    workers: int,
+) -> subprocess.Popen[bytes]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = str(max(1, (cores or 1) // workers))
+    environment = {
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_NUM_INTRAOP_THREADS": threads,
+        "TF_NUM_INTEROP_THREADS": threads,
+    }
+    command = [sys.executable, "-m", "benchmarks.study.work"]
+    arguments = [str(path), json.dumps(dict(files)), str(results), str(scratch), group]
+    log = scratch / f"{group.replace('/', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            [*command, *arguments], cwd=ROOT, env=environment, stdout=stream, stderr=stream
+        )
+
+
+def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -> None:
+    """Run what is missing of one group: one dense network, pruned in every way of the plan."""
+    runs = [run for run in missing(plan, results) if run.group == group]
+    execute(runs, results, scratch)
+
+
+def execute(runs: Iterable[Run], results: pathlib.Path, scratch: pathlib.Path) -> None:
+    """Run experiments that begin with the same dense network, and write a result for each."""
+    dense: pathlib.Path | None = None
+    folders = []
+    for run in runs:
+        begin = time.monotonic()
+        folder = scratch / run.setting / run.name
+        experiments.run(run.recipe, folder, dense=dense, progress=False)
+        dense = dense or folder / "1-train"
+        content = {**summary(run, folder), "seconds": time.monotonic() - begin}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        _files.write_text(result_path(results, run), f"{text}\n")
+        folders.append(folder)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
+    """Return what a study keeps of an experiment."""
+    judged = folder / "4-evaluate"
+    report, kernels, lipschitz, zeros = (
+        json.loads((judged / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("report", "kernels", "lipschitz", "sparsity")
+    )
+    stages = {
+        stage: experiments.open_stage(folder / f"{number}-{stage}")
+        for number, stage in enumerate(("train", "prune", "finetune"), start=1)
+    }
+    chosen = {
+        stage: output.metrics[output.manifest["chosen_epoch"] - 1]
+        for stage, output in stages.items()
+    }
+    data = stages["train"].manifest["data"]
+    pruned = set(stages["prune"].masks)
+    shown = ("name", "sigma_max", "condition_number", "effective_condition_number")
+    shown += ("stable_rank", "filters", "dead_filters")
+    return {
+        "setting": run.setting,
+        "arm": run.arm,
+        "method": run.method,
+        "sparsity": run.sparsity,
+        "seed": run.seed,
+        "clean": report["clean"]["accuracy"],
+        "robust": report["robust"]["accuracy"],
+        "examples": report["examples"],
+        "epsilon": report["attacks"][0]["epsilon"],
+        "attacks": {attack["name"]: attack["accuracy"] for attack in report["attacks"]},
+        "notes": [*report["warnings"], *report["notes"]],
+        "lipschitz": lipschitz["mean"],
+        "zeros": zeros["sparsity"],
+        "kernels": [
+            {name: row[name] for name in shown} | {"pruned": row["name"] in pruned}
+            for row in kernels["rows"]
+        ],
+        "validation": {
+            stage: {
+                "epoch": row["epoch"],
+                "clean": row["validation_accuracy"],
+                "robust": row["validation_robust_accuracy"],
+                "condition_number": row["condition_number"],
+            }
+            for stage, row in chosen.items()
+        },
+        # The path of a file of data is a matter of one machine; name and fingerprint are not.
+        "recipe": run.recipe.override({"data.dataset": data["name"]}).to_dict(),
+        "data": data,
+        "versions": versions(),
+    }
+
+
+if __name__ == "__main__":
+    _plan = Plan.read(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))
+    work(_plan, pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), sys.argv[5])

@@ -1,0 +1,376 @@
+"""Recipes and experiments: what they accept, that they go on after a kill, what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+import tscnc_tf as tscnc
+from tscnc_tf.experiments import folders, stages
+from tscnc_tf.experiments.recipe import Recipe
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "examples" / "recipes"
+TINY = {
+    "name": "tiny",
+    "sparsity": 0.9,
+    "data": {"dataset": "digits", "train_examples": 192, "test_examples": 48},
+    "network": {"architecture": "small-cnn", "options": {"width": 4}},
+    "adversary": {"epsilon": 0.1, "step_size": 0.05, "steps": 1},
+    "constraints": {"sparsity_factor": 1e-5, "condition_factor": 0.1},
+    "train": {"epochs": 2, "batch_size": 64},
+    "prune": {"epochs": 2, "batch_size": 64},
+    "finetune": {"epochs": 2, "batch_size": 64},
+    "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
+}
+
+
+# Recipes
+
+
+def test_defaults_are_the_figures_of_the_authors():
+    recipe = Recipe()
+    assert recipe.adversary.epsilon == "8/255"
+    assert (recipe.adversary.steps, recipe.adversary.step_size) == (10, 0.0069)
+    train = recipe.train
+    assert (train.epochs, train.batch_size, train.learning_rate) == (200, 128, 0.1)
+    assert [round(train.epochs * drop) for drop in train.drops] == [60, 120, 160]
+    assert (train.drop, train.momentum, train.average) == (0.2, 0.9, 0.99)
+    assert (train.loss, train.beta) == ("trades", 6.0)
+    assert (recipe.prune.method, recipe.prune.epochs) == ("scores", 20)
+    assert recipe.finetune.learning_rate == 0.01
+
+
+def test_a_recipe_survives_json():
+    recipe = Recipe.from_dict(TINY)
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+
+
+def test_what_lacks_is_default_and_text_of_a_number_is_one():
+    recipe = Recipe.from_dict({"train": {"learning_rate": "1e-3"}})  # YAML 1.1 takes it for text
+    assert recipe.train.learning_rate == 0.001
+    assert recipe.train.epochs == Recipe().train.epochs
+
+
+def test_overriding_changes_that_value_only():
+    recipe = Recipe.from_dict(TINY)
+    other = recipe.override({"train.epochs": 7, "sparsity": 0.5})
+    assert (other.train.epochs, other.sparsity) == (7, 0.5)
+    assert other.override({"train.epochs": 2, "sparsity": 0.9}) == recipe
+
+
+def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
+    recipe = Recipe.from_dict({**TINY, "gates": {"sparsity_factor": 1e-3}})
+    base = recipe.baseline()
+    assert base.constraints.condition_factor == base.constraints.sparsity_factor == 0.0
+    assert base.gates.sparsity_factor == 0.0
+    assert base.train == recipe.train
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        ({"sparsity": 1.0}, ValueError, "sparsity must be < 1, got 1.0"),
+        ({"train": {"epoch": 3}}, ValueError, "did you mean train.epochs"),
+        ({"train": {"epochs": 0}}, ValueError, "train.epochs must be >= 1, got 0"),
+        ({"train": 3}, TypeError, "train must be names with values, got 3"),
+        ({"train": {"loss": "rslad"}}, ValueError, "train.loss must be one of 'trades'"),
+        ({"adversary": {"epsilon": "8/0"}}, ValueError, "adversary.epsilon must be a number or"),
+        ({"network": {"architecture": "lenet"}}, ValueError, "'small-cnn'.*got 'lenet'"),
+        ({"constraints": {"stages": ["test"]}}, ValueError, "stages must be one of 'train'"),
+        ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
+        ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a list, got 16"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_name(values, kind, words):
+    with pytest.raises(kind, match=words):
+        Recipe.from_dict(values)
+
+
+def test_an_unknown_override_is_refused():
+    with pytest.raises(ValueError, match=r"did you mean train\.epochs"):
+        Recipe().override({"train.epoch": 3})
+    with pytest.raises(ValueError, match="is not a value of a recipe"):
+        Recipe().override({"sparsity.more": 3})
+
+
+def test_files_are_based_on_files(tmp_path):
+    (tmp_path / "low.yaml").write_text("seed: 3\ntrain: {epochs: 5, batch_size: 7}\n")
+    (tmp_path / "mid.yaml").write_text("train: {epochs: 6}\n")
+    (tmp_path / "top.yaml").write_text("base: [low.yaml, mid.yaml]\nsparsity: 0.5\n")
+    recipe = Recipe.from_yaml(tmp_path / "top.yaml")
+    assert (recipe.seed, recipe.sparsity) == (3, 0.5)
+    assert (recipe.train.epochs, recipe.train.batch_size) == (6, 7)
+    (tmp_path / "low.yaml").write_text("base: top.yaml\n")
+    with pytest.raises(ValueError, match="is based on itself"):
+        Recipe.from_yaml(tmp_path / "top.yaml")
+    (tmp_path / "low.yaml").write_text("seed: [\n")
+    with pytest.raises(ValueError, match=r"low\.yaml is not YAML"):
+        Recipe.from_yaml(tmp_path / "top.yaml")
+    (tmp_path / "low.yaml").write_text("sparsity: 3\n")
+    with pytest.raises(ValueError, match=r"low\.yaml: sparsity must be < 1"):
+        Recipe.from_yaml(tmp_path / "low.yaml")
+
+
+GRID = [
+    f"{data}-{network}-{zeros}"
+    for data in ("cifar10", "cifar100", "tiny-imagenet")
+    for network in ("vgg-16", "resnet-18", "wrn-28-4")
+    for zeros in (90, 95, 99)
+]
+
+
+def test_without_pyyaml_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r"pip install \"tscnc_tf\[experiments\]\""):
+        tscnc.experiments.parse("a: 1", "text")
+
+
+@pytest.mark.parametrize("folder", ["", "cpu"])
+def test_there_is_a_recipe_for_each_setting_of_the_paper(folder):
+    found = {path.stem: Recipe.from_yaml(path) for path in (RECIPES / folder).glob("*-9?.yaml")}
+    assert sorted(found) == sorted(GRID)
+    for stem, recipe in found.items():
+        data, _, rest = stem.replace("tiny-imagenet", "tiny_imagenet").partition("-")
+        network, _, zeros = rest.rpartition("-")
+        assert recipe.data.dataset == data.replace("_", "-")
+        assert recipe.sparsity == int(zeros) / 100
+        assert recipe.name == (f"cpu-{stem}" if folder else stem)
+        if folder:
+            assert recipe.train.epochs < 10
+        else:
+            assert recipe.network.architecture == network
+            assert recipe.train == Recipe().train
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
+    """All of them are in the file, so that nobody has to look for one in the code."""
+    written = dict(leaves(yaml.safe_load((RECIPES / "paper.yaml").read_text())))
+    known = dict(Recipe.leaves())
+    each_settings = {"name", "data.dataset", "network.architecture"}
+    left_out = {"data.folder", "data.train_examples", "data.test_examples", "network.options"}
+    not_for_its_choices = {"prune.ramp", "prune.frequency"} | {
+        f"{stage}.{name}" for stage in ("prune", "finetune") for name in ("drops", "drop")
+    }
+    compiler = {f"{stage}.jit_compile" for stage in ("train", "prune", "finetune")}
+    assert set(known) - set(written) == (each_settings | left_out | not_for_its_choices | compiler)
+    recipe = json.loads(json.dumps(Recipe.from_yaml(RECIPES / "paper.yaml").to_dict()))
+    default = json.loads(json.dumps(Recipe().to_dict()))
+    gates, none = recipe.pop("gates"), default.pop("gates")
+    assert recipe == default
+    assert gates["sparsity_factor"] > none["sparsity_factor"] == 0.0
+
+
+# Experiments
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a tiny experiment that has run to its end."""
+    folder = tmp_path_factory.mktemp("experiment") / "tiny"
+    tscnc.experiments.run(Recipe.from_dict(TINY), folder, progress=False)
+    return folder
+
+
+def test_each_stage_leaves_what_the_next_or_a_user_can_open(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "recipe.json",
+        "1-train",
+        "2-prune",
+        "3-finetune",
+        "4-evaluate",
+    }
+    for stage in ("1-train", "2-prune", "3-finetune"):
+        names = {path.name for path in (finished / stage).iterdir()}
+        files = {"model.keras", "last.keras", "metrics.jsonl", "manifest.json", "best.npz"}
+        assert names == files | ({"masks.npz"} if stage != "1-train" else set())
+        output = tscnc.experiments.open_stage(finished / stage)
+        assert [row["epoch"] for row in output.metrics] == [1, 2]
+        assert output.manifest["recipe"]["name"] == "tiny"
+        assert output.manifest["data"]["fingerprint"] == stages.dataset(recipe()).fingerprint
+        assert output.model(np.zeros((1, 8, 8, 1), "float32")).shape == (1, 10)
+        assert is_plain(output.model, "keras")
+
+
+def is_plain(model, library):
+    """Tell whether nothing in a model is of this package."""
+    parts = [model, *model.layers]
+    return all(type(part).__module__.startswith(f"{library}.") for part in parts)
+
+
+def recipe(**values):
+    return Recipe.from_dict(TINY).override(values)
+
+
+def test_the_kept_epoch_is_the_best_on_the_validation_set(finished):
+    for stage in ("1-train", "2-prune", "3-finetune"):
+        output = tscnc.experiments.open_stage(finished / stage)
+        scores = [row["validation_robust_accuracy"] for row in output.metrics]
+        assert output.manifest["chosen_epoch"] == 1 + int(np.argmax(scores))
+        validator = stages.validator(recipe(), output.model)
+        batches = stages.dataset(recipe()).evaluation("validation", 256)
+        again = validator.evaluate(batches, verbose=0, return_dict=True)
+        assert again["adversarial_accuracy"] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_zeros_are_exact_from_pruning_on(finished):
+    kept = tscnc.experiments.open_stage(finished / "2-prune").masks
+    assert kept
+    assert not {"stem", "logits"} & set(kept)
+    for stage in ("2-prune", "3-finetune"):
+        output = tscnc.experiments.open_stage(finished / stage)
+        for model in (output.model, output.last):
+            for name, mask in kept.items():
+                kernel = model.get_layer(name).get_weights()[0]
+                assert mask.sum() == mask.size - round(0.9 * mask.size)
+                if model is output.model or stage == "3-finetune":
+                    assert not kernel[~mask].any()
+                assert np.count_nonzero(kernel) == mask.sum()
+            assert np.all(model.get_layer("stem").get_weights()[0])
+
+
+def test_pruning_by_scores_keeps_the_values_of_the_dense_weights(finished):
+    dense, pruned = (
+        tscnc.experiments.open_stage(finished / stage).model for stage in ("1-train", "2-prune")
+    )
+    for name, mask in tscnc.experiments.open_stage(finished / "2-prune").masks.items():
+        before, after = (model.get_layer(name).get_weights()[0] for model in (dense, pruned))
+        np.testing.assert_array_equal(after, np.where(mask, before, 0))
+
+
+def test_the_last_word_is_that_of_evaluate_robustness_on_the_test_set(finished):
+    report = json.loads((finished / "4-evaluate" / "report.json").read_text())
+    model = tscnc.experiments.open_stage(finished / "3-finetune").model
+    x, y = stages.dataset(recipe()).arrays("test")
+    again = tscnc.evaluate_robustness(
+        model, x, y, attacks=stages.judges(recipe()), batch_size=256, progress=False
+    )
+    assert report["examples"] == 48
+    assert report["clean"]["accuracy"] == again.clean_accuracy
+    assert report["robust"]["accuracy"] == again.robust_accuracy
+    assert str(again.examples) in (finished / "4-evaluate" / "report.txt").read_text()
+    served = tscnc.load_saved_model(finished / "4-evaluate" / "saved_model")
+    np.testing.assert_allclose(served(x), model.predict(x, verbose=0), atol=1e-5)
+    conditions = json.loads((finished / "4-evaluate" / "kernels.json").read_text())
+    worst = tscnc.inspection.condition_numbers(model).to_dict()["worst_condition_number"]
+    assert conditions["worst_condition_number"] == worst
+
+
+def test_what_is_complete_is_not_run_again(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    tscnc.experiments.run(recipe(), finished, progress=False)
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_another_recipe_needs_another_folder(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.epochs was 2, not 3"):
+        tscnc.experiments.run(recipe(**{"train.epochs": 3}), finished)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="something else than an experiment"):
+        tscnc.experiments.run(recipe(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no complete stage"):
+        tscnc.experiments.open_stage(tmp_path)
+    with pytest.raises(TypeError, match="recipe must be a Recipe"):
+        tscnc.experiments.run(TINY, tmp_path / "new")
+
+
+def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
+    other = recipe(**{"prune.method": "magnitude", "sparsity": 0.8, "finetune.loss": "rslad"})
+    folder = tscnc.experiments.run(
+        other, tmp_path / "other", dense=finished / "1-train", progress=False
+    )
+    theirs = (finished / "1-train" / "model.keras").read_bytes()
+    assert (folder / "1-train" / "model.keras").read_bytes() == theirs
+    output = tscnc.experiments.open_stage(folder / "2-prune")
+    assert [row["sparsity"] for row in output.metrics][-1] == pytest.approx(0.8, abs=0.01)
+    # Of the epochs, only those at the full sparsity are candidates.
+    chosen = output.metrics[output.manifest["chosen_epoch"] - 1]
+    assert chosen["sparsity"] == max(row["sparsity"] for row in output.metrics)
+    with pytest.raises(ValueError, match=r"another recipe: seed was 0, not 1"):
+        changed = other.override({"seed": 1})
+        tscnc.experiments.run(changed, tmp_path / "third", dense=finished / "1-train")
+    with pytest.raises(ValueError, match="dense must be a stage of training"):
+        tscnc.experiments.run(other, tmp_path / "fourth", dense=finished / "2-prune")
+
+
+def test_other_data_are_refused(finished, tmp_path, monkeypatch):
+    data = stages.dataset(recipe())
+    monkeypatch.setattr(stages, "dataset", lambda _: data.subset(n_train=128))
+    with pytest.raises(ValueError, match=r"data are not those that .*1-train was made with"):
+        tscnc.experiments.run(recipe(), finished)
+
+
+def test_tf_keras_runs_the_same_stages(tmp_path):
+    values = {
+        "network.library": "tf_keras",
+        "gates.sparsity_factor": 1e-3,
+        "gates.layers": "stage_*",
+        "constraints.stages": ["train", "finetune"],
+    }
+    values |= {f"{stage}.epochs": 1 for stage in ("train", "prune", "finetune")}
+    folder = tscnc.experiments.run(recipe(**values), tmp_path / "old", progress=False)
+    for stage in ("1-train", "3-finetune"):
+        model = tscnc.experiments.open_stage(folder / stage).model
+        assert is_plain(model, "tf_keras")
+    zeros = tscnc.inspection.sparsity(model)
+    inner = [row.sparsity for row in zeros.rows if row.name not in stages.ENDS]
+    assert min(inner) >= 0.895
+
+
+KILLED = """
+import sys, yaml
+from tscnc_tf import experiments
+experiments.run(experiments.Recipe.from_dict(yaml.safe_load(sys.argv[1])), sys.argv[2])
+"""
+
+
+def start(folder):
+    command = [sys.executable, "-c", KILLED, json.dumps(recipe().to_dict()), str(folder)]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "moment", ["1-train/state-1", "2-prune/metrics.jsonl", "3-finetune/best.npz"]
+)
+def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_path, moment):
+    folder = tmp_path / "killed"
+    process = start(folder)
+    deadline = time.monotonic() + 200
+    while not (folder / moment).exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not folders.is_complete(folder / "4-evaluate")
+    tscnc.experiments.run(recipe(), folder, progress=False)
+    for stage in ("1-train", "2-prune", "3-finetune"):
+        mine, theirs = (tscnc.experiments.open_stage(f / stage) for f in (folder, finished))
+        assert mine.metrics == theirs.metrics
+        for name in ("model", "last"):
+            pairs = zip(
+                getattr(mine, name).get_weights(), getattr(theirs, name).get_weights(), strict=True
+            )
+            for a, b in pairs:
+                np.testing.assert_array_equal(a, b)
+        assert not list((folder / stage).glob("state-*"))
+        assert not list((folder / stage).glob(".*"))

@@ -1,0 +1,11 @@
+"""Experiments: recipes, the three stages of the method, and a run that can be stopped.
+
+An experiment is a `Recipe`. `run` takes it through adversarial training under the constraints,
+pruning, fine-tuning, evaluation and export, each in a folder that `open_stage` opens.
+"""
+
+from tscnc_tf.experiments.folders import StageOutput, open_stage
+from tscnc_tf.experiments.recipe import Recipe, parse
+from tscnc_tf.experiments.run import run
+
+__all__ = ["Recipe", "StageOutput", "open_stage", "parse", "run"]

@@ -1,0 +1,183 @@
+"""Training one stage so that it can be killed at any moment, and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _files, datasets, inspection, pruning
+from tscnc_tf._keras import flavours, masked, masks, optimizers
+from tscnc_tf.callbacks import pruning_callbacks
+from tscnc_tf.experiments import folders, stages
+from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.training import AdversarialTraining
+
+WEIGHTS, MASKS = "weight", "mask"
+
+
+def fit(
+    recipe: Recipe,
+    stage: str,
+    data: datasets.Dataset,
+    trainer: AdversarialTraining,
+    folder: pathlib.Path,
+    on_batch: Callable[[int], None],
+) -> None:
+    """Train a stage to its end, from its beginning or from where it was stopped.
+
+    After each epoch the state of everything that the next one depends on is written beside the one
+    before, which is removed afterwards: weights, slots and averages of the optimizer, masks and
+    scores, counters of random draws. The order of the examples and their augmentation depend on
+    seed and epoch only.
+
+    Args:
+        recipe: of the experiment.
+        stage: "train", "prune" or "finetune".
+        data: of the recipe.
+        trainer: of the stage, at its beginning; trained in place.
+        folder: of the stage.
+        on_batch: called with the number of steps that the stage has taken, after each.
+    """
+    settings = getattr(recipe, stage)
+    keeper = _Keeper(recipe, stage, data, folder, on_batch)
+    done = keeper.resume(trainer)
+    if done == settings.epochs:
+        return
+    trainer.fit(
+        data.training(
+            settings.batch_size,
+            seed=recipe.seed,
+            augment=recipe.data.augment,
+            first_epoch=done,
+        ),
+        steps_per_epoch=data.steps_per_epoch(settings.batch_size),
+        initial_epoch=done,
+        epochs=settings.epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*pruning_callbacks(), keeper],
+    )
+
+
+def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray], int]:
+    """Return the best epoch's model, stripped; its masks by name; and the epoch, counted from 1.
+
+    Args:
+        trained: the model of the stage, as the last epoch has left it; it is used up.
+        folder: of the stage.
+    """
+    arrays = folders.read_arrays(folder / "best.npz")
+    names = [t.name for part in masked.masked_models(trained) for t in part.pruner.targets]
+    kept = {name: arrays[f"{MASKS}{index}"] for index, name in enumerate(names)}
+    # With its pruner, a model that learns scores would take these weights for new dense ones.
+    model = pruning.strip(trained) if names else trained
+    model.set_weights([arrays[f"{WEIGHTS}{index}"] for index in range(len(model.get_weights()))])
+    return model, kept, int(arrays["epoch"])
+
+
+@contextlib.contextmanager
+def averaged(model: Any, optimizer: Any) -> Iterator[None]:
+    """Put the optimizer's moving averages in the place of the weights, and take them back."""
+    if not optimizers.innermost(optimizer).use_ema:
+        yield
+        return
+    weights = model.get_weights()
+    optimizer.finalize_variable_values(model.trainable_variables)
+    masks.apply(model)
+    try:
+        yield
+    finally:
+        model.set_weights(weights)
+
+
+class _Keeper(flavours.Callback):
+    """Validates after each epoch, and writes the best weights, the metrics and the state."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: str,
+        data: datasets.Dataset,
+        folder: pathlib.Path,
+        on_batch: Callable[[int], None],
+    ) -> None:
+        super().__init__()
+        self.recipe, self.stage, self.data, self.folder = recipe, stage, data, folder
+        self.on_batch = on_batch
+        self.rows: list[dict[str, Any]] = []
+        self._validator: Any = None
+
+    def resume(self, trainer: AdversarialTraining) -> int:
+        """Put back the last state that was written; return the number of epochs done."""
+        trainer.optimizer.build(trainer.trainable_variables)
+        found = folders.states(self.folder)
+        done, state = found[0] if found else (0, None)
+        folders.tidy(self.folder, keep=done)
+        if state is None:
+            return 0
+        _checkpoint(trainer).read(str(state / "checkpoint")).assert_consumed()
+        self.rows = json.loads((state / "metrics.json").read_text(encoding="utf-8"))
+        return done
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Let the progress be shown."""
+        self.on_batch(len(self.rows) * self.params["steps"] + batch + 1)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Validate; write the best weights, the metrics and the state, in an order that is safe."""
+        trainer = self.model
+        with averaged(trainer.model, trainer.optimizer):
+            row = {"epoch": epoch + 1, **(logs or {}), **self._validate(trainer.model)}
+            if self._is_best(row):
+                arrays = {"epoch": np.array(epoch + 1), **weights_and_masks(trainer.model)}
+                folders.write_arrays(self.folder / "best.npz", arrays)
+        self.rows.append({name: float(value) for name, value in row.items()} | {"epoch": epoch + 1})
+        folders.write_metrics(self.folder, self.rows)
+        with _files.new_directory("state", self.folder / f"state-{epoch + 1}") as state:
+            _checkpoint(trainer).write(str(state / "checkpoint"))
+            folders.write_json(state / "metrics.json", self.rows)
+        folders.tidy(self.folder, keep=epoch + 1)
+
+    def _validate(self, model: Any) -> dict[str, float]:
+        if self._validator is None:
+            self._validator = stages.validator(self.recipe, model)
+        batches = self.data.evaluation("validation", self.recipe.evaluate.batch_size)
+        logs = self._validator.evaluate(batches, verbose=0, return_dict=True)
+        conditions = inspection.condition_numbers(model)
+        return {
+            "validation_accuracy": logs["clean_accuracy"],
+            "validation_robust_accuracy": logs["adversarial_accuracy"],
+            "sparsity": _sparsity(model),
+            "condition_number": conditions.worst.condition_number,
+            "dead_filters": conditions.dead_filters,
+        }
+
+    def _is_best(self, row: dict[str, Any]) -> bool:
+        """Tell whether an epoch is better than those before that may be chosen, or the first."""
+        rivals = [old for old in self.rows if old["sparsity"] >= row["sparsity"]]
+        score = row["validation_robust_accuracy"]
+        return all(score > old["validation_robust_accuracy"] for old in rivals)
+
+
+def weights_and_masks(model: Any) -> dict[str, np.ndarray]:
+    """Return the weights of a model in their order, and its masks."""
+    weights = {f"{WEIGHTS}{i}": value for i, value in enumerate(model.get_weights())}
+    kept = [mask.numpy() for _, mask in masks.masked_variables(model)]
+    return weights | {f"{MASKS}{i}": value for i, value in enumerate(kept)}
+
+
+def _checkpoint(trainer: AdversarialTraining) -> tf.train.Checkpoint:
+    return tf.train.Checkpoint(model=trainer.model, optimizer=trainer.optimizer)
+
+
+def _sparsity(model: Any) -> float:
+    """Return the sparsity of what is pruned, 0 if nothing is."""
+    kept = [mask.numpy() for _, mask in masks.masked_variables(model)]
+    count = sum(mask.size for mask in kept)
+    return 1.0 - sum(int(mask.sum()) for mask in kept) / count if count else 0.0

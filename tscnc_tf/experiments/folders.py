@@ -1,0 +1,219 @@
+"""The folders that an experiment writes; a manifest in one says that it is complete.
+
+    EXPERIMENT/
+        recipe.json
+        1-train/ 2-prune/ 3-finetune/
+            model.keras     the best epoch's network: plain, pruned weights being zero
+            last.keras      the last epoch's
+            masks.npz       by weight, which entries are kept (not for the dense network)
+            metrics.jsonl   a line for each epoch
+            manifest.json   recipe, data, versions, the epoch chosen
+        4-evaluate/
+            report.json     accuracy, clean and under attack, on the test set; report.txt, to read
+            kernels.json    condition numbers, stable ranks, dead filters
+            sparsity.json   zeros by weight
+            lipschitz.json  the empirical local Lipschitz constant
+            saved_model/    to serve
+            manifest.json
+
+While a stage runs, `state-EPOCH/` in its folder holds what it needs to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _files, _keras
+from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.inspection.records import jsonable
+
+STEPS = ("train", "prune", "finetune", "evaluate")
+MANIFEST = "manifest.json"
+RECIPE = "recipe.json"
+# What the first stage depends on.
+FIRST = ("seed", "data", "network", "adversary", "constraints", "gates", "train")
+
+
+def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
+    """Return the folder of a stage of an experiment."""
+    return folder / f"{1 + STEPS.index(stage)}-{stage}"
+
+
+def claim(folder: pathlib.Path, recipe: Recipe) -> None:
+    """Note the recipe in the folder, or make sure that it is the one that is there already.
+
+    Raises:
+        ValueError: the folder holds an experiment by another recipe; the differences are said.
+        FileExistsError: the folder holds something else.
+    """
+    file = folder / RECIPE
+    mine = jsonable(recipe.to_dict())
+    if file.is_file():
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        changed = _differences(theirs, mine)
+        if changed:
+            raise ValueError(
+                f"folder {folder} holds an experiment by another recipe: {'; '.join(changed)}. "
+                "Choose another folder, or the recipe that it began with."
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"folder {folder} holds something else than an experiment: choose another one."
+        )
+    write_json(file, mine)
+
+
+def adopt(folder: pathlib.Path, recipe: Recipe, dense: pathlib.Path) -> None:
+    """Copy the first stage of another experiment into the folder, unless it has one.
+
+    Raises:
+        FileNotFoundError: there is no complete stage in `dense`.
+        ValueError: it is another stage, or by a recipe whose first stage is another one.
+    """
+    manifest = open_stage(dense).manifest
+    if manifest["stage"] != "train":
+        raise ValueError(f"dense must be a stage of training, got {dense}: {manifest['stage']}.")
+    mine, theirs = (
+        {name: content[name] for name in FIRST}
+        for content in (jsonable(recipe.to_dict()), manifest["recipe"])
+    )
+    if changed := _differences(theirs, mine):
+        raise ValueError(
+            f"dense={str(dense)!r} was trained by another recipe: {'; '.join(changed)}."
+        )
+    goal = stage_folder(folder, "train")
+    if not is_complete(goal):
+        shutil.rmtree(goal, ignore_errors=True)
+        with _files.new_directory("folder", goal) as draft:
+            shutil.copytree(dense, draft, dirs_exist_ok=True)
+
+
+def is_complete(folder: pathlib.Path) -> bool:
+    """Tell whether a stage has ended and left all its files."""
+    return (folder / MANIFEST).is_file()
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Write a JSON file in one piece."""
+    text = json.dumps(jsonable(content), indent=2, ensure_ascii=False, allow_nan=False)
+    _files.write_text(path, text + "\n")
+
+
+def write_metrics(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the metrics of all epochs so far, a line each."""
+    lines = [json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    _files.write_text(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file in one piece, replacing what was there."""
+    with _files.replaced(path) as draft, draft.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+
+
+def write_model(path: pathlib.Path, model: Any) -> None:
+    """Write a .keras file in one piece, replacing what was there."""
+    with _files.replaced(path) as draft:
+        whole = draft.with_name(f"{draft.name}.keras")  # Keras goes by the ending
+        model.save(whole)
+        whole.rename(draft)
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return what `write_arrays` has written."""
+    with np.load(path) as held:
+        return {name: held[name] for name in held.files}
+
+
+def states(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    """Return the states of a stage that is not complete, by epochs done, the last one first."""
+    found = [(int(path.name.partition("-")[2]), path) for path in folder.glob("state-*")]
+    return sorted(found, reverse=True)
+
+
+def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
+    """Remove states that are no longer needed, and drafts of what was killed."""
+    for epoch, path in states(folder):
+        if epoch != keep:
+            shutil.rmtree(path, ignore_errors=True)
+    for draft in folder.glob(".*.????????"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOutput:
+    """What a stage has put out.
+
+    Attributes:
+        folder: where it is.
+        manifest: recipe, data, versions, the epoch chosen.
+        metrics: a dict for each epoch.
+    """
+
+    folder: pathlib.Path
+    manifest: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The best epoch's network."""
+        return load_model(self.folder / "model.keras", self.manifest["recipe"])
+
+    @functools.cached_property
+    def last(self) -> Any:
+        """The last epoch's network."""
+        return load_model(self.folder / "last.keras", self.manifest["recipe"])
+
+    @property
+    def masks(self) -> Mapping[str, np.ndarray]:
+        """By weight, which entries are kept; empty for a dense network."""
+        file = self.folder / "masks.npz"
+        return read_arrays(file) if file.is_file() else {}
+
+
+def open_stage(folder: str | pathlib.Path) -> StageOutput:
+    """Return what a complete stage has put out.
+
+    Raises:
+        FileNotFoundError: there is no complete stage in the folder.
+    """
+    folder = pathlib.Path(folder)
+    if not is_complete(folder):
+        raise FileNotFoundError(
+            f"folder {folder} holds no complete stage, as it lacks {MANIFEST}: run the experiment "
+            "again in the folder above, and it goes on where it was stopped."
+        )
+    rows = []
+    if (folder / "metrics.jsonl").is_file():
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return StageOutput(folder, manifest, tuple(rows))
+
+
+def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
+    """Load a network of an experiment by the Keras that its recipe names."""
+    library = _keras.keras if recipe["network"]["library"] == "keras" else _keras.tf_keras
+    return library.models.load_model(path, compile=False)
+
+
+def _differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        return [
+            line
+            for key in {**theirs, **mine}
+            for line in _differences(theirs.get(key), mine.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if theirs == mine else [f"{name} was {theirs!r}, not {mine!r}"]

@@ -1,0 +1,240 @@
+"""What each stage trains, and how: networks and trainers, as a recipe has them."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from tscnc_tf import (
+    _keras,
+    applications,
+    attacks,
+    datasets,
+    gates,
+    losses,
+    pruning,
+    regularizers,
+)
+from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
+from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.training import AdversarialTraining
+
+ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
+
+
+def dataset(recipe: Recipe) -> datasets.Dataset:
+    """Return the data of a recipe; an error in what the user gave says what to bring."""
+    part = recipe.data
+    data = datasets.load(
+        part.dataset,
+        folder=part.folder,
+        validation=part.validation,
+        test=part.test,
+        image_size=part.image_size,
+        seed=recipe.seed,
+    )
+    if part.train_examples or part.test_examples:
+        data = data.subset(part.train_examples, part.test_examples, seed=recipe.seed)
+    return data
+
+
+def library(recipe: Recipe) -> types.ModuleType:
+    """Return the Keras that a recipe asks for."""
+    return _keras.keras if recipe.network.library == "keras" else _keras.tf_keras
+
+
+def network(recipe: Recipe, data: datasets.Dataset) -> Any:
+    """Return the network of a recipe with its first weights, dense and without constraints."""
+    part, keras = recipe.network, library(recipe)
+    mean, std = data.channel_statistics() if part.normalize else (None, None)
+    with _precision(keras, part.precision):
+        return getattr(applications, ARCHITECTURES[part.architecture])(
+            input_shape=data.image_shape,
+            classes=data.classes,
+            mean=mean,
+            std=std,
+            library=part.library,
+            seed=recipe.seed,
+            **part.options,
+        )
+
+
+def trainer(
+    recipe: Recipe,
+    stage: str,
+    data: datasets.Dataset,
+    *,
+    previous: Any = None,
+    teacher: Any = None,
+) -> AdversarialTraining:
+    """Return the compiled trainer of a stage, at its beginning.
+
+    Args:
+        recipe: of the experiment.
+        stage: "train", "prune" or "finetune".
+        data: of the recipe.
+        previous: the model that the stage before has put out; None for the first.
+        teacher: the dense, robust model to distil from, if the stage's loss is "rslad".
+    """
+    settings: Training = getattr(recipe, stage)
+    model = network(recipe, data)
+    if previous is not None:
+        model.set_weights(previous.get_weights())
+    model = _constrained(recipe, stage, model)
+    steps = data.steps_per_epoch(settings.batch_size) * settings.epochs
+    if stage == "prune":
+        model = _pruned(recipe, model, steps)
+    elif stage == "finetune":
+        pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
+    made = AdversarialTraining(
+        model,
+        attack=attacks.PGD(
+            epsilon=recipe.adversary.epsilon,
+            step_size=recipe.adversary.step_size,
+            steps=recipe.adversary.steps,
+        ),
+        loss=_loss(settings, teacher),
+        seed=recipe.seed + 1000 * STAGES.index(stage),
+        name=stage,
+    )
+    made.compile(optimizer=_optimizer(recipe, settings, steps), jit_compile=settings.jit_compile)
+    return made
+
+
+def validator(recipe: Recipe, model: Any) -> AdversarialTraining:
+    """Return what measures clean and robust accuracy on the validation set, by `evaluate`.
+
+    The attack is the same for every stage and loss: PGD on cross-entropy, from a random start.
+    """
+    made = AdversarialTraining(
+        model,
+        attack=attacks.PGD(epsilon=epsilon(recipe), steps=recipe.evaluate.validation_steps),
+        loss=losses.Madry(),
+        seed=recipe.seed,
+        name="validator",
+    )
+    made.compile(jit_compile=recipe.train.jit_compile)
+    return made
+
+
+def epsilon(recipe: Recipe) -> Any:
+    """Return the radius of the ball in which networks are judged, as it is written."""
+    return recipe.adversary.epsilon if recipe.evaluate.epsilon is None else recipe.evaluate.epsilon
+
+
+def judges(recipe: Recipe) -> list[attacks.PGD]:
+    """Return the attacks of the last evaluation."""
+    part = recipe.evaluate
+    settings: dict[str, Any] = {
+        "epsilon": epsilon(recipe),
+        "steps": part.steps,
+        "restarts": part.restarts,
+    }
+    return [
+        attacks.PGD(**settings, objective="cross_entropy"),
+        attacks.PGD(**settings, objective="margin"),
+    ]
+
+
+def pruned_layers(part: Pruning) -> Any:
+    """Return which layers are pruned, as the verbs of `pruning` take it."""
+    return _is_inner if part.layers is None else part.layers
+
+
+def plain(recipe: Recipe, data: datasets.Dataset, model: Any) -> Any:
+    """Return a model as a plain network with the same outputs: gates folded, nothing attached."""
+    made = network(recipe, data)
+    made.set_weights(gates.fold(model).get_weights())
+    return made
+
+
+def _is_inner(layer: Any) -> bool:
+    return layer.name not in ENDS
+
+
+def _constrained(recipe: Recipe, stage: str, model: Any) -> Any:
+    part, smooth = recipe.constraints, recipe.gates
+    if stage in part.stages and (part.sparsity_factor or part.condition_factor):
+        penalty = regularizers.TSCNC(
+            sparsity_factor=part.sparsity_factor,
+            condition_factor=part.condition_factor,
+            a=part.a,
+            form=part.form,
+        )
+        model = pruning.add_regularizers(model, penalty, layers=part.layers)
+    if stage == "train" and smooth.sparsity_factor:
+        model = gates.add_gates(
+            model,
+            layers=smooth.layers,
+            drop_rate=smooth.drop_rate,
+            sparsity_factor=smooth.sparsity_factor,
+            weight_decay=smooth.weight_decay,
+            l0_factor=smooth.l0_factor,
+            a=part.a,
+            seed=recipe.seed,
+        )
+    return model
+
+
+def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
+    part = recipe.prune
+    options: dict[str, Any] = {
+        "layers": pruned_layers(part),
+        "scope": part.scope,
+        "min_weights": part.min_weights,
+    }
+    if part.method == "scores":
+        return pruning.prune(model, method="scores", sparsity=recipe.sparsity, **options)
+    from tscnc_tf import schedules  # imports tfmot, where it is installed
+
+    end = max(2, round(part.ramp * steps))
+    schedule = schedules.CosineSparsity(
+        0.0,
+        recipe.sparsity,
+        begin_step=1,
+        end_step=end,
+        frequency=part.frequency or max(1, end // 50),
+    )
+    return pruning.prune(model, schedule, engine="masks", **options)
+
+
+def _loss(settings: Training, teacher: Any) -> losses.RobustLoss:
+    if settings.loss == "madry":
+        return losses.Madry()
+    if settings.loss == "mart":
+        return losses.MART(beta=settings.beta)
+    if settings.loss == "rslad":
+        return losses.RSLAD(teacher)
+    return losses.TRADES(beta=settings.beta)
+
+
+def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
+    optimizers = library(recipe).optimizers
+    rate: Any = settings.learning_rate
+    if settings.decay == "cosine":
+        rate = optimizers.schedules.CosineDecay(rate, steps)
+    elif settings.decay == "steps" and settings.drops:
+        rate = optimizers.schedules.PiecewiseConstantDecay(
+            [round(fraction * steps) for fraction in settings.drops],
+            [rate * settings.drop**power for power in range(len(settings.drops) + 1)],
+        )
+    averages = {"use_ema": True, "ema_momentum": settings.average} if settings.average else {}
+    return optimizers.SGD(
+        rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0.0,
+        weight_decay=settings.weight_decay or None,
+        **averages,
+    )
+
+
+@contextlib.contextmanager
+def _precision(keras: types.ModuleType, policy: str) -> Iterator[None]:
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
