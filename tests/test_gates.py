@@ -595,6 +595,9 @@ def test_a_subclassed_model_may_hold_gated_layers(library):
 
 def test_errors_say_what_is_wrong_and_what_to_do(library):
     dense = dense_model(library)
+    trainer = adversarial(library, gates.add_gates(dense))
+    assert gates.fold(dense) is dense
+    assert tscnc.strip(dense) is dense
     cases = [
         (lambda: gates.add_gates(subclassed(library)), ValueError, r"put `Gated\(layer\)`"),
         (lambda: gates.add_gates(gates.add_gates(dense)), ValueError, "gates already.*fold it"),
@@ -605,7 +608,8 @@ def test_errors_say_what_is_wrong_and_what_to_do(library):
         (lambda: gates.add_gates(dense, a=0), ValueError, "a must be > 0"),
         (lambda: gates.add_gates(dense, seed=-1), ValueError, "seed must be >= 0"),
         (lambda: gates.add_gates(dense, l0_factor=-1), ValueError, "l0_factor must be >= 0"),
-        (lambda: gates.add_gates(adversarial(library, dense)), ValueError, "gates to trainer.mod"),
+        (lambda: gates.add_gates(adversarial(library, dense)), ValueError, "pass trainer.model"),
+        (lambda: tscnc.strip(trainer), ValueError, "pass trainer.model"),
         (lambda: gates.report(dense), ValueError, "has no gates: add_gates"),
         (lambda: gates.Gated(library.layers.ReLU()), ValueError, "class ReLU can't have gates"),
         (lambda: gates.Gated(3), TypeError, "layer must be a layer of Keras 3 or tf_keras, got 3"),
@@ -621,6 +625,12 @@ def test_errors_say_what_is_wrong_and_what_to_do(library):
         wrapped = tscnc.prune(dense_model(library), schedules.OneShot(0.5))
         with pytest.raises(ValueError, match="is being pruned: add gates first"):
             gates.add_gates(wrapped)
+
+
+def test_a_kernel_that_is_computed_is_not_left_without_gates_silently():
+    layer = FLAVOURS["keras"].layers.Dense(4, name="low_rank", lora_rank=2)
+    with pytest.raises(ValueError, match="layer 'low_rank' of class Dense does not compute with 1"):
+        gates.Gated(layer)(np.ones((2, 4), "float32"))
 
 
 def test_gates_inside_another_layer_are_not_folded_silently(library):
@@ -760,6 +770,18 @@ def test_closed_filters_are_taken_out(library):
     both = [inference_gate(layer.log_alpha) > 0 for layer in gated.gated_layers(model)]
     assert left == np.count_nonzero(both[0] & both[1]) < 6
     np.testing.assert_allclose(compaction.model(x), model(x), atol=1e-5)
+
+
+def test_exported_files_hold_what_acts(library, tmp_path):
+    model = with_spread_gates(library)
+    zeros = [row.zeros for row in inspection.sparsity(gates.fold(model)).rows]
+    report = tscnc.export_litert(model, tmp_path / "model.tflite")
+    assert [row.zeros for row in report.kernels] == zeros
+    assert zeros[0] > 0
+    x, _ = images(8)
+    served = tscnc.load_litert(tmp_path / "model.tflite")
+    np.testing.assert_allclose(served(x), model(x), atol=1e-5)
+    assert gates.report(model).gates == 12, "the model itself keeps its gates"
 
 
 FRESH = """

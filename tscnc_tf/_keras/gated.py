@@ -75,8 +75,17 @@ def with_values(layer: Any, values: dict[int, Any]) -> Any:
     Args:
         layer: a built layer of either Keras.
         values: the tensors, by the ids of the variables that they stand for.
+
+    Raises:
+        ValueError: a variable is no attribute of the layer, which computes with something else.
     """
+    attributes = vars(layer)
+    if missing := values.keys() - {id(value) for value in attributes.values()}:
+        raise ValueError(
+            f"layer {layer.name!r} of class {type(layer).__name__} does not compute with "
+            f"{len(missing)} of the weights that were to have gates themselves, but with what it "
+            "makes of them, as with LoRA or quantization: bring it into its plain form first."
+        )
     view = object.__new__(type(layer))
-    for name, value in vars(layer).items():
-        vars(view)[name] = values.get(id(value), value)
+    vars(view).update({name: values.get(id(value), value) for name, value in attributes.items()})
     return view

@@ -13,8 +13,8 @@ number, and 0 once :math:`\log\alpha_g \le -\log 11`. The penalty
     \text{sparsity\_factor} \cdot \sum_g T_a(p_g u_g), \qquad
     u_g = \tfrac12\,\text{weight\_decay}\,\|w_g\|^2 + \text{l0\_factor}\,|g|
 
-bends the expected cost of a group by the transformed l1, which presses hard on groups that cost
-little and hardly on those that cost much: closed gates stay closed, and useful ones are not shrunk.
+bends the expected cost of a group by the transformed l1, whose slope falls as costs grow beyond
+`a`: it presses on groups that cost little, and hardly on those that cost much.
 
 `add_gates` puts gates into a model, training does the rest, `report` says how far it has come, and
 `fold` multiplies them into the weights: what is left is a plain model whose closed filters are

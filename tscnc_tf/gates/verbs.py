@@ -49,7 +49,7 @@ def add_gates(
         sparsity_factor: what the penalty is multiplied by, >= 0.
         weight_decay: the factor of the squared norm in the cost of a group, >= 0.
         l0_factor: the cost of each single weight of a group, >= 0.
-        a: of the transformed l1, > 0.
+        a: of the transformed l1, > 0; see `Gated`.
         seed: of the initial values and of all draws; each layer gets one of its own made of it.
 
     Returns:
@@ -121,8 +121,8 @@ def fold(model: Any) -> Any:
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is subclassed, or a gated layer is inside of a layer whose parts can't be
-            exchanged from outside.
+        ValueError: it has gates and is subclassed or a trainer, or a gated layer is inside of a
+            layer whose parts can't be exchanged from outside.
 
     Example:
         >>> import keras
@@ -132,9 +132,10 @@ def fold(model: Any) -> Any:
         >>> type(folded.layers[-1]).__name__
         'Dense'
     """
-    library = _keras.library("model", model)
+    _keras.library("model", model)
     if not gated.gated_layers(model):
         return model
+    library = _require_network(model)
     _keras.require_graph_model(
         "model", model, "The gated layers' `gated_variables()` say what to multiply by what."
     )
@@ -179,7 +180,7 @@ class _Gating:
         if id(layer) in self._chosen and kind_of(layer):
             seed = np.random.SeedSequence([self._seed, self.count]).generate_state(1)
             self.count += 1
-            calls = max(self._calls[id(layer)], 1)
+            calls = self._calls[id(layer)]
             return Gated(new, seed=int(seed[0]), calls=calls, **self._options)
         self.skipped += [
             f"{part.name}/{attribute}"
@@ -192,12 +193,7 @@ class _Gating:
 
 def _require_plain(model: Any) -> types.ModuleType:
     """Return the Keras of a model that can be given gates; raise for all others."""
-    library = _keras.library("model", model)
-    if isinstance(model, flavours.Trainer):
-        raise ValueError(
-            "model must be the network itself, not the trainer: add gates to trainer.model, and "
-            "make a trainer of what is returned."
-        )
+    library = _require_network(model)
     _keras.require_graph_model("model", model, "There, put `Gated(layer)` in a layer's place.")
     _keras.require_built("model", model)
     if found := [layer.name for layer in gated.gated_layers(model)]:
@@ -206,6 +202,17 @@ def _require_plain(model: Any) -> types.ModuleType:
         raise ValueError(
             f"model {model.name!r} is being pruned: add gates first and call prune on what is "
             "returned, or strip the model before."
+        )
+    return library
+
+
+def _require_network(model: Any) -> types.ModuleType:
+    """Return the Keras of a model; raise for a trainer around one."""
+    library = _keras.library("model", model)
+    if isinstance(model, flavours.Trainer):
+        raise ValueError(
+            "model must be the network itself, not the trainer: pass trainer.model, and make a "
+            "trainer of what is returned if it is to be trained."
         )
     return library
 
