@@ -221,6 +221,17 @@ def test_two_steps_of_momentum_are_those_of_a_calculation_by_hand(library):
     assert_consistent(model)
 
 
+def test_accumulated_gradients_are_those_of_scores():
+    optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)
+    model = compiled(scored(keras), keras, optimizer)
+    was, weights, slopes = scores(model), dense(model), gradients(model)
+    model.fit(X, Y, batch_size=32, verbose=0)
+    assert model.pruner.steps == 1
+    for now, score, weight, slope in zip(scores(model), was, weights, slopes, strict=True):
+        expected = score - 0.5 * slope * weight * np.sign(score)
+        np.testing.assert_allclose(now, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_clipping_is_of_the_gradients_of_scores(library):
     model = compiled(
         scored(library, also_train="none"), library, library.optimizers.SGD(1.0, clipvalue=1e-3)
@@ -647,8 +658,12 @@ def test_weights_from_outside_become_the_dense_ones(library):
         np.testing.assert_array_equal(
             np.argsort(np.abs(score), None), np.argsort(abs(weight), None)
         )
-    with pytest.raises(ValueError, match=r"kernel 'hidden' has max\|w\| = 0"):
-        model.set_weights([np.zeros_like(weight) for weight in plain.get_weights()])
+    nothing = [np.zeros_like(weight) for weight in plain.get_weights()]
+    for bad in (nothing, [*plain.get_weights()[:2], np.full((8, 3), np.nan), np.zeros(3)]):
+        with pytest.raises(ValueError, match=r"kernel '(hidden|logits)' has max\|w\| = (0|nan)"):
+            model.set_weights(bad)
+        assert_consistent(model)
+        assert_same(dense(model), given)
 
 
 def test_early_stopping_restores_the_masks_of_the_best_epoch(library):
@@ -754,8 +769,8 @@ def test_subclassed_models_learn_scores(library):
     model(X[:1])
     scored(library, model=model)
     weights, was = dense(model), scores(model)
-    model.compile(run_eagerly=False)
-    model.fit(X, Y, batch_size=16, verbose=0)
+    model.compile(run_eagerly=False)  # its own optimizer is not the one that it is compiled with
+    model.fit(X, Y, batch_size=16, verbose=0, callbacks=callbacks.pruning_callbacks())
     assert model.pruner.steps == 4
     assert any(np.any(one != other) for one, other in zip(was, scores(model), strict=True))
     assert_same(dense(model), weights)

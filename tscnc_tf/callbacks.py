@@ -56,7 +56,8 @@ class UpdatePruning(flavours.Callback):
     """Prune in `fit`, whichever engine does it; and say if training is too short for the schedule.
 
     A model with a `Pruner` prunes in its training step already. This callback does it where that
-    step is not the one that runs: for a model inside another one.
+    step is not the one that runs: for a model inside another one. Likewise it lets the optimizer of
+    the other one train the scores of a `ScorePruner`.
 
     A model in tfmot's wrappers needs it. It does what tfmot's `UpdatePruningStep` does, without
     which the wrappers refuse to train, and applies the masks after every batch: tfmot applies them

@@ -102,10 +102,10 @@ def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_normalization(layer: Any) -> bool:
-    """Tell whether a layer normalizes, by Keras' own class: γ and β are all that it learns."""
-    names = [base.__name__ for base in type(layer).__mro__]
+    """Tell whether a layer is one of Keras' that normalize, and learn γ and β and no more."""
     kinds = ("Batch", "Layer", "Group", "RMS", "Unit")
-    return any(name == f"{kind}Normalization" for name in names for kind in kinds)
+    names = [base.__name__ for base in type(layer).__mro__]
+    return any(f"{kind}Normalization" in name for name in names for kind in kinds)
 
 
 def flatten(layer: Any) -> Iterator[Any]:

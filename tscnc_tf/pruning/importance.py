@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf._keras import layers as kernel_layers
@@ -58,7 +59,7 @@ def unfit(structure: Any) -> Callable[[Target], str]:
 
 def require_rankable(target: Target, where: str) -> None:
     """Raise a ValueError if a kernel is all zero, or holds what is no number."""
-    largest = float(tf.reduce_max(tf.abs(tensor_variable(target.variable))))
+    largest = float(np.max(np.abs(tensor_variable(target.variable).numpy())))  # NaN if there is any
     if not 0.0 < largest < math.inf:
         raise ValueError(
             f"{where}: kernel {target.name!r} has max|w| = {largest:g}, so there is nothing to "

@@ -188,11 +188,12 @@ class ScorePruner(engine.Pruner):
             RuntimeError: one has changed the kernels, whose change is lost.
         """
         optimizer = self._own_optimizer() if optimizer is None else optimizer
-        if tf.executing_eagerly():
-            count = 0 if optimizer is None else int(optimizers.iterations(optimizer))
-            missed = optimizer is not None and max(self._seen(), 0) != count
-        else:
+        if not tf.executing_eagerly():
             missed = not self._is_used
+        elif optimizers.trains(optimizer, [target.variable for target in self.targets]):
+            missed = int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
+        else:
+            missed = False
         if missed:
             raise RuntimeError(
                 f"an optimizer step has changed the kernels of model {self.model.name!r}, which "
@@ -253,11 +254,19 @@ class ScorePruner(engine.Pruner):
         Raises:
             ValueError: a kernel is all zero or not finite.
         """
-        for (target, dense, score), mask in zip(self._triples(), self.state.masks, strict=True):
+        news = [
+            (target, dense, score)
+            for (target, dense, score), mask in zip(self._triples(), self.state.masks, strict=True)
+            if tf.reduce_any(tensor_variable(target.variable) != updates.kept(dense, mask))
+        ]
+        try:
+            for target, _, _ in news:
+                importance.require_rankable(target, "the weights that were set")
+        except ValueError:
+            self.apply()  # nothing has been set
+            raise
+        for target, dense, score in news:
             given = tf.convert_to_tensor(tensor_variable(target.variable))
-            if bool(tf.reduce_all(tf.equal(given, updates.kept(dense, mask)))):
-                continue
-            importance.require_rankable(target, "the weights that were set")
             alive = tf.not_equal(given, 0)
             least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
             below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
