@@ -6,6 +6,6 @@ pruning, fine-tuning, evaluation and export, each in a folder that `open_stage` 
 
 from tscnc_tf.experiments.folders import StageOutput, open_stage
 from tscnc_tf.experiments.recipe import Recipe, parse
-from tscnc_tf.experiments.run import run
+from tscnc_tf.experiments.runner import run
 
 __all__ = ["Recipe", "StageOutput", "open_stage", "parse", "run"]
