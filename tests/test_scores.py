@@ -574,11 +574,15 @@ def stage(library, model=None):
 
 def assert_alike(model, other):
     assert model.pruner.steps == other.pruner.steps == 4
-    for _ in range(2):  # as they are, and after further training
+
+    def compare():
         for values in (kernels, dense, scores, lambda each: each.get_weights()):
             assert_same(values(model), values(other))
-        for each in (model, other):
-            each.fit(*images(64), batch_size=16, verbose=0, shuffle=False)
+
+    compare()
+    for each in (model, other):
+        each.fit(*images(64), batch_size=16, verbose=0, shuffle=False)
+    compare()
     assert_consistent(other, 0.25)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import tensorflow as tf
@@ -14,6 +14,7 @@ from tscnc_tf._keras import masked, optimizers
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning import engine, importance, plans, updates
+from tscnc_tf.pruning.detour import Detour
 from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import Candidate, Target, candidates, found_again
 
@@ -133,18 +134,20 @@ class ScorePruner(engine.Pruner):
     ) -> None:
         self._met: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_used = False
+        self._detour = Detour(self)
         super()._set_up(model, schedule, found, choice)
-        for target, dense, score in self._triples():
+        for target, dense, score in self.triples():
             weight = tf.convert_to_tensor(tensor_variable(target.variable))
             dense.assign(weight)
             score.assign(importance.initial_scores(weight, target))
-        self._choose()
+        self.choose()
 
     def _new_state(self) -> Any:
         dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
         return masked.new_state(self.model, [target.shape for target in self.targets], dtypes)
 
-    def _triples(self) -> Iterator[tuple[Target, Any, Any]]:
+    def triples(self) -> Iterator[tuple[Target, Any, Any]]:
+        """Yield (target, variable of its dense weights, variable of its scores)."""
         return zip(self.targets, self.state.dense, self.state.scores, strict=True)
 
     @property
@@ -162,7 +165,7 @@ class ScorePruner(engine.Pruner):
         """
         stack = contextlib.ExitStack()
         for each in self._held_optimizers() if optimizer is None else [optimizer]:
-            stack.enter_context(optimizers.diverted(each, self))
+            stack.enter_context(optimizers.diverted(each, self._detour))
         return stack
 
     def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
@@ -209,41 +212,16 @@ class ScorePruner(engine.Pruner):
         if optimizers.is_optimizer(optimizer):
             self._met.add(optimizer)
 
-    def take(
-        self, optimizer: Any, pairs: list[tuple[Any, Any]], go_on: Callable[[Any], Any]
-    ) -> Any:
-        """Let an optimizer take its step on scores; called by way of `training`.
-
-        While it does so, the kernels' variables hold the scores: so all that it keeps for them, and
-        all that it does to them, is for the scores.
-        """
-        kernels = {optimizers.key(target.variable) for target in self.targets}
-        if not any(optimizers.key(variable) in kernels for _, variable in pairs):
-            return go_on(pairs)
+    def meet(self, optimizer: Any) -> None:
+        """Take note that an optimizer is about to take a step on the scores."""
         if tf.executing_eagerly():
             self._meet(optimizer)
         self._met.add(optimizer)
         self._is_used = True
-        optimizers.build(optimizer, [variable for _, variable in pairs])
-        trained = self._of_scores(pairs)
-        update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
-        try:
-            result = go_on(trained)
-        except Exception:
-            if tf.executing_eagerly():
-                self.apply()  # the kernels hold scores at this moment
-            raise
-        super().step(optimizer)
-        return result
 
-    def settle(self, go_on: Callable[[], Any]) -> None:
-        """Let an optimizer put its averages in place of scores; called by way of `training`."""
-        for target, _, score in self._triples():
-            tensor_variable(target.variable).assign(score)
-        go_on()
-        for target, _, score in self._triples():
-            score.assign(tensor_variable(target.variable))
-        self._choose()
+    def take_back(self, optimizer: Any) -> None:
+        """Take the scores back from the kernels, after an optimizer's step; choose by them."""
+        super().step(optimizer)
 
     def adopt(self) -> None:
         """Take weights that were set from outside for the dense ones; their scores begin anew.
@@ -256,7 +234,7 @@ class ScorePruner(engine.Pruner):
         """
         news = [
             (target, dense, score)
-            for (target, dense, score), mask in zip(self._triples(), self.state.masks, strict=True)
+            for (target, dense, score), mask in zip(self.triples(), self.state.masks, strict=True)
             if tf.reduce_any(tensor_variable(target.variable) != updates.kept(dense, mask))
         ]
         try:
@@ -272,7 +250,7 @@ class ScorePruner(engine.Pruner):
             below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
             score.assign(importance.initial_scores(tf.where(alive, given, below), target))
             dense.assign(tf.where(alive, given, dense))
-        self._choose()
+        self.choose()
 
     def freeze(self) -> None:
         """End the stage: keep the masks for good, and let the weights be trained again.
@@ -280,7 +258,7 @@ class ScorePruner(engine.Pruner):
         The model's pruner is from now on a frozen `Pruner`. What the optimizers keep for the
         scores is forgotten.
         """
-        self._choose()
+        self.choose()
         super().freeze()
         model, masks = self.model, [mask.numpy() for mask in self.state.masks]
         self._met.update(self._held_optimizers())
@@ -306,7 +284,7 @@ class ScorePruner(engine.Pruner):
     def _seen(self) -> int:
         return int(tensor_variable(self.state.seen).numpy())
 
-    def _choose(self) -> None:
+    def choose(self) -> None:
         """Choose the weights to keep by the scores as they are, and let them act."""
 
         def update(strategy: Any) -> None:
@@ -315,39 +293,8 @@ class ScorePruner(engine.Pruner):
 
         update_everywhere(self.model, update)
 
-    def _of_scores(self, pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-        """Return the pairs to train: kernels' gradients as those of scores, without the frozen."""
-        factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self._triples()}
-        frozen = importance.frozen_others(self.model, self.also_train) - set(factors)
-        result = []
-        for gradient, variable in pairs:
-            key = optimizers.key(variable)
-            if key in frozen:
-                continue
-            if key in factors and gradient is not None:
-                dense, score = factors[key]
-                gradient = tf.convert_to_tensor(gradient) * dense * tf.sign(score)
-            result.append((gradient, variable))
-        return result
-
-    def _show_scores(self, strategy: Any, optimizer: Any) -> None:
-        """Put the scores in the kernels' place, for the optimizer."""
-        past = optimizers.iterations(optimizer) > 0
-
-        def begin() -> None:
-            for target, _, score in self._triples():
-                updates.begin_companions(
-                    optimizer, target.variable, score, strategy.extended.update, past
-                )
-
-        tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
-        for target, _, score in self._triples():
-            strategy.extended.update(
-                tensor_variable(target.variable), updates.assign, args=(score,)
-            )
-
     def _update(self, strategy: Any, optimizer: Any) -> None:
-        for target, _, score in self._triples():
+        for target, _, score in self.triples():
             variable = tensor_variable(target.variable)
             strategy.extended.update(score, updates.assign, args=(variable,))
         super()._update(strategy, optimizer)
