@@ -1,0 +1,293 @@
+"""The argument of TSCNC, seen: what pruning does to a network's kernels, and what becomes of it.
+
+Two networks are pruned level by level up to 99.9 % zeros, by magnitude: once as they are, and once
+trained on at each level. Measured is what the argument speaks of: spectral norms and what they
+bound, condition numbers, stable ranks, dead filters. And what it is about: the empirical local
+Lipschitz constant, the accuracy, the accuracy under attack. What is proven of these, and what is
+not, is in docs/theory.md.
+
+By itself it trains two networks on scikit-learn's bundled digits (1,797 images of 8x8 pixels), from
+the same seed, one without the constraints and one with them; and that for three seeds:
+
+    python examples/theory.py                 # about 4 minutes on 2 cores
+    python examples/theory.py --seeds 1 --finetune 0 --output DIR
+
+Or it takes yours, in `.keras` files of either Keras, with images and labels of a test, the arrays
+`x` and `y`; and `x_train` and `y_train`, if they are to be trained on:
+
+    python examples/theory.py --model plain.keras --other constrained.keras --data images.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import math
+import pathlib
+import warnings
+import zipfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from theory_figure import Runs, draw, save, table
+
+import tscnc_tf as tscnc
+
+LEVELS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+# What is kept of the report on each kernel.
+KERNEL = ("sigma_max", "sigma_min", "condition_number", "effective_condition_number", "stable_rank")
+CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
+
+
+def network() -> keras.Model:
+    """A convolutional network with 93,000 weights that returns logits."""
+    layers = keras.layers
+    x = inputs = keras.Input((8, 8, 1))
+    for index, (filters, strides) in enumerate([(32, 1), (64, 2), (64, 1), (64, 2)]):
+        name = f"conv_{index}"
+        x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False, name=name)(x)
+        x = layers.ReLU()(layers.BatchNormalization()(x))
+    return keras.Model(inputs, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
+
+
+def digits(seed: int, args) -> dict[str, np.ndarray]:
+    """Images in [0, 1] and labels, 80 % for training and 20 % for the test."""
+    data = load_digits()
+    images = (data.images[..., np.newaxis] / 16.0).astype("float32")
+    parts = train_test_split(
+        images, data.target, test_size=0.2, random_state=seed, stratify=data.target
+    )
+    names = ("x_train", "x", "y_train", "y")
+    return {name: part[: args.examples] for name, part in zip(names, parts, strict=True)}
+
+
+def loaded(path: pathlib.Path):
+    """Load a network by the Keras that has written it."""
+    with zipfile.ZipFile(path) as archive:
+        version = json.loads(archive.read("metadata.json"))["keras_version"]
+    return (tf_keras if version.startswith("2.") else keras).models.load_model(path, compile=False)
+
+
+def trained(seed: int, data, args, *constraints) -> keras.Model:
+    """One of our own networks, trained adversarially from the beginning."""
+    keras.utils.set_random_seed(seed)
+    model = network()
+    for constraint in constraints:
+        model = tscnc.pruning.add_regularizers(model, constraint)
+    steps = args.epochs * -(-len(data["x_train"]) // args.batch_size)
+    rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
+    trainer(model, rate, seed, args).fit(
+        data["x_train"], data["y_train"], args.batch_size, args.epochs, verbose=0
+    )
+    return model
+
+
+def trainer(model, rate, seed: int, args):
+    """Return what trains a network adversarially."""
+    library = tf_keras if isinstance(model, tf_keras.Model) else keras
+    attack = tscnc.attacks.PGD(epsilon=args.epsilon, step_size=args.epsilon / 2, steps=3)
+    training = tscnc.AdversarialTraining(
+        model, attack=attack, loss=tscnc.losses.TRADES(beta=3.0), seed=seed
+    )
+    training.compile(library.optimizers.SGD(rate, momentum=0.9, nesterov=True))
+    return training
+
+
+def upper_bound(model) -> float:
+    """An upper bound of the l2 Lipschitz constant: the product of those of the layers.
+
+    For plain chains of the layers named here; NaN for others. A convolution with zero padding, or
+    with strides, is a part of a circular one on a larger image. A BatchNorm is folded into a linear
+    layer before it.
+    """
+    bound, gain = 1.0, np.ones(1)
+    for layer in reversed(model.layers):
+        kind = type(layer).__name__
+        activation = getattr(getattr(layer, "activation", None), "__name__", "linear")
+        if activation == "relu" or kind not in ("Conv2D", "Dense"):
+            bound, gain = bound * np.max(np.abs(gain)), np.ones(1)
+        if activation not in ("linear", "relu"):
+            return math.nan
+        if kind == "Conv2D" and layer.groups == 1 and set(layer.dilation_rate) == {1}:
+            sizes = zip(layer.input.shape[1:3], layer.kernel_size, strict=True)
+            kernel, size = np.asarray(layer.kernel, float) * gain, [n + k - 1 for n, k in sizes]
+            bound *= tscnc.inspection.operator_singular_values(kernel, size)[0]
+        elif kind == "Dense":
+            bound *= np.linalg.norm(np.asarray(layer.kernel, float) * gain, 2)
+        elif kind == "GlobalAveragePooling2D":
+            bound /= math.sqrt(math.prod(layer.input.shape[1:3]))
+        elif kind == "BatchNormalization":
+            gain = 1.0 / np.sqrt(np.asarray(layer.moving_variance, float) + layer.epsilon)
+            gain = gain * np.asarray(layer.gamma) if layer.scale else gain
+            continue
+        elif kind not in ("InputLayer", "ReLU", "Flatten"):
+            return math.nan
+        gain = np.ones(1)
+    return float(bound * np.max(np.abs(gain)))
+
+
+def measured(model, data, seed: int, args) -> dict:
+    """What there is to see of a network as it is now."""
+    attack = tscnc.attacks.PGD(epsilon=args.epsilon, step_size=args.epsilon / 5, steps=20)
+    x, y, many = data["x"], data["y"], {"batch_size": 512, "seed": seed}
+    with unwarned():
+        robustness = tscnc.evaluate_robustness(model, x, y, attack, progress=False, **many)
+    conditions = tscnc.inspection.condition_numbers(model)
+    units = math.sqrt(model.output_shape[-1] * x[0].size)  # from l2 over l2 to l1 over linf
+    return {
+        "clean": robustness.clean_accuracy,
+        "robust": robustness.robust_accuracy,
+        "interval": robustness.robust_interval,
+        "lipschitz": tscnc.inspection.local_lipschitz(model, x, args.epsilon, **many).mean,
+        "bound": units * upper_bound(model),
+        "product": math.prod(row.sigma_max for row in conditions.rows),
+        "condition_number": conditions.worst.condition_number,
+        "effective": conditions.worst_effective.effective_condition_number,
+        "dead_filters": conditions.dead_filters,
+        "warnings": robustness.warnings,
+        "kernels": {
+            row.name: {key: getattr(row, key) for key in KERNEL} for row in conditions.rows
+        },
+    }
+
+
+@contextlib.contextmanager
+def unwarned():
+    """Without warnings of what is to be seen: filters that die, gradients that are zero then."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "At a sparsity of")
+        warnings.simplefilter("ignore", tscnc.EvaluationWarning)
+        yield
+
+
+def pruned(model, data, seed: int, args, advance) -> list[dict]:
+    """Prune a network to each level, and measure it; it is left as it was."""
+    dense, results = model.get_weights(), []
+    for level in args.levels:
+        with unwarned():
+            tscnc.prune_now(model, level, layers=args.layers)
+        results.append(measured(model, data, seed, args))
+        tscnc.strip(model).set_weights(dense)
+        advance()
+    return results
+
+
+def retrained(model, data, seed: int, args, advance) -> list[dict]:
+    """Prune a network from level to level, train it on at each, and measure it."""
+    x, y = data["x_train"], data["y_train"]
+    stay = args.finetune * -(-len(x) // args.batch_size)
+
+    def stairs(step):
+        """The next level at the first step of each stay."""
+        level = tf.minimum((step - 1) // stay + 1, len(args.levels) - 1)
+        return (step - 1) % stay == 0, tf.gather(args.levels, level)
+
+    results = [measured(model, data, seed, args)]
+    advance()
+    with unwarned():
+        tscnc.pruning.Pruner(model, stairs, layers=args.layers)
+    training = trainer(model, args.rate, seed, args)
+    for _ in args.levels[1:]:
+        training.fit(x, y, args.batch_size, args.finetune, verbose=0)
+        results.append(measured(model, data, seed, args))
+        advance()
+    tscnc.strip(model)
+    return results
+
+
+def jsonable(value):
+    """The same in what JSON can hold: six digits, and infinity as "inf"."""
+    if isinstance(value, dict):
+        return {key: jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return str(value) if isinstance(value, pathlib.Path) else value
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=pathlib.Path, default=pathlib.Path("outputs/theory"))
+    add("--model", type=pathlib.Path, help="a network of yours, .keras")
+    add("--other", type=pathlib.Path, help="another one, to stand beside it")
+    add("--data", type=pathlib.Path, help="with --model: an .npz file with x and y")
+    add("--layers", help="which to prune, a pattern; ours: conv_[123]; yours: all")
+    add(
+        "--epsilon", type=float, default=0.1, help="of attacks, linf, and of the Lipschitz constant"
+    )
+    add("--epochs", type=int, default=10, help="of training, before pruning")
+    add("--finetune", type=int, default=3, help="epochs of training at each level")
+    add("--rate", type=float, default=0.02, help="the learning rate at that")
+    add("--batch-size", type=int, default=64)
+    add("--seeds", type=int, default=3, help="how many networks of each kind")
+    add("--smoke", action="store_true", help="a few steps only, to see that it runs")
+    args = parser.parse_args()
+    if (args.model is None) != (args.data is None) or (args.other and not args.model):
+        parser.error("--model goes with --data, and --other with both.")
+    args.levels, args.examples = LEVELS, None
+    if args.smoke:
+        args.levels, args.examples = (0.0, 0.9, 0.999), 48
+        args.epochs, args.finetune, args.seeds = 1, 1, 1
+    if args.model is None and args.layers is None:
+        args.layers = "conv_[123]"
+    return args
+
+
+def subjects(seed: int, args) -> tuple[dict, dict]:
+    """Return the networks by name, trained or loaded, and the data."""
+    if args.model is None:
+        data = digits(seed, args)
+        networks = {"plain": trained(seed, data, args)}
+        return networks | {"TSCNC": trained(seed, data, args, CONSTRAINTS)}, data
+    with np.load(args.data) as arrays:
+        data = {key: arrays[key].astype("float32" if key[0] == "x" else int) for key in arrays}
+    paths = [path for path in (args.model, args.other) if path is not None]
+    return {path.stem: loaded(path) for path in paths}, data
+
+
+def main() -> None:
+    args, console, runs = arguments(), Console(), []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+        for seed in range(args.seeds):
+            progress.update(task, description=f"training, seed {seed}")
+            networks, data = subjects(seed, args)
+            ways = {"pruned": pruned}
+            if args.finetune and "x_train" in data:
+                ways["retrained"] = retrained
+            total = args.seeds * len(networks) * len(ways) * len(args.levels)
+            progress.update(task, total=total)
+            for name, model in networks.items():
+                for way, run in ways.items():
+                    progress.update(task, description=f"{name}, {way}, seed {seed}")
+                    steps = run(model, data, seed, args, lambda: progress.advance(task))
+                    runs.append({"network": name, "way": way, "seed": seed, "steps": steps})
+
+    layers = [name for name in steps[0]["kernels"] if fnmatch.fnmatch(name, args.layers or "*")]
+    record = jsonable({**vars(args), "layers": layers, "images": len(data["x"]), "runs": runs})
+    save(args.output / "theory.json", lambda path: path.write_text(json.dumps(record)))
+    save(args.output / "theory.png", lambda path: draw(Runs(record), path))
+    console.print(table(Runs(record)))
+    console.print(
+        f"Medians over {args.seeds} seed(s). robust: PGD-20, linf, epsilon {args.epsilon:g}, with "
+        f"the mean of the seeds' 95 % intervals; {len(data['x'])} test images a seed. Lipschitz: "
+        "empirical and local, l1 over linf, in the same ball. zeros: of each kernel pruned."
+    )
+    console.print(f"theory.png and theory.json are in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
