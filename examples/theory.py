@@ -277,13 +277,14 @@ def main() -> None:
                     runs.append({"network": name, "way": way, "seed": seed, "steps": steps})
 
     layers = [name for name in steps[0]["kernels"] if fnmatch.fnmatch(name, args.layers or "*")]
-    record = jsonable({**vars(args), "layers": layers, "images": len(data["x"]), "runs": runs})
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    record = jsonable({**settings, "layers": layers, "images": len(data["x"]), "runs": runs})
     save(args.output / "theory.json", lambda path: path.write_text(json.dumps(record)))
     save(args.output / "theory.png", lambda path: draw(Runs(record), path))
     console.print(table(Runs(record)))
     console.print(
         f"Medians over {args.seeds} seed(s). robust: PGD-20, linf, epsilon {args.epsilon:g}, with "
-        f"the mean of the seeds' 95 % intervals; {len(data['x'])} test images a seed. Lipschitz: "
+        f"what the seeds' 95 % intervals span; {len(data['x'])} test images a seed. Lipschitz: "
         "empirical and local, l1 over linf, in the same ball. zeros: of each kernel pruned."
     )
     console.print(f"theory.png and theory.json are in {args.output}")

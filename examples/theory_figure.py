@@ -7,6 +7,7 @@ python examples/theory_figure.py outputs/theory/theory.json --output DIR
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -18,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator
+from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -65,43 +68,42 @@ class Runs:
         self._runs = record["runs"]
 
     def figures(self, name: str, way: str, key: str, layer: str | None = None) -> np.ndarray:
-        """A figure at each step, of the whole network or of one kernel, (seeds, levels, ...)."""
+        """A figure at each level, of the whole network or of one kernel, (seeds, levels, ...)."""
         runs = [run["steps"] for run in self._runs if (run["network"], run["way"]) == (name, way)]
-        return np.asarray(
-            [
-                [step[key] if layer is None else step["kernels"][layer][key] for step in run]
-                for run in runs
-            ],
-            float,
-        )
+        if layer is not None:
+            runs = [[step["kernels"][layer] for step in steps] for steps in runs]
+        return np.asarray([[step[key] for step in steps] for steps in runs], float)
+
+    def range(self, name: str, way: str, key: str, layer: str | None) -> tuple[np.ndarray, ...]:
+        """The lowest and the highest of the seeds; of robust accuracy, of their 95 % intervals."""
+        if key == "robust":
+            ends = self.figures(name, way, "interval")
+            return np.min(ends[..., 0], axis=0), np.max(ends[..., 1], axis=0)
+        every = self.figures(name, way, key, layer)
+        return np.min(every, axis=0), np.max(every, axis=0)
 
 
 def table(runs: Runs) -> Table:
-    """Medians over the seeds; the interval of the robust accuracy is the mean of the seeds'."""
+    """Medians over the seeds; beside robust accuracy the hull of the seeds' 95 % intervals."""
     result = Table(
         title="Pruned by magnitude", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
-    for heading in ("network", "zeros", "clean", "robust", *COLUMNS):
-        result.add_column(
-            heading, justify="left" if heading == "network" else "right", no_wrap=True
-        )
-    for name in runs.names:
-        for way in runs.ways:
-            median = {
-                key: np.median(runs.figures(name, way, key), axis=0)
-                for key in ("clean", "robust", *COLUMNS.values())
-            }
-            intervals = 100 * np.mean(runs.figures(name, way, "interval"), axis=0)
-            for index in np.flatnonzero(np.isin(runs.levels, TABLED)):
-                low, high = intervals[index]
-                result.add_row(
-                    f"{name}, {way}",
-                    f"{runs.levels[index]:.1%}",
-                    f"{median['clean'][index]:.1%}",
-                    f"{median['robust'][index]:.1%} ({low:.0f} to {high:.0f})",
-                    *(f"{median[key][index]:.3g}".replace("inf", "∞") for key in COLUMNS.values()),
-                )
-            result.add_section()
+    result.add_column("network", no_wrap=True)
+    for heading in ("zeros", "clean", "robust", *COLUMNS):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for name, way in itertools.product(runs.names, runs.ways):
+        keys = ("clean", "robust", *COLUMNS.values())
+        median = {key: np.median(runs.figures(name, way, key), axis=0) for key in keys}
+        ends = 100 * np.stack(runs.range(name, way, "robust", None))
+        for index in np.flatnonzero(np.isin(runs.levels, TABLED)):
+            result.add_row(
+                f"{name}, {way}",
+                f"{runs.levels[index]:.1%}",
+                f"{median['clean'][index]:.1%}",
+                f"{median['robust'][index]:.1%} ({ends[0, index]:.0f} to {ends[1, index]:.0f})",
+                *(f"{median[key][index]:.3g}".replace("inf", "∞") for key in COLUMNS.values()),
+            )
+        result.add_section()
     return result
 
 
@@ -112,61 +114,80 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
     for row, way in zip(axes, runs.ways, strict=False):
         row[0].set_ylabel(f"the network, {way}")
         for axis, (title, scale, first, second) in zip(row, WHOLE, strict=True):
-            panel(axis, title, scale)
             keys = [(first, "-")] if second is None else [(first, "-"), (second, ":")]
-            lines(axis, runs, [(way, key, line) for key, line in keys])
+            panel(axis, runs, title, scale, [(way, key, line) for key, line in keys])
+    ways = list(zip(runs.ways, LINES, strict=False))
     for column, layer in enumerate(runs.layers[:: math.ceil(len(runs.layers) / 3)]):
         for axis, (key, (title, scale)) in zip(axes[-3:, column], KERNEL.items(), strict=True):
-            panel(axis, f"{layer}: {title}", scale)
-            shown = [(way, key, line) for way, line in zip(runs.ways, LINES, strict=False)]
-            lines(axis, runs, shown, layer)
+            shown = [(way, key, line) for way, line in ways]
+            panel(axis, runs, f"{layer}: {title}", scale, shown, layer)
+    shown = [(way, "product", line) for way, line in ways]
+    panel(axes[-3, -1], runs, "product of all kernels' σ max", "log", shown)
     for axis in axes[-3:].flat:
         axis.set_visible(bool(axis.lines))
-    legend(figure, runs, 1.5 / count)
+    legend(figure, runs, 1.0 / count)
     figure.tight_layout()
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # a third of the size
 
 
-def panel(axis, title: str, scale: str) -> None:
-    """Set up a panel: zeros grow to the right, each factor of what is kept has the same room."""
+def panel(
+    axis,
+    runs: Runs,
+    title: str,
+    scale: str,
+    shown: list[tuple[str, str, str]],
+    layer: str | None = None,
+) -> None:
+    """Draw figures of each network, triples (way, key, line): median and range over the seeds.
+
+    Zeros grow to the right, and each factor of what is kept has the same room. Where a figure is
+    infinite there is a dot above the panel, the fuller the more seeds.
+    """
     axis.set(xscale="log", yscale=scale, xlim=(1.15, 8e-4))
-    axis.set_title(title, fontsize=9, pad=20 if "∞" in title else 6)
     axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001])
     axis.set_xticklabels(["0", "50", "80", "90", "95", "98", "99", "99.9"], fontsize=7)
+    rows = 0
+    for name, colour in zip(runs.names, COLOURS, strict=False):
+        for way, key, line in shown:
+            every = runs.figures(name, way, key, layer)
+            if np.any(np.isinf(every)):
+                shares = np.mean(np.isinf(every), axis=0)
+                dots(axis, runs, shares, 1.04 + 0.045 * rows, line, colour)
+                rows += 1
+            middle, *edges = (
+                np.maximum(np.where(np.isfinite(values), values, np.nan), FLOOR)
+                for values in (np.median(every, axis=0), *runs.range(name, way, key, layer))
+            )
+            axis.plot(1 - runs.levels, middle, line, color=colour, linewidth=1.4)
+            axis.fill_between(1 - runs.levels, *edges, color=colour, alpha=0.13, linewidth=0)
+    axis.set_title(title, fontsize=9, pad=6 + 7 * rows)
     axis.minorticks_off()
+    if "κ" in title:
+        axis.set_ylim(1)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    elif scale == "linear":
+        axis.set_ylim(0)
     axis.grid(alpha=0.25)
     axis.tick_params(axis="y", labelsize=7)
 
 
-def lines(axis, runs: Runs, shown: list[tuple[str, str, str]], layer: str | None = None) -> None:
-    """Draw figures, triples (way, key, line), of each network: median and range over the seeds.
-
-    Where a figure is infinite there is a dot above the panel, the fuller the more seeds.
-    """
-    kept, height = 1.0 - runs.levels, 1.04
-    for name, colour in zip(runs.names, COLOURS, strict=False):
-        for way, key, line in shown:
-            every = runs.figures(name, way, key, layer)
-            infinite = np.isinf(every)
-            for place, share in zip(kept, np.mean(infinite, axis=0), strict=True):
-                axis.plot(
-                    place,
-                    height,
-                    marker="o",
-                    markersize=3.5,
-                    color=colour,
-                    markerfacecolor="none" if line == "--" else colour,
-                    alpha=share,
-                    transform=axis.get_xaxis_transform(),
-                    clip_on=False,
-                )
-            height += 0.045 if np.any(infinite) else 0.0
-            every = np.where(infinite, np.nan, every)
-            every = np.maximum(every, FLOOR) if axis.get_yscale() == "log" else every
-            axis.plot(kept, np.median(every, axis=0), line, color=colour, linewidth=1.4)
-            edges = np.min(every, axis=0), np.max(every, axis=0)
-            axis.fill_between(kept, *edges, color=colour, alpha=0.13, linewidth=0)
+def dots(axis, runs: Runs, shares: np.ndarray, height: float, line: str, colour: str) -> None:
+    """Mark above a panel where a figure is infinite, and for which share of the seeds."""
+    for level, share in zip(runs.levels, shares, strict=True):
+        axis.plot(
+            1 - level,
+            height,
+            marker="o",
+            markersize=3.5,
+            color=colour,
+            markerfacecolor="none" if line == "--" else colour,
+            alpha=share,
+            transform=axis.get_xaxis_transform(),
+            clip_on=False,
+        )
 
 
 def legend(figure, runs: Runs, height: float) -> None:
@@ -176,11 +197,19 @@ def legend(figure, runs: Runs, height: float) -> None:
     ways = zip(runs.ways, LINES, strict=False)
     handles += [Line2D([], [], color="k", linestyle=line, label=way) for way, line in ways]
     seeds = len(runs.figures(runs.names[0], runs.ways[0], "robust"))
+    words = (
+        "Across: zeros in %.",
+        f"Lines: the median of {seeds} seed(s);",
+        "shaded: their range, and under",
+        "attack that of their 95 % intervals.",
+        "Dots, hollow if retrained: κ = ∞,",
+        "pale if not for all seeds.\n",
+    )
     figure.legend(
         handles=handles,
-        title=f"Across: zeros in %.\nLines: the median of {seeds} seed(s);\nshaded: their range.\n",
+        title="\n".join(words),
         loc="center",
-        bbox_to_anchor=(0.87, height),
+        bbox_to_anchor=(0.88, height),
         frameon=False,
         alignment="left",
     )
@@ -200,7 +229,7 @@ def main() -> None:
     )
     parser.add_argument("measured", type=pathlib.Path, nargs="?", default=MEASURED)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("outputs/theory"))
-    parser.add_argument("--smoke", action="store_true", help="nothing is left out: it is quick")
+    parser.add_argument("--smoke", action="store_true", help="as without: it takes no time")
     args = parser.parse_args()
     runs = Runs(json.loads(args.measured.read_text()))
     console = Console()

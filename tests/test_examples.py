@@ -17,9 +17,11 @@ SHOWS = {
     "custom_training_loop": ["epoch 2:", "Pruning", "Robustness"],
     "pretrained_model": ["bit for bit: True", "Conv_1", "PGD-2 linf 8/255"],
     "paper": ["1-train", "3-finetune", "PGD-2 linf 0.1 margin", "worst case"],
+    "theory": ["TSCNC, retrained", "99.9%", "worst κ", "theory.png and theory.json are in"],
+    "theory_figure": ["TSCNC, retrained", "99.9%", "68.3% (57 to 81)", "theory.png is in"],
     "other_libraries_attacks": ["CleverHans PGD-20", "ART Auto-PGD"],
 }
-WRITING = {"quickstart", "keras3_quickstart", "paper"}
+WRITING = {"quickstart", "keras3_quickstart", "paper", "theory", "theory_figure"}
 
 
 def test_every_example_is_listed():
