@@ -108,6 +108,8 @@ def upper_bound(model) -> float:
     with strides, is a part of a circular one on a larger image. A BatchNorm is folded into a linear
     layer before it.
     """
+    if not is_chain(model):
+        return math.nan
     bound, gain = 1.0, np.ones(1)
     for layer in reversed(model.layers):
         kind = type(layer).__name__
@@ -132,6 +134,17 @@ def upper_bound(model) -> float:
             return math.nan
         gain = np.ones(1)
     return float(bound * np.max(np.abs(gain)))
+
+
+def is_chain(model) -> bool:
+    """Tell whether a network has nothing but layers, of which each is called once."""
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        return True
+    functional = [base for base in type(model).__mro__ if base.__name__ == "Functional"]
+    if not functional:
+        return False
+    called = [len(each["inbound_nodes"]) for each in functional[0].get_config(model)["layers"]]
+    return len(called) == len(model.layers) and max(called) == 1  # operations are no layers
 
 
 def measured(model, data, seed: int, args) -> dict:
@@ -231,7 +244,7 @@ def arguments() -> argparse.Namespace:
     add("--finetune", type=int, default=3, help="epochs of training at each level")
     add("--rate", type=float, default=0.02, help="the learning rate at that")
     add("--batch-size", type=int, default=64)
-    add("--seeds", type=int, default=3, help="how many networks of each kind")
+    add("--seeds", type=int, default=3, help="how many networks of each kind, of ours")
     add("--smoke", action="store_true", help="a few steps only, to see that it runs")
     args = parser.parse_args()
     if (args.model is None) != (args.data is None) or (args.other and not args.model):
@@ -240,8 +253,10 @@ def arguments() -> argparse.Namespace:
     if args.smoke:
         args.levels, args.examples = (0.0, 0.9, 0.999), 48
         args.epochs, args.finetune, args.seeds = 1, 1, 1
-    if args.model is None and args.layers is None:
-        args.layers = "conv_[123]"
+    if args.model is None:
+        args.layers = args.layers or "conv_[123]"
+    else:
+        args.seeds = 1  # there is one network of a kind
     return args
 
 
@@ -251,10 +266,13 @@ def subjects(seed: int, args) -> tuple[dict, dict]:
         data = digits(seed, args)
         networks = {"plain": trained(seed, data, args)}
         return networks | {"TSCNC": trained(seed, data, args, CONSTRAINTS)}, data
-    with np.load(args.data) as arrays:
-        data = {key: arrays[key].astype("float32" if key[0] == "x" else int) for key in arrays}
+    with np.load(args.data) as file:
+        kinds = {"x": "float32", "y": int, "x_train": "float32", "y_train": int}
+        data = {name: file[name].astype(kind) for name, kind in kinds.items() if name in file}
+    if not {"x", "y"} <= set(data):
+        raise SystemExit(f"--data must hold the arrays x and y, {args.data} holds {list(data)}.")
     paths = [path for path in (args.model, args.other) if path is not None]
-    return {path.stem: loaded(path) for path in paths}, data
+    return {str(path.with_suffix("")): loaded(path) for path in paths}, data
 
 
 def main() -> None:

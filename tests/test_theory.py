@@ -402,6 +402,17 @@ def test_t9_nine_tenths_of_what_is_taken_away_would_not_do():
     assert svd(matrix * mask)[-1] < svd(matrix)[-1] - 0.9 * gone
 
 
+def test_t9_how_far_that_reaches_for_orthonormal_columns(rng):
+    def taken(matrix, sparsity):
+        return norm(matrix - pruned(matrix, sparsity))
+
+    tall = np.linalg.qr(rng.normal(size=(576, 64)))[0]
+    square = np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    assert 0.9 < taken(tall, 0.9) < 1.0 < taken(tall, 0.95)
+    assert taken(square, 0.7) < 1.0 < taken(square, 0.8)
+    assert kappa(pruned(tall, 0.9)) == pytest.approx(1.8, abs=0.1)
+
+
 def test_t10_pruning_can_cure_a_condition_number_and_make_it_infinite():
     matrix = np.array([[1.0, 0.9], [0.9, 1.0]])
     assert report(matrix).condition_number == pytest.approx(19.0)
@@ -809,9 +820,32 @@ def test_t22_the_bound_of_the_example_is_exact_for_one_layer_and_unknown_for_str
     assert upper_bound(scaled) == pytest.approx(norm(matrix * [2.5, 1.0]))
     bent = keras.Sequential([keras.Input((3,)), layers.Dense(2, activation="gelu")])
     assert math.isnan(upper_bound(bent))
-    summed = keras.Input((3,))
-    residual = keras.Model(summed, layers.Add()([summed, layers.Dense(3)(summed)]))
-    assert math.isnan(upper_bound(residual))
+    inputs, dense = keras.Input((3,)), layers.Dense(3)
+    chain = keras.Model(inputs, layers.ReLU()(dense(inputs)))
+    assert upper_bound(chain) == pytest.approx(norm(dense.kernel.numpy()))
+    for outputs in (dense(dense(inputs)), layers.Dense(3)(inputs) + inputs):
+        assert math.isnan(upper_bound(keras.Model(inputs, outputs)))
+
+
+def test_the_example_takes_networks_and_data_of_ones_own(tmp_path, monkeypatch, capsys, rng):
+    for name, library in FLAVOURS.items():
+        conv_model(library).save(tmp_path / f"{name}.keras")
+    x, y = rng.uniform(size=(12, 8, 8, 1)), np.arange(12) % 3
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_train=x, y_train=y)
+    mine = ["--model", "keras.keras", "--other", "tf_keras.keras", "--data", "data.npz"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["theory.py", *mine, "--layers", "conv", "--smoke"])
+    example().main()
+    printed = capsys.readouterr().out
+    assert "tf_keras, retrained" in printed
+    record = json.loads((tmp_path / "outputs" / "theory" / "theory.json").read_text())
+    assert record["layers"] == ["conv"]
+    assert len(record["runs"]) == 4
+    for run in record["runs"]:
+        first, *_, last = run["steps"]
+        assert last["bound"] < first["bound"]
+        assert last["kernels"]["conv"]["condition_number"] == "inf"
+        assert last["kernels"]["logits"]["condition_number"] != "inf"
 
 
 # The document.
