@@ -1,10 +1,9 @@
 """The argument of TSCNC, seen: what pruning does to a network's kernels, and what becomes of it.
 
 Two networks are pruned level by level up to 99.9 % zeros, by magnitude: once as they are, and once
-trained on at each level. Measured is what the argument speaks of: spectral norms and what they
-bound, condition numbers, stable ranks, dead filters. And what it is about: the empirical local
-Lipschitz constant, the accuracy, the accuracy under attack. What is proven of these, and what is
-not, is in docs/theory.md.
+trained on at each level. Measured are spectral norms and what they bound, condition numbers, stable
+ranks, dead filters; the empirical local Lipschitz constant, and the accuracy, clean and under
+attack. What is proven of these, and what is not, is in docs/theory.md.
 
 By itself it trains two networks on scikit-learn's bundled digits (1,797 images of 8x8 pixels), from
 the same seed, one without the constraints and one with them; and that for three seeds:
@@ -23,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import itertools
 import json
 import math
 import pathlib
@@ -47,8 +47,9 @@ KERNEL = ("sigma_max", "sigma_min", "condition_number", "effective_condition_num
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 
 
-def network() -> keras.Model:
+def network(seed: int) -> keras.Model:
     """A convolutional network with 93,000 weights that returns logits."""
+    keras.utils.set_random_seed(seed)
     layers = keras.layers
     x = inputs = keras.Input((8, 8, 1))
     for index, (filters, strides) in enumerate([(32, 1), (64, 2), (64, 1), (64, 2)]):
@@ -60,11 +61,9 @@ def network() -> keras.Model:
 
 def digits(seed: int, args) -> dict[str, np.ndarray]:
     """Images in [0, 1] and labels, 80 % for training and 20 % for the test."""
-    data = load_digits()
-    images = (data.images[..., np.newaxis] / 16.0).astype("float32")
-    parts = train_test_split(
-        images, data.target, test_size=0.2, random_state=seed, stratify=data.target
-    )
+    x, y = load_digits(return_X_y=True)
+    images = (x.reshape(-1, 8, 8, 1) / 16.0).astype("float32")
+    parts = train_test_split(images, y, test_size=0.2, random_state=seed, stratify=y)
     names = ("x_train", "x", "y_train", "y")
     return {name: part[: args.examples] for name, part in zip(names, parts, strict=True)}
 
@@ -76,17 +75,11 @@ def loaded(path: pathlib.Path):
     return (tf_keras if version.startswith("2.") else keras).models.load_model(path, compile=False)
 
 
-def trained(seed: int, data, args, *constraints) -> keras.Model:
+def trained(model, data, seed: int, args) -> keras.Model:
     """One of our own networks, trained adversarially from the beginning."""
-    keras.utils.set_random_seed(seed)
-    model = network()
-    for constraint in constraints:
-        model = tscnc.pruning.add_regularizers(model, constraint)
-    steps = args.epochs * -(-len(data["x_train"]) // args.batch_size)
-    rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
-    trainer(model, rate, seed, args).fit(
-        data["x_train"], data["y_train"], args.batch_size, args.epochs, verbose=0
-    )
+    x, y = data["x_train"], data["y_train"]
+    rate = keras.optimizers.schedules.CosineDecay(0.1, args.epochs * -(-len(x) // args.batch_size))
+    trainer(model, rate, seed, args).fit(x, y, args.batch_size, args.epochs, verbose=0)
     return model
 
 
@@ -94,9 +87,8 @@ def trainer(model, rate, seed: int, args):
     """Return what trains a network adversarially."""
     library = tf_keras if isinstance(model, tf_keras.Model) else keras
     attack = tscnc.attacks.PGD(epsilon=args.epsilon, step_size=args.epsilon / 2, steps=3)
-    training = tscnc.AdversarialTraining(
-        model, attack=attack, loss=tscnc.losses.TRADES(beta=3.0), seed=seed
-    )
+    loss = tscnc.losses.TRADES(beta=3.0)
+    training = tscnc.AdversarialTraining(model, attack=attack, loss=loss, seed=seed)
     training.compile(library.optimizers.SGD(rate, momentum=0.9, nesterov=True))
     return training
 
@@ -116,7 +108,8 @@ def upper_bound(model) -> float:
         activation = getattr(getattr(layer, "activation", None), "__name__", "linear")
         if activation == "relu" or kind not in ("Conv2D", "Dense"):
             bound, gain = bound * np.max(np.abs(gain)), np.ones(1)
-        if activation not in ("linear", "relu"):
+        first = getattr(layer, "data_format", None) == "channels_first"
+        if activation not in ("linear", "relu") or first:
             return math.nan
         if kind == "Conv2D" and layer.groups == 1 and set(layer.dilation_rate) == {1}:
             sizes = zip(layer.input.shape[1:3], layer.kernel_size, strict=True)
@@ -224,7 +217,7 @@ def jsonable(value):
         return [jsonable(inner) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    return str(value) if isinstance(value, pathlib.Path) else value
+    return value
 
 
 def arguments() -> argparse.Namespace:
@@ -237,9 +230,7 @@ def arguments() -> argparse.Namespace:
     add("--other", type=pathlib.Path, help="another one, to stand beside it")
     add("--data", type=pathlib.Path, help="with --model: an .npz file with x and y")
     add("--layers", help="which to prune, a pattern; ours: conv_[123]; yours: all")
-    add(
-        "--epsilon", type=float, default=0.1, help="of attacks, linf, and of the Lipschitz constant"
-    )
+    add("--epsilon", type=float, default=0.1, help="of the ball, linf, inputs being in [0, 1]")
     add("--epochs", type=int, default=10, help="of training, before pruning")
     add("--finetune", type=int, default=3, help="epochs of training at each level")
     add("--rate", type=float, default=0.02, help="the learning rate at that")
@@ -253,10 +244,9 @@ def arguments() -> argparse.Namespace:
     if args.smoke:
         args.levels, args.examples = (0.0, 0.9, 0.999), 48
         args.epochs, args.finetune, args.seeds = 1, 1, 1
-    if args.model is None:
-        args.layers = args.layers or "conv_[123]"
-    else:
+    if args.model is not None:
         args.seeds = 1  # there is one network of a kind
+    args.layers = args.layers or ("conv_[123]" if args.model is None else None)
     return args
 
 
@@ -264,13 +254,14 @@ def subjects(seed: int, args) -> tuple[dict, dict]:
     """Return the networks by name, trained or loaded, and the data."""
     if args.model is None:
         data = digits(seed, args)
-        networks = {"plain": trained(seed, data, args)}
-        return networks | {"TSCNC": trained(seed, data, args, CONSTRAINTS)}, data
+        plain = trained(network(seed), data, seed, args)
+        constrained = tscnc.pruning.add_regularizers(network(seed), CONSTRAINTS)
+        return {"plain": plain, "TSCNC": trained(constrained, data, seed, args)}, data
     with np.load(args.data) as file:
         kinds = {"x": "float32", "y": int, "x_train": "float32", "y_train": int}
         data = {name: file[name].astype(kind) for name, kind in kinds.items() if name in file}
     if not {"x", "y"} <= set(data):
-        raise SystemExit(f"--data must hold the arrays x and y, {args.data} holds {list(data)}.")
+        raise SystemExit(f"--data must hold arrays x and y, {args.data} holds {list(data)}.")
     paths = [path for path in (args.model, args.other) if path is not None]
     return {str(path.with_suffix("")): loaded(path) for path in paths}, data
 
@@ -279,25 +270,22 @@ def main() -> None:
     args, console, runs = arguments(), Console(), []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=None)
+        task = progress.add_task("training", total=None)
         for seed in range(args.seeds):
-            progress.update(task, description=f"training, seed {seed}")
             networks, data = subjects(seed, args)
             ways = {"pruned": pruned}
             if args.finetune and "x_train" in data:
                 ways["retrained"] = retrained
             total = args.seeds * len(networks) * len(ways) * len(args.levels)
-            progress.update(task, total=total)
-            for name, model in networks.items():
-                for way, run in ways.items():
-                    progress.update(task, description=f"{name}, {way}, seed {seed}")
-                    steps = run(model, data, seed, args, lambda: progress.advance(task))
-                    runs.append({"network": name, "way": way, "seed": seed, "steps": steps})
+            for (name, model), (way, run) in itertools.product(networks.items(), ways.items()):
+                progress.update(task, total=total, description=f"{name}, {way}, seed {seed}")
+                steps = run(model, data, seed, args, lambda: progress.advance(task))
+                runs.append({"network": name, "way": way, "seed": seed, "steps": steps})
 
     layers = [name for name in steps[0]["kernels"] if fnmatch.fnmatch(name, args.layers or "*")]
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     record = jsonable({**settings, "layers": layers, "images": len(data["x"]), "runs": runs})
-    save(args.output / "theory.json", lambda path: path.write_text(json.dumps(record)))
+    save(args.output / "theory.json", lambda path: path.write_text(json.dumps(record, default=str)))
     save(args.output / "theory.png", lambda path: draw(Runs(record), path))
     console.print(table(Runs(record)))
     console.print(
