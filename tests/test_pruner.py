@@ -775,3 +775,17 @@ def test_a_predicate_that_holds_for_the_model_itself_does_not_choose_all_of_it(l
     pruning.prune_now(model, 0.5, layers=lambda layer: layer.name != "logits")
     assert [target.name for target in model.pruner.targets] == ["hidden"]
     assert np.all(model.get_layer("logits").get_weights()[0])
+
+
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+@pytest.mark.parametrize("options", [{"schedule": schedules.OneShot(0.9)}, {"method": "scores"}])
+def test_where_the_warning_is_an_error_the_model_is_as_it_was(library, options):
+    model = dense_model(library)
+    before, plain = model.get_weights(), type(model)
+    sparsity = {"sparsity": 0.9} if "method" in options else {}
+    with pytest.raises(UserWarning, match="logits keeps 2 of 24 weights for 3 outputs"):
+        pruning.prune(model, engine="masks", **options, **sparsity)
+    assert type(model) is plain
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    pruning.prune_now(model, 0.5)

@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         _report(plan, folder, options, console)
         return 0
     if options.what == "choose":
-        console.print(choosing.choose(plan, folder / "choices.json", options.scratch))
+        settings = options.settings or list(plan.settings)
+        choosing.choose(plan, settings, folder / "choices", options.scratch / plan.name)
+        console.print(choosing.best(plan, folder / "choices"))
         return 0
     done = work.supervise(
         path, files, folder, options.scratch / plan.name, options.workers, options.minutes
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
     )
+    parser.add_argument("--settings", nargs="+", help="choose: in these settings only")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
 
 from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
@@ -13,36 +12,50 @@ from tscnc_tf import _files, experiments
 SEED = 1000  # none that the study itself uses
 
 
-def choose(plan: Plan, path: pathlib.Path, scratch: pathlib.Path) -> str:
-    """Try every value of the plan's choices, note its validation accuracy, return a table.
+def choose(plan: Plan, settings: list[str], results: pathlib.Path, scratch: pathlib.Path) -> None:
+    """Try every value of the plan's choices, and note what came of it.
 
     What is compared is the accuracy under PGD on the validation set after fine-tuning, at the
-    highest sparsity. A trial that has been noted is not run again.
+    highest sparsity and by the first method: the dense network, which the factors act on, is the
+    same for all. A trial that has been noted is not run again.
 
     Args:
         plan: the study.
-        path: of the JSON file that holds the trials.
+        settings: in which settings.
+        results: the folder for the trials, a file each setting.
         scratch: the folder for the experiments.
     """
-    trials: dict[str, Any] = {}
-    if path.is_file():
-        trials = json.loads(path.read_text(encoding="utf-8"))
-    for setting in plan.settings:
+    for setting in settings:
+        path = results / f"{setting}.json"
+        trials = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for arm, choice in plan.choices.items():
             for value in choice["values"]:
-                changes = {choice["name"]: value}
-                runs = plan.runs_of(setting, arm, SEED, changes)
-                for run in runs:
-                    key = f"{setting}/{arm}/{run.method}/{choice['name']}={value}"
-                    if run.sparsity == max(plan.sparsities) and key not in trials:
-                        trials[key] = _try(run, scratch / f"{arm}-{value}")
-                        text = json.dumps(trials, indent=1)
-                        _files.write_text(path, f"{text}\n")
-    lines = [f"{key:60} {100 * value:5.1f} %" for key, value in sorted(trials.items())]
-    return "\n".join(lines)
+                if str(value) not in trials.setdefault(arm, {}):
+                    run = _trial(plan, setting, arm, {choice["name"]: value})
+                    trials[arm][str(value)] = _try(run, scratch / "choices" / f"{arm}-{value}")
+                    _files.write_text(path, f"{json.dumps(trials, indent=1)}\n")
+
+
+def best(plan: Plan, results: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Return the best value by setting and arm; of equals the smallest."""
+    found: dict[str, dict[str, float]] = {}
+    for setting in plan.settings:
+        path = results / f"{setting}.json"
+        trials = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found[setting] = {
+            arm: float(max(sorted(scores, key=float), key=scores.__getitem__))
+            for arm, scores in trials.items()
+        }
+    return found
+
+
+def _trial(plan: Plan, setting: str, arm: str, changes: dict[str, float]) -> Run:
+    wanted = (plan.methods[0], max(plan.sparsities))
+    runs = plan.runs_of(setting, arm, SEED, changes)
+    return next(run for run in runs if (run.method, run.sparsity) == wanted)
 
 
 def _try(run: Run, scratch: pathlib.Path) -> float:
-    folder = scratch / run.setting / run.name
+    folder = scratch / run.setting
     experiments.run(run.recipe, folder, progress=False)
     return work.summary(run, folder)["validation"]["finetune"]["robust"]

@@ -19,6 +19,8 @@ class Run:
     Attributes:
         setting, arm, method, sparsity, seed: where it stands in the study.
         recipe: what is run.
+        dense: the arm that trains the dense network that this one begins with: the first in the
+            plan whose first stage is the same.
     """
 
     setting: str
@@ -27,6 +29,7 @@ class Run:
     sparsity: float
     seed: int
     recipe: Recipe
+    dense: str
 
     @property
     def name(self) -> str:
@@ -36,7 +39,7 @@ class Run:
     @property
     def group(self) -> str:
         """Of the runs that begin with the same dense network."""
-        return f"{self.setting}/{self.arm}-seed{self.seed}"
+        return f"{self.setting}/{self.dense}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,22 @@ class Plan:
     def runs_of(
         self, setting: str, arm: str, seed: int, changes: Mapping[str, Any] | None = None
     ) -> Iterator[Run]:
-        """Yield the runs that begin with the same dense network."""
-        recipe = Recipe.from_dict(self.settings[setting]).baseline()
-        recipe = recipe.override(self.arms[arm])
-        recipe = recipe.override(self.settled.get(setting, {}).get(arm, {}))
-        recipe = recipe.override({**(changes or {}), "seed": seed})
+        """Yield the runs of one arm, which begin with the same dense network."""
+        recipe = self._recipe(setting, arm, seed, changes or {})
+        first = recipe.first_stage()
+        dense = next(
+            each
+            for each in self.arms
+            if self._recipe(setting, each, seed, changes or {}).first_stage() == first
+        )
         for method in self.methods:
             for sparsity in self.sparsities:
                 values = {"prune.method": method, "sparsity": sparsity}
-                yield Run(setting, arm, method, sparsity, seed, recipe.override(values))
+                changed = recipe.override(values)
+                yield Run(setting, arm, method, sparsity, seed, changed, dense)
+
+    def _recipe(self, setting: str, arm: str, seed: int, changes: Mapping[str, Any]) -> Recipe:
+        recipe = Recipe.from_dict(self.settings[setting]).baseline()
+        recipe = recipe.override(self.arms[arm])
+        recipe = recipe.override(self.settled.get(setting, {}).get(arm, {}))
+        return recipe.override({**changes, "seed": seed})

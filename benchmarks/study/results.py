@@ -86,7 +86,7 @@ class Result:
 
 def read(folder: pathlib.Path) -> list[Result]:
     """Return all results in a folder, in the order of their names."""
-    files = sorted(folder.glob("*/*.json"))
+    files = sorted(folder.glob("*/*-seed*.json"))
     return [Result.of(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from rich.console import Console
@@ -124,6 +124,27 @@ def execute(runs: Iterable[Run], results: pathlib.Path, scratch: pathlib.Path) -
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def place(run: Run) -> dict[str, Any]:
+    """Return where a run stands in the study."""
+    names = ("setting", "arm", "method", "sparsity", "seed")
+    return {name: getattr(run, name) for name in names}
+
+
+def portable(run: Run, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's recipe, the data by name: where its file is, is a matter of one machine."""
+    return run.recipe.override({"data.dataset": data["name"]}).to_dict()
+
+
+def kernel_rows(conditions: Mapping[str, Any], pruned: Set[str]) -> list[dict[str, Any]]:
+    """Return what a study keeps of a report on condition numbers."""
+    shown = ("name", "sigma_max", "condition_number", "effective_condition_number")
+    shown += ("stable_rank", "filters", "dead_filters")
+    return [
+        {name: row[name] for name in shown} | {"pruned": row["name"] in pruned}
+        for row in conditions["rows"]
+    ]
+
+
 def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Return what a study keeps of an experiment."""
     judged = folder / "4-evaluate"
@@ -140,15 +161,8 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         for stage, output in stages.items()
     }
     data = stages["train"].manifest["data"]
-    pruned = set(stages["prune"].masks)
-    shown = ("name", "sigma_max", "condition_number", "effective_condition_number")
-    shown += ("stable_rank", "filters", "dead_filters")
     return {
-        "setting": run.setting,
-        "arm": run.arm,
-        "method": run.method,
-        "sparsity": run.sparsity,
-        "seed": run.seed,
+        **place(run),
         "clean": report["clean"]["accuracy"],
         "robust": report["robust"]["accuracy"],
         "examples": report["examples"],
@@ -157,10 +171,7 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         "notes": [*report["warnings"], *report["notes"]],
         "lipschitz": lipschitz["mean"],
         "zeros": zeros["sparsity"],
-        "kernels": [
-            {name: row[name] for name in shown} | {"pruned": row["name"] in pruned}
-            for row in kernels["rows"]
-        ],
+        "kernels": kernel_rows(kernels, set(stages["prune"].masks)),
         "validation": {
             stage: {
                 "epoch": row["epoch"],
@@ -170,8 +181,7 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
             }
             for stage, row in chosen.items()
         },
-        # The path of a file of data is a matter of one machine; name and fingerprint are not.
-        "recipe": run.recipe.override({"data.dataset": data["name"]}).to_dict(),
+        "recipe": portable(run, data),
         "data": data,
         "versions": versions(),
     }

@@ -38,8 +38,6 @@ from tscnc_tf.inspection.records import jsonable
 STEPS = ("train", "prune", "finetune", "evaluate")
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
-# What the first stage depends on.
-FIRST = ("seed", "data", "network", "adversary", "constraints", "gates", "train")
 
 
 def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
@@ -82,11 +80,8 @@ def adopt(folder: pathlib.Path, recipe: Recipe, dense: pathlib.Path) -> None:
     manifest = open_stage(dense).manifest
     if manifest["stage"] != "train":
         raise ValueError(f"dense must be a stage of training, got {dense}: {manifest['stage']}.")
-    mine, theirs = (
-        {name: content[name] for name in FIRST}
-        for content in (jsonable(recipe.to_dict()), manifest["recipe"])
-    )
-    if changed := _differences(theirs, mine):
+    theirs = Recipe.from_dict(manifest["recipe"]).first_stage()
+    if changed := _differences(jsonable(theirs), jsonable(recipe.first_stage())):
         raise ValueError(
             f"dense={str(dense)!r} was trained by another recipe: {'; '.join(changed)}."
         )

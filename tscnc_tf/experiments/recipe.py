@@ -122,6 +122,20 @@ class Recipe:
         none = {"constraints.sparsity_factor": 0.0, "constraints.condition_factor": 0.0}
         return self.override({**none, "gates.sparsity_factor": 0.0})
 
+    def first_stage(self) -> dict[str, Any]:
+        """Return what the first stage depends on: equal for recipes that can share one."""
+        values = self.to_dict()
+        constraints, gates = values["constraints"], values["gates"]
+        if "train" not in constraints.pop("stages"):
+            constraints = None
+        if not gates["sparsity_factor"]:
+            gates = None
+        shared = ("seed", "data", "network", "adversary", "train", "evaluate")
+        return {name: values[name] for name in shared} | {
+            "constraints": constraints,
+            "gates": gates,
+        }
+
     @classmethod
     def leaves(cls) -> Iterator[tuple[str, Any]]:
         """Yield the dotted name of each value, and its default."""

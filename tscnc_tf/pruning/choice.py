@@ -109,5 +109,5 @@ class Choice:
                 f"At a sparsity of {_tables.percent(sparsity)}, {'; '.join(found)}. Leave these "
                 "out by layers=, keep more by min_weights= or scope=, or prune less.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -103,7 +103,7 @@ class Pruner:
         found = candidates(model, layers, *plans.checked_selection(weights, min_rank), unfit)
         choice = {"criterion": criterion, "structure": structure, "scope": scope}
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
-        self._choice.warn_of_starving(self.target_sparsity)
+        self._warn_of_starving()
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
@@ -164,6 +164,14 @@ class Pruner:
 
     def _new_state(self) -> Any:
         return masked.new_state(self.model, [target.shape for target in self.targets])
+
+    def _warn_of_starving(self, *scores: Any) -> None:
+        """Warn of what would be left with too little; where that is an error, nothing is done."""
+        try:
+            self._choice.warn_of_starving(self.target_sparsity, *scores)
+        except UserWarning:
+            masked.detach(self.model)
+            raise
 
     @property
     def structure(self) -> Structure:

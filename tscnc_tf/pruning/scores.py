@@ -127,7 +127,8 @@ class ScorePruner(engine.Pruner):
         )
         self.also_train = _checks.one_of("also_train", also_train, importance.OTHERS)
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
-        self._choice.warn_of_starving(self.target_sparsity, self.state.scores)
+        self._warn_of_starving(self.state.scores)
+        self.choose()
 
     def _set_up(
         self, model: Any, schedule: Any, found: list[Candidate], choice: dict[str, Any]
@@ -136,11 +137,22 @@ class ScorePruner(engine.Pruner):
         self._is_used = False
         self._detour = Detour(self)
         super()._set_up(model, schedule, found, choice)
+        self._take_weights()
+
+    def begin(self) -> None:
+        """Begin the stage with the kernels as they are: as dense weights, and for first scores.
+
+        The constructor does so. Called again, what has been learned is forgotten. It consists of
+        TensorFlow operations, for a program into which the weights come later.
+        """
+        self._take_weights()
+        self.choose()
+
+    def _take_weights(self) -> None:
         for target, dense, score in self.triples():
             weight = tf.convert_to_tensor(tensor_variable(target.variable))
             dense.assign(weight)
             score.assign(importance.initial_scores(weight, target))
-        self.choose()
 
     def _new_state(self) -> Any:
         dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
@@ -338,6 +350,7 @@ class ScorePruner(engine.Pruner):
         }
         schedule = importance.Every(config["sparsity"], config["frequency"])
         pruner._set_up(model, schedule, found_again(model, config["weights"]), choice)
+        pruner.choose()
         return pruner
 
     def __repr__(self) -> str:
