@@ -118,7 +118,7 @@ def _augmentation(data: datasets.Dataset) -> accelerator.Augmentation | None:
 def _parts(data: datasets.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {
         split: (getattr(data, f"x_{split}"), getattr(data, f"y_{split}"))
-        for split in datasets.SPLITS
+        for split in ("train", "validation", "test")
     }
 
 

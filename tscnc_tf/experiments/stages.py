@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from tscnc_tf import (
     pruning,
     regularizers,
 )
-from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
+from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Data, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.training import AdversarialTraining
 
@@ -26,17 +27,21 @@ ENDS = ("stem", "logits")  # the first convolution and the classifier, in all ap
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
     """Return the data of a recipe; an error in what the user gave says what to bring."""
-    part = recipe.data
+    return _dataset(recipe.data, recipe.seed)
+
+
+@functools.lru_cache(maxsize=1)  # a study asks for the same one again and again
+def _dataset(part: Data, seed: int) -> datasets.Dataset:
     data = datasets.load(
         part.dataset,
         folder=part.folder,
         validation=part.validation,
         test=part.test,
         image_size=part.image_size,
-        seed=recipe.seed,
+        seed=seed,
     )
     if part.train_examples or part.test_examples:
-        data = data.subset(part.train_examples, part.test_examples, seed=recipe.seed)
+        data = data.subset(part.train_examples, part.test_examples, seed=seed)
     return data
 
 

@@ -1,0 +1,222 @@
+"""The study: its plans, its statistics, and a tiny one from end to end."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study import choosing, report, results, work
+from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
+from benchmarks.study.plan import HERE, Plan
+from benchmarks.study.results import Cell, Result
+
+TINY = """
+name: tiny
+seeds: [0, 1]
+methods: [magnitude]
+sparsities: [0.8]
+settings:
+  digits:
+    data: {dataset: digits, train_examples: 128, test_examples: 32, validation: 64}
+    network: {architecture: small-cnn, options: {width: 2}}
+    adversary: {epsilon: 0.1, step_size: 0.05, steps: 1}
+    train: &training {epochs: 1, batch_size: 64}
+    prune: {<<: *training}
+    finetune: {<<: *training}
+    evaluate: {steps: 1, restarts: 1, validation_steps: 1}
+arms:
+  none: {}
+  cnc: {constraints.condition_factor: 0.1}
+  later: {constraints.condition_factor: 0.1, constraints.stages: [train, finetune]}
+choices:
+  cnc: {name: constraints.condition_factor, values: [0.1, 1.0]}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return Plan.read(path)
+
+
+def result(seed=0, arm="none", robust=0.5, effective=2.0, sparsity=0.99, **values):
+    cell = Cell("digits", "magnitude", sparsity)
+    figures = {"clean": 0.9, "lipschitz": 1.0, "condition": np.inf, "dead": 3, "stable_rank": 0.5}
+    return Result(cell, arm, seed, robust=robust, effective=effective, **{**figures, **values})
+
+
+# Plans
+
+
+@pytest.mark.parametrize("name", ["cpu", "quick", "accelerator"])
+def test_the_plans_are_paired_and_balanced(name):
+    plan = Plan.read(HERE / f"{name}.yaml")
+    runs = list(plan.runs())
+    factors = (plan.seeds, plan.settings, plan.arms, plan.methods, plan.sparsities)
+    assert len(runs) == np.prod([len(factor) for factor in factors])
+    assert len({(run.setting, run.name) for run in runs}) == len(runs)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert all(run.recipe.seed == run.seed for run in runs)
+    base = next(run for run in runs if run.arm == results.BASE)
+    assert base.recipe == base.recipe.baseline()
+    for run in runs:  # what an arm changes is in the constraints and the choice of weights only
+        same = {"data", "network", "adversary", "train", "evaluate", "seed"}
+        place = (results.BASE, run.setting, run.seed)
+        pair = next(other for other in runs if (other.arm, other.setting, other.seed) == place)
+        for part in same:
+            assert getattr(run.recipe, part) == getattr(pair.recipe, part)
+
+
+def test_the_cpu_study_has_what_it_promises():
+    plan = Plan.read(HERE / "cpu.yaml")
+    assert plan.seeds == (0, 1, 2, 3, 4)
+    assert plan.sparsities == (0.9, 0.95, 0.99)
+    assert set(plan.methods) == {"magnitude", "scores"}
+    assert set(plan.arms) == {"none", "cnc", "tsc", "both", "gates", "authors"}
+    assert choosing.SEED not in plan.seeds
+    by_arm = {run.arm: run.recipe for run in plan.runs() if run.setting == "digits"}
+    assert by_arm["authors"].constraints.form == "authors"
+    assert by_arm["authors"].constraints.layers == "logits"
+    assert by_arm["gates"].gates.sparsity_factor > 0
+    assert by_arm["tsc"].constraints.condition_factor == 0
+    assert by_arm["cnc"].constraints.sparsity_factor == 0
+
+
+def test_arms_that_train_the_same_dense_network_share_it(plan):
+    dense = {run.arm: run.dense for run in plan.runs()}
+    assert dense == {"none": "none", "cnc": "cnc", "later": "cnc"}
+    assert len({run.group for run in plan.runs()}) == 4
+
+
+def test_files_are_put_in_the_place_of_names(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    plan = Plan.read(path, {"digits": "/data/mine.npz"})
+    assert next(plan.runs()).recipe.data.dataset == "/data/mine.npz"
+
+
+# Statistics
+
+
+def test_an_interval_is_students(rng):
+    values = rng.normal(0.5, 0.1, 5)
+    mean, half, count = results.estimate(values)
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert (mean - half, mean + half, count) == pytest.approx((low, high, 5))
+    assert results.estimate([0.5]).half == np.inf
+    assert np.isnan(results.estimate([]).mean)
+
+
+def test_differences_are_taken_seed_by_seed():
+    base = {seed: result(seed, robust=0.1 * seed) for seed in range(4)}
+    arm = {seed: result(seed, "cnc", robust=0.1 * seed + 0.05) for seed in range(1, 6)}
+    found = results.paired(arm, base)
+    assert found.count == 3  # the seeds that both have
+    assert found.mean == pytest.approx(0.05)
+    assert found.half == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_correlation_is_spearmans_and_knows_infinity(rng):
+    x, y = rng.normal(size=12), rng.normal(size=12)
+    found = results.correlation(x, x + y)
+    assert found.rho == pytest.approx(stats.spearmanr(x, x + y).statistic)
+    assert found.low < found.rho < found.high
+    with_infinity = np.where(x == x.max(), np.inf, x)
+    assert results.correlation(with_infinity, x + y).rho == pytest.approx(found.rho)
+    assert np.isnan(results.correlation([1.0] * 6, y[:6]).rho)
+
+
+def test_the_correlation_within_cells_takes_no_mean_over_sparsities():
+    lower = [result(s, robust=0.1 * s, effective=s + 1, sparsity=0.9) for s in range(5)]
+    higher = [result(s, robust=-0.1 * s, effective=s + 1, sparsity=0.99) for s in range(5)]
+    found = results.within_cells([*lower, *higher], "effective")
+    assert {cell.sparsity: c.rho for cell, c in found.items()} == pytest.approx({0.9: 1, 0.99: -1})
+
+
+# Tables
+
+
+def test_the_table_says_what_was_found():
+    found = [result(seed, robust=0.50 + 0.01 * seed) for seed in range(3)]
+    found += [result(seed, "cnc", 0.55 + 0.01 * seed, condition=4.0, dead=0) for seed in range(3)]
+    text = report.tables(found, ["none", "cnc", "tsc"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    (none,) = [row for row in rows if row and row[0] == "none"]
+    (cnc,) = [row for row in rows if row and row[0] == "cnc"]
+    assert "### digits, magnitude, 99 % zeros" in text
+    half = 100 * stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
+    assert none[1:6] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "∞"]
+    assert cnc[4:8] == ["+5.0 ± 0.0", "4", "2", "0.0"]
+    assert not any(row and row[0] == "tsc" for row in rows)
+
+
+def test_tables_are_put_between_their_marks(tmp_path):
+    path = tmp_path / "study.md"
+    path.write_text("before\n<!-- begin: tiny -->\nold\n<!-- end: tiny -->\nafter\n")
+    report.insert(path, "tiny", "new")
+    report.insert(path, "tiny", "newer")
+    assert path.read_text() == (
+        "before\n<!-- begin: tiny -->\n\nnewer\n\n<!-- end: tiny -->\nafter\n"
+    )
+    with pytest.raises(ValueError, match="has no marks <!-- begin: other -->"):
+        report.insert(path, "other", "new")
+
+
+@pytest.mark.parametrize("name", ["cpu", "quick", "accelerator"])
+def test_the_document_shows_the_results_that_are_there(name):
+    found = results.read(RESULTS / name)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if found:
+        assert report.tables(found, list(Plan.read(HERE / f"{name}.yaml").arms)) in text
+    else:
+        assert f"<!-- begin: {name} -->\n<!-- end: {name} -->" in text
+
+
+def test_the_factors_are_those_that_the_validation_set_chose():
+    plan = Plan.read(HERE / "cpu.yaml")
+    chosen = choosing.best(plan, RESULTS / "cpu" / "choices")
+    for setting, arms in chosen.items():
+        for arm, value in arms.items():
+            assert plan.settled[setting][arm] == {plan.choices[arm]["name"]: value}
+
+
+# From end to end
+
+
+def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, capsys):
+    values = {**yaml.safe_load(TINY), "seeds": [0]}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    folders = ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "scratch")]
+    options = ["--plan", str(path), *folders, "--workers", "2"]
+    assert main(["run", *options]) == 0, list((tmp_path / "scratch").rglob("*.log"))
+    files = sorted((tmp_path / "results" / "tiny" / "digits").glob("*.json"))
+    assert [file.stem for file in files] == [
+        f"{arm}-magnitude-80-seed0" for arm in ("cnc", "later", "none")
+    ]
+    contents = {file.stem.partition("-")[0]: json.loads(file.read_text()) for file in files}
+    none = contents["none"]
+    assert none["examples"] == 32
+    assert none["recipe"]["data"]["dataset"] == "digits"
+    assert [row["name"] for row in none["kernels"] if not row["pruned"]] == ["stem", "logits"]
+    assert 0 <= none["robust"] <= none["clean"] <= 1
+    # The two share a dense network, and part in the third stage.
+    assert contents["cnc"]["validation"]["train"] == contents["later"]["validation"]["train"]
+    assert contents["cnc"]["kernels"] != contents["later"]["kernels"]
+    assert not list((tmp_path / "scratch" / "tiny").glob("digits/*"))  # tidied up
+    (tmp_path / "results" / "tiny" / "digits" / "none-magnitude-80-seed0.json").unlink()
+    assert [run.name for run in work.missing(Plan.read(path), tmp_path / "results" / "tiny")] == [
+        "none-magnitude-80-seed0"
+    ]
+    assert main(["run", *options, "--minutes", "0"]) == 75
+    assert "More is to do" in capsys.readouterr().out
