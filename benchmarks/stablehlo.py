@@ -1,6 +1,6 @@
 """The whole step as one XLA program, checked, and written out to be timed where there is JAX only.
 
-`run_stablehlo.py` in this folder runs what is written here.
+`accelerator/runner/run_stablehlo.py` runs what is written here.
 """
 
 from __future__ import annotations
@@ -8,17 +8,13 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import re
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from benchmarks import measure, parts, record
+from benchmarks import accelerator, measure, parts, record
 from tscnc_tf import _files
-
-_ALIAS = re.compile(
-    r"parameter_number = (?P<input>\d+) : i64\}, output_index = array<i64(?:: (?P<output>\d+))?>"
-)
 
 
 def run(options: record.Options) -> None:
@@ -33,15 +29,15 @@ def run(options: record.Options) -> None:
     trainer = parts.trainer(model, options.steps)
     step = parts.step(trainer, jit_compile=True)
     data = parts.batch(model, size)
-    programs = {"step": export(step, data, folder / "step")}
     floor = parts.Floor(network, size, options.steps, jit_compile=True)
-    for name, piece in floor.pieces.items():
-        programs[name] = export(piece, floor.arguments[name], folder / name, floor.calls[name])
+    arguments = {"step": data, **floor.arguments}
+    calls = {"step": 1, **floor.calls}
+    _export({"step": step, **floor.pieces}, arguments, calls, trainer, folder)
 
     # What the other side's steps are held against: the state after the very first steps.
     before = model.get_weights()
     step(*data)  # compiles
-    first = _state(step, data)
+    first = _state(trainer)
     plain = parts.step(parts.trainer(parts.pruned_model(network), options.steps))
     plain(*data)
     functions = {"step": step, "plain": plain}
@@ -54,13 +50,10 @@ def run(options: record.Options) -> None:
     after = model.get_weights()
     finite = all(np.all(np.isfinite(weight)) for weight in after)
     moved = any(np.any(a != b) for a, b in zip(before, after, strict=True))
-    # Not the metrics: they count, and one prediction that tips over is a whole 1.
-    counters = {v.name for metric in trainer.metrics for v in metric.variables}
     expected = {
         f"{when}:{name}": value
-        for when, state in (("first", first), ("last", _state(step, data)))
+        for when, state in (("first", first), ("last", _state(trainer)))
         for name, value in state.items()
-        if name.partition("#")[0] not in counters
     }
     np.savez(folder / "expected.npz", steps=rounds + 1, **expected)
 
@@ -77,7 +70,7 @@ def run(options: record.Options) -> None:
             "steps_taken": rounds + 1,
             "times": times,
             "jit_over_plain": over_plain,
-            "programs": programs,
+            "programs": _measures(folder, calls),
             "folder": str(folder),
         },
     )
@@ -90,7 +83,7 @@ def run(options: record.Options) -> None:
             f"{program['assigned']}",
             f"{program['calls']}",
         )
-        for name, program in programs.items()
+        for name, program in _measures(folder, calls).items()
     ]
     columns = ("program", "lines", "inputs", "variables", "assigned", "calls in a step")
     notes = [
@@ -104,49 +97,51 @@ def run(options: record.Options) -> None:
     record.show(title, columns, rows, notes, path)
 
 
-def export(function: Any, arguments: Any, path: pathlib.Path, calls: int = 1) -> dict[str, Any]:
-    """Write `<path>.mlir`, the program, and `<path>.npz`, its inputs; return its measures.
-
-    In the `.npz` stand the arguments ("arg0", ...), the variables (by name and a number, as names
-    may repeat), and "plan", JSON text: "order" names the program's inputs one by one, "aliases"
-    says which of them is assigned, and by which output; "calls" how often a step needs the program.
-
-    Args:
-        function: a `tf.function` with `jit_compile=True`; its arguments are tensors of known
-            shape, all its state is in variables.
-        arguments: the example arguments.
-        path: where to write, without the ending.
-        calls: how often a training step needs the program.
-
-    Raises:
-        ValueError: the program has other inputs than the arguments and variables.
-    """
-    inputs: dict[str, Any] = {
-        f"arg{index}": np.asarray(value) for index, value in enumerate(arguments)
+def _export(
+    functions: dict[str, Any],
+    arguments: dict[str, Any],
+    calls: dict[str, int],
+    trainer: Any,
+    folder: pathlib.Path,
+) -> None:
+    """Write the programs, and beside them `arguments.npz` and `calls.json`: what they are fed."""
+    named = {
+        name: {str(index): tf.convert_to_tensor(value) for index, value in enumerate(values)}
+        for name, values in arguments.items()
     }
-    inputs |= _state(function, arguments)
-    order = list(inputs)
-    text = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
-    signature = re.search(r"func\.func (?:public )?@main\((.*?)\) -> ", text, re.S)
-    count = len(re.findall(r"%arg\d+:", signature[1])) if signature else 0
-    if count != len(order):
-        raise ValueError(f"{path.name} takes {count} inputs, but {len(order)} are known: {order}")
-    aliases = {order[int(m["input"])]: int(m["output"] or 0) for m in _ALIAS.finditer(text)}
-    _files.write_text(path.with_suffix(".mlir"), text)
-    plan = {"order": order, "aliases": aliases, "calls": calls}
-    np.savez(path.with_suffix(".npz"), **inputs, plan=json.dumps(plan))
+    programs = {
+        name: accelerator.Program(
+            function, {key: tf.TensorSpec.from_tensor(value) for key, value in named[name].items()}
+        )
+        for name, function in functions.items()
+    }
+    accelerator.export(programs, folder, lambda: accelerator.trainer_variables(trainer))
+    fed = {
+        f"{name}/{key}": v.numpy() for name, values in named.items() for key, v in values.items()
+    }
+    np.savez(folder / "arguments.npz", **fed)
+    _files.write_text(folder / "calls.json", json.dumps(calls) + "\n")
+
+
+def _measures(folder: pathlib.Path, calls: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Return what there is to say of the size of each program."""
+    plans = json.loads((folder / "programs.json").read_text())["programs"]
     return {
-        "lines": text.count("\n"),
-        "inputs": count,
-        "variables": count - len(arguments),
-        "assigned": len(aliases),
-        "calls": calls,
+        name: {
+            "lines": (folder / f"{name}.mlir").read_text().count("\n"),
+            "inputs": len(plan["arguments"]) + len(plan["state"]),
+            "variables": len(plan["state"]),
+            "assigned": len(plan["assigned"]),
+            "calls": calls[name],
+        }
+        for name, plan in plans.items()
     }
 
 
-def _state(function: Any, arguments: Any) -> dict[str, Any]:
-    """Return the values of a function's variables, in the order in which it captures them."""
-    graph = function.get_concrete_function(*arguments)
-    variables = {id(variable.handle): variable for variable in graph.variables}
-    captured = [variables[id(tensor)] for tensor in graph.captured_inputs]
-    return {f"{v.name}#{index}": v.numpy() for index, v in enumerate(captured)}
+def _state(trainer: Any) -> dict[str, np.ndarray]:
+    """Return the variables of a trainer by name.
+
+    Not the metrics: they count, and one prediction that tips over is a whole 1.
+    """
+    named = accelerator.trainer_variables(trainer)
+    return {name: v.numpy() for name, v in named.items() if not name.startswith("metrics/")}

@@ -3,60 +3,50 @@
     python run_stablehlo.py FOLDER --check       # the same weights as TensorFlow's?
     python run_stablehlo.py FOLDER --rounds 30   # the step beside its floor, timed
 
-Needs this file and the folder, NumPy and JAX; neither TensorFlow nor tscnc_tf.
+Needs this folder, Python, NumPy and JAX; neither TensorFlow nor tscnc_tf.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
-
-# Step counters are 64 bits wide. JAX reads this when it is imported, which is further below:
-# the command line's help should work without it.
-os.environ.setdefault("JAX_ENABLE_X64", "1")
+from programs import Bundle
 
 PIECES = ("gradient", "forward", "train", "update")
 
 
-class Program:
-    """A compiled program and its state on a device; what it assigns is fed back to it.
+class Programs:
+    """The programs, their state on a device, and the arguments that they are fed again and again.
 
     Args:
-        path: of the files, without their ending.
+        folder: what the benchmark has written.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
-        import jax
-        from jax._src.lib import xla_client  # JAX has no public way to run a program as it is
-        from jaxlib import _jax
+    def __init__(self, folder: pathlib.Path) -> None:
+        bundle = Bundle(folder)
+        self._programs = {name: bundle.program(name) for name in ("step", *PIECES)}
+        self.calls = json.loads((folder / "calls.json").read_text())
+        # A copy, for a step writes to the memory of what it is given.
+        self.state = {n: jax.numpy.array(v, copy=True) for n, v in bundle.initial().items()}
+        with np.load(folder / "arguments.npz") as held:
+            self._arguments = {
+                name: [jax.device_put(held[f"{name}/{key}"]) for key in program.arguments]
+                for name, program in self._programs.items()
+            }
 
-        self.device = jax.devices()[0]
-        with np.load(path.with_suffix(".npz")) as held:
-            plan = json.loads(str(held["plan"]))
-            self._order, self._aliases, self.calls = plan["order"], plan["aliases"], plan["calls"]
-            self.values = {name: jax.device_put(held[name], self.device) for name in self._order}
-        self._program = self.device.client.compile_and_load(
-            path.with_suffix(".mlir").read_bytes(),
-            _jax.DeviceList((self.device,)),
-            xla_client.CompileOptions(),
-        )
-
-    def run(self, calls: int) -> None:
-        """Run so many times in a row, and wait for the end."""
-        import jax
-
-        outputs: Any = ()
+    def run(self, name: str, calls: int) -> None:
+        """Run a program so many times in a row, and wait for the end."""
+        program, arguments = self._programs[name], self._arguments[name]
         for _ in range(calls):
-            outputs = self._program.execute([self.values[name] for name in self._order])
-            self.values |= {name: outputs[index] for name, index in self._aliases.items()}
-        jax.block_until_ready(outputs)
+            outputs = program(self.state, *arguments)
+        jax.block_until_ready((outputs, self.state))
 
 
 def check(folder: pathlib.Path) -> bool:
@@ -67,14 +57,14 @@ def check(folder: pathlib.Path) -> bool:
     rounding, and the attack steps by the sign. So after the last step the distance between the two
     must be below 1 % of the way that the kernels have gone.
     """
-    program = Program(folder / "step")
-    with np.load(folder / "step.npz") as begin, np.load(folder / "expected.npz") as expected:
+    programs = Programs(folder)
+    with np.load(folder / "state.npz") as begin, np.load(folder / "expected.npz") as expected:
         steps = int(expected["steps"])
-        program.run(1)
-        first = _differences(program, expected, "first")
-        program.run(steps - 1)
-        last = _differences(program, expected, "last")
-        kernels = [name for name in last if "/kernel" in name]
+        programs.run("step", 1)
+        first = _differences(programs, expected, "first")
+        programs.run("step", steps - 1)
+        last = _differences(programs, expected, "last")
+        kernels = [name for name in last if name.startswith("model/") and "/kernel" in name]
         way = [expected[f"last:{name}"] - begin[name] for name in kernels]
         share = _norm([last[name] for name in kernels]) / _norm(way)
         alike = all(
@@ -82,20 +72,24 @@ def check(folder: pathlib.Path) -> bool:
             for name, difference in first.items()
         )
     worst, where = max((float(np.max(value)), name) for name, value in first.items())
-    print(f"{program.device.device_kind}, {len(first)} variables:")
+    print(f"{_device()}, {len(first)} variables:")
     print(f"after 1 step the largest difference is {worst:.1e}, in {where}; within 1e-4: {alike}")
     print(f"after {steps} steps the kernels differ by {share:.1e} of the way they have gone")
     return alike and share < 0.01
 
 
-def _differences(program: Program, expected: Any, when: str) -> dict[str, np.ndarray]:
+def _differences(programs: Programs, expected: Any, when: str) -> dict[str, np.ndarray]:
     """Return |JAX - TensorFlow| by the name of the variable."""
     keys = [key for key in expected.files if key.startswith(f"{when}:")]
     names = {key: key.partition(":")[2] for key in keys}
     return {
-        name: np.abs(np.asarray(program.values[name], np.float64) - expected[key])
+        name: np.abs(np.asarray(programs.state[name], np.float64) - expected[key])
         for key, name in names.items()
     }
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
 
 
 def _norm(arrays: list[np.ndarray]) -> float:
@@ -104,21 +98,19 @@ def _norm(arrays: list[np.ndarray]) -> float:
 
 def measure(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
     """Time the step and the pieces of its floor in rounds, A B C A B C ..., and print them."""
-    import jax
-
-    programs = {name: Program(folder / name) for name in ("step", *PIECES)}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    programs = Programs(folder)
+    seconds: dict[str, list[float]] = {name: [] for name in ("step", *PIECES)}
     for index in range(rounds + 2):  # two rounds to warm up
-        for name, program in programs.items():
+        for name in seconds:
             start = time.perf_counter()
-            program.run(program.calls)
+            programs.run(name, programs.calls[name])
             if index > 1:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     ratios = np.array(seconds["step"]) / np.sum([seconds[name] for name in PIECES], axis=0)
-    for name, program in programs.items():
+    for name, calls in programs.calls.items():
         low, high = 1e3 * np.percentile(seconds[name], (25, 75))
-        what = f"{program.calls} x {name}" if program.calls > 1 else name
+        what = f"{calls} x {name}" if calls > 1 else name
         print(f"{what:15}{1e3 * medians[name]:10.3f} ms   quartiles {low:.3f} to {high:.3f}")
     ratio = medians["step"] / sum(medians[name] for name in PIECES)
     fastest = min(seconds["step"]) / sum(min(seconds[name]) for name in PIECES)
@@ -128,10 +120,10 @@ def measure(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
         f"{'met' if ratio <= 1.1 else 'missed'}); of the fastest rounds {fastest:.3f}, of single "
         f"rounds {quartiles[1]:.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}); "
         f"{rounds} rounds, "
-        f"{programs['step'].device.device_kind}, JAX {jax.__version__}"
+        f"{_device()}, JAX {jax.__version__}"
     )
     return {
-        "device": programs["step"].device.device_kind,
+        "device": _device(),
         "jax": jax.__version__,
         "rounds": rounds,
         "seconds": seconds,

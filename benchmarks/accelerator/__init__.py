@@ -1,0 +1,20 @@
+"""Training where there is JAX only, by the programs that TensorFlow compiles.
+
+`export_stage` writes the stages of an arm (train, prune, fine-tune, ...) from compiled trainers.
+The folder `runner`, which needs Python, NumPy and JAX alone, runs them. `restore` brings the weights
+back.
+"""
+
+from benchmarks.accelerator.names import restore, trainer_variables
+from benchmarks.accelerator.programs import Program, export
+from benchmarks.accelerator.stages import Augmentation, export_stage, masks_from_zeros
+
+__all__ = [
+    "Augmentation",
+    "Program",
+    "export",
+    "export_stage",
+    "masks_from_zeros",
+    "restore",
+    "trainer_variables",
+]

@@ -1,0 +1,177 @@
+"""Functions of TensorFlow as programs in StableHLO over one state, in a folder.
+
+In the folder are, for every program, `NAME.mlir`, the very program that XLA compiles for
+TensorFlow; `state.npz`, the variables of them all as they are now, by name; and `programs.json`:
+
+* "programs", by name: "sha256" of the file; "arguments" and "outputs", lists of name, shape and
+  dtype; "state", the names of the variables that follow the arguments as inputs, in their order;
+  "assigned", those of them that follow the outputs as results, in their order.
+* "variables", by name: shape and dtype.
+
+`runner/programs.py` runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.accelerator import names
+from tscnc_tf import _files
+
+_ALIAS = re.compile(
+    r"parameter_number = (?P<input>\d+) : i64\}, output_index = array<i64(?:: (?P<output>\d+))?>"
+)
+_MAIN = re.compile(r"func\.func (?:public )?@main\((?P<inputs>.*?)\) -> (?P<results>[^{]*)\{", re.S)
+# What stands in `loc(...)`: names, which may hold anything, and other locations in brackets.
+_LOCATION = re.compile(
+    r""" loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)|^#loc.*\n""", re.MULTILINE
+)
+# A copy is a thing of XLA's; in StableHLO a value needs none.
+_COPY = re.compile(r"mhlo\.copy (%\S+) : (tensor<.*?>)(?=\s)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function to export.
+
+    Attributes:
+        function: takes tensors and returns None, a tensor, or a flat dict or sequence of them; all
+            else that it reads or changes is in variables. It is compiled here, by XLA and without
+            AutoGraph, unless it is a `tf.function` with `jit_compile=True` already.
+        arguments: what it takes, by name.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, tf.TensorSpec] = dataclasses.field(default_factory=dict)
+
+
+def export(
+    programs: Mapping[str, Program],
+    folder: pathlib.Path,
+    named: Callable[[], Mapping[str, tf.Variable]] = dict,
+) -> dict[str, Any]:
+    """Write programs and the state that they share into a folder; return what `programs.json` says.
+
+    Args:
+        programs: by name.
+        folder: where to write; it exists.
+        named: returns variables by name, as `trainer_variables` does. It is called when all
+            functions have been traced, since Keras makes some variables only then. What it lacks
+            gets names in the order of appearance.
+
+    Raises:
+        ValueError: a program draws random numbers that don't follow from its state and arguments,
+            or its inputs and outputs are not the arguments, variables and results of its function.
+    """
+    traced = {name: _Traced.of(name, program) for name, program in programs.items()}
+    known = names.with_others(named(), [v for t in traced.values() for v in t.state])
+    by_handle = {id(variable.handle): name for name, variable in known.items()}
+    plans = {}
+    for name, program in traced.items():
+        _files.write_text(folder / f"{name}.mlir", program.text)
+        state = [by_handle[id(variable.handle)] for variable in program.state]
+        plans[name] = {
+            "sha256": hashlib.sha256(program.text.encode()).hexdigest(),
+            "arguments": _described(programs[name].arguments),
+            "outputs": _described(program.outputs),
+            "state": state,
+            "assigned": [state[index] for index in program.assigned],
+        }
+    used = {name for plan in plans.values() for name in plan["state"]}
+    values = {name: variable.numpy() for name, variable in known.items() if name in used}
+    # Compressed, for the sake of fresh optimizers: their slots are zeros.
+    np.savez_compressed(folder / "state.npz", **values)
+    plan = {
+        "programs": plans,
+        "variables": {
+            name: {"shape": list(value.shape), "dtype": value.dtype.name}
+            for name, value in values.items()
+        },
+    }
+    _files.write_text(folder / "programs.json", json.dumps(plan, indent=1) + "\n")
+    return plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A compiled function: its text, its variables, which of them it assigns, and its results."""
+
+    text: str
+    state: Sequence[tf.Variable]
+    assigned: Sequence[int]
+    outputs: Mapping[str, tf.TensorSpec]
+
+    @classmethod
+    def of(cls, name: str, program: Program) -> _Traced:
+        function = program.function
+        if not hasattr(function, "experimental_get_compiler_ir"):
+            function = tf.function(function, jit_compile=True, autograph=False)
+        arguments = [tf.zeros(spec.shape, spec.dtype) for spec in program.arguments.values()]
+        graph = function.get_concrete_function(*arguments)
+        variables = {id(variable.handle): variable for variable in graph.variables}
+        strangers = [t for t in graph.captured_inputs if id(t) not in variables]
+        if strangers:
+            raise ValueError(
+                f"program {name!r} captures tensors that are neither arguments nor variables: "
+                f"{strangers}. Make them constants inside the function, or variables."
+            )
+        state = [variables[id(tensor)] for tensor in graph.captured_inputs]
+        outputs = _outputs(graph.structured_outputs)
+        text = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
+        aliases = {int(m["output"] or 0): int(m["input"]) for m in _ALIAS.finditer(text)}
+        found = _MAIN.search(text)
+        counts = {
+            "inputs": (len(arguments) + len(state), found["inputs"].count("tensor<")),
+            "results": (len(outputs) + len(aliases), found["results"].count("tensor<")),
+        }
+        for what, (known, count) in counts.items():
+            if known != count:
+                raise ValueError(f"program {name!r} has {count} {what}, but {known} are known.")
+        if sorted(aliases) != list(range(len(outputs), len(outputs) + len(aliases))):
+            raise ValueError(f"program {name!r} assigns variables in unknown places: {aliases}.")
+        assigned = [aliases[index] - len(arguments) for index in sorted(aliases)]
+        return cls(_portable(name, text), state, assigned, outputs)
+
+
+def _outputs(structure: Any) -> dict[str, tf.TensorSpec]:
+    """Return what a function returns, in the order of the program's results."""
+    if structure is None:
+        return {}
+    if isinstance(structure, Mapping):
+        return {key: tf.TensorSpec.from_tensor(structure[key]) for key in sorted(structure)}
+    return {
+        str(index): tf.TensorSpec.from_tensor(value)
+        for index, value in enumerate(tf.nest.flatten(structure))
+        if value is not None
+    }
+
+
+def _portable(name: str, text: str) -> str:
+    """Return a program in StableHLO alone, and without the places in the code it came from."""
+    if re.search(r"= stablehlo\.rng ", text):
+        raise ValueError(
+            f"program {name!r} draws random numbers that don't follow from its state: a run could "
+            "not be repeated. Layers such as tf_keras' Dropout do that; Keras 3 has the state of "
+            "its generators in variables, and there is `tf.random.stateless_uniform`."
+        )
+    text = _COPY.sub(r"stablehlo.reshape \1 : (\2) -> \2", _LOCATION.sub("", text))
+    foreign = sorted(set(re.findall(r'= "?(mhlo\.\w+)', text)))
+    if foreign:
+        raise ValueError(f"program {name!r} has operations that are not StableHLO's: {foreign}.")
+    return text
+
+
+def _described(specs: Mapping[str, tf.TensorSpec]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": spec.shape.as_list(), "dtype": spec.dtype.name}
+        for name, spec in specs.items()
+    ]

@@ -1,0 +1,73 @@
+"""Prepare the images that `run.py` trains on.
+
+    python prepare.py cifar10.npz DATA --validation 5000
+
+The `.npz` has the layout of Keras' data sets: x_train, y_train, x_test, y_test, images as uint8. A
+part of the training set, drawn by the seed, becomes the validation set, the same for whoever uses
+the folder. Needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+
+def prepare(
+    source: pathlib.Path, folder: pathlib.Path, validation: int, seed: int, train: int | None = None
+) -> None:
+    """Write x and y of "train", "validation" and "test" as `.npy` files, and `data.json`.
+
+    Raises:
+        ValueError: there are not as many training images as are asked for.
+    """
+    with np.load(source) as held:
+        x, y, x_test, y_test = (held[k] for k in ("x_train", "y_train", "x_test", "y_test"))
+    order = np.random.default_rng(seed).permutation(len(x))
+    train = len(x) - validation if train is None else train
+    if min(validation, train) < 1 or validation + train > len(x):
+        raise ValueError(
+            f"{source} has {len(x)} training images, too few for {train} to train on and "
+            f"{validation} to validate with; both must be 1 at least."
+        )
+    parts = {"validation": order[:validation], "train": order[validation : validation + train]}
+    arrays = {name: (x[chosen], y[chosen]) for name, chosen in parts.items()}
+    arrays["test"] = (x_test, y_test)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (images, labels) in arrays.items():
+        np.save(folder / f"x_{name}.npy", images)
+        np.save(folder / f"y_{name}.npy", labels.reshape(-1).astype(np.int32))
+    about = {
+        "source": source.name,
+        "seed": seed,
+        "examples": {name: len(images) for name, (images, _) in arrays.items()},
+        "sha256": {
+            name: hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+            for name, (images, labels) in arrays.items()
+        },
+    }
+    (folder / "data.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def main() -> None:
+    """Parse the command line, and prepare the data."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=pathlib.Path, help="an .npz file")
+    parser.add_argument("folder", type=pathlib.Path, help="where to write")
+    parser.add_argument("--validation", type=int, default=5000, help="how many images to hold out")
+    parser.add_argument("--train", type=int, help="how many to train on; all others if not given")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation set")
+    arguments = parser.parse_args()
+    prepare(
+        arguments.source, arguments.folder, arguments.validation, arguments.seed, arguments.train
+    )
+
+
+if __name__ == "__main__":
+    main()

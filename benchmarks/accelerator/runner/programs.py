@@ -1,0 +1,113 @@
+"""Programs that `benchmarks.accelerator` exported, compiled and run by JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.extend.mlir.dialects import stablehlo
+
+jax.config.update("jax_enable_x64", True)  # counters of steps are 64 bits wide
+
+
+State = dict[str, Any]
+
+
+class Bundle:
+    """The programs of a folder, and the state that they begin with.
+
+    Args:
+        folder: what `export` or `export_stage` has written.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._plan = json.loads((folder / "programs.json").read_text())
+        self.variables: dict[str, dict[str, Any]] = self._plan["variables"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._plan["programs"]
+
+    def initial(self) -> dict[str, np.ndarray]:
+        """Return the state as it was exported."""
+        with np.load(self._folder / "state.npz") as held:
+            return {n: typed(held[n], v["dtype"]) for n, v in self.variables.items()}
+
+    def program(self, name: str) -> Program:
+        """Return a program, to be compiled when it is first called.
+
+        Raises:
+            ValueError: its file is not the one that was exported.
+        """
+        text = (self._folder / f"{name}.mlir").read_text()
+        plan = self._plan["programs"][name]
+        if hashlib.sha256(text.encode()).hexdigest() != plan["sha256"]:
+            raise ValueError(f"{self._folder / name}.mlir is not the file that was exported.")
+        return Program(text, plan, self.variables)
+
+
+class Program:
+    """A program: call it with the state, in which it changes what it assigns, and its arguments.
+
+    It returns its results by name. The arrays of the state that it assigns are given to it, memory
+    and all, and can't be used afterwards.
+
+    Args:
+        text: in StableHLO.
+        plan: of the program, in `programs.json`.
+        variables: their shapes and dtypes, likewise.
+    """
+
+    def __init__(self, text: str, plan: dict[str, Any], variables: Mapping[str, Any]) -> None:
+        self.arguments = {each["name"]: each for each in plan["arguments"]}
+        self._outputs = [each["name"] for each in plan["outputs"]]
+        self.assigned = plan["assigned"]
+        self._read = [name for name in plan["state"] if name not in set(self.assigned)]
+        inputs = [*plan["arguments"], *(variables[name] for name in plan["state"])]
+        results = [*plan["outputs"], *(variables[name] for name in self.assigned)]
+        call = _callable(text, inputs, results)
+        order = plan["state"]
+
+        def take(assigned: list[Any], read: list[Any], arguments: tuple[Any, ...]) -> Any:
+            state = dict(zip(self.assigned, assigned, strict=True))
+            state |= zip(self._read, read, strict=True)
+            returned = call(*arguments, *(state[name] for name in order))
+            return returned[: len(self._outputs)], returned[len(self._outputs) :]
+
+        self._call = jax.jit(take, donate_argnums=0)
+
+    def __call__(self, state: State, *arguments: Any) -> dict[str, Any]:
+        """Run once; JAX may still be at work when it returns."""
+        assigned = [state[name] for name in self.assigned]
+        read = [state[name] for name in self._read]
+        outputs, assigned = self._call(assigned, read, arguments)
+        state.update(zip(self.assigned, assigned, strict=True))
+        return dict(zip(self._outputs, outputs, strict=True))
+
+
+def typed(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return an array of an `.npz` file in its true dtype: those files don't know bfloat16."""
+    return array.view(np.dtype(dtype)) if array.dtype.kind == "V" else array
+
+
+def _callable(text: str, inputs: Sequence[Any], results: Sequence[Any]) -> Any:
+    """Return a JAX function that runs a program.
+
+    JAX calls programs that JAX has exported. So one of the same form is exported here, and the
+    program put in its place.
+    """
+    specs = [jax.ShapeDtypeStruct(each["shape"], np.dtype(each["dtype"])) for each in inputs]
+
+    def form(*_: Any) -> list[jax.Array]:
+        return [jax.numpy.zeros(each["shape"], np.dtype(each["dtype"])) for each in results]
+
+    exported = export.export(jax.jit(form, keep_unused=True))(*specs)
+    artifact = stablehlo.serialize_portable_artifact_str(text, stablehlo.get_current_version())
+    return dataclasses.replace(exported, mlir_module_serialized=artifact).call

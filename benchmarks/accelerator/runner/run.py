@@ -1,0 +1,73 @@
+"""Run an arm of training that `benchmarks.accelerator` exported, where there is JAX only.
+
+    python prepare.py cifar10.npz DATA
+    python run.py ARM --data DATA --minutes 9    # again and again, while it returns 75
+
+Needs this folder, Python, NumPy and JAX (0.4.31 or newer); neither TensorFlow nor tscnc_tf. Writes
+`checkpoint.npz` and `metrics.jsonl` (one line per epoch) to ARM/run, or where --output says, for
+each stage `STAGE-best.npz` and `STAGE-last.npz`, and in the end `result.json`. Returns 0 when the
+arm is finished, 75 when the time is over and there is more to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import time
+
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, and work for a while."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arm", type=pathlib.Path, help="a folder of export_stage")
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="a folder of prepare.py")
+    parser.add_argument("--output", type=pathlib.Path, help="for checkpoints and results")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop")
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=60.0, help="between two checkpoints"
+    )
+    parser.add_argument("--cache", type=pathlib.Path, help="where JAX keeps compiled programs")
+    parsed = parser.parse_args(arguments)
+
+    begin = time.monotonic()
+    import jax  # here, so that --help works without it
+
+    if parsed.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(parsed.cache))
+    from arms import Arm
+
+    arm = Arm(parsed.arm, parsed.data, parsed.output or parsed.arm / "run")
+    work(arm, begin + 60 * parsed.minutes, parsed.checkpoint_seconds)
+    if not arm.done:
+        return UNFINISHED
+    test = arm.result()["test"]
+    print(
+        f"Finished: of {test['examples']} test images {test['clean']} are right, "
+        f"{test['attacked']} under {test['attack']['name']}."
+    )
+    return 0
+
+
+def work(arm, end: float, checkpoint_seconds: float, say_seconds: float = 10.0) -> None:
+    """Work until the arm is done or the time is over; one piece at the least."""
+    saved = said = time.monotonic()
+    while not arm.done:
+        arm.advance()
+        now = time.monotonic()
+        if arm.done or now >= end or now - saved >= checkpoint_seconds:
+            arm.save()
+            saved = time.monotonic()
+        if now >= end or now - said >= say_seconds:
+            print(arm.describe(), flush=True)
+            said = now
+        if now >= end:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

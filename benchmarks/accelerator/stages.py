@@ -1,0 +1,238 @@
+"""A stage of training: from a compiled trainer to a folder that the runner works through."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from benchmarks.accelerator import names, programs
+from tscnc_tf import _checks, _files, _keras, attacks
+from tscnc_tf._keras import masked, masks
+from tscnc_tf._keras.flavours import tensor_variable
+
+SELECTIONS = ("best", "last")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to the images of a training batch, at random.
+
+    Attributes:
+        pad: how many pixels of zeros are put around an image before one of its size is cut out.
+        flip: whether every second one is mirrored, left to right.
+    """
+
+    pad: int = 4
+    flip: bool = True
+
+
+def export_stage(
+    trainer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    name: str,
+    epochs: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    attack: attacks.Attack,
+    test_attack: attacks.Attack | None = None,
+    evaluation_batch_size: int | None = None,
+    evaluation_seed: int = 0,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    begin: Callable[[], Any] | None = None,
+    finish: Callable[[], Any] | None = None,
+    inherits: Sequence[str] = ("model",),
+    select: str = "best",
+    select_from: int = 1,
+) -> pathlib.Path:
+    """Add a stage to an arm, a sequence of stages that hand on their networks.
+
+    What a stage does is in programs over one state, all the variables of the trainer:
+
+    * "begin", once: what follows from the network that the stage before hands on;
+    * "step": one optimizer step, `trainer.train_step`. The schedules of the learning rate and of
+      the pruning are inside, by the optimizer's own count, as are the seeds of the attacks;
+    * "finish", at the end of each epoch on a copy of the state: what `fit` does in the end. So each
+      epoch is judged, and kept, as the network that would result if it were the last one;
+    * "evaluate", and "test" with `test_attack`: how many of a batch are right, clean ("clean"), and
+      clean and under attack ("attacked"), as `evaluate_robustness` counts.
+
+    Args:
+        trainer: a compiled `AdversarialTraining`, its model pruned or not.
+        folder: of the arm; stages are run in the order in which they are exported.
+        name: of the stage, and of its folder in the arm's.
+        epochs: how many there are.
+        steps_per_epoch: how many batches of an epoch are taken, from the first on.
+        batch_size: examples per step.
+        attack: for the validation after each epoch.
+        test_attack: for the test set, if this stage is the last one; `attack` if None.
+        evaluation_batch_size: examples per batch of an evaluation; None for `batch_size`.
+        evaluation_seed: batch i of an evaluation draws from the pair (evaluation_seed, i).
+        augmentation: of the training images; None for none.
+        seed: of the order of the examples and of the augmentation.
+        begin: called without arguments, it assigns the variables that are to follow from the
+            inherited ones, by TensorFlow operations; for example `masks_from_zeros(model)`.
+        finish: what else is to be done in the end, likewise; for example `model.pruner.finalize`.
+        inherits: the roles of the variables that the stage takes over from the one before: "model",
+            "pruner", "optimizer". The others begin as they are now.
+        select: which network is handed on, and tested: that of the "best" epoch by the accuracy
+            under attack on the validation set (of equals the later one), or of the "last".
+        select_from: the first epoch, counted from 1, that may be the best.
+
+    Returns:
+        The stage's folder.
+
+    Raises:
+        ValueError: an argument is out of range, the trainer is not compiled, or it has variables to
+            inherit that the stage before lacks.
+        FileExistsError: the arm has a stage of that name.
+    """
+    if getattr(trainer, "optimizer", None) is None:
+        raise ValueError(f"trainer {trainer.name!r} must be compiled before it is exported.")
+    _checks.one_of("select", select, SELECTIONS)
+    for role in inherits:
+        _checks.one_of("inherits", role, names.ROLES[:3])
+    numbers = {
+        "epochs": epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "batch_size": batch_size,
+        "evaluation_batch_size": evaluation_batch_size or batch_size,
+        "select_from": select_from,
+    }
+    numbers = {key: _checks.integer(key, value, minimum=1) for key, value in numbers.items()}
+    if select_from > epochs:
+        raise ValueError(f"select_from must be at most epochs, {epochs}, got {select_from}.")
+    _build(trainer)
+    plans = {
+        "step": programs.Program(
+            lambda x, y: trainer.train_step((x, y)), _batch(trainer, numbers["batch_size"])
+        ),
+        "finish": programs.Program(lambda: _finish(trainer, finish)),
+        "evaluate": _evaluation(trainer, attack, numbers["evaluation_batch_size"]),
+    }
+    if begin is not None:
+        plans["begin"] = programs.Program(_without_result(begin))
+    if test_attack is not None:
+        plans["test"] = _evaluation(trainer, test_attack, numbers["evaluation_batch_size"])
+    arm = pathlib.Path(folder)
+    stages = _stages(arm)
+    with _files.new_directory("folder", arm / name) as draft:
+        plan = programs.export(plans, draft, lambda: names.trainer_variables(trainer))
+        _require_sources(arm, stages, plan, inherits)
+        settings = {
+            "name": name,
+            **numbers,
+            "attack": attack.describe(),
+            "test_attack": None if test_attack is None else test_attack.describe(),
+            "evaluation_seed": _checks.integer("evaluation_seed", evaluation_seed, minimum=0),
+            "augmentation": None if augmentation is None else dataclasses.asdict(augmentation),
+            "seed": _checks.integer("seed", seed, minimum=0),
+            "trainer_seed": trainer.seed,
+            "inherits": list(inherits),
+            "select": select,
+            "programs_sha256": _digest(draft / "programs.json"),
+            "state_sha256": _digest(draft / "state.npz"),
+        }
+        _files.write_text(draft / "stage.json", json.dumps(settings, indent=1) + "\n")
+    _files.write_text(arm / "arm.json", json.dumps({"stages": [*stages, name]}, indent=1) + "\n")
+    return arm / name
+
+
+def masks_from_zeros(model: Any) -> Callable[[], None]:
+    """Return a `begin` that lets a pruned model keep the zeros it inherits, and freezes its masks.
+
+    What `freeze_mask` does for a model at hand: for fine-tuning.
+
+    Args:
+        model: a model with a `Pruner`, such as `freeze_mask` gives, or with parts that have one.
+    """
+
+    def begin() -> None:
+        for weight, mask in masks.masked_variables(model):
+            mask.assign(tf.not_equal(tensor_variable(weight), 0))
+        for part in masked.masked_models(model):
+            part.pruner.freeze()
+
+    return begin
+
+
+def _build(trainer: Any) -> None:
+    """Let the optimizer make its variables, which a compiled function can't."""
+    if not getattr(trainer.optimizer, "built", False):
+        trainer.optimizer.build(trainer.model.trainable_variables)
+    for metric in trainer.metrics:
+        metric.reset_state()
+
+
+def _batch(trainer: Any, size: int) -> dict[str, tf.TensorSpec]:
+    shape = (size, *trainer.model.input_shape[1:])
+    return {"x": tf.TensorSpec(shape, tf.float32), "y": tf.TensorSpec((size,), tf.int32)}
+
+
+def _finish(trainer: Any, finish: Callable[[], Any] | None) -> None:
+    """Do what `fit` does in the end, and what else is asked for."""
+    trainer.optimizer.finalize_variable_values(trainer.model.trainable_variables)
+    masks.apply(trainer.model, trainer.optimizer)
+    if finish is not None:
+        finish()
+
+
+def _evaluation(trainer: Any, attack: attacks.Attack, size: int) -> programs.Program:
+    network = _keras.inference(trainer.model)
+
+    def evaluate(x: Any, y: Any, counts: Any, seed: Any) -> dict[str, tf.Tensor]:
+        labels = tf.cast(y, tf.int64)
+        adversarial = attack(trainer.model, x, y, seed=seed)
+        clean = counts & (tf.argmax(network(x), axis=-1) == labels)
+        attacked = clean & (tf.argmax(network(adversarial), axis=-1) == labels)
+        return {
+            "clean": tf.reduce_sum(tf.cast(clean, tf.int32)),
+            "attacked": tf.reduce_sum(tf.cast(attacked, tf.int32)),
+        }
+
+    others = {"counts": tf.TensorSpec((size,), tf.bool), "seed": tf.TensorSpec((2,), tf.int32)}
+    return programs.Program(evaluate, {**_batch(trainer, size), **others})
+
+
+def _without_result(function: Callable[[], Any]) -> Callable[[], None]:
+    def call() -> None:
+        function()
+
+    return call
+
+
+def _stages(arm: pathlib.Path) -> list[str]:
+    path = arm / "arm.json"
+    return json.loads(path.read_text())["stages"] if path.exists() else []
+
+
+def _require_sources(
+    arm: pathlib.Path, stages: list[str], plan: dict[str, Any], inherits: Sequence[str]
+) -> None:
+    """Raise unless the stage before has all that this one inherits, in the same shapes."""
+    if not stages:
+        return
+    held = json.loads((arm / stages[-1] / "programs.json").read_text())["variables"]
+    start = tuple(f"{role}/" for role in inherits)
+    lacking = {
+        name: (variable, held.get(name))
+        for name, variable in plan["variables"].items()
+        if name.startswith(start) and held.get(name) != variable
+    }
+    if lacking:
+        raise ValueError(
+            f"inherits={list(inherits)} asks for what stage {stages[-1]!r} does not have in this "
+            f"form: {lacking}. Build both models alike, with the same names of layers."
+        )
+
+
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
