@@ -1,8 +1,8 @@
 """Training where there is JAX only, by the programs that TensorFlow compiles.
 
 `export_stage` writes the stages of an arm (train, prune, fine-tune, ...) from compiled trainers.
-The folder `runner`, which needs Python, NumPy and JAX alone, runs them. `restore` brings the weights
-back.
+The folder `runner`, which needs Python, NumPy and JAX alone, runs them. `restore` brings back what
+they end with.
 """
 
 from benchmarks.accelerator.names import restore, trainer_variables

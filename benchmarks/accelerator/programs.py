@@ -156,7 +156,11 @@ def _outputs(structure: Any) -> dict[str, tf.TensorSpec]:
 
 
 def _portable(name: str, text: str) -> str:
-    """Return a program in StableHLO alone, and without the places in the code it came from."""
+    """Return a program in StableHLO alone, without the places in the code it came from.
+
+    Nor the name that TensorFlow counts up, so that what is the same stays the same: JAX compiles it
+    but once, if it has a cache.
+    """
     if re.search(r"= stablehlo\.rng ", text):
         raise ValueError(
             f"program {name!r} draws random numbers that don't follow from its state: a run could "
@@ -164,6 +168,7 @@ def _portable(name: str, text: str) -> str:
             "its generators in variables, and there is `tf.random.stateless_uniform`."
         )
     text = _COPY.sub(r"stablehlo.reshape \1 : (\2) -> \2", _LOCATION.sub("", text))
+    text = re.sub(r"^module @\S+", "module @program", text, count=1, flags=re.MULTILINE)
     foreign = sorted(set(re.findall(r'= "?(mhlo\.\w+)', text)))
     if foreign:
         raise ValueError(f"program {name!r} has operations that are not StableHLO's: {foreign}.")
