@@ -48,6 +48,7 @@ setup(
             *ONNX,
             "adversarial-robustness-toolbox",
             "hypothesis",
+            "jax",
             "mypy",
             "pytest",
             "pytest-xdist",

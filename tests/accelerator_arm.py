@@ -25,8 +25,8 @@ BATCH, STEPS, EVALUATION = 8, 2, 6
 COUNTS = {"train": 21, "validation": 10, "test": 15}  # the last batches have room left
 # By the gradient's length: a sign may tip over where rounding differs, and what follows with it.
 TRAINING = tscnc.attacks.PGD(epsilon=0.5, norm="l2", steps=2, start="uniform")
-VALIDATION = tscnc.attacks.PGD(epsilon="8/255", steps=2)
-TEST = tscnc.attacks.PGD(epsilon="16/255", steps=2, restarts=2)
+VALIDATION = tscnc.attacks.PGD(epsilon="8/255", step_size="8/255", steps=1)
+TEST = tscnc.attacks.PGD(epsilon="16/255", step_size="16/255", steps=1, restarts=2)
 STAGES = {
     "dense": {"epochs": 2, "augmentation": accelerator.Augmentation(pad=2), "seed": 5},
     "prune": {"epochs": 2, "select_from": 2},
@@ -154,7 +154,9 @@ class Arm:
         drawn = Epoch.drawn(len(x), seed, pad, flip=augmentation is not None)
         for start in range(0, STEPS * BATCH, BATCH):
             chosen = range(start, start + BATCH)
-            images = [cut_out(x[drawn.order[i]], pad, drawn.shifts[i], drawn.flips[i]) for i in chosen]
+            images = [
+                cut_out(x[drawn.order[i]], pad, drawn.shifts[i], drawn.flips[i]) for i in chosen
+            ]
             labels = y[drawn.order[start : start + BATCH]].astype(np.int32)
             yield np.float32(images) / np.float32(255), labels
 

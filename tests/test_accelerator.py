@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import time
 
 import accelerator_arm
@@ -13,7 +14,7 @@ import pytest
 import tensorflow as tf
 from accelerator_arm import STAGES, TEST, VALIDATION, accelerator
 from batches import Epoch, Images
-from helpers import FLAVOURS, dense_model
+from helpers import FLAVOURS, dense_model, fresh_process
 from prepare import prepare
 
 import tscnc_tf as tscnc
@@ -38,13 +39,11 @@ def arm(folder, data):
 @pytest.fixture(scope="module")
 def finished(arm, data, folder):
     """What the runner wrote in one go."""
-    begin = time.time()
     output = folder / "whole"
     done = accelerator_arm.run(
         arm.folder, "--data", data, "--output", output, "--cache", folder / "cache"
     )
     assert done.returncode == 0, done.stderr
-    print(time.time() - begin)
     return output
 
 
@@ -58,10 +57,17 @@ def lines(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def best_line(output, stage):
+    """What is known of the epoch with the highest count under attack, of equals the last."""
+    of_stage = [line for line in lines(output) if line["stage"] == stage]
+    allowed = of_stage[STAGES[stage].get("select_from", 1) - 1 :]
+    best = max(line["validation"]["attacked"] for line in allowed)
+    return [line for line in allowed if line["validation"]["attacked"] == best][-1]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_jax_and_tensorflow_end_with_the_same_network(arm, finished, stage):
-    chosen = json.loads((finished / "result.json").read_text())["chosen"]
-    epochs = {"last": STAGES[stage]["epochs"], "best": chosen[list(STAGES).index(stage)]["epoch"]}
+    epochs = {"last": STAGES[stage]["epochs"], "best": best_line(finished, stage)["epoch"]}
     for kind, epoch in epochs.items():
         found = read(finished / f"{stage}-{kind}.npz")
         expected = arm.networks[stage][epoch - 1]
@@ -102,16 +108,13 @@ def test_masks_are_those_of_the_schedule_and_stay(finished):
         assert np.all(tuned[kernel][tuned[mask]] != pruned[kernel][tuned[mask]])
 
 
-def test_the_best_epoch_is_that_of_the_validation_set(finished):
+def test_the_epoch_that_is_handed_on_is_told(finished):
     chosen = json.loads((finished / "result.json").read_text())["chosen"]
-    for name, line in zip(STAGES, chosen, strict=True):
-        of_stage = [each for each in lines(finished) if each["stage"] == name]
-        if STAGES[name].get("select") == "last":
-            assert line == of_stage[-1]
-            continue
-        allowed = of_stage[STAGES[name].get("select_from", 1) - 1 :]
-        best = max(each["validation"]["attacked"] for each in allowed)
-        assert line == [each for each in allowed if each["validation"]["attacked"] == best][-1]
+    for stage, line in zip(STAGES, chosen, strict=True):
+        last = [each for each in lines(finished) if each["stage"] == stage][-1]
+        assert line == (
+            last if STAGES[stage].get("select") == "last" else best_line(finished, stage)
+        )
 
 
 def test_a_run_that_is_killed_and_goes_on_ends_bit_for_bit_the_same(arm, data, folder, finished):
@@ -173,7 +176,9 @@ def test_a_stage_finds_all_of_its_network_in_the_one_before(arm):
     models = [{name for name in names[stage] if name.startswith("model/")} for stage in STAGES]
     assert models[0] == models[1] == models[2]
     assert {"optimizer/sgd/iteration", "optimizer/sgd/conv_kernel_average"} <= names["dense"]
-    assert {"pruner/pruning_state/step", "pruner/mask/conv/kernel"} <= names["prune"] - names["dense"]
+    assert {"pruner/pruning_state/step", "pruner/mask/conv/kernel"} <= names["prune"] - names[
+        "dense"
+    ]
 
 
 def test_a_network_comes_back_to_tensorflow(arm, finished):
@@ -184,5 +189,168 @@ def test_a_network_comes_back_to_tensorflow(arm, finished):
     for mine, theirs in zip(made.model.get_weights(), arm.model.get_weights(), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
     other = accelerator_arm.trainer(dense_model(FLAVOURS["keras"]), tscnc.losses.Madry(), "sgd")
-    with pytest.raises(ValueError, match="'model/logits/kernel' has shape|nothing of that name"):
+    with pytest.raises(ValueError, match="does not fit the trainer: 'model/"):
         accelerator.restore(other, finished / "tune-last.npz")
+
+
+RUN_STEPS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from programs import Bundle, jax
+bundle = Bundle(__import__("pathlib").Path(sys.argv[2]))
+state = {name: jax.numpy.array(value) for name, value in bundle.initial().items()}
+batch, step = np.load(sys.argv[3]), bundle.program("step")
+for _ in range(3):
+    logs = step(state, batch["x"], batch["y"])
+assert bundle.program("nothing")(state) == {}
+np.savez(sys.argv[4], **{name: np.asarray(value, np.float64) for name, value in state.items()})
+print(json.dumps({name: float(value) for name, value in logs.items()}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flavour", "policy"), [("tf_keras", None), ("keras", "mixed_bfloat16")], ids=str
+)
+def test_steps_of_tfmot_and_of_half_precision(flavour, policy, tmp_path, rng):
+    """In bfloat16 the two sum up differently, so that only some digits agree."""
+    library = FLAVOURS[flavour]
+    if policy:
+        model, shape = accelerator_arm.network(library, policy), (8, 8, 8, 3)
+    else:
+        model, shape = tscnc.prune(dense_model(library), tscnc.schedules.OneShot(0.5, 1)), (8, 6)
+    made = accelerator_arm.trainer(model, tscnc.losses.TRADES(), library.optimizers.SGD(0.02, 0.9))
+    made.optimizer.build(model.trainable_variables)
+    x, y = rng.uniform(0, 1, shape).astype(np.float32), rng.integers(0, 3, 8).astype(np.int32)
+    step = tf.function(lambda x, y: made.train_step((x, y)), jit_compile=True, autograph=False)
+    specs = {"x": tf.TensorSpec(x.shape, x.dtype), "y": tf.TensorSpec(y.shape, y.dtype)}
+    programs = {
+        "step": accelerator.Program(step, specs),
+        "nothing": accelerator.Program(lambda: None),
+    }
+    accelerator.export(programs, tmp_path, lambda: accelerator.trainer_variables(made))
+    assert ("bf16" in (tmp_path / "step.mlir").read_text()) == bool(policy)
+    for _ in range(3):
+        logs = step(tf.constant(x), tf.constant(y))
+    np.savez(tmp_path / "batch.npz", x=x, y=y)
+    paths = (accelerator_arm.RUNNER, tmp_path, tmp_path / "batch.npz", tmp_path / "after.npz")
+    found = json.loads(fresh_process(RUN_STEPS, *paths))
+    expected = {name: float(value) for name, value in logs.items()}
+    assert found == pytest.approx(expected, rel=3e-2 if policy else 1e-5, abs=1e-6)
+    begun, after = read(tmp_path / "state.npz"), read(tmp_path / "after.npz")
+    network = {
+        name: variable.numpy()
+        for name, variable in accelerator.trainer_variables(made).items()
+        if name.startswith(("model/", "pruner/")) and name in begun
+    }
+    way = [np.sum(np.square(value * 1.0 - begun[name])) for name, value in network.items()]
+    gap = [np.sum(np.square(value * 1.0 - after[name])) for name, value in network.items()]
+    assert np.sqrt(sum(gap) / sum(way)) < (0.1 if policy else 1e-5)
+
+
+def test_randomness_that_is_not_in_the_state_is_refused(tmp_path):
+    def draw():
+        return {"noise": tf.random.uniform((3,))}
+
+    with pytest.raises(ValueError, match="draws random numbers that don't follow from its state"):
+        accelerator.export({"draw": accelerator.Program(draw)}, tmp_path)
+
+
+def test_captured_tensors_are_refused(tmp_path):
+    stranger = tf.constant([1.0])
+    with pytest.raises(ValueError, match="captures tensors that are neither"):
+        accelerator.export({"add": accelerator.Program(lambda: stranger + 1.0)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select": "first"}, "select must be one of"),
+        ({"inherits": ("metrics",)}, "inherits must be one of"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"select_from": 3}, "select_from must be at most epochs, 2, got 3"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message, tmp_path):
+    made = accelerator_arm.trainer(dense_model(), tscnc.losses.Madry(), "sgd")
+    with pytest.raises(ValueError, match=message):
+        accelerator_arm.export(made, tmp_path, "stage", **{"epochs": 2, **settings})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_of_other_names_is_refused_when_it_is_exported(arm):
+    layers = FLAVOURS["keras"].layers
+    model = FLAVOURS["keras"].Sequential(
+        [FLAVOURS["keras"].Input((8, 8, 3)), layers.Flatten(), layers.Dense(4, name="other")]
+    )
+    made = accelerator_arm.trainer(model, tscnc.losses.Madry(), "sgd")
+    before = sorted(arm.folder.iterdir())
+    with pytest.raises(ValueError, match="what stage 'tune' does not have in this form"):
+        accelerator_arm.export(made, arm.folder, "more", epochs=1)
+    assert sorted(arm.folder.iterdir()) == before
+
+
+def test_variables_of_one_name_are_numbered():
+    library = FLAVOURS["keras"]
+    inner = library.Input((4,))
+    parts = [
+        library.Model(inner, library.layers.Dense(4, name="same")(inner), name=name)
+        for name in ("one", "two")
+    ]
+    inputs = library.Input((4,))
+    model = library.Model(inputs, parts[1](parts[0](inputs)))
+    made = accelerator_arm.trainer(model, tscnc.losses.Madry(), "sgd")
+    found = [name for name in accelerator.trainer_variables(made) if name.startswith("model/")]
+    assert len(found) == 4 and sum(name.endswith("#2") for name in found) == 2
+
+
+def test_the_validation_set_is_drawn_from_the_training_set(tmp_path, rng):
+    x, y = rng.integers(0, 256, (30, 2, 2, 1)).astype(np.uint8), np.arange(30)[:, None]
+    source = tmp_path / "source.npz"
+    np.savez(source, x_train=x, y_train=y, x_test=x[:3], y_test=y[:3])
+    prepare(source, tmp_path / "data", validation=7, seed=3, train=20)
+    parts = {
+        name: (np.load(tmp_path / f"data/x_{name}.npy"), np.load(tmp_path / f"data/y_{name}.npy"))
+        for name in ("train", "validation", "test")
+    }
+    assert {name: len(labels) for name, (_, labels) in parts.items()} == {
+        "train": 20,
+        "validation": 7,
+        "test": 3,
+    }
+    for images, labels in parts.values():
+        np.testing.assert_array_equal(images, x[labels])
+    assert not set(parts["train"][1]) & set(parts["validation"][1])
+    with pytest.raises(ValueError, match="too few for 26 to train on and 5 to validate with"):
+        prepare(source, tmp_path / "data", validation=5, seed=3, train=26)
+
+
+def test_images_are_cut_out_and_mirrored_on_the_device(tmp_path, rng):
+    x, y = rng.integers(0, 256, (9, 8, 8, 3)).astype(np.uint8), rng.integers(0, 10, 9)
+    np.save(tmp_path / "x_train.npy", x)
+    np.save(tmp_path / "y_train.npy", y)
+    images, epoch = Images(tmp_path, "train"), Epoch.drawn(9, (1, 2, 3), pad=3, flip=True)
+    assert set(epoch.shifts.ravel()) == set(range(7)) and set(epoch.flips) == {True, False}
+    found, labels = images.cut(epoch, pad=3)
+    cut = map(accelerator_arm.cut_out, x[epoch.order], [3] * 9, epoch.shifts, epoch.flips)
+    expected = np.float32(list(cut)) / np.float32(255)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(labels, y[epoch.order])
+    whole, _ = images.cut(Epoch.plain(9).batch(1, 6).filled(6))
+    np.testing.assert_array_equal(whole, np.float32(x[[6, 7, 8, 6, 6, 6]]) / np.float32(255))
+    assert np.any(Epoch.drawn(9, (1, 2, 4), 3, flip=False).order != epoch.order)
+    assert not np.any(Epoch.drawn(9, (1, 2, 4), 3, flip=False).flips)
+    np.save(tmp_path / "x_train.npy", x.astype(np.float32))
+    with pytest.raises(ValueError, match="must hold images"):
+        Images(tmp_path, "train")
+
+
+def test_the_command_lines_explain_themselves(tmp_path):
+    for script in ("run.py", "prepare.py"):
+        done = subprocess.run(
+            [sys.executable, accelerator_arm.RUNNER / script, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "usage:" in done.stdout

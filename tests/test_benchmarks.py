@@ -119,23 +119,24 @@ def test_the_step_is_exported_with_all_its_state(folder):
     assert_times(found["times"], found["rounds"])
     assert found["jit_over_plain"]["of_medians"] > 0
     assert set(found["programs"]) == {"step", "gradient", "forward", "train", "update"}
+    written = folder / "stablehlo"
+    plans = json.loads((written / "programs.json").read_text())["programs"]
+    state, fed = np.load(written / "state.npz"), np.load(written / "arguments.npz")
     for name, program in found["programs"].items():
-        path = folder / "stablehlo" / name
-        assert "stablehlo" in path.with_suffix(".mlir").read_text()
-        held = np.load(path.with_suffix(".npz"))
-        plan = json.loads(str(held["plan"]))
-        assert len(plan["order"]) == program["inputs"]
-        assert set(plan["order"]) | {"plan"} == set(held.files)
-        assert set(plan["aliases"]) <= set(plan["order"])
-        assert len(set(plan["aliases"].values())) == program["assigned"]
-    step = np.load(folder / "stablehlo" / "step.npz")
-    expected = np.load(folder / "stablehlo" / "expected.npz")
+        assert "stablehlo" in (written / f"{name}.mlir").read_text()
+        inputs = [f"{name}/{each['name']}" for each in plans[name]["arguments"]]
+        assert set(inputs) <= set(fed.files) and set(plans[name]["state"]) <= set(state.files)
+        assert len(inputs) + len(plans[name]["state"]) == program["inputs"]
+        assert set(plans[name]["assigned"]) <= set(plans[name]["state"])
+        assert len(set(plans[name]["assigned"])) == program["assigned"]
+    assert json.loads((written / "calls.json").read_text())["gradient"] == 1
+    expected = np.load(written / "expected.npz")
     assert int(expected["steps"]) == found["rounds"] + 1
     for when in ("first", "last"):
-        state = [name for name in expected.files if name.startswith(when)]
-        kernels = [name for name in state if "/kernel" in name]
+        names = [name.partition(":")[2] for name in expected.files if name.startswith(when)]
+        kernels = [name for name in names if name.startswith("model/") and "/kernel" in name]
         assert kernels
-        assert all(np.any(step[name.partition(":")[2]] != expected[name]) for name in kernels)
+        assert all(np.any(state[name] != expected[f"{when}:{name}"]) for name in kernels)
 
 
 def test_goals_stand_beside_figures(folder):

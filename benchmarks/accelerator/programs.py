@@ -30,7 +30,9 @@ from tscnc_tf import _files
 _ALIAS = re.compile(
     r"parameter_number = (?P<input>\d+) : i64\}, output_index = array<i64(?:: (?P<output>\d+))?>"
 )
-_MAIN = re.compile(r"func\.func (?:public )?@main\((?P<inputs>.*?)\) -> (?P<results>[^{]*)\{", re.S)
+_MAIN = re.compile(
+    r"func\.func (?:public )?@main\((?P<inputs>.*?)\)(?: -> (?P<results>[^{]*))? \{", re.S
+)
 # What stands in `loc(...)`: names, which may hold anything, and other locations in brackets.
 _LOCATION = re.compile(
     r""" loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)|^#loc.*\n""", re.MULTILINE
@@ -131,7 +133,7 @@ class _Traced:
         found = _MAIN.search(text)
         counts = {
             "inputs": (len(arguments) + len(state), found["inputs"].count("tensor<")),
-            "results": (len(outputs) + len(aliases), found["results"].count("tensor<")),
+            "results": (len(outputs) + len(aliases), (found["results"] or "").count("tensor<")),
         }
         for what, (known, count) in counts.items():
             if known != count:
