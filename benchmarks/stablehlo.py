@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import pathlib
 from typing import Any
@@ -128,7 +129,7 @@ def _measures(folder: pathlib.Path, calls: dict[str, int]) -> dict[str, dict[str
     plans = json.loads((folder / "programs.json").read_text())["programs"]
     return {
         name: {
-            "lines": (folder / f"{name}.mlir").read_text().count("\n"),
+            "lines": gzip.decompress((folder / f"{name}.mlir.gz").read_bytes()).count(b"\n"),
             "inputs": len(plan["arguments"]) + len(plan["state"]),
             "variables": len(plan["state"]),
             "assigned": len(plan["assigned"]),

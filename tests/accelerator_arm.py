@@ -65,6 +65,7 @@ def network(library, policy=None):
 def trainer(model, loss, optimizer):
     made = tscnc.AdversarialTraining(model, attack=TRAINING, loss=loss, seed=7)
     made.compile(optimizer=optimizer, metrics=["accuracy"])
+    made.optimizer.build(model.trainable_variables)
     return made
 
 
@@ -117,7 +118,7 @@ class Arm:
         self._stage("dense", trainer(self.model, tscnc.losses.TRADES(6.0), sgd))
         schedule = tscnc.schedules.CosineSparsity(0.2, 0.7, 1, 5, frequency=2)
         tscnc.prune(self.model, schedule, engine="masks")
-        adam = optimizers.Adam(1e-3, epsilon=1e-3)
+        adam = optimizers.Adam(1e-3, epsilon=1e-3, **average)
         made = trainer(self.model, tscnc.losses.Madry(), adam)
         self._stage("prune", made, finish=self.model.pruner.finalize)
         tscnc.pruning.freeze_mask(tscnc.strip(self.model))

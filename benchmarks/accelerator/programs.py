@@ -1,12 +1,13 @@
 """Functions of TensorFlow as programs in StableHLO over one state, in a folder.
 
-In the folder are, for every program, `NAME.mlir`, the very program that XLA compiles for
+In the folder are, for every program, `NAME.mlir.gz`, the very program that XLA compiles for
 TensorFlow; `state.npz`, the variables of them all as they are now, by name; and `programs.json`:
 
 * "programs", by name: "sha256" of the file; "arguments" and "outputs", lists of name, shape and
   dtype; "state", the names of the variables that follow the arguments as inputs, in their order;
   "assigned", those of them that follow the outputs as results, in their order.
 * "variables", by name: shape and dtype.
+* "same", by name: another variable that has the same values, and stands for both in `state.npz`.
 
 `runner/programs.py` runs them.
 """
@@ -14,6 +15,7 @@ TensorFlow; `state.npz`, the variables of them all as they are now, by name; and
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import pathlib
@@ -60,6 +62,8 @@ def export(
     programs: Mapping[str, Program],
     folder: pathlib.Path,
     named: Callable[[], Mapping[str, tf.Variable]] = dict,
+    *,
+    omitted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write programs and the state that they share into a folder; return what `programs.json` says.
 
@@ -69,6 +73,7 @@ def export(
         named: returns variables by name, as `trainer_variables` does. It is called when all
             functions have been traced, since Keras makes some variables only then. What it lacks
             gets names in the order of appearance.
+        omitted: roles whose values are left out, since they come from somewhere else.
 
     Raises:
         ValueError: a program draws random numbers that don't follow from its state and arguments,
@@ -79,10 +84,12 @@ def export(
     by_handle = {id(variable.handle): name for name, variable in known.items()}
     plans = {}
     for name, program in traced.items():
-        _files.write_text(folder / f"{name}.mlir", program.text)
+        # Packed, since identity matrices and the like are written out in full.
+        packed = gzip.compress(program.text.encode(), mtime=0)
+        (folder / f"{name}.mlir.gz").write_bytes(packed)
         state = [by_handle[id(variable.handle)] for variable in program.state]
         plans[name] = {
-            "sha256": hashlib.sha256(program.text.encode()).hexdigest(),
+            "sha256": hashlib.sha256(packed).hexdigest(),
             "arguments": _described(programs[name].arguments),
             "outputs": _described(program.outputs),
             "state": state,
@@ -90,14 +97,21 @@ def export(
         }
     used = {name for plan in plans.values() for name in plan["state"]}
     values = {name: variable.numpy() for name, variable in known.items() if name in used}
-    # Compressed, for the sake of fresh optimizers: their slots are zeros.
-    np.savez_compressed(folder / "state.npz", **values)
+    start = tuple(f"{role}/" for role in omitted)
+    kept: dict[tuple[Any, ...], str] = {}
+    sources = {
+        name: kept.setdefault((value.dtype, value.shape, value.tobytes()), name)
+        for name, value in values.items()
+        if not name.startswith(start)
+    }
+    np.savez_compressed(folder / "state.npz", **{name: values[name] for name in kept.values()})
     plan = {
         "programs": plans,
         "variables": {
             name: {"shape": list(value.shape), "dtype": value.dtype.name}
             for name, value in values.items()
         },
+        "same": {name: source for name, source in sources.items() if source != name},
     }
     _files.write_text(folder / "programs.json", json.dumps(plan, indent=1) + "\n")
     return plan

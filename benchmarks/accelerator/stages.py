@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from benchmarks.accelerator import names, programs
 from tscnc_tf import _checks, _files, _keras, attacks
-from tscnc_tf._keras import masked, masks
+from tscnc_tf._keras import masked, masks, optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 
 SELECTIONS = ("best", "last")
@@ -57,7 +57,8 @@ def export_stage(
 
     What a stage does is in programs over one state, all the variables of the trainer:
 
-    * "begin", once: what follows from the network that the stage before hands on;
+    * "begin", once: what follows from the network that the stage before hands on, such as the
+      optimizer's moving averages of the weights, which begin with the weights;
     * "step": one optimizer step, `trainer.train_step`. The schedules of the learning rate and of
       the pruning are inside, by the optimizer's own count, as are the seeds of the attacks;
     * "finish", at the end of each epoch on a copy of the state: what `fit` does in the end. So each
@@ -78,8 +79,8 @@ def export_stage(
         evaluation_seed: batch i of an evaluation draws from the pair (evaluation_seed, i).
         augmentation: of the training images; None for none.
         seed: of the order of the examples and of the augmentation.
-        begin: called without arguments, it assigns the variables that are to follow from the
-            inherited ones, by TensorFlow operations; for example `masks_from_zeros(model)`.
+        begin: called without arguments, it assigns what else is to follow from the inherited
+            variables, by TensorFlow operations; for example `masks_from_zeros(model)`.
         finish: what else is to be done in the end, likewise; for example `model.pruner.finalize`.
         inherits: the roles of the variables that the stage takes over from the one before: "model",
             "pruner", "optimizer". The others begin as they are now.
@@ -95,8 +96,7 @@ def export_stage(
             inherit that the stage before lacks.
         FileExistsError: the arm has a stage of that name.
     """
-    if getattr(trainer, "optimizer", None) is None:
-        raise ValueError(f"trainer {trainer.name!r} must be compiled before it is exported.")
+    _require_compiled(trainer)
     _checks.one_of("select", select, SELECTIONS)
     for role in inherits:
         _checks.one_of("inherits", role, names.ROLES[:3])
@@ -118,14 +118,20 @@ def export_stage(
         "finish": programs.Program(lambda: _finish(trainer, finish)),
         "evaluate": _evaluation(trainer, attack, numbers["evaluation_batch_size"]),
     }
-    if begin is not None:
-        plans["begin"] = programs.Program(_without_result(begin))
+    averages = _averages(trainer)
+    if begin is not None or averages:
+        plans["begin"] = programs.Program(lambda: _begin(averages, begin))
     if test_attack is not None:
         plans["test"] = _evaluation(trainer, test_attack, numbers["evaluation_batch_size"])
     arm = pathlib.Path(folder)
     stages = _stages(arm)
     with _files.new_directory("folder", arm / name) as draft:
-        plan = programs.export(plans, draft, lambda: names.trainer_variables(trainer))
+        plan = programs.export(
+            plans,
+            draft,
+            lambda: names.trainer_variables(trainer),
+            omitted=inherits if stages else (),
+        )
         _require_sources(arm, stages, plan, inherits)
         settings = {
             "name": name,
@@ -162,6 +168,17 @@ def masks_from_zeros(model: Any) -> Callable[[], None]:
             part.pruner.freeze()
 
     return begin
+
+
+def _require_compiled(trainer: Any) -> None:
+    optimizer = getattr(trainer, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(f"trainer {trainer.name!r} must be compiled before it is exported.")
+    if isinstance(optimizer, _keras.tf_keras.optimizers.legacy.Optimizer):
+        raise ValueError(
+            f"trainer {trainer.name!r} is compiled with {optimizer!r}, a legacy optimizer, whose "
+            "variables have no order: take the one of the same name in tf_keras.optimizers."
+        )
 
 
 def _build(trainer: Any) -> None:
@@ -202,11 +219,21 @@ def _evaluation(trainer: Any, attack: attacks.Attack, size: int) -> programs.Pro
     return programs.Program(evaluate, {**_batch(trainer, size), **others})
 
 
-def _without_result(function: Callable[[], Any]) -> Callable[[], None]:
-    def call() -> None:
-        function()
+def _averages(trainer: Any) -> list[tuple[Any, Any]]:
+    """Return the weights that the optimizer averages over time, each with its average."""
+    optimizer = optimizers.innermost(trainer.optimizer)
+    if not optimizer.use_ema:
+        return []
+    averages = optimizer._model_variables_moving_average  # Keras shows them in no other way
+    pairs = zip(trainer.model.trainable_variables, averages, strict=True)
+    return [(weight, average) for weight, average in pairs if average is not None]
 
-    return call
+
+def _begin(averages: list[tuple[Any, Any]], begin: Callable[[], Any] | None) -> None:
+    for weight, average in averages:
+        average.assign(weight)
+    if begin is not None:
+        begin()
 
 
 def _stages(arm: pathlib.Path) -> list[str]:

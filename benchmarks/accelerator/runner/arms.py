@@ -150,11 +150,11 @@ class Arm:
 
     def _begin(self) -> None:
         """Start a stage: its own state, but for what it inherits."""
-        stage, state = self._stage, dict(self._stage.fresh)
+        stage = self._stage
+        state = stage.fresh
         if self.position.stage:
-            state |= {
-                name: self._network[name] for name in stage.of(stage.settings["inherits"], state)
-            }
+            inherited = stage.of(stage.settings["inherits"], stage.bundle.variables)
+            state = state | {name: self._network[name] for name in inherited}
         self._state, self._network, self._best = _on_device(state), {}, {}
         if "begin" in stage.bundle:
             stage.program("begin")(self._state)

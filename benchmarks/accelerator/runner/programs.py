@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import pathlib
@@ -36,9 +37,14 @@ class Bundle:
         return name in self._plan["programs"]
 
     def initial(self) -> dict[str, np.ndarray]:
-        """Return the state as it was exported."""
+        """Return the state as it was exported, without what is to come from another stage."""
+        sources = {name: self._plan["same"].get(name, name) for name in self.variables}
         with np.load(self._folder / "state.npz") as held:
-            return {n: typed(held[n], v["dtype"]) for n, v in self.variables.items()}
+            return {
+                name: typed(held[source], self.variables[name]["dtype"])
+                for name, source in sources.items()
+                if source in held
+            }
 
     def program(self, name: str) -> Program:
         """Return a program, to be compiled when it is first called.
@@ -46,11 +52,11 @@ class Bundle:
         Raises:
             ValueError: its file is not the one that was exported.
         """
-        text = (self._folder / f"{name}.mlir").read_text()
-        plan = self._plan["programs"][name]
-        if hashlib.sha256(text.encode()).hexdigest() != plan["sha256"]:
-            raise ValueError(f"{self._folder / name}.mlir is not the file that was exported.")
-        return Program(text, plan, self.variables)
+        path, plan = self._folder / f"{name}.mlir.gz", self._plan["programs"][name]
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != plan["sha256"]:
+            raise ValueError(f"{path} is not the file that was exported.")
+        return Program(gzip.decompress(packed).decode(), plan, self.variables)
 
 
 class Program:
