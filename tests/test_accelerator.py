@@ -268,12 +268,45 @@ def test_moving_averages_begin_with_the_weights_of_the_stage_before(tmp_path):
     model = library.Sequential(
         [library.Input((4, 4, 3)), library.layers.Flatten(), library.layers.Dense(2, name="logits")]
     )
-    made = accelerator_arm.trainer(model, tscnc.losses.Madry(), sgd)
+    made = tscnc.AdversarialTraining(model, attack=VALIDATION, loss=tscnc.losses.Madry())
+    made.compile(sgd)
     stage = accelerator_arm.export(made, tmp_path, "stage", epochs=1)
     fresh_process(RUN_BEGIN, accelerator_arm.RUNNER, stage, tmp_path / "after.npz")
     after, kernel = read(tmp_path / "after.npz"), model.get_weights()[0]
     np.testing.assert_array_equal(after["optimizer/average/logits/kernel"], kernel + 1)
     np.testing.assert_array_equal(after["optimizer/m/logits/kernel"], np.ones_like(kernel))
+
+
+CHECKPOINT = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import progress
+path, half = pathlib.Path(sys.argv[2]), progress.np.dtype("bfloat16")
+state = {"model/w": np.array([1.5, -2.0], half), "model/n": np.int64(2**40)}
+position = progress.Position(stage=1, phase="train", batch=7, lines=[{"epoch": 1}])
+progress.save(path, "arm", position, {"state": state, "best": {}, "network": {}})
+back, arrays = progress.load(path, "arm")
+assert back == position and set(arrays["state"]) == set(state)
+for name, value in state.items():
+    assert arrays["state"][name].dtype == value.dtype and np.all(arrays["state"][name] == value)
+progress.write_arrays(path, {"model/logits/bias": state["model/w"]})
+assert [each.name for each in path.parent.iterdir()] == [path.name]
+"""
+
+
+def test_checkpoints_hold_any_dtype_and_bfloat16_comes_back(tmp_path):
+    path = tmp_path / "checkpoint.npz"
+    fresh_process(CHECKPOINT, accelerator_arm.RUNNER, path)
+    library = FLAVOURS["keras"]
+    layer = library.layers.Dense(2, use_bias=False, name="logits", dtype="bfloat16")
+    model = library.Sequential([library.Input((1,)), layer], name="model")
+    made = accelerator_arm.trainer(model, tscnc.losses.Madry(), "sgd")
+    name = next(n for n in accelerator.trainer_variables(made) if n.startswith("model/"))
+    with np.load(path) as held:
+        np.savez(path, **{name: held["model/logits/bias"][None]})
+    accelerator.restore(made, path)
+    assert np.asarray(layer.kernel, np.float32).tolist() == [[1.5, -2.0]]
 
 
 def test_randomness_that_is_not_in_the_state_is_refused(tmp_path):
@@ -305,6 +338,9 @@ def test_a_trainer_that_is_not_ready_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"name": "run"}, "name must be that of a folder, and not 'run'"),
+        ({"name": "a/b"}, "name must be that of a folder"),
+        ({"evaluation_seed": -1}, "evaluation_seed must be"),
         ({"select": "first"}, "select must be one of"),
         ({"inherits": ("metrics",)}, "inherits must be one of"),
         ({"epochs": 0}, "epochs must be"),
@@ -314,7 +350,7 @@ def test_a_trainer_that_is_not_ready_is_refused(tmp_path):
 def test_wrong_settings_are_refused(settings, message, tmp_path):
     made = accelerator_arm.trainer(dense_model(), tscnc.losses.Madry(), "sgd")
     with pytest.raises(ValueError, match=message):
-        accelerator_arm.export(made, tmp_path, "stage", **{"epochs": 2, **settings})
+        accelerator_arm.export(made, tmp_path, **{"name": "stage", "epochs": 2, **settings})
     assert not list(tmp_path.iterdir())
 
 
@@ -325,7 +361,7 @@ def test_a_network_of_other_names_is_refused_when_it_is_exported(arm):
     )
     made = accelerator_arm.trainer(model, tscnc.losses.Madry(), "sgd")
     before = sorted(arm.folder.iterdir())
-    with pytest.raises(ValueError, match="what stage 'tune' does not have in this form"):
+    with pytest.raises(ValueError, match="what stage 'tune' does not have, or not in this shape"):
         accelerator_arm.export(made, arm.folder, "more", epochs=1)
     assert sorted(arm.folder.iterdir()) == before
 

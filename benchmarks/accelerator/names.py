@@ -55,7 +55,7 @@ def restore(trainer: Any, path: str | os.PathLike[str], roles: Iterable[str] = (
 
     Args:
         trainer: a compiled trainer, built as the one that was exported.
-        path: of an `.npz` file of the runner, such as `results/dense-best.npz`.
+        path: of an `.npz` file of the runner, such as `run/dense-best.npz`.
         roles: what to bring back, of `ROLES`. What the file lacks stays, but for the "model".
 
     Raises:

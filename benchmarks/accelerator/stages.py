@@ -26,7 +26,7 @@ class Augmentation:
 
     Attributes:
         pad: how many pixels of zeros are put around an image before one of its size is cut out.
-        flip: whether every second one is mirrored, left to right.
+        flip: whether it is mirrored, left to right, with probability 1/2.
     """
 
     pad: int = 4
@@ -92,19 +92,22 @@ def export_stage(
         The stage's folder.
 
     Raises:
-        ValueError: an argument is out of range, the trainer is not compiled, or it has variables to
-            inherit that the stage before lacks.
+        ValueError: an argument is out of range, the trainer is not compiled or can't be exported
+            (see `export`), or it has variables to inherit that the stage before lacks.
         FileExistsError: the arm has a stage of that name.
     """
     _require_compiled(trainer)
+    _require_folder_name(name)
     _checks.one_of("select", select, SELECTIONS)
     for role in inherits:
         _checks.one_of("inherits", role, names.ROLES[:3])
+    if evaluation_batch_size is None:
+        evaluation_batch_size = batch_size
     numbers = {
         "epochs": epochs,
         "steps_per_epoch": steps_per_epoch,
         "batch_size": batch_size,
-        "evaluation_batch_size": evaluation_batch_size or batch_size,
+        "evaluation_batch_size": evaluation_batch_size,
         "select_from": select_from,
     }
     numbers = {key: _checks.integer(key, value, minimum=1) for key, value in numbers.items()}
@@ -181,6 +184,13 @@ def _require_compiled(trainer: Any) -> None:
         )
 
 
+def _require_folder_name(name: str) -> None:
+    if not name or pathlib.Path(name).name != name or name == "run":
+        raise ValueError(
+            f"name must be that of a folder, and not 'run', where results go, got {name!r}."
+        )
+
+
 def _build(trainer: Any) -> None:
     """Let the optimizer make its variables, which a compiled function can't."""
     if not getattr(trainer.optimizer, "built", False):
@@ -249,15 +259,15 @@ def _require_sources(
         return
     held = json.loads((arm / stages[-1] / "programs.json").read_text())["variables"]
     start = tuple(f"{role}/" for role in inherits)
-    lacking = {
-        name: (variable, held.get(name))
+    lacking = [
+        name
         for name, variable in plan["variables"].items()
         if name.startswith(start) and held.get(name) != variable
-    }
+    ]
     if lacking:
         raise ValueError(
-            f"inherits={list(inherits)} asks for what stage {stages[-1]!r} does not have in this "
-            f"form: {lacking}. Build both models alike, with the same names of layers."
+            f"inherits={list(inherits)} asks for what stage {stages[-1]!r} does not have, or not "
+            f"in this shape: {lacking}. Build both models alike, with the same names of layers."
         )
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -39,11 +40,6 @@ class Stage:
         """Return one of the programs."""
         return self.bundle.program(name)
 
-    def of(self, roles: Any, state: State) -> State:
-        """Return the variables of these roles."""
-        start = tuple(f"{role}/" for role in roles)
-        return {name: value for name, value in state.items() if name.startswith(start)}
-
 
 class Arm:
     """Works through an arm piece by piece; a piece is a batch.
@@ -63,7 +59,7 @@ class Arm:
         self._hash = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
         self._pace = progress.Pace()
         self._logs: dict[str, Any] = {}
-        self._candidate: State | None = None
+        self._candidate: State = {}
         self._state: State = {}
         self._best: State = {}
         self._network: State = {}
@@ -87,13 +83,14 @@ class Arm:
 
     def save(self) -> None:
         """Write all that is needed to go on from here."""
-        arrays = {"state": self._state, "best": self._best, "network": self._network}
-        progress.save(self._checkpoint, self._hash, self.position, arrays)
         lines = "".join(json.dumps(line) + "\n" for line in self.position.lines)
         progress.write_text(self._output / "metrics.jsonl", lines)
         if self.done:
             text = json.dumps(self.result(), indent=1) + "\n"
             progress.write_text(self._output / "result.json", text)
+        # Last: what it says is done has been written.
+        arrays = {"state": self._state, "best": self._best, "network": self._network}
+        progress.save(self._checkpoint, self._hash, self.position, arrays)
 
     def result(self) -> dict[str, Any]:
         """Return what came of it."""
@@ -153,7 +150,7 @@ class Arm:
         stage = self._stage
         state = stage.fresh
         if self.position.stage:
-            inherited = stage.of(stage.settings["inherits"], stage.bundle.variables)
+            inherited = _of_roles(stage.settings["inherits"], stage.bundle.variables)
             state = state | {name: self._network[name] for name in inherited}
         self._state, self._network, self._best = _on_device(state), {}, {}
         if "begin" in stage.bundle:
@@ -163,8 +160,8 @@ class Arm:
 
     def _enter_epoch(self) -> None:
         # As Keras does: what the metrics say is the mean over the epoch.
-        self._state |= _on_device(self._stage.of(["metrics"], self._stage.fresh))
-        self._candidate, self._logs = None, {}
+        self._state |= _on_device(_of_roles(["metrics"], self._stage.fresh))
+        self._candidate, self._logs = {}, {}
         self.position.enter("train")
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
@@ -186,9 +183,9 @@ class Arm:
         augmentation = stage.settings["augmentation"] or {"pad": 0}
         batch = epoch.batch(where.batch, stage.settings["batch_size"])
         x, y = self._images("train").cut(batch, pad=augmentation["pad"])
-        # The device has one more step to go on with, and not a hundred: the clock should be right.
-        jax.block_until_ready(self._logs)
-        self._logs = stage.program("step")(self._state, x, y)
+        before, self._logs = self._logs, stage.program("step")(self._state, x, y)
+        # The device has this step to go on with, and not a hundred: the clock should be right.
+        jax.block_until_ready(before)
         where.batch += 1
         if where.batch == stage.settings["steps_per_epoch"]:
             where.epoch += 1
@@ -204,7 +201,7 @@ class Arm:
     def _validate(self) -> None:
         """Evaluate a batch; after the last one, keep the network if it is the best so far."""
         stage, where = self._stage, self.position
-        if self._candidate is None:
+        if not self._candidate:
             finish = stage.program("finish")
             copies = {name: jax.numpy.copy(self._state[name]) for name in finish.assigned}
             self._candidate = self._state | copies
@@ -223,12 +220,12 @@ class Arm:
 
     def _end_stage(self) -> None:
         where, settings = self.position, self._stage.settings
-        networks = {"best": self._best, "last": self._kept(self._candidate or {})}
+        networks = {"best": self._best, "last": self._kept(self._candidate)}
         for kind, network in networks.items():
             progress.write_arrays(self._output / f"{settings['name']}-{kind}.npz", network)
         self._network = networks[settings["select"]]
-        where.chosen.append((where.best or {}) if settings["select"] == "best" else where.lines[-1])
-        self._state, self._best, self._candidate = {}, {}, None
+        where.chosen.append(where.best if settings["select"] == "best" else where.lines[-1])
+        self._state, self._best, self._candidate = {}, {}, {}
         if where.stage + 1 < len(self._stages):
             where.stage += 1
             where.enter("begin")
@@ -264,7 +261,7 @@ class Arm:
         following = self._stages[self.position.stage + 1 : self.position.stage + 2]
         inherited = [role for stage in following for role in stage.settings["inherits"]]
         # Copies: what JAX shows as an array may be the memory that the next step writes to.
-        return {n: np.array(v) for n, v in self._stage.of({*_NETWORK, *inherited}, state).items()}
+        return {n: np.array(v) for n, v in _of_roles({*_NETWORK, *inherited}, state).items()}
 
     def _pieces_left(self) -> dict[str, int]:
         """Return how many batches are still to come in each phase."""
@@ -280,6 +277,12 @@ class Arm:
         left["test"] = math.ceil(count / self._stages[-1].settings["evaluation_batch_size"])
         left["train"] -= where.batch if where.phase == "train" else 0
         return left
+
+
+def _of_roles(roles: Iterable[str], state: State) -> State:
+    """Return the variables of these roles."""
+    start = tuple(f"{role}/" for role in roles)
+    return {name: value for name, value in state.items() if name.startswith(start)}
 
 
 def _on_device(state: State) -> State:

@@ -3,7 +3,7 @@
     python prepare.py cifar10.npz DATA
     python run.py ARM --data DATA --minutes 9    # again and again, while it returns 75
 
-Needs this folder, Python, NumPy and JAX (0.4.31 or newer); neither TensorFlow nor tscnc_tf. Writes
+Needs this folder, Python, NumPy and JAX (0.4.38 or newer); neither TensorFlow nor tscnc_tf. Writes
 `checkpoint.npz` and `metrics.jsonl` (one line per epoch) to ARM/run, or where --output says, for
 each stage `STAGE-best.npz` and `STAGE-last.npz`, and in the end `result.json`. Returns 0 when the
 arm is finished, 75 when the time is over and there is more to do.
