@@ -17,6 +17,7 @@ from accelerator_arm import STAGES, TEST, VALIDATION, accelerator
 from batches import Epoch, Images
 from helpers import FLAVOURS, dense_model, fresh_process
 from prepare import prepare
+from programs import Bundle
 
 import tscnc_tf as tscnc
 
@@ -317,10 +318,16 @@ def test_randomness_that_is_not_in_the_state_is_refused(tmp_path):
         accelerator.export({"draw": accelerator.Program(draw)}, tmp_path)
 
 
-def test_captured_tensors_are_refused(tmp_path):
-    stranger = tf.constant([1.0])
-    with pytest.raises(ValueError, match="captures tensors that are neither"):
-        accelerator.export({"add": accelerator.Program(lambda: stranger + 1.0)}, tmp_path)
+def test_tensors_from_outside_are_inputs_like_variables(tmp_path):
+    outside = tf.constant([1.0, 2.0])
+    plan = accelerator.export(
+        {"add": accelerator.Program(lambda: {"sum": outside + 1.0})}, tmp_path
+    )
+    (name,) = plan["programs"]["add"]["state"]
+    bundle = Bundle(tmp_path)
+    state = bundle.initial()
+    np.testing.assert_array_equal(state[name], [1.0, 2.0])
+    np.testing.assert_array_equal(bundle.program("add")(state)["sum"], [2.0, 3.0])
 
 
 def test_a_trainer_that_is_not_ready_is_refused(tmp_path):

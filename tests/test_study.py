@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -14,10 +15,11 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.study import choosing, report, results, work
+from benchmarks.study import accelerate, choosing, report, results, work
 from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.results import Cell, Result
+from tscnc_tf.experiments import stages
 
 TINY = """
 name: tiny
@@ -187,6 +189,7 @@ def test_the_factors_are_those_that_the_validation_set_chose():
     chosen = choosing.best(plan, RESULTS / "cpu" / "choices")
     for setting, arms in chosen.items():
         for arm, value in arms.items():
+            assert arm in plan.settled[setting], "all values have been tried: settle it in the plan"
             assert plan.settled[setting][arm] == {plan.choices[arm]["name"]: value}
 
 
@@ -220,3 +223,69 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
     ]
     assert main(["run", *options, "--minutes", "0"]) == 75
     assert "More is to do" in capsys.readouterr().out
+
+
+ACCELERATED = """
+name: accelerated
+seeds: [0]
+methods: [magnitude, scores]
+sparsities: [0.8]
+settings:
+  images:
+    data: {dataset: images, validation: 16}
+    network: {architecture: small-cnn, options: {width: 2}}
+    adversary: {epsilon: 8/255, step_size: 4/255, steps: 1}
+    train: &training {epochs: 2, batch_size: 16}
+    prune: {<<: *training, average: 0.0, frequency: 1}
+    finetune: {<<: *training}
+    evaluate: {steps: 1, restarts: 1, validation_steps: 1, batch_size: 16}
+arms:
+  none: {}
+"""
+
+
+def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsys):
+    """On a CPU, in a process that has neither TensorFlow nor this package."""
+    rng = np.random.default_rng(0)
+    y = np.arange(96) % 3
+    x = rng.integers(0, 100, (96, 8, 8, 3)).astype(np.uint8)
+    for index, label in enumerate(y):
+        x[index, :, 2 * label : 2 * label + 2] += 120
+    images = tmp_path / "images.npz"
+    np.savez(images, x_train=x[:64], y_train=y[:64], x_test=x[64:], y_test=y[64:])
+    path = tmp_path / "plan.yaml"
+    path.write_text(ACCELERATED)
+    folders = ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "scratch")]
+    options = ["--plan", str(path), *folders, "--data", f"images={images}"]
+    assert main(["export", *options]) == 0
+    folder = tmp_path / "scratch" / "accelerated"
+    code = (
+        "import runpy, sys; sys.modules.update(tensorflow=None, keras=None, tscnc_tf=None); "
+        "sys.path[0] = 'runner'; runpy.run_path('runner/run_all.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "."]
+    first = subprocess.run([*command, "--minutes", "0.001"], cwd=folder, check=False)
+    assert first.returncode == 75
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert main(["collect", *options]) == 0
+    for method in ("magnitude", "scores"):
+        file = tmp_path / "results" / "accelerated" / "images" / f"none-{method}-80-seed0.json"
+        content = json.loads(file.read_text())
+        run = folder / "images" / f"none-{method}-80-seed0" / "run"
+        test = json.loads((run / "result.json").read_text())["test"]
+        assert (content["clean"], content["robust"]) == (
+            test["clean_accuracy"],
+            test["attacked_accuracy"],
+        )
+        # The network that came back, judged here, is right as often as it was there.
+        found = Plan.read(path, {"images": str(images)})
+        (same,) = [each for each in found.runs() if each.method == method]
+        model = accelerate.network_of(same, run)
+        xs, ys = stages.dataset(same.recipe).arrays("test")
+        assert np.mean(np.argmax(model.predict(xs, verbose=0), 1) == ys) == content["clean"]
+        for row in content["kernels"]:
+            kernel = model.get_layer(row["name"]).get_weights()[0]
+            kept = kernel.size - round(0.8 * kernel.size) if row["pruned"] else kernel.size
+            assert np.count_nonzero(kernel) == kept
+    capsys.readouterr()

@@ -134,13 +134,10 @@ class _Traced:
         arguments = [tf.zeros(spec.shape, spec.dtype) for spec in program.arguments.values()]
         graph = function.get_concrete_function(*arguments)
         variables = {id(variable.handle): variable for variable in graph.variables}
-        strangers = [t for t in graph.captured_inputs if id(t) not in variables]
-        if strangers:
-            raise ValueError(
-                f"program {name!r} captures tensors that are neither arguments nor variables: "
-                f"{strangers}. Make them constants inside the function, or variables."
-            )
-        state = [variables[id(tensor)] for tensor in graph.captured_inputs]
+        state = [
+            variables[id(tensor)] if id(tensor) in variables else _constant(name, tensor)
+            for tensor in graph.captured_inputs
+        ]
         outputs = _outputs(graph.structured_outputs)
         text = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
         aliases = {int(m["output"] or 0): int(m["input"]) for m in _ALIAS.finditer(text)}
@@ -156,6 +153,16 @@ class _Traced:
             raise ValueError(f"program {name!r} assigns variables in unknown places: {aliases}.")
         assigned = [aliases[index] - len(arguments) for index in sorted(aliases)]
         return cls(_portable(name, text), state, assigned, outputs)
+
+
+def _constant(name: str, tensor: tf.Tensor) -> tf.Variable:
+    """Return a variable for a tensor from outside, such as the mean in a Normalization layer."""
+    if tensor.dtype in (tf.resource, tf.variant):
+        raise ValueError(
+            f"program {name!r} uses {tensor!r}, which is neither an argument nor a variable nor an "
+            "array of numbers."
+        )
+    return tf.Variable(tensor, trainable=False, name="constant")
 
 
 def _outputs(structure: Any) -> dict[str, tf.TensorSpec]:

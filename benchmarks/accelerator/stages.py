@@ -206,7 +206,8 @@ def _batch(trainer: Any, size: int) -> dict[str, tf.TensorSpec]:
 
 def _finish(trainer: Any, finish: Callable[[], Any] | None) -> None:
     """Do what `fit` does in the end, and what else is asked for."""
-    trainer.optimizer.finalize_variable_values(trainer.model.trainable_variables)
+    with masks.training(trainer.model, trainer.optimizer):
+        trainer.optimizer.finalize_variable_values(trainer.model.trainable_variables)
     masks.apply(trainer.model, trainer.optimizer)
     if finish is not None:
         finish()

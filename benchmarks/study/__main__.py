@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.study run|report|choose`."""
+"""The command line: `python -m benchmarks.study run|report|choose|export|collect`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from benchmarks.study import choosing, report, results, work
+from benchmarks.study import accelerate, choosing, report, results, work
 from benchmarks.study.plan import HERE, Plan
 
 RESULTS = HERE.parent / "results" / "study"
@@ -28,6 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     if options.what == "report":
         _report(plan, folder, options, console)
+        return 0
+    if options.what in ("export", "collect"):
+        accelerated = options.scratch / plan.name
+        if options.what == "export":
+            accelerate.export(plan, accelerated)
+            console.print(f"{accelerated}: python runner/run_all.py . --minutes 9, where JAX is")
+        else:
+            console.print(accelerate.collect(plan, accelerated, folder))
         return 0
     if options.what == "choose":
         settings = options.settings or list(plan.settings)
@@ -57,7 +65,7 @@ def _report(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("what", choices=("run", "report", "choose"))
+    parser.add_argument("what", choices=("run", "report", "choose", "export", "collect"))
     parser.add_argument("--plan", type=pathlib.Path, default=HERE / "cpu.yaml")
     parser.add_argument("--quick", action="store_true", help="the plan of about 10 minutes")
     parser.add_argument(

@@ -20,6 +20,7 @@ from benchmarks.accelerator.runner import prepare
 from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, datasets, inspection
+from tscnc_tf._keras.selection import selector
 from tscnc_tf.evaluation.report import versions
 from tscnc_tf.experiments import Recipe, stages
 
@@ -51,12 +52,13 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
         if not dense.exists():
             with _files.new_directory("folder", dense) as draft:
                 _export_stage(run.recipe, "train", data, draft)
-                _files.write_text(draft / "needs.json", _needs(images.name))
+                _files.write_text(draft / "needs.json", _needs(run.seed, 0, images.name))
         if not (place / run.name).exists():
             with _files.new_directory("folder", place / run.name) as draft:
                 for stage in ("prune", "finetune"):
                     _export_stage(run.recipe, stage, data, draft)
-                _files.write_text(draft / "needs.json", _needs(images.name, dense.name))
+                needs = _needs(run.seed, 1, images.name, dense.name)
+                _files.write_text(draft / "needs.json", needs)
 
 
 def collect(plan: Plan, folder: pathlib.Path, results: pathlib.Path) -> list[str]:
@@ -122,19 +124,31 @@ def _parts(data: datasets.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def _needs(images: str, dense: str | None = None) -> str:
-    """Return which folders beside it an arm needs, as JSON."""
-    return json.dumps({"data": images, "from": dense}) + "\n"
+def _needs(seed: int, rank: int, images: str, dense: str | None = None) -> str:
+    """Return what `run_all.py` wants to know of an arm: its turn, and the folders beside it."""
+    file = None if dense is None else "train-best.npz"
+    return json.dumps({"order": [seed, rank], "data": images, "from": dense, "file": file}) + "\n"
 
 
-def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def network_of(run: Run, folder: pathlib.Path) -> Any:
+    """Return the network that a run has ended with, plain, pruned weights being zero.
+
+    Args:
+        run: of the study.
+        folder: where the runner has put its results.
+    """
     data = stages.dataset(run.recipe)
     previous = stages.network(run.recipe, data)
     trainer = stages.trainer(run.recipe, "finetune", data, previous=previous)
     accelerator.restore(trainer, folder / "finetune-best.npz", roles=("model", "pruner"))
-    model = stages.plain(run.recipe, data, trainer.model)
-    pruned = {target.name for target in trainer.model.pruner.targets}
-    x, _ = data.subset(n_test=1000, seed=0).arrays("test")
+    return stages.plain(run.recipe, data, trainer.model)
+
+
+def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    data, model = stages.dataset(run.recipe), network_of(run, folder)
+    chosen = selector("layers", stages.pruned_layers(run.recipe.prune))
+    pruned = {layer.name for layer in model.layers if chosen(layer)}
+    x = data.arrays("test")[0][:1000]
     lipschitz = inspection.local_lipschitz(model, x, stages.epsilon(run.recipe), seed=run.seed)
     test = content["test"]
     return {

@@ -37,7 +37,7 @@ def choose(plan: Plan, settings: list[str], results: pathlib.Path, scratch: path
 
 
 def best(plan: Plan, results: pathlib.Path) -> dict[str, dict[str, float]]:
-    """Return the best value by setting and arm; of equals the smallest."""
+    """Return the best value by setting and arm, where all have been tried; of equals the least."""
     found: dict[str, dict[str, float]] = {}
     for setting in plan.settings:
         path = results / f"{setting}.json"
@@ -45,6 +45,7 @@ def best(plan: Plan, results: pathlib.Path) -> dict[str, dict[str, float]]:
         found[setting] = {
             arm: float(max(sorted(scores, key=float), key=scores.__getitem__))
             for arm, scores in trials.items()
+            if len(scores) == len(plan.choices[arm]["values"])
         }
     return found
 

@@ -48,14 +48,22 @@ class Arm:
         folder: what `export_stage` has written.
         data: what `prepare.py` has written.
         output: where checkpoints and results go; what is there is gone on with.
+        network: a file `STAGE-best.npz` of another arm, whose network the first stage takes over
+            as it would that of a stage before it; None if it begins with its own.
     """
 
-    def __init__(self, folder: pathlib.Path, data: pathlib.Path, output: pathlib.Path) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        data: pathlib.Path,
+        output: pathlib.Path,
+        network: pathlib.Path | None = None,
+    ) -> None:
         self._name, self._data, self._output = folder.resolve().name, data, output
         names = json.loads((folder / "arm.json").read_text())["stages"]
         self._stages = [Stage(folder / name) for name in names]
         parts = [folder / "arm.json", *(folder / name / "stage.json" for name in names)]
-        parts.append(data / "data.json")
+        parts += [data / "data.json", *([] if network is None else [network])]
         self._hash = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
         self._pace = progress.Pace()
         self._logs: dict[str, Any] = {}
@@ -69,6 +77,9 @@ class Arm:
             self.position, arrays = progress.load(self._checkpoint, self._hash)
             self._state = _on_device(arrays["state"])
             self._best, self._network = arrays["best"], arrays["network"]
+        elif network is not None:
+            with np.load(network) as held:
+                self._network = {name: held[name] for name in held.files}
 
     @property
     def done(self) -> bool:
@@ -149,7 +160,7 @@ class Arm:
         """Start a stage: its own state, but for what it inherits."""
         stage = self._stage
         state = stage.fresh
-        if self.position.stage:
+        if self._network:
             inherited = _of_roles(stage.settings["inherits"], stage.bundle.variables)
             state = state | {name: self._network[name] for name in inherited}
         self._state, self._network, self._best = _on_device(state), {}, {}

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -36,14 +37,31 @@ def prepare(
         )
     parts = {"validation": order[:validation], "train": order[validation : validation + train]}
     arrays = {name: (x[chosen], y[chosen]) for name, chosen in parts.items()}
-    arrays["test"] = (x_test, y_test)
+    write({**arrays, "test": (x_test, y_test)}, folder, {"source": source.name, "seed": seed})
+
+
+def write(
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]], folder: pathlib.Path, about: dict[str, Any]
+) -> None:
+    """Write the parts as `.npy` files, and `data.json`.
+
+    Args:
+        arrays: images and labels of "train", "validation" and "test".
+        folder: where to.
+        about: what else `data.json` is to say.
+
+    Raises:
+        ValueError: images are no bytes.
+    """
+    for name, (images, _) in arrays.items():
+        if images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8, those of {name!r} are {images.dtype}.")
     folder.mkdir(parents=True, exist_ok=True)
     for name, (images, labels) in arrays.items():
         np.save(folder / f"x_{name}.npy", images)
         np.save(folder / f"y_{name}.npy", labels.reshape(-1).astype(np.int32))
     about = {
-        "source": source.name,
-        "seed": seed,
+        **about,
         "examples": {name: len(images) for name, (images, _) in arrays.items()},
         "sha256": {
             name: hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()

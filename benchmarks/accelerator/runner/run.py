@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("arm", type=pathlib.Path, help="a folder of export_stage")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="a folder of prepare.py")
     parser.add_argument("--output", type=pathlib.Path, help="for checkpoints and results")
+    parser.add_argument(
+        "--network", type=pathlib.Path, help="STAGE-best.npz of another arm, to begin with"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop")
     parser.add_argument(
         "--checkpoint-seconds", type=float, default=60.0, help="between two checkpoints"
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         jax.config.update("jax_compilation_cache_dir", str(parsed.cache))
     from arms import Arm
 
-    arm = Arm(parsed.arm, parsed.data, parsed.output or parsed.arm / "run")
+    arm = Arm(parsed.arm, parsed.data, parsed.output or parsed.arm / "run", parsed.network)
     work(arm, begin + 60 * parsed.minutes, parsed.checkpoint_seconds)
     if not arm.done:
         return UNFINISHED

@@ -1,0 +1,57 @@
+"""Run all arms of a folder, one after the other, in slices.
+
+    python run_all.py FOLDER --minutes 9    # again and again, while it returns 75
+
+An arm is a folder with a `needs.json`, which names a folder of data beside it, and an arm beside it
+whose network it begins with, if there is one: that one is run before. What is done is not run
+again. Returns 0 when all arms are finished, 75 when the time is over and there is more to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+import run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, and work for a while."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop")
+    parsed = parser.parse_args(arguments)
+    begin = time.monotonic()
+    for arm in ordered(parsed.folder):
+        if (arm / "run" / "result.json").exists():
+            continue
+        left = parsed.minutes - (time.monotonic() - begin) / 60
+        if left <= 0:
+            return run.UNFINISHED
+        print(f"{arm.relative_to(parsed.folder)}:", flush=True)
+        needs = json.loads((arm / "needs.json").read_text())
+        options = ["--data", str(arm.parent / needs["data"]), "--minutes", str(left)]
+        options += ["--cache", str(parsed.folder / "cache")]
+        if needs["from"]:
+            options += ["--network", str(arm.parent / needs["from"] / "run" / needs["file"])]
+        if run.main([str(arm), *options]) != 0:
+            return run.UNFINISHED
+    return 0
+
+
+def ordered(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the arms: seed by seed, those that others begin with first."""
+    arms = []
+    for path in folder.glob("*/*/needs.json"):
+        needs = json.loads(path.read_text())
+        arms.append((needs["order"], str(path.parent), path.parent))
+    return [arm for _, _, arm in sorted(arms)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
