@@ -75,3 +75,13 @@ def test_pruning_and_nothing_else_runs(tmp_path, monkeypatch, capsys):
     assert names["small"].parameters_after < names["small"].parameters_before
     assert (tmp_path / "small.tflite").stat().st_size > 0
     assert (tmp_path / "sparse.keras").exists()
+
+
+def test_the_method_as_a_whole_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(README.parent / "examples")
+    names = {}
+    exec(section("The method as a whole"), names)
+    zeros = tscnc_tf.inspection.sparsity(names["model"])
+    assert zeros.rows[1].sparsity == pytest.approx(0.95, abs=0.01)
+    assert (tmp_path / "outputs" / "first" / "4-evaluate" / "saved_model").is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 import tscnc_tf as tscnc
 from tscnc_tf.experiments import folders, stages
 from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.inspection.records import jsonable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "examples" / "recipes"
@@ -374,3 +376,35 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_pa
                 np.testing.assert_array_equal(a, b)
         assert not list((folder / stage).glob("state-*"))
         assert not list((folder / stage).glob(".*"))
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The module of the example."""
+    return runpy.run_path(str(ROOT / "examples" / "paper.py"))
+
+
+def test_every_value_can_be_given_on_the_command_line(paper):
+    for name, default in Recipe.leaves():
+        text = json.dumps(jsonable(default))
+        parsed = paper["parser"]().parse_args([f"--{name}", text])
+        assert paper["recipe_of"](parsed) == Recipe(), name
+    words = "--dataset mine.npz --arch wrn-28-4 --sparsity 0.95 --train.learning_rate 1e-3"
+    words += " --prune.layers [stage_1*,stage_2*] --baseline --evaluate.epsilon 4/255"
+    recipe = paper["recipe_of"](paper["parser"]().parse_args(words.split()))
+    assert recipe.data.dataset == "mine.npz"
+    assert recipe.network.architecture == "wrn-28-4"
+    assert (recipe.sparsity, recipe.train.learning_rate) == (0.95, 0.001)
+    assert recipe.prune.layers == ["stage_1*", "stage_2*"]
+    assert recipe.evaluate.epsilon == "4/255"
+    assert recipe.constraints.condition_factor == 0.0
+
+
+def test_the_command_line_comes_after_the_file(paper):
+    words = [str(RECIPES / "smoke.yaml"), "--train.epochs", "9"]
+    recipe = paper["recipe_of"](paper["parser"]().parse_args(words))
+    assert recipe.train.epochs == 9
+    assert recipe.data.dataset == "digits"
