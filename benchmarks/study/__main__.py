@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = HERE / "quick.yaml" if options.quick else options.plan
     files = dict(pair.split("=", 1) for pair in options.data)
     plan = Plan.read(path, files)
+    settings = options.settings or list(plan.settings)
     folder = options.results / plan.name
     console = Console()
     if options.what == "report":
@@ -38,13 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(accelerate.collect(plan, accelerated, folder))
         return 0
     if options.what == "choose":
-        settings = options.settings or list(plan.settings)
         choosing.choose(plan, settings, folder / "choices", options.scratch / plan.name)
         console.print(choosing.best(plan, folder / "choices"))
         return 0
-    done = work.supervise(
-        path, files, folder, options.scratch / plan.name, options.workers, options.minutes
-    )
+    scratch = options.scratch / plan.name
+    job = work.Job(path, files, folder, scratch, options.workers, options.minutes, settings)
+    done = work.supervise(job)
     console.print(report.tables(results.read(folder), list(plan.arms)), markup=False)
     console.print("All done." if done else "More is to do: run the same command again.")
     return 0 if done else 75
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
     )
-    parser.add_argument("--settings", nargs="+", help="choose: in these settings only")
+    parser.add_argument("--settings", nargs="+", help="in these settings only")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)

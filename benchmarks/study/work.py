@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from rich.console import Console
@@ -26,79 +27,81 @@ def result_path(results: pathlib.Path, run: Run) -> pathlib.Path:
     return results / run.setting / f"{run.name}.json"
 
 
-def missing(plan: Plan, results: pathlib.Path) -> list[Run]:
-    """Return the runs that have no result yet, in the plan's order."""
-    return [run for run in plan.runs() if not result_path(results, run).is_file()]
+def missing(plan: Plan, results: pathlib.Path, settings: Sequence[str] = ()) -> list[Run]:
+    """Return the runs that have no result yet, in the plan's order; of some settings, or of all."""
+    return [
+        run
+        for run in plan.runs()
+        if run.setting in (settings or plan.settings) and not result_path(results, run).is_file()
+    ]
 
 
-def supervise(
-    path: pathlib.Path,
-    files: Mapping[str, str],
-    results: pathlib.Path,
-    scratch: pathlib.Path,
-    workers: int,
-    minutes: float,
-) -> bool:
-    """Run what is missing until nothing is, or the time is over; tell whether all is done.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be worked on, and how.
 
-    A group is a process of its own, with a share of the cores. Whoever is killed loses at most an
-    epoch: each run goes on where it was.
-
-    Args:
-        path: of the plan.
+    Attributes:
+        plan: the path of the plan.
         files: where data of the plan are, by their names there.
         results: the folder for the results.
         scratch: the folder for the experiments themselves, which are removed when they are done.
         workers: how many processes.
         minutes: no group is begun after that.
+        settings: which of the plan's settings.
     """
-    plan, console = Plan.read(path, files), Console(stderr=True)
+
+    plan: pathlib.Path
+    files: Mapping[str, str]
+    results: pathlib.Path
+    scratch: pathlib.Path
+    workers: int
+    minutes: float
+    settings: Sequence[str]
+
+
+def supervise(job: Job) -> bool:
+    """Run what is missing until nothing is, or the time is over; tell whether all is done.
+
+    A group, the runs that begin with the same dense network, is a process of its own, with a share
+    of the cores. Whoever is killed loses at most an epoch: each run goes on where it was.
+    """
+    plan, console = Plan.read(job.plan, job.files), Console(stderr=True)
     begin, running = time.monotonic(), {}
     tried: set[str] = set()
-    total = sum(1 for _ in plan.runs())
     while True:
         for group, process in list(running.items()):
             if process.poll() is not None:
                 del running[group]
-                left = len(missing(plan, results))
+                left = len(missing(plan, job.results, job.settings))
                 elapsed = (time.monotonic() - begin) / 60
-                console.print(f"{elapsed:6.1f} min  {total - left} of {total}  {group} ended")
-        in_time = time.monotonic() - begin < 60 * minutes
-        waiting = [run.group for run in missing(plan, results) if run.group not in tried]
-        waiting = list(dict.fromkeys(waiting)) if in_time else []
-        while waiting and len(running) < workers:
+                console.print(f"{elapsed:6.1f} min  {group} ended, {left} runs left")
+        in_time = time.monotonic() - begin < 60 * job.minutes
+        waiting = [run.group for run in missing(plan, job.results, job.settings)]
+        waiting = [group for group in dict.fromkeys(waiting) if group not in tried]
+        while in_time and waiting and len(running) < job.workers:
             group = waiting.pop(0)
             tried.add(group)
-            running[group] = _start(path, files, results, scratch, group, workers)
+            running[group] = _start(job, group)
         if not running:
-            return not missing(plan, results)
+            return not missing(plan, job.results, job.settings)
         time.sleep(0.5)
 
 
-def _start(
-    path: pathlib.Path,
-    files: Mapping[str, str],
-    results: pathlib.Path,
-    scratch: pathlib.Path,
-    group: str,
-    workers: int,
-) -> subprocess.Popen[bytes]:
+def _start(job: Job, group: str) -> subprocess.Popen[bytes]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = str(max(1, (cores or 1) // workers))
+    threads = str(max(1, (cores or 1) // job.workers))
     environment = {
         **os.environ,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TF_NUM_INTRAOP_THREADS": threads,
         "TF_NUM_INTEROP_THREADS": threads,
     }
-    command = [sys.executable, "-m", "benchmarks.study.work"]
-    arguments = [str(path), json.dumps(dict(files)), str(results), str(scratch), group]
-    log = scratch / f"{group.replace('/', '-')}.log"
+    arguments = [job.plan, json.dumps(dict(job.files)), job.results, job.scratch, group]
+    command = [sys.executable, "-m", "benchmarks.study.work", *map(str, arguments)]
+    log = job.scratch / f"{group.replace('/', '-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
-        return subprocess.Popen(
-            [*command, *arguments], cwd=ROOT, env=environment, stdout=stream, stderr=stream
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
 
 
 def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -> None:
