@@ -114,7 +114,7 @@ class Arm:
         self.model = network(library)
         decay = optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.04, 0.02, 0.01])
         average = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": None}
-        sgd = optimizers.SGD(decay, momentum=0.9, nesterov=True, **average)
+        sgd = optimizers.SGD(decay, momentum=0.9, nesterov=True, name="sgd", **average)
         self._stage("dense", trainer(self.model, tscnc.losses.TRADES(6.0), sgd))
         schedule = tscnc.schedules.CosineSparsity(0.2, 0.7, 1, 5, frequency=2)
         tscnc.prune(self.model, schedule, engine="masks")
