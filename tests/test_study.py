@@ -84,7 +84,15 @@ def test_the_cpu_study_has_what_it_promises():
     assert plan.seeds == (0, 1, 2, 3, 4)
     assert plan.sparsities == (0.9, 0.95, 0.99)
     assert set(plan.methods) == {"magnitude", "scores"}
-    assert set(plan.arms) == {"none", "cnc", "tsc", "both", "gates", "authors"}
+    assert set(plan.arms) == {
+        "none",
+        "cnc",
+        "tsc",
+        "both",
+        "throughout",
+        "gates",
+        "authors",
+    }
     assert choosing.SEED not in plan.seeds
     by_arm = {run.arm: run.recipe for run in plan.runs() if run.setting == "digits"}
     assert by_arm["authors"].constraints.form == "authors"

@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     scratch = options.scratch / plan.name
     job = work.Job(path, files, folder, scratch, options.workers, options.minutes, settings)
     done = work.supervise(job)
-    console.print(report.tables(results.read(folder), list(plan.arms)), markup=False)
+    console.print(
+        report.tables(results.read(folder), list(plan.arms)), markup=False, soft_wrap=True
+    )
     console.print("All done." if done else "More is to do: run the same command again.")
     return 0 if done else 75
 
@@ -57,7 +59,7 @@ def _report(
     if not found:
         sys.exit(f"{folder} holds no results yet: python -m benchmarks.study run")
     text = report.tables(found, list(plan.arms))
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
     if options.write:
         report.insert(DOCUMENT, plan.name, text)
         report.plot(found, list(plan.arms), DOCUMENT.with_name(f"study-{plan.name}.png"))

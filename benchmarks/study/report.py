@@ -139,6 +139,8 @@ def _median(found: Sequence[Result], name: str) -> str:
 
 
 def _correlation(value: Correlation) -> str:
+    if math.isnan(value.rho):
+        return "–"  # one of the two is the same in all runs
     return f"{value.rho:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
 
 
