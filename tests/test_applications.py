@@ -97,6 +97,18 @@ def test_parameters_are_those_of_the_literature(name):
     assert name.lower().replace("small", "small_") == model.name
 
 
+def test_narrow_relatives_have_the_parameters_of_their_widths():
+    resnet = applications.ResNet18(width=8)
+    assert size(resnet.trainable_weights) == resnet_count(8, (8, 16, 32, 64), 2)
+    vgg = applications.VGG16(width=8)
+    widths = [3, 8, 8, 16, 16, 32, 32, 32, *[64] * 6]
+    total = sum(conv(3, a, b) for a, b in itertools.pairwise(widths))
+    assert size(vgg.trainable_weights) == total + 2 * (64 * 64 + 64) + 65 * 10
+    for network in (applications.ResNet18, applications.VGG16):
+        with pytest.raises(ValueError, match="width must be >= 1, got 0"):
+            network(width=0)
+
+
 def test_the_list_of_networks_is_complete():
     assert {*COUNTS, "WideResNet"} == set(applications.__all__)
 

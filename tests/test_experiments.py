@@ -155,6 +155,32 @@ def test_there_is_a_recipe_for_each_setting_of_the_paper(folder):
             assert recipe.train == Recipe().train
 
 
+@pytest.mark.parametrize("network", ["vgg-16", "resnet-18", "wrn-28-4"])
+def test_the_networks_of_the_cpu_sized_recipes_are_narrow_relatives(network):
+    recipe = Recipe.from_yaml(RECIPES / "cpu" / f"cifar10-{network}-99.yaml")
+    shape = (*recipe.data.image_size, 3)
+    model = stages.network(recipe, FakeData(shape))
+    assert model.output_shape == (None, 10)
+    full = {"vgg-16": 15_249_354, "resnet-18": 11_173_962, "wrn-28-4": 5_849_050}[network]
+    assert model.count_params() < full / 10
+    options = {**recipe.network.options, "breadth": 3}
+    wrong = recipe.override({"network.options": options})
+    with pytest.raises(ValueError, match=r"network\.options={.*'breadth': 3}: .*'breadth'"):
+        stages.network(wrong, FakeData(shape))
+
+
+class FakeData:
+    """What a network wants to know of a dataset."""
+
+    classes = 10
+
+    def __init__(self, image_shape):
+        self.image_shape = image_shape
+
+    def channel_statistics(self):
+        return (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+
+
 def leaves(values, prefix=""):
     for name, value in values.items():
         if isinstance(value, dict):

@@ -11,7 +11,7 @@ from tscnc_tf.applications._building import Builder, Options
 HEADS = ("hidden", "linear")
 
 
-def VGG16(*, head: str = "hidden", **options: Unpack[Options]) -> Any:
+def VGG16(*, head: str = "hidden", width: int = 64, **options: Unpack[Options]) -> Any:
     """Return a VGG-16 with BatchNorm in its CIFAR form: 13 convolutions, 5 poolings, the head.
 
     The first convolution is called `stem`; the others keep their numbers in the paper:
@@ -22,6 +22,7 @@ def VGG16(*, head: str = "hidden", **options: Unpack[Options]) -> Any:
 
     Args:
         head: "hidden", two dense layers of 512 before the logits; or "linear", the logits alone.
+        width: the number of channels of the first stage; all other widths go with it.
         **options: see `tscnc_tf.applications`; `input_shape` of 32x32 or more.
 
     Returns:
@@ -39,11 +40,13 @@ def VGG16(*, head: str = "hidden", **options: Unpack[Options]) -> Any:
         Simonyan & Zisserman 2015, arXiv 1409.1556, table 1, column D.
     """
     _checks.one_of("head", head, HEADS)
+    width = _checks.integer("width", width, minimum=1)
     build = Builder("vgg16", 32, **options)
-    x = _stages(build, ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)))
+    depths = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
+    x = _stages(build, [(factor * width, depth) for factor, depth in depths])
     x = build.layers.Flatten(name="flatten")(x)
     if head == "hidden":
-        x = build.hidden(build.hidden(x, "hidden_1", 512), "hidden_2", 512)
+        x = build.hidden(build.hidden(x, "hidden_1", 8 * width), "hidden_2", 8 * width)
     return build.model(x)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from tscnc_tf import _checks
 from tscnc_tf.applications._building import Builder, Options
 
 
-def ResNet18(**options: Unpack[Options]) -> Any:
+def ResNet18(*, width: int = 64, **options: Unpack[Options]) -> Any:
     """Return a ResNet-18 in its CIFAR form: stages of 64, 128, 256 and 512 channels, 2 blocks each.
 
     For 10 classes it has 11,173,962 trainable parameters. Convolutions are called `stem`,
     `stage_2_block_1_conv_1`, `stage_2_block_1_shortcut` and so on.
 
     Args:
+        width: the number of channels of the first stage; each later one has twice as many.
         **options: see `tscnc_tf.applications`; `input_shape` of 8x8 or more.
 
     Returns:
@@ -32,8 +34,10 @@ def ResNet18(**options: Unpack[Options]) -> Any:
     Reference:
         He et al. 2016, arXiv 1512.03385, table 1, with the stem of section 4.2.
     """
+    width = _checks.integer("width", width, minimum=1)
     build = Builder("resnet18", 8, **options)
-    return _residual(build, stem=64, widths=(64, 128, 256, 512), blocks=2)
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    return _residual(build, stem=width, widths=widths, blocks=2)
 
 
 def ResNet20(**options: Unpack[Options]) -> Any:

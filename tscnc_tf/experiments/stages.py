@@ -55,15 +55,21 @@ def network(recipe: Recipe, data: datasets.Dataset) -> Any:
     part, keras = recipe.network, library(recipe)
     mean, std = data.channel_statistics() if part.normalize else (None, None)
     with _precision(keras, part.precision):
-        return getattr(applications, ARCHITECTURES[part.architecture])(
-            input_shape=data.image_shape,
-            classes=data.classes,
-            mean=mean,
-            std=std,
-            library=part.library,
-            seed=recipe.seed,
-            **part.options,
-        )
+        try:
+            return getattr(applications, ARCHITECTURES[part.architecture])(
+                input_shape=data.image_shape,
+                classes=data.classes,
+                mean=mean,
+                std=std,
+                library=part.library,
+                seed=recipe.seed,
+                **part.options,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"network {part.architecture!r} can't be built for images of {data.image_shape} "
+                f"with network.options={dict(part.options)}: {error}"
+            ) from error
 
 
 def trainer(
