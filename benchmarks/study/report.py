@@ -84,34 +84,38 @@ def _correlations(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> None:
-    """Draw robust accuracy and effective condition number over sparsity."""
+    """Draw robust accuracy and effective condition number over sparsity: a dot a run, the means."""
     cells = figures.by_cell(results)
     columns = sorted({(cell.setting, cell.method) for cell in cells})
     shape = (2, max(1, len(columns)))
-    figure, axes = plt.subplots(*shape, figsize=(3.4 * shape[1], 6), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(*shape, figsize=(3.6 * shape[1], 6), squeeze=False, sharex="col")
     for column, (setting, method) in enumerate(columns):
-        top, bottom = axes[:, column]
         levels = sorted(c.sparsity for c in cells if (c.setting, c.method) == (setting, method))
+        top, bottom = axes[:, column]
         for index, arm in enumerate(arms):
-            places = np.arange(len(levels)) + 0.08 * (index - len(arms) / 2)
-            by_arm = [cells[Cell(setting, method, level)].get(arm, {}) for level in levels]
-            robust = [_mean(list(found.values()), "robust") for found in by_arm]
-            halves = [100 * e.half if math.isfinite(e.half) else 0.0 for e in robust]
-            means = [100 * e.mean for e in robust]
-            top.errorbar(places, means, halves, fmt="o", markersize=3, capsize=2, label=arm)
-            effective = [
-                np.median([r.effective for r in found.values()]) if found else np.nan
-                for found in by_arm
-            ]
-            bottom.semilogy(places, effective, "o", markersize=4)
+            offset = 0.1 * (index - (len(arms) - 1) / 2)
+            for place, level in enumerate(levels):
+                found = list(cells[Cell(setting, method, level)].get(arm, {}).values())
+                robust = [100 * result.robust for result in found]
+                effective = [result.effective for result in found]
+                label = arm if place == column == 0 else None
+                for axis, values in ((top, robust), (bottom, effective)):
+                    x = [place + offset] * len(values)
+                    axis.plot(x, values, ".", color=f"C{index}", markersize=4, alpha=0.5)
+                middle = [np.mean(robust)] if robust else []
+                top.plot(
+                    [place + offset] * len(middle), middle, "_", color=f"C{index}", label=label
+                )
         top.set_title(f"{setting}, {method}", fontsize=9)
+        top.set_ylim(0, 100)
+        bottom.set_yscale("log")
         bottom.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
         bottom.set_xlabel("zeros")
     axes[0, 0].set_ylabel("robust accuracy, %")
     axes[1, 0].set_ylabel("worst effective κ")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(arms), frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, markerscale=2)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     with _files.replaced(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
