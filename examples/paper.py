@@ -90,8 +90,9 @@ def show(folder: pathlib.Path, console: Console) -> None:
         )
     console.print(table)
     console.print("Accuracies above are those of the validation set, which chose the epochs.")
-    console.print((folder / "4-evaluate" / "report.txt").read_text(encoding="utf-8"))
-    console.print(f"All of it is in {folder}.")
+    report = (folder / "4-evaluate" / "report.txt").read_text(encoding="utf-8")
+    console.print(report, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"All of it is in {folder}.", soft_wrap=True)
 
 
 if __name__ == "__main__":
