@@ -226,9 +226,8 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
     assert contents["cnc"]["kernels"] != contents["later"]["kernels"]
     assert not list((tmp_path / "scratch" / "tiny").glob("digits/*"))  # tidied up
     (tmp_path / "results" / "tiny" / "digits" / "none-magnitude-80-seed0.json").unlink()
-    assert [run.name for run in work.missing(Plan.read(path), tmp_path / "results" / "tiny")] == [
-        "none-magnitude-80-seed0"
-    ]
+    missing = work.missing(Plan.read(path).runs(), tmp_path / "results" / "tiny")
+    assert [run.name for run in missing] == ["none-magnitude-80-seed0"]
     assert main(["run", *options, "--minutes", "0"]) == 75
     assert "More is to do" in capsys.readouterr().out
 

@@ -27,13 +27,9 @@ def result_path(results: pathlib.Path, run: Run) -> pathlib.Path:
     return results / run.setting / f"{run.name}.json"
 
 
-def missing(plan: Plan, results: pathlib.Path, settings: Sequence[str] = ()) -> list[Run]:
-    """Return the runs that have no result yet, in the plan's order; of some settings, or of all."""
-    return [
-        run
-        for run in plan.runs()
-        if run.setting in (settings or plan.settings) and not result_path(results, run).is_file()
-    ]
+def missing(runs: Iterable[Run], results: pathlib.Path) -> list[Run]:
+    """Return those of some runs that have no result yet, in their order."""
+    return [run for run in runs if not result_path(results, run).is_file()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +61,27 @@ def supervise(job: Job) -> bool:
     A group, the runs that begin with the same dense network, is a process of its own, with a share
     of the cores. Whoever is killed loses at most an epoch: each run goes on where it was.
     """
-    plan, console = Plan.read(job.plan, job.files), Console(stderr=True)
+    console = Console(stderr=True)
+    plan = Plan.read(job.plan, job.files)
+    runs = [run for run in plan.runs() if run.setting in job.settings]
     begin, running = time.monotonic(), {}
     tried: set[str] = set()
     while True:
         for group, process in list(running.items()):
             if process.poll() is not None:
                 del running[group]
-                left = len(missing(plan, job.results, job.settings))
+                left = len(missing(runs, job.results))
                 elapsed = (time.monotonic() - begin) / 60
                 console.print(f"{elapsed:6.1f} min  {group} ended, {left} runs left")
         in_time = time.monotonic() - begin < 60 * job.minutes
-        waiting = [run.group for run in missing(plan, job.results, job.settings)]
+        waiting = [run.group for run in missing(runs, job.results)]
         waiting = [group for group in dict.fromkeys(waiting) if group not in tried]
         while in_time and waiting and len(running) < job.workers:
             group = waiting.pop(0)
             tried.add(group)
             running[group] = _start(job, group)
         if not running:
-            return not missing(plan, job.results, job.settings)
+            return not missing(runs, job.results)
         time.sleep(0.5)
 
 
@@ -106,7 +104,7 @@ def _start(job: Job, group: str) -> subprocess.Popen[bytes]:
 
 def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -> None:
     """Run what is missing of one group: one dense network, pruned in every way of the plan."""
-    runs = [run for run in missing(plan, results) if run.group == group]
+    runs = [run for run in missing(plan.runs(), results) if run.group == group]
     execute(runs, results, scratch)
 
 
