@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import importlib.util
@@ -218,7 +219,7 @@ class _Governed(NamedTuple):
     step: Callable[[], Any]
 
 
-class _ScalarLogger(flavours.Callback):
+class _ScalarLogger(flavours.Callback, abc.ABC):
     """Base: adds the figures of `scalars` to the logs of each epoch, and to TensorBoard's."""
 
     def __init__(self, log_dir: str | None = None) -> None:
@@ -249,9 +250,9 @@ class _ScalarLogger(flavours.Callback):
             self._writer.close()
             self._writer = None
 
+    @abc.abstractmethod
     def scalars(self) -> dict[str, float]:
         """Return the figures of the model as it is now."""
-        raise NotImplementedError(f"{type(self).__name__} is abstract: use one of its subclasses.")
 
 
 class KernelLogger(_ScalarLogger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import tensorflow as tf
 from tscnc_tf._keras import layers
 
 
-class GatedLayer:
+class GatedLayer(abc.ABC):
     """Marks layers that compute as another one does, with gates on some of its weights.
 
     Attributes:
@@ -19,13 +20,13 @@ class GatedLayer:
 
     layer: Any
 
+    @abc.abstractmethod
     def gated_variables(self) -> Iterator[tuple[Any, Any]]:
         """Yield (variable, gates) as they act at inference; gates broadcast with the variable."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which weights have gates.")
 
+    @abc.abstractmethod
     def own_variables(self) -> list[Any]:
         """Return the variables that belong to the gates, and not to the layer inside."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what is its own.")
 
 
 def is_gated(layer: Any) -> bool:
