@@ -476,3 +476,9 @@ def test_the_fingerprint_of_the_digits_is_this_one():
     # Everywhere and always: a change of this digest is a change of everybody's data.
     expected = "87b7d05ae41d78257e91e777552f6a154f85b03886fdfcae8524fcfb3282848e"
     assert load("digits").fingerprint == expected
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_no_tuner_keeps_whoever_lets_go_of_an_iterator_waiting(kind, data):
+    batches = data.training(4) if kind == "training" else data.evaluation("test", 4)
+    assert batches.options().autotune.enabled is False

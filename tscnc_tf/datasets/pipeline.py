@@ -8,6 +8,7 @@ import tensorflow as tf
 from tscnc_tf.datasets import augmentation
 
 _FOREVER = np.iinfo(np.int64).max
+_AHEAD = 4  # batches
 
 
 def training(
@@ -54,8 +55,7 @@ def training(
     batches = tf.data.Dataset.range(first_epoch, end).flat_map(epoch)
     count = tf.data.INFINITE_CARDINALITY if epochs is None else steps * epochs
     batches = batches.apply(tf.data.experimental.assert_cardinality(count))
-    batches = batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return batches.prefetch(tf.data.AUTOTUNE)
+    return _ahead(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
 
 
 def evaluation(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
@@ -67,8 +67,18 @@ def evaluation(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset
         return _scaled(tf.gather(pixels, places)), tf.gather(labels, places)
 
     batches = tf.data.Dataset.range(len(x)).batch(batch_size)
-    batches = batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return batches.prefetch(tf.data.AUTOTUNE)
+    return _ahead(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
+
+
+def _ahead(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Return batches that are made while the model works.
+
+    Untuned: the tuner sleeps between its looks, longer and longer, up to a minute, and who lets go
+    of an iterator may have to wait until it wakes up; `fit` would end that much later.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.prefetch(_AHEAD).with_options(options)
 
 
 def _scaled(images: tf.Tensor) -> tf.Tensor:
