@@ -91,6 +91,7 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"network": {"architecture": "lenet"}}, ValueError, "'small-cnn'.*got 'lenet'"),
         ({"constraints": {"stages": ["test"]}}, ValueError, "stages must be one of 'train'"),
         ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
+        ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
         ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a list, got 16"),
     ],
 )
@@ -322,7 +323,8 @@ def test_another_recipe_needs_another_folder(finished, tmp_path):
 
 
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
-    other = recipe(**{"prune.method": "magnitude", "sparsity": 0.8, "finetune.loss": "rslad"})
+    changes = {"prune.method": "magnitude", "prune.min_per_filter": 2}
+    other = recipe(**changes, **{"sparsity": 0.8, "finetune.loss": "rslad"})
     folder = tscnc.experiments.run(
         other, tmp_path / "other", dense=finished / "1-train", progress=False
     )
@@ -330,6 +332,8 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
     assert (folder / "1-train" / "model.keras").read_bytes() == theirs
     output = tscnc.experiments.open_stage(folder / "2-prune")
     assert [row["sparsity"] for row in output.metrics][-1] == pytest.approx(0.8, abs=0.01)
+    for mask in output.masks.values():
+        assert mask.reshape(-1, mask.shape[-1]).sum(axis=0).min() >= 2
     # Of the epochs, only those at the full sparsity are candidates.
     chosen = output.metrics[output.manifest["chosen_epoch"] - 1]
     assert chosen["sparsity"] == max(row["sparsity"] for row in output.metrics)

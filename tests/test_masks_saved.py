@@ -100,7 +100,7 @@ def test_weight_files_and_checkpoints_hold_the_masks(kind, library, tmp_path):
         {"structure": NM(2, 4), "schedule": schedules.OneShot(0.5)},
         {"structure": Block(3, 2), "scope": "global"},
         {"structure": Filters(), "scope": "erk", "min_weights": 2},
-        {"structure": Unstructured(), "scope": {"conv": 0.5}, "layers": "conv"},
+        {"structure": Unstructured(1), "scope": {"conv": 0.5}, "layers": "conv"},
         {"criterion": square, "schedule": stairs},
         {"schedule": schedules.ConditionGated(schedules.OneShot(0.5), 100.0)},
     ],

@@ -431,10 +431,78 @@ def test_whole_filters_go_by_their_mean_magnitude(library):
     assert report.dead_filters == 3 + 6
 
 
+def best_with_a_floor(kernel, groups, least, kept):
+    """The `least` largest of every filter, then the largest of the rest, by a loop."""
+    size = np.abs(kernel)
+    filters = np.split(size, groups, axis=-1) if groups else [size]
+    chosen = []
+    for part in filters:
+        rows = part.reshape(-1, part.shape[-1])
+        best = np.zeros_like(rows, bool)
+        for output, row in enumerate(rows.T):
+            best[np.argsort(-row, kind="stable")[:least], output] = True
+        chosen.append(best.reshape(part.shape))
+    chosen = np.concatenate(chosen, axis=-1)
+    rest = np.argsort(-np.where(chosen, -1.0, size).ravel(), kind="stable")
+    chosen.ravel()[rest[: max(0, kept - chosen.sum())]] = True
+    return chosen
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+def test_every_filter_keeps_its_floor_and_the_largest_the_rest(sparsity, least, library):
+    model = functional(
+        library,
+        (8, 8, 4),
+        library.layers.Conv2D(6, 3, groups=2, name="groups"),
+        library.layers.Conv2D(12, 3, name="conv"),
+        library.layers.Dense(7, name="dense"),
+    )
+    kernels = {layer.name: np.asarray(layer.weights[0]) for layer in model.layers if layer.weights}
+    pruning.prune_now(model, sparsity, structure=Unstructured(min_per_filter=least))
+    for name, (_, mask) in values(model).items():
+        kept = round(kernels[name].size * (1 - sparsity))
+        expected = best_with_a_floor(kernels[name], 2 if name == "groups" else 0, least, kept)
+        np.testing.assert_array_equal(mask, expected, err_msg=name)
+        assert mask.sum() == max(kept, least * mask.shape[-1])
+    assert inspection.condition_numbers(model).dead_filters == 0
+
+
+def test_a_floor_of_all_is_warned_of_and_depthwise_filters_are_by_channel(library):
+    model = functional(library, (8, 8, 3), library.layers.DepthwiseConv2D(3, depth_multiplier=2))
+    before = np.asarray(model.layers[-1].weights[0])
+    pruning.prune_now(model, 0.99, structure=Unstructured(min_per_filter=2))
+    ((_, mask),) = values(model).values()
+    largest = np.sort(np.abs(before).reshape(9, 6), axis=0)[-2]
+    np.testing.assert_array_equal(mask.reshape(9, 6), np.abs(before).reshape(9, 6) >= largest)
+    pruning.strip(model)
+    with pytest.warns(UserWarning, match="keeps all of its 54 weights"):
+        pruning.prune_now(model, 0.5, structure=Unstructured(min_per_filter=100))
+    assert all(mask.all() for _, mask in values(model).values())
+
+
+def test_with_a_floor_no_filter_dies_along_a_schedule_or_under_one_threshold(library):
+    model = dense_model(library)
+    model.layers[-1].kernel.assign(1e-3 * np.asarray(model.layers[-1].kernel))
+    schedule = schedules.CosineSparsity(0.0, 0.9, begin_step=1, end_step=5, frequency=1)
+    structure = Unstructured(min_per_filter=1)
+    pruner = Pruner(model, schedule, structure=structure, scope="global")
+    last = 72
+    for _ in range(6):
+        pruner.step()
+        masks = [mask for _, mask in values(model).values()]
+        assert all(mask.any(axis=0).all() for mask in masks)
+        assert sum(mask.sum() for mask in masks) <= last
+        last = sum(mask.sum() for mask in masks)
+    assert last == sum(mask.shape[-1] for mask in masks), "the floors are more than 7 of 72"
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("scope", ["layer", "global", "erk"])
 @pytest.mark.parametrize(
-    "structure", [Unstructured(), Block(2, 4), Block(4, 3), Filters(), NM(2, 4)], ids=str
+    "structure",
+    [Unstructured(), Unstructured(2), Block(2, 4), Block(4, 3), Filters(), NM(2, 4)],
+    ids=str,
 )
 def test_a_compiled_step_chooses_what_is_chosen_at_once(structure, scope, jit):
     if isinstance(structure, NM) and scope != "layer":
@@ -732,6 +800,7 @@ def test_bad_input_is_named(library):
         (lambda: build(lambda step: 1), TypeError, "must return .whether to prune, sparsity."),
         (lambda: build(lambda step: (True, 95.0)), ValueError, "sparsity in .0, 1.*95"),
         (lambda: build(structure="2:4"), TypeError, "structure must be Unstructured"),
+        (lambda: Unstructured(-1), ValueError, "min_per_filter must be >= 0"),
         (lambda: build(criterion="magnitude"), TypeError, "criterion must be callable"),
         (lambda: build(scope="network"), ValueError, "scope must be one of 'layer', 'global'"),
         (lambda: build(scope={"conv*": 0.5}), ValueError, r"pattern 'conv\*' that fits none of"),

@@ -144,7 +144,9 @@ def test_every_scope_keeps_its_exact_count_in_every_step(scope, kept, library):
         np.testing.assert_array_equal(found, together)
 
 
-@pytest.mark.parametrize("structure", [NM(2, 4), Block(2, 2), Filters(), Unstructured()], ids=str)
+@pytest.mark.parametrize(
+    "structure", [NM(2, 4), Block(2, 2), Filters(), Unstructured(), Unstructured(3)], ids=str
+)
 def test_every_structure_holds_as_scores_move(structure, library):
     model = scored(library, 0.5, structure=structure, layers="hidden")
     before = kernels(model)[0] != 0

@@ -64,8 +64,11 @@ def result(seed=0, arm="none", robust=0.5, effective=2.0, sparsity=0.99, **value
 def test_the_plans_are_paired_and_balanced(name):
     plan = Plan.read(HERE / f"{name}.yaml")
     runs = list(plan.runs())
-    factors = (plan.seeds, plan.settings, plan.arms, plan.methods, plan.sparsities)
-    assert len(runs) == np.prod([len(factor) for factor in factors])
+    at_each = [len(plan.only.get(arm, plan.sparsities)) for arm in plan.arms]
+    factors = (plan.seeds, plan.settings, plan.methods)
+    assert len(runs) == np.prod([len(factor) for factor in factors]) * sum(at_each)
+    assert set(plan.only) <= set(plan.arms)
+    assert all(set(levels) <= set(plan.sparsities) for levels in plan.only.values())
     assert len({(run.setting, run.name) for run in runs}) == len(runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert all(run.recipe.seed == run.seed for run in runs)
@@ -90,6 +93,7 @@ def test_the_cpu_study_has_what_it_promises():
         "tsc",
         "both",
         "throughout",
+        "alive",
         "gates",
         "authors",
     }
@@ -100,6 +104,8 @@ def test_the_cpu_study_has_what_it_promises():
     assert by_arm["gates"].gates.sparsity_factor > 0
     assert by_arm["tsc"].constraints.condition_factor == 0
     assert by_arm["cnc"].constraints.sparsity_factor == 0
+    assert by_arm["alive"].prune.min_per_filter == 1
+    assert by_arm["alive"].first_stage() == by_arm["none"].first_stage()
 
 
 def test_arms_that_train_the_same_dense_network_share_it(plan):

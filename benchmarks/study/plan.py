@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tscnc_tf.experiments import Recipe, parse
@@ -55,6 +55,7 @@ class Plan:
         arms: by name, values of a recipe by their dotted names: what the arm changes.
         settled: by setting and arm, such values as were chosen on the validation set.
         choices: by arm, a dotted name and the values to choose from.
+        only: by arm, the sparsities that it is run at, where these are not all.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Plan:
     arms: Mapping[str, Mapping[str, Any]]
     settled: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, path: pathlib.Path, files: Mapping[str, str] | None = None) -> Plan:
@@ -101,7 +103,7 @@ class Plan:
             if self._recipe(setting, each, seed, changes or {}).first_stage() == first
         )
         for method in self.methods:
-            for sparsity in self.sparsities:
+            for sparsity in self.only.get(arm, self.sparsities):
                 values = {"prune.method": method, "sparsity": sparsity}
                 changed = recipe.override(values)
                 yield Run(setting, arm, method, sparsity, seed, changed, dense)

@@ -93,19 +93,19 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
         levels = sorted(c.sparsity for c in cells if (c.setting, c.method) == (setting, method))
         top, bottom = axes[:, column]
         for index, arm in enumerate(arms):
+            label = arm if column == 0 else None
             offset = 0.1 * (index - (len(arms) - 1) / 2)
             for place, level in enumerate(levels):
                 found = list(cells[Cell(setting, method, level)].get(arm, {}).values())
                 robust = [100 * result.robust for result in found]
                 effective = [result.effective for result in found]
-                label = arm if place == column == 0 else None
                 for axis, values in ((top, robust), (bottom, effective)):
                     x = [place + offset] * len(values)
                     axis.plot(x, values, ".", color=f"C{index}", markersize=4, alpha=0.5)
-                middle = [np.mean(robust)] if robust else []
-                top.plot(
-                    [place + offset] * len(middle), middle, "_", color=f"C{index}", label=label
-                )
+                if robust:
+                    middle = np.mean(robust)
+                    top.plot(place + offset, middle, "_", color=f"C{index}", label=label)
+                    label = None  # once is enough
         top.set_title(f"{setting}, {method}", fontsize=9)
         top.set_ylim(0, 100)
         bottom.set_yscale("log")

@@ -219,6 +219,7 @@ class Pruning(Training):
         layers: a pattern or a list of them, which layers are pruned; None for all but the first
             convolution and the classifier (layers named "stem" and "logits").
         scope, min_weights: see `pruning.Pruner`.
+        min_per_filter: how many weights every filter keeps at least, see `pruning.Unstructured`.
         ramp: for "magnitude" the fraction of the stage over which the sparsity rises.
         frequency: for "magnitude", optimizer steps between two choices of the weights to keep; None
             for 50 choices in all.
@@ -232,6 +233,7 @@ class Pruning(Training):
     layers: Any = None
     scope: Any = "layer"
     min_weights: int = 1
+    min_per_filter: int = 0
     ramp: float = 0.6
     frequency: int | None = None
 
@@ -246,6 +248,7 @@ class Pruning(Training):
         if self.frequency is not None:
             _checks.integer("frequency", self.frequency, minimum=1)
         _checks.integer("min_weights", self.min_weights, minimum=1)
+        _checks.integer("min_per_filter", self.min_per_filter, minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,6 +195,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         "layers": pruned_layers(part),
         "scope": part.scope,
         "min_weights": part.min_weights,
+        "structure": pruning.Unstructured(part.min_per_filter),
     }
     if part.method == "scores":
         return pruning.prune(model, method="scores", sparsity=recipe.sparsity, **options)

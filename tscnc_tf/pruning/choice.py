@@ -107,7 +107,8 @@ class Choice:
         if found:
             warnings.warn(
                 f"At a sparsity of {_tables.percent(sparsity)}, {'; '.join(found)}. Leave these "
-                "out by layers=, keep more by min_weights= or scope=, or prune less.",
+                "out by layers=, keep more by min_weights=, scope= or structure=Unstructured("
+                "min_per_filter=1), or prune less.",
                 UserWarning,
                 stacklevel=5,
             )

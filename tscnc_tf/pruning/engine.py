@@ -55,7 +55,8 @@ class Pruner:
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
             `Magnitude()` if None.
-        structure: `Unstructured()`, `NM(2, 4)`, `Block(rows, columns)` or `Filters()`.
+        structure: `Unstructured()`, also with a floor for every filter, `NM(2, 4)`, `Block(rows,
+            columns)` or `Filters()`.
         scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
             sparsity), "global" (all compete by their scores), "erk" (Erdős–Rényi-Kernel: small
             layers stay denser), or a dict of final sparsities by name pattern (the others follow

@@ -24,11 +24,13 @@ class Units(NamedTuple):
         scores: a float vector, one per unit.
         size: the number of weights in each unit; a vector where they differ.
         weights: the number of all weights.
+        floor: how many weights are kept whatever the sparsity: the units that score +inf.
     """
 
     scores: tf.Tensor
     size: int | np.ndarray
     weights: int
+    floor: int = 0
 
 
 class Scope(abc.ABC):
@@ -45,16 +47,17 @@ class Scope(abc.ABC):
 
     def _best(self, units: Units, count: Any) -> tf.Tensor:
         """Return a mask of the units with the largest scores, `count` weights in all."""
-        count = tf.maximum(tf.cast(count, tf.int32), min(self.min_weights, units.weights))
+        floor = max(units.floor, min(self.min_weights, units.weights))
+        count = tf.maximum(tf.cast(count, tf.int32), floor)
         if isinstance(units.size, int):
             number = tf.round(tf.cast(count, tf.float32) / units.size)
-            fewest = math.ceil(min(self.min_weights, units.weights) / units.size)
+            fewest = math.ceil(floor / units.size)
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
             return functional.largest(units.scores, exact)
         # Units are taken as long as they fit; the floor is reached, if by a unit too many.
-        floor = min(self.min_weights, units.weights) + int(np.max(units.size)) - 1
-        return functional.largest_within(units.scores, units.size, tf.maximum(count, floor))
+        reach = floor + int(np.max(units.size)) - 1
+        return functional.largest_within(units.scores, units.size, tf.maximum(count, reach))
 
 
 class ByCounts(Scope):

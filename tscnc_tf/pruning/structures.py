@@ -73,10 +73,52 @@ class _Ranked(Structure):
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class Unstructured(_Ranked):
-    """Single weights, wherever they are."""
+    """Single weights, wherever they are.
+
+    A filter (all weights that lead to one output channel or unit) that loses its last weight is
+    dead: its output no longer depends on the input, and the condition number of the kernel is
+    infinite. With a floor no filter dies, at any sparsity: the largest weights of each are kept
+    first, and the others compete for what is left. Where the sparsity leaves fewer weights than
+    all the floors together, that many are kept, and no more.
+
+    Args:
+        min_per_filter: how many weights every filter keeps at least (all, if it has fewer), >= 0.
+
+    Raises:
+        TypeError, ValueError: `min_per_filter` is no such number.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+        >>> alive = tscnc.pruning.Unstructured(min_per_filter=1)
+        >>> model = tscnc.prune_now(model, 0.95, structure=alive)
+        >>> tscnc.inspection.condition_numbers(model).dead_filters
+        0
+    """
+
+    min_per_filter: int = 0
+
+    def __post_init__(self) -> None:
+        _checks.integer("min_per_filter", self.min_per_filter, minimum=0)
+
+    def reason(self, target: Target) -> str:
+        """Return why a weight has no filters, if each is to keep some, or an empty text."""
+        return _UNREAD if self.min_per_filter and not target.layout else ""
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
-        return Units(tf.reshape(scores, (-1,)), 1, target.size)
+        if not self.min_per_filter:
+            return Units(tf.reshape(scores, (-1,)), 1, target.size)
+        groups, positions, inputs, outputs = target.canonical_shape
+        each = min(self.min_per_filter, positions * inputs)
+        filters = tf.transpose(target.canonical(scores), (0, 3, 1, 2))
+        filters = tf.reshape(filters, (groups, outputs, positions * inputs))
+        best = tf.math.top_k(filters, each).indices
+        best = tf.reduce_any(tf.one_hot(best, positions * inputs, True, False), axis=2)
+        best = tf.reshape(best, (groups, outputs, positions, inputs))
+        best = target.restore(tf.transpose(best, (0, 2, 3, 1)))
+        guarded = tf.where(best, tf.constant(np.inf, scores.dtype), scores)
+        return Units(tf.reshape(guarded, (-1,)), 1, target.size, groups * outputs * each)
 
     def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
         return tf.reshape(mask, target.shape)
