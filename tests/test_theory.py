@@ -590,6 +590,27 @@ def test_t17_the_zero_matrix_reaches_the_cap_and_a_dead_column_leaves_its_value_
     assert dead == pytest.approx(math.log(1.001) - (math.log(2.001) + math.log(1e-3)) / 2)
 
 
+@pytest.mark.parametrize("dead", [1, 4])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2])
+def test_t17_of_a_kernel_with_dead_filters_those_that_live_are_trained(dead, ridge, rng):
+    def cost(matrix, ridge):
+        variable = tf.Variable(matrix)
+        with tf.GradientTape() as tape:
+            value = functional.log_ratio(variable, ridge)
+        return float(value), tape.gradient(value, variable).numpy()
+
+    n, matrix = 6, rng.normal(size=(9, 6))
+    alive = rng.permutation(n) >= dead
+    share = alive.mean()
+    whole, pull = cost(matrix * alive, ridge)
+    part, pull_of_part = cost(matrix[:, alive], share * ridge)
+    constant = math.log1p(ridge) - (1 - share) * math.log(ridge)
+    constant -= share * (math.log1p(share * ridge) - math.log(share))
+    assert whole == pytest.approx(share * part + constant, rel=1e-12)
+    np.testing.assert_allclose(pull[:, alive], share * pull_of_part, rtol=1e-9)
+    np.testing.assert_array_equal(pull[:, ~alive], 0)
+
+
 # The sparse constraint, the authors' form, and gates.
 
 
