@@ -91,6 +91,7 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"network": {"architecture": "lenet"}}, ValueError, "'small-cnn'.*got 'lenet'"),
         ({"constraints": {"stages": ["test"]}}, ValueError, "stages must be one of 'train'"),
         ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
+        ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
         ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a list, got 16"),
     ],
@@ -323,7 +324,11 @@ def test_another_recipe_needs_another_folder(finished, tmp_path):
 
 
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
-    changes = {"prune.method": "magnitude", "prune.min_per_filter": 2}
+    changes = {
+        "prune.method": "magnitude",
+        "prune.min_per_filter": 2,
+        "prune.scope": "condition",
+    }
     other = recipe(**changes, **{"sparsity": 0.8, "finetune.loss": "rslad"})
     folder = tscnc.experiments.run(
         other, tmp_path / "other", dense=finished / "1-train", progress=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -94,6 +95,7 @@ def test_the_cpu_study_has_what_it_promises():
         "both",
         "throughout",
         "alive",
+        "budgets",
         "gates",
         "authors",
     }
@@ -105,7 +107,9 @@ def test_the_cpu_study_has_what_it_promises():
     assert by_arm["tsc"].constraints.condition_factor == 0
     assert by_arm["cnc"].constraints.sparsity_factor == 0
     assert by_arm["alive"].prune.min_per_filter == 1
-    assert by_arm["alive"].first_stage() == by_arm["none"].first_stage()
+    assert by_arm["budgets"].prune.scope == "condition"
+    for arm in ("alive", "budgets"):
+        assert by_arm[arm].first_stage() == by_arm["none"].first_stage()
 
 
 def test_arms_that_train_the_same_dense_network_share_it(plan):
@@ -255,6 +259,13 @@ settings:
 arms:
   none: {}
 """
+
+
+def test_what_is_measured_on_the_dense_network_is_not_exported_before_it_is_there(tmp_path, plan):
+    measured = dataclasses.replace(plan, arms={"none": {}, "budgets": {"prune.scope": "condition"}})
+    with pytest.raises(ValueError, match=r"arm with prune\.scope='condition'"):
+        accelerate.export(measured, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsys):

@@ -34,7 +34,15 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
     * `SETTING/data-SEED/`: the images, with the study's own splits.
     * `SETTING/dense-ARM-SEED/`: arms of one stage.
     * `SETTING/ARM-.../`: arms of two stages; needs.json says with which dense one they begin.
+
+    Raises:
+        ValueError: an arm's budgets depend on the dense network, which is not there yet.
     """
+    if any(run.recipe.prune.scope == "condition" for run in plan.runs()):
+        raise ValueError(
+            f"plan {plan.name!r} has an arm with prune.scope='condition', which is measured on "
+            "the dense network: give it a scope that is known beforehand."
+        )
     if not (folder / "runner").exists():
         with _files.new_directory("folder", folder / "runner") as draft:
             shutil.copytree(RUNNER, draft, dirs_exist_ok=True)

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "wrn-40-4": "WRN40x4",
 }
 STAGES = ("train", "prune", "finetune")
+SCOPES = ("layer", "global", "erk", "condition")
 DECAYS = ("steps", "cosine", "constant")
 LOSSES = ("trades", "madry", "mart")
 
@@ -218,7 +219,9 @@ class Pruning(Training):
             are trained, a schedule prunes them).
         layers: a pattern or a list of them, which layers are pruned; None for all but the first
             convolution and the classifier (layers named "stem" and "logits").
-        scope, min_weights: see `pruning.Pruner`.
+        scope: as in `pruning.Pruner`, or "condition": by `pruning.condition_budgets` of the dense
+            network.
+        min_weights: see `pruning.Pruner`.
         min_per_filter: how many weights every filter keeps at least, see `pruning.Unstructured`.
         ramp: for "magnitude" the fraction of the stage over which the sparsity rises.
         frequency: for "magnitude", optimizer steps between two choices of the weights to keep; None
@@ -247,6 +250,8 @@ class Pruning(Training):
         _checks.number("ramp", self.ramp, above=0.0, maximum=1.0)
         if self.frequency is not None:
             _checks.integer("frequency", self.frequency, minimum=1)
+        if not isinstance(self.scope, Mapping):
+            _checks.one_of("scope", self.scope, SCOPES)
         _checks.integer("min_weights", self.min_weights, minimum=1)
         _checks.integer("min_per_filter", self.min_per_filter, minimum=0)
 

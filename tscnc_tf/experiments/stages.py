@@ -197,6 +197,13 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         "min_weights": part.min_weights,
         "structure": pruning.Unstructured(part.min_per_filter),
     }
+    if part.scope == "condition":
+        options["scope"] = pruning.condition_budgets(
+            model,
+            recipe.sparsity,
+            layers=options["layers"],
+            min_per_filter=part.min_per_filter,
+        )
     if part.method == "scores":
         return pruning.prune(model, method="scores", sparsity=recipe.sparsity, **options)
     from tscnc_tf import schedules  # imports tfmot, where it is installed

@@ -1,5 +1,6 @@
 """Verbs on models: attach regularizers, prune, keep zeros, strip; and the engine behind them."""
 
+from tscnc_tf.pruning.budgets import condition_budgets
 from tscnc_tf.pruning.compaction import Compaction, compact
 from tscnc_tf.pruning.criteria import Magnitude
 from tscnc_tf.pruning.engine import Pruner
@@ -21,6 +22,7 @@ __all__ = [
     "Unstructured",
     "add_regularizers",
     "compact",
+    "condition_budgets",
     "freeze_mask",
     "prune",
     "prune_now",

@@ -1,0 +1,177 @@
+"""How many weights each layer may keep, so that the condition numbers of all together stay low."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, functional
+from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.pruning import plans
+from tscnc_tf.pruning.choice import Choice
+from tscnc_tf.pruning.structures import Unstructured
+from tscnc_tf.pruning.targets import Target, candidates
+
+__all__ = ["condition_budgets"]
+
+_LEVELS = 24  # densities that are tried for each layer
+
+
+def condition_budgets(
+    model: Any,
+    sparsity: float,
+    *,
+    layers: Any = None,
+    weights: str | None = None,
+    min_rank: int = 2,
+    min_per_filter: int = 1,
+    lowest: float = 0.25,
+) -> dict[str, float]:
+    r"""Return a sparsity for each layer, by its name, that keeps condition numbers low: a `scope`.
+
+    Layers differ in how soon their kernels become ill-conditioned as they are pruned. All together
+    are to keep as many weights as at one `sparsity` for all; shared out so that
+
+    .. math:: \sum_l \log \kappa\left(w_l \odot m_l(k_l)\right), \qquad \sum_l k_l = k
+
+    is small, :math:`m_l(k)` being the k largest weights of layer l. That sum is the logarithm of
+    the product of the condition numbers, which bounds that of a chain of linear maps. For each
+    layer the condition number is measured at 24 numbers of weights, by singular values (a kernel
+    that is singular in float32, a dead filter being enough, counts as one at that limit); then
+    weights go where they lower the sum most, each. That is the best there is, but for the last step
+    that is taken (the lower convex hulls of the layers are what is climbed down).
+
+    The weights are judged as they are when it is called: what training makes of the masks is
+    another matter. A figure about accuracy is not in it.
+
+    Args:
+        model: a built model of either Keras, trained already.
+        sparsity: of all layers together, the fraction of zeros, in [0, 1).
+        layers: which layers, as in `Pruner`: give both the same.
+        weights: a pattern for the names of weights, as in `Pruner`.
+        min_rank: the smallest rank of a weight to prune.
+        min_per_filter: how many weights every filter keeps at least; to be given to the pruner too,
+            as `structure=Unstructured(min_per_filter)`.
+        lowest: what no layer falls below: this part of the density of all, in (0, 1].
+
+    Returns:
+        Sparsities by name, to be given as `scope=` to `prune`, `prune_now` or a pruner that leads
+        to the same `sparsity`.
+
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: an argument is out of range, nothing is left to prune, or the floors alone are
+            more than what the sparsity leaves.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential(
+        ...     [keras.Input((64,)), keras.layers.Dense(32), keras.layers.Dense(10)])
+        >>> budgets = tscnc.pruning.condition_budgets(model, 0.9)
+        >>> model = tscnc.prune_now(
+        ...     model, 0.9, scope=budgets, structure=tscnc.pruning.Unstructured(min_per_filter=1))
+    """
+    plans.require_model(model)
+    sparsity = _checks.sparsity("sparsity", sparsity)
+    structure = Unstructured(min_per_filter)
+    lowest = _checks.number("lowest", lowest, above=0.0, maximum=1.0)
+    selection = plans.checked_selection(weights, min_rank)
+    found = candidates(model, layers, *selection, _unfit)
+    targets = [target for target, reason in found if not reason]
+    if not targets:
+        reasons = {target.name: reason for target, reason in found}
+        raise ValueError(f"model {model.name!r} has no kernel with a condition number: {reasons}.")
+    total = int(functional.kept_count(sum(target.size for target in targets), sparsity))
+    curves = [_curve(target, structure, lowest * (1.0 - sparsity)) for target in targets]
+    least = sum(curve.counts[0] for curve in curves)
+    if least > total:
+        raise ValueError(
+            f"at a sparsity of {sparsity:g} the layers keep {total:,} weights in all, fewer than "
+            f"the {least:,} that min_per_filter={min_per_filter} and lowest={lowest:g} ask for: "
+            "lower these, or prune less."
+        )
+    shares = _share(curves, total)
+    return {
+        target.name: 1.0 - kept / target.size for target, kept in zip(targets, shares, strict=True)
+    }
+
+
+class _Curve(NamedTuple):
+    """What a layer's condition number is at some numbers of weights.
+
+    Attributes:
+        counts: of weights, rising; the last is all.
+        costs: the logarithms of the condition numbers.
+    """
+
+    counts: list[int]
+    costs: list[float]
+
+
+def _unfit(target: Target) -> str:
+    return "" if target.layout else "it is not known which of its axes are inputs and which outputs"
+
+
+def _curve(target: Target, structure: Unstructured, lowest: float) -> _Curve:
+    floor = max(1, min(structure.min_per_filter * (target.outputs or 0), target.size))
+    first = max(floor, math.ceil(lowest * target.size))
+    counts = np.unique(np.round(np.geomspace(first, target.size, _LEVELS)).astype(int)).tolist()
+    choice = Choice([target], None, structure, "layer", 1, 0.0)
+    weight = tf.convert_to_tensor(tensor_variable(target.variable))
+    alive = [tf.ones(target.shape, tf.bool)]
+    costs = []
+    for count in counts:
+        (mask,) = choice.masks(1.0 - count / target.size, alive)
+        kernel = tf.where(mask, weight, tf.zeros_like(weight))
+        costs.append(_cost(functional.matrices(kernel, target.layout, target.channel_groups)))
+    return _Curve(counts, costs)
+
+
+def _cost(matrices: tf.Tensor) -> float:
+    """Return log κ of the worst of some matrices; of singular ones, that at float32's limit."""
+    matrices = np.asarray(tf.cast(matrices, tf.float64))
+    spectra = np.linalg.svd(matrices, compute_uv=False)
+    limit = max(matrices.shape[-2:]) * float(np.finfo(np.float32).eps)
+    ratios = spectra[:, -1] / np.maximum(spectra[:, 0], np.finfo(np.float64).tiny)
+    return -math.log(max(float(ratios.min()), limit))
+
+
+def _share(curves: list[_Curve], total: int) -> list[int]:
+    """Return how many weights each layer keeps: from the fewest on, where they help most, each."""
+    kept = [curve.counts[0] for curve in curves]
+    left = total - sum(kept)
+    steps = [
+        (slope, layer, count)
+        for layer, curve in enumerate(curves)
+        for slope, count in _descent(curve)
+    ]
+    for _, layer, count in sorted(steps):  # of one layer, the steeper come first
+        more = min(count - kept[layer], left)
+        kept[layer] += more
+        left -= more
+    # What lowers no condition number any more goes to all in proportion to what they lack.
+    lacking = [curve.counts[-1] - count for curve, count in zip(curves, kept, strict=True)]
+    for layer in range(len(kept)):
+        more = round(left * lacking[layer] / max(1, sum(lacking[layer:])))
+        kept[layer] += more
+        left -= more
+    return kept
+
+
+def _descent(curve: _Curve) -> list[tuple[float, int]]:
+    """Return (slope, count) along the lower convex hull of a curve, as long as it falls."""
+    points = list(zip(curve.counts, curve.costs, strict=True))
+    steps, here = [], 0
+    while here + 1 < len(points):
+        count, cost = points[here]
+        slopes = [(other - cost) / (more - count) for more, other in points[here + 1 :]]
+        slope = min(slopes)
+        if slope >= 0:
+            break
+        here += 1 + slopes.index(slope)
+        steps.append((slope, points[here][0]))
+    return steps
