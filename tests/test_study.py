@@ -253,7 +253,7 @@ settings:
     network: {architecture: small-cnn, options: {width: 2}}
     adversary: {epsilon: 8/255, step_size: 4/255, steps: 1}
     train: &training {epochs: 2, batch_size: 16}
-    prune: {<<: *training, average: 0.0, frequency: 1}
+    prune: {<<: *training, average: 0.0, frequency: 1, min_per_filter: 1}
     finetune: {<<: *training}
     evaluate: {steps: 1, restarts: 1, validation_steps: 1, batch_size: 16}
 arms:

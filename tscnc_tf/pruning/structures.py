@@ -113,7 +113,10 @@ class Unstructured(_Ranked):
         each = min(self.min_per_filter, positions * inputs)
         filters = tf.transpose(target.canonical(scores), (0, 3, 1, 2))
         filters = tf.reshape(filters, (groups, outputs, positions * inputs))
-        best = tf.math.top_k(filters, each).indices
+        if each == 1:  # under XLA the other is a sort
+            best = tf.argmax(filters, axis=2, output_type=tf.int32)[:, :, tf.newaxis]
+        else:
+            best = tf.math.top_k(filters, each).indices
         best = tf.reduce_any(tf.one_hot(best, positions * inputs, True, False), axis=2)
         best = tf.reshape(best, (groups, outputs, positions, inputs))
         best = target.restore(tf.transpose(best, (0, 2, 3, 1)))
