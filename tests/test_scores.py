@@ -497,6 +497,29 @@ def test_adversarial_training_trains_scores_and_saves_them(library, tmp_path):
         assert np.any(now != was)
 
 
+def test_another_trainer_that_only_evaluates_costs_no_momentum(library):
+    x, y = images(48)
+    ends = []
+    for evaluated in (False, True):
+        library.utils.set_random_seed(0)
+        model = scored(library, 0.75, conv_model(library))
+        trainer = trainer_of(model)
+        trainer.compile(library.optimizers.SGD(0.2, momentum=0.9))
+        trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False)
+        if evaluated:
+            judge = trainer_of(model)
+            judge.compile()
+            judge.evaluate(x, y, verbose=0)
+        trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False)
+        assert model.pruner.steps == 6
+        ends.append(scores(model))
+    assert_same(*ends)
+    # Another optimizer that trains does begin anew.
+    trainer.compile(library.optimizers.SGD(0.2, momentum=0.9))
+    trainer.fit(x[:16], y[:16], batch_size=16, verbose=0)
+    assert model.pruner.steps == 7
+
+
 def test_a_trainer_made_before_trains_scores_too(library):
     model = dense_model(library)
     trainer = trainer_of(model)

@@ -228,10 +228,26 @@ class Pruner:
         """
         return contextlib.nullcontext()
 
+    def hear_of(self, optimizer: Any) -> None:
+        """Take note of an optimizer that may keep something for the weights; here nothing to do."""
+
+    def take_over(self, optimizer: Any) -> None:
+        """Take note of the optimizer that is about to train, before its compiled steps.
+
+        It begins anew, unless it is the last one, or has been brought back with this pruner from
+        where both were stopped. (To configure an optimizer is not to train with it: a model may be
+        evaluated by another trainer in between.)
+        """
+        known = self._optimizer is not None
+        begun = int(tensor_variable(self.state.seen).numpy()) >= 0
+        if begun and not known and self.is_behind(optimizer):
+            self.begin_anew(optimizer)
+        self._meet(optimizer)
+
     def _meet(self, optimizer: Any) -> None:
         """Begin anew if, from one call to the next, another optimizer has taken over."""
-        last = self._optimizer() if self._optimizer is not None else None
-        if last is not None and optimizer is not None and last is not optimizer:
+        known = self._optimizer is not None
+        if known and optimizer is not None and self._optimizer() is not optimizer:
             self.begin_anew(optimizer)
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 

@@ -221,6 +221,10 @@ class ScorePruner(engine.Pruner):
     def begin_anew(self, optimizer: Any = None) -> None:
         """Take note that another optimizer takes over, whose steps so far were not counted."""
         super().begin_anew(optimizer)
+        self.hear_of(optimizer)
+
+    def hear_of(self, optimizer: Any) -> None:
+        """Take note of an optimizer that may keep something for the scores, to be forgotten."""
         if optimizers.is_optimizer(optimizer):
             self._met.add(optimizer)
 

@@ -149,7 +149,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
         self._loss_tracker = None
         for part in masked.masked_models(self.model):
-            part.pruner.begin_anew(self.optimizer)
+            part.pruner.hear_of(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
@@ -175,6 +175,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         if [id(pruner) for pruner in pruners] != [id(pruner) for pruner in self._pruners]:
             force = True
         self._pruners = tuple(pruners)
+        for pruner in pruners:
+            pruner.take_over(self.optimizer)
         return super().make_train_function(force)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
