@@ -68,10 +68,18 @@ def test_all_keep_as_much_as_at_one_sparsity_and_condition_numbers_are_lower(lib
     assert sum(mine) < sum(uniform)
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
+def test_it_is_never_worse_than_one_sparsity_for_all(sparsity):
+    costs = []
+    for scope in (pruning.condition_budgets(wider(keras), sparsity), "layer"):
+        costs.append(sum(log_conditions(pruned(wider(keras), scope, sparsity))))
+    assert costs[0] <= costs[1] + 1e-6
+
+
 def test_what_a_layer_costs_is_the_condition_number_that_its_pruned_kernel_has():
     model = dense_model(keras, inputs=20)
     (target, _), *_ = pruning.targets.candidates(model)
-    curve = budgets._curve(target, Unstructured(2), 0.1)
+    curve = budgets._Measure(target, Unstructured(2)).curve(0.1)
     kernel = np.asarray(target.variable)
     filters = np.argsort(-np.abs(kernel), axis=0)[:2]
     assert curve.counts[0] == max(2 * kernel.shape[1], math.ceil(0.1 * kernel.size))
@@ -87,9 +95,11 @@ def test_what_a_layer_costs_is_the_condition_number_that_its_pruned_kernel_has()
 def test_a_singular_kernel_counts_as_one_at_the_limit_of_float32():
     limit = math.log(1 / (3 * np.finfo(np.float32).eps))
     for matrix in (np.diag([1.0, 1.0, 0.0]), np.zeros((3, 3)), np.diag([1.0, 1.0, 1e-12])):
-        assert budgets._cost(tf.constant(matrix[None])) == pytest.approx(limit)
+        assert budgets._log_condition(tf.constant(matrix[None])) == pytest.approx(limit)
     two = np.stack([np.eye(3), np.diag([4.0, 2.0, 1.0])])
-    assert budgets._cost(tf.constant(two)) == pytest.approx(math.log(4)), "the worst of the groups"
+    assert budgets._log_condition(tf.constant(two)) == pytest.approx(math.log(4)), (
+        "the worst of the groups"
+    )
 
 
 curves = st.lists(
@@ -112,24 +122,23 @@ def test_no_other_way_to_share_is_better(curves, where):
     kept = budgets._share(curves, total)
     assert sum(kept) == total
     assert all(c.counts[0] <= k <= c.counts[-1] for c, k in zip(curves, kept, strict=True))
-    # Where weights went to whole steps only, nothing that costs as few weights is better.
-    steps = sorted((s, i, n) for i, c in enumerate(curves) for s, n in budgets._descent(c))
+    # After whole steps, nothing that takes as many weights is better; nor fewer, on the way down.
+    steps = sorted((s, i, n) for i, c in enumerate(curves) for s, n in budgets._hull(c))
     reached = [c.counts[0] for c in curves]
-    for _, layer, count in steps:
+    for slope, layer, count in steps:
         reached[layer] = count
-        if sum(reached) > total:
-            break
         price = [dict(zip(c.counts, c.costs, strict=True)) for c in curves]
         mine = sum(p[k] for p, k in zip(price, reached, strict=True))
         for other in itertools.product(*(c.counts for c in curves)):
-            if sum(other) <= sum(reached):
+            if sum(other) == sum(reached) or (slope <= 0 and sum(other) < sum(reached)):
                 assert mine <= sum(p[k] for p, k in zip(price, other, strict=True)) + 1e-9
 
 
 def test_bad_input_is_named(library):
     model = dense_model(library)
-    with pytest.raises(ValueError, match="sparsity must be < 1"):
-        pruning.condition_budgets(model, 1.0)
+    for value in (0.0, 1.0):
+        with pytest.raises(ValueError, match="sparsity must be"):
+            pruning.condition_budgets(model, value)
     with pytest.raises(ValueError, match="lowest must be > 0"):
         pruning.condition_budgets(model, 0.5, lowest=0.0)
     with pytest.raises(ValueError, match="min_per_filter must be >= 0"):
@@ -138,3 +147,7 @@ def test_bad_input_is_named(library):
         pruning.condition_budgets(model, 0.9, min_per_filter=2)
     with pytest.raises(ValueError, match="has no kernel with a condition number"):
         pruning.condition_budgets(model, 0.5, layers="nothing")
+    kernel = np.asarray(model.layers[-1].kernel)
+    model.layers[-1].kernel.assign(np.where(kernel == kernel.max(), np.nan, kernel))
+    with pytest.raises(ValueError, match="kernel 'logits' holds NaN"):
+        pruning.condition_budgets(model, 0.5)

@@ -260,7 +260,10 @@ def test_a_folder_without_a_test_part_is_cut(root, tmp_path):
     for label, name in enumerate(("ant", "owl")):
         found = sorted(image.tobytes() for image in pixels[labels == label])
         assert found == sorted(image.tobytes() for image in images[name])
-    assert data.provenance[0] == "test: 10 of 50 images, seed 1"
+    assert data.provenance[0] == "test: 10 of 50 images, seed 0"
+    other = load(tmp_path, test=0.2, validation=8, seed=1, test_seed=5)
+    assert other.provenance[0] == "test: 10 of 50 images, seed 5"
+    assert not np.array_equal(other.x_test, data.x_test)
     with pytest.raises(ValueError, match="test must be > 0 where the source has no test part"):
         load(tmp_path, test=0)
     with pytest.raises(ValueError, match="test takes 49 of 50 training images, but one of each of"):
@@ -576,7 +579,8 @@ def test_loading_resizes_all_parts_and_says_so(written):
         ({"validation": True}, TypeError, "validation must be an integer, got True"),
         ({"validation": 1429}, ValueError, "validation takes 1,429 of 1,438 .*: at most 1,428"),
         ({"test": 1.5}, ValueError, "test must be < 1, got 1.5"),
-        ({"seed": -1}, ValueError, "seed must be >= 0"),
+        ({"seed": -1}, ValueError, "^seed must be >= 0"),
+        ({"test_seed": -1}, ValueError, "test_seed must be >= 0"),
         ({"image_size": 16}, TypeError, r"image_size must be a pair \(height, width\), got 16"),
         ({"image_size": (16, 0)}, ValueError, r"image_size\[1\] must be >= 1, got 0"),
     ],

@@ -448,6 +448,20 @@ def best_with_a_floor(kernel, groups, least, kept):
     return chosen
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("least", [0, 1])
+def test_scores_without_an_end_are_no_floor(scope, least, library):
+    def infinite(weight):
+        return tf.fill(tf.shape(weight), np.inf)
+
+    model = dense_model(library)
+    options = {"structure": Unstructured(least), "min_weights": 3}
+    pruning.prune_now(model, 0.5, scope=scope, criterion=infinite, **options)
+    masks = [mask for _, mask in values(model).values()]
+    assert sum(mask.sum() for mask in masks) == 36, "of 72"
+    assert least == 0 or all(mask.any(axis=0).all() for mask in masks)
+
+
 @pytest.mark.parametrize("least", [1, 3])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
 def test_every_filter_keeps_its_floor_and_the_largest_the_rest(sparsity, least, library):

@@ -17,6 +17,7 @@ def load(
     validation: float = 0.1,
     test: float = 0.2,
     seed: int = 0,
+    test_seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Dataset:
@@ -48,7 +49,10 @@ def load(
             count. Of each class the same share; 0 for none.
         test: the same for the test part, where the source has none of its own (digits, folders
             without test images); cut before the validation part. Not looked at otherwise.
-        seed: of both cuts.
+        seed: of the validation cut.
+        test_seed: of the test cut. It is a seed of its own, so that the test images stay the same
+            whatever `seed` an experiment has, and what was chosen with one seed has seen none of
+            those that another one is judged on.
         folder: where the files of "svhn" and "tiny-imagenet" are.
         image_size: `(height, width)` to resize to, antialiased; None: as they are.
 
@@ -67,7 +71,7 @@ def load(
         >>> data.x_validation.shape
         (200, 8, 8, 1)
         >>> data.provenance
-        ('test: 359 of 1,797 images, seed 1', 'validation: 200 of 1,438 training images, seed 1')
+        ('test: 359 of 1,797 images, seed 0', 'validation: 200 of 1,438 training images, seed 1')
 
     Reference:
         LeCun et al. 1998 (MNIST); Xiao et al. 2017, arXiv 1708.07747 (Fashion-MNIST); Krizhevsky
@@ -75,7 +79,7 @@ def load(
         flips: He et al. 2016, arXiv 1512.03385, section 4.2.
     """
     size = resizing.size(image_size)
-    seed = splits.seed(seed)
+    seed, test_seed = splits.seed(seed), splits.seed(test_seed, "test_seed")
     splits.part_size("validation", validation, 0)  # what is wrong is said before anything is read
     splits.part_size("test", test, 0)
     name, raw = _read(name_or_path, folder, size)
@@ -85,7 +89,7 @@ def load(
         raw = _resized(raw, size)
         notes.append(f"resized to {size[0]}x{size[1]}, antialiased")
     if raw.x_test is None:
-        raw, note = _with_test(raw, test, seed)
+        raw, note = _with_test(raw, test, test_seed)
         notes.append(note)
     count = len(raw.y_train)
     held_out = splits.part_size("validation", validation, count)

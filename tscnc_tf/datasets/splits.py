@@ -14,9 +14,9 @@ MAX_SEED = 2**63 - 1
 TEST, VALIDATION, SUBSET_TRAIN, SUBSET_VALIDATION, SUBSET_TEST = range(5)
 
 
-def seed(value: Any) -> int:
+def seed(value: Any, name: str = "seed") -> int:
     """Return a seed as an int that fits 64 bits."""
-    return _checks.integer("seed", value, minimum=0, maximum=MAX_SEED)
+    return _checks.integer(name, value, minimum=0, maximum=MAX_SEED)
 
 
 def part_size(name: str, value: Any, count: int) -> int:

@@ -37,19 +37,19 @@ def condition_budgets(
 
     .. math:: \sum_l \log \kappa\left(w_l \odot m_l(k_l)\right), \qquad \sum_l k_l = k
 
-    is small, :math:`m_l(k)` being the k largest weights of layer l. That sum is the logarithm of
-    the product of the condition numbers, which bounds that of a chain of linear maps. For each
-    layer the condition number is measured at 24 numbers of weights, by singular values (a kernel
-    that is singular in float32, a dead filter being enough, counts as one at that limit); then
-    weights go where they lower the sum most, each. That is the best there is, but for the last step
-    that is taken (the lower convex hulls of the layers are what is climbed down).
+    is small, :math:`m_l(k)` being the k largest weights of layer l. For each layer the condition
+    number is measured at 24 numbers of weights, by singular values (a kernel that is singular in
+    float32, a dead filter being enough, counts as one at that limit). Then weights go where they
+    lower the sum most, each, along the lower convex hulls of what was measured; the last step may
+    end between two of these numbers. If one sparsity for all turns out no worse, it is that one.
 
-    The weights are judged as they are when it is called: what training makes of the masks is
-    another matter. A figure about accuracy is not in it.
+    It is a heuristic: condition numbers of layers do not add up to one of the network, the weights
+    are judged as they are when it is called, before training has gone on, and accuracy is not in
+    it.
 
     Args:
         model: a built model of either Keras, trained already.
-        sparsity: of all layers together, the fraction of zeros, in [0, 1).
+        sparsity: of all layers together, the fraction of zeros, in (0, 1).
         layers: which layers, as in `Pruner`: give both the same.
         weights: a pattern for the names of weights, as in `Pruner`.
         min_rank: the smallest rank of a weight to prune.
@@ -63,8 +63,8 @@ def condition_budgets(
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: an argument is out of range, nothing is left to prune, or the floors alone are
-            more than what the sparsity leaves.
+        ValueError: an argument is out of range, nothing is left to prune, a kernel is not finite,
+            or the floors alone are more than what the sparsity leaves.
 
     Example:
         >>> import keras
@@ -76,7 +76,7 @@ def condition_budgets(
         ...     model, 0.9, scope=budgets, structure=tscnc.pruning.Unstructured(min_per_filter=1))
     """
     plans.require_model(model)
-    sparsity = _checks.sparsity("sparsity", sparsity)
+    sparsity = _checks.number("sparsity", sparsity, above=0.0, below=1.0)
     structure = Unstructured(min_per_filter)
     lowest = _checks.number("lowest", lowest, above=0.0, maximum=1.0)
     selection = plans.checked_selection(weights, min_rank)
@@ -86,7 +86,8 @@ def condition_budgets(
         reasons = {target.name: reason for target, reason in found}
         raise ValueError(f"model {model.name!r} has no kernel with a condition number: {reasons}.")
     total = int(functional.kept_count(sum(target.size for target in targets), sparsity))
-    curves = [_curve(target, structure, lowest * (1.0 - sparsity)) for target in targets]
+    measures = [_Measure(target, structure) for target in targets]
+    curves = [measure.curve(lowest * (1.0 - sparsity)) for measure in measures]
     least = sum(curve.counts[0] for curve in curves)
     if least > total:
         raise ValueError(
@@ -94,9 +95,15 @@ def condition_budgets(
             f"the {least:,} that min_per_filter={min_per_filter} and lowest={lowest:g} ask for: "
             "lower these, or prune less."
         )
-    shares = _share(curves, total)
+    alike = [int(functional.kept_count(target.size, sparsity)) for target in targets]
+    ways = [alike, _share(curves, total)]
+    fitting = [way for way in ways if sum(way) <= max(total, sum(alike)) and _above(way, curves)]
+    best = min(
+        fitting,
+        key=lambda way: sum(m.cost(kept) for m, kept in zip(measures, way, strict=True)),
+    )
     return {
-        target.name: 1.0 - kept / target.size for target, kept in zip(targets, shares, strict=True)
+        target.name: 1.0 - kept / target.size for target, kept in zip(targets, best, strict=True)
     }
 
 
@@ -116,22 +123,41 @@ def _unfit(target: Target) -> str:
     return "" if target.layout else "it is not known which of its axes are inputs and which outputs"
 
 
-def _curve(target: Target, structure: Unstructured, lowest: float) -> _Curve:
-    floor = max(1, min(structure.min_per_filter * (target.outputs or 0), target.size))
-    first = max(floor, math.ceil(lowest * target.size))
-    counts = np.unique(np.round(np.geomspace(first, target.size, _LEVELS)).astype(int)).tolist()
-    choice = Choice([target], None, structure, "layer", 1, 0.0)
-    weight = tf.convert_to_tensor(tensor_variable(target.variable))
-    alive = [tf.ones(target.shape, tf.bool)]
-    costs = []
-    for count in counts:
-        (mask,) = choice.masks(1.0 - count / target.size, alive)
-        kernel = tf.where(mask, weight, tf.zeros_like(weight))
-        costs.append(_cost(functional.matrices(kernel, target.layout, target.channel_groups)))
-    return _Curve(counts, costs)
+class _Measure:
+    """Measures the condition numbers of a weight that is pruned by magnitude.
+
+    Args:
+        target: the weight.
+        structure: with the floor of its filters.
+    """
+
+    def __init__(self, target: Target, structure: Unstructured) -> None:
+        self._target = target
+        self._floor = min(structure.min_per_filter * (target.outputs or 0), target.size)
+        self._choice = Choice([target], None, structure, "layer", 1, 0.0)
+        self._weight = tf.convert_to_tensor(tensor_variable(target.variable))
+        if not bool(tf.reduce_all(tf.math.is_finite(self._weight))):
+            raise ValueError(
+                f"kernel {target.name!r} holds NaN or infinity: the training that made it has "
+                "diverged, and it has no condition number."
+            )
+
+    def curve(self, lowest: float) -> _Curve:
+        """Return what is measured from a density on."""
+        size = self._target.size
+        first = max(1, self._floor, math.ceil(lowest * size))
+        counts = np.unique(np.round(np.geomspace(first, size, _LEVELS)).astype(int)).tolist()
+        return _Curve(counts, [self.cost(count) for count in counts])
+
+    def cost(self, count: int) -> float:
+        """Return log κ where so many weights are kept."""
+        target, alive = self._target, [tf.ones(self._target.shape, tf.bool)]
+        (mask,) = self._choice.masks(1.0 - count / target.size, alive)
+        kernel = tf.where(mask, self._weight, tf.zeros_like(self._weight))
+        return _log_condition(functional.matrices(kernel, target.layout, target.channel_groups))
 
 
-def _cost(matrices: tf.Tensor) -> float:
+def _log_condition(matrices: tf.Tensor) -> float:
     """Return log κ of the worst of some matrices; of singular ones, that at float32's limit."""
     matrices = np.asarray(tf.cast(matrices, tf.float64))
     spectra = np.linalg.svd(matrices, compute_uv=False)
@@ -140,38 +166,32 @@ def _cost(matrices: tf.Tensor) -> float:
     return -math.log(max(float(ratios.min()), limit))
 
 
+def _above(counts: list[int], curves: list[_Curve]) -> bool:
+    """Tell whether numbers of weights reach the floors of all layers."""
+    return all(count >= curve.counts[0] for count, curve in zip(counts, curves, strict=True))
+
+
 def _share(curves: list[_Curve], total: int) -> list[int]:
     """Return how many weights each layer keeps: from the fewest on, where they help most, each."""
     kept = [curve.counts[0] for curve in curves]
     left = total - sum(kept)
     steps = [
-        (slope, layer, count)
-        for layer, curve in enumerate(curves)
-        for slope, count in _descent(curve)
+        (slope, layer, count) for layer, curve in enumerate(curves) for slope, count in _hull(curve)
     ]
     for _, layer, count in sorted(steps):  # of one layer, the steeper come first
         more = min(count - kept[layer], left)
         kept[layer] += more
         left -= more
-    # What lowers no condition number any more goes to all in proportion to what they lack.
-    lacking = [curve.counts[-1] - count for curve, count in zip(curves, kept, strict=True)]
-    for layer in range(len(kept)):
-        more = round(left * lacking[layer] / max(1, sum(lacking[layer:])))
-        kept[layer] += more
-        left -= more
     return kept
 
 
-def _descent(curve: _Curve) -> list[tuple[float, int]]:
-    """Return (slope, count) along the lower convex hull of a curve, as long as it falls."""
+def _hull(curve: _Curve) -> list[tuple[float, int]]:
+    """Return (slope, count) along the lower convex hull of a curve."""
     points = list(zip(curve.counts, curve.costs, strict=True))
     steps, here = [], 0
     while here + 1 < len(points):
         count, cost = points[here]
         slopes = [(other - cost) / (more - count) for more, other in points[here + 1 :]]
-        slope = min(slopes)
-        if slope >= 0:
-            break
-        here += 1 + slopes.index(slope)
-        steps.append((slope, points[here][0]))
+        here += 1 + slopes.index(min(slopes))
+        steps.append((min(slopes), points[here][0]))
     return steps

@@ -70,8 +70,10 @@ class Choice:
         ranked = []
         for score, mask in zip(scores, alive, strict=True):
             score = tf.cast(score, widest)
-            # NaN, and -inf, are the lowest of what lives, and above what is pruned.
-            score = tf.where(tf.math.is_nan(score), widest.min, tf.maximum(score, widest.min))
+            # NaN, and -inf, are the lowest of what lives, and above what is pruned; +inf is left to
+            # what a structure keeps in any case.
+            score = tf.clip_by_value(score, widest.min, widest.max)
+            score = tf.where(tf.math.is_nan(score), widest.min, score)
             ranked.append(tf.where(mask, score, tf.constant(-np.inf, widest)))
         return self.structure.masks(ranked, self.targets, self._scope, sparsity)
 
