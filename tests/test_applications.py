@@ -306,6 +306,24 @@ def test_activation_and_initializer_are_the_users(library):
     np.testing.assert_array_equal(model(pixels(shape=(32, 32, 3))), np.zeros((4, 10)))
 
 
+def test_the_seed_decides_dropout_too(library):
+    x = np.ones((2, 8, 8, 3), np.float32)
+    outputs = []
+    for seed in (0, 0, 1):
+        model = applications.WideResNet(
+            10, 1, dropout_rate=0.5, input_shape=(8, 8, 3), library=library, seed=seed
+        )
+        plain = applications.WideResNet(10, 1, input_shape=(8, 8, 3), library=library, seed=seed)
+        for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)
+        model.set_weights(outputs[0][1] if outputs else model.get_weights())
+        if library == "tf_keras":  # there, a layer's seed is one beside the seed of all
+            FLAVOURS[library].utils.set_random_seed(0)
+        outputs.append((np.asarray(model(x, training=True)), model.get_weights()))
+    np.testing.assert_array_equal(outputs[0][0], outputs[1][0])
+    assert np.any(outputs[0][0] != outputs[2][0])
+
+
 def test_dropout_lies_between_the_convolutions(library):
     model = applications.WideResNet(10, 1, dropout_rate=0.5, library=library)
     rates = {layer.name: layer.rate for layer in model.layers if "dropout" in layer.name}

@@ -71,6 +71,14 @@ def test_overriding_changes_that_value_only():
     assert other.override({"train.epochs": 2, "sparsity": 0.9}) == recipe
 
 
+def test_gates_of_another_shape_are_another_first_stage():
+    gated = {"gates": {"sparsity_factor": 1.0}, "constraints": {"stages": ["finetune"]}}
+    recipe = Recipe.from_dict({**TINY, **gated})
+    other = recipe.override({"constraints.a": 1e-3})
+    assert other.first_stage() != recipe.first_stage()
+    assert other.baseline().first_stage() == recipe.baseline().first_stage()
+
+
 def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
     recipe = Recipe.from_dict({**TINY, "gates": {"sparsity_factor": 1e-3}})
     base = recipe.baseline()
@@ -94,6 +102,14 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
         ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a list, got 16"),
+        ({"data": {"augment": "rotate"}}, ValueError, "data.augment must be one of 'none'"),
+        ({"data": {"validation": 2.5}}, ValueError, "data.validation must be < 1, got 2.5"),
+        ({"constraints": {"form": "foo"}}, ValueError, "constraints.form must be one of"),
+        ({"constraints": {"a": -1}}, ValueError, "constraints.a must be > 0, got -1"),
+        ({"gates": {"drop_rate": 3}}, ValueError, "gates.drop_rate must be < 1, got 3"),
+        ({"prune": {"layers": 3}}, TypeError, "prune.layers must be a name pattern or a list"),
+        ({"prune": {"scope": {"*": 7}}}, ValueError, r"prune.scope\['\*'\] must be < 1, got 7"),
+        ({"finetune": {"drops": [0.6, 0.3]}}, ValueError, "finetune.drops must rise"),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name(values, kind, words):
@@ -223,6 +239,7 @@ def finished(tmp_path_factory):
 def test_each_stage_leaves_what_the_next_or_a_user_can_open(finished):
     assert {path.name for path in finished.iterdir()} == {
         "recipe.json",
+        "data.json",
         "1-train",
         "2-prune",
         "3-finetune",
@@ -354,6 +371,23 @@ def test_other_data_are_refused(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "dataset", lambda _: data.subset(n_train=128))
     with pytest.raises(ValueError, match=r"data are not those that .*1-train was made with"):
         tscnc.experiments.run(recipe(), finished)
+
+
+def test_a_run_that_was_stopped_early_refuses_other_data_too(tmp_path):
+    data = stages.dataset(recipe())
+    folders.claim(tmp_path / "begun", recipe(), data)
+    folders.claim(tmp_path / "begun", recipe(), data)
+    with pytest.raises(ValueError, match=r"data are not those that .*begun was made with"):
+        folders.claim(tmp_path / "begun", recipe(), data.subset(n_train=128))
+
+
+def test_drafts_of_what_was_killed_are_removed(tmp_path):
+    for name in (".model.keras.0123abcd", ".model.keras.0123abcd.keras"):
+        (tmp_path / name).touch()
+    (tmp_path / ".state-1.0123abcd").mkdir()
+    (tmp_path / "model.keras").touch()
+    folders.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
 
 
 def test_tf_keras_runs_the_same_stages(tmp_path):

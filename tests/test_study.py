@@ -149,18 +149,39 @@ def test_differences_are_taken_seed_by_seed():
 def test_the_correlation_is_spearmans_and_knows_infinity(rng):
     x, y = rng.normal(size=12), rng.normal(size=12)
     found = results.correlation(x, x + y)
-    assert found.rho == pytest.approx(stats.spearmanr(x, x + y).statistic)
-    assert found.low < found.rho < found.high
+    assert found == pytest.approx(stats.spearmanr(x, x + y).statistic)
     with_infinity = np.where(x == x.max(), np.inf, x)
-    assert results.correlation(with_infinity, x + y).rho == pytest.approx(found.rho)
-    assert np.isnan(results.correlation([1.0] * 6, y[:6]).rho)
+    assert results.correlation(with_infinity, x + y) == pytest.approx(found)
+    tied = np.where(x > 0, np.inf, x)
+    assert results.correlation(tied, y) == pytest.approx(stats.spearmanr(tied, y).statistic)
+    assert np.isnan(results.correlation([1.0] * 6, y[:6]))
 
 
-def test_the_correlation_within_cells_takes_no_mean_over_sparsities():
-    lower = [result(s, robust=0.1 * s, effective=s + 1, sparsity=0.9) for s in range(5)]
-    higher = [result(s, robust=-0.1 * s, effective=s + 1, sparsity=0.99) for s in range(5)]
-    found = results.within_cells([*lower, *higher], "effective")
-    assert {cell.sparsity: c.rho for cell, c in found.items()} == pytest.approx({0.9: 1, 0.99: -1})
+def test_correlations_are_taken_within_cells_seed_by_seed():
+    """Neither what sparsity does nor what the seed does is taken for what the arms do."""
+    signs = {0.9: (1, 1, -1), 0.99: (-1, -1, -1)}
+    found = [
+        result(
+            seed,
+            f"arm-{arm}",
+            robust=0.3 * seed + sign * 0.01 * arm,
+            effective=100.0 * seed + arm,
+            sparsity=sparsity,
+        )
+        for sparsity, of_seeds in signs.items()
+        for seed, sign in enumerate(of_seeds)
+        for arm in range(5)
+    ]
+    found += [result(3, f"arm-{arm}", effective=2.0, sparsity=0.9) for arm in range(5)]  # alike
+    found += [result(4, "arm-0", sparsity=0.9)]  # too few
+    by_sparsity = {
+        c.sparsity: value for c, value in results.within_cells(found, "effective").items()
+    }
+    mean, half, count = by_sparsity[0.9]
+    assert (mean, count) == (pytest.approx(1 / 3), 3)
+    assert half == pytest.approx(stats.t.ppf(0.975, 2) * np.std([1, 1, -1], ddof=1) / np.sqrt(3))
+    assert by_sparsity[0.99] == pytest.approx((-1, 0, 3))
+    assert "| +0.33 ± 2.87 (3) |" in report.tables(found, ["arm-0"])
 
 
 # Tables
@@ -240,6 +261,9 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
     assert [run.name for run in missing] == ["none-magnitude-80-seed0"]
     assert main(["run", *options, "--minutes", "0"]) == 75
     assert "More is to do" in capsys.readouterr().out
+    path.write_text(TINY.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(ValueError, match=r"is by another plan: train\.epochs was 1, not 2"):
+        main(["report", *options])
 
 
 ACCELERATED = """

@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = options.settings or list(plan.settings)
     folder = options.results / plan.name
     console = Console()
+    work.require_current(plan.runs(), folder)
     if options.what == "report":
         _report(plan, folder, options, console)
         return 0

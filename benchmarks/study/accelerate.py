@@ -21,6 +21,7 @@ from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, datasets, inspection
 from tscnc_tf._keras.selection import selector
+from tscnc_tf.datasets import augmentation
 from tscnc_tf.evaluation.report import versions
 from tscnc_tf.experiments import Recipe, stages
 
@@ -111,18 +112,21 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
         test_attack=stages.judges(recipe)[0] if stage == "finetune" else None,
         evaluation_batch_size=recipe.evaluate.batch_size,
         evaluation_seed=recipe.seed,
-        augmentation=_augmentation(data),
+        augmentation=_augmentation(recipe, data),
         seed=recipe.seed,
         begin=begin,
         select_from=select_from,
     )
 
 
-def _augmentation(data: datasets.Dataset) -> accelerator.Augmentation | None:
-    if data.augmentation == "none":
+def _augmentation(recipe: Recipe, data: datasets.Dataset) -> accelerator.Augmentation | None:
+    kind = recipe.data.augment or data.augmentation
+    down, across = augmentation.padding(kind, data.image_shape)
+    if down != across:
+        raise ValueError(f"images must be square for the accelerator, got {data.image_shape}.")
+    if kind == "none":
         return None
-    pad = max(1, round(4 * data.image_shape[0] / 32))
-    return accelerator.Augmentation(pad=pad, flip=data.augmentation == "crop_and_flip")
+    return accelerator.Augmentation(pad=down, flip=augmentation.AUGMENTATIONS[kind][1])
 
 
 def _parts(data: datasets.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:

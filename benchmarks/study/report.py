@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.study import results as figures
-from benchmarks.study.results import BASE, Cell, Correlation, Estimate, Result
+from benchmarks.study.results import BASE, Cell, Estimate, Result
 from tscnc_tf import _files
 
 BEGIN, END = "<!-- begin: {name} -->", "<!-- end: {name} -->"
@@ -70,16 +70,15 @@ def _table(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]
 def _correlations(results: Sequence[Result]) -> str:
     names = {"effective": "effective κ", "condition": "κ", "lipschitz": "local Lipschitz"}
     found = {figure: figures.within_cells(results, figure) for figure in names}
-    head = ["setting, method, zeros", "runs", *names.values()]
+    head = ["setting, method, zeros", *names.values()]
     rows = [
         [
             f"{cell.setting}, {cell.method}, {100 * cell.sparsity:g} %",
-            str(found["effective"][cell].count),
             *(_correlation(found[figure][cell]) for figure in names),
         ]
         for cell in found["effective"]
     ]
-    title = "### Rank correlation with robust accuracy, over arms and seeds"
+    title = "### Rank correlation with robust accuracy, over arms: the mean of the seeds"
     return f"{title}\n\n{_markdown(head, rows)}"
 
 
@@ -142,10 +141,11 @@ def _median(found: Sequence[Result], name: str) -> str:
     return "∞" if math.isinf(value) else f"{value:.3g}"
 
 
-def _correlation(value: Correlation) -> str:
-    if math.isnan(value.rho):
-        return "–"  # one of the two is the same in all runs
-    return f"{value.rho:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
+def _correlation(value: Estimate) -> str:
+    if not value.count:
+        return "–"  # in each seed, one of the two is the same in all arms
+    interval = f" ± {value.half:.2f}" if math.isfinite(value.half) else ""
+    return f"{value.mean:+.2f}{interval} ({value.count})"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -24,15 +24,6 @@ class Estimate(NamedTuple):
     count: int
 
 
-class Correlation(NamedTuple):
-    """Spearman's rank correlation and its 95 % bootstrap interval."""
-
-    rho: float
-    low: float
-    high: float
-    count: int
-
-
 class Cell(NamedTuple):
     """What is compared: the same setting, method and sparsity."""
 
@@ -115,35 +106,35 @@ def paired(
     return estimate([getattr(arm[s], figure) - getattr(base[s], figure) for s in seeds])
 
 
-def correlation(
-    x: Sequence[float], y: Sequence[float], *, samples: int = 2000, seed: int = 0
-) -> Correlation:
-    """Return Spearman's rank correlation, which takes infinity as the largest value."""
+def correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return Spearman's rank correlation, which takes infinity as the largest value.
+
+    NaN where one of the two is the same throughout.
+    """
     ranks = [stats.rankdata(values) for values in (x, y)]
-    rho = _pearson(*ranks)
-    generator, found = np.random.default_rng(seed), []
-    for _ in range(samples):
-        chosen = generator.integers(0, len(x), len(x))
-        drawn = [stats.rankdata(np.asarray(values)[chosen]) for values in (x, y)]
-        found.append(_pearson(*drawn))
-    sound = [value for value in found if not math.isnan(value)]
-    low, high = np.percentile(sound, [2.5, 97.5]) if sound else (math.nan, math.nan)
-    return Correlation(rho, float(low), float(high), len(x))
-
-
-def within_cells(results: Iterable[Result], figure: str) -> dict[Cell, Correlation]:
-    """Return how a figure of the kernels goes with robust accuracy, over arms and seeds."""
-    groups = collections.defaultdict(list)
-    for result in results:
-        groups[result.cell].append(result)
-    return {
-        cell: correlation([getattr(r, figure) for r in group], [r.robust for r in group])
-        for cell, group in sorted(groups.items())
-        if len(group) >= 5
-    }
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    if any(np.ptp(each) == 0 for each in ranks):
         return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def within_cells(results: Iterable[Result], figure: str) -> dict[Cell, Estimate]:
+    """Return how a figure of the kernels goes with robust accuracy: over arms, seed by seed.
+
+    Runs of one seed share data and partly networks, so that the seeds are what is independent: of
+    each the rank correlation over its arms is taken, and of these the mean with its interval. A
+    seed of fewer than five arms, or whose arms are all alike, has none.
+    """
+    groups: dict[Cell, dict[int, list[Result]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
+    for result in results:
+        groups[result.cell][result.seed].append(result)
+    found = {}
+    for cell, by_seed in sorted(groups.items()):
+        of_seeds = [
+            correlation([getattr(r, figure) for r in group], [r.robust for r in group])
+            for group in by_seed.values()
+            if len(group) >= 5
+        ]
+        found[cell] = estimate([rho for rho in of_seeds if not math.isnan(rho)])
+    return found

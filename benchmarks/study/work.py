@@ -18,6 +18,8 @@ from rich.console import Console
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, experiments
 from tscnc_tf.evaluation.report import versions
+from tscnc_tf.experiments import Recipe
+from tscnc_tf.experiments.recipe import differences
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -30,6 +32,25 @@ def result_path(results: pathlib.Path, run: Run) -> pathlib.Path:
 def missing(runs: Iterable[Run], results: pathlib.Path) -> list[Run]:
     """Return those of some runs that have no result yet, in their order."""
     return [run for run in runs if not result_path(results, run).is_file()]
+
+
+def require_current(runs: Iterable[Run], results: pathlib.Path) -> None:
+    """Make sure that the results are those of the plan as it is, and of none that it has been.
+
+    Raises:
+        ValueError: a result is by another recipe; the differences are said.
+    """
+    for run in runs:
+        path = result_path(results, run)
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+            theirs = Recipe.from_dict(stored)
+            mine = run.recipe.override({"data.dataset": theirs.data.dataset})
+            if changed := differences(theirs.to_dict(), mine.to_dict()):
+                raise ValueError(
+                    f"{path} is by another plan: {'; '.join(changed)}. Remove what the plan's "
+                    "change has made invalid, and run it again."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +93,9 @@ def supervise(job: Job) -> bool:
                 del running[group]
                 left = len(missing(runs, job.results))
                 elapsed = (time.monotonic() - begin) / 60
-                console.print(f"{elapsed:6.1f} min  {group} ended, {left} runs left")
+                how = f"failed ({process.returncode}), see {_log(job, group)}"
+                how = how if process.returncode else "ended"
+                console.print(f"{elapsed:6.1f} min  {group} {how}, {left} runs left")
         in_time = time.monotonic() - begin < 60 * job.minutes
         waiting = [run.group for run in missing(runs, job.results)]
         waiting = [group for group in dict.fromkeys(waiting) if group not in tried]
@@ -96,32 +119,30 @@ def _start(job: Job, group: str) -> subprocess.Popen[bytes]:
     }
     arguments = [job.plan, json.dumps(dict(job.files)), job.results, job.scratch, group]
     command = [sys.executable, "-m", "benchmarks.study.work", *map(str, arguments)]
-    log = job.scratch / f"{group.replace('/', '-')}.log"
+    log = _log(job, group)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
 
 
+def _log(job: Job, group: str) -> pathlib.Path:
+    """Return where a group's process says what it has to say."""
+    return job.scratch / f"{group.replace('/', '-')}.log"
+
+
 def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -> None:
     """Run what is missing of one group: one dense network, pruned in every way of the plan."""
-    runs = [run for run in missing(plan.runs(), results) if run.group == group]
-    execute(runs, results, scratch)
-
-
-def execute(runs: Iterable[Run], results: pathlib.Path, scratch: pathlib.Path) -> None:
-    """Run experiments that begin with the same dense network, and write a result for each."""
-    dense: pathlib.Path | None = None
-    folders = []
-    for run in runs:
+    runs = [run for run in plan.runs() if run.group == group]
+    folders = {run.name: scratch / run.setting / run.name for run in runs}
+    for run in missing(runs, results):
         begin = time.monotonic()
-        folder = scratch / run.setting / run.name
-        experiments.run(run.recipe, folder, dense=dense, progress=False)
-        dense = dense or folder / "1-train"
-        content = {**summary(run, folder), "seconds": time.monotonic() - begin}
+        trained = (folder / "1-train" for folder in folders.values())
+        dense = next((stage for stage in trained if (stage / "manifest.json").is_file()), None)
+        experiments.run(run.recipe, folders[run.name], dense=dense, progress=False)
+        content = {**summary(run, folders[run.name]), "seconds": time.monotonic() - begin}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         _files.write_text(result_path(results, run), f"{text}\n")
-        folders.append(folder)
-    for folder in folders:
+    for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
 
 

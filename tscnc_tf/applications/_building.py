@@ -62,6 +62,8 @@ class Builder:
         self._kernel_initializer = self._library.initializers.get(kernel_initializer)
         seed = None if seed is None else _checks.integer("seed", seed, minimum=0)
         self._seeds = None if seed is None else np.random.default_rng(seed)
+        # Of their own, so that with dropout the first weights are the same as without.
+        self._seeds_of_dropout = None if seed is None else np.random.default_rng((seed, 1))
         # Of the weights: float32 under a mixed precision policy, else what the policy says.
         self._full_precision = self.layers.Layer().variable_dtype
         self._inputs = self._library.Input(shape, name="image")
@@ -100,6 +102,12 @@ class Builder:
     def activated(self, x: Any, name: str) -> Any:
         """Return x after the network's activation."""
         return self.layers.Activation(self._activation, name=name)(x)
+
+    def dropout(self, x: Any, name: str, rate: float) -> Any:
+        """Return x, in training without a part of its entries."""
+        seeds = self._seeds_of_dropout
+        seed = None if seeds is None else int(seeds.integers(2**31))
+        return self.layers.Dropout(rate, seed=seed, name=name)(x)
 
     def hidden(self, x: Any, name: str, units: int) -> Any:
         """Return a dense layer's output, activated."""

@@ -18,7 +18,8 @@ def WideResNet(
     Args:
         depth: the number of layers, 6n + 4 for n blocks per stage: 10, 16, 22, 28, 34, 40, ...
         width: the factor k of the channels, >= 1.
-        dropout_rate: of the dropout between the two convolutions of a block, in [0, 1).
+        dropout_rate: of the dropout between the two convolutions of a block, in [0, 1). What it
+            drops is drawn by `seed`; in tf_keras, by TensorFlow's own seed besides.
         **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
 
     Returns:
@@ -79,7 +80,7 @@ def _block(build: Builder, x: Any, place: str, width: int, stride: int, rate: fl
     y = build.convolution(active, f"{place}_conv_1", width, stride=stride)
     y = build.activated(build.normalized(y, f"{place}_norm_2"), f"{place}_activation_2")
     if rate:
-        y = build.layers.Dropout(rate, name=f"{place}_dropout")(y)
+        y = build.dropout(y, f"{place}_dropout", rate)
     y = build.convolution(y, f"{place}_conv_2", width)
     if stride > 1 or x.shape[-1] != width:
         x = build.convolution(active, f"{place}_shortcut", width, size=1, stride=stride)

@@ -2,6 +2,7 @@
 
     EXPERIMENT/
         recipe.json
+        data.json           name, fingerprint, numbers of images
         1-train/ 2-prune/ 3-finetune/
             model.keras     the best epoch's network: plain, pruned weights being zero
             last.keras      the last epoch's
@@ -32,12 +33,13 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _files, _keras
-from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.datasets import Dataset
+from tscnc_tf.experiments.recipe import Recipe, differences
 from tscnc_tf.inspection.records import jsonable
 
 STEPS = ("train", "prune", "finetune", "evaluate")
 MANIFEST = "manifest.json"
-RECIPE = "recipe.json"
+RECIPE, DATA = "recipe.json", "data.json"
 
 
 def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
@@ -45,29 +47,43 @@ def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
     return folder / f"{1 + STEPS.index(stage)}-{stage}"
 
 
-def claim(folder: pathlib.Path, recipe: Recipe) -> None:
-    """Note the recipe in the folder, or make sure that it is the one that is there already.
+def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
+    """Note recipe and data in the folder, or make sure that they are those that it has.
 
     Raises:
-        ValueError: the folder holds an experiment by another recipe; the differences are said.
+        ValueError: the folder holds an experiment by another recipe, whose differences are said, or
+            on other data.
         FileExistsError: the folder holds something else.
     """
     file = folder / RECIPE
-    mine = jsonable(recipe.to_dict())
     if file.is_file():
         theirs = json.loads(file.read_text(encoding="utf-8"))
-        changed = _differences(theirs, mine)
-        if changed:
+        if changed := differences(theirs, jsonable(recipe.to_dict())):
             raise ValueError(
                 f"folder {folder} holds an experiment by another recipe: {'; '.join(changed)}. "
                 "Choose another folder, or the recipe that it began with."
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"folder {folder} holds something else than an experiment: choose another one."
         )
-    write_json(file, mine)
+    else:
+        write_json(file, recipe.to_dict())
+    if (folder / DATA).is_file():
+        known = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        require_same_data(folder, known, data)
+    else:
+        write_json(folder / DATA, data.metadata)
+
+
+def require_same_data(folder: pathlib.Path, known: Mapping[str, Any], data: Dataset) -> None:
+    """Raise a ValueError unless data are those that are known of a folder."""
+    if known["fingerprint"] != data.fingerprint:
+        raise ValueError(
+            f"the data are not those that {folder} was made with: their fingerprint is "
+            f"{data.fingerprint[:12]}, not {known['fingerprint'][:12]}. Bring the same files, or "
+            "choose another folder."
+        )
 
 
 def adopt(folder: pathlib.Path, recipe: Recipe, dense: pathlib.Path) -> None:
@@ -81,7 +97,7 @@ def adopt(folder: pathlib.Path, recipe: Recipe, dense: pathlib.Path) -> None:
     if manifest["stage"] != "train":
         raise ValueError(f"dense must be a stage of training, got {dense}: {manifest['stage']}.")
     theirs = Recipe.from_dict(manifest["recipe"]).first_stage()
-    if changed := _differences(jsonable(theirs), jsonable(recipe.first_stage())):
+    if changed := differences(jsonable(theirs), jsonable(recipe.first_stage())):
         raise ValueError(
             f"dense={str(dense)!r} was trained by another recipe: {'; '.join(changed)}."
         )
@@ -119,8 +135,11 @@ def write_model(path: pathlib.Path, model: Any) -> None:
     """Write a .keras file in one piece, replacing what was there."""
     with _files.replaced(path) as draft:
         whole = draft.with_name(f"{draft.name}.keras")  # Keras goes by the ending
-        model.save(whole)
-        whole.rename(draft)
+        try:
+            model.save(whole)
+            whole.rename(draft)
+        finally:
+            whole.unlink(missing_ok=True)
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -140,7 +159,7 @@ def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
     for epoch, path in states(folder):
         if epoch != keep:
             shutil.rmtree(path, ignore_errors=True)
-    for draft in folder.glob(".*.????????"):
+    for draft in (*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
@@ -202,13 +221,3 @@ def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
     """Load a network of an experiment by the Keras that its recipe names."""
     library = _keras.keras if recipe["network"]["library"] == "keras" else _keras.tf_keras
     return library.models.load_model(path, compile=False)
-
-
-def _differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        return [
-            line
-            for key in {**theirs, **mine}
-            for line in _differences(theirs.get(key), mine.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if theirs == mine else [f"{name} was {theirs!r}, not {mine!r}"]

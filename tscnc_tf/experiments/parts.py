@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, regularizers
+from tscnc_tf.datasets import splits
+from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
 ARCHITECTURES = {
     "small-cnn": "SmallCNN",
@@ -52,6 +54,10 @@ class Data:
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, str):
             raise TypeError(f"dataset must be a name or a path, got {self.dataset!r}.")
+        for name in ("validation", "test"):
+            splits.part_size(name, getattr(self, name), 0)
+        if self.augment is not None:
+            _checks.one_of("augment", self.augment, AUGMENTATIONS)
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) is not None:
                 _checks.integer(name, getattr(self, name), minimum=1)
@@ -130,6 +136,9 @@ class Constraints:
     def __post_init__(self) -> None:
         _checks.factor("sparsity_factor", self.sparsity_factor)
         _checks.factor("condition_factor", self.condition_factor)
+        _checks.number("a", self.a, above=0.0)
+        _checks.one_of("form", self.form, regularizers.FORMS)
+        _require_patterns("layers", self.layers)
         object.__setattr__(self, "stages", _sequence("stages", self.stages))
         for stage in self.stages:
             _checks.one_of("stages", stage, STAGES)
@@ -154,6 +163,10 @@ class Gates:
 
     def __post_init__(self) -> None:
         _checks.factor("sparsity_factor", self.sparsity_factor)
+        _checks.number("drop_rate", self.drop_rate, above=0.0, below=1.0)
+        _checks.factor("weight_decay", self.weight_decay)
+        _checks.factor("l0_factor", self.l0_factor)
+        _require_patterns("layers", self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +210,8 @@ class Training:
         object.__setattr__(self, "drops", _sequence("drops", self.drops))
         for fraction in self.drops:
             _checks.number("drops", fraction, above=0.0, below=1.0)
+        if list(self.drops) != sorted(set(self.drops)):
+            raise ValueError(f"drops must rise, got {list(self.drops)}.")
         _checks.number("drop", self.drop, above=0.0, maximum=1.0)
         _checks.number("momentum", self.momentum, minimum=0.0, below=1.0)
         _checks.factor("weight_decay", self.weight_decay)
@@ -250,7 +265,11 @@ class Pruning(Training):
         _checks.number("ramp", self.ramp, above=0.0, maximum=1.0)
         if self.frequency is not None:
             _checks.integer("frequency", self.frequency, minimum=1)
-        if not isinstance(self.scope, Mapping):
+        _require_patterns("layers", self.layers)
+        if isinstance(self.scope, Mapping):
+            for pattern, sparsity in self.scope.items():
+                _checks.sparsity(f"scope[{pattern!r}]", sparsity)
+        else:
             _checks.one_of("scope", self.scope, SCOPES)
         _checks.integer("min_weights", self.min_weights, minimum=1)
         _checks.integer("min_per_filter", self.min_per_filter, minimum=0)
@@ -296,6 +315,13 @@ class Evaluation:
             _checks.distance("epsilon", self.epsilon)
         for name in ("steps", "restarts", "validation_steps", "batch_size"):
             _checks.integer(name, getattr(self, name), minimum=1)
+
+
+def _require_patterns(name: str, value: Any) -> None:
+    """Raise a TypeError unless it is None, a name pattern or a list of them."""
+    patterns = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
+        raise TypeError(f"{name} must be a name pattern or a list of them, got {value!r}.")
 
 
 def _sequence(name: str, value: Any) -> tuple[Any, ...]:

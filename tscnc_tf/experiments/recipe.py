@@ -128,8 +128,7 @@ class Recipe:
         constraints, gates = values["constraints"], values["gates"]
         if "train" not in constraints.pop("stages"):
             constraints = None
-        if not gates["sparsity_factor"]:
-            gates = None
+        gates = {**gates, "a": values["constraints"]["a"]} if gates["sparsity_factor"] else None
         shared = ("seed", "data", "network", "adversary", "train", "evaluate")
         return {name: values[name] for name in shared} | {
             "constraints": constraints,
@@ -140,6 +139,17 @@ class Recipe:
     def leaves(cls) -> Iterator[tuple[str, Any]]:
         """Yield the dotted name of each value, and its default."""
         yield from _leaves(cls(), "")
+
+
+def differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
+    """Return in words what differs between two recipes, or parts of them, as nested dicts."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        return [
+            line
+            for key in {**theirs, **mine}
+            for line in differences(theirs.get(key), mine.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if theirs == mine else [f"{name} was {theirs!r}, not {mine!r}"]
 
 
 def parse(text: str, where: str) -> Any:

@@ -76,7 +76,7 @@ def run(
     folder = pathlib.Path(folder).expanduser().absolute()
     progress = _checks.boolean("progress", progress)
     data = stages.dataset(recipe)
-    folders.claim(folder, recipe)
+    folders.claim(folder, recipe, data)
     if dense is not None:
         folders.adopt(folder, recipe, pathlib.Path(dense))
     previous, teacher = None, None
@@ -86,7 +86,7 @@ def run(
             if not folders.is_complete(goal):
                 _train(recipe, stage, data, goal, show, previous, teacher)
             output = folders.open_stage(goal)
-            _require_same_data(output, data)
+            folders.require_same_data(output.folder, output.manifest["data"], data)
             show(stage, steps_of(recipe, stage, data))
             previous = output.model
             teacher = teacher or previous
@@ -163,16 +163,6 @@ def _complete(
     }
     folders.write_json(folder / folders.MANIFEST, content)
     folders.tidy(folder)
-
-
-def _require_same_data(output: folders.StageOutput, data: datasets.Dataset) -> None:
-    known = output.manifest["data"]["fingerprint"]
-    if known != data.fingerprint:
-        raise ValueError(
-            f"the data are not those that {output.folder} was made with: their fingerprint is "
-            f"{data.fingerprint[:12]}, not {known[:12]}. Bring the same files, or choose another "
-            "folder."
-        )
 
 
 @contextlib.contextmanager
