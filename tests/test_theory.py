@@ -643,6 +643,9 @@ def test_t18_the_slope_and_what_it_prefers():
     total = [float(tf.reduce_sum(functional.transformed_l1(v, 0.5))) for v in (even, sparse)]
     assert total[1] < total[0]
     assert np.sum(even) == np.sum(sparse)
+    peaked, paired = np.array([0.98, 0.01, 0.01]), np.array([0.5, 0.5, 0.0])
+    total = [float(tf.reduce_sum(functional.transformed_l1(v, 1.0))) for v in (peaked, paired)]
+    assert total[0] < total[1], "more zeros, and yet dearer"
 
 
 @given(st.lists(st.floats(0.2, 3), min_size=1, max_size=5), seeds)
