@@ -857,3 +857,14 @@ def test_a_nan_in_the_gradient_stays_where_it_is():
 
     result = FGSM(epsilon=0.1)(lambda x: linear([1.0, 1.0])(broken(x)), [[0.5, 0.5]], [0])
     np.testing.assert_allclose(result, [[0.6, 0.5]], atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_infinite_slope_leaves_numbers(norm):
+    def model(x):  # whose slope is infinite at 0
+        return tf.sqrt(x) @ tf.constant([[1.0, -1.0], [-1.0, 1.0]])
+
+    x = np.array([[0.0, 0.5], [0.25, 0.0], [0.25, 0.5]], np.float32)
+    found = PGD(epsilon=0.1, norm=norm, steps=3, start="none")(model, x, [1, 0, 0])
+    assert np.all(np.isfinite(found))
+    assert np.all(np.any(found.numpy() != x, axis=1))

@@ -44,6 +44,22 @@ def test_tensorboard_gets_the_figures_of_the_history(tmp_path):
         np.testing.assert_allclose(values, history[name], rtol=1e-6)
 
 
+def test_a_logger_that_is_used_again_writes_again(tmp_path):
+    x, y = blobs()
+    model = dense_model(keras)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    logger = callbacks.KernelLogger(log_dir=str(tmp_path))
+    for times in (1, 2):
+        model.fit(x, y, verbose=0, callbacks=[logger])
+        records = [
+            record for file in tmp_path.iterdir() for record in tf.data.TFRecordDataset(str(file))
+        ]
+        figures = sum(
+            len(tf.compat.v1.Event.FromString(record.numpy()).summary.value) for record in records
+        )
+        assert figures == times * len(logger.scalars())
+
+
 def test_a_log_dir_without_tensorboard_is_refused(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -520,15 +520,73 @@ def test_dropout_is_off_unless_it_is_forced_on():
     assert "changes from call to call" in str(caught[0].message)
 
 
-def test_gradients_that_are_zero_are_counted():
-    def masked(x):
-        # Rounding has no slope: the first 75 of 300 examples are cut off from the gradient.
-        cut = tf.reduce_any(tf.reduce_all(x[:, None] == X[None, :75], axis=-1), axis=1)
-        return tf.where(cut[:, None], tf.round(100 * linear(x)) / 100, linear(x))
+def is_cut(x):
+    """Tell which examples are among the first 75 of 300, as they were."""
+    return tf.reduce_any(tf.reduce_all(x[:, None] == X[None, :75], axis=-1), axis=1)
 
+
+def masked(x):
+    """Rounding has no slope: some examples are cut off from the gradient."""
+    return tf.where(is_cut(x)[:, None], tf.round(100 * linear(x)) / 100, linear(x))
+
+
+def test_gradients_that_are_zero_are_counted():
     with pytest.warns(EvaluationWarning, match=r"zero for 75 of 300 examples \(25.00 %\)"):
         report = quiet(masked, X, Y, corner_attack())
     assert len(report.warnings) == 1
+
+
+def test_gradients_that_are_not_a_number_are_counted():
+    @tf.custom_gradient
+    def broken(x):
+        def gradient(upstream):  # as of 0 times the square root of 0
+            slope = upstream @ tf.transpose(tf.constant(WEIGHTS, tf.float32))
+            return tf.where(is_cut(x)[:, None], np.nan, slope)
+
+        return linear(x), gradient
+
+    with pytest.warns(EvaluationWarning, match=r"not a number for 75 of 300 examples \(25.00 %\)"):
+        report = quiet(broken, X, Y, corner_attack())
+    assert len(report.warnings) == 1
+
+
+def test_logits_so_large_that_softmax_saturates_are_attacked_and_not_doubted():
+    def sure(x):
+        return 1e3 * linear(x)
+
+    pgd = attacks.PGD(epsilon=EPSILON, steps=5)
+    report, other = (quiet(model, X, Y, pgd) for model in (sure, linear))
+    assert report.warnings == ()
+    assert np.mean(robust(EPSILON)) <= report.robust_accuracy <= other.robust_accuracy
+
+
+def test_a_function_that_refers_to_another_network_is_attacked_anew():
+    def judged(scale):
+        nonlocal weights
+        weights = scale * WEIGHTS
+        return quiet(model, X, Y, attacks.FGSM(epsilon=EPSILON)).robust_accuracy
+
+    def model(x):
+        return x @ weights + BIAS
+
+    weights = WEIGHTS
+    judged(-1.0)
+    expected = quiet(linear, X, Y, attacks.FGSM(epsilon=EPSILON)).robust_accuracy
+    assert judged(1.0) == expected < 0.5
+
+
+def test_the_source_of_a_transfer_is_looked_at_too():
+    def softmax(x):
+        return tf.nn.softmax(linear(x))
+
+    fgsm = attacks.FGSM(epsilon=EPSILON)
+    with pytest.raises(ValueError, match="source 'softmax' of a Transfer returns probabilities"):
+        quiet(linear, X, Y, attacks.Transfer(source=softmax, attack=fgsm))
+    with pytest.warns(EvaluationWarning, match="source 'masked' of a Transfer: .* zero for 75 of"):
+        report = quiet(linear, X, Y, attacks.Transfer(source=masked, attack=fgsm))
+    assert len(report.warnings) == 1
+    sound = quiet(masked, X, Y, attacks.Transfer(source=linear, attack=fgsm))
+    assert sound.warnings == ()
 
 
 def test_a_model_without_any_gradient_is_doubted():
@@ -581,3 +639,9 @@ def test_a_weak_attack_that_does_better_is_remarked_on():
 
 def test_public_names():
     assert set(evaluation.__all__) <= set(dir(evaluation))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (5, 3), (-1, 3)])
+def test_an_interval_of_nothing_is_refused(successes, trials):
+    with pytest.raises(ValueError, match="must be"):
+        wilson_interval(successes, trials)

@@ -250,3 +250,8 @@ def test_the_step_at_the_end_prunes_through_the_wrapper():
 def test_bad_input_is_named(build, error, words):
     with pytest.raises(error, match=words):
         build()
+
+
+def test_epochs_that_are_none_are_named_as_epochs():
+    with pytest.raises(ValueError, match=r"end_epoch must be a step or more after begin_epoch=1"):
+        schedules.CosineSparsity.from_epochs(0.0, 0.5, 1, 1, steps_per_epoch=10)

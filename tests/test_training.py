@@ -656,3 +656,22 @@ def test_bad_batches_of_a_pipeline_are_refused_in_the_graph():
         data = tf.data.Dataset.from_tensor_slices(bad).batch(8)
         with pytest.raises(tf.errors.InvalidArgumentError, match="must"):
             trainer_for(dense_model()).fit(data, verbose=0)
+
+
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_an_attack_that_is_set_later_is_the_one_that_trains(library):
+    """From the moment on, and not from the next saving and loading on."""
+    x, y = blobs()
+    x = (x - x.min()) / (x.max() - x.min())
+    trainer = AdversarialTraining(
+        dense_model(library),
+        attack=attacks.PGD(epsilon=0.01, steps=2),
+        loss=losses.TRADES(beta=1.0),
+    )
+    trainer.compile("sgd")
+    weak = trainer.evaluate(x, y, verbose=0, return_dict=True)["robust_loss"]
+    trainer.attack = attacks.PGD(epsilon=0.5, steps=2)
+    strong = trainer.evaluate(x, y, verbose=0, return_dict=True)["robust_loss"]
+    assert strong > 5 * weak
+    with pytest.raises(TypeError, match="attack must be"):
+        trainer.attack = "PGD"

@@ -224,14 +224,17 @@ class _ScalarLogger(flavours.Callback, abc.ABC):
 
     def __init__(self, log_dir: str | None = None) -> None:
         super().__init__()
-        self._writer = None
-        if log_dir is not None:
-            if importlib.util.find_spec("tensorboard") is None:
-                raise ImportError(
-                    f"log_dir={log_dir!r} needs TensorBoard: pip install tensorboard, "
-                    "or leave it out."
-                )
-            self._writer = tf.summary.create_file_writer(str(log_dir))
+        self._log_dir, self._writer = log_dir, None
+        if log_dir is not None and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError(
+                f"log_dir={log_dir!r} needs TensorBoard: pip install tensorboard, or leave it out."
+            )
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Open TensorBoard's file; a new one for each `fit`."""
+        super().on_train_begin(logs)
+        if self._log_dir is not None:
+            self._writer = tf.summary.create_file_writer(str(self._log_dir))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measure the model, and add the figures to the logs."""

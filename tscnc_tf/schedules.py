@@ -116,6 +116,12 @@ class CosineSparsity(_Schedule):
         `frequency=None` the masks are renewed about 50 times.
         """
         begin_step, end_step = _steps(steps_per_epoch, begin_epoch=begin_epoch, end_epoch=end_epoch)
+        if end_step <= begin_step:
+            raise ValueError(
+                f"end_epoch must be a step or more after begin_epoch={begin_epoch!r}, got "
+                f"{end_epoch!r}: with steps_per_epoch={steps_per_epoch} it would begin at step "
+                f"{begin_step} and end at {end_step}."
+            )
         if frequency is None:
             frequency = max(1, (end_step - begin_step) // 50)
         return cls(initial_sparsity, final_sparsity, begin_step, end_step, frequency)

@@ -83,9 +83,11 @@ class Ascent:
         if gradient is None:
             raise ValueError(_NOT_DIFFERENTIABLE)
         gradient = tf.ensure_shape(gradient, x.shape)
-        # float16 may overflow on its way back: such an entry stays where it is, instead of
-        # turning the whole example, and then the weights trained on it, to NaN.
-        return tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
+        # float16 may overflow on its way back: such an entry stays where it is, or counts as the
+        # largest number, instead of turning the whole example, and then the weights trained on it,
+        # to NaN.
+        gradient = tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
+        return tf.clip_by_value(gradient, gradient.dtype.min, gradient.dtype.max)
 
     def _slope(self, logits: tf.Tensor) -> tf.Tensor:
         """Return the score's gradient at the logits, its largest entry scaled to 1 per example.

@@ -45,10 +45,12 @@ class Attack(_configs.Configurable, abc.ABC):
         """Return adversarial examples for `x`, inside the ball and the bounds.
 
         Called eagerly, the inputs are checked; called while a graph is traced, only their shapes.
+        The model is compiled at the first call and kept: a function that refers to other weights
+        later is still attacked as it was. (`evaluate_robustness` compiles it anew.)
 
         Args:
             model: a Keras model of either flavour, run in inference mode, or any callable from x
-                to logits.
+                to logits. Of probabilities an attack finds less, and says nothing.
             x: `(batch, ...)`, a float tensor or array inside `bounds`.
             y: integer labels `(batch,)` or `(batch, 1)`, or one-hot or soft ones `(batch,
                 classes)`; the classes to reach, for a targeted attack.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import tensorflow as tf
 from tscnc_tf import _keras
 from tscnc_tf.attacks import _inputs
 
-# A memory, not a switch: it only ever holds what would be built again in the same way.
+# A memory, not a switch: for a model that stays what it is, it holds what would be built again in
+# the same way. What a function refers to may change without a sign: hence `forget`.
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Compiled]] = weakref.WeakKeyDictionary()
 
 
@@ -56,6 +58,13 @@ class Compiled:
         concrete = self._function.get_concrete_function()
         _inputs.check_range(y, self._classes[0])
         return concrete((x, seed) if y is None else (x, seed, y))
+
+
+def forget(model: Any) -> None:
+    """Build anew, at next need, what attacks compile of a model; it may have changed inside."""
+    owner = model.__self__ if isinstance(model, types.MethodType) else model
+    with contextlib.suppress(TypeError):  # of such a model nothing is kept
+        _COMPILED.pop(owner, None)
 
 
 def compiled(

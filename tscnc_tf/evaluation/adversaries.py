@@ -37,6 +37,11 @@ class Adversary(NamedTuple):
         return not isinstance(self.attack, attacks_.Attack) or self.attack.uses_gradient
 
     @property
+    def transfer(self) -> attacks_.Transfer | None:
+        """The attack, if it runs on another model than is evaluated."""
+        return self.attack if isinstance(self.attack, attacks_.Transfer) else None
+
+    @property
     def source(self) -> str | None:
         """The name of the model that the attack runs on, if that is another one than evaluated."""
         return self.description.get("source")

@@ -20,13 +20,16 @@ class EvaluationWarning(UserWarning):
     """A reason not to trust a robustness evaluation, found while it was made."""
 
 
-def before(repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray) -> list[str]:
+def before(
+    repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray, nan_gradients: np.ndarray
+) -> list[str]:
     """Return the reasons to distrust any attack on a model.
 
     Args:
         repeatable: whether the model returns the same for the same input.
         unit_interval: whether all its outputs lie in [0, 1].
         zero_gradients: per example, whether an attack would find its gradient exactly zero.
+        nan_gradients: per example, whether it would find what is not a number.
     """
     found = []
     if not repeatable:
@@ -44,14 +47,25 @@ def before(repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray) ->
             "logits, the model is hardly trained, or something holds them in [0, 1]."
         )
     if np.any(zero_gradients):
-        count, share = int(np.sum(zero_gradients)), float(np.mean(zero_gradients))
         found.append(
-            f"The input gradient of the cross-entropy is exactly zero for {count} of "
-            f"{len(zero_gradients)} examples ({100 * share:.2f} %). Attacks by gradients can't "
-            "move there, which looks like robustness and is none (gradient masking): look for "
-            "saturated, quantised or dead layers, and add an attack that needs no gradient."
+            f"The input gradient that attacks ascend is exactly zero for {_share(zero_gradients)}. "
+            "Attacks by gradients can't move there, which looks like robustness and is none "
+            "(gradient masking): look for saturated, quantised or dead layers, and add an attack "
+            "that needs no gradient."
+        )
+    if np.any(nan_gradients):
+        found.append(
+            f"The input gradient that attacks ascend is not a number for {_share(nan_gradients)}. "
+            "Attacks by gradients stay where they are, which looks like robustness and is none: "
+            "look for a square root, a norm or a division at 0, whose slope is infinite though its "
+            "value is sound, and add an attack that needs no gradient."
         )
     return found
+
+
+def _share(chosen: np.ndarray) -> str:
+    """Return how many of all examples are chosen, in words."""
+    return f"{np.sum(chosen)} of {len(chosen)} examples ({100 * np.mean(chosen):.2f} %)"
 
 
 def after(

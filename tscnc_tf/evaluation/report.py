@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _files, _tables
+from tscnc_tf import _checks, _files, _tables
 from tscnc_tf.inspection.records import Z95, jsonable
 
 _LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
@@ -28,9 +28,26 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
     Unlike the textbook interval it stays inside [0, 1] and is of use at 0 and at 100 %.
 
+    Args:
+        successes: how many trials succeeded, >= 0.
+        trials: how many there were, n >= 1.
+
+    Returns:
+        The lower and the upper end, fractions.
+
+    Raises:
+        TypeError, ValueError: an argument is no such integer.
+
+    Example:
+        >>> low, high = wilson_interval(9, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.596, 0.982)
+
     Reference:
         Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
+    trials = _checks.integer("trials", trials, minimum=1)
+    successes = _checks.integer("successes", successes, minimum=0, maximum=trials)
     share, spread = successes / trials, Z95**2 / trials
     half = Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))

@@ -6,13 +6,14 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from tscnc_tf import _checks
+from tscnc_tf.attacks import _compiled
 from tscnc_tf.evaluation import data, doubts, subject
 from tscnc_tf.evaluation.adversaries import Adversary, adversaries, checked
 from tscnc_tf.evaluation.report import AttackResult, RobustnessReport, versions
@@ -72,8 +73,8 @@ def evaluate_robustness(
     Warns:
         EvaluationWarning: the model's output changes from call to call, its outputs all lie in
             [0, 1] (as probabilities per class do), or the gradient that attacks ascend is exactly
-            zero for some examples (if an attack may follow it; `attacks.Transfer` does not). Before
-            the attacks are run.
+            zero, or not a number, for some examples (if an attack may follow it; `attacks.Transfer`
+            does not). Likewise for the source of a `Transfer`. Before the attacks are run.
 
     Example:
         >>> import numpy as np, tensorflow as tf
@@ -96,13 +97,22 @@ def evaluate_robustness(
     bounds = _checks.bounds("bounds", bounds)
     progress = _checks.boolean("progress", progress)
     opponents = adversaries(attacks, bounds)
+    sources = _sources(opponents)
+    for attacked in (model, *(source.model for source in sources)):
+        _compiled.forget(attacked)  # it may have changed since it was attacked last
     inputs, labels, width = data.examples(x, y, bounds)
     batches = list(_batches(inputs, labels, batch_size))
     examined = subject.Subject(model, batches[0][0])
     data.require_known_classes(labels, width, examined.classes)
 
     by_gradient = any(opponent.uses_gradient for opponent in opponents)
-    clean, warned = _examine(examined, batches, labels, by_gradient)
+    logits, warned = _examine(examined, batches, by_gradient)
+    clean = np.argmax(logits, axis=1) == labels
+    for source in sources:
+        said = f"source {source.name!r} of a Transfer"
+        other = subject.Subject(source.model, batches[0][0], said)
+        _, doubted = _examine(other, batches, source.by_gradient, said)
+        warned += [f"{said}: {text}" for text in doubted]
     for text in warned:
         warnings.warn(text, doubts.EvaluationWarning, stacklevel=2)
 
@@ -137,22 +147,40 @@ def _batches(
         yield inputs[start : start + size], labels[start : start + size]
 
 
+class _Source(NamedTuple):
+    """A model that adversarial examples are found on, for another one to be judged by."""
+
+    model: Any
+    name: str
+    by_gradient: bool
+
+
+def _sources(opponents: list[Adversary]) -> list[_Source]:
+    found: dict[int, _Source] = {}
+    for opponent in opponents:
+        if (transfer := opponent.transfer) is not None:
+            model, by_gradient = transfer.source, transfer.attack.uses_gradient
+            if id(model) in found:
+                by_gradient |= found[id(model)].by_gradient
+            found[id(model)] = _Source(model, str(opponent.source), by_gradient)
+    return list(found.values())
+
+
 def _examine(
     examined: subject.Subject,
     batches: list[tuple[np.ndarray, np.ndarray]],
-    labels: np.ndarray,
     by_gradient: bool,
+    role: str = "model",
 ) -> tuple[np.ndarray, list[str]]:
-    """Return which examples the model gets right, and the reasons to doubt the attacks on it."""
+    """Return the logits of a model, and the reasons to doubt the attacks on it."""
     repeatable = examined.is_repeatable(batches[0][0])
     examined.compile()
-    logits, zero_gradients = zip(*(examined.examine(*batch) for batch in batches), strict=True)
-    logits = np.concatenate(logits)
-    subject.require_logits(logits)
+    found = zip(*(examined.examine(*batch) for batch in batches), strict=True)
+    logits, is_zero, is_nan = map(np.concatenate, found)
+    subject.require_logits(logits, role)
     unit_interval = subject.within_unit_interval(logits)
-    masked = np.concatenate(zero_gradients) & by_gradient
-    warned = doubts.before(repeatable, unit_interval, masked)
-    return np.argmax(logits, axis=1) == labels, warned
+    doubted = doubts.before(repeatable, unit_interval, is_zero & by_gradient, is_nan & by_gradient)
+    return logits, doubted
 
 
 def _attack(

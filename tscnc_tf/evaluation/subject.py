@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras
+from tscnc_tf import _keras, losses
 from tscnc_tf.inspection.inputs import one_tensor
 
 
@@ -17,19 +17,21 @@ class Subject:
     Args:
         model: any callable `x -> logits`.
         x: a batch, to look at what the model returns.
+        role: what it is called in errors.
 
     Raises:
         TypeError: the model is not callable, or does not return one tensor.
         ValueError: it does not return `(batch, classes)`.
     """
 
-    def __init__(self, model: Any, x: np.ndarray) -> None:
+    def __init__(self, model: Any, x: np.ndarray, role: str = "model") -> None:
         self._eager = _keras.inference(model)
+        self._role = role
         self.name = str(getattr(model, "name", None) or _type_name(model))
         shape = tuple(one_tensor(self._eager(tf.constant(x))).shape)
         if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
             raise ValueError(
-                f"model must return logits of shape (batch, classes) with 2 classes or more; for "
+                f"{role} must return logits of shape (batch, classes) with 2 classes or more; for "
                 f"{len(x)} examples it returned shape {shape}. A binary model with one output z "
                 "has the logits (0, z)."
             )
@@ -45,20 +47,26 @@ class Subject:
             self._logits.get_concrete_function()
             self._examine.get_concrete_function()
         except Exception as error:
-            error.add_note("The model is compiled by tf.function: only TensorFlow may run in it.")
+            error.add_note(
+                f"The {self._role} is compiled by tf.function: only TensorFlow may run in it."
+            )
             raise
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits of a batch, `(batch, classes)`."""
         return self._logits(tf.constant(x)).numpy()
 
-    def examine(self, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the logits, and per example whether the input gradient is exactly zero.
+    def examine(
+        self, x: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the logits, and per example whether the input gradient is zero, and whether NaN.
 
-        The gradient is that of the cross-entropy, which attacks ascend.
+        The gradient is that of the log-odds, which attacks ascend: zero throughout, or not a number
+        somewhere.
         """
-        logits, is_zero = self._examine(tf.constant(x), tf.constant(labels))
-        return logits.numpy(), is_zero.numpy()
+        found = self._examine(tf.constant(x), tf.constant(labels))
+        logits, is_zero, is_nan = (tensor.numpy() for tensor in found)
+        return logits, is_zero, is_nan
 
     def is_repeatable(self, x: np.ndarray) -> bool:
         """Tell whether two calls of the model on one batch return the same, up to rounding."""
@@ -71,29 +79,35 @@ class Subject:
         # What runs outside of TensorFlow's sight has no known shape.
         return tf.ensure_shape(one_tensor(self._eager(x)), (None, self.classes))
 
-    def _call_and_gradient(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _call_and_gradient(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits = self._call(x)
-            loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        # As attacks do it: a gradient of another scale might be lost in half precision.
+        with tf.GradientTape() as inner:
+            inner.watch(logits)
+            odds = losses.log_odds(labels, logits)
+        slope = inner.gradient(odds, logits)
+        slope = tf.math.divide_no_nan(slope, tf.reduce_max(tf.abs(slope), axis=-1, keepdims=True))
         try:
-            gradient = tape.gradient(loss, x, unconnected_gradients="zero")
+            gradient = tape.gradient(logits, x, slope, unconnected_gradients="zero")
         except LookupError:  # an operation without a gradient
             gradient = tf.zeros_like(x)
-        largest = tf.reduce_max(tf.abs(gradient), axis=list(range(1, x.shape.rank)))
-        return logits, tf.equal(largest, 0.0)
+        axes = list(range(1, x.shape.rank))
+        is_zero = tf.reduce_all(tf.equal(gradient, 0.0), axis=axes)
+        return logits, is_zero, tf.reduce_any(tf.math.is_nan(gradient), axis=axes)
 
 
-def require_logits(logits: np.ndarray) -> None:
+def require_logits(logits: np.ndarray, role: str = "model") -> None:
     """Raise a ValueError if outputs are not finite, or are probabilities."""
     finite = np.all(np.isfinite(logits), axis=1)
     if not np.all(finite):
         raise ValueError(
-            f"model returns NaN or infinity for {np.sum(~finite)} of {len(finite)} examples."
+            f"{role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} examples."
         )
     if within_unit_interval(logits) and np.allclose(logits.sum(axis=1), 1.0, rtol=0.0, atol=1e-3):
         raise ValueError(
-            "model returns probabilities: all outputs are in [0, 1], and each row sums to 1. "
+            f"{role} returns probabilities: all outputs are in [0, 1], and each row sums to 1. "
             "Attacks need logits: a softmax that is certain has no gradient left, and makes a "
             "model look robust. Leave out the last softmax (activation=None), or pass the part of "
             "the model before it."

@@ -58,7 +58,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
             what the loss asks for: TRADES ascends the KL divergence from the clean output.
         loss: `losses.TRADES(beta)`, `losses.Madry()`, `losses.MART(beta)` or
-            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`, which may be set.
+            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`, which may be set, as
+            `attack` may.
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
@@ -105,7 +106,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         super().__init__(name=name, **kwargs)
         self._classes = outputs.classes("model", model)
         self.model = model
-        self.attack = attack
+        self._attack = attack
         self.robust_loss = loss
         self.seed = _checks.integer("seed", seed, minimum=0)
         self._inference = _keras.inference(model)
@@ -126,7 +127,26 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def robust_loss(self, loss: losses.RobustLoss) -> None:
         inputs.require_loss(loss)
         self._robust_loss = loss
-        self._adversary = self.attack.with_defaults(objective=loss.objective, start=loss.start)
+        self._prepare()
+
+    @property
+    def attack(self) -> attacks.GradientAttack:
+        """What finds the adversarial examples; if it is set, the steps are compiled anew.
+
+        Raises:
+            TypeError: it is set to what is no attack by gradients.
+        """
+        return self._attack
+
+    @attack.setter
+    def attack(self, attack: attacks.GradientAttack) -> None:
+        inputs.require_attack(attack)
+        self._attack = attack
+        self._prepare()
+
+    def _prepare(self) -> None:
+        loss = self._robust_loss
+        self._adversary = self._attack.with_defaults(objective=loss.objective, start=loss.start)
         self.train_function = self.test_function = None
 
     def compile(
