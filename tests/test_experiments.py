@@ -370,8 +370,11 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
 def test_other_data_are_refused(finished, tmp_path, monkeypatch):
     data = stages.dataset(recipe())
     monkeypatch.setattr(stages, "dataset", lambda _: data.subset(n_train=128))
-    with pytest.raises(ValueError, match=r"data are not those that .*1-train was made with"):
+    with pytest.raises(ValueError, match=r"data are not those that .*tiny was made with"):
         tscnc.experiments.run(recipe(), finished)
+    dense = finished / "1-train"
+    with pytest.raises(ValueError, match=r"data are not those that .*1-train was made with"):
+        tscnc.experiments.run(recipe(), tmp_path / "adopted", dense=dense, progress=False)
 
 
 def test_a_run_that_was_stopped_early_refuses_other_data_too(tmp_path):
