@@ -93,7 +93,7 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
         top, bottom = axes[:, column]
         for index, arm in enumerate(arms):
             label = arm if column == 0 else None
-            offset = 0.1 * (index - (len(arms) - 1) / 2)
+            offset = 0.8 * (index - (len(arms) - 1) / 2) / len(arms)
             for place, level in enumerate(levels):
                 found = list(cells[Cell(setting, method, level)].get(arm, {}).values())
                 robust = [100 * result.robust for result in found]
@@ -113,8 +113,8 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
     axes[0, 0].set_ylabel("robust accuracy, %")
     axes[1, 0].set_ylabel("worst effective κ")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, markerscale=2)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, markerscale=2)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     with _files.replaced(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
