@@ -77,7 +77,7 @@ class Ascent:
             tape.watch(x)
             logits = self.logits(x)
         try:
-            gradient = tape.gradient(logits, x, output_gradients=self._slope(logits))
+            gradient = tape.gradient(logits, x, output_gradients=slope(self.score, logits))
         except LookupError as error:  # an operation without a gradient, such as py_function's kin
             raise ValueError(f"{_NOT_DIFFERENTIABLE} ({error})") from error
         if gradient is None:
@@ -88,18 +88,6 @@ class Ascent:
         # to NaN.
         gradient = tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
         return tf.clip_by_value(gradient, gradient.dtype.min, gradient.dtype.max)
-
-    def _slope(self, logits: tf.Tensor) -> tf.Tensor:
-        """Return the score's gradient at the logits, its largest entry scaled to 1 per example.
-
-        A positive factor per example changes neither the sign step nor the normalised one. But at
-        its own scale the gradient of a well-fitted example would be lost in a float16 network.
-        """
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(logits)
-            score = self.score(logits)
-        slope = tape.gradient(score, logits)
-        return tf.math.divide_no_nan(slope, tf.reduce_max(tf.abs(slope), axis=-1, keepdims=True))
 
     def _value(self, logits: tf.Tensor) -> tf.Tensor:
         if self._objective == "kl":
@@ -121,6 +109,19 @@ class Ascent:
             return odds
         is_hard = tf.reduce_max(losses.one_hot(self._labels, _classes(logits)), axis=-1) == 1.0
         return tf.where(is_hard, odds, losses.cross_entropy(self._labels, logits))
+
+
+def slope(score: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:
+    """Return a score's gradient at the logits, its largest entry scaled to 1 per example.
+
+    A positive factor per example changes neither the sign step nor the normalised one. But at its
+    own scale the gradient of a well-fitted example would be lost in a float16 network.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(logits)
+        value = score(logits)
+    gradient = tape.gradient(value, logits)
+    return tf.math.divide_no_nan(gradient, tf.reduce_max(tf.abs(gradient), axis=-1, keepdims=True))
 
 
 _NOT_DIFFERENTIABLE = (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras, losses
+from tscnc_tf.attacks import _ascent
 from tscnc_tf.inspection.inputs import one_tensor
 
 
@@ -83,12 +85,7 @@ class Subject:
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits = self._call(x)
-        # As attacks do it: a gradient of another scale might be lost in half precision.
-        with tf.GradientTape() as inner:
-            inner.watch(logits)
-            odds = losses.log_odds(labels, logits)
-        slope = inner.gradient(odds, logits)
-        slope = tf.math.divide_no_nan(slope, tf.reduce_max(tf.abs(slope), axis=-1, keepdims=True))
+        slope = _ascent.slope(functools.partial(losses.log_odds, labels), logits)
         try:
             gradient = tape.gradient(logits, x, slope, unconnected_gradients="zero")
         except LookupError:  # an operation without a gradient

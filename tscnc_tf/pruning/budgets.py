@@ -12,7 +12,7 @@ from tscnc_tf import _checks, functional
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning import plans
 from tscnc_tf.pruning.choice import Choice
-from tscnc_tf.pruning.structures import Unstructured
+from tscnc_tf.pruning.structures import Filters, Unstructured
 from tscnc_tf.pruning.targets import Target, candidates
 
 __all__ = ["condition_budgets"]
@@ -80,7 +80,7 @@ def condition_budgets(
     structure = Unstructured(min_per_filter)
     lowest = _checks.number("lowest", lowest, above=0.0, maximum=1.0)
     selection = plans.checked_selection(weights, min_rank)
-    found = candidates(model, layers, *selection, _unfit)
+    found = candidates(model, layers, *selection, Filters().reason)
     targets = [target for target, reason in found if not reason]
     if not targets:
         reasons = {target.name: reason for target, reason in found}
@@ -117,10 +117,6 @@ class _Curve(NamedTuple):
 
     counts: list[int]
     costs: list[float]
-
-
-def _unfit(target: Target) -> str:
-    return "" if target.layout else "it is not known which of its axes are inputs and which outputs"
 
 
 class _Measure:
