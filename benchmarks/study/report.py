@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -21,12 +21,23 @@ BEGIN, END = "<!-- begin: {name} -->", "<!-- end: {name} -->"
 
 
 def tables(results: Sequence[Result], arms: Sequence[str]) -> str:
-    """Return a table for each setting, method and sparsity, and one of correlations."""
-    parts = []
-    for cell, by_arm in figures.by_cell(results).items():
-        parts.append(_table(cell, by_arm, arms))
+    """Return what there is to see: all figures, those against pruning alone, kernel by kernel.
+
+    Each setting, method and sparsity has a table of its arms. At the highest sparsity there is
+    also what each arm and method are ahead of plain pruning, and a look at each kernel.
+    """
+    cells = figures.by_cell(results)
+    highest = max((cell.sparsity for cell in cells), default=0.0)
+    parts = [_table(cell, by_arm, arms) for cell, by_arm in cells.items()]
+    for setting in dict.fromkeys(cell.setting for cell in cells):
+        parts.append(_against_pruning(setting, highest, cells, arms))
+    for cell, by_arm in cells.items():
+        if cell.sparsity == highest:
+            parts.append(_layers(cell, by_arm, arms))
     parts.append(_correlations(results))
-    return "\n\n".join(parts)
+    versions = sorted({version for result in results for version in result.versions})
+    parts.append(f"Made with {', '.join(versions)}.")
+    return "\n\n".join(part for part in parts if part)
 
 
 def insert(path: pathlib.Path, name: str, text: str) -> None:
@@ -41,21 +52,21 @@ def insert(path: pathlib.Path, name: str, text: str) -> None:
 
 
 def _table(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]) -> str:
-    head = ["arm", "seeds", "clean", "robust", f"robust − {BASE}", "worst κ", "effective κ"]
-    head += ["dead", "stable rank / filters", "local Lipschitz"]
+    head = ["arm", "seeds", "clean", "robust", f"clean − {BASE}", f"robust − {BASE}"]
+    head += ["worst κ", "effective κ", "dead", "stable rank / filters", "local Lipschitz"]
     rows = []
     for arm in arms:
         found = list(by_arm.get(arm, {}).values())
         if not found:
             continue
-        difference = "" if arm == BASE else _points(_difference(by_arm, arm), signed=True)
+        base = {} if arm == BASE else by_arm.get(BASE, {})
         rows.append(
             [
                 arm,
                 str(len(found)),
                 _points(_mean(found, "clean")),
                 _points(_mean(found, "robust")),
-                difference,
+                *("" if arm == BASE else difference for difference in _ahead(by_arm[arm], base)),
                 _median(found, "condition"),
                 _median(found, "effective"),
                 f"{np.mean([result.dead for result in found]):.1f}",
@@ -63,8 +74,60 @@ def _table(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]
                 f"{np.mean([result.lipschitz for result in found]):.3g}",
             ]
         )
-    title = f"### {cell.setting}, {cell.method}, {100 * cell.sparsity:g} % zeros"
-    return f"{title}\n\n{_markdown(head, rows)}"
+    return f"### {_title(cell)}\n\n{_markdown(head, rows)}"
+
+
+def _against_pruning(
+    setting: str,
+    sparsity: float,
+    cells: Mapping[Cell, Mapping[str, Mapping[int, Result]]],
+    arms: Sequence[str],
+) -> str:
+    """Return what each arm, in each way, is ahead of pruning alone in each way."""
+    here = {
+        cell.method: by_arm for cell, by_arm in cells.items() if cell[::2] == (setting, sparsity)
+    }
+    rivals = [method for method, by_arm in here.items() if BASE in by_arm]
+    if len(rivals) < 2:
+        return ""
+    rows = [
+        [
+            f"{arm}, {method}",
+            *(
+                "" if (arm, method) == (BASE, rival) else difference
+                for rival in rivals
+                for difference in _ahead(by_arm[arm], here[rival][BASE])
+            ),
+        ]
+        for arm in arms
+        for method, by_arm in here.items()
+        if arm in by_arm
+    ]
+    ahead = [f"{what} − {BASE}, {rival}" for rival in rivals for what in ("clean", "robust")]
+    title = f"### {setting}, {100 * sparsity:g} % zeros: against pruning alone"
+    return f"{title}\n\n{_markdown(['arm, method', *ahead], rows)}"
+
+
+def _layers(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]) -> str:
+    """Return κ, effective κ, stable rank and dead filters of each pruned kernel in each arm."""
+    arms = [arm for arm in arms if arm in by_arm]
+    found = {arm: [result.layers for result in by_arm[arm].values()] for arm in arms}
+    names = [layer.name for layer in next(iter(found.values()))[0]]
+    rows = []
+    for index, name in enumerate(names):
+        row = [name]
+        for arm in arms:
+            layers = [run[index] for run in found[arm]]
+            parts = [
+                _significant(np.median([layer.condition for layer in layers])),
+                _significant(np.median([layer.effective for layer in layers])),
+                f"{np.mean([layer.stable_rank for layer in layers]):.2f}",
+                f"{np.mean([layer.dead for layer in layers]):.1f}",
+            ]
+            row.append(" · ".join(parts))
+        rows.append(row)
+    title = f"### {_title(cell)}, kernel by kernel: κ · effective κ · stable rank / filters · dead"
+    return f"{title}\n\n{_markdown(['kernel', *arms], rows)}"
 
 
 def _correlations(results: Sequence[Result]) -> str:
@@ -120,8 +183,15 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
     plt.close(figure)
 
 
-def _difference(by_arm: dict[str, dict[int, Result]], arm: str) -> Estimate:
-    return figures.paired(by_arm[arm], by_arm.get(BASE, {}))
+def _title(cell: Cell) -> str:
+    return f"{cell.setting}, {cell.method}, {100 * cell.sparsity:g} % zeros"
+
+
+def _ahead(arm: Mapping[int, Result], base: Mapping[int, Result]) -> list[str]:
+    """Return what an arm is ahead of another one in clean and robust accuracy, seed by seed."""
+    return [
+        _points(figures.paired(arm, base, figure), signed=True) for figure in ("clean", "robust")
+    ]
 
 
 def _mean(found: Sequence[Result], name: str) -> Estimate:
@@ -137,14 +207,18 @@ def _points(value: Estimate, signed: bool = False) -> str:
 
 
 def _median(found: Sequence[Result], name: str) -> str:
-    value = float(np.median([getattr(result, name) for result in found]))
+    return _significant(np.median([getattr(result, name) for result in found]))
+
+
+def _significant(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.3g}"
 
 
 def _correlation(value: Estimate) -> str:
     if not value.count:
         return "–"  # in each seed, one of the two is the same in all arms
-    interval = f" ± {value.half:.2f}" if math.isfinite(value.half) else ""
+    # Of two seeds, which can only be alike or not, an interval would be misread.
+    interval = f" ± {value.half:.2f}" if value.count > 2 else ""
     return f"{value.mean:+.2f}{interval} ({value.count})"
 
 

@@ -32,6 +32,27 @@ class Cell(NamedTuple):
     sparsity: float
 
 
+class Layer(NamedTuple):
+    """The figures of one pruned kernel; see `inspection.condition_numbers`."""
+
+    name: str
+    condition: float
+    effective: float
+    stable_rank: float  # over the number of filters
+    dead: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Layer:
+        """Read a row of what a run has written."""
+        return cls(
+            row["name"],
+            float(row["condition_number"]),
+            float(row["effective_condition_number"]),
+            float(row["stable_rank"]) / row["filters"],
+            row["dead_filters"],
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The figures of one run.
@@ -44,6 +65,8 @@ class Result:
         effective: the worst effective condition number of the pruned kernels.
         dead: dead filters in the pruned kernels.
         stable_rank: the mean over the pruned kernels, each over its number of filters.
+        layers: the pruned kernels.
+        versions: of what made it, as "numpy 2.4.6".
     """
 
     cell: Cell
@@ -56,11 +79,13 @@ class Result:
     effective: float
     dead: float
     stable_rank: float
+    layers: tuple[Layer, ...] = ()
+    versions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:
         """Read what a run has written."""
-        kernels = [row for row in content["kernels"] if row["pruned"]]
+        layers = tuple(Layer.of(row) for row in content["kernels"] if row["pruned"])
         return cls(
             Cell(content["setting"], content["method"], content["sparsity"]),
             content["arm"],
@@ -68,10 +93,12 @@ class Result:
             content["clean"],
             content["robust"],
             float(content["lipschitz"]),
-            max(float(row["condition_number"]) for row in kernels),
-            max(float(row["effective_condition_number"]) for row in kernels),
-            sum(row["dead_filters"] for row in kernels),
-            float(np.mean([float(row["stable_rank"]) / row["filters"] for row in kernels])),
+            max(layer.condition for layer in layers),
+            max(layer.effective for layer in layers),
+            sum(layer.dead for layer in layers),
+            float(np.mean([layer.stable_rank for layer in layers])),
+            layers,
+            tuple(f"{name} {version}" for name, version in content["versions"].items()),
         )
 
 
