@@ -5,7 +5,8 @@
     python examples/paper.py RECIPE.yaml --baseline --train.epochs 10 --prune.method magnitude
 
 Adversarial training under the constraints, pruning, fine-tuning, evaluation and export. Every value
-of the recipe can be given on the command line by its name. Stopped at any moment, by whatever
+of the recipe can be given on the command line by its name; without a recipe, all others are the
+method's figures (recipes/paper.yaml), constraints and gates on. Stopped at any moment, by whatever
 means, and started again by the same command, it goes on where it was.
 """
 
@@ -26,7 +27,7 @@ import tscnc_tf as tscnc
 
 HERE = pathlib.Path(__file__).parent
 SHORT = {"dataset": "data.dataset", "arch": "network.architecture"}
-SMOKE = HERE / "recipes" / "smoke.yaml"
+PAPER, SMOKE = HERE / "recipes" / "paper.yaml", HERE / "recipes" / "smoke.yaml"
 
 
 def main() -> None:
@@ -45,22 +46,21 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("recipe", nargs="?", help="a YAML file; none for the defaults")
+    made.add_argument("recipe", nargs="?", help="a YAML file; by itself recipes/paper.yaml")
     made.add_argument("--output", help="folder of the experiment, new or to go on with")
     made.add_argument("--baseline", action="store_true", help="without constraints and gates")
     made.add_argument("--smoke", action="store_true", help="a tiny experiment, of seconds")
     for name, default in tscnc.experiments.Recipe.leaves():
         short = [f"--{key}" for key, full in SHORT.items() if full == name]
         names = [f"--{name}", *short]
-        made.add_argument(*names, dest=name, metavar="VALUE", help=f"by itself {default!r}")
+        made.add_argument(*names, dest=name, metavar="VALUE", help=f"default {default!r}")
     return made
 
 
 def recipe_of(arguments: argparse.Namespace) -> tscnc.experiments.Recipe:
     """Return the recipe of the file, with the values of the command line."""
-    path = SMOKE if arguments.smoke else arguments.recipe
-    recipe = tscnc.experiments.Recipe
-    recipe = recipe.from_yaml(path) if path else recipe()
+    path = SMOKE if arguments.smoke else arguments.recipe or PAPER
+    recipe = tscnc.experiments.Recipe.from_yaml(path)
     given = {
         name: tscnc.experiments.parse(value, f"--{name}")
         for name, _ in recipe.leaves()

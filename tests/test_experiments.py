@@ -110,6 +110,11 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"layers": 3}}, TypeError, "prune.layers must be a name pattern or a list"),
         ({"prune": {"scope": {"*": 7}}}, ValueError, r"prune.scope\['\*'\] must be < 1, got 7"),
         ({"finetune": {"drops": [0.6, 0.3]}}, ValueError, "finetune.drops must rise"),
+        (
+            {"sparsity": 0.0, "prune": {"scope": "condition"}},
+            ValueError,
+            "sparsity must be > 0 with prune.scope='condition'",
+        ),
     ],
 )
 def test_a_bad_recipe_is_refused_by_name(values, kind, words):
@@ -385,6 +390,15 @@ def test_a_run_that_was_stopped_early_refuses_other_data_too(tmp_path):
         folders.claim(tmp_path / "begun", recipe(), data.subset(n_train=128))
 
 
+def test_a_run_that_was_killed_before_its_first_file_begins_anew(tmp_path):
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    (folder / ".recipe.json.0123abcd").touch()
+    (folder / ".1-train.0123abcd").mkdir()
+    folders.claim(folder, recipe(), stages.dataset(recipe()))
+    assert {path.name for path in folder.iterdir()} == {"recipe.json", "data.json"}
+
+
 def test_drafts_of_what_was_killed_are_removed(tmp_path):
     for name in (".model.keras.0123abcd", ".model.keras.0123abcd.keras"):
         (tmp_path / name).touch()
@@ -406,6 +420,11 @@ def test_tf_keras_runs_the_same_stages(tmp_path):
     for stage in ("1-train", "3-finetune"):
         model = tscnc.experiments.open_stage(folder / stage).model
         assert is_plain(model, "tf_keras")
+    (row,) = tscnc.experiments.open_stage(folder / "1-train").metrics
+    inner = [layer for layer in model.layers if layer.name.startswith("stage_")]
+    kernels = sum(np.size(layer.get_weights()[0]) for layer in inner if "conv" in layer.name)
+    assert 0.85 * kernels < row["expected_l0"] < kernels  # 92 % are open to begin with
+    assert row["open_gates"] == 1.0
     zeros = tscnc.inspection.sparsity(model)
     inner = [row.sparsity for row in zeros.rows if row.name not in stages.ENDS]
     assert min(inner) >= 0.895
@@ -418,16 +437,11 @@ experiments.run(experiments.Recipe.from_dict(yaml.safe_load(sys.argv[1])), sys.a
 """
 
 
-def start(folder):
-    command = [sys.executable, "-c", KILLED, json.dumps(recipe().to_dict()), str(folder)]
+def run_killed(recipe, folder, moment):
+    """Run an experiment, kill it as soon as there is something of that name, and go on with it."""
+    command = [sys.executable, "-c", KILLED, json.dumps(recipe.to_dict()), str(folder)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-
-
-@pytest.mark.parametrize("moment", ["1-train/state-1", "2-prune/state-2", "3-finetune/best.npz"])
-def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_path, moment):
-    folder = tmp_path / "killed"
-    process = start(folder)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not (folder / moment).exists() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -435,9 +449,13 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not folders.is_complete(folder / "4-evaluate")
-    tscnc.experiments.run(recipe(), folder, progress=False)
+    tscnc.experiments.run(recipe, folder, progress=False)
+
+
+def require_same(folder, other):
+    """Make sure that two experiments have ended with the same metrics and weights, bit for bit."""
     for stage in ("1-train", "2-prune", "3-finetune"):
-        mine, theirs = (tscnc.experiments.open_stage(f / stage) for f in (folder, finished))
+        mine, theirs = (tscnc.experiments.open_stage(f / stage) for f in (folder, other))
         assert mine.metrics == theirs.metrics
         for name in ("model", "last"):
             pairs = zip(
@@ -447,6 +465,22 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_pa
                 np.testing.assert_array_equal(a, b)
         assert not list((folder / stage).glob("state-*"))
         assert not list((folder / stage).glob(".*"))
+
+
+@pytest.mark.parametrize("moment", ["1-train/state-1", "2-prune/state-2", "3-finetune/best.npz"])
+def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_path, moment):
+    run_killed(recipe(), tmp_path / "killed", moment)
+    require_same(tmp_path / "killed", finished)
+
+
+def test_killed_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(tmp_path):
+    gated = recipe(
+        **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
+        **{"prune.epochs": 1, "finetune.epochs": 1},
+    )
+    whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
+    run_killed(gated, tmp_path / "killed", "1-train/state-1")
+    require_same(tmp_path / "killed", whole)
 
 
 # The command line
@@ -459,10 +493,12 @@ def paper():
 
 
 def test_every_value_can_be_given_on_the_command_line(paper):
+    method = Recipe.from_yaml(RECIPES / "paper.yaml")
+    assert paper["recipe_of"](paper["parser"]().parse_args([])) == method
     for name, default in Recipe.leaves():
         text = json.dumps(jsonable(default))
         parsed = paper["parser"]().parse_args([f"--{name}", text])
-        assert paper["recipe_of"](parsed) == Recipe(), name
+        assert paper["recipe_of"](parsed) == method.override({name: default}), name
     words = "--dataset mine.npz --arch wrn-28-4 --sparsity 0.95 --train.learning_rate 1e-3"
     words += " --prune.layers [stage_1*,stage_2*] --baseline --evaluate.epsilon 4/255"
     recipe = paper["recipe_of"](paper["parser"]().parse_args(words.split()))

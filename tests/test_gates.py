@@ -285,6 +285,25 @@ def test_a_draw_is_shared_by_the_batch_and_new_in_each_step(library):
     assert int(layer.draws) == 2, "inference draws nothing"
 
 
+def test_before_batch_normalisation_the_data_do_not_tell_gates_to_open(library):
+    """The penalty does; on a dense layer's inputs, and without normalisation, the data do."""
+    x = inputs_of("Conv2D", 16)
+    slopes = {}
+    for normalised in (True, False):
+        inner = [library.layers.BatchNormalization(epsilon=1e-9)] if normalised else []
+        layer = gates.Gated(library.layers.Conv2D(4, 3, use_bias=False), sparsity_factor=0.0)
+        model = library.Sequential([library.Input(x.shape[1:]), layer, *inner])
+        loss = np.random.default_rng(5).normal(size=(16, *model.output_shape[1:]))
+        layer.log_alpha.assign([-0.5] * 4)  # so that most gates are drawn between 0 and 1
+        slopes[normalised] = []
+        for _ in range(8):
+            with tf.GradientTape() as tape:
+                value = tf.reduce_sum(model(x, training=True) * loss.astype("float32"))
+            gradient = tape.gradient(value, flavours.tensor_variable(layer.log_alpha))
+            slopes[normalised].append(np.abs(gradient).max())
+    assert max(slopes[True]) < 1e-3 < 0.1 < max(slopes[False])
+
+
 def test_graphs_and_xla_draw_alike(library):
     model, layer = gated_model(library, "Conv2D", spread=0.2)
     x = inputs_of("Conv2D")

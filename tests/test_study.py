@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import subprocess
@@ -16,10 +17,11 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import accelerator
 from benchmarks.study import accelerate, choosing, report, results, work
 from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
 from benchmarks.study.plan import HERE, Plan
-from benchmarks.study.results import Cell, Result
+from benchmarks.study.results import Cell, Layer, Result
 from tscnc_tf.experiments import stages
 
 TINY = """
@@ -52,8 +54,10 @@ def plan(tmp_path):
     return Plan.read(path)
 
 
-def result(seed=0, arm="none", robust=0.5, effective=2.0, sparsity=0.99, **values):
-    cell = Cell("digits", "magnitude", sparsity)
+def result(
+    seed=0, arm="none", robust=0.5, effective=2.0, sparsity=0.99, method="magnitude", **values
+):
+    cell = Cell("digits", method, sparsity)
     figures = {"clean": 0.9, "lipschitz": 1.0, "condition": np.inf, "dead": 3, "stable_rank": 0.5}
     return Result(cell, arm, seed, robust=robust, effective=effective, **{**figures, **values})
 
@@ -196,9 +200,37 @@ def test_the_table_says_what_was_found():
     (cnc,) = [row for row in rows if row and row[0] == "cnc"]
     assert "### digits, magnitude, 99 % zeros" in text
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
-    assert none[1:6] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "∞"]
-    assert cnc[4:8] == ["+5.0 ± 0.0", "4", "2", "0.0"]
+    assert none[1:7] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "", "∞"]
+    assert cnc[4:9] == ["+0.0 ± 0.0", "+5.0 ± 0.0", "4", "2", "0.0"]
     assert not any(row and row[0] == "tsc" for row in rows)
+
+
+def test_arms_are_held_against_pruning_alone_in_both_ways():
+    found = [result(seed, robust=0.5 + 0.1 * seed) for seed in range(2)]
+    found += [result(seed, robust=0.4, method="scores") for seed in range(2)]
+    found += [result(seed, "cnc", 0.7, method="scores", clean=0.8) for seed in range(2)]
+    found += [result(seed, robust=0.6, sparsity=0.5) for seed in range(2)]
+    text = report.tables(found, ["none", "cnc"])
+    table = text.split("### digits, 99 % zeros: against pruning alone\n\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    wide = f"{100 * stats.t.ppf(0.975, 1) * 0.05:.1f}"
+    columns = [f"{w} − none, {m}" for m in ("magnitude", "scores") for w in ("clean", "robust")]
+    assert rows[0] == ["arm, method", *columns]
+    assert rows[2:] == [
+        ["none, magnitude", "", "", "+0.0 ± 0.0", f"+15.0 ± {wide}"],
+        ["none, scores", "+0.0 ± 0.0", f"-15.0 ± {wide}", "", ""],
+        ["cnc, scores", "-10.0 ± 0.0", f"+15.0 ± {wide}", "-10.0 ± 0.0", "+30.0 ± 0.0"],
+    ]
+
+
+def test_kernels_are_looked_at_one_by_one():
+    layers = [(Layer("a", np.inf, 2.0, 0.25, 3), Layer("b", 4.0, 4.0, 0.5, 0))]
+    layers += [(Layer("a", 8.0, 4.0, 0.75, 0), Layer("b", 2.0, 2.0, 0.5, 0))]
+    layers += [(Layer("a", 6.0, 6.0, 0.5, 0), Layer("b", 3.0, 3.0, 0.5, 0))]
+    found = [result(seed, layers=each, versions=("x 1",)) for seed, each in enumerate(layers)]
+    text = report.tables(found, ["none", "cnc"])
+    assert "| a | 8 · 4 · 0.50 · 1.0 |\n| b | 3 · 3 · 0.50 · 0.0 |" in text
+    assert text.endswith("Made with x 1.")
 
 
 def test_tables_are_put_between_their_marks(tmp_path):
@@ -268,6 +300,12 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
     assert [run.name for run in missing] == ["none-magnitude-80-seed0"]
     assert main(["run", *options, "--minutes", "0"]) == 75
     assert "More is to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"has no marks .* Leave out --write"):
+        main(["report", *options, "--write"])
+    with monkeypatch.context() as patched:
+        patched.setattr(work.sys, "executable", "false")
+        assert main(["run", *options]) == 1
+    assert "Failed: digits/none-seed0" in capsys.readouterr().out
     path.write_text(TINY.replace("epochs: 1", "epochs: 2"))
     with pytest.raises(ValueError, match=r"is by another plan: train\.epochs was 1, not 2"):
         main(["report", *options])
@@ -289,14 +327,44 @@ settings:
     evaluate: {steps: 1, restarts: 1, validation_steps: 1, batch_size: 16}
 arms:
   none: {}
+  gates: {gates.sparsity_factor: 1.0, gates.layers: "stage_*"}
+only:
+  gates: [0.8]
 """
 
 
-def test_what_is_measured_on_the_dense_network_is_not_exported_before_it_is_there(tmp_path, plan):
-    measured = dataclasses.replace(plan, arms={"none": {}, "budgets": {"prune.scope": "condition"}})
-    with pytest.raises(ValueError, match=r"arm with prune\.scope='condition'"):
+@pytest.mark.parametrize("value", [("prune.scope", "condition"), ("finetune.loss", "rslad")])
+def test_what_needs_the_dense_network_is_not_exported_before_it_is_there(tmp_path, plan, value):
+    measured = dataclasses.replace(plan, arms={"none": {}, "other": dict([value])})
+    with pytest.raises(ValueError, match="arm with {}={!r}, which needs the dense".format(*value)):
         accelerate.export(measured, tmp_path / "there")
     assert not (tmp_path / "there").exists()
+
+
+def test_an_arm_that_diverges_is_left_out_and_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(accelerate.RUNNER))
+    run_all = importlib.import_module("run_all")
+    needs = {"dense": (None, [0, 0]), "pruned": ("dense", [0, 1]), "plain": (None, [1, 0])}
+    for arm, (dense, order) in needs.items():
+        (tmp_path / "images" / arm / "run").mkdir(parents=True)
+        about = {"order": order, "data": "data", "from": dense, "file": "train-best.npz"}
+        (tmp_path / "images" / arm / "needs.json").write_text(json.dumps(about))
+    begun = []
+
+    def run(arguments):
+        begun.append(pathlib.Path(arguments[0]).name)
+        if begun[-1] == "dense":
+            raise FloatingPointError("stage 'train' diverged in epoch 1: {'loss': nan}.")
+        (pathlib.Path(arguments[0]) / "run" / "result.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(run_all.run, "main", run)
+    for _ in range(2):  # once more: what has failed is not tried again
+        assert run_all.main([str(tmp_path)]) == 1
+        assert "images/dense, images/pruned." in capsys.readouterr().err
+    assert begun == ["dense", "plain"]
+    failed = json.loads((tmp_path / "images" / "dense" / "run" / "failed.json").read_text())
+    assert "diverged in epoch 1" in failed["error"]
 
 
 def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsys):
@@ -313,6 +381,13 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
     folders = ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "scratch")]
     options = ["--plan", str(path), *folders, "--data", f"images={images}"]
     assert main(["export", *options]) == 0
+    assert main(["export", *options]) == 0  # nothing is left to do
+    path.write_text(
+        ACCELERATED.replace("train: &training {epochs: 2", "train: &training {epochs: 1")
+    )
+    with pytest.raises(ValueError, match=r"another recipe: train\.epochs was 2, not 1"):
+        main(["export", *options])
+    path.write_text(ACCELERATED)
     folder = tmp_path / "scratch" / "accelerated"
     code = (
         "import runpy, sys; sys.modules.update(tensorflow=None, keras=None, tscnc_tf=None); "
@@ -324,10 +399,11 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert main(["collect", *options]) == 0
-    for method in ("magnitude", "scores"):
-        file = tmp_path / "results" / "accelerated" / "images" / f"none-{method}-80-seed0.json"
+    for arm, method in (("none", "magnitude"), ("none", "scores"), ("gates", "scores")):
+        name = f"{arm}-{method}-80-seed0"
+        file = tmp_path / "results" / "accelerated" / "images" / f"{name}.json"
         content = json.loads(file.read_text())
-        run = folder / "images" / f"none-{method}-80-seed0" / "run"
+        run = folder / "images" / name / "run"
         test = json.loads((run / "result.json").read_text())["test"]
         assert (content["clean"], content["robust"]) == (
             test["clean_accuracy"],
@@ -335,7 +411,7 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
         )
         # The network that came back, judged here, is right as often as it was there.
         found = Plan.read(path, {"images": str(images)})
-        (same,) = [each for each in found.runs() if each.method == method]
+        (same,) = [each for each in found.runs() if each.name == name]
         model = accelerate.network_of(same, run)
         xs, ys = stages.dataset(same.recipe).arrays("test")
         assert np.mean(np.argmax(model.predict(xs, verbose=0), 1) == ys) == content["clean"]
@@ -343,4 +419,15 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
             kernel = model.get_layer(row["name"]).get_weights()[0]
             kept = kernel.size - round(0.8 * kernel.size) if row["pruned"] else kernel.size
             assert np.count_nonzero(kernel) == kept
+    # What is pruned has begun with the network that the gated one is at inference.
+    data = stages.dataset(same.recipe)
+    trainer = stages.trainer(same.recipe, "train", data)
+    dense = folder / "images" / "dense-gates-seed0" / "run"
+    accelerator.restore(trainer, dense / "train-best.npz")
+    plain = stages.plain(same.recipe, data, trainer.model)
+    with np.load(dense / "train-plain.npz") as arrays:
+        known = accelerator.model_variables(plain)
+        assert set(arrays) == set(known)
+        for name, variable in known.items():
+            np.testing.assert_allclose(arrays[name], variable.numpy(), rtol=0, atol=1e-6)
     capsys.readouterr()

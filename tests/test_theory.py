@@ -732,6 +732,23 @@ def test_t20_the_gate_of_inference_is_not_the_expected_one():
     assert expected > 1.5 * inference
 
 
+@given(entries(16), st.floats(0.05, 1.0), st.floats(1e-3, 1.0))
+@tries
+def test_t20_batch_normalisation_divides_a_gate_out(y, z, epsilon):
+    d, v = y - y.mean(), y.var()
+    assume(v > 1e-2)
+
+    def normalised(z, epsilon=epsilon):
+        outputs = z * y
+        return (outputs - outputs.mean()) / np.sqrt(outputs.var() + epsilon)
+
+    slope = (normalised(z + 1e-6) - normalised(z - 1e-6)) / 2e-6
+    formula = d * epsilon / (z**2 * v + epsilon) ** 1.5
+    np.testing.assert_allclose(slope, formula, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(normalised(z, 0.0), normalised(1.0, 0.0), rtol=1e-9, atol=1e-9)
+    assert not normalised(0.0).any()
+
+
 # Local Lipschitz constants and margins.
 
 

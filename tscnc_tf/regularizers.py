@@ -138,7 +138,7 @@ class ConditionNumber(KernelRegularizer):
 
     * `"log_ratio"` (default): :math:`C = \log(\mathrm{tr} G / n) - \tfrac1n\log\det G`,
       :math:`G = M^\top M`; see `functional.log_ratio`. Free of scale, 0 exactly where the condition
-      number is 1, and it bounds it: :math:`\kappa < 2 e^{nC/2}`.
+      number is 1, and without the ridge it bounds it: :math:`\kappa < 2 e^{nC/2}`.
     * `"authors"`: :math:`(\log(10^{-5} + \det(G/n)))^2`, as the authors' code has it, to compare
       with; see `functional.authors_penalty` for what it can't see.
     * `"orthogonal"`: :math:`\|G n/\mathrm{tr}G - I\|_F^2`, soft orthogonality up to scale.

@@ -5,7 +5,7 @@ The folder `runner`, which needs Python, NumPy and JAX alone, runs them. `restor
 they end with.
 """
 
-from benchmarks.accelerator.names import restore, trainer_variables
+from benchmarks.accelerator.names import model_variables, restore, trainer_variables
 from benchmarks.accelerator.programs import Program, export
 from benchmarks.accelerator.stages import Augmentation, export_stage, masks_from_zeros
 
@@ -15,6 +15,7 @@ __all__ = [
     "export",
     "export_stage",
     "masks_from_zeros",
+    "model_variables",
     "restore",
     "trainer_variables",
 ]

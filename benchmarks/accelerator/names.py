@@ -15,6 +15,16 @@ from tscnc_tf._keras.flavours import tensor_variable
 ROLES = ("model", "pruner", "optimizer", "metrics", "other")
 
 
+def model_variables(model: Any) -> dict[str, Any]:
+    """Return the TensorFlow variables of a network by name, what prunes it left out.
+
+    Names are those that `trainer_variables` has for them.
+    """
+    pruning, found = masks.names(model), _Names()
+    found.add("model", [variable for variable in model.variables if id(variable) not in pruning])
+    return found.variables
+
+
 def trainer_variables(trainer: Any) -> dict[str, Any]:
     """Return the TensorFlow variables of a compiled `AdversarialTraining` by name.
 
@@ -26,10 +36,8 @@ def trainer_variables(trainer: Any) -> dict[str, Any]:
     So two models have the same names if they are built in the same way, and if their layers are
     named or Keras counts from the start for both (`clear_session`).
     """
-    model, found = trainer.model, _Names()
-    pruning = masks.names(model)
-    network = [variable for variable in model.variables if id(variable) not in pruning]
-    found.add("model", network)
+    model = trainer.model
+    found, pruning = _Names(model_variables(model)), masks.names(model)
     for weight, mask in masks.masked_variables(model):
         found.add("pruner", [mask], path=f"mask/{found.path_of(weight)}")
     for part in masked.masked_models(model):

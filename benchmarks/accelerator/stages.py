@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -49,6 +49,7 @@ def export_stage(
     seed: int = 0,
     begin: Callable[[], Any] | None = None,
     finish: Callable[[], Any] | None = None,
+    plain: Callable[[], Mapping[str, tf.Tensor]] | None = None,
     inherits: Sequence[str] = ("model",),
     select: str = "best",
     select_from: int = 1,
@@ -82,10 +83,13 @@ def export_stage(
         begin: called without arguments, it assigns what else is to follow from the inherited
             variables, by TensorFlow operations; for example `masks_from_zeros(model)`.
         finish: what else is to be done in the end, likewise; for example `model.pruner.finalize`.
+        plain: returns the network in another form, such as without gates: values by the names of
+            variables (`model_variables`), made by TensorFlow operations. The runner writes it as
+            `STAGE-plain.npz`, for another arm to begin with.
         inherits: the roles of the variables that the stage takes over from the one before: "model",
             "pruner", "optimizer". The others begin as they are now.
         select: which network is handed on, and tested: that of the "best" epoch by the accuracy
-            under attack on the validation set (of equals the later one), or of the "last".
+            under attack on the validation set (of equals the first), or of the "last".
         select_from: the first epoch, counted from 1, that may be the best.
 
     Returns:
@@ -124,6 +128,8 @@ def export_stage(
     averages = _averages(trainer)
     if begin is not None or averages:
         plans["begin"] = programs.Program(lambda: _begin(averages, begin))
+    if plain is not None:
+        plans["plain"] = programs.Program(plain)
     if test_attack is not None:
         plans["test"] = _evaluation(trainer, test_attack, numbers["evaluation_batch_size"])
     arm = pathlib.Path(folder)

@@ -19,7 +19,11 @@ DOCUMENT = HERE.parents[1] / "docs" / "study.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a study, or show what it has found; return 0 if all of it is done."""
+    """Run a study, or show what it has found.
+
+    Returns:
+        0 if all of it is done, 75 if there is more to do, 1 if a part has failed.
+    """
     options = _parser().parse_args(arguments)
     path = HERE / "quick.yaml" if options.quick else options.plan
     files = dict(pair.split("=", 1) for pair in options.data)
@@ -45,12 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     scratch = options.scratch / plan.name
     job = work.Job(path, files, folder, scratch, options.workers, options.minutes, settings)
-    done = work.supervise(job)
+    failed = work.supervise(job)
     console.print(
         report.tables(results.read(folder), list(plan.arms)), markup=False, soft_wrap=True
     )
-    console.print("All done." if done else "More is to do: run the same command again.")
-    return 0 if done else 75
+    if failed:
+        console.print(f"Failed: {', '.join(failed)}; the logs are in {scratch}.")
+        return 1
+    more = any(run.setting in settings for run in work.missing(plan.runs(), folder))
+    console.print("More is to do: run the same command again." if more else "All done.")
+    return 75 if more else 0
 
 
 def _report(
@@ -62,8 +70,13 @@ def _report(
     text = report.tables(found, list(plan.arms))
     console.print(text, markup=False, soft_wrap=True)
     if options.write:
-        report.insert(DOCUMENT, plan.name, text)
-        report.plot(found, list(plan.arms), DOCUMENT.with_name(f"study-{plan.name}.png"))
+        picture = DOCUMENT.with_name(f"study-{plan.name}.png")
+        title = "Robust accuracy and effective condition number"
+        try:
+            report.insert(DOCUMENT, plan.name, f"![{title}]({picture.name})\n\n{text}")
+        except ValueError as error:
+            sys.exit(f"{error} Leave out --write: this plan has no place there.")
+        report.plot(found, list(plan.arms), picture)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,26 +6,33 @@ it is an arm of two, which begins with the network that the first has left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from benchmarks import accelerator
 from benchmarks.accelerator.runner import prepare
 from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, datasets, inspection
+from tscnc_tf._keras import flavours, gated
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.datasets import augmentation
 from tscnc_tf.evaluation.report import versions
 from tscnc_tf.experiments import Recipe, stages
+from tscnc_tf.experiments.recipe import differences
+from tscnc_tf.inspection.records import jsonable
 
 RUNNER = pathlib.Path(accelerator.__file__).parent / "runner"
+RECIPE = "recipe.json"
+_NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
 def export(plan: Plan, folder: pathlib.Path) -> None:
@@ -36,17 +43,17 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
     * `SETTING/dense-ARM-SEED/`: arms of one stage.
     * `SETTING/ARM-.../`: arms of two stages; needs.json says with which dense one they begin.
 
+    Each arm has the recipe that it was made by.
+
     Raises:
-        ValueError: an arm's budgets depend on the dense network, which is not there yet.
+        ValueError: an arm needs what only the dense network can tell, which is not there yet; or
+            what the folder holds was made by another recipe, on other data or for another runner.
     """
-    if any(run.recipe.prune.scope == "condition" for run in plan.runs()):
-        raise ValueError(
-            f"plan {plan.name!r} has an arm with prune.scope='condition', which is measured on "
-            "the dense network: give it a scope that is known beforehand."
-        )
-    if not (folder / "runner").exists():
-        with _files.new_directory("folder", folder / "runner") as draft:
-            shutil.copytree(RUNNER, draft, dirs_exist_ok=True)
+    _require_exportable(plan)
+    with _made(folder / "runner") as draft:
+        if draft:
+            shutil.copytree(RUNNER, draft, ignore=_NO_CACHES, dirs_exist_ok=True)
+    _require_runner(folder / "runner")
     loaded: dict[Any, datasets.Dataset] = {}
     for run in plan.runs():
         key = (run.setting, run.seed)
@@ -54,36 +61,104 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             loaded = {key: stages.dataset(run.recipe)}
         data, place = loaded[key], folder / run.setting
         images = place / f"data-seed{run.seed}"
-        if not images.exists():
-            with _files.new_directory("folder", images) as draft:
+        with _made(images) as draft:
+            if draft:
                 prepare.write(_parts(data), draft, {"source": data.name, **data.metadata})
+        _require_data(images, data)
         dense = place / f"dense-{run.dense}-seed{run.seed}"
-        if not dense.exists():
-            with _files.new_directory("folder", dense) as draft:
+        with _made(dense) as draft:
+            if draft:
                 _export_stage(run.recipe, "train", data, draft)
                 _files.write_text(draft / "needs.json", _needs(run.seed, 0, images.name))
-        if not (place / run.name).exists():
-            with _files.new_directory("folder", place / run.name) as draft:
+                _files.write_text(draft / RECIPE, _json(run.recipe.first_stage()))
+        _require_recipe(dense, run.recipe.first_stage())
+        with _made(place / run.name) as draft:
+            if draft:
                 for stage in ("prune", "finetune"):
                     _export_stage(run.recipe, stage, data, draft)
-                needs = _needs(run.seed, 1, images.name, dense.name)
+                form = "plain" if run.recipe.gates.sparsity_factor else "best"
+                needs = _needs(run.seed, 1, images.name, dense.name, f"train-{form}.npz")
                 _files.write_text(draft / "needs.json", needs)
+                _files.write_text(draft / RECIPE, _json(work.portable(run, data.metadata)))
+        _require_recipe(place / run.name, work.portable(run, data.metadata))
 
 
 def collect(plan: Plan, folder: pathlib.Path, results: pathlib.Path) -> list[str]:
     """Write the results of the runs that are finished as the study keeps them; return their names.
 
     Accuracies are those that the accelerator found; the kernels are looked at here.
+
+    Raises:
+        ValueError: an arm was made by another recipe, or on other data.
     """
     found = []
     for run in plan.runs():
         done = folder / run.setting / run.name / "run" / "result.json"
         if done.is_file() and not work.result_path(results, run).is_file():
+            data = stages.dataset(run.recipe)
+            _require_data(folder / run.setting / f"data-seed{run.seed}", data)
+            _require_recipe(folder / run.setting / run.name, work.portable(run, data.metadata))
             content = json.loads(done.read_text(encoding="utf-8"))
             text = json.dumps(_result(run, content, done.parent), indent=1, ensure_ascii=False)
             _files.write_text(work.result_path(results, run), f"{text}\n")
             found.append(run.name)
     return found
+
+
+def _require_exportable(plan: Plan) -> None:
+    for run in plan.runs():
+        for value, what in (("condition", "prune.scope"), ("rslad", "finetune.loss")):
+            part, name = what.split(".")
+            if getattr(getattr(run.recipe, part), name) == value:
+                raise ValueError(
+                    f"plan {plan.name!r} has an arm with {what}={value!r}, which needs the dense "
+                    "network when it is exported: give it one that does without."
+                )
+
+
+@contextlib.contextmanager
+def _made(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+    """Yield a folder to fill that becomes `path`; None if that is there."""
+    if path.exists():
+        yield None
+    else:
+        with _files.new_directory("folder", path) as draft:
+            yield draft
+
+
+def _require_runner(folder: pathlib.Path) -> None:
+    for path in RUNNER.glob("*.py"):
+        if not (folder / path.name).is_file() or (
+            (folder / path.name).read_bytes() != path.read_bytes()
+        ):
+            raise ValueError(
+                f"{folder / path.name} is not the runner's file as it is now: choose another "
+                "folder by --scratch, or remove this one."
+            )
+
+
+def _require_data(folder: pathlib.Path, data: datasets.Dataset) -> None:
+    about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    if about["fingerprint"] != data.fingerprint:
+        raise ValueError(
+            f"{folder} holds other images than --data has now: bring the same files, choose "
+            "another folder by --scratch, or remove this one."
+        )
+
+
+def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
+    theirs = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    # The data are held against each other by themselves; where they are is no matter.
+    mine = {**recipe, "data": theirs["data"]}
+    if changed := differences(theirs, jsonable(mine)):
+        raise ValueError(
+            f"{folder} was made by another recipe: {'; '.join(changed)}. Choose another folder by "
+            "--scratch, or remove this one."
+        )
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(jsonable(values), indent=1, ensure_ascii=False) + "\n"
 
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
@@ -115,8 +190,43 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
         augmentation=_augmentation(recipe, data),
         seed=recipe.seed,
         begin=begin,
+        plain=_plain(recipe, data, model) if stage == "train" else None,
         select_from=select_from,
     )
+
+
+def _plain(
+    recipe: Recipe, data: datasets.Dataset, model: Any
+) -> Callable[[], Mapping[str, tf.Tensor]] | None:
+    """Return what folds a network's gates, None if it has none: by the names of a plain network.
+
+    What `stages.plain` does to a network at hand.
+    """
+    if not gated.gated_layers(model):
+        return None
+    stages.library(recipe).backend.clear_session()
+    network = stages.network(recipe, data)
+    named = {id(v.handle): name for name, v in accelerator.model_variables(network).items()}
+    pairs = [
+        (named[id(flavours.tensor_variable(variable).handle)], source)
+        for layer, other in zip(network.layers, model.layers, strict=True)
+        for variable, source in zip(
+            layer.variables,
+            (other.layer if gated.is_gated(other) else other).variables,
+            strict=True,
+        )
+    ]
+
+    def plain() -> dict[str, tf.Tensor]:
+        factors = gated.factors(model)
+        values = {}
+        for name, source in pairs:
+            value = tf.convert_to_tensor(flavours.tensor_variable(source))
+            gates = factors.get(id(source))
+            values[name] = value if gates is None else gated.times(value, gates)
+        return values
+
+    return plain
 
 
 def _augmentation(recipe: Recipe, data: datasets.Dataset) -> accelerator.Augmentation | None:
@@ -136,9 +246,10 @@ def _parts(data: datasets.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def _needs(seed: int, rank: int, images: str, dense: str | None = None) -> str:
+def _needs(
+    seed: int, rank: int, images: str, dense: str | None = None, file: str | None = None
+) -> str:
     """Return what `run_all.py` wants to know of an arm: its turn, and the folders beside it."""
-    file = None if dense is None else "train-best.npz"
     return json.dumps({"order": [seed, rank], "data": images, "from": dense, "file": file}) + "\n"
 
 

@@ -76,8 +76,8 @@ class Job:
     settings: Sequence[str]
 
 
-def supervise(job: Job) -> bool:
-    """Run what is missing until nothing is, or the time is over; tell whether all is done.
+def supervise(job: Job) -> list[str]:
+    """Run what is missing until nothing is, or the time is over; return the groups that failed.
 
     A group, the runs that begin with the same dense network, is a process of its own, with a share
     of the cores. Whoever is killed loses at most an epoch: each run goes on where it was.
@@ -87,14 +87,17 @@ def supervise(job: Job) -> bool:
     runs = [run for run in plan.runs() if run.setting in job.settings]
     begin, running = time.monotonic(), {}
     tried: set[str] = set()
+    failed = []
     while True:
         for group, process in list(running.items()):
             if process.poll() is not None:
                 del running[group]
                 left = len(missing(runs, job.results))
                 elapsed = (time.monotonic() - begin) / 60
-                how = f"failed ({process.returncode}), see {_log(job, group)}"
-                how = how if process.returncode else "ended"
+                how = "ended"
+                if process.returncode:
+                    how = f"failed ({process.returncode}), see {_log(job, group)}"
+                    failed.append(group)
                 console.print(f"{elapsed:6.1f} min  {group} {how}, {left} runs left")
         in_time = time.monotonic() - begin < 60 * job.minutes
         waiting = [run.group for run in missing(runs, job.results)]
@@ -104,7 +107,7 @@ def supervise(job: Job) -> bool:
             tried.add(group)
             running[group] = _start(job, group)
         if not running:
-            return not missing(runs, job.results)
+            return failed
         time.sleep(0.5)
 
 
@@ -200,6 +203,7 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
                 "clean": row["validation_accuracy"],
                 "robust": row["validation_robust_accuracy"],
                 "condition_number": row["condition_number"],
+                **{name: row[name] for name in ("expected_l0", "open_gates") if name in row},
             }
             for stage, row in chosen.items()
         },

@@ -180,6 +180,12 @@ class Dataset:
 
         Raises:
             ValueError: there is no such part, or it is empty.
+
+        Example:
+            >>> import tscnc_tf as tscnc
+            >>> batches = tscnc.datasets.load("digits").evaluation("test", batch_size=100)
+            >>> [len(y) for _, y in batches]
+            [100, 100, 100, 59]
         """
         size = _checks.integer("batch_size", batch_size, minimum=1)
         return pipeline.evaluation(*self._filled(split), size)
@@ -194,6 +200,12 @@ class Dataset:
 
         Raises:
             ValueError: there is no such part, or it is empty.
+
+        Example:
+            >>> import tscnc_tf as tscnc
+            >>> x, y = tscnc.datasets.load("digits").arrays("test")
+            >>> x.shape, x.dtype.name, float(x.max())
+            ((359, 8, 8, 1), 'float32', 1.0)
         """
         x, y = self._filled(split)
         return arrays.as_floats(x), y
@@ -223,6 +235,12 @@ class Dataset:
 
         Raises:
             ValueError: there are not so many, or too few for each class to have a training image.
+
+        Example:
+            >>> import tscnc_tf as tscnc
+            >>> small = tscnc.datasets.load("digits").subset(100, 50)
+            >>> len(small.y_train), len(small.y_test)
+            (100, 50)
         """
         seed = splits.seed(seed)
         parts: dict[str, Any] = {}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, datasets, inspection, pruning
-from tscnc_tf._keras import flavours, masked, masks, optimizers
+from tscnc_tf import _files, datasets, gates, inspection, pruning
+from tscnc_tf._keras import flavours, gated, masked, masks, optimizers
 from tscnc_tf.callbacks import pruning_callbacks
 from tscnc_tf.experiments import folders, stages
 from tscnc_tf.experiments.recipe import Recipe
@@ -150,13 +150,17 @@ class _Keeper(flavours.Callback):
         batches = self.data.evaluation("validation", self.recipe.evaluate.batch_size)
         logs = self._validator.evaluate(batches, verbose=0, return_dict=True)
         conditions = inspection.condition_numbers(model)
-        return {
+        figures = {
             "validation_accuracy": logs["clean_accuracy"],
             "validation_robust_accuracy": logs["adversarial_accuracy"],
             "sparsity": _sparsity(model),
             "condition_number": conditions.worst.condition_number,
             "dead_filters": conditions.dead_filters,
         }
+        if gated.gated_layers(model):
+            opened = gates.report(model)
+            figures |= {"expected_l0": opened.expected_l0, "open_gates": opened.open_share}
+        return figures
 
     def _is_best(self, row: dict[str, Any]) -> bool:
         """Tell whether an epoch is better than those before that may be chosen, or the first."""

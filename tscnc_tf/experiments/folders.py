@@ -63,12 +63,13 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
                 f"folder {folder} holds an experiment by another recipe: {'; '.join(changed)}. "
                 "Choose another folder, or the recipe that it began with."
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and set(folder.iterdir()) - set(_drafts(folder)):
         raise FileExistsError(
             f"folder {folder} holds something else than an experiment: choose another one."
         )
     else:
         write_json(file, recipe.to_dict())
+    tidy(folder)
     if (folder / DATA).is_file():
         known = json.loads((folder / DATA).read_text(encoding="utf-8"))
         require_same_data(folder, known, data)
@@ -159,11 +160,16 @@ def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
     for epoch, path in states(folder):
         if epoch != keep:
             shutil.rmtree(path, ignore_errors=True)
-    for draft in (*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")):
+    for draft in _drafts(folder):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+
+
+def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return what is left of files and folders whose writer was killed."""
+    return [*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +206,20 @@ class StageOutput:
 def open_stage(folder: str | pathlib.Path) -> StageOutput:
     """Return what a complete stage has put out.
 
+    Args:
+        folder: of the stage, such as "outputs/first/3-finetune"; in it are `model.keras` and
+            `last.keras`, `masks.npz`, `metrics.jsonl` and `manifest.json`.
+
+    Returns:
+        A `StageOutput`, which loads the networks when they are asked for.
+
     Raises:
         FileNotFoundError: there is no complete stage in the folder.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> output = tscnc.experiments.open_stage("outputs/first/3-finetune")  # doctest: +SKIP
+        >>> output.metrics[-1]["validation_robust_accuracy"]  # doctest: +SKIP
     """
     folder = pathlib.Path(folder)
     if not is_complete(folder):

@@ -120,7 +120,7 @@ class Constraints:
 
     Args:
         sparsity_factor, condition_factor: what each counts; 0 for off.
-        a: the shape of the transformed l1 penalty.
+        a: the shape of the transformed l1 penalty, of that on the gates too.
         form: of the condition number constraint.
         layers: a pattern or a list of them, which layers; None for all.
         stages: in which of the stages they act. After training, they act on the masked kernels.
@@ -150,7 +150,7 @@ class Gates:
 
     Args:
         sparsity_factor: what the constraint on the gates counts; 0 for no gates.
-        drop_rate: the probability with which a gate begins closed.
+        drop_rate: the probability with which a gate is drawn below one half to begin with.
         weight_decay, l0_factor: what a group's weights cost, by their size and by their number.
         layers: a pattern or a list of them, which layers; None for all.
     """

@@ -70,6 +70,11 @@ class Recipe:
     def __post_init__(self) -> None:
         _checks.integer("seed", self.seed, minimum=0)
         _checks.sparsity("sparsity", self.sparsity)
+        if self.sparsity == 0.0 and self.prune.scope == "condition":
+            raise ValueError(
+                "sparsity must be > 0 with prune.scope='condition', got 0.0: there is nothing to "
+                "share out. Take prune.scope='layer'."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -105,7 +110,12 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def override(self, values: Mapping[str, Any]) -> Self:
-        """Return the recipe with other values, by their dotted names, such as "train.epochs"."""
+        """Return the recipe with other values, by their dotted names, such as "train.epochs".
+
+        Raises:
+            ValueError: a name is not known; the nearest one is offered.
+            TypeError, ValueError: a value is of a wrong kind or out of range.
+        """
         nested = self.to_dict()
         for name, value in values.items():
             *way, last = name.split(".")
@@ -159,9 +169,16 @@ def parse(text: str, where: str) -> Any:
         text: YAML.
         where: what the text is, for the error message.
 
+    Returns:
+        Dicts, lists, numbers, texts, truth values, None.
+
     Raises:
         ImportError: PyYAML is not installed.
         ValueError: the text is no YAML.
+
+    Example:
+        >>> parse("{train: {epochs: 3}}", "text")
+        {'train': {'epochs': 3}}
     """
     yaml = _extras.require_extra("yaml", "experiments")
     try:

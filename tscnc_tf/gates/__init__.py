@@ -14,7 +14,14 @@ number, and 0 once :math:`\log\alpha_g \le -\log 11`. The penalty
     u_g = \tfrac12\,\text{weight\_decay}\,\|w_g\|^2 + \text{l0\_factor}\,|g|
 
 bends the expected cost of a group by the transformed l1, whose slope falls as costs grow beyond
-`a`: it presses on groups that cost little, and hardly on those that cost much.
+`a`: it presses on groups that cost little, and hardly on those that cost much. (With the defaults
+all costs are far below `a`, and the penalty is nearly proportional to them.)
+
+Batch normalisation in training divides the output of a filter by its deviation over the batch, and
+a gate, which is the same for the whole batch, with it. So before it the loss on the data does not
+depend on how far a gate is open, only on whether it is 0, and says nothing to :math:`\log\alpha`
+by its gradient: there gates follow the penalty, and act on training as a dropout of filters. On the
+inputs of dense layers, and where no batch normalisation follows, the data have their say.
 
 `add_gates` puts gates into a model, training does the rest, `report` says how far it has come, and
 `fold` multiplies them into the weights: what is left is a plain model whose closed filters are

@@ -32,8 +32,8 @@ def add_gates(
     r"""Return a copy of a model with gates on the filters and input units of its layers.
 
     Each chosen convolution or dense layer is put into a `Gated`, which bears its name; weights are
-    the same. Outputs are not: gates begin half open (at a `drop_rate` of 0.3 they are about 0.74 at
-    inference), which the training that follows makes up for. With the defaults the penalty of a
+    the same. Outputs are not: gates begin partly open (at a `drop_rate` of 0.3 they are about 0.74
+    at inference), which the training that follows makes up for. With the defaults the penalty of a
     layer is :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
 
     Train the copy as any model. What is closed by then is cut by `fold`. To prune single weights as
@@ -45,7 +45,8 @@ def add_gates(
         layers: which layers, as in `pruning.add_regularizers`; None for all convolutions and dense
             layers, the one of the logits among them (whose gates are on its inputs, so that no
             class can be lost). Layers inside wrappers such as TimeDistributed take no gates.
-        drop_rate: the share of gates that are to be closed to begin with, in (0, 1).
+        drop_rate: the probability with which a gate is drawn below one half to begin with, in
+            (0, 1); see `Gated`.
         sparsity_factor: what the penalty is multiplied by, >= 0.
         weight_decay: the factor of the squared norm in the cost of a group, >= 0.
         l0_factor: the cost of each single weight of a group, >= 0.

@@ -137,9 +137,9 @@ class ConditionReport:
 def condition_numbers(model: Any, *, operator: bool = False) -> ConditionReport:
     r"""Return the condition number of each kernel of a model, :math:`\sigma_{max}/\sigma_{min}`.
 
-    It bounds how much more a layer can amplify a relative error than the signal, where
-    :math:`\sigma_{max}` bounds the absolute amplification; pruning lowers the second and, by making
-    filters alike or dead, raises the first.
+    For signals in the range of the layer it bounds how much more a relative error is amplified than
+    the signal, where :math:`\sigma_{max}` bounds the absolute amplification. Pruning tends to lower
+    the second and, by making filters alike or dead, to raise the first; neither is a theorem.
 
     Each kernel is read as a matrix of (everything else) × (output channels), a grouped or depthwise
     one as several (see `functional.matrices`), masked weights as zero, and decomposed in float64.

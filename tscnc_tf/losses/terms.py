@@ -143,7 +143,7 @@ def dlr(labels: Any, logits: Any) -> tf.Tensor:
     .. math:: \mathrm{DLR}(y, z) = -\frac{z_y - \max_{k\ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
 
     with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits. Unlike cross-entropy and
-    margin it does not change when all logits are shifted or scaled; it lies in [-1, 1] for an
+    margin it does not change when all logits are shifted or scaled; it lies in [-1, 0] for an
     example that is classified correctly.
 
     Args:

@@ -133,6 +133,14 @@ class Filters(_Ranked):
     """Whole filters: all weights that lead to one output channel or unit.
 
     What is left can be made smaller by `pruning.compact`, and is faster then on any hardware.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+        >>> model = tscnc.prune_now(model, 0.75, structure=tscnc.pruning.Filters())
+        >>> tscnc.inspection.condition_numbers(model).dead_filters
+        24
     """
 
     def reason(self, target: Target) -> str:

@@ -229,6 +229,9 @@ def prune_scope() -> Any:
 
     Models with a `Pruner` need none: they load wherever tscnc_tf has been imported.
 
+    Raises:
+        ImportError: tensorflow-model-optimization is not installed.
+
     Example:
         >>> import tf_keras
         >>> import tscnc_tf as tscnc

@@ -86,6 +86,11 @@ class Arm:
         """Whether nothing is left to do."""
         return self.position.phase == "done"
 
+    @property
+    def compiles_next(self) -> bool:
+        """Whether the next piece of work begins with compiling, which may take minutes."""
+        return self._pace.is_new(self.position.stage, self.position.phase)
+
     def advance(self) -> None:
         """Do the next piece of work."""
         stage, phase = self.position.stage, self.position.phase
@@ -222,7 +227,7 @@ class Arm:
         line = where.lines[-1] | {"validation": where.counts, "seconds": where.seconds}
         where.lines[-1] = line
         attacked = where.best["validation"]["attacked"] if where.best else -1
-        if where.epoch >= stage.settings["select_from"] and where.counts["attacked"] >= attacked:
+        if where.epoch >= stage.settings["select_from"] and where.counts["attacked"] > attacked:
             where.best, self._best = line, self._kept(self._candidate)
         if where.epoch == stage.settings["epochs"]:
             self._end_stage()
@@ -235,6 +240,9 @@ class Arm:
         for kind, network in networks.items():
             progress.write_arrays(self._output / f"{settings['name']}-{kind}.npz", network)
         self._network = networks[settings["select"]]
+        if "plain" in self._stage.bundle:
+            other = self._stage.program("plain")(_on_device(self._network))
+            progress.write_arrays(self._output / f"{settings['name']}-plain.npz", other)
         where.chosen.append(where.best if settings["select"] == "best" else where.lines[-1])
         self._state, self._best, self._candidate = {}, {}, {}
         if where.stage + 1 < len(self._stages):

@@ -127,6 +127,10 @@ class Pace:
         self._taken.setdefault((stage, phase), []).append(seconds)
         return seconds
 
+    def is_new(self, stage: int, phase: str) -> bool:
+        """Tell whether no piece of that kind has been done."""
+        return (stage, phase) not in self._taken
+
     def mean(self, phase: str) -> float | None:
         """Return the seconds per piece in the latest stage that had such, None if not known."""
         known = [laps[1:] for (_, name), laps in self._taken.items() if name == phase]

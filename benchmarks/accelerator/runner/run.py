@@ -34,6 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint-seconds", type=float, default=60.0, help="between two checkpoints"
     )
+    parser.add_argument(
+        "--reserve-seconds",
+        type=float,
+        default=60.0,
+        help="with less left, begin nothing that must be compiled",
+    )
     parser.add_argument("--cache", type=pathlib.Path, help="where JAX keeps compiled programs")
     parsed = parser.parse_args(arguments)
 
@@ -45,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     from arms import Arm
 
     arm = Arm(parsed.arm, parsed.data, parsed.output or parsed.arm / "run", parsed.network)
-    work(arm, begin + 60 * parsed.minutes, parsed.checkpoint_seconds)
+    end = begin + 60 * parsed.minutes
+    work(arm, end, parsed.checkpoint_seconds, parsed.reserve_seconds)
     if not arm.done:
         return UNFINISHED
     test = arm.result()["test"]
@@ -56,19 +63,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def work(arm, end: float, checkpoint_seconds: float, say_seconds: float = 10.0) -> None:
+def work(
+    arm,
+    end: float,
+    checkpoint_seconds: float,
+    reserve_seconds: float = 0.0,
+    say_seconds: float = 10.0,
+) -> None:
     """Work until the arm is done or the time is over; one piece at the least."""
     saved = said = time.monotonic()
     while not arm.done:
         arm.advance()
         now = time.monotonic()
-        if arm.done or now >= end or now - saved >= checkpoint_seconds:
+        over = now >= end - (reserve_seconds if arm.compiles_next else 0.0)
+        if arm.done or over or now - saved >= checkpoint_seconds:
             arm.save()
             saved = time.monotonic()
-        if now >= end or now - said >= say_seconds:
+        if over or now - said >= say_seconds:
             print(arm.describe(), flush=True)
             said = now
-        if now >= end:
+        if over:
             return
 
 

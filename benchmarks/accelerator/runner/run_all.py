@@ -4,7 +4,9 @@
 
 An arm is a folder with a `needs.json`, which names a folder of data beside it, and an arm beside it
 whose network it begins with, if there is one: that one is run before. What is done is not run
-again. Returns 0 when all arms are finished, 75 when the time is over and there is more to do.
+again. An arm that diverges leaves `run/failed.json`, and those that begin with its network are left
+out. Returns 0 when all arms are finished, 75 when the time is over and there is more to do, and 1
+when there is nothing more to do, but some arms have failed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import pathlib
 import sys
 import time
 
+import progress
 import run
 
 
@@ -27,21 +30,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop")
     parsed = parser.parse_args(arguments)
     begin = time.monotonic()
+    failed = []
     for arm in ordered(parsed.folder):
+        needs = json.loads((arm / "needs.json").read_text())
+        dense = arm.parent / needs["from"] if needs["from"] else None
+        if any(has_failed(each) for each in (arm, dense) if each):
+            failed.append(str(arm.relative_to(parsed.folder)))
+            continue
         if (arm / "run" / "result.json").exists():
             continue
         left = parsed.minutes - (time.monotonic() - begin) / 60
         if left <= 0:
             return run.UNFINISHED
         print(f"{arm.relative_to(parsed.folder)}:", flush=True)
-        needs = json.loads((arm / "needs.json").read_text())
         options = ["--data", str(arm.parent / needs["data"]), "--minutes", str(left)]
         options += ["--cache", str(parsed.folder / "cache")]
-        if needs["from"]:
-            options += ["--network", str(arm.parent / needs["from"] / "run" / needs["file"])]
-        if run.main([str(arm), *options]) != 0:
-            return run.UNFINISHED
+        if dense:
+            options += ["--network", str(dense / "run" / needs["file"])]
+        try:
+            if run.main([str(arm), *options]) != 0:
+                return run.UNFINISHED
+        except FloatingPointError as error:
+            progress.write_text(arm / "run" / "failed.json", json.dumps({"error": str(error)}))
+            failed.append(str(arm.relative_to(parsed.folder)))
+    if failed:
+        print(f"Failed, or begin with what has failed: {', '.join(failed)}.", file=sys.stderr)
+        return 1
     return 0
+
+
+def has_failed(arm: pathlib.Path) -> bool:
+    """Tell whether an arm has diverged before; remove the file to try again."""
+    return (arm / "run" / "failed.json").exists()
 
 
 def ordered(folder: pathlib.Path) -> list[pathlib.Path]:
