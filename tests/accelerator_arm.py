@@ -28,7 +28,13 @@ TRAINING = tscnc.attacks.PGD(epsilon=0.5, norm="l2", steps=2, start="uniform")
 VALIDATION = tscnc.attacks.PGD(epsilon="8/255", step_size="8/255", steps=1)
 TEST = tscnc.attacks.PGD(epsilon="16/255", step_size="16/255", steps=1, restarts=2)
 STAGES = {
-    "dense": {"epochs": 2, "augmentation": accelerator.Augmentation(pad=2), "seed": 5},
+    # The last one of each is handed on, as TensorFlow goes on with it.
+    "dense": {
+        "epochs": 2,
+        "augmentation": accelerator.Augmentation(pad=2),
+        "seed": 5,
+        "select_from": 2,
+    },
     "prune": {"epochs": 2, "select_from": 2},
     "tune": {"epochs": 2, "test_attack": TEST, "evaluation_seed": 3, "select": "last"},
 }
