@@ -43,7 +43,8 @@ import tscnc_tf as tscnc
 
 LEVELS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 # What is kept of the report on each kernel.
-KERNEL = ("sigma_max", "sigma_min", "condition_number", "effective_condition_number", "stable_rank")
+KERNEL = ("sigma_max", "sigma_min", "condition_number", "effective_condition_number")
+KERNEL += ("stable_rank", "filters", "dead_filters")
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable
 
@@ -45,11 +44,12 @@ WHOLE = (
     ("worst κ (dots: ∞; dotted: effective κ)", "log", "condition_number", "effective"),
     ("dead filters", "linear", "dead_filters", None),
 )
-# Rows of panels for each kernel.
+# Panels of a kernel.
 KERNEL = {
     "sigma_max": ("σ max", "linear"),
     "condition_number": ("κ (dots: ∞)", "log"),
     "stable_rank": ("stable rank", "linear"),
+    "dead_filters": ("dead filters", "linear"),
 }
 
 
@@ -108,8 +108,8 @@ def table(runs: Runs) -> Table:
 
 
 def draw(runs: Runs, path: pathlib.Path) -> None:
-    """Draw the networks as wholes, a row for each way of pruning, and three kernels below."""
-    count = len(runs.ways) + len(KERNEL)
+    """Draw the networks as wholes, a row for each way of pruning, and a row for each kernel."""
+    count = len(runs.ways) + len(runs.layers) + 1
     figure, axes = plt.subplots(count, 4, figsize=(13, 2.6 * count))
     for row, way in zip(axes, runs.ways, strict=False):
         row[0].set_ylabel(f"the network, {way}")
@@ -117,15 +117,15 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
             keys = [(first, "-")] if second is None else [(first, "-"), (second, ":")]
             panel(axis, runs, title, scale, [(way, key, line) for key, line in keys])
     ways = list(zip(runs.ways, LINES, strict=False))
-    for column, layer in enumerate(runs.layers[:: math.ceil(len(runs.layers) / 3)]):
-        for axis, (key, (title, scale)) in zip(axes[-3:, column], KERNEL.items(), strict=True):
+    for row, layer in zip(axes[len(runs.ways) :], runs.layers, strict=False):
+        for axis, (key, (title, scale)) in zip(row, KERNEL.items(), strict=True):
             shown = [(way, key, line) for way, line in ways]
             panel(axis, runs, f"{layer}: {title}", scale, shown, layer)
     shown = [(way, "product", line) for way, line in ways]
-    panel(axes[-3, -1], runs, "product of all kernels' σ max", "log", shown)
-    for axis in axes[-3:].flat:
-        axis.set_visible(bool(axis.lines))
-    legend(figure, runs, 1.0 / count)
+    panel(axes[-1, 0], runs, "product of all kernels' σ max", "log", shown)
+    for axis in axes[-1, 1:]:
+        axis.set_visible(False)
+    legend(figure, runs, 0.5 / count)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -209,7 +209,7 @@ def legend(figure, runs: Runs, height: float) -> None:
         handles=handles,
         title="\n".join(words),
         loc="center",
-        bbox_to_anchor=(0.88, height),
+        bbox_to_anchor=(0.4, height),
         frameon=False,
         alignment="left",
     )
