@@ -33,11 +33,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from theory_figure import Runs, draw, save, table
+from theory_figure import Runs, draw, save, table, wide_console
 
 import tscnc_tf as tscnc
 
@@ -268,7 +267,7 @@ def subjects(seed: int, args) -> tuple[dict, dict]:
 
 
 def main() -> None:
-    args, console, runs = arguments(), Console(), []
+    args, console, runs = arguments(), wide_console(), []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=None)

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 
 import matplotlib
@@ -215,6 +216,11 @@ def legend(figure, runs: Runs, height: float) -> None:
     )
 
 
+def wide_console() -> Console:
+    """A console with room for the table, also where there is no terminal to ask for its width."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 def save(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Let `write` make a file that nobody sees half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +238,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="as without: it takes no time")
     args = parser.parse_args()
     runs = Runs(json.loads(args.measured.read_text()))
-    console = Console()
+    console = wide_console()
     console.print(table(runs))
     save(args.output / "theory.png", lambda path: draw(runs, path))
     console.print(f"theory.png is in {args.output}")

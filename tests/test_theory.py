@@ -887,6 +887,7 @@ def test_the_example_takes_networks_and_data_of_ones_own(tmp_path, monkeypatch, 
         first, *_, last = run["steps"]
         assert last["bound"] < first["bound"]
         assert last["kernels"]["conv"]["condition_number"] == "inf"
+        assert 0 < last["kernels"]["conv"]["dead_filters"] < last["kernels"]["conv"]["filters"]
         assert last["kernels"]["logits"]["condition_number"] != "inf"
 
 
