@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.study import results as figures
 from benchmarks.study.results import BASE, Cell, Estimate, Result
@@ -169,8 +170,11 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
                     top.plot(place + offset, middle, "_", color=f"C{index}", label=label)
                     label = None  # once is enough
         top.set_title(f"{setting}, {method}", fontsize=9)
-        top.set_ylim(0, 100)
+        top.set_ylim(0)
         bottom.set_yscale("log")
+        bottom.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bottom.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        bottom.yaxis.set_minor_formatter(NullFormatter())
         bottom.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
         bottom.set_xlabel("zeros")
     axes[0, 0].set_ylabel("robust accuracy, %")
