@@ -6,12 +6,12 @@ it is an arm of two, which begins with the network that the first has left.
 
 from __future__ import annotations
 
-import contextlib
+import filecmp
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,11 @@ from tscnc_tf._keras import flavours, gated
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.datasets import augmentation
 from tscnc_tf.evaluation.report import versions
-from tscnc_tf.experiments import Recipe, stages
+from tscnc_tf.experiments import Recipe, folders, stages
 from tscnc_tf.experiments.recipe import differences
 from tscnc_tf.inspection.records import jsonable
 
 RUNNER = pathlib.Path(accelerator.__file__).parent / "runner"
-RECIPE = "recipe.json"
 _NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
@@ -50,8 +49,8 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             what the folder holds was made by another recipe, on other data or for another runner.
     """
     _require_exportable(plan)
-    with _made(folder / "runner") as draft:
-        if draft:
+    if not (folder / "runner").exists():
+        with _files.new_directory("folder", folder / "runner") as draft:
             shutil.copytree(RUNNER, draft, ignore=_NO_CACHES, dirs_exist_ok=True)
     _require_runner(folder / "runner")
     loaded: dict[Any, datasets.Dataset] = {}
@@ -61,25 +60,25 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             loaded = {key: stages.dataset(run.recipe)}
         data, place = loaded[key], folder / run.setting
         images = place / f"data-seed{run.seed}"
-        with _made(images) as draft:
-            if draft:
+        if not images.exists():
+            with _files.new_directory("folder", images) as draft:
                 prepare.write(_parts(data), draft, {"source": data.name, **data.metadata})
         _require_data(images, data)
         dense = place / f"dense-{run.dense}-seed{run.seed}"
-        with _made(dense) as draft:
-            if draft:
+        if not dense.exists():
+            with _files.new_directory("folder", dense) as draft:
                 _export_stage(run.recipe, "train", data, draft)
                 _files.write_text(draft / "needs.json", _needs(run.seed, 0, images.name))
-                _files.write_text(draft / RECIPE, _json(run.recipe.first_stage()))
+                folders.write_json(draft / folders.RECIPE, run.recipe.first_stage())
         _require_recipe(dense, run.recipe.first_stage())
-        with _made(place / run.name) as draft:
-            if draft:
+        if not (place / run.name).exists():
+            with _files.new_directory("folder", place / run.name) as draft:
                 for stage in ("prune", "finetune"):
                     _export_stage(run.recipe, stage, data, draft)
                 form = "plain" if run.recipe.gates.sparsity_factor else "best"
                 needs = _needs(run.seed, 1, images.name, dense.name, f"train-{form}.npz")
                 _files.write_text(draft / "needs.json", needs)
-                _files.write_text(draft / RECIPE, _json(work.portable(run, data.metadata)))
+                folders.write_json(draft / folders.RECIPE, work.portable(run, data.metadata))
         _require_recipe(place / run.name, work.portable(run, data.metadata))
 
 
@@ -116,38 +115,23 @@ def _require_exportable(plan: Plan) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _made(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
-    """Yield a folder to fill that becomes `path`; None if that is there."""
-    if path.exists():
-        yield None
-    else:
-        with _files.new_directory("folder", path) as draft:
-            yield draft
-
-
 def _require_runner(folder: pathlib.Path) -> None:
-    for path in RUNNER.glob("*.py"):
-        if not (folder / path.name).is_file() or (
-            (folder / path.name).read_bytes() != path.read_bytes()
-        ):
-            raise ValueError(
-                f"{folder / path.name} is not the runner's file as it is now: choose another "
-                "folder by --scratch, or remove this one."
-            )
+    names = [path.name for path in RUNNER.glob("*.py")]
+    _, other, lacking = filecmp.cmpfiles(RUNNER, folder, names, shallow=False)
+    if other or lacking:
+        raise ValueError(
+            f"{folder} is not the runner as it is now, in {[*other, *lacking]}: choose another "
+            "folder by --scratch, or remove this one."
+        )
 
 
 def _require_data(folder: pathlib.Path, data: datasets.Dataset) -> None:
     about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    if about["fingerprint"] != data.fingerprint:
-        raise ValueError(
-            f"{folder} holds other images than --data has now: bring the same files, choose "
-            "another folder by --scratch, or remove this one."
-        )
+    folders.require_same_data(folder, about, data)
 
 
 def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
-    theirs = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    theirs = json.loads((folder / folders.RECIPE).read_text(encoding="utf-8"))
     # The data are held against each other by themselves; where they are is no matter.
     mine = {**recipe, "data": theirs["data"]}
     if changed := differences(theirs, jsonable(mine)):
@@ -155,10 +139,6 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
             f"{folder} was made by another recipe: {'; '.join(changed)}. Choose another folder by "
             "--scratch, or remove this one."
         )
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(jsonable(values), indent=1, ensure_ascii=False) + "\n"
 
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
