@@ -79,7 +79,7 @@ def test_the_plans_are_paired_and_balanced(name):
     assert all(run.recipe.seed == run.seed for run in runs)
     base = next(run for run in runs if run.arm == results.BASE)
     assert base.recipe == base.recipe.baseline()
-    for run in runs:  # what an arm changes is in the constraints and the choice of weights only
+    for run in runs:  # an arm changes constraints, the choice of weights and fine-tuning only
         same = {"data", "network", "adversary", "train", "evaluate", "seed"}
         place = (results.BASE, run.setting, run.seed)
         pair = next(other for other in runs if (other.arm, other.setting, other.seed) == place)
@@ -102,6 +102,10 @@ def test_the_cpu_study_has_what_it_promises():
         "budgets",
         "gates",
         "authors",
+        "noise",
+        "variant",
+        "distilled",
+        "combined",
     }
     assert choosing.SEED not in plan.seeds
     by_arm = {run.arm: run.recipe for run in plan.runs() if run.setting == "digits"}
@@ -112,8 +116,13 @@ def test_the_cpu_study_has_what_it_promises():
     assert by_arm["cnc"].constraints.sparsity_factor == 0
     assert by_arm["alive"].prune.min_per_filter == 1
     assert by_arm["budgets"].prune.scope == "condition"
-    for arm in ("alive", "budgets"):
+    assert by_arm["distilled"].finetune.loss == by_arm["combined"].finetune.loss == "rslad"
+    assert by_arm["variant"].prune.min_per_filter == by_arm["combined"].prune.min_per_filter == 1
+    assert 0 < by_arm["noise"].gates.sparsity_factor < 1e-6
+    for arm in ("alive", "budgets", "distilled"):
         assert by_arm[arm].first_stage() == by_arm["none"].first_stage()
+    for arm in ("variant", "combined"):
+        assert by_arm[arm].first_stage() == by_arm["gates"].first_stage()
 
 
 def test_arms_that_train_the_same_dense_network_share_it(plan):
@@ -265,10 +274,11 @@ def test_the_factors_are_those_that_the_validation_set_chose():
         for arm, value in arms.items():
             assert arm in settled, "all values have been tried: settle it in the plan"
             assert settled[arm][plan.choices[arm]["name"]] == value
-        for arm in ("both", "throughout", "gates"):
+        for arm in ("both", "throughout", "gates", "noise"):
             assert settled[arm][constraint] == settled["cnc"][constraint]
         for arm in ("both", "throughout"):
             assert settled[arm][sparse] == settled["tsc"][sparse]
+        assert settled["variant"] == settled["combined"] == settled["gates"]
 
 
 # From end to end
