@@ -346,6 +346,14 @@ def test_another_recipe_needs_another_folder(finished, tmp_path):
         tscnc.experiments.run(TINY, tmp_path / "new")
 
 
+def test_data_that_are_not_there_are_named_as_the_recipe_names_them(tmp_path):
+    values = {"data.dataset": "svhn", "data.folder": str(tmp_path)}
+    wanted = rf"data\.dataset='svhn', data\.folder='{tmp_path}': svhn needs train_32x32\.mat"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
     changes = {
         "prune.method": "magnitude",

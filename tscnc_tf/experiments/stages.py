@@ -32,14 +32,18 @@ def dataset(recipe: Recipe) -> datasets.Dataset:
 
 @functools.lru_cache(maxsize=1)  # a study asks for the same one again and again
 def _dataset(part: Data, seed: int) -> datasets.Dataset:
-    data = datasets.load(
-        part.dataset,
-        folder=part.folder,
-        validation=part.validation,
-        test=part.test,
-        image_size=part.image_size,
-        seed=seed,
-    )
+    try:
+        data = datasets.load(
+            part.dataset,
+            folder=part.folder,
+            validation=part.validation,
+            test=part.test,
+            image_size=part.image_size,
+            seed=seed,
+        )
+    except FileNotFoundError as error:  # in a recipe, what it asks for has other names
+        given = f"data.dataset={part.dataset!r}, data.folder={part.folder!r}"
+        raise FileNotFoundError(f"{given}: {error}") from error
     if part.train_examples or part.test_examples:
         data = data.subset(part.train_examples, part.test_examples, seed=seed)
     return data
