@@ -285,8 +285,8 @@ def test_a_draw_is_shared_by_the_batch_and_new_in_each_step(library):
     assert int(layer.draws) == 2, "inference draws nothing"
 
 
-def test_before_batch_normalisation_the_data_do_not_tell_gates_to_open(library):
-    """The penalty does; on a dense layer's inputs, and without normalisation, the data do."""
+def test_before_batch_normalisation_a_usual_draw_tells_gates_nothing(library):
+    """The penalty does, and rare draws (T20); without normalisation, every draw does."""
     x = inputs_of("Conv2D", 16)
     slopes = {}
     for normalised in (True, False):

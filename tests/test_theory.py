@@ -749,6 +749,39 @@ def test_t20_batch_normalisation_divides_a_gate_out(y, z, epsilon):
     assert not normalised(0.0).any()
 
 
+@pytest.mark.parametrize("log_alpha", [0.85, -0.5])
+def test_t20_before_batch_normalisation_rare_draws_carry_the_gradient(log_alpha):
+    count, h = 1_000_000, 1e-3
+    u = (np.arange(count) + 0.5) / count
+
+    def drawn(log_alpha, epsilon):
+        """Gates, and the square of what is normalised of outputs of variance 1, as a loss."""
+        z = functional.hard_concrete(tf.cast(log_alpha, tf.float64), u)
+        return z, z**2 / (z**2 + epsilon)
+
+    def slope(epsilon):
+        above, below = (drawn(log_alpha + step, epsilon)[1] for step in (h, -h))
+        return np.mean(above - below) / (2 * h)
+
+    # Each draw has a log alpha of its own, so that each draw's gradient is seen.
+    place = tf.fill([count], np.float64(log_alpha))
+    with tf.GradientTape() as tape:
+        tape.watch(place)
+        z, loss = drawn(place, 1e-5)
+    each = np.asarray(tape.gradient(loss, place))
+    assert np.mean(each) == pytest.approx(slope(1e-5), rel=1e-3)
+    chance = open_chance(log_alpha)
+    assert slope(1e-5) == pytest.approx(chance * (1 - chance), rel=4e-2)
+    assert slope(1e-7) == pytest.approx(chance * (1 - chance), rel=4e-3)
+    # Few draws have all but a tenth of it; the usual one has next to nothing.
+    near = (z > 0) & (z < 10 * math.sqrt(1e-5))
+    assert np.mean(near) < 0.05
+    assert np.sum(each[near]) > 0.9 * np.sum(each)
+    assert np.median(each) < 1e-3 * np.mean(each)
+    if log_alpha == 0.85:
+        assert 1 / np.mean((z > 0) & (z < math.sqrt(1e-5))) == pytest.approx(600, rel=0.05)
+
+
 # Local Lipschitz constants and margins.
 
 

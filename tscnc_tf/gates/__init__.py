@@ -18,10 +18,12 @@ bends the expected cost of a group by the transformed l1, whose slope falls as c
 all costs are far below `a`, and the penalty is nearly proportional to them.)
 
 Batch normalisation in training divides the output of a filter by its deviation over the batch, and
-a gate, which is the same for the whole batch, with it. So before it the loss on the data does not
-depend on how far a gate is open, only on whether it is 0, and says nothing to :math:`\log\alpha`
-by its gradient: there gates follow the penalty, and act on training as a dropout of filters. On the
-inputs of dense layers, and where no batch normalisation follows, the data have their say.
+a gate, which is the same for the whole batch, with it. So before it the loss on the data hardly
+depends on how far a gate is open, only on whether it is 0: nearly every draw tells
+:math:`\log\alpha` nothing, and what the data have to say comes in rare draws near 0 with large
+gradients (docs/theory.md, T20). In a training of some hundred steps, gates there follow the
+penalty, and act as a dropout of filters. On the inputs of dense layers, and where no batch
+normalisation follows, the data have their say in every draw.
 
 `add_gates` puts gates into a model, training does the rest, `report` says how far it has come, and
 `fold` multiplies them into the weights: what is left is a plain model whose closed filters are
