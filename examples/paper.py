@@ -35,8 +35,9 @@ def main() -> None:
     arguments = parser().parse_args()
     try:
         recipe = recipe_of(arguments)
-        folder = tscnc.experiments.run(recipe, arguments.output or f"outputs/paper/{recipe.name}")
-    except (TypeError, ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        output = arguments.output or f"outputs/paper/{recipe.name}"
+        folder = tscnc.experiments.run(recipe, output, dense=arguments.dense)
+    except (TypeError, ValueError, OSError, ImportError) as error:
         sys.exit(f"paper.py: {error}")
     show(folder, Console())
 
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("recipe", nargs="?", help="a YAML file; by itself recipes/paper.yaml")
     made.add_argument("--output", help="folder of the experiment, new or to go on with")
+    made.add_argument("--dense", help="a finished 1-train of another experiment, to begin with")
     made.add_argument("--baseline", action="store_true", help="without constraints and gates")
     made.add_argument("--smoke", action="store_true", help="a tiny experiment, of seconds")
     for name, default in tscnc.experiments.Recipe.leaves():
@@ -62,7 +64,8 @@ def recipe_of(arguments: argparse.Namespace) -> tscnc.experiments.Recipe:
     path = SMOKE if arguments.smoke else arguments.recipe or PAPER
     recipe = tscnc.experiments.Recipe.from_yaml(path)
     given = {
-        name: tscnc.experiments.parse(value, f"--{name}")
+        # A pattern such as *conv* would be a reference in YAML.
+        name: value if value.startswith("*") else tscnc.experiments.parse(value, f"--{name}")
         for name, _ in recipe.leaves()
         if (value := getattr(arguments, name)) is not None
     }

@@ -44,6 +44,8 @@ LEVELS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 # What is kept of the report on each kernel.
 KERNEL = ("sigma_max", "sigma_min", "condition_number", "effective_condition_number")
 KERNEL += ("stable_rank", "filters", "dead_filters")
+# Layers that move their outputs no further than their inputs were moved.
+STILL = ("InputLayer", "ReLU", "Activation", "Dropout", "Flatten", "MaxPooling2D")
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 
 
@@ -70,8 +72,11 @@ def digits(seed: int, args) -> dict[str, np.ndarray]:
 
 def loaded(path: pathlib.Path):
     """Load a network by the Keras that has written it."""
-    with zipfile.ZipFile(path) as archive:
-        version = json.loads(archive.read("metadata.json"))["keras_version"]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            version = json.loads(archive.read("metadata.json"))["keras_version"]
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"theory.py: {path} must be a .keras file: {error}") from error
     return (tf_keras if version.startswith("2.") else keras).models.load_model(path, compile=False)
 
 
@@ -96,9 +101,10 @@ def trainer(model, rate, seed: int, args):
 def upper_bound(model) -> float:
     """An upper bound of the l2 Lipschitz constant: the product of those of the layers.
 
-    For plain chains of the layers named here; NaN for others. A convolution with zero padding, or
-    with strides, is a part of a circular one on a larger image. A BatchNorm is folded into a linear
-    layer before it.
+    For plain chains of the layers named here; NaN for others, and so for residual networks. A
+    convolution with zero padding, or with strides, is a part of a circular one on a larger image. A
+    BatchNorm is folded into a linear layer before it. Where windows don't overlap, the maxima move
+    no further than the pixels do.
     """
     if not is_chain(model):
         return math.nan
@@ -123,10 +129,17 @@ def upper_bound(model) -> float:
             gain = 1.0 / np.sqrt(np.asarray(layer.moving_variance, float) + layer.epsilon)
             gain = gain * np.asarray(layer.gamma) if layer.scale else gain
             continue
-        elif kind not in ("InputLayer", "ReLU", "Flatten"):
+        elif kind == "Normalization" and not layer.invert:
+            bound /= math.sqrt(np.min(layer.variance))
+        elif kind not in STILL or (kind == "MaxPooling2D" and overlap(layer)):
             return math.nan
         gain = np.ones(1)
     return float(bound * np.max(np.abs(gain)))
+
+
+def overlap(layer) -> bool:
+    """Tell whether windows of a pooling layer have pixels in common."""
+    return any(step < size for step, size in zip(layer.strides, layer.pool_size, strict=True))
 
 
 def is_chain(model) -> bool:
@@ -257,13 +270,38 @@ def subjects(seed: int, args) -> tuple[dict, dict]:
         plain = trained(network(seed), data, seed, args)
         constrained = tscnc.pruning.add_regularizers(network(seed), CONSTRAINTS)
         return {"plain": plain, "TSCNC": trained(constrained, data, seed, args)}, data
-    with np.load(args.data) as file:
-        kinds = {"x": "float32", "y": int, "x_train": "float32", "y_train": int}
-        data = {name: file[name].astype(kind) for name, kind in kinds.items() if name in file}
+    data = images(args.data)
+    paths = [path.absolute() for path in (args.model, args.other) if path is not None]
+    return {name: loaded(path) for name, path in zip(titles(paths), paths, strict=True)}, data
+
+
+def images(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read images in [0, 1] and labels from an .npz file."""
+    kinds = {"x": "float32", "y": int, "x_train": "float32", "y_train": int}
+    try:
+        with np.load(path) as file:
+            data = {name: file[name].astype(kind) for name, kind in kinds.items() if name in file}
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: of a bare array
+        raise SystemExit(f"theory.py: --data must be an .npz file, got {path}: {error}") from error
     if not {"x", "y"} <= set(data):
-        raise SystemExit(f"--data must hold arrays x and y, {args.data} holds {list(data)}.")
-    paths = [path for path in (args.model, args.other) if path is not None]
-    return {str(path.with_suffix("")): loaded(path) for path in paths}, data
+        raise SystemExit(f"theory.py: --data must hold arrays x and y, {path} holds {list(data)}.")
+    low, high = np.min(data["x"]), np.max(data["x"])
+    if not 0.0 <= low <= high <= 1.0:
+        raise SystemExit(
+            f"theory.py: images must be in [0, 1], those of {path} are from {low:g} to {high:g}: "
+            "divide them by 255, if they are bytes."
+        )
+    return data
+
+
+def titles(paths: list[pathlib.Path]) -> list[str]:
+    """The ends of the paths, as long as is needed to tell them apart."""
+    parts = [path.with_suffix("").parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def main() -> None:
@@ -279,7 +317,10 @@ def main() -> None:
             total = args.seeds * len(networks) * len(ways) * len(args.levels)
             for (name, model), (way, run) in itertools.product(networks.items(), ways.items()):
                 progress.update(task, total=total, description=f"{name}, {way}, seed {seed}")
-                steps = run(model, data, seed, args, lambda: progress.advance(task))
+                try:
+                    steps = run(model, data, seed, args, lambda: progress.advance(task))
+                except ValueError as error:
+                    raise SystemExit(f"theory.py: {name}: {error}") from error
                 runs.append({"network": name, "way": way, "seed": seed, "steps": steps})
 
     layers = [name for name in steps[0]["kernels"] if fnmatch.fnmatch(name, args.layers or "*")]

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import tscnc_tf as tscnc
+from tscnc_tf._keras import masked
 from tscnc_tf.experiments import folders, stages
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.inspection.records import jsonable
@@ -56,6 +57,28 @@ def test_a_recipe_survives_json():
     recipe = Recipe.from_dict(TINY)
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
     assert again == recipe
+
+
+@pytest.mark.parametrize("part", ["train", "prune", "data"])
+def test_parts_of_a_recipe_are_no_dicts(part):
+    with pytest.raises(
+        TypeError, match=rf"{part} must be of .*: nested dicts are for Recipe\.from"
+    ):
+        Recipe(**{part: {}})
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        (b"base: 3", TypeError, "base must be the name of a file or a list of them, got 3"),
+        (b"name: \xff", ValueError, "mine.yaml is not YAML: it is no text in UTF-8"),
+        (b"base: none.yaml", FileNotFoundError, "none.yaml"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, kind, words):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(kind, match=words):
+        Recipe.from_yaml(tmp_path / "mine.yaml")
 
 
 def test_what_lacks_is_default_and_text_of_a_number_is_one():
@@ -101,7 +124,10 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
-        ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a list, got 16"),
+        ({"name": 3}, TypeError, "name must be text, got 3"),
+        ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a pair .* got 16"),
+        ({"data": {"image_size": [16]}}, TypeError, r"data.image_size must be a pair .* \[16\]"),
+        ({"prune": {"scope": {}}}, ValueError, "prune.scope must name at least one pattern"),
         ({"data": {"augment": "rotate"}}, ValueError, "data.augment must be one of 'none'"),
         ({"data": {"validation": 2.5}}, ValueError, "data.validation must be < 1, got 2.5"),
         ({"constraints": {"form": "foo"}}, ValueError, "constraints.form must be one of"),
@@ -348,10 +374,62 @@ def test_another_recipe_needs_another_folder(finished, tmp_path):
 
 def test_data_that_are_not_there_are_named_as_the_recipe_names_them(tmp_path):
     values = {"data.dataset": "svhn", "data.folder": str(tmp_path)}
-    wanted = rf"data\.dataset='svhn', data\.folder='{tmp_path}': svhn needs train_32x32\.mat"
+    wanted = rf"data\.dataset='svhn', data\.folder='{tmp_path}'.*: svhn needs train_32x32\.mat"
     with pytest.raises(FileNotFoundError, match=wanted):
         tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"network.architecture": "vgg-16"}, r"network 'vgg-16' can't be built for images of \(8"),
+        ({"data.validation": 0}, "data.validation must leave images to judge networks by, got 0"),
+        ({"data.train_examples": 10**6}, "data.train_examples=1000000, .*: n_train must be from"),
+        ({"data.folder": "/tmp"}, "^data.dataset='digits', data.folder='/tmp', .*: folder is for"),
+        ({"gates.sparsity_factor": 1.0, "gates.layers": "no_*"}, "^train: .*no_"),
+        ({"prune.layers": "no_*"}, "^prune: .*has no weight that can be pruned"),
+        ({"prune.method": "magnitude", "prune.scope": {"no_*": 0.5}}, "^prune: .*no_"),
+        ({"constraints.layers": "no_*", "constraints.stages": ["finetune"]}, "^finetune: .*no_"),
+        ({"finetune.batch_size": 10**4}, "^finetune: batch_size must be <= "),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_said_before_the_first(tmp_path, values, words):
+    with pytest.raises(ValueError, match=words):
+        tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists(), "another recipe may begin there"
+
+
+def test_a_folder_must_be_one(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("file", "file/below"):
+        with pytest.raises(NotADirectoryError, match=r"folder must be a folder, got .* is a file"):
+            tscnc.experiments.run(recipe(), tmp_path / path)
+
+
+def test_a_dense_network_that_is_not_there_claims_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no complete stage"):
+        tscnc.experiments.run(recipe(), tmp_path / "new", dense=tmp_path / "none")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_evaluation_opens_with_what_it_judged_and_an_experiment_says_what_to_open(finished):
+    judged = tscnc.experiments.open_stage(finished / "4-evaluate")
+    tuned = tscnc.experiments.open_stage(finished / "3-finetune")
+    for mine, theirs in zip(judged.model.get_weights(), tuned.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert judged.masks.keys() == tuned.masks.keys()
+    with pytest.raises(FileNotFoundError, match=r"open one of its stages, 1-train, 2-prune"):
+        tscnc.experiments.open_stage(finished)
+
+
+def test_scores_choose_as_often_as_the_recipe_says():
+    for given, taken in ((None, 1), (5, 5)):
+        chosen = recipe(**{"prune.frequency": given})
+        data = stages.dataset(chosen)
+        trainer = stages.trainer(chosen, "prune", data, previous=stages.network(chosen, data))
+        (part,) = masked.masked_models(trainer.model)
+        assert part.pruner.frequency == taken
 
 
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
@@ -451,11 +529,12 @@ def run_killed(recipe, folder, moment):
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not (folder / moment).exists() and process.poll() is None:
+    while not (folder / moment).exists():
+        assert process.poll() is None, "it has ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert not folders.is_complete(folder / "4-evaluate")
     tscnc.experiments.run(recipe, folder, progress=False)
 
@@ -514,6 +593,9 @@ def test_every_value_can_be_given_on_the_command_line(paper):
     assert recipe.network.architecture == "wrn-28-4"
     assert (recipe.sparsity, recipe.train.learning_rate) == (0.95, 0.001)
     assert recipe.prune.layers == ["stage_1*", "stage_2*"]
+    assert paper["recipe_of"](paper["parser"]().parse_args(["--prune.layers", "*conv*"])) == (
+        method.override({"prune.layers": "*conv*"})
+    )
     assert recipe.evaluate.epsilon == "4/255"
     assert recipe.constraints.condition_factor == 0.0
 

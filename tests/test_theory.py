@@ -874,6 +874,25 @@ def test_t22_the_bound_of_the_example_holds_for_a_convolutional_network(library,
     norm_layer = model.get_layer("norm")
     gamma, beta, mean, variance = norm_layer.get_weights()
     norm_layer.set_weights([gamma, beta, mean, np.abs(variance) + 0.1])
+    require_bound(model, rng)
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_t22_the_bound_of_the_example_holds_for_the_chains_of_applications(name, rng):
+    images = {
+        "input_shape": (8, 8, 1),
+        "classes": 3,
+        "mean": (0.5,),
+        "std": (0.25,),
+        "library": name,
+    }
+    require_bound(tscnc.applications.SmallCNN(width=4, seed=1, **images), rng)
+    residual = tscnc.applications.ResNet20(**images)
+    assert math.isnan(example().upper_bound(residual))
+
+
+def require_bound(model, rng):
+    """Make sure that no two images and no ascent show a model to be steeper than its bound."""
     bound = example().upper_bound(model)
     x = rng.uniform(size=(64, 8, 8, 1)).astype("float32")
     y = np.clip(x + 0.1 * rng.normal(size=x.shape), 0, 1).astype("float32")
@@ -893,6 +912,13 @@ def test_t22_the_bound_of_the_example_is_exact_for_one_layer_and_unknown_for_str
     scaled.build((None, 3))
     scaled.layers[-1].set_weights(list(np.array([[5.0, 1.0], [0, 0], [0, 0], [4.0, 1.0]])))
     assert upper_bound(scaled) == pytest.approx(norm(matrix * [2.5, 1.0]))
+    std = layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 0.25, 1.0])
+    first = keras.Sequential([keras.Input((3,)), std, layers.Activation("relu")])
+    assert upper_bound(first) == pytest.approx(2.0)
+    for size, stride, known in ((2, 2, 1.0), (2, 3, 1.0), (3, 2, math.nan)):
+        pool = layers.MaxPooling2D(size, stride, padding="same")
+        pooled = keras.Sequential([keras.Input((6, 6, 2)), pool])
+        assert upper_bound(pooled) == pytest.approx(known, nan_ok=True)
     bent = keras.Sequential([keras.Input((3,)), layers.Dense(2, activation="gelu")])
     assert math.isnan(upper_bound(bent))
     inputs, dense = keras.Input((3,)), layers.Dense(3)
@@ -922,6 +948,38 @@ def test_the_example_takes_networks_and_data_of_ones_own(tmp_path, monkeypatch, 
         assert last["kernels"]["conv"]["condition_number"] == "inf"
         assert 0 < last["kernels"]["conv"]["dead_filters"] < last["kernels"]["conv"]["filters"]
         assert last["kernels"]["logits"]["condition_number"] != "inf"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--model", "none.keras"], r"none\.keras must be a \.keras file: .*No such file"),
+        (["--model", "data.npz"], r"data\.npz must be a \.keras file: .*metadata\.json"),
+        (["--model", "."], r" must be a \.keras file: "),
+        (["--data", "none.npz"], r"--data must be an \.npz file, got none\.npz: .*No such file"),
+        (["--data", "net.keras"], r"--data must hold arrays x and y, net\.keras holds \[\]"),
+        (["--data", "bytes.npz"], r"in \[0, 1\], those of bytes\.npz are from 0 to 255: divide"),
+        (["--layers", "nothing_*"], r"theory\.py: net: model .* has no weight that can be pruned"),
+    ],
+)
+def test_the_example_names_what_it_cannot_take(tmp_path, monkeypatch, change, words):
+    conv_model(keras).save(tmp_path / "net.keras")
+    x, y = np.zeros((4, 8, 8, 1)), np.arange(4) % 3
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    x[0, 0, 0] = 255
+    np.savez(tmp_path / "bytes.npz", x=x, y=y)
+    monkeypatch.chdir(tmp_path)
+    mine = ["--model", "net.keras", "--data", "data.npz", *change, "--smoke"]
+    monkeypatch.setattr(sys, "argv", ["theory.py", *mine])
+    with pytest.raises(SystemExit, match=words):
+        example().main()
+
+
+def test_the_example_calls_networks_by_what_tells_them_apart():
+    folder = pathlib.Path("/runs")
+    paths = [folder / name / "1-train" / "model.keras" for name in ("mine", "theirs")]
+    assert example().titles(paths) == ["mine/1-train/model", "theirs/1-train/model"]
+    assert example().titles([paths[0], folder / "other.keras"]) == ["model", "other"]
 
 
 # The document.

@@ -6,6 +6,7 @@
         1-train/ 2-prune/ 3-finetune/
             model.keras     the best epoch's network: plain, pruned weights being zero
             last.keras      the last epoch's
+            best.npz        the best epoch's weights and masks as they were trained, gates and all
             masks.npz       by weight, which entries are kept (not for the dense network)
             metrics.jsonl   a line for each epoch
             manifest.json   recipe, data, versions, the epoch chosen
@@ -47,14 +48,17 @@ def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
     return folder / f"{1 + STEPS.index(stage)}-{stage}"
 
 
-def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
-    """Note recipe and data in the folder, or make sure that they are those that it has.
+def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
+    """Tell whether an experiment is yet to begin in a folder.
 
     Raises:
-        ValueError: the folder holds an experiment by another recipe, whose differences are said, or
-            on other data.
+        ValueError: the folder holds an experiment by another recipe, whose differences are said.
         FileExistsError: the folder holds something else.
+        NotADirectoryError: it is, or lies below, a file.
     """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"folder must be a folder, got {folder}: {place} is a file.")
     file = folder / RECIPE
     if file.is_file():
         theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -67,8 +71,18 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
         raise FileExistsError(
             f"folder {folder} holds something else than an experiment: choose another one."
         )
-    else:
-        write_json(file, recipe.to_dict())
+    return not file.is_file()
+
+
+def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
+    """Note recipe and data in the folder, or make sure that they are those that it has.
+
+    Raises:
+        ValueError: the folder holds an experiment on other data.
+        ValueError, FileExistsError, NotADirectoryError: see `is_new`.
+    """
+    if is_new(folder, recipe):
+        write_json(folder / RECIPE, recipe.to_dict())
     tidy(folder)
     if (folder / DATA).is_file():
         known = json.loads((folder / DATA).read_text(encoding="utf-8"))
@@ -87,26 +101,31 @@ def require_same_data(folder: pathlib.Path, known: Mapping[str, Any], data: Data
         )
 
 
-def adopt(folder: pathlib.Path, recipe: Recipe, dense: pathlib.Path) -> None:
-    """Copy the first stage of another experiment into the folder, unless it has one.
+def open_dense(dense: pathlib.Path, recipe: Recipe) -> StageOutput:
+    """Return the first stage of another experiment, which is to be that of this one.
 
     Raises:
         FileNotFoundError: there is no complete stage in `dense`.
         ValueError: it is another stage, or by a recipe whose first stage is another one.
     """
-    manifest = open_stage(dense).manifest
-    if manifest["stage"] != "train":
-        raise ValueError(f"dense must be a stage of training, got {dense}: {manifest['stage']}.")
-    theirs = Recipe.from_dict(manifest["recipe"]).first_stage()
+    output = open_stage(dense)
+    if (stage := output.manifest["stage"]) != "train":
+        raise ValueError(f"dense must be a stage of training, got {dense}: {stage}.")
+    theirs = Recipe.from_dict(output.manifest["recipe"]).first_stage()
     if changed := differences(jsonable(theirs), jsonable(recipe.first_stage())):
         raise ValueError(
             f"dense={str(dense)!r} was trained by another recipe: {'; '.join(changed)}."
         )
+    return output
+
+
+def adopt(folder: pathlib.Path, dense: StageOutput) -> None:
+    """Copy the first stage of another experiment into the folder, unless it has one."""
     goal = stage_folder(folder, "train")
     if not is_complete(goal):
         shutil.rmtree(goal, ignore_errors=True)
         with _files.new_directory("folder", goal) as draft:
-            shutil.copytree(dense, draft, dirs_exist_ok=True)
+            shutil.copytree(dense.folder, draft, dirs_exist_ok=True)
 
 
 def is_complete(folder: pathlib.Path) -> bool:
@@ -188,19 +207,25 @@ class StageOutput:
 
     @functools.cached_property
     def model(self) -> Any:
-        """The best epoch's network."""
-        return load_model(self.folder / "model.keras", self.manifest["recipe"])
+        """The best epoch's network; of the evaluation, the one that was judged."""
+        return load_model(self._of_training / "model.keras", self.manifest["recipe"])
 
     @functools.cached_property
     def last(self) -> Any:
         """The last epoch's network."""
-        return load_model(self.folder / "last.keras", self.manifest["recipe"])
+        return load_model(self._of_training / "last.keras", self.manifest["recipe"])
 
     @property
     def masks(self) -> Mapping[str, np.ndarray]:
         """By weight, which entries are kept; empty for a dense network."""
-        file = self.folder / "masks.npz"
+        file = self._of_training / "masks.npz"
         return read_arrays(file) if file.is_file() else {}
+
+    @property
+    def _of_training(self) -> pathlib.Path:
+        """The folder with the networks: the evaluation judges those of the stage before it."""
+        judged = self.manifest["stage"] == "evaluate"
+        return stage_folder(self.folder.parent, "finetune") if judged else self.folder
 
 
 def open_stage(folder: str | pathlib.Path) -> StageOutput:
@@ -208,10 +233,11 @@ def open_stage(folder: str | pathlib.Path) -> StageOutput:
 
     Args:
         folder: of the stage, such as "outputs/first/3-finetune"; in it are `model.keras` and
-            `last.keras`, `masks.npz`, `metrics.jsonl` and `manifest.json`.
+            `last.keras`, `best.npz`, `masks.npz`, `metrics.jsonl` and `manifest.json`.
 
     Returns:
-        A `StageOutput`, which loads the networks when they are asked for.
+        A `StageOutput`, which loads the networks when they are asked for. That of "4-evaluate" has
+        the networks of "3-finetune", which it judges; its figures are in its files.
 
     Raises:
         FileNotFoundError: there is no complete stage in the folder.
@@ -222,6 +248,11 @@ def open_stage(folder: str | pathlib.Path) -> StageOutput:
         >>> output.metrics[-1]["validation_robust_accuracy"]  # doctest: +SKIP
     """
     folder = pathlib.Path(folder)
+    if (folder / RECIPE).is_file():
+        names = [f"{index}-{stage}" for index, stage in enumerate(STEPS, start=1)]
+        raise FileNotFoundError(
+            f"folder {folder} holds a whole experiment: open one of its stages, {', '.join(names)}."
+        )
     if not is_complete(folder):
         raise FileNotFoundError(
             f"folder {folder} holds no complete stage, as it lacks {MANIFEST}: run the experiment "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tscnc_tf import _checks, regularizers
-from tscnc_tf.datasets import splits
+from tscnc_tf.datasets import resizing, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
 ARCHITECTURES = {
@@ -62,8 +62,7 @@ class Data:
             if getattr(self, name) is not None:
                 _checks.integer(name, getattr(self, name), minimum=1)
         if self.image_size is not None:
-            size = _sequence("image_size", self.image_size)
-            object.__setattr__(self, "image_size", size)
+            object.__setattr__(self, "image_size", resizing.size(self.image_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +238,8 @@ class Pruning(Training):
         min_weights: see `pruning.Pruner`.
         min_per_filter: how many weights every filter keeps at least, see `pruning.Unstructured`.
         ramp: for "magnitude" the fraction of the stage over which the sparsity rises.
-        frequency: for "magnitude", optimizer steps between two choices of the weights to keep; None
-            for 50 choices in all.
+        frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
+            in all by "magnitude", and for one at each step by "scores".
     """
 
     epochs: int = 20
@@ -267,6 +266,8 @@ class Pruning(Training):
             _checks.integer("frequency", self.frequency, minimum=1)
         _require_patterns("layers", self.layers)
         if isinstance(self.scope, Mapping):
+            if not self.scope:
+                raise ValueError("scope must name at least one pattern, got {}.")
             for pattern, sparsity in self.scope.items():
                 _checks.sparsity(f"scope[{pattern!r}]", sparsity)
         else:

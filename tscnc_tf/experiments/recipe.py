@@ -68,6 +68,15 @@ class Recipe:
     evaluate: Evaluation = dataclasses.field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be text, got {self.name!r}.")
+        for part, kind in get_type_hints(type(self)).items():
+            value = getattr(self, part)
+            if dataclasses.is_dataclass(kind) and type(value) is not kind:
+                raise TypeError(
+                    f"{part} must be of {kind}, got {value!r}: nested dicts are for "
+                    "Recipe.from_dict."
+                )
         _checks.integer("seed", self.seed, minimum=0)
         _checks.sparsity("sparsity", self.sparsity)
         if self.sparsity == 0.0 and self.prune.scope == "condition":
@@ -95,7 +104,7 @@ class Recipe:
 
         Raises:
             ImportError: PyYAML is not installed.
-            FileNotFoundError: there is no such file.
+            OSError: there is no such file, or it can't be read.
             ValueError: it is no YAML, not that of a recipe, or files are based on each other.
         """
         path = pathlib.Path(path)
@@ -192,12 +201,21 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path} is based on itself, by {[str(file) for file in above]}.")
-    values = parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: it is no text in UTF-8 ({error}).") from error
+    values = parse(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names with values, got {values!r}.")
     bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise TypeError(
+            f"{path}: base must be the name of a file or a list of them, got {bases!r}."
+        )
     result: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         result = _merged(result, _read(path.parent / base, (*above, path)))
     return _merged(result, values)
 

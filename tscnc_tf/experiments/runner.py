@@ -61,8 +61,10 @@ def run(
     Raises:
         TypeError: `recipe` is none.
         ValueError: `folder` holds an experiment by another recipe, or on other data; `dense` is of
-            another recipe.
+            another recipe; or a stage of the recipe can't be built, which is found out before
+            anything is trained or written.
         FileExistsError: `folder` holds something else.
+        NotADirectoryError: `folder` is, or lies below, a file.
         FileNotFoundError: `dense` is no complete stage; or see `datasets.load`.
         ImportError: see `datasets.load`.
 
@@ -75,10 +77,14 @@ def run(
         raise TypeError(f"recipe must be a Recipe, got {recipe!r} of type {type(recipe).__name__}.")
     folder = pathlib.Path(folder).expanduser().absolute()
     progress = _checks.boolean("progress", progress)
+    new = folders.is_new(folder, recipe)
+    source = None if dense is None else folders.open_dense(pathlib.Path(dense), recipe)
     data = stages.dataset(recipe)
+    if new:
+        stages.rehearse(recipe, data)
     folders.claim(folder, recipe, data)
-    if dense is not None:
-        folders.adopt(folder, recipe, pathlib.Path(dense))
+    if source is not None:
+        folders.adopt(folder, source)
     previous, teacher = None, None
     with _bar(recipe, data, progress) as show:
         for stage in STAGES:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +34,12 @@ def dataset(recipe: Recipe) -> datasets.Dataset:
 
 @functools.lru_cache(maxsize=1)  # a study asks for the same one again and again
 def _dataset(part: Data, seed: int) -> datasets.Dataset:
-    try:
+    given = ", ".join(
+        f"data.{field.name}={getattr(part, field.name)!r}"
+        for field in dataclasses.fields(part)
+        if field.name in ("dataset", "folder") or getattr(part, field.name) != field.default
+    )
+    with _named(given):  # in a recipe, the arguments of `load` and `subset` have other names
         data = datasets.load(
             part.dataset,
             folder=part.folder,
@@ -41,12 +48,28 @@ def _dataset(part: Data, seed: int) -> datasets.Dataset:
             image_size=part.image_size,
             seed=seed,
         )
-    except FileNotFoundError as error:  # in a recipe, what it asks for has other names
-        given = f"data.dataset={part.dataset!r}, data.folder={part.folder!r}"
-        raise FileNotFoundError(f"{given}: {error}") from error
-    if part.train_examples or part.test_examples:
-        data = data.subset(part.train_examples, part.test_examples, seed=seed)
+        if part.train_examples or part.test_examples:
+            data = data.subset(part.train_examples, part.test_examples, seed=seed)
     return data
+
+
+def rehearse(recipe: Recipe, data: datasets.Dataset) -> None:
+    """Build what each stage trains, with first weights: what can't be, fails before hours of work.
+
+    Raises:
+        TypeError, ValueError: a stage can't be built, or there is nothing to judge it by.
+    """
+    for part in ("validation", "test"):
+        if not len(getattr(data, f"y_{part}")):
+            raise ValueError(
+                f"data.{part} must leave images to judge networks by, got "
+                f"{getattr(recipe.data, part)!r}."
+            )
+    model = network(recipe, data)
+    for stage in STAGES:
+        with _named(stage), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # when the stage begins, it warns
+            trainer(recipe, stage, data, previous=model, teacher=model)
 
 
 def library(recipe: Recipe) -> types.ModuleType:
@@ -94,11 +117,11 @@ def trainer(
         teacher: the dense, robust model to distil from, if the stage's loss is "rslad".
     """
     settings: Training = getattr(recipe, stage)
+    steps = data.steps_per_epoch(settings.batch_size) * settings.epochs
     model = network(recipe, data)
     if previous is not None:
         model.set_weights(previous.get_weights())
     model = _constrained(recipe, stage, model)
-    steps = data.steps_per_epoch(settings.batch_size) * settings.epochs
     if stage == "prune":
         model = _pruned(recipe, model, steps)
     elif stage == "finetune":
@@ -209,7 +232,13 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
             min_per_filter=part.min_per_filter,
         )
     if part.method == "scores":
-        return pruning.prune(model, method="scores", sparsity=recipe.sparsity, **options)
+        return pruning.prune(
+            model,
+            method="scores",
+            sparsity=recipe.sparsity,
+            frequency=part.frequency or 1,
+            **options,
+        )
     from tscnc_tf import schedules  # imports tfmot, where it is installed
 
     end = max(2, round(part.ramp * steps))
@@ -251,6 +280,19 @@ def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
         weight_decay=settings.weight_decay or None,
         **averages,
     )
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Let errors in what the user gave begin with what it was given for."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what}: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"{what}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager
