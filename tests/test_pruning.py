@@ -291,6 +291,12 @@ def test_bad_input_is_named():
         (lambda: prune(subclassed(), schedule), ValueError, 'subclassed model.*engine="masks"'),
         (lambda: prune(dense_model(), schedule, engine="torch"), ValueError, "engine must be one"),
         (lambda: prune(dense_model(), 0.5), TypeError, "schedule must be a PruningSchedule"),
+        (
+            lambda: prune(dense_model(), sparsity=0.5),
+            TypeError,
+            "schedule must be given with method='magnitude'.* sparsity= is for method='scores'",
+        ),
+        (lambda: prune(dense_model(keras)), TypeError, "schedule must be given with method='mag"),
         (lambda: prune(prune(dense_model(), schedule), schedule), ValueError, "pruned already"),
         (
             lambda: prune(dense_model(), schedule, layers="no*"),

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,20 @@ def test_arms_that_train_the_same_dense_network_share_it(plan):
     dense = {run.arm: run.dense for run in plan.runs()}
     assert dense == {"none": "none", "cnc": "cnc", "later": "cnc"}
     assert len({run.group for run in plan.runs()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--settings", "digit"], r"--settings must be among \['digits', .*got 'digit'"),
+        (["--data", "cifar10"], "--data must be NAME=FILE, .*got 'cifar10'"),
+        (["--plan", "none.yaml"], "--plan must be a YAML file, got none.yaml: No such file"),
+    ],
+)
+def test_the_command_line_names_what_it_cannot_take(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", *words])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_files_are_put_in_the_place_of_names(tmp_path):

@@ -269,6 +269,19 @@ class KernelLogger(_ScalarLogger):
 
     Raises:
         ImportError: `log_dir` is given and TensorBoard is not installed.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> model = tscnc.prune_now(model, 0.5)
+        >>> model.compile("sgd", "mse")
+        >>> logger = tscnc.callbacks.KernelLogger()
+        >>> x, y = np.ones((8, 4)), np.ones((8, 3))
+        >>> history = model.fit(x, y, callbacks=[logger], verbose=0).history
+        >>> history["sparsity"]
+        [0.5]
     """
 
     def scalars(self) -> dict[str, float]:
@@ -296,6 +309,22 @@ class GateLogger(_ScalarLogger):
 
     Raises:
         ImportError: `log_dir` is given and TensorBoard is not installed.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> model = tscnc.gates.add_gates(model)
+        >>> model.compile("sgd", "mse")
+        >>> logger = tscnc.callbacks.GateLogger()
+        >>> x, y = np.ones((8, 4)), np.ones((8, 3))
+        >>> history = model.fit(x, y, callbacks=[logger], verbose=0).history
+        >>> history["open_gates"]
+        [1.0]
+
+    Reference:
+        Louizos, Welling & Kingma 2018, arXiv 1712.01312, equation 12, for the expected L0.
     """
 
     def scalars(self) -> dict[str, float]:

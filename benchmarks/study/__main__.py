@@ -24,11 +24,19 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 if all of it is done, 75 if there is more to do, 1 if a part has failed.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     path = HERE / "quick.yaml" if options.quick else options.plan
+    if wrong := [pair for pair in options.data if "=" not in pair]:
+        parser.error(f"--data must be NAME=FILE, as cifar10=cifar10.npz, got {wrong[0]!r}.")
     files = dict(pair.split("=", 1) for pair in options.data)
-    plan = Plan.read(path, files)
+    try:
+        plan = Plan.read(path, files)
+    except OSError as error:
+        parser.error(f"--plan must be a YAML file, got {path}: {error.strerror}.")
     settings = options.settings or list(plan.settings)
+    if unknown := [name for name in settings if name not in plan.settings]:
+        parser.error(f"--settings must be among {list(plan.settings)}, got {unknown[0]!r}.")
     folder = options.results / plan.name
     console = Console()
     work.require_current(plan.runs(), folder)

@@ -78,6 +78,12 @@ def prune(
     library = _keras.library("model", model)
     if _checks.one_of("method", method, METHODS) == "scores":
         return _prune_by_scores(model, schedule, layers, engine, options)
+    if schedule is None or "sparsity" in options:
+        raise TypeError(
+            "schedule must be given with method='magnitude', such as schedules.CosineSparsity(0.0, "
+            "0.9, begin_step, end_step); sparsity= is for method='scores', and prune_now(model, "
+            f"sparsity) prunes at once. Got schedule={schedule!r}, {options}."
+        )
     if engine is None:
         engine = "tfmot" if library is _keras.tf_keras else "masks"
     _checks.one_of("engine", engine, ENGINES)
