@@ -107,6 +107,7 @@ def test_the_cpu_study_has_what_it_promises():
         "variant",
         "distilled",
         "combined",
+        "penalty",
     }
     assert choosing.SEED not in plan.seeds
     by_arm = {run.arm: run.recipe for run in plan.runs() if run.setting == "digits"}
@@ -120,6 +121,9 @@ def test_the_cpu_study_has_what_it_promises():
     assert by_arm["distilled"].finetune.loss == by_arm["combined"].finetune.loss == "rslad"
     assert by_arm["variant"].prune.min_per_filter == by_arm["combined"].prune.min_per_filter == 1
     assert 0 < by_arm["noise"].gates.sparsity_factor < 1e-6
+    assert by_arm["penalty"].override({"gates.drop_rate": by_arm["gates"].gates.drop_rate}) == (
+        by_arm["gates"]
+    )
     for arm in ("alive", "budgets", "distilled"):
         assert by_arm[arm].first_stage() == by_arm["none"].first_stage()
     for arm in ("variant", "combined"):
@@ -293,7 +297,8 @@ def test_the_factors_are_those_that_the_validation_set_chose():
             assert settled[arm][constraint] == settled["cnc"][constraint]
         for arm in ("both", "throughout"):
             assert settled[arm][sparse] == settled["tsc"][sparse]
-        assert settled["variant"] == settled["combined"] == settled["gates"]
+        for arm in ("variant", "combined", "penalty"):
+            assert settled[arm] == settled["gates"]
 
 
 # From end to end
