@@ -121,8 +121,9 @@ def test_the_cpu_study_has_what_it_promises():
     assert by_arm["distilled"].finetune.loss == by_arm["combined"].finetune.loss == "rslad"
     assert by_arm["variant"].prune.min_per_filter == by_arm["combined"].prune.min_per_filter == 1
     assert 0 < by_arm["noise"].gates.sparsity_factor < 1e-6
-    assert by_arm["penalty"].override({"gates.drop_rate": by_arm["gates"].gates.drop_rate}) == (
-        by_arm["gates"]
+    assert (
+        by_arm["penalty"].override({"gates.drop_rate": by_arm["gates"].gates.drop_rate})
+        == (by_arm["gates"])
     )
     for arm in ("alive", "budgets", "distilled"):
         assert by_arm[arm].first_stage() == by_arm["none"].first_stage()
