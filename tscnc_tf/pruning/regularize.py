@@ -9,7 +9,7 @@ from typing import Any
 from tscnc_tf import _keras, regularizers
 from tscnc_tf._keras import cloning, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf.pruning.selection import selector
+from tscnc_tf._keras.selection import selector
 
 
 def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any:

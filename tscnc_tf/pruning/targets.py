@@ -13,8 +13,8 @@ import tensorflow as tf
 from tscnc_tf import _keras, functional
 from tscnc_tf._keras import gated, wrappers
 from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras.selection import selector
 from tscnc_tf.inspection import records
-from tscnc_tf.pruning.selection import selector
 
 # Weights of rank 2 or more that are called so are no linear map of their layer's input.
 _BIASES = ("bias", "beta", "gamma")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tscnc_tf import _keras
 from tscnc_tf._keras import gated, tf_keras, wrappers
-from tscnc_tf.pruning.selection import selector
+from tscnc_tf._keras.selection import selector
 from tscnc_tf.pruning.structures import NM
 
 
