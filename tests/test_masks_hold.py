@@ -83,11 +83,24 @@ def test_weights_that_are_set_or_loaded_are_masked(library, tmp_path):
     pruning.prune_now(model, 0.75)
     model.set_weights(dense)
     assert_told(model, [36, 18])
-    if library is tf_keras:
-        plain = dense_model(library)
-        plain.save_weights(tmp_path / "dense.h5")
-        model.load_weights(tmp_path / "dense.h5")
+    plain = dense_model(library)
+    for name in ("dense.weights.h5", "dense.h5")[: 2 if library is tf_keras else 1]:
+        plain.save_weights(tmp_path / name)
+        model.set_weights([2 * weight for weight in dense])
+        model.load_weights(tmp_path / name)
         assert_told(model, [36, 18])
+        mask = np.asarray(model.pruner.state.masks[0])
+        kernel = np.asarray(plain.layers[-2].kernel)
+        np.testing.assert_array_equal(np.asarray(model.layers[-2].kernel), kernel * mask)
+
+
+def test_weights_that_fit_in_part_leave_a_sparse_model(library, tmp_path):
+    model = pruning.prune_now(dense_model(library), 0.75)
+    other = library.Sequential([library.Input((4,)), library.layers.Dense(5)])
+    other.save_weights(tmp_path / "other.weights.h5")
+    with pytest.raises((ValueError, KeyError)):
+        model.load_weights(tmp_path / "other.weights.h5")
+    assert_told(model, [36, 18])
     for layer in model.layers[-2:]:
         layer.kernel.assign(tf.ones_like(layer.kernel))
     assert_told(model, [0, 0])  # behind everybody's back: the report says what is

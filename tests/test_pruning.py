@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS, blobs, conv_model, dense_model
 
-from tscnc_tf import _keras, pruning, regularizers, schedules
+from tscnc_tf import _keras, gates, inspection, pruning, regularizers, schedules
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras import wrappers
 
@@ -261,6 +261,30 @@ class Forgetful(tf_keras.layers.Dense):
     def __init__(self, units, secret, **kwargs):
         super().__init__(units, **kwargs)
         self.secret = secret
+
+
+@pytest.mark.parametrize("method", ["call", "train_step"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_sequential_with_methods_of_its_own_is_not_copied_without_them(flavour, method, rng):
+    library = FLAVOURS[flavour]
+
+    def own(self, *args, **kwargs):
+        return getattr(super(kind, self), method)(*args, **kwargs)
+
+    kind = type("Own", (library.Sequential,), {method: own})
+    model = kind([library.Input((4,)), library.layers.Dense(3)])
+    words = f"is a Sequential with {method} of its own .Own., which a copy"
+    with pytest.raises(ValueError, match=words):
+        pruning.add_regularizers(model, TSCNC)
+    with pytest.raises(ValueError, match=words):
+        gates.add_gates(model)
+    if library is tf_keras:
+        with pytest.raises(ValueError, match=words):
+            pruning.prune(model, schedules.OneShot(0.5), engine="tfmot")
+    pruning.prune_now(model, 0.5)  # nothing is copied
+    assert inspection.sparsity(model).sparsity == 0.5
+    with pytest.raises(ValueError, match=words):
+        pruning.add_regularizers(pruning.strip(model), TSCNC)
 
 
 def test_bad_input_is_named():

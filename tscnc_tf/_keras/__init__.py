@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 PACKAGE = "tscnc_tf"
+OWN = ("call", "train_step", "test_step", "predict_step")  # what a class may compute by itself
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -97,12 +98,25 @@ def output_layer(model: Any) -> Any:
 
 
 def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
-    """Raise a ValueError unless the model is Sequential or functional."""
+    """Raise a ValueError unless the model is Sequential or functional, and can be built anew.
+
+    A copy of a Sequential is a plain one, in both Kerases, whatever its class; that of a functional
+    model is of its class.
+    """
     if not is_graph_model(model):
         raise ValueError(
             f"{name} {model.name!r} is a subclassed model ({type(model).__name__}), whose layers "
             "can't be exchanged from outside: build it as a Sequential or functional model, or do "
             f"in its constructor what is to be done to its layers. {way_out}".rstrip()
+        )
+    kind = getattr(type(model), "_plain", type(model))  # what it is beneath a pruner
+    plain = next((each for each in (keras, tf_keras) if issubclass(kind, each.Sequential)), None)
+    base = plain.Sequential if plain else kind
+    if own := [name for name in OWN if getattr(kind, name) is not getattr(base, name)]:
+        raise ValueError(
+            f"{name} {model.name!r} is a Sequential with {' and '.join(own)} of its own "
+            f"({kind.__name__}), which a copy with other layers would not have: make it a "
+            f"functional model, of a class with these methods if need be. {way_out}".rstrip()
         )
 
 

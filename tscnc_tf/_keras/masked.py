@@ -75,9 +75,10 @@ class MaskedModel(_Base):
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights, and masks where the file has them; what is pruned becomes zero."""
-        status = super().load_weights(filepath, *args, **kwargs)
-        self.pruner.adopt()
-        return status
+        try:
+            return super().load_weights(filepath, *args, **kwargs)
+        finally:  # also if a part of them did not fit
+            self.pruner.adopt()
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and masks.
@@ -178,6 +179,11 @@ class PruningState(_Base):
             setattr(self, f"mask_{index}", mask)  # in a list, checkpoints would not find it
         self.seen.assign(-1)
         self.built = True
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load what a weight file has; that of a dense model has nothing, and masks stay."""
+        if store.keys():
+            super().load_own_variables(store)
 
     @property
     def masks(self) -> list[Any]:
