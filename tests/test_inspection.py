@@ -541,6 +541,16 @@ def test_lipschitz_holds_small_bounds_to_their_own_scale():
         inspection.local_lipschitz(model, 5 * x, 1e-8, bounds=(0.0, 1e-7))
 
 
+def test_lipschitz_refuses_balls_in_which_it_would_measure_rounding():
+    x, model = np.full((2, 3), 0.5), linear(np.ones((3, 1)))
+    with pytest.raises(
+        ValueError, match=r"epsilon must be >= 7\.6e-06 within bounds \(0\.0, 1\.0\)"
+    ):
+        inspection.local_lipschitz(model, x, 1e-6)
+    report = inspection.local_lipschitz(model, x, 1e-5)
+    assert report.maximum == pytest.approx(3.0, rel=0.05)
+
+
 # --- all reports ----------------------------------------------------------------------------------
 
 

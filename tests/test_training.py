@@ -643,11 +643,38 @@ def test_bad_input_is_named(flavour):
         (lambda: trainer().fit(x * np.nan, y), ValueError, "inside the attack's bounds"),
         (lambda: trainer().fit(x, y + 1), ValueError, "labels from 0 to 2.*from 1 to 3"),
         (lambda: trainer().fit(x, verbose=0), ValueError, "y must be given"),
-        (lambda: trainer().fit((x * 1).astype("uint8"), y, verbose=0), TypeError, "float tensor"),
+        (lambda: trainer().fit((x * 1).astype("uint8"), y, verbose=0), TypeError, "cast images to"),
+        (
+            lambda: trainer().fit({"x": x}, y, verbose=0),
+            TypeError,
+            "x must be one tensor per batch, got a dict.*Wrap the model",
+        ),
+        (
+            lambda: build(dense_model(library), attack=PGD, loss=loss).fit(x, y),
+            ValueError,
+            "is not compiled: call trainer.compile",
+        ),
     ]
     for call, error, words in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_batches_whose_gradients_are_summed_up_are_attacked_by_seeds_of_their_own():
+    x, y = blobs(32)
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    trainer = trainer_for(dense_model(keras), "Madry", optimizer, run_eagerly=True)
+    seen = []
+    perturb = trainer._perturb
+
+    def noted(x, y, seed, *rest):
+        seen.append(tuple(seed.numpy()))
+        return perturb(x, y, seed, *rest)
+
+    trainer._perturb = noted
+    trainer.fit(x, y, batch_size=8, epochs=2, verbose=0)
+    assert len(set(seen)) == len(seen) == 8
+    assert int(optimizer.iterations) == 4
 
 
 def test_bad_batches_of_a_pipeline_are_refused_in_the_graph():

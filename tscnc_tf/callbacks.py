@@ -29,7 +29,9 @@ def pruning_callbacks(
 
     That is `UpdatePruning`, `ConditionFeed` for the schedules that ask for it, and on request a
     `KernelLogger`. They serve both Kerases and both engines, and are safe for a model that is not
-    pruned: then they do nothing. Give them before the callbacks that write checkpoints.
+    pruned: then they do nothing. Give them before the callbacks that write checkpoints. Where the
+    pruned model is a part of another one, give them after those that put weights in place when
+    training ends, as `EarlyStopping(restore_best_weights=True)` does: what they put is masked then.
 
     Args:
         condition_frequency: see `ConditionFeed`.

@@ -242,6 +242,7 @@ def inference(model: Any) -> Callable[[Any], Any]:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
         return model
+    library("model", model)  # of the backend that is served
     from tscnc_tf._keras import wrappers
 
     if tf.executing_eagerly():

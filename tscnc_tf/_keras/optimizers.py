@@ -20,31 +20,40 @@ def innermost(optimizer: Any) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def companions(optimizer: Any, variable: Any) -> list[Any]:
-    """Return what an optimizer keeps for a weight in the weight's own shape.
+def companions(optimizer: Any, *variables: Any) -> list[Any]:
+    """Return what an optimizer keeps for weights in their own shapes, weight by weight.
 
     Those are its slots (momentum, second moments), accumulated gradients and moving averages. All
     optimizers keep them in lists in the order of the trainable variables.
 
     Args:
         optimizer: an optimizer of either Keras, or None.
-        variable: one of the weights that it trains, or one that it does not know.
+        *variables: weights that it trains; for one that it does not know, nothing is returned.
     """
     if optimizer is None:
         return []
     optimizer = innermost(optimizer)
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
         names = optimizer.get_slot_names()
-        return [optimizer.get_slot(variable, name) for name in names]
+        return [optimizer.get_slot(variable, name) for variable in variables for name in names]
     positions = _positions(optimizer)
-    position = positions.get(key(variable))
-    if position is None:
-        return []
+    lists = [
+        kept
+        for kept in vars(optimizer).values()
+        if isinstance(kept, list | tuple) and len(kept) == len(positions)
+    ]
+    return [
+        companion
+        for variable in variables
+        if (position := positions.get(key(variable))) is not None
+        for companion in _alike(variable, [kept[position] for kept in lists])
+    ]
+
+
+def _alike(variable: Any, kept: list[Any]) -> list[Any]:
+    """Return, once each, those of the objects that are variables of a weight's shape."""
     found = {}
-    for kept in vars(optimizer).values():
-        if not isinstance(kept, list | tuple) or len(kept) != len(positions):
-            continue
-        companion = kept[position]
+    for companion in kept:
         if not isinstance(companion, tf.Variable | keras.Variable):
             continue
         if key(companion) != key(variable) and tuple(companion.shape) == tuple(variable.shape):
@@ -142,6 +151,16 @@ def trains(optimizer: Any, variables: list[Any]) -> bool:
 def iterations(optimizer: Any) -> tf.Tensor:
     """Return the number of steps that an optimizer has taken, int64."""
     return tf.cast(tf.convert_to_tensor(innermost(optimizer).iterations), tf.int64)
+
+
+def batches(optimizer: Any) -> tf.Tensor:
+    """Return how often an optimizer was given gradients, int64.
+
+    That is more than `iterations` in Keras 3, where the gradients of several batches are summed up.
+    """
+    optimizer = innermost(optimizer)
+    given = getattr(optimizer, "_iterations", optimizer.iterations)
+    return tf.cast(tf.convert_to_tensor(given), tf.int64)
 
 
 def _positions(optimizer: Any) -> dict[Any, int]:

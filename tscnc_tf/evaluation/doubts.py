@@ -51,14 +51,15 @@ def before(
             f"The input gradient that attacks ascend is exactly zero for {_share(zero_gradients)}. "
             "Attacks by gradients can't move there, which looks like robustness and is none "
             "(gradient masking): look for saturated, quantised or dead layers, and add an attack "
-            "that needs no gradient."
+            "that needs no gradient, by attacks.Custom from another library."
         )
     if np.any(nan_gradients):
         found.append(
             f"The input gradient that attacks ascend is not a number for {_share(nan_gradients)}. "
             "Attacks by gradients stay where they are, which looks like robustness and is none: "
             "look for a square root, a norm or a division at 0, whose slope is infinite though its "
-            "value is sound, and add an attack that needs no gradient."
+            "value is sound, and add an attack that needs no gradient, by attacks.Custom from "
+            "another library."
         )
     return found
 

@@ -127,7 +127,8 @@ def local_lipschitz(
 
     Raises:
         TypeError: `model` is not callable, or `x` does not hold floats.
-        ValueError: `x` is empty, not finite or out of bounds; the outputs are not finite.
+        ValueError: `x` is empty, not finite or out of bounds; the outputs are not finite; `epsilon`
+            is so small that float32 would measure its own rounding.
 
     Reference:
         Yang et al. 2020, "A closer look at accuracy vs. robustness", arXiv 2003.02460.
@@ -147,6 +148,12 @@ def local_lipschitz(
     size = size if step_size is None else _checks.distance("step_size", step_size)
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     bounds, seed = _checks.bounds("bounds", bounds), _checks.integer("seed", seed, minimum=0)
+    least = 64 * float(np.finfo(np.float32).eps) * max(map(abs, bounds))
+    if epsilon_value < least:
+        raise ValueError(
+            f"epsilon must be >= {least:.2g} within bounds {bounds}, got {written}: in so small a "
+            "ball outputs differ by the rounding of float32."
+        )
     inputs = as_inputs(x, bounds)
     start, step = _ascent(_keras.inference(model), inputs.shape[1:], epsilon_value, size, bounds)
     found = []

@@ -267,7 +267,7 @@ class Pruner:
         tensor_variable(self.state.seen).assign(-1)
 
     def _companions(self, optimizer: Any) -> list[Any]:
-        return [c for t in self.targets for c in optimizers.companions(optimizer, t.variable)]
+        return optimizers.companions(optimizer, *(target.variable for target in self.targets))
 
     def is_behind(self, optimizer: Any) -> bool:
         """Tell whether an optimizer has taken steps that `step` has not been called for."""

@@ -34,11 +34,15 @@ def require_loss(loss: Any) -> None:
 
 def check_batch(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
     """Check a batch inside a compiled step; what it holds can be checked without XLA only."""
-    if not tf.is_tensor(x) or not x.dtype.is_floating:
+    if not tf.is_tensor(x):
         raise TypeError(
-            "x must be one float tensor per batch (adversarial examples need a gradient), got "
-            f"{getattr(x, 'dtype', type(x).__name__)}: cast images to float and scale them to "
-            f"the attack's bounds {bounds}."
+            f"x must be one tensor per batch, got a {type(x).__name__}: what is attacked is one "
+            "input. Wrap the model into one that takes one tensor."
+        )
+    if not x.dtype.is_floating:
+        raise TypeError(
+            f"x must hold floats (adversarial examples need a gradient), got {x.dtype.name}: cast "
+            f"images to float and scale them to the attack's bounds {bounds}."
         )
     if y is None:
         raise ValueError("y must be given: adversarial training is supervised.")

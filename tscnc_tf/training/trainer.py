@@ -181,8 +181,13 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Train as `Model.fit` does; arrays are checked first.
 
         Raises:
-            ValueError: `x` is empty or outside the attack's bounds, or a label is out of range.
+            ValueError: the trainer is not compiled, `x` is empty or outside the attack's bounds, or
+                a label is out of range.
         """
+        if getattr(self, "optimizer", None) is None:
+            raise ValueError(
+                f"trainer {self.name!r} is not compiled: call trainer.compile(optimizer=...) first."
+            )
         inputs.check_arrays(x, y, self.attack.bounds, self._classes)
         with masks.training(self.model, self.optimizer):
             history = super().fit(x, y, *args, **kwargs)
@@ -264,10 +269,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Return a seed pair of its own for every step and replica."""
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
-        step = (
-            tf.cast(optimizers.iterations(self.optimizer), tf.int32) * context.num_replicas_in_sync
-        )
-        return tf.stack([self.seed, 1 + step + replica])
+        step = tf.cast(optimizers.batches(self.optimizer), tf.int32)
+        return tf.stack([self.seed, 1 + step * context.num_replicas_in_sync + replica])
 
     def _terms(
         self, y: Any, clean: tf.Tensor, adversarial: tf.Tensor, reference: Any, sample_weight: Any
