@@ -30,6 +30,32 @@ def test_all_that_pruning_needs_is_among_them():
         assert issubclass(kind, tf_keras.callbacks.Callback)
 
 
+class Own(keras.layers.Layer):
+    """A layer whose weight is not known to be one matrix."""
+
+    def build(self, shape):
+        self.w = self.add_weight(name="w", shape=(shape[-1], 3))
+
+    def call(self, inputs):
+        return tf.matmul(inputs, self.w)
+
+
+def test_where_no_weight_is_known_as_a_matrix_loggers_go_on_and_gates_are_warned_of():
+    x, y = blobs(32)
+    model = keras.Sequential([keras.Input(x.shape[1:]), Own(name="own")])
+    pruning.prune_now(model, 0.5)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    used = callbacks.pruning_callbacks(log_kernels=True)
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=used).history
+    assert history["sparsity"] == history["sparsity/own/w"] == [0.5, 0.5]
+    assert np.isnan(history["condition_number"]).all()
+    gate = schedules.ConditionGated(schedules.OneShot(0.75, 1), 2.0)
+    model = pruning.prune(pruning.strip(model), gate, engine="masks")
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.warns(UserWarning, match="governs no weight that is read as a matrix"):
+        model.fit(x, y, verbose=0, callbacks=callbacks.pruning_callbacks())
+
+
 def test_tensorboard_gets_the_figures_of_the_history(tmp_path):
     history = fitted(log_dir=str(tmp_path))
     assert history["sparsity"] == [0.5, 0.5]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tscnc_tf import _checks, inspection
+from tscnc_tf import _checks, inspection, pruning
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
 from tscnc_tf.inspection import records
 
@@ -87,6 +87,43 @@ def test_sparsity_of_a_pruned_model_is_that_of_weight_times_mask(rng):
     assert 0.4 < report.sparsity < 0.6
     assert report.model_weights == plain.model_weights == 40 + 72 + 6 + 4 * 6 + 36 + 2
     assert report.model_zeros == plain.model_zeros + sum(expected)
+
+
+def transformer(library):
+    """A block of attention, whose kernels are no single matrices, and a layer of one's own."""
+
+    class Own(library.layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(name="w", shape=(shape[-1], 3))
+            self.table = self.add_weight(name="embeddings", shape=(2, 3), initializer="zeros")
+            self.fixed = self.add_weight(
+                name="fixed", shape=(2, 3), initializer="zeros", trainable=False
+            )
+
+        def call(self, inputs):
+            return tf.matmul(inputs, self.w)
+
+    layers, inputs = library.layers, library.Input((5, 8))
+    x = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+    x = layers.GlobalAveragePooling1D()(layers.Dense(8, name="up")(x))
+    return library.Model(inputs, Own(name="own")(x))
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras])
+def test_what_was_pruned_is_counted_after_stripping_as_before(library):
+    model = pruning.prune_now(transformer(library), 0.75)
+    reports = [(inspection.sparsity(model), inspection.sizes(model))]
+    model = pruning.strip(model)
+    reports.append((inspection.sparsity(model), inspection.sizes(model)))
+    zeros, sizes = ([report[index] for report in reports] for index in (0, 1))
+    counts = [[(row.name, row.weights, row.zeros) for row in report.rows] for report in zeros]
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == 6
+    assert {name for name, *_ in counts[0]} >= {"up", "query/kernel", "own/w"}
+    assert all(zeros == 0.75 * weights for _, weights, zeros in counts[0])
+    assert zeros[0].sparsity == zeros[1].sparsity == 0.75
+    assert not any(row.masked for row in zeros[1].rows)
+    assert sizes[0].ideal_sparse_bytes == sizes[1].ideal_sparse_bytes < sizes[1].dense_bytes / 2
 
 
 def test_sparsity_speaks_of_the_masked_weights_if_there_are_any(rng):

@@ -179,20 +179,29 @@ class ConditionFeed(flavours.Callback):
             step = functools.partial(tf_keras.backend.get_value, wrapper.pruning_step)
             found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
         gated_around = gated.owners(self.model)
-        for part in masked.masked_models(self.model):
-            pruner = part.pruner
+        pruners = [part.pruner for part in masked.masked_models(self.model)]
+        for pruner in pruners:
             step = functools.partial(getattr, pruner, "steps")
             for layer in {id(target.layer): target.layer for target in pruner.targets}.values():
                 if any(kernel_layers.kernels(layer)):
                     acting = gated_around.get(id(layer), layer)
                     found.append(_Governed(pruner.schedule, acting, step))
-        if not found:
+        if not found and not pruners:
             return
         from tscnc_tf import schedules  # imports tfmot, where it is installed
 
         for governed in found:
             if isinstance(governed.schedule, schedules.ConditionGated):
                 self._governed.setdefault(governed.schedule, []).append(governed)
+        for schedule in [pruner.schedule for pruner in pruners]:
+            if isinstance(schedule, schedules.ConditionGated) and schedule not in self._governed:
+                warnings.warn(
+                    f"{schedule!r} governs no weight that is read as a matrix, so that its gate "
+                    "stays open: it has no condition number to go by. Prune these layers by "
+                    "another schedule, or kernels of dense layers and convolutions with them.",
+                    UserWarning,
+                    stacklevel=2,
+                )
         if self._governed:
             self._measure(self._step())
 
@@ -264,7 +273,8 @@ class KernelLogger(_ScalarLogger):
     """Log sparsity and condition number of every kernel after each epoch.
 
     They appear in Keras' logs and history as `sparsity`, `condition_number` (the worst), and
-    `sparsity/NAME`, `condition_number/NAME` for each kernel; infinite condition numbers as such.
+    `sparsity/NAME`, `condition_number/NAME` for each kernel; infinite condition numbers as such,
+    and NaN for the worst where no weight is read as a matrix.
 
     Args:
         log_dir: a folder to which the same scalars are written for TensorBoard, None for none.
@@ -289,13 +299,14 @@ class KernelLogger(_ScalarLogger):
     def scalars(self) -> dict[str, float]:
         """Return the figures of the model as it is now."""
         zeros = inspection.sparsity(self.model)
-        conditions = inspection.condition_numbers(self.model)
+        has_kernels = any(kernel_layers.kernels(self.model))
+        rows = inspection.condition_numbers(self.model).rows if has_kernels else ()
         scalars = {
             "sparsity": zeros.sparsity,
-            "condition_number": max((r.condition_number for r in conditions.rows), default=np.nan),
+            "condition_number": max((row.condition_number for row in rows), default=np.nan),
         }
         scalars |= {f"sparsity/{row.name}": row.sparsity for row in zeros.rows}
-        scalars |= {f"condition_number/{r.name}": r.condition_number for r in conditions.rows}
+        scalars |= {f"condition_number/{row.name}": row.condition_number for row in rows}
         return {name: float(value) for name, value in scalars.items()}
 
 

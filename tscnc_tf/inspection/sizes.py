@@ -24,7 +24,7 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class KernelSize:
-    """The bytes of one kernel, or of another pruned weight, in several formats.
+    """The bytes of one kernel, or of another weight that is pruned or can be, in several formats.
 
     Attributes:
         name: the layer's name, and which of its weights, where there are several.
@@ -87,7 +87,7 @@ class SizeReport:
     """The bytes of a model's weights, kernel by kernel; `print` it for a table.
 
     Attributes:
-        rows: one per kernel, then one per other pruned weight.
+        rows: one per kernel, then one per other weight, as in `sparsity`.
         other_weights: the number of all other weights: biases, normalisation, embeddings.
         other_bytes: their size; they are dense in every format.
         gzip_bytes: of all weights in one gzip stream (level 9); None if not asked for.
@@ -205,7 +205,7 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     """
     weights.require_inspectable(model)
     _checks.boolean("gzip", gzip)
-    found = [*weights.kernels(model), *weights.pruned_others(model)]
+    found = [*weights.kernels(model), *weights.others(model)]
     if not found:
         raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
     names = records.unique(weight.name for weight in found)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import functional
-from tscnc_tf._keras import gated, keras, layers, require_built, tf_keras, wrappers
+from tscnc_tf._keras import gated, keras, layers, matrices, require_built, tf_keras, wrappers
 from tscnc_tf._keras import masks as masking
 from tscnc_tf.inspection import records
 
@@ -104,21 +104,28 @@ def kernels(model: Any) -> list[KernelWeight]:
     return result
 
 
-def pruned_others(model: Any) -> list[Weight]:
-    """Return the pruned weights that are no kernels, such as embeddings."""
-    by_variable = masks(model)
-    for kernel in layers.kernels(model):
-        by_variable.pop(id(kernel.variable), None)
-    owners: dict[int, tuple[Any, Any]] = {}
-    for layer in layers.flatten(model) if by_variable else ():  # what comes later lies deeper
+def others(model: Any) -> list[Weight]:
+    """Return what is pruned, or would be, and is none of `kernels`, as it is not one matrix.
+
+    Those are kernels of attention and of layers of the user's; and whatever else carries a mask,
+    such as an embedding.
+    """
+    by_variable, acting = masks(model), reader(model)
+    known = {id(kernel.variable) for kernel in layers.kernels(model)}
+    owners = {
+        id(weight): (layer, weight)
+        for _, layer, weight, _ in matrices.owned(model, lambda _: False)
+        if id(weight) in by_variable or matrices.is_prunable(layer, weight)
+    }
+    vectors = by_variable.keys() - owners.keys()  # who asks for it has these pruned, too
+    for layer in layers.flatten(model) if vectors else ():  # what comes later lies deeper
         if not wrappers.is_wrapper(layer):
-            owners |= {id(v): (layer, v) for v in layer.weights if id(v) in by_variable}
-    result = []
-    for key, (layer, variable) in owners.items():
-        leaf = variable.name.rpartition("/")[2].partition(":")[0]
-        values = read(variable, by_variable[key])
-        result.append(Weight(f"{layer.name}/{leaf}", variable, values, True))
-    return result
+            owners |= {id(v): (layer, v) for v in layer.weights if id(v) in vectors}
+    return [
+        Weight(f"{layer.name}/{matrices.leaf(weight)}", weight, acting(weight), key in by_variable)
+        for key, (layer, weight) in owners.items()
+        if key not in known
+    ]
 
 
 def totals(model: Any) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from tscnc_tf.inspection import records, weights
 
 @dataclasses.dataclass(frozen=True)
 class WeightSparsity:
-    """The zeros of one kernel, or of another pruned weight.
+    """The zeros of one kernel, or of another weight that is pruned or can be.
 
     Attributes:
         name: the layer's name, and which of its weights, where there are several.
@@ -44,7 +44,8 @@ class SparsityReport:
     """The zeros of a model, weight by weight; `print` it for a table.
 
     Attributes:
-        rows: one per kernel, then one per other pruned weight.
+        rows: one per kernel, then one per other weight that is pruned, or would be if nothing else
+            were said: kernels of attention, weights of layers of your own.
         model_weights: the number of all weights: biases and normalisation included, the wrappers'
             masks and counters not.
         model_zeros: how many of those are zero. A bias that still has its initial value counts.
@@ -116,8 +117,8 @@ def sparsity(model: Any) -> SparsityReport:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
 
     Returns:
-        A `SparsityReport`. Its `sparsity` is that of the weights that carry masks, or of all
-        kernels if none does; its `model_sparsity` is that of everything, biases included.
+        A `SparsityReport`. Its `sparsity` is that of the weights that carry masks, or of all rows
+        if none does; its `model_sparsity` is that of everything, biases included.
 
     Raises:
         TypeError: `model` is no Keras model.
@@ -131,7 +132,7 @@ def sparsity(model: Any) -> SparsityReport:
         0.75
     """
     weights.require_inspectable(model)
-    found = [*weights.kernels(model), *weights.pruned_others(model)]
+    found = [*weights.kernels(model), *weights.others(model)]
     if not found:
         raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
     names = records.unique(weight.name for weight in found)

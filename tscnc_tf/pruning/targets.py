@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tscnc_tf import _keras, functional
-from tscnc_tf._keras import gated, wrappers
 from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import matrices
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.inspection import records
-
-# Weights of rank 2 or more that are called so are no linear map of their layer's input.
-_BIASES = ("bias", "beta", "gamma")
-_NO_KERNELS = ("embeddings", "alpha")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,8 +93,8 @@ def candidates(
     """
     chosen = selector("layers", layers)
     found = []
-    for path, layer, variable, is_chosen in _owned(model, chosen):
-        leaf = _leaf(variable)
+    for path, layer, variable, is_chosen in matrices.owned(model, chosen):
+        leaf = matrices.leaf(variable)
         layout, groups = _reading(layer, variable)
         target = Target("/".join([*path, leaf]), layer, variable, layout, groups)
         if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
@@ -109,9 +105,9 @@ def candidates(
             reason = f"it holds no floats, but {tf.as_dtype(variable.dtype).name}"
         elif len(variable.shape) < min_rank:
             reason = f"its rank is {len(variable.shape)}, below min_rank={min_rank}"
-        elif weights is None and leaf in _BIASES:
+        elif weights is None and leaf in matrices.BIASES:
             reason = f"{leaf!r} is no kernel"
-        elif weights is None and layers is None and _is_no_kernel(layer, leaf):
+        elif weights is None and layers is None and matrices.is_no_kernel(layer, leaf):
             reason = f"{leaf!r} is no kernel; choose its layer by layers= to prune it"
         else:
             reason = unfit(target)
@@ -148,40 +144,6 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
     return found
 
 
-def _owned(
-    model: Any, chosen: Callable[[Any], bool]
-) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
-    """Yield (path of names, layer, weight, whether chosen) for each weight of rank 2 or more.
-
-    The path begins below the innermost model. Who chooses a layer chooses the layers inside it; but
-    the model itself is asked about for its own weights only: a predicate such as "not the last
-    layer" holds for it, too, and means no less than all.
-    """
-    seen: set[int] = set()
-
-    def walk(layer: Any, path: tuple[str, ...], taken: bool) -> Iterator[Any]:
-        is_model = isinstance(layer, _keras.keras.Model | _keras.tf_keras.Model)
-        above, taken = taken, taken or chosen(layer)
-        inside = list(kernel_layers.parts(layer))
-        theirs = {id(variable) for part in inside for variable in part.weights}
-        here = (*path, layer.name) if not is_model or layer is model else (layer.name,)
-        # What is tfmot's has masks for weights of its own, and what is gated has gates.
-        if wrappers.is_wrapper(layer) or gated.is_gated(layer):
-            yield from walk(layer.layer, path, taken)
-            return
-        for variable in layer.weights:
-            is_variable = isinstance(variable, tf.Variable | _keras.keras.Variable)
-            if not is_variable or id(variable) in theirs | seen or len(variable.shape) < 2:
-                continue
-            seen.add(id(variable))
-            yield here, layer, variable, taken
-        below = () if is_model else here
-        for part in inside:
-            yield from walk(part, below, above if layer is model else taken)
-
-    yield from walk(model, (), False)
-
-
 def _named(found: list[Candidate]) -> list[Candidate]:
     """Shorten names to that of the layer where it has one such weight; keep all names apart."""
     counts: dict[int, int] = {}
@@ -206,18 +168,3 @@ def _reading(layer: Any, variable: Any) -> tuple[str, int]:
     if isinstance(layer, _keras.keras.layers.EinsumDense | _keras.tf_keras.layers.EinsumDense):
         return kernel_layers.einsum_layout(layer.equation, len(variable.shape)), 1
     return "", 1
-
-
-def _is_no_kernel(layer: Any, leaf: str) -> bool:
-    """Tell whether a weight is none of those that pruning is meant for, unless asked to.
-
-    Keras' own layers call their kernels so. What a layer of the user's calls its weights is not
-    known, so all are taken but those with a name that says otherwise.
-    """
-    is_keras_own = type(layer).__module__.partition(".")[0] in ("keras", "tf_keras")
-    return not leaf.endswith("kernel") if is_keras_own else leaf in _NO_KERNELS
-
-
-def _leaf(variable: Any) -> str:
-    """Return the last part of a variable's name."""
-    return variable.name.rpartition("/")[2].partition(":")[0]

@@ -94,9 +94,9 @@ def speed_check(
         _layer(model, weight, shapes.get(id(weight.kernel.layer)), rounds, seed) for weight in found
     ]
 
-    pruned = [weight.variable for weight in weights.pruned_others(model)]
+    others = [weight.variable for weight in weights.others(model)]
     masks = [mask for _, mask in wrappers.pruned_variables(model)]
-    exchanged = [weight.variable for weight in found] + pruned
+    exchanged = [weight.variable for weight in found] + others
     whole = _compiled(network, batch)
     with _Exchange(model, exchanged, seed, masks) as exchange:
         times = clock.interleaved(
