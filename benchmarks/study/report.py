@@ -151,6 +151,8 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
     cells = figures.by_cell(results)
     columns = sorted({(cell.setting, cell.method) for cell in cells})
     shape = (2, max(1, len(columns)))
+    both = plt.get_cmap("tab20").colors  # each colour in full, then pale
+    colours = [*both[::2], *both[1::2]]
     figure, axes = plt.subplots(*shape, figsize=(3.6 * shape[1], 6), squeeze=False, sharex="col")
     for column, (setting, method) in enumerate(columns):
         levels = sorted(c.sparsity for c in cells if (c.setting, c.method) == (setting, method))
@@ -164,10 +166,10 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
                 effective = [result.effective for result in found]
                 for axis, values in ((top, robust), (bottom, effective)):
                     x = [place + offset] * len(values)
-                    axis.plot(x, values, ".", color=f"C{index}", markersize=4, alpha=0.5)
+                    axis.plot(x, values, ".", color=colours[index], markersize=4, alpha=0.5)
                 if robust:
                     middle = np.mean(robust)
-                    top.plot(place + offset, middle, "_", color=f"C{index}", label=label)
+                    top.plot(place + offset, middle, "_", color=colours[index], label=label)
                     label = None  # once is enough
         top.set_title(f"{setting}, {method}", fontsize=9)
         top.set_ylim(0)
@@ -180,8 +182,8 @@ def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> 
     axes[0, 0].set_ylabel("robust accuracy, %")
     axes[1, 0].set_ylabel("worst effective κ")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, markerscale=2)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=7, frameon=False, markerscale=2)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     with _files.replaced(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
