@@ -840,8 +840,16 @@ def test_bad_input_is_named(library):
             "schedule must be left out with method='scores'",
         ),
         (lambda: prune(method="score"), ValueError, "method must be one of 'magnitude', 'scores'"),
-        (lambda: prune(engine="masks"), TypeError, "schedule must be a PruningSchedule.*None"),
-        (lambda: prune(), TypeError, "schedule must be a PruningSchedule.*None"),
+        (
+            lambda: prune(engine="masks"),
+            TypeError,
+            "schedule must be given with method='magnitude'.*Got schedule=None",
+        ),
+        (
+            lambda: prune(),
+            TypeError,
+            "schedule must be given with method='magnitude'.*Got schedule=None",
+        ),
         (lambda: prune_twice(build()), ValueError, "pruned already: strip it first"),
     ]
 
