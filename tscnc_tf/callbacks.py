@@ -193,7 +193,8 @@ class ConditionFeed(flavours.Callback):
         for governed in found:
             if isinstance(governed.schedule, schedules.ConditionGated):
                 self._governed.setdefault(governed.schedule, []).append(governed)
-        for schedule in [pruner.schedule for pruner in pruners]:
+        for pruner in pruners:
+            schedule = pruner.schedule
             if isinstance(schedule, schedules.ConditionGated) and schedule not in self._governed:
                 warnings.warn(
                     f"{schedule!r} governs no weight that is read as a matrix, so that its gate "

@@ -67,6 +67,13 @@ def leaf(variable: Any) -> str:
 
 def is_prunable(layer: Any, variable: Any) -> bool:
     """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise."""
-    trained = variable.trainable and layer.trainable and tf.as_dtype(variable.dtype).is_floating
     name = leaf(variable)
-    return trained and name not in BIASES and not is_no_kernel(layer, name)
+    return not fixed(layer, variable) and name not in BIASES and not is_no_kernel(layer, name)
+
+
+def fixed(layer: Any, variable: Any) -> str:
+    """Return why a weight can't be pruned by training; an empty text if it can."""
+    if not variable.trainable or not layer.trainable:
+        return "it is frozen (trainable=False)"
+    dtype = tf.as_dtype(variable.dtype)
+    return "" if dtype.is_floating else f"it holds no floats, but {dtype.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import pathlib
@@ -109,10 +110,8 @@ class Recipe:
         """
         path = pathlib.Path(path)
         values = _read(path, ())
-        try:
+        with errors_begin(f"{path}: "):
             return cls.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as nested dicts of JSON values."""
@@ -158,6 +157,17 @@ class Recipe:
     def leaves(cls) -> Iterator[tuple[str, Any]]:
         """Yield the dotted name of each value, and its default."""
         yield from _leaves(cls(), "")
+
+
+@contextlib.contextmanager
+def errors_begin(words: str) -> Iterator[None]:
+    """Let errors in what the user gave begin with these words: what it was given for."""
+    kinds = (FileNotFoundError, TypeError, ValueError)
+    try:
+        yield
+    except kinds as error:  # or one of a subclass, which may take other arguments
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{words}{error}") from error
 
 
 def differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
@@ -242,10 +252,8 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
             arguments[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             arguments[name] = _number(value) if kind is float else value
-    try:
+    with errors_begin(prefix):
         return cls(**arguments)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{prefix}{error}") from error
 
 
 def _number(value: Any) -> Any:

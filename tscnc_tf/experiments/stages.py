@@ -21,7 +21,7 @@ from tscnc_tf import (
     regularizers,
 )
 from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Data, Pruning, Training
-from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AdversarialTraining
 
 ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
@@ -39,7 +39,9 @@ def _dataset(part: Data, seed: int) -> datasets.Dataset:
         for field in dataclasses.fields(part)
         if field.name in ("dataset", "folder") or getattr(part, field.name) != field.default
     )
-    with _named(given):  # in a recipe, the arguments of `load` and `subset` have other names
+    with errors_begin(
+        f"{given}: "
+    ):  # in a recipe, the arguments of `load` and `subset` have other names
         data = datasets.load(
             part.dataset,
             folder=part.folder,
@@ -67,7 +69,7 @@ def rehearse(recipe: Recipe, data: datasets.Dataset) -> None:
             )
     model = network(recipe, data)
     for stage in STAGES:
-        with _named(stage), warnings.catch_warnings():
+        with errors_begin(f"{stage}: "), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # when the stage begins, it warns
             trainer(recipe, stage, data, previous=model, teacher=model)
 
@@ -280,19 +282,6 @@ def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
         weight_decay=settings.weight_decay or None,
         **averages,
     )
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Let errors in what the user gave begin with what it was given for."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{what}: {error}") from error
-    except TypeError as error:
-        raise TypeError(f"{what}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager

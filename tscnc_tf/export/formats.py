@@ -120,8 +120,7 @@ def _kernels(
     form: str, model: Any, report: inspection.SparsityReport, found: Iterable[constants.Constant]
 ) -> tuple[ExportedKernel, ...]:
     """Return the rows of a report, after looking whether all zeros are in the file."""
-    values = [*weights.kernels(model), *weights.others(model)]
-    held = constants.find([weight.values for weight in values], found)
+    held = constants.find([weight.values for weight in weights.listed(model)], found)
     rows, faults = [], []
     for row, constant in zip(report.rows, held, strict=True):
         if constant is None:

@@ -205,9 +205,7 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     """
     weights.require_inspectable(model)
     _checks.boolean("gzip", gzip)
-    found = [*weights.kernels(model), *weights.others(model)]
-    if not found:
-        raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
+    found = weights.listed(model)
     names = records.unique(weight.name for weight in found)
     rows = {id(w.variable): _row(n, w, gzip) for n, w in zip(names, found, strict=True)}
     arrays = [(v, _in_dtype(values, v)) for v, values in weights.all_weights(model)]

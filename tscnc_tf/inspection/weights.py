@@ -128,6 +128,18 @@ def others(model: Any) -> list[Weight]:
     ]
 
 
+def listed(model: Any) -> list[Weight]:
+    """Return the weights that reports have rows for: `kernels`, then `others`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [*kernels(model), *others(model)]
+    if not found:
+        raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
+    return found
+
+
 def totals(model: Any) -> tuple[int, int]:
     """Return the number of weights that the network computes with, and how many are zero."""
     every = [(values.size, np.count_nonzero(values)) for _, values in all_weights(model)]

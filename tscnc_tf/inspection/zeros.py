@@ -132,9 +132,7 @@ def sparsity(model: Any) -> SparsityReport:
         0.75
     """
     weights.require_inspectable(model)
-    found = [*weights.kernels(model), *weights.others(model)]
-    if not found:
-        raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
+    found = weights.listed(model)
     names = records.unique(weight.name for weight in found)
     model_weights, model_zeros = weights.totals(model)
     return SparsityReport(

@@ -99,10 +99,8 @@ def candidates(
         target = Target("/".join([*path, leaf]), layer, variable, layout, groups)
         if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
             reason = "not chosen"
-        elif not variable.trainable or not layer.trainable:
-            reason = "it is frozen (trainable=False)"
-        elif not tf.as_dtype(variable.dtype).is_floating:
-            reason = f"it holds no floats, but {tf.as_dtype(variable.dtype).name}"
+        elif fixed := matrices.fixed(layer, variable):
+            reason = fixed
         elif len(variable.shape) < min_rank:
             reason = f"its rank is {len(variable.shape)}, below min_rank={min_rank}"
         elif weights is None and leaf in matrices.BIASES:
