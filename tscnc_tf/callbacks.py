@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, gates, inspection
-from tscnc_tf._keras import flavours, gated, masked, masks, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, masks, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
 from tscnc_tf.inspection import records
@@ -81,7 +81,7 @@ class UpdatePruning(flavours.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """See how the model is pruned, and mask what it begins with."""
         model = self.model
-        self._pruners = [part.pruner for part in masked.masked_models(model)]
+        self._pruners = masks.pruners(model)
         self._training.close()  # where the last training broke off
         self._training.enter_context(masks.training(model, model.optimizer))
         wrapped = wrappers.wrapped_layers(model)
@@ -90,17 +90,28 @@ class UpdatePruning(flavours.Callback):
             self._tfmots = _keras.tfmot().sparsity.keras.UpdatePruningStep()
             self._tfmots.set_model(model)
             self._tfmots.on_train_begin(logs)
-            self._apply = tf.function(lambda: wrappers.apply_masks(model, model.optimizer))
+            self._apply = tf.function(
+                lambda: wrappers.apply_masks(model, model.optimizer), autograph=False
+            )
             self._apply()
         self._ahead = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Look ahead, in the first epoch, which may not be epoch 0.
 
+        A callback may have pruned the model, or stripped it, since the last epoch.
+
         Warns:
             UserWarning: in the number of steps that is planned, the last renewal of the masks comes
                 before the schedule has reached its final sparsity.
         """
+        pruners = masks.pruners(self.model)
+        for pruner in pruners:
+            if pruner not in self._pruners:
+                self._training.enter_context(pruner.training(self.model.optimizer))
+            elif not (self.params or {}).get("steps"):
+                pruner.skip_steps(self._optimizer_of(pruner))
+        self._pruners = pruners
         if self._ahead:
             self._ahead = False
             self._look_ahead(epoch)
@@ -110,8 +121,14 @@ class UpdatePruning(flavours.Callback):
         if self._apply is not None:
             self._apply()
         for pruner in self._pruners:
-            if pruner.is_behind(self.model.optimizer):
-                pruner.step(self.model.optimizer)
+            optimizer = self._optimizer_of(pruner)
+            if pruner.is_attached and pruner.is_behind(optimizer):
+                pruner.step(optimizer)
+
+    def _optimizer_of(self, pruner: Any) -> Any:
+        """Return the optimizer that trains the weights of a pruner."""
+        own = pruner.own_optimizer() if pruner.model is self.model else None
+        return self.model.optimizer if own is None else own
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Do what tfmot does at the end of an epoch."""
@@ -179,10 +196,11 @@ class ConditionFeed(flavours.Callback):
             step = functools.partial(tf_keras.backend.get_value, wrapper.pruning_step)
             found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
         gated_around = gated.owners(self.model)
-        pruners = [part.pruner for part in masked.masked_models(self.model)]
+        pruners = masks.pruners(self.model)
         for pruner in pruners:
             step = functools.partial(getattr, pruner, "steps")
-            for layer in {id(target.layer): target.layer for target in pruner.targets}.values():
+            layers = {id(target.layer): target.layer for target, _ in pruner.masked_targets()}
+            for layer in layers.values():
                 if any(kernel_layers.kernels(layer)):
                     acting = gated_around.get(id(layer), layer)
                     found.append(_Governed(pruner.schedule, acting, step))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf._keras import masked, masks, optimizers
+from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 
 # What a variable is to training; its name begins with it.
@@ -40,8 +40,8 @@ def trainer_variables(trainer: Any) -> dict[str, Any]:
     found, pruning = _Names(model_variables(model)), masks.names(model)
     for weight, mask in masks.masked_variables(model):
         found.add("pruner", [mask], path=f"mask/{found.path_of(weight)}")
-    for part in masked.masked_models(model):
-        found.add("pruner", part.pruning_state.weights)
+    for pruner in masks.pruners(model):
+        found.add("pruner", pruner.state.weights)
     found.add("pruner", [variable for variable in model.variables if id(variable) in pruning])
     for optimizer in (trainer.optimizer, optimizers.innermost(trainer.optimizer)):
         found.add("optimizer", optimizer.variables)

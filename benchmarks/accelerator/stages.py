@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from benchmarks.accelerator import names, programs
 from tscnc_tf import _checks, _files, _keras, attacks
-from tscnc_tf._keras import masked, masks, optimizers
+from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 
 SELECTIONS = ("best", "last")
@@ -173,8 +173,8 @@ def masks_from_zeros(model: Any) -> Callable[[], None]:
     def begin() -> None:
         for weight, mask in masks.masked_variables(model):
             mask.assign(tf.not_equal(tensor_variable(weight), 0))
-        for part in masked.masked_models(model):
-            part.pruner.freeze()
+        for pruner in masks.pruners(model):
+            pruner.freeze()
 
     return begin
 

@@ -6,6 +6,7 @@ base; `in_library` derives it from the base of one of them.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -54,6 +55,28 @@ class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
 def tensor_variable(variable: Any) -> Any:
     """Return the `tf.Variable` behind a variable of either Keras."""
     return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def depending_on(values: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a graph does nothing before it has these values.
+
+    A compiled step whose data can't be fetched, at the end of a dataset of unknown length, would
+    do all that needs no data: count a step, renew masks.
+
+    Args:
+        values: tensors in any structure. Outside of a graph the context does nothing, nor inside of
+            a function whose arguments they are, as under XLA: that is not called without them.
+    """
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    tensors = [
+        each for each in tf.nest.flatten(values, expand_composites=True) if tf.is_tensor(each)
+    ]
+    return tf.control_dependencies([each for each in tensors if each.op.type != "Placeholder"])
+
+
+def reset_functions(model: Any) -> None:
+    model.train_function = None
 
 
 def minimize(optimizer: Any, loss: Callable[[], tf.Tensor], variables: Iterable[Any]) -> None:

@@ -2,24 +2,34 @@
 
 `attach` gives a model a pruner by exchanging its class for a subclass of it, as torch's
 parametrizations do with modules: the object, its layers and its weights stay the same, so it works
-on subclassed models too. The subclass does four things: in `fit` it lets the pruner see to each
-optimizer step, and act after it; it names the pruner in the model's configuration, so that a
-`.keras` file brings it back; it shows the masks to weight files and checkpoints; and it hides them
-from SavedModels.
+on subclassed models too. That zeros stay zero is not up to the subclass, but to the constraints of
+the variables (`_keras.masks`). The subclass does four things: in `fit` it lets the pruner see to
+each optimizer step, and renew the masks; it names the pruner in the model's configuration, so that
+a `.keras` file brings it back; it shows the masks to weight files and checkpoints; and it hides
+them from SavedModels.
 
 The masks are no weights of the model: `get_weights`, `count_params` and the summary don't see them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from keras.src.backend.common import global_state
+
 from tscnc_tf._keras import PACKAGE, keras, tf_keras
-from tscnc_tf._keras.flavours import in_library, library_of, tensor_variable
+from tscnc_tf._keras.flavours import (
+    depending_on,
+    in_library,
+    library_of,
+    reset_functions,
+    tensor_variable,
+)
+from tscnc_tf._keras.layers import flatten
+from tscnc_tf._keras.masks import PRUNER, AttachedPruner
 
 _Base: Any = object  # a model of either Keras; `in_library` puts it there
-_PRUNER = "_attached_pruner"
 
 
 class MaskedModel(_Base):
@@ -34,7 +44,7 @@ class MaskedModel(_Base):
     @property
     def pruner(self) -> Any:
         """The pruner that this model was given."""
-        return vars(self)[_PRUNER]
+        return vars(self)[PRUNER]
 
     @property
     def pruning_state(self) -> Any:
@@ -43,22 +53,24 @@ class MaskedModel(_Base):
 
     def train_step(self, data: Any) -> Any:
         """Take the model's own training step, then let the pruner act on what it has changed."""
-        with self.pruner.training():
-            logs = super().train_step(data)
-        self.pruner.step()
+        with depending_on(data):
+            with self.pruner.training():
+                logs = super().train_step(data)
+            self.pruner.step()
         return logs
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and mask in the end: a callback may have put other weights in place."""
         with self.pruner.training():
             history = super().fit(*args, **kwargs)
-        self.pruner.apply(self.optimizer)
+        if is_masked(self):  # a callback may have taken the pruner off
+            self.pruner.apply(self.optimizer)
         return history
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training, by an optimizer that begins to count."""
         super().compile(*args, **kwargs)
-        self.pruner.begin_anew(self.optimizer)
+        self.pruner.reset_step_count(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Configure training as a saved model was."""
@@ -71,14 +83,14 @@ class MaskedModel(_Base):
     def set_weights(self, weights: Any) -> None:
         """Set the weights, those that are pruned to zero."""
         super().set_weights(weights)
-        self.pruner.adopt()
+        self.pruner.on_weights_set()
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights, and masks where the file has them; what is pruned becomes zero."""
         try:
             return super().load_weights(filepath, *args, **kwargs)
         finally:  # also if a part of them did not fit
-            self.pruner.adopt()
+            self.pruner.on_weights_set()
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and masks.
@@ -121,8 +133,22 @@ class MaskedModel(_Base):
         super().save(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the configuration of the model without its pruner, and that of the pruner."""
+        """Return the configuration of the model without its pruner, and that of the pruner.
+
+        It is asked for before weights are saved, by whichever function saves the model; so what
+        has been set from outside is masked here.
+
+        Raises:
+            ValueError: it is asked for by the legacy `.h5` format.
+        """
         library = library_of(type(self))
+        by_tf_keras = getattr(self, "use_legacy_config", False)
+        if by_tf_keras or global_state.get_global_attribute("use_legacy_config", False):
+            raise ValueError(
+                f"model {self.name!r} is being pruned, and the legacy .h5 format has no place for "
+                "its masks: save it as .keras, or strip it first."
+            )
+        self.pruner.on_weights_set()
         masked, self.__class__ = type(self), self._plain
         try:
             plain = library.saving.serialize_keras_object(self)
@@ -139,6 +165,8 @@ class MaskedModel(_Base):
         """Build the model, and give it its pruner."""
         library = library_of(cls)
         model = library.saving.deserialize_keras_object(config["model"], custom_objects)
+        if not config["pruner"]["weights"]:  # none of those that were pruned was left
+            return model
         name = config["pruner"].get("class_name", "Pruner")
         pruner = library.saving.get_registered_object(f"{PACKAGE}>{name}")
         pruner.from_config(config["pruner"], model=model)
@@ -155,22 +183,43 @@ class MaskedModel(_Base):
 class PruningState(_Base):
     """The variables of a pruner, as a layer of the model's Keras.
 
+    A weight file has those of the weights that the model holds when it is saved: a layer may have
+    been taken out of it, or quantized, since it was pruned.
+
     Attributes:
         step: the number of optimizer steps since the pruner was attached.
         seen: the optimizer's own count when the pruner last acted; -1 before that.
         frozen: whether the masks are to stay as they are.
+        left_out: a vector, True for the weights that were frozen at the last renewal of the masks.
         masks: one per pruned weight, True where the weight is kept.
 
     Args:
         shapes: of the pruned weights.
+        held: returns which of them the model holds, by their places.
+        on_loaded: is called when the weight file of a dense model has been loaded.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+    _KINDS: tuple[tuple[str, ...], ...] = (("mask",),)  # what a file has, one after the other
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        held: Callable[[], list[int]],
+        on_loaded: Callable[[], None],
+    ) -> None:
         super().__init__(name="pruning_state", dtype="float32", trainable=False)
+        self.__dict__.update(_held=held, _on_loaded=on_loaded)  # past Keras' own tracking
         fixed: dict[str, Any] = {"shape": (), "trainable": False}
         self.step = self.add_weight(name="step", dtype="int64", initializer="zeros", **fixed)
         self.seen = self.add_weight(name="seen", dtype="int64", initializer="zeros", **fixed)
         self.frozen = self.add_weight(name="frozen", dtype="bool", initializer="zeros", **fixed)
+        self.left_out = self.add_weight(
+            name="left_out",
+            shape=(len(shapes),),
+            dtype="bool",
+            initializer="zeros",
+            trainable=False,
+        )
         self._count = len(shapes)
         for index, shape in enumerate(shapes):
             mask = self.add_weight(
@@ -180,10 +229,41 @@ class PruningState(_Base):
         self.seen.assign(-1)
         self.built = True
 
+    def _saved(self) -> list[Any]:
+        """Return the variables that a weight file has, in its order."""
+        return [
+            *(self.step, self.seen, self.frozen),
+            *(
+                getattr(self, f"{kind}_{index}")
+                for together in self._KINDS
+                for index in self._held()
+                for kind in together
+            ),
+        ]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write what belongs to the weights that the model holds."""
+        for position, variable in enumerate(self._saved()):
+            store[str(position)] = variable.numpy()
+
     def load_own_variables(self, store: Any) -> None:
-        """Load what a weight file has; that of a dense model has nothing, and masks stay."""
-        if store.keys():
-            super().load_own_variables(store)
+        """Load what a weight file has; that of a dense model has nothing, and masks stay.
+
+        Raises:
+            ValueError: the file is that of a model with other weights pruned.
+        """
+        if not store.keys():
+            self._on_loaded()
+            return
+        saved = self._saved()
+        if len(store.keys()) != len(saved):
+            raise ValueError(
+                f"The file has {len(store.keys())} variables of a pruner, and this model's has "
+                f"{len(saved)}: other weights of the model were pruned when it was saved, or by "
+                "another method. Load it into a model that is pruned in the same way."
+            )
+        for position, variable in enumerate(saved):
+            variable.assign(store[str(position)])
 
     @property
     def masks(self) -> list[Any]:
@@ -200,11 +280,21 @@ class ScoringState(PruningState):
 
     Args:
         shapes: of the pruned weights.
+        held: as in `PruningState`.
+        on_loaded: as in `PruningState`.
         dtypes: of the pruned weights.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], dtypes: list[str]) -> None:
-        super().__init__(shapes)
+    _KINDS = (("mask",), ("dense", "score"))
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        held: Callable[[], list[int]],
+        on_loaded: Callable[[], None],
+        dtypes: list[str],
+    ) -> None:
+        super().__init__(shapes, held, on_loaded)
         for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
             for kind in ("dense", "score"):
                 variable = self.add_weight(
@@ -227,16 +317,22 @@ class ScoringState(PruningState):
         return [tensor_variable(getattr(self, f"score_{i}")) for i in range(self._count)]
 
 
-def new_state(model: Any, shapes: list[tuple[int, ...]], dtypes: list[str] | None = None) -> Any:
-    """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes."""
+def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> Any:
+    """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes.
+
+    Args:
+        model: what is to be pruned.
+        dtypes: of the pruned weights, if their scores are to be trained.
+        **arguments: those of `PruningState`.
+    """
     layer = library_of(type(model)).layers.Layer
     with model.distribute_strategy.scope():
         if dtypes is None:
-            return in_library(PruningState, layer)(shapes)
-        return in_library(ScoringState, layer)(shapes, dtypes)
+            return in_library(PruningState, layer)(**arguments)
+        return in_library(ScoringState, layer)(**arguments, dtypes=dtypes)
 
 
-def attach(model: Any, pruner: Any) -> None:
+def attach(model: Any, pruner: AttachedPruner) -> None:
     """Give a model a pruner, in place.
 
     Raises:
@@ -252,16 +348,16 @@ def attach(model: Any, pruner: Any) -> None:
     masked._plain = plain
     masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
     _register(masked, library_of(plain))
-    vars(model)[_PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
+    vars(model)[PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
     model.__class__ = masked
-    model.train_function = None  # which may have been compiled from the plain training step
+    reset_functions(model)  # they may have been compiled from the plain training step
 
 
 def detach(model: Any) -> None:
     """Take a model's pruner away, in place."""
     model.__class__ = model._plain
-    del vars(model)[_PRUNER]
-    model.train_function = None
+    del vars(model)[PRUNER]
+    reset_functions(model)
 
 
 def is_masked(model: Any) -> bool:
@@ -271,8 +367,6 @@ def is_masked(model: Any) -> bool:
 
 def masked_models(model: Any) -> Iterator[Any]:
     """Yield the models with a pruner in `model`, which may be one itself, each once."""
-    from tscnc_tf._keras.layers import flatten
-
     seen: set[int] = set()
     for layer in flatten(model):
         if is_masked(layer) and id(layer) not in seen:

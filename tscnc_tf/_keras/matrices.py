@@ -67,13 +67,19 @@ def leaf(variable: Any) -> str:
 
 def is_prunable(layer: Any, variable: Any) -> bool:
     """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise."""
+    if not variable.trainable or not layer.trainable:
+        return False
     name = leaf(variable)
     return not fixed(layer, variable) and name not in BIASES and not is_no_kernel(layer, name)
 
 
 def fixed(layer: Any, variable: Any) -> str:
-    """Return why a weight can't be pruned by training; an empty text if it can."""
-    if not variable.trainable or not layer.trainable:
-        return "it is frozen (trainable=False)"
+    """Return why a weight is never trained; an empty text if it is, unless its layer is frozen."""
+    if isinstance(variable, _keras.keras.Variable):  # whose flag follows that of the layer
+        is_fixed = any(variable is each for each in layer._non_trainable_variables)
+    else:
+        is_fixed = not variable.trainable
+    if is_fixed:
+        return "it was made with trainable=False"
     dtype = tf.as_dtype(variable.dtype)
     return "" if dtype.is_floating else f"it holds no floats, but {dtype.name}"

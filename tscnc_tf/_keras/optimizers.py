@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -12,7 +12,9 @@ import tensorflow as tf
 from tscnc_tf._keras import keras, tf_keras
 from tscnc_tf._keras.flavours import tensor_variable
 
-_DETOURS: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+Pairs = list[tuple[Any, Any]]  # of a gradient and a weight
+
+_INTERCEPTED: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def innermost(optimizer: Any) -> Any:
@@ -89,22 +91,27 @@ def build(optimizer: Any, variables: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def diverted(optimizer: Any, detour: Any) -> Iterator[None]:
-    """Let what an optimizer does to weights go by way of `detour`, as long as this lasts.
+def intercept(
+    optimizer: Any,
+    on_step: Callable[[Any, Pairs, Callable[[Pairs], Any]], Any],
+    on_finalize: Callable[[Callable[[], Any]], Any],
+) -> Iterator[None]:
+    """Put functions between a model's training and an optimizer, as long as this lasts.
 
     Keras' own training step takes the gradient and hands it to the optimizer in one go. So this is
     where to step in between, whatever the model's `train_step` is.
 
     Args:
-        optimizer: of either Keras; that there is a detour is seen in the object only, not in its
+        optimizer: of either Keras; that it is intercepted is seen in the object only, not in its
             class, its configuration or its variables.
-        detour: `detour.take(optimizer, pairs, go_on)` is called for each step with the pairs
-            (gradient, weight), and has `go_on(pairs)` take it. `detour.settle(go_on)` is called
-            when training ends, and has `go_on()` put averages in place of weights. A detour that an
-            optimizer is on already is not made twice.
+        on_step: `on_step(optimizer, pairs, take)` is called for each step with the pairs (gradient,
+            weight), and has `take(pairs)` take it. A function that is there already is not called
+            twice.
+        on_finalize: `on_finalize(finalize)` is called when training ends, and has `finalize()` put
+            averages in place of weights.
     """
-    under_way = _DETOURS.setdefault(optimizer, [])
-    if any(each is detour for each in under_way):
+    present = _INTERCEPTED.setdefault(optimizer, [])
+    if on_step in present:
         yield
         return
     is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
@@ -116,23 +123,23 @@ def diverted(optimizer: Any, detour: Any) -> Iterator[None]:
         known = optimizer._trainable_variables
         variables = known if trainable_variables is None else trainable_variables
         pairs = list(zip(grads, variables, strict=True))
-        return detour.take(optimizer, pairs, lambda pairs: own_step(*zip(*pairs, strict=True)))
+        return on_step(optimizer, pairs, lambda pairs: own_step(*zip(*pairs, strict=True)))
 
     def apply_gradients(grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
         pairs = list(grads_and_vars)
-        return detour.take(optimizer, pairs, lambda pairs: own_step(pairs, *args, **kwargs))
+        return on_step(optimizer, pairs, lambda pairs: own_step(pairs, *args, **kwargs))
 
     replaced: dict[str, Any] = {name: apply if is_keras_3 else apply_gradients}
     if own_end is not None:
         end = own_end
-        replaced["finalize_variable_values"] = lambda var_list: detour.settle(lambda: end(var_list))
+        replaced["finalize_variable_values"] = lambda var_list: on_finalize(lambda: end(var_list))
     before = {each: vars(optimizer)[each] for each in replaced if each in vars(optimizer)}
     vars(optimizer).update(replaced)  # past Keras' own tracking
-    under_way.append(detour)
+    present.append(on_step)
     try:
         yield
     finally:
-        under_way.remove(detour)
+        present.remove(on_step)
         for each in replaced:
             del vars(optimizer)[each]
         vars(optimizer).update(before)

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _files, datasets, gates, inspection, pruning
-from tscnc_tf._keras import flavours, gated, masked, masks, optimizers
+from tscnc_tf._keras import flavours, gated, masks, optimizers
 from tscnc_tf.callbacks import pruning_callbacks
 from tscnc_tf.experiments import folders, stages
 from tscnc_tf.experiments.recipe import Recipe
@@ -73,7 +73,7 @@ def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray]
         folder: of the stage.
     """
     arrays = folders.read_arrays(folder / "best.npz")
-    names = [t.name for part in masked.masked_models(trained) for t in part.pruner.targets]
+    names = [t.name for pruner in masks.pruners(trained) for t, _ in pruner.masked_targets()]
     kept = {name: arrays[f"{MASKS}{index}"] for index, name in enumerate(names)}
     # With its pruner, a model that learns scores would take these weights for new dense ones.
     model = pruning.strip(trained) if names else trained

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import cloning, flavours, gated, masked, masks, wrappers
+from tscnc_tf._keras import cloning, flavours, gated, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.gates.groups import kind_of
@@ -199,7 +199,7 @@ def _require_plain(model: Any) -> types.ModuleType:
     _keras.require_built("model", model)
     if found := [layer.name for layer in gated.gated_layers(model)]:
         raise ValueError(f"model {model.name!r} has gates already, in {found}: fold it first.")
-    if wrappers.wrapped_layers(model) or any(masked.masked_models(model)):
+    if wrappers.wrapped_layers(model) or masks.pruners(model):
         raise ValueError(
             f"model {model.name!r} is being pruned: add gates first and call prune on what is "
             "returned, or strip the model before."

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _tables
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning.criteria import Magnitude
-from tscnc_tf.pruning.scopes import scope_for
+from tscnc_tf.pruning.scopes import fitting, scope_for
 from tscnc_tf.pruning.structures import Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
 
@@ -50,8 +50,19 @@ class Choice:
             )
         self.scope = scope
         self.min_weights = _checks.integer("min_weights", min_weights, minimum=1)
+        self._sparsity = sparsity
         self._scope = scope_for(scope, self.targets, sparsity, self.min_weights)
         self.structure.require(self._scope)
+
+    def only(self, indices: Sequence[int]) -> Choice:
+        """Return the choice among some of the targets: scopes share out what these keep."""
+        if len(indices) == len(self.targets):
+            return self
+        targets = [self.targets[index] for index in indices]
+        scope = self.scope if isinstance(self.scope, str) else fitting(self.scope, targets)
+        return Choice(
+            targets, self.criterion, self.structure, scope, self.min_weights, self._sparsity
+        )
 
     def masks(
         self, sparsity: Any, alive: Sequence[Any], judged: Sequence[Any] | None = None

@@ -7,17 +7,18 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import masked, optimizers
+from tscnc_tf._keras import masked, masks, optimizers, paths
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import plans, updates
 from tscnc_tf.pruning.choice import Choice
 from tscnc_tf.pruning.structures import Structure
-from tscnc_tf.pruning.targets import Candidate, candidates, found_again
+from tscnc_tf.pruning.targets import FROZEN, Candidate, Target, candidates, found_again
 
 __all__ = ["Pruner"]
 
@@ -27,17 +28,28 @@ class Pruner:
     r"""Prunes the weights of a model as it is trained, by masks on its variables.
 
     At each optimizer step t it asks the schedule; where the schedule says so, it chooses anew the
-    weights to keep, by their scores, and in any case it sets to zero what is not kept: in the
-    weights, :math:`w \leftarrow m \odot w`, in the optimizer's slots, and in moving averages of
-    weights. A pruned weight does not come back as long as the sparsity does not fall.
+    weights to keep, by their scores. What is not kept is zero: in the weights,
+    :math:`w \leftarrow m \odot w`, in the optimizer's slots, and in moving averages of weights. A
+    pruned weight does not come back as long as the sparsity does not fall.
 
-    The model is given the pruner in place; no layer is wrapped or cloned, so subclassed models and
-    layers of any class will do. From then on the model's own `fit`, and `AdversarialTraining`, call
-    `step` after each optimizer step by themselves, inside the compiled step. A training loop of
-    your own calls it. Where the model is a part of another one that is trained, or has a
-    `make_train_function` of its own, `callbacks.pruning_callbacks()` see to it. Masks, step and
-    schedule are saved with the model: in `.keras` files, in weight files, and in TensorFlow's
+    **Zeros stay zero** wherever the weights are trained: a mask is the constraint of its variable
+    (after the constraint that the layer has, if any), and Keras' optimizers apply constraints
+    after each update. So they hold in another model that a pruned layer becomes a part of, such as
+    a new head on a pruned body, too. (That model's files do not hold the masks, only the zeros:
+    `freeze_mask` goes on with these after loading.)
+
+    **Masks are renewed** by `step`, which is called after each optimizer step, inside the compiled
+    step, by the model's own `fit` and by `AdversarialTraining`. A training loop of your own calls
+    it. Where the model is a part of another one that is trained, where its layers are, or where it
+    has a `make_train_function` of its own, `callbacks.pruning_callbacks()` see to it. Masks, step
+    and schedule are saved with the model: in `.keras` files, in weight files, and in TensorFlow's
     checkpoints. `strip` takes the pruner off again.
+
+    **What is frozen** (`layer.trainable = False`) when a step is taken does not change: its mask
+    stays as it is, and scopes share out what is kept among the others. Once it is trained again it
+    is pruned, at the first step: with Keras, changes of `trainable` act from the next `compile`.
+    A layer that is given LoRA weights leaves the pruner: its kernel is frozen then, and what acts
+    is the sum with the LoRA product, which has no zeros.
 
     Steps are counted by the optimizer's `iterations`: not by forward passes, so that a layer that
     is called twice counts once. A step that only accumulates gradients does not count, nor does one
@@ -104,6 +116,7 @@ class Pruner:
         found = candidates(model, layers, *plans.checked_selection(weights, min_rank), unfit)
         choice = {"criterion": criterion, "structure": structure, "scope": scope}
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
+        self._require_trained()
         self._warn_of_starving()
 
     @staticmethod
@@ -112,15 +125,15 @@ class Pruner:
         plans.require_model(model)
         found = candidates(model, layers)
         variables = [tensor_variable(target.variable) for target, reason in found if not reason]
-        masks = [tf.not_equal(variable, 0) for variable in variables]
+        kept = [tf.not_equal(variable, 0) for variable in variables]
         choice = {"criterion": None, "structure": None, "scope": "layer", "min_weights": 1}
-        return Pruner.of_masks(model, found, masks, 0.0, choice)
+        return Pruner.of_masks(model, found, kept, 0.0, choice)
 
     @staticmethod
     def of_masks(
         model: Any,
         found: list[Candidate],
-        masks: Sequence[Any],
+        kept: Sequence[Any],
         sparsity: float,
         choice: dict[str, Any],
     ) -> Pruner:
@@ -129,7 +142,7 @@ class Pruner:
         Args:
             model: a built model of either Keras, not pruned.
             found: its weights, and why some of them are not pruned.
-            masks: of those that are, in their order; True where a weight is kept.
+            kept: masks of those that are, in their order; True where a weight is kept.
             sparsity: that was asked for.
             choice: how the masks were chosen.
         """
@@ -137,7 +150,7 @@ class Pruner:
 
         pruner = Pruner.__new__(Pruner)
         pruner._set_up(model, schedules.OneShot(sparsity), found, choice)
-        for variable, mask in zip(pruner.state.masks, masks, strict=True):
+        for variable, mask in zip(pruner.state.masks, kept, strict=True):
             variable.assign(mask)
         pruner.freeze()
         return pruner
@@ -150,11 +163,7 @@ class Pruner:
         self.targets = [target for target, reason in found if not reason]
         self._found = found
         if not self.targets:
-            reasons = {target.name: reason for target, reason in found}
-            raise ValueError(
-                f"model {model.name!r} has no weight that can be pruned as asked for: "
-                f"{reasons or 'it has none of rank 2 or more'}."
-            )
+            raise ValueError(self._nothing_to_prune())
         self._asked = scheduling.final_sparsity(schedule)
         self._choice = Choice(self.targets, sparsity=self._asked, **choice)
         self.target_sparsity = self.structure.reachable(self._asked)
@@ -162,16 +171,50 @@ class Pruner:
         self._optimizer: Any = None
         self.state = self._new_state()
         masked.attach(model, self)
+        for target, mask in zip(self.targets, self.state.masks, strict=True):
+            masks.constrain(target.variable, self, mask)
 
-    def _new_state(self) -> Any:
-        return masked.new_state(self.model, [target.shape for target in self.targets])
+    def _require_trained(self) -> None:
+        """Raise a ValueError if all that could be pruned is frozen; then nothing is done."""
+        if not self._active():
+            self.detach()
+            raise ValueError(self._nothing_to_prune())
+
+    def _nothing_to_prune(self) -> str:
+        reasons = {target.name: reason or FROZEN for target, reason in self._found}
+        return (
+            f"model {self.model.name!r} has no weight that can be pruned as asked for: "
+            f"{reasons or 'it has none of rank 2 or more'}."
+        )
+
+    def _new_state(self, dtypes: list[str] | None = None) -> Any:
+        return masked.new_state(
+            self.model,
+            dtypes,
+            shapes=[target.shape for target in self.targets],
+            held=self._held,
+            on_loaded=self.on_weights_set,
+        )
+
+    def detach(self) -> None:
+        """Take the pruner off its model and its weights, which stay as they are."""
+        for target in self.targets:
+            masks.release(target.variable)
+        masked.detach(self.model)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the pruner is still that of its model."""
+        return vars(self.model).get(masks.PRUNER) is self
 
     def _warn_of_starving(self, *scores: Any) -> None:
         """Warn of what would be left with too little; where that is an error, nothing is done."""
+        active = self._active()
+        judged = [[each[index] for index in active] for each in scores]
         try:
-            self._choice.warn_of_starving(self.target_sparsity, *scores)
+            self._choice.only(active).warn_of_starving(self.target_sparsity, *judged)
         except UserWarning:
-            masked.detach(self.model)
+            self.detach()
             raise
 
     @property
@@ -181,8 +224,20 @@ class Pruner:
 
     @property
     def skipped(self) -> tuple[Candidate, ...]:
-        """The weights of rank 2 or more that are not pruned, and why."""
-        return tuple(candidate for candidate in self._found if candidate.reason)
+        """The weights of rank 2 or more that are not pruned now, and why."""
+        pruned = {id(variable) for variable, _ in self.masked_variables()}
+        return tuple(
+            Candidate(target, reason or self._not_pruned(target))
+            for target, reason in self._found
+            if id(target.variable) not in pruned
+        )
+
+    def _not_pruned(self, target: Target) -> str:
+        if getattr(target.layer, "lora_enabled", False):
+            return "LoRA is enabled: what acts is its kernel plus the LoRA product"
+        if id(target.variable) not in {id(weight) for weight in self.model.weights}:
+            return "the model does not hold it any more"
+        return FROZEN
 
     @property
     def steps(self) -> int:
@@ -194,11 +249,52 @@ class Pruner:
         """Whether the masks stay as they are."""
         return bool(tensor_variable(self.state.frozen).numpy())
 
+    def masked_targets(self) -> list[tuple[Target, Any]]:
+        """Return (target, mask) for what is pruned now; masks are True where a weight is kept.
+
+        A weight that the model does not hold any more is not pruned, nor is one that has been
+        frozen before it was.
+        """
+        active, every = set(self._active()), self.state.masks
+        return [
+            (self.targets[index], every[index])
+            for index in self._held()
+            if index in active or not np.all(every[index].numpy())
+        ]
+
     def masked_variables(self) -> list[tuple[Any, Any]]:
         """Return the pairs (weight, mask); masks are True where a weight is kept."""
-        return list(
-            zip((target.variable for target in self.targets), self.state.masks, strict=True)
-        )
+        return [(target.variable, mask) for target, mask in self.masked_targets()]
+
+    def _masked(self, indices: list[int]) -> list[tuple[Target, Any]]:
+        every = self.state.masks
+        return [(self.targets[index], every[index]) for index in indices]
+
+    def _held(self) -> list[int]:
+        """Return the places of the targets that the model holds, as plain kernels."""
+        own = {id(weight) for weight in self.model.weights}
+        return [
+            index
+            for index, target in enumerate(self.targets)
+            if id(target.variable) in own and not getattr(target.layer, "lora_enabled", False)
+        ]
+
+    def _active(self) -> list[int]:
+        """Return the places of those that are trained, and not frozen."""
+        trained = {optimizers.key(weight) for weight in self.model.trainable_variables}
+        held = self._held()
+        return [index for index in held if optimizers.key(self.targets[index].variable) in trained]
+
+    def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
+        """Return what a weight is to be after an optimizer step: zero where its mask is False.
+
+        Args:
+            weight: its value.
+            mask: its mask.
+            own: the constraint of its layer, None for none; it sees the masked weight.
+        """
+        weight = updates.kept(weight, mask)
+        return weight if own is None else updates.kept(own(weight), mask)
 
     def step(self, optimizer: Any = None) -> None:
         """Act on what an optimizer step has changed; to be called after each.
@@ -210,15 +306,23 @@ class Pruner:
                 with, or another one of its own that trains these weights; if there is none, each
                 call counts as a step.
         """
-        optimizer = self._own_optimizer() if optimizer is None else optimizer
+        self._step(self.own_optimizer() if optimizer is None else optimizer)
+
+    def _step(self, optimizer: Any) -> None:
+        """Count a step, renew the masks where that is due, and let them act."""
+
+        def act() -> None:
+            update_everywhere(self.model, lambda strategy: self._update(strategy, optimizer))
+
         if not tf.executing_eagerly():
-            self._step(optimizer)
+            act()
             return
         self._meet(optimizer)
         # What an optimizer keeps for each weight is there only once it has begun.
-        key = (id(optimizer), tuple(id(variable) for variable in self._companions(optimizer)))
+        kept = (id(variable) for variable in self._companions(optimizer))
+        key = (id(optimizer), tuple(self._active()), *kept)
         if self._compiled[0] != key:
-            self._compiled = (key, tf.function(lambda: self._step(optimizer)))
+            self._compiled = (key, tf.function(act, autograph=False))
         self._compiled[1]()
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
@@ -228,10 +332,10 @@ class Pruner:
         """
         return contextlib.nullcontext()
 
-    def hear_of(self, optimizer: Any) -> None:
+    def register_optimizer(self, optimizer: Any) -> None:
         """Take note of an optimizer that may keep something for the weights; here nothing to do."""
 
-    def take_over(self, optimizer: Any) -> None:
+    def on_train_begin(self, optimizer: Any) -> None:
         """Take note of the optimizer that is about to train, before its compiled steps.
 
         It begins anew, unless it is the last one, or has been brought back with this pruner from
@@ -241,17 +345,17 @@ class Pruner:
         known = self._optimizer is not None
         begun = int(tensor_variable(self.state.seen).numpy()) >= 0
         if begun and not known and self.is_behind(optimizer):
-            self.begin_anew(optimizer)
+            self.reset_step_count(optimizer)
         self._meet(optimizer)
 
     def _meet(self, optimizer: Any) -> None:
         """Begin anew if, from one call to the next, another optimizer has taken over."""
         known = self._optimizer is not None
         if known and optimizer is not None and self._optimizer() is not optimizer:
-            self.begin_anew(optimizer)
+            self.reset_step_count(optimizer)
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
-    def _own_optimizer(self) -> Any:
+    def own_optimizer(self) -> Any:
         """Return the model's optimizer that trains the targets, None if there is none."""
         variables = [target.variable for target in self.targets]
         held = self._held_optimizers()
@@ -262,9 +366,17 @@ class Pruner:
         held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
         return [each for each in held if optimizers.is_optimizer(each)]
 
-    def begin_anew(self, optimizer: Any = None) -> None:  # noqa: ARG002
+    def reset_step_count(self, optimizer: Any = None) -> None:  # noqa: ARG002
         """Take note that another optimizer takes over, whose steps so far were not counted."""
         tensor_variable(self.state.seen).assign(-1)
+
+    def skip_steps(self, optimizer: Any) -> None:
+        """Take what an optimizer has counted since the last step for none of its steps.
+
+        At the end of a dataset of unknown length a compiled step that gets no data may count.
+        """
+        if int(tensor_variable(self.state.seen).numpy()) >= 0:
+            tensor_variable(self.state.seen).assign(optimizers.iterations(optimizer))
 
     def _companions(self, optimizer: Any) -> list[Any]:
         return optimizers.companions(optimizer, *(target.variable for target in self.targets))
@@ -278,7 +390,7 @@ class Pruner:
         """Set to zero what is not kept: in weights, in the optimizer's slots and averages."""
         update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))
 
-    def adopt(self) -> None:
+    def on_weights_set(self) -> None:
         """Act on weights that were set from outside: what is not kept becomes zero."""
         self.apply()
 
@@ -296,9 +408,6 @@ class Pruner:
         """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""
         tensor_variable(self.state.frozen).assign(True)
 
-    def _step(self, optimizer: Any) -> None:
-        update_everywhere(self.model, lambda strategy: self._update(strategy, optimizer))
-
     def _update(self, strategy: Any, optimizer: Any) -> None:
         before = tf.identity(tensor_variable(self.state.step))
         seen = tf.identity(tensor_variable(self.state.seen))
@@ -309,22 +418,56 @@ class Pruner:
         taken = tf.where(seen < 0, first, tf.where(count >= seen, count - seen, count))
         now = before + taken
         due, sparsity = scheduling.due_between(self.schedule, before, now)
+        active = self._among(self._active())
+        # Who was frozen when masks were renewed, and is not now, is pruned now.
+        due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)
         due &= ~tf.identity(tensor_variable(self.state.frozen))
-        tf.cond(due, lambda: self._renew(strategy, sparsity), lambda: None)
+
+        def renew() -> None:
+            self._renew(strategy, sparsity)
+            self._mask_weights(strategy)
+
+        tf.cond(due, renew, lambda: None)
         for variable, value in ((self.state.step, now), (self.state.seen, count)):
             strategy.extended.update(tensor_variable(variable), updates.assign, args=(value,))
-        self._apply(strategy, optimizer)
+        if optimizer is None:  # whatever has changed the weights, it applies no constraints
+            self._mask_weights(strategy)
+        self._mask_companions(strategy, optimizer)
+
+    def _among(self, indices: list[int]) -> tf.Tensor:
+        """Return a vector with True for those of the targets."""
+        return tf.constant([index in set(indices) for index in range(len(self.targets))])
 
     def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
-        """Choose the weights to keep, and write the masks."""
-        masks = self._choice.masks(sparsity, self.state.masks)
-        for variable, mask in zip(self.state.masks, masks, strict=True):
-            strategy.extended.update(variable, updates.assign, args=(mask,))
+        """Choose the weights to keep among those that are trained, and write the masks."""
+        active = self._active()
+        if active:
+            alive, judged = self._ranked(active)
+            chosen = self._choice.only(active).masks(sparsity, alive, judged)
+            for index, mask in zip(active, chosen, strict=True):
+                variable = self.state.masks[index]
+                strategy.extended.update(variable, updates.assign, args=(mask,))
+        left_out = ~self._among(active)
+        variable = tensor_variable(self.state.left_out)
+        strategy.extended.update(variable, updates.assign, args=(left_out,))
+
+    def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
+        """Return which entries may be kept, and what the criterion judges; None for weights."""
+        return [self.state.masks[index] for index in indices], None
 
     def _apply(self, strategy: Any, optimizer: Any) -> None:
-        for target, mask in zip(self.targets, self.state.masks, strict=True):
-            together = [target.variable, *optimizers.companions(optimizer, target.variable)]
-            for variable in together:
+        self._mask_weights(strategy)
+        self._mask_companions(strategy, optimizer)
+
+    def _mask_weights(self, strategy: Any) -> None:
+        for target, mask in self._masked(self._held()):
+            variable = tensor_variable(target.variable)
+            strategy.extended.update(variable, updates.keep, args=(mask,))
+
+    def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
+        """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
+        for target, mask in self._masked(self._held()):
+            for variable in optimizers.companions(optimizer, target.variable):
                 strategy.extended.update(tensor_variable(variable), updates.keep, args=(mask,))
 
     def get_config(self) -> dict[str, Any]:
@@ -337,15 +480,22 @@ class Pruner:
 
     def _shared_config(self) -> dict[str, Any]:
         scope = self._choice.scope
+        where, held = paths.weight_paths(self.model), set(self._held())
+        left_out = tensor_variable(self.state.left_out).numpy()
         return {
             "class_name": type(self).__name__,
             "structure": plans.serialize(self.structure, self.model),
             "scope": scope if isinstance(scope, str) else dict(scope),
             "min_weights": self._choice.min_weights,
             "weights": [
-                {"position": position, "name": target.name, "shape": list(target.shape)}
-                for position, (target, reason) in enumerate(self._found)
-                if not reason
+                {
+                    "path": where[id(target.variable)],
+                    "name": target.name,
+                    "shape": list(target.shape),
+                    "left_out": bool(left_out[index]),
+                }
+                for index, target in enumerate(self.targets)
+                if index in held
             ],
         }
 
@@ -353,13 +503,12 @@ class Pruner:
     def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
         """Give `model` the pruner that `get_config` described.
 
-        Weights are found by their places: a subclassed model names its layers anew when it is
-        built.
+        Weights are found by their paths, whose steps are attributes: a subclassed model names its
+        layers anew when it is built.
 
         Raises:
             ValueError: the model lacks a weight that was pruned.
         """
-        found = found_again(model, config["weights"])
         pruner = cls.__new__(cls)
         choice = {
             "criterion": plans.deserialize(config["criterion"], model),
@@ -367,8 +516,16 @@ class Pruner:
             "scope": config["scope"],
             "min_weights": config["min_weights"],
         }
-        pruner._set_up(model, plans.deserialize_schedule(config["schedule"], model), found, choice)
+        schedule = plans.deserialize_schedule(config["schedule"], model)
+        pruner._set_up_again(model, schedule, config["weights"], choice)
         return pruner
+
+    def _set_up_again(
+        self, model: Any, schedule: Any, weights: list[dict[str, Any]], choice: dict[str, Any]
+    ) -> None:
+        self._set_up(model, schedule, found_again(model, weights), choice)
+        left_out = [weight.get("left_out", False) for weight in weights]
+        tensor_variable(self.state.left_out).assign(left_out)
 
     def __repr__(self) -> str:
         return (

@@ -68,6 +68,30 @@ def require_rankable(target: Target, where: str) -> None:
         )
 
 
+def score_gradients(
+    pairs: optimizers.Pairs, factors: dict[Any, tuple[Any, Any]], frozen: set[Any]
+) -> optimizers.Pairs:
+    r"""Return the pairs to train scores by: gradients of kernels as those of their scores.
+
+    .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
+
+    Args:
+        pairs: of a gradient and a weight, those of kernels as they act.
+        factors: (dense weights, scores) of each kernel, by the keys of the kernels.
+        frozen: keys of other weights, which are left out.
+    """
+    result = []
+    for gradient, variable in pairs:
+        key = optimizers.key(variable)
+        if key in frozen:
+            continue
+        if key in factors and gradient is not None:
+            dense, score = factors[key]
+            gradient = tf.convert_to_tensor(gradient) * dense * tf.sign(score)
+        result.append((gradient, variable))
+    return result
+
+
 def frozen_others(model: Any, also_train: str) -> set[Any]:
     """Return the keys of a model's weights that are frozen while scores are trained."""
     if also_train == "all":

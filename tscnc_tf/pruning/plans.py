@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import flavours, masked, wrappers
+from tscnc_tf._keras import flavours, masks, wrappers
 from tscnc_tf.functional.scheduling import final_sparsity
 
 
@@ -24,7 +24,7 @@ def require_unpruned(name: str, model: Any) -> None:
         raise ValueError(
             f"{name} must be the network itself, not the trainer: prune trainer.model."
         )
-    if wrappers.wrapped_layers(model) or any(masked.masked_models(model)):
+    if wrappers.wrapped_layers(model) or masks.pruners(model):
         raise ValueError(f"{name} {model.name!r} is pruned already: strip it first.")
 
 

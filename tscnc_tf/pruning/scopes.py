@@ -131,6 +131,15 @@ def scope_for(
     return ByCounts(minimum, _by_pattern(value, targets, final), False)
 
 
+def fitting(ratios: Mapping[str, float], targets: Sequence[Target]) -> dict[str, float]:
+    """Return the sparsities by name pattern whose patterns fit a weight."""
+    return {
+        pattern: ratio
+        for pattern, ratio in ratios.items()
+        if any(fnmatch.fnmatchcase(target.name, pattern) for target in targets)
+    }
+
+
 def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: float) -> Any:
     """Return the rule of sparsities by name: each rises in step with the schedule."""
     ratios = {name: _checks.sparsity(f"scope[{name!r}]", ratio) for name, ratio in ratios.items()}

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import masked, optimizers
+from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.distribution import update_everywhere
-from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf._keras.flavours import depending_on, tensor_variable
 from tscnc_tf.pruning import engine, importance, plans, updates
-from tscnc_tf.pruning.detour import Detour
 from tscnc_tf.pruning.structures import Structure
-from tscnc_tf.pruning.targets import Candidate, Target, candidates, found_again
+from tscnc_tf.pruning.targets import Candidate, Target, candidates
 
 __all__ = ["ScorePruner"]
 
@@ -127,15 +126,16 @@ class ScorePruner(engine.Pruner):
         )
         self.also_train = _checks.one_of("also_train", also_train, importance.OTHERS)
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
+        self._require_trained()
         self._warn_of_starving(self.state.scores)
         self.choose()
 
     def _set_up(
         self, model: Any, schedule: Any, found: list[Candidate], choice: dict[str, Any]
     ) -> None:
-        self._met: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers
         self._is_used = False
-        self._detour = Detour(self)
+        self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
         super()._set_up(model, schedule, found, choice)
         self._take_weights()
 
@@ -154,13 +154,15 @@ class ScorePruner(engine.Pruner):
             dense.assign(weight)
             score.assign(importance.initial_scores(weight, target))
 
-    def _new_state(self) -> Any:
-        dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
-        return masked.new_state(self.model, [target.shape for target in self.targets], dtypes)
+    def _new_state(self, dtypes: list[str] | None = None) -> Any:  # noqa: ARG002
+        return super()._new_state(
+            [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
+        )
 
-    def triples(self) -> Iterator[tuple[Target, Any, Any]]:
-        """Yield (target, variable of its dense weights, variable of its scores)."""
-        return zip(self.targets, self.state.dense, self.state.scores, strict=True)
+    def triples(self) -> list[tuple[Target, Any, Any]]:
+        """Return (target, variable of its dense weights, variable of its scores) for each."""
+        dense, scores = self.state.dense, self.state.scores
+        return [(self.targets[index], dense[index], scores[index]) for index in self._held()]
 
     @property
     def frequency(self) -> int:
@@ -177,7 +179,7 @@ class ScorePruner(engine.Pruner):
         """
         stack = contextlib.ExitStack()
         for each in self._held_optimizers() if optimizer is None else [optimizer]:
-            stack.enter_context(optimizers.diverted(each, self._detour))
+            stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
         return stack
 
     def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
@@ -196,13 +198,97 @@ class ScorePruner(engine.Pruner):
         with self.training(optimizer):
             return optimizer.apply_gradients(gradients_and_variables)
 
+    def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, take: Any) -> Any:
+        """Let an optimizer take its step on scores.
+
+        While it acts, the kernels' variables hold the scores: so all that it keeps for them
+        (momenta, averages), and all that it does to them (weight decay), is for the scores.
+
+        Args:
+            optimizer: of either Keras.
+            pairs: of gradients and weights, those of kernels as they act.
+            take: has the optimizer take its step on pairs.
+        """
+        kernels = {optimizers.key(target.variable) for target, _, _ in self.triples()}
+        is_ours = any(optimizers.key(variable) in kernels for _, variable in pairs)
+        if not (self.is_attached and is_ours):
+            return take(pairs)
+        # A step without data, at the end of a dataset, would leave the scores in the kernels.
+        with depending_on([gradient for gradient, _ in pairs if gradient is not None]):
+            if tf.executing_eagerly():
+                self._meet(optimizer)
+            self._known.add(optimizer)
+            self._is_used = True
+            optimizers.build(optimizer, [variable for _, variable in pairs])
+            factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self.triples()}
+            others = importance.frozen_others(self.model, self.also_train) - set(factors)
+            trained = importance.score_gradients(pairs, factors, others)
+            update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
+            self._steps_under_way += 1
+            try:
+                result = take(trained)
+            except Exception:
+                if tf.executing_eagerly():
+                    self.apply()  # the kernels hold scores at this moment
+                raise
+            finally:
+                self._steps_under_way -= 1
+            self._step(optimizer)
+        return result
+
+    def _on_finalize(self, finalize: Any) -> None:
+        """Let an optimizer put its averages in place of scores."""
+        if not self.is_attached:
+            finalize()
+            return
+        for target, _, score in self.triples():
+            tensor_variable(target.variable).assign(score)
+        finalize()
+        for target, _, score in self.triples():
+            score.assign(tensor_variable(target.variable))
+        self.choose()
+
+    def _show_scores(self, strategy: Any, optimizer: Any) -> None:
+        """Put the scores in the kernels' place, for the optimizer."""
+        past = optimizers.iterations(optimizer) > 0
+
+        def begin() -> None:
+            for target, _, score in self.triples():
+                updates.begin_companions(
+                    optimizer, target.variable, score, strategy.extended.update, past
+                )
+
+        tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
+        for target, _, score in self.triples():
+            strategy.extended.update(
+                tensor_variable(target.variable), updates.assign, args=(score,)
+            )
+
+    def constrain(self, weight: tf.Tensor, mask: Any, own: Any) -> Any:  # noqa: ARG002
+        """Return what an optimizer's step has made of scores.
+
+        Raises:
+            RuntimeError: it was a step on the kernels.
+        """
+        if not self._steps_under_way:
+            raise RuntimeError(self._missed())
+        return weight
+
+    def _missed(self) -> str:
+        return (
+            f"an optimizer step has changed the kernels of model {self.model.name!r}, which are "
+            "not what is trained while scores are. Train it by its own fit, by "
+            "AdversarialTraining, as a part of another model with pruning_callbacks(), or by "
+            "apply_gradients of its pruner; and compile anew what was trained before it was pruned."
+        )
+
     def step(self, optimizer: Any = None) -> None:
         """Make sure that no optimizer step went past the scores; there is nothing else to do.
 
         Raises:
             RuntimeError: one has changed the kernels, whose change is lost.
         """
-        optimizer = self._own_optimizer() if optimizer is None else optimizer
+        optimizer = self.own_optimizer() if optimizer is None else optimizer
         if not tf.executing_eagerly():
             missed = not self._is_used
         elif optimizers.trains(optimizer, [target.variable for target in self.targets]):
@@ -210,36 +296,19 @@ class ScorePruner(engine.Pruner):
         else:
             missed = False
         if missed:
-            raise RuntimeError(
-                f"an optimizer step has changed the kernels of model {self.model.name!r}, which "
-                "are not what is trained while scores are. Train it by its own fit, by "
-                "AdversarialTraining, as a part of another model with pruning_callbacks(), or by "
-                "apply_gradients of its pruner; and compile anew what was trained before it was "
-                "pruned."
-            )
+            raise RuntimeError(self._missed())
 
-    def begin_anew(self, optimizer: Any = None) -> None:
+    def reset_step_count(self, optimizer: Any = None) -> None:
         """Take note that another optimizer takes over, whose steps so far were not counted."""
-        super().begin_anew(optimizer)
-        self.hear_of(optimizer)
+        super().reset_step_count(optimizer)
+        self.register_optimizer(optimizer)
 
-    def hear_of(self, optimizer: Any) -> None:
+    def register_optimizer(self, optimizer: Any) -> None:
         """Take note of an optimizer that may keep something for the scores, to be forgotten."""
         if optimizers.is_optimizer(optimizer):
-            self._met.add(optimizer)
+            self._known.add(optimizer)
 
-    def meet(self, optimizer: Any) -> None:
-        """Take note that an optimizer is about to take a step on the scores."""
-        if tf.executing_eagerly():
-            self._meet(optimizer)
-        self._met.add(optimizer)
-        self._is_used = True
-
-    def take_back(self, optimizer: Any) -> None:
-        """Take the scores back from the kernels, after an optimizer's step; choose by them."""
-        super().step(optimizer)
-
-    def adopt(self) -> None:
+    def on_weights_set(self) -> None:
         """Take weights that were set from outside for the dense ones; their scores begin anew.
 
         Where they are zero, the dense weights stay what they were, and rank last. What is as the
@@ -248,10 +317,11 @@ class ScorePruner(engine.Pruner):
         Raises:
             ValueError: a kernel is all zero or not finite.
         """
+        every = self.state.masks
         news = [
             (target, dense, score)
-            for (target, dense, score), mask in zip(self.triples(), self.state.masks, strict=True)
-            if tf.reduce_any(tensor_variable(target.variable) != updates.kept(dense, mask))
+            for index, (target, dense, score) in zip(self._held(), self.triples(), strict=True)
+            if tf.reduce_any(tensor_variable(target.variable) != updates.kept(dense, every[index]))
         ]
         try:
             for target, _, _ in news:
@@ -266,7 +336,8 @@ class ScorePruner(engine.Pruner):
             below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
             score.assign(importance.initial_scores(tf.where(alive, given, below), target))
             dense.assign(tf.where(alive, given, dense))
-        self.choose()
+        if news:
+            self.choose()
 
     def freeze(self) -> None:
         """End the stage: keep the masks for good, and let the weights be trained again.
@@ -276,18 +347,18 @@ class ScorePruner(engine.Pruner):
         """
         self.choose()
         super().freeze()
-        model, masks = self.model, [mask.numpy() for mask in self.state.masks]
-        self._met.update(self._held_optimizers())
+        model, kept = self.model, [mask.numpy() for mask in self.state.masks]
+        self._known.update(self._held_optimizers())
         choice = {
             "criterion": None,
             "structure": self.structure,
             "scope": self._choice.scope,
             "min_weights": self._choice.min_weights,
         }
-        masked.detach(model)
-        pruner = engine.Pruner.of_masks(model, self._found, masks, self.schedule.sparsity, choice)
+        self.detach()
+        pruner = engine.Pruner.of_masks(model, self._found, kept, self.schedule.sparsity, choice)
         tensor_variable(pruner.state.step).assign(self.steps)
-        for optimizer in self._met:
+        for optimizer in self._known:
             for target in self.targets:
                 updates.begin_companions(
                     optimizer, target.variable, target.variable, updates.at_once, True
@@ -305,7 +376,7 @@ class ScorePruner(engine.Pruner):
 
         def update(strategy: Any) -> None:
             self._renew(strategy, tf.constant(self._asked))
-            self._apply(strategy, None)
+            self._mask_weights(strategy)
 
         update_everywhere(self.model, update)
 
@@ -314,19 +385,21 @@ class ScorePruner(engine.Pruner):
             variable = tensor_variable(target.variable)
             strategy.extended.update(score, updates.assign, args=(variable,))
         super()._update(strategy, optimizer)
+        self._mask_weights(strategy)
 
-    def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
-        anything = [tf.ones(target.shape, tf.bool) for target in self.targets]
-        masks = self._choice.masks(sparsity, anything, self.state.scores)
-        for variable, mask in zip(self.state.masks, masks, strict=True):
-            strategy.extended.update(variable, updates.assign, args=(mask,))
+    def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
+        scores = self.state.scores
+        anything = [tf.ones(self.targets[index].shape, tf.bool) for index in indices]
+        return anything, [scores[index] for index in indices]
 
-    def _apply(self, strategy: Any, optimizer: Any) -> None:  # noqa: ARG002
-        for target, dense, mask in zip(
-            self.targets, self.state.dense, self.state.masks, strict=True
-        ):
-            variable = tensor_variable(target.variable)
-            strategy.extended.update(variable, updates.act, args=(dense, mask))
+    def _mask_weights(self, strategy: Any) -> None:
+        dense, every = self.state.dense, self.state.masks
+        for index in self._held():
+            variable = tensor_variable(self.targets[index].variable)
+            strategy.extended.update(variable, updates.act, args=(dense[index], every[index]))
+
+    def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
+        """Leave what an optimizer keeps for scores as it is: what is pruned may come back."""
 
     def get_config(self) -> dict[str, Any]:
         """Return what brings the pruner back, given the same model; its state is saved beside."""
@@ -353,7 +426,7 @@ class ScorePruner(engine.Pruner):
             "min_weights": config["min_weights"],
         }
         schedule = importance.Every(config["sparsity"], config["frequency"])
-        pruner._set_up(model, schedule, found_again(model, config["weights"]), choice)
+        pruner._set_up_again(model, schedule, config["weights"], choice)
         pruner.choose()
         return pruner
 

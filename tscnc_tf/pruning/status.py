@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _keras, _tables
-from tscnc_tf._keras import masked, wrappers
+from tscnc_tf._keras import masks, wrappers
 from tscnc_tf.inspection import weights as acting
 from tscnc_tf.pruning import wrap
-from tscnc_tf.pruning.targets import candidates
+from tscnc_tf.pruning.targets import FROZEN, candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +145,15 @@ def report(model: Any) -> PruningReport:
     is_wrapped = bool(wrappers.wrapped_layers(model))
     reasons = {
         id(target.variable): reason
-        for part in masked.masked_models(model)
-        for target, reason in part.pruner.skipped
+        for pruner in masks.pruners(model)
+        for target, reason in pruner.skipped
     }
+    trained = {id(variable) for variable in model.trainable_variables}
     rows = []
     for target, unfit in candidates(model):
         is_pruned = id(target.variable) in by_variable
-        reason = reasons.get(id(target.variable)) or unfit or "not chosen"
+        unfit = unfit or ("not chosen" if id(target.variable) in trained else FROZEN)
+        reason = reasons.get(id(target.variable)) or unfit
         if is_wrapped and not is_pruned:
             reason = wrap.reason(model, target.layer)
         values = read(target.variable)

@@ -12,9 +12,11 @@ import tensorflow as tf
 
 from tscnc_tf import _keras, functional
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import matrices
+from tscnc_tf._keras import matrices, paths
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.inspection import records
+
+FROZEN = "it is frozen (trainable=False)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,32 +116,40 @@ def candidates(
 
 
 def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
-    """Return the weights of a model, those to prune found by their places.
+    """Return the weights of a model, those to prune found by their paths.
 
     Args:
         model: a built model.
-        weights: of each weight that is to be pruned its position, name and shape.
+        weights: of each weight that is to be pruned its path (`_keras.paths`), name and shape; in
+            older files its position among all candidates, in place of the path.
 
     Raises:
         ValueError: the model lacks one of them.
     """
-    pruned = {weight["position"]: weight for weight in weights}
-    found = []
-    for position, (target, reason) in enumerate(candidates(model)):
-        weight = pruned.pop(position, None)
-        if weight is not None and list(target.shape) == list(weight["shape"]):
-            target = dataclasses.replace(target, name=weight["name"])
-            found.append(Candidate(target, ""))
-        elif weight is not None:
-            pruned[position] = weight
+    every = candidates(model)
+    where = paths.weight_paths(model)
+    by_path = {where[id(target.variable)]: target for target, _ in every}
+    pruned: dict[int, Target] = {}
+    lacking = []
+    for weight in weights:
+        if "path" in weight:
+            target = by_path.get(weight["path"])
         else:
-            found.append(Candidate(target, reason or "not chosen"))
-    if pruned:
+            position = weight["position"]
+            target = every[position].target if position < len(every) else None
+        if target is None or list(target.shape) != list(weight["shape"]):
+            lacking.append((weight.get("path", weight["name"]), tuple(weight["shape"])))
+        else:
+            pruned[id(target.variable)] = dataclasses.replace(target, name=weight["name"])
+    if lacking:
+        others = [(path, target.shape) for path, target in by_path.items()]
         raise ValueError(
-            f"model {model.name!r} does not have the weights that were pruned: it lacks "
-            f"{[(weight['name'], weight['shape']) for weight in pruned.values()]}."
+            f"model {model.name!r} does not have the weights that were pruned: it lacks {lacking}, "
+            f"by path and shape; it has {others}."
         )
-    return found
+    chosen = [Candidate(target, "") for target in pruned.values()]
+    rest = [each for each in every if id(each.target.variable) not in pruned]
+    return chosen + [Candidate(target, reason or "not chosen") for target, reason in rest]
 
 
 def _named(found: list[Candidate]) -> list[Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tscnc_tf import _checks, _keras, gates
-from tscnc_tf._keras import masked, wrappers
+from tscnc_tf._keras import masks, wrappers
 from tscnc_tf.pruning import wrap
 from tscnc_tf.pruning.engine import Pruner
 from tscnc_tf.pruning.plans import require_unpruned
@@ -155,10 +155,10 @@ def freeze_mask(model: Any, *, layers: Any = None) -> Any:
     """Keep a model's zeros where they are from now on, for fine-tuning; return the model.
 
     A model that is being pruned keeps its masks as they are. For one whose scores are trained that
-    ends the stage: its weights are trained again, those that are kept. Do so between two trainings,
-    not inside `fit`, and compile the model anew: fine-tuning has a learning rate of its own. A
-    model that has no masks, such as a sparse one that was stripped, is given a frozen `Pruner`,
-    whose masks are where its kernels are not zero.
+    ends the stage: its weights are trained again, those that are kept; compile the model anew for
+    that, as fine-tuning has a learning rate of its own. A model that has no masks, such as a sparse
+    one that was stripped, is given a frozen `Pruner`, whose masks are where its kernels are not
+    zero. In a callback of `fit` it acts from the next step on.
 
     Args:
         model: a built model of either Keras; it is changed in place. One in tfmot's wrappers is to
@@ -185,15 +185,15 @@ def freeze_mask(model: Any, *, layers: Any = None) -> Any:
             f"model {model.name!r} is in tfmot's wrappers, whose schedule can't be stopped: strip "
             "it first, then freeze its mask."
         )
-    parts = list(masked.masked_models(model))
-    if parts and layers is not None:
+    pruners = masks.pruners(model)
+    if pruners and layers is not None:
         raise ValueError(
             f"layers must be None for model {model.name!r}, which has masks already, "
             f"got {layers!r}."
         )
-    for part in parts:
-        part.pruner.freeze()
-    if not parts:
+    for pruner in pruners:
+        pruner.freeze()
+    if not pruners:
         Pruner.of_zeros(model, layers)
     return model
 
@@ -201,7 +201,8 @@ def freeze_mask(model: Any, *, layers: Any = None) -> Any:
 def strip(model: Any) -> Any:
     """Return a pruned model without what pruned it, its masks applied to the weights.
 
-    A model with a `Pruner` loses it in place, and is itself returned; a model in tfmot's wrappers
+    A model with a `Pruner` loses it in place, and is itself returned, in a callback of `fit` from
+    the next step on; what other models share with it is free, too. A model in tfmot's wrappers
     stays, and a new one without them is returned, which shares its weights. A model with gates
     stays as well, but for its masks, and a new one is returned that has weights of its own, with
     the gates in them (`gates.fold`). A model that has nothing of these is returned as it is.
@@ -224,9 +225,9 @@ def strip(model: Any) -> Any:
         True
     """
     _keras.library("model", model)
-    for part in list(masked.masked_models(model)):
-        part.pruner.apply(getattr(part, "optimizer", None))
-        masked.detach(part)
+    for pruner in masks.pruners(model):
+        pruner.apply(getattr(pruner.model, "optimizer", None))
+        pruner.detach()
     return gates.fold(wrap.unwrap(model) if wrappers.wrapped_layers(model) else model)
 
 

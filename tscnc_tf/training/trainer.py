@@ -7,7 +7,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses
-from tscnc_tf._keras import flavours, masked, masks, optimizers, outputs, wrappers
+from tscnc_tf._keras import flavours, masks, optimizers, outputs, wrappers
 from tscnc_tf.training import inputs
 
 __all__ = ["AdversarialTraining"]
@@ -168,8 +168,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
         # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
         self._loss_tracker = None
-        for part in masked.masked_models(self.model):
-            part.pruner.hear_of(self.optimizer)
+        for pruner in masks.pruners(self.model):
+            pruner.register_optimizer(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
@@ -196,12 +196,12 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def make_train_function(self, force: bool = False) -> Any:
         """Compile the training step, anew if the model has been pruned or stripped since."""
-        pruners = [part.pruner for part in masked.masked_models(self.model)]
+        pruners = masks.pruners(self.model)
         if [id(pruner) for pruner in pruners] != [id(pruner) for pruner in self._pruners]:
             force = True
         self._pruners = tuple(pruners)
         for pruner in pruners:
-            pruner.take_over(self.optimizer)
+            pruner.on_train_begin(self.optimizer)
         return super().make_train_function(force)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
