@@ -64,15 +64,18 @@ def depending_on(values: Any) -> contextlib.AbstractContextManager[Any]:
     do all that needs no data: count a step, renew masks.
 
     Args:
-        values: tensors in any structure. Outside of a graph the context does nothing, nor inside of
-            a function whose arguments they are, as under XLA: that is not called without them.
+        values: tensors in any structure. Outside of a graph the context does nothing.
     """
-    if tf.executing_eagerly():
-        return contextlib.nullcontext()
-    tensors = [
-        each for each in tf.nest.flatten(values, expand_composites=True) if tf.is_tensor(each)
-    ]
-    return tf.control_dependencies([each for each in tensors if each.op.type != "Placeholder"])
+    tensors = tf.nest.flatten(values, expand_composites=True)
+    return tf.control_dependencies([each for each in tensors if tf.is_tensor(each)])
+
+
+def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a model's training step does nothing before it has its batch.
+
+    What XLA compiles as a whole is not run without its arguments, so it needs no context.
+    """
+    return contextlib.nullcontext() if model.jit_compile else depending_on(data)
 
 
 def reset_functions(model: Any) -> None:

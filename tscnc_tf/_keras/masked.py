@@ -20,7 +20,7 @@ from keras.src.backend.common import global_state
 
 from tscnc_tf._keras import PACKAGE, keras, tf_keras
 from tscnc_tf._keras.flavours import (
-    depending_on,
+    depending_on_batch,
     in_library,
     library_of,
     reset_functions,
@@ -53,7 +53,7 @@ class MaskedModel(_Base):
 
     def train_step(self, data: Any) -> Any:
         """Take the model's own training step, then let the pruner act on what it has changed."""
-        with depending_on(data):
+        with depending_on_batch(self, data):
             with self.pruner.training():
                 logs = super().train_step(data)
             self.pruner.step()
