@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import keras, tf_keras
+from tscnc_tf._keras import keras, layers, tf_keras
 
 _DERIVED: dict[tuple[Any, Any], Any] = {}
+_TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def in_library(cls: Any, base: Any) -> Any:
@@ -78,8 +80,15 @@ def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManag
     return contextlib.nullcontext() if model.jit_compile else depending_on(data)
 
 
+def register_trainer(trainer: Any, model: Any) -> None:
+    """Take note of a model that trains another one, by steps of its own."""
+    for part in layers.flatten(model):
+        if isinstance(part, keras.Model | tf_keras.Model):
+            _TRAINERS.setdefault(part, weakref.WeakSet()).add(trainer)
+
+
 def reset_functions(model: Any) -> None:
-    """Let a model compile its training and test step anew, from the next step on.
+    """Let a model, and what trains it, compile its training and test step anew, from the next on.
 
     `fit` may be under way: it calls what `model.train_function` is at each step, so there must be
     something to call. What is put there compiles when it is called. (An evaluation under way in
@@ -88,9 +97,10 @@ def reset_functions(model: Any) -> None:
     Args:
         model: of either Keras; of one that has compiled nothing yet, nothing changes.
     """
-    for name in ("train_function", "test_function"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, _compiled_when_called(model, name))
+    for each in (model, *_TRAINERS.get(model, ())):
+        for name in ("train_function", "test_function"):
+            if getattr(each, name, None) is not None:
+                setattr(each, name, _compiled_when_called(each, name))
 
 
 def _compiled_when_called(model: Any, name: str) -> Callable[..., Any]:

@@ -106,6 +106,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         super().__init__(name=name, **kwargs)
         self._classes = outputs.classes("model", model)
         self.model = model
+        flavours.register_trainer(self, model)
         self._attack = attack
         self.robust_loss = loss
         self.seed = _checks.integer("seed", seed, minimum=0)
@@ -210,6 +211,10 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
+        with flavours.depending_on_batch(self, data):
+            return self._descend(data)
+
+    def _descend(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = self._unpack(data)
         reference = self.robust_loss.reference(x)
         known = self._known_clean(x, reference)
