@@ -269,6 +269,7 @@ def finished(tmp_path_factory):
 
 def test_each_stage_leaves_what_the_next_or_a_user_can_open(finished):
     assert {path.name for path in finished.iterdir()} == {
+        ".lock",
         "recipe.json",
         "data.json",
         "1-train",
