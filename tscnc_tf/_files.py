@@ -98,7 +98,7 @@ def new_directory(
     goal.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(goal)
     try:
-        with _naming(goal):
+        with _naming(goal, draft):
             draft.mkdir()
             yield draft
             for folder, _, files in os.walk(draft):
@@ -195,7 +195,7 @@ def _written(goal: pathlib.Path) -> Iterator[pathlib.Path]:
     goal.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(goal)
     try:
-        with _naming(goal):
+        with _naming(goal, draft):
             yield draft
             _flush_folder(goal.parent)
     finally:
@@ -203,14 +203,23 @@ def _written(goal: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _naming(goal: pathlib.Path) -> Iterator[None]:
-    """Let what the disk refuses name the goal: a stream's errors name nothing."""
+def _naming(goal: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
+    """Let what the disk refuses be an OSError that names the goal.
+
+    A stream's errors name nothing; those of TensorFlow are of its own kinds (a full disk is a
+    "resource exhausted"), and have the draft and the system's words in their text.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+    except Exception as error:
+        if isinstance(error, OSError):
+            number = error.errno if error.errno in _OF_THE_DISK else None
+        else:
+            words = str(error) if str(draft) in str(error) else ""
+            number = next((each for each in _OF_THE_DISK if os.strerror(each) in words), None)
+        if number is None:
             raise
-        named = OSError(error.errno, os.strerror(error.errno), str(goal))
+        named = OSError(number, os.strerror(number), str(goal))
         named.add_note("What was at the path before is as it was. Make room, and call again.")
         raise named from error
 
