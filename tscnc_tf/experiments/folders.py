@@ -243,7 +243,8 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it can't be read.
     """
-    with _reading(path), np.load(path) as held:
+    # The stream is ours, as NumPy leaves a file open that it can't make out.
+    with _reading(path), path.open("rb") as stream, np.load(stream) as held:
         return {name: held[name] for name in held.files}
 
 
