@@ -145,7 +145,7 @@ def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -
     Raises:
         RuntimeError: another process works on the group.
     """
-    with locks.exclusive(scratch / group):
+    with locks.exclusive(scratch / ".locks" / group):
         _work([run for run in plan.runs() if run.group == group], results, scratch)
 
 
