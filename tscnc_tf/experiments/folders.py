@@ -399,6 +399,8 @@ def _reading(file: pathlib.Path) -> Iterator[None]:
     """Let whatever the reader of a file raises name the file and what to do about it."""
     try:
         yield
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # each library has errors of its own for what it can't make out
         raise _damaged(file, f"it can't be read ({type(error).__name__}: {error})") from error
 
