@@ -105,8 +105,8 @@ class Recipe:
         Raises:
             ImportError: PyYAML is not installed.
             OSError: there is no such file, or it can't be read.
-            ValueError: it is no YAML, empty, not that of a recipe, a name stands twice in one place,
-                or files are based on each other.
+            ValueError: it is no YAML, empty or not that of a recipe, a name stands in one place
+                twice, or files are based on each other.
         """
         path = pathlib.Path(path)
         values = _read(path, ())
