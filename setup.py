@@ -14,7 +14,7 @@ VERSION = re.search(
 )[1]
 LITERT = ["ai-edge-litert>=2.1"]
 DATASETS = ["scikit-learn", "pillow", "scipy"]
-EXPERIMENTS = [*DATASETS, "pyyaml"]
+EXPERIMENTS = [*DATASETS, "filelock>=3.12", "pyyaml"]
 EXAMPLES = [*EXPERIMENTS, "matplotlib", *LITERT]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 

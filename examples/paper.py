@@ -37,7 +37,7 @@ def main() -> None:
         recipe = recipe_of(arguments)
         output = arguments.output or f"outputs/paper/{recipe.name}"
         folder = tscnc.experiments.run(recipe, output, dense=arguments.dense)
-    except (TypeError, ValueError, OSError, ImportError) as error:
+    except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"paper.py: {error}")
     show(folder, Console())
 

@@ -345,8 +345,8 @@ def test_a_trainer_that_is_not_ready_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "run"}, "name must be that of a folder, and not 'run'"),
-        ({"name": "a/b"}, "name must be that of a folder"),
+        ({"name": "run"}, "name must not be 'run'"),
+        ({"name": "a/b"}, "name must be usable as the name of a file or folder"),
         ({"evaluation_seed": -1}, "evaluation_seed must be"),
         ({"select": "first"}, "select must be one of"),
         ({"inherits": ("metrics",)}, "inherits must be one of"),

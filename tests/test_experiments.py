@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import errno
+import functools
 import json
 import os
 import pathlib
+import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import pytest
+import tensorflow as tf
 import yaml
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masked
-from tscnc_tf.experiments import folders, stages
+from tscnc_tf.experiments import folders, locks, stages
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.inspection.records import jsonable
 
@@ -73,6 +81,18 @@ def test_parts_of_a_recipe_are_no_dicts(part):
         (b"base: 3", TypeError, "base must be the name of a file or a list of them, got 3"),
         (b"name: \xff", ValueError, "mine.yaml is not YAML: it is no text in UTF-8"),
         (b"base: none.yaml", FileNotFoundError, "none.yaml"),
+        (b"", ValueError, "mine.yaml is empty, or was cut off"),
+        (b"# nothing", ValueError, "mine.yaml is empty, or was cut off"),
+        (b"name: 2026-13-13", ValueError, "mine.yaml is not YAML: month must be in"),
+        (b"seed: 1\nname: a\nseed: 2", ValueError, "yaml has seed twice, in line 1 and in line 3"),
+        (b"train: {epochs: 1, epochs: 1}", ValueError, "has train.epochs twice, in line 1 and"),
+        (b"train: {epochs: 1}\n\ntrain: {drop: 0.1}", ValueError, "has train twice, .* line 3"),
+        (
+            b"prune:\n  scope:\n    '*': 0.1\n    \"*\": 0.2",
+            ValueError,
+            "has prune.scope.\\* twice",
+        ),
+        (b"a: [{b: 1, c: 2, b: 3}]", ValueError, "has a.b twice"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, content, kind, words):
@@ -85,6 +105,19 @@ def test_what_lacks_is_default_and_text_of_a_number_is_one():
     recipe = Recipe.from_dict({"train": {"learning_rate": "1e-3"}})  # YAML 1.1 takes it for text
     assert recipe.train.learning_rate == 0.001
     assert recipe.train.epochs == Recipe().train.epochs
+
+
+def test_a_value_may_stand_in_an_anchor_and_be_given_again(tmp_path):
+    text = "train: &all {epochs: 3, batch_size: 7}\nfinetune: {<<: *all, epochs: 5}\n"
+    (tmp_path / "mine.yaml").write_text(text + "prune: {<<: *all, method: magnitude}\n")
+    recipe = Recipe.from_yaml(tmp_path / "mine.yaml")
+    assert (recipe.train.epochs, recipe.prune.epochs, recipe.finetune.epochs) == (3, 3, 5)
+    assert recipe.finetune.batch_size == 7
+
+
+@pytest.mark.parametrize("name", ["vgg-16 99 %", "größe", "a.b_c", ".hidden", "...", "x" * 200])
+def test_names_that_lead_nowhere_else(name, tmp_path):
+    assert (tmp_path / Recipe(name=name).name).parent == tmp_path
 
 
 def test_overriding_changes_that_value_only():
@@ -125,6 +158,10 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
         ({"name": 3}, TypeError, "name must be text, got 3"),
+        *(
+            ({"name": name}, ValueError, "name must be usable as the name of a file or folder, got")
+            for name in ("", " ", ".", "..", "../../x", "/x", "a/b", "a\\b", "C:x", "a\nb", "a/")
+        ),
         ({"data": {"image_size": 16}}, TypeError, "data.image_size must be a pair .* got 16"),
         ({"data": {"image_size": [16]}}, TypeError, r"data.image_size must be a pair .* \[16\]"),
         ({"prune": {"scope": {}}}, ValueError, "prune.scope must name at least one pattern"),
@@ -269,6 +306,7 @@ def finished(tmp_path_factory):
 
 def test_each_stage_leaves_what_the_next_or_a_user_can_open(finished):
     assert {path.name for path in finished.iterdir()} == {
+        ".lock",
         "recipe.json",
         "data.json",
         "1-train",
@@ -533,6 +571,8 @@ def run_killed(recipe, folder, moment):
         assert process.poll() is None, "it has ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=rf"in use by process {process.pid} on \S+ since 20"):
+        tscnc.experiments.run(recipe, folder, progress=False)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not folders.is_complete(folder / "4-evaluate")
@@ -568,6 +608,372 @@ def test_killed_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(tm
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
     run_killed(gated, tmp_path / "killed", "1-train/state-1")
     require_same(tmp_path / "killed", whole)
+
+
+# Files that are not what was written
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut off": lambda content: content[: len(content) // 2],
+    "one byte": lambda content: flipped(content, 0xFF),
+    "one bit": lambda content: flipped(content, 0x01),
+}
+every_damage = pytest.mark.parametrize("damage", DAMAGES)
+SAVED = "4-evaluate/saved_model"
+FILES = [
+    "recipe.json",
+    "data.json",
+    *(
+        f"{stage}/{name}"
+        for stage in ("1-train", "2-prune", "3-finetune")
+        for name in ("best.npz", "last.keras", "manifest.json", "metrics.jsonl", "model.keras")
+    ),
+    "2-prune/masks.npz",
+    "3-finetune/masks.npz",
+    *(
+        f"4-evaluate/{name}.json"
+        for name in ("kernels", "lipschitz", "manifest", "report", "sparsity")
+    ),
+    "4-evaluate/report.txt",
+    *(f"{SAVED}/{name}" for name in ("fingerprint.pb", "saved_model.pb", "tscnc_manifest.json")),
+    f"{SAVED}/variables/variables.data-00000-of-00001",
+    f"{SAVED}/variables/variables.index",
+]
+
+
+def flipped(content, bits):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ bits]) + content[middle + 1 :]
+
+
+def files_below(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(str(path.relative_to(folder)) for path in files)
+
+
+@contextlib.contextmanager
+def damaged(file, damage):
+    content = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](content))
+    try:
+        yield
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def copied(finished, tmp_path_factory):
+    """A copy of the finished experiment, to be damaged and mended."""
+    folder = tmp_path_factory.mktemp("copied") / "tiny"
+    shutil.copytree(finished, folder)
+    return folder
+
+
+def test_the_files_of_a_finished_run(finished):
+    assert files_below(finished) == sorted(FILES)
+
+
+@every_damage
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_of_a_finished_run_is_named(copied, name, damage):
+    with damaged(copied / name, damage), pytest.raises(ValueError) as caught:
+        tscnc.experiments.run(recipe(), copied, progress=False)
+    words = str(caught.value)
+    assert str(copied / name) in words or (name, damage) == ("recipe.json", "one bit")
+    assert name.rpartition("/")[2] in words
+    assert "emove" in words or "hoose another folder" in words
+    tscnc.experiments.run(recipe(), copied, progress=False)
+
+
+def test_what_to_remove_is_said_and_does(copied, finished, tmp_path):
+    folder = shutil.copytree(copied, tmp_path / "tiny")
+    (folder / "3-finetune" / "last.keras").write_bytes(b"")
+    (folder / "data.json").write_bytes(b"")
+    run = functools.partial(tscnc.experiments.run, recipe(), folder, progress=False)
+    with pytest.raises(ValueError, match="Remove it, and run again"):
+        run()
+    (folder / "data.json").unlink()
+    with pytest.raises(ValueError, match=r"Remove last\.keras alone .*3-finetune") as caught:
+        run()
+    assert f"the folder {folder / '3-finetune'} and those of later stages" in str(caught.value)
+    (folder / "3-finetune" / "last.keras").unlink()
+    run()
+    shutil.rmtree(folder / "3-finetune")
+    shutil.rmtree(folder / "4-evaluate")
+    run()
+    require_same(folder, finished)
+    assert files_below(folder) == files_below(finished)
+
+
+@every_damage
+def test_an_output_names_its_damaged_file(copied, damage):
+    stage = copied / "2-prune"
+    for name, read in {
+        "model.keras": lambda output: output.model,
+        "last.keras": lambda output: output.last,
+        "masks.npz": lambda output: output.masks,
+    }.items():
+        output = tscnc.experiments.open_stage(stage)
+        with damaged(stage / name, damage), pytest.raises(ValueError, match=f"{name} is damaged"):
+            read(output)
+    for name in ("metrics.jsonl", "manifest.json"):
+        with damaged(stage / name, damage), pytest.raises(ValueError, match=f"{name} is damaged"):
+            tscnc.experiments.open_stage(stage)
+
+
+def test_a_damaged_dense_network_is_not_adopted(copied, tmp_path):
+    dense = copied / "1-train"
+    with (
+        damaged(dense / "last.keras", "one bit"),
+        pytest.raises(ValueError, match=r"last\.keras is"),
+    ):
+        tscnc.experiments.run(recipe(), tmp_path / "new", dense=dense, progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_what_was_written_before_there_were_digests_is_read(copied, tmp_path, library, rng):
+    stage = shutil.copytree(copied / "2-prune", tmp_path / "2-prune")
+    old = json.loads((stage / "manifest.json").read_text())
+    for name in ("files", "sha256"):
+        del old[name]
+    old["recipe"]["network"]["library"] = library
+    (stage / "manifest.json").write_text(json.dumps(old))
+    if library == "tf_keras":
+        chosen = recipe(**{"network.library": library})
+        network = stages.network(chosen, stages.dataset(chosen))
+        for name in ("model.keras", "last.keras"):
+            folders.write_model(stage / name, network)
+    x = rng.random((2, 8, 8, 1), dtype="float32")
+    output = tscnc.experiments.open_stage(stage)
+    assert output.model(x).shape == output.last(x).shape == (2, 10)
+    assert output.manifest == old
+    assert len(output.metrics) == 4
+    for name in ("model.keras", "last.keras", "masks.npz"):
+        for damage in ("empty", "cut off"):
+            output = tscnc.experiments.open_stage(stage)
+            with (
+                damaged(stage / name, damage),
+                pytest.raises(ValueError, match=rf"{name} is damaged: it can't be read .*Remove"),
+            ):
+                getattr(output, name.partition(".")[0])
+    with (
+        damaged(stage / "metrics.jsonl", "cut off"),
+        pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"),
+    ):
+        tscnc.experiments.open_stage(stage)
+
+
+class StoppedError(Exception):
+    """What a test stops a run by."""
+
+
+def stop_after(monkeypatch, owner, name, when):
+    """Let a function raise after it has done its work, if its arguments say so."""
+    original = getattr(owner, name)
+
+    def stopping(*arguments, **keywords):
+        original(*arguments, **keywords)
+        if when(*arguments):
+            raise StoppedError
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+@pytest.fixture(scope="module")
+def half(copied, tmp_path_factory):
+    """A run that was stopped in its second stage, after two epochs."""
+    folder = tmp_path_factory.mktemp("half") / "tiny"
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(StoppedError):
+        stop_after(monkeypatch, folders, "write_state", lambda _, epochs, *rest: epochs == 2)
+        tscnc.experiments.run(recipe(), folder, dense=copied / "1-train", progress=False)
+    return folder
+
+
+STATE = "2-prune/state-2"
+HALF = [
+    "recipe.json",
+    "data.json",
+    *(name for name in FILES if name.startswith("1-train/")),
+    "2-prune/best.npz",
+    "2-prune/metrics.jsonl",
+    f"{STATE}/checkpoint.data-00000-of-00001",
+    f"{STATE}/checkpoint.index",
+    f"{STATE}/manifest.json",
+    f"{STATE}/metrics.json",
+]
+
+
+def test_the_files_of_a_run_that_was_stopped(half):
+    names = files_below(half)
+    assert [name for name in names if "state-1" not in name] == sorted(HALF)
+
+
+@every_damage
+@pytest.mark.parametrize("name", HALF)
+def test_a_damaged_file_of_a_stopped_run_is_named_or_written_anew(
+    half, name, damage, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(half, tmp_path / "tiny")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(DAMAGES[damage](whole))
+    # What is looked at is how it resumes, not the epochs after that.
+    stop_after(monkeypatch, tscnc.datasets.Dataset, "training", lambda *arguments: True)
+    if name == "2-prune/metrics.jsonl":
+        with pytest.raises(StoppedError):
+            tscnc.experiments.run(recipe(), folder, progress=False)
+        assert (folder / name).read_bytes() == whole
+        return
+    with pytest.raises(ValueError) as caught:
+        tscnc.experiments.run(recipe(), folder, progress=False)
+    words = str(caught.value)
+    assert str(folder / name) in words or (name, damage) == ("recipe.json", "one bit")
+    assert "emove" in words or "hoose another folder" in words
+
+
+def test_a_state_that_was_written_before_there_were_digests_is_read(half, tmp_path, monkeypatch):
+    folder = shutil.copytree(half, tmp_path / "tiny")
+    (folder / STATE / "manifest.json").unlink()
+    stop_after(monkeypatch, tscnc.datasets.Dataset, "training", lambda *arguments: True)
+    with pytest.raises(StoppedError):
+        tscnc.experiments.run(recipe(), folder, progress=False)
+    for name in (f"{STATE}/checkpoint.index", f"{STATE}/checkpoint.data-00000-of-00001"):
+        with (
+            damaged(folder / name, "cut off"),
+            pytest.raises(ValueError, match=r"state-2/checkpoint is damaged: .*Remove the folder"),
+        ):
+            tscnc.experiments.run(recipe(), folder, progress=False)
+
+
+def test_outputs_of_a_stage_that_was_stopped_at_its_end_are_written_anew(
+    half, finished, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(half, tmp_path / "tiny")
+    write = folders.write_manifest
+    for stage in ("3-finetune", "4-evaluate"):
+
+        def stop(place, content, stage=stage):
+            if place.name == stage:
+                raise StoppedError
+            write(place, content)
+
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            patch.setattr(folders, "write_manifest", stop)
+            tscnc.experiments.run(recipe(), folder, progress=False)
+        left = [path for path in (folder / stage).rglob("*") if path.is_file()]
+        left = [path for path in left if "state-" not in str(path) and path.name != "best.npz"]
+        assert len(left) == (9 + 1 if stage == "4-evaluate" else 4)
+        for path in left:
+            path.write_bytes(DAMAGES["cut off"](path.read_bytes()))
+    tscnc.experiments.run(recipe(), folder, progress=False)
+    require_same(folder, finished)
+    assert files_below(folder) == sorted(FILES)
+    mine, theirs = (
+        json.loads((each / "4-evaluate" / "report.json").read_text()) for each in (folder, finished)
+    )
+    assert mine["robust"] == theirs["robust"]
+    tscnc.load_saved_model(folder / "4-evaluate" / "saved_model")
+
+
+# One run at a time
+
+
+def test_one_run_at_a_time_in_a_folder(copied):
+    before = files_below(copied)
+    with (
+        locks.exclusive(copied),
+        pytest.raises(RuntimeError, match=rf"{copied} is in use by process {os.getpid()} on .*"),
+    ):
+        tscnc.experiments.run(recipe(), copied, progress=False)
+    assert files_below(copied) == before
+    tscnc.experiments.run(recipe(), copied, progress=False)
+
+
+def test_a_thread_is_kept_out_as_a_process_is(tmp_path):
+    def enter(folder):
+        try:
+            with locks.exclusive(folder):
+                return "entered"
+        except RuntimeError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool, locks.exclusive(tmp_path / "a"):
+        assert " UTC: two runs would" in pool.submit(enter, tmp_path / "a").result()
+        for other in ("a/inner", "b", "."):
+            assert pool.submit(enter, tmp_path / other).result() == "entered"
+    assert enter(tmp_path / "a") == "entered"
+
+
+def test_a_lock_goes_when_its_block_fails(tmp_path):
+    with pytest.raises(StoppedError), locks.exclusive(tmp_path):
+        raise StoppedError
+    with locks.exclusive(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [locks.LOCK]
+
+
+def test_a_folder_with_nothing_but_a_lock_is_new(tmp_path):
+    (tmp_path / locks.LOCK).touch()
+    (tmp_path / locks.HOLDER).write_text("{")
+    assert folders.is_new(tmp_path, recipe())
+    with (
+        locks.exclusive(tmp_path),
+        pytest.raises(RuntimeError, match=f"in use by process {os.getpid()} on"),
+        locks.exclusive(tmp_path),
+    ):
+        pass
+    (tmp_path / locks.HOLDER).write_text("{")
+    with (
+        filelock.FileLock(tmp_path / locks.LOCK),
+        pytest.raises(RuntimeError, match="in use by another process"),
+        locks.exclusive(tmp_path),
+    ):
+        pass
+
+
+def test_without_filelock_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    with (
+        pytest.raises(ImportError, match=r"pip install \"tscnc_tf\[experiments\]\""),
+        locks.exclusive(tmp_path),
+    ):
+        pass
+
+
+# A disk that is full
+
+
+@contextlib.contextmanager
+def small_files(limit=2048):
+    """Let the system refuse to write more than so many bytes into a file, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+@pytest.mark.parametrize("kind", ["json", "arrays", "model", "state"])
+def test_what_a_full_disk_refuses_is_named(tmp_path, library, kind, rng):
+    goal = tmp_path / ("state-1" if kind == "state" else "goal")
+    values = rng.random(2000)
+    chosen = recipe(**{"network.library": library})
+    model = stages.network(chosen, stages.dataset(chosen))
+    write = {
+        "json": lambda: folders.write_json(goal, values.tolist()),
+        "arrays": lambda: folders.write_arrays(goal, {"values": values}),
+        "model": lambda: folders.write_model(goal, model),
+        "state": lambda: folders.write_state(tmp_path, 1, tf.train.Checkpoint(model=model), []),
+    }[kind]
+    with small_files(), pytest.raises(OSError) as caught:
+        write()
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(goal))
+    assert not list(tmp_path.iterdir())
+    write()
+    assert goal.exists()
 
 
 # The command line

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import FLAVOURS
 
-from tscnc_tf import _keras, attacks, export, inspection, losses, training
+from tscnc_tf import _files, _keras, attacks, export, inspection, losses, training
 from tscnc_tf._keras import wrappers
-from tscnc_tf.export import manifest, probes, readiness, saving
+from tscnc_tf.export import checked, manifest, probes, readiness, saving
 
 layers = tf_keras.layers
 tfmots = _keras.tfmot().sparsity.keras
+
+every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 
 SPARSITY = 0.9
 # Of each kernel's n weights, tfmot keeps max(round(n / 10), 1).
@@ -323,6 +326,137 @@ def test_a_killed_process_leaves_nothing_at_the_path(tmp_path):
     with pytest.raises(ValueError, match=r"no tscnc_manifest\.json"):
         export.load_saved_model(tmp_path / draft)
     export.export_saved_model(dense(), goal)  # the draft is in nobody's way
+
+
+# Overwriting
+
+
+def network(library, value):
+    """A model whose logits are all `value`."""
+    model = library.Sequential([library.layers.Dense(3, name="last")])
+    model.build((None, 4))
+    model.layers[0].set_weights([np.zeros((4, 3)), np.full(3, value)])
+    return model
+
+
+def value_of(folder):
+    return float(export.load_saved_model(folder)(np.ones((1, 4), np.float32))[0, 0])
+
+
+@every_flavour
+def test_an_export_is_replaced_if_that_is_asked_for(tmp_path, library):
+    folder = tmp_path / "model"
+    export.export_saved_model(network(library, 1.0), folder, overwrite=True)
+    served = export.load_saved_model(folder)
+    with pytest.raises(FileExistsError, match="Nothing is overwritten: pass overwrite=True, remo"):
+        export.export_saved_model(network(library, 2.0), folder)
+    assert value_of(folder) == 1.0
+    report = export.export_saved_model(network(library, 2.0), folder, overwrite=True)
+    assert value_of(folder) == 2.0 and report.path == str(folder)
+    assert names(tmp_path) == ["model"]
+    assert float(served(np.ones((1, 4), np.float32))[0, 0]) == 1.0  # what was loaded stays
+    with pytest.raises(TypeError, match="overwrite must be True or False, got 1"):
+        export.export_saved_model(network(library, 3.0), folder, overwrite=1)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "path is no folder"),
+        (["notes.txt"], "path is a folder with 'notes.txt', which is no part of a SavedModel"),
+        (["saved_model.pb", ".bashrc"], "path is a folder with '.bashrc', which is no part"),
+        (["saved_model.pb", "assets.extra/tf_serving_warmup_requests"], "with 'assets.extra'"),
+        (["variables/variables.index"], r"path is a folder without saved_model\.pb"),
+    ],
+)
+def test_what_is_no_export_is_not_replaced(tmp_path, files, message):
+    goal = tmp_path / "goal"
+    if files is None:
+        goal.write_text("mine")
+    for file in files or ():
+        (goal / file).parent.mkdir(parents=True, exist_ok=True)
+        (goal / file).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{message}.*: .*goal.* remove it yourself, or cho"):
+        export.export_saved_model(dense(), goal, overwrite=True)
+    assert names(tmp_path) == ["goal"]
+    assert all((goal / file).read_text() == "mine" for file in files or [""])
+
+
+@pytest.mark.parametrize("file", [None, manifest.NAME, "saved_model.pb"])
+def test_an_empty_folder_and_a_damaged_export_are_replaced(tmp_path, file):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if file is not None:
+        (folder / file).write_text("{")
+    export.export_saved_model(network(tf_keras, 2.0), folder, overwrite=True)
+    assert value_of(folder) == 2.0 and names(tmp_path) == ["model"]
+
+
+FAILING = {
+    "checking": lambda: (checked, "check"),
+    "writing": lambda: (saving, "_write"),
+    "loading": lambda: (tf.saved_model, "load"),
+    "comparing variables": lambda: (saving, "_require_same_variables"),
+    "comparing logits": lambda: (checked, "require_same"),
+    "hashing": lambda: (manifest, "file_facts"),
+    "compressing": lambda: (manifest, "gzip_size"),
+    "describing": lambda: (manifest, "write"),
+    "flushing": lambda: (_files, "_flush"),
+    "putting": lambda: (_files, "_put"),
+}
+
+
+@pytest.mark.parametrize("step", FAILING)
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_whatever_fails_the_old_export_or_the_new_one_is_there(
+    tmp_path, monkeypatch, step, late, exported
+):
+    folder = pathlib.Path(shutil.copytree(exported[1], tmp_path / "model"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    place = FAILING[step]()
+    original = getattr(*place)
+
+    def fails(*args, **kwargs):
+        if late:
+            original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*place, fails)
+        export.export_saved_model(network(tf_keras, 2.0), folder, overwrite=True)
+    assert names(tmp_path) == ["model"]
+    if (step, late) == ("putting", True):
+        assert value_of(folder) == 2.0
+    else:
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+        export.load_saved_model(folder)
+
+
+def test_an_export_whose_replacement_was_cut_off_is_found(tmp_path):
+    folder = tmp_path / "model"
+    export.export_saved_model(network(tf_keras, 1.0), folder)
+    folder.rename(_files._aside(folder))  # where folders can't change places, and it is killed here
+    assert value_of(folder) == 1.0 and names(tmp_path) == ["model"]
+
+
+def test_an_export_that_is_replaced_while_it_is_loaded_is_loaded_again(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    export.export_saved_model(network(tf_keras, 1.0), folder)
+    load, seen = tf.saved_model.load, []
+
+    def slow(path):
+        if not seen:
+            seen.append(path)
+            monkeypatch.setattr(tf.saved_model, "load", load)
+            export.export_saved_model(network(tf_keras, 2.0), folder, overwrite=True)
+            monkeypatch.setattr(tf.saved_model, "load", slow)
+            raise OSError("a file is gone")
+        return load(path)
+
+    monkeypatch.setattr(tf.saved_model, "load", slow)
+    served = export.load_saved_model(folder)
+    assert float(served(np.ones((1, 4), np.float32))[0, 0]) == 2.0
+    assert served.report.variables == export.load_saved_model(folder).report.variables
 
 
 PLAIN = """

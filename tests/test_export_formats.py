@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import itertools
@@ -34,7 +35,7 @@ from tscnc_tf import (
     inspection,
     pruning,
 )
-from tscnc_tf.export import constants, formats, litert
+from tscnc_tf.export import calibration, checked, constants, formats, litert
 from tscnc_tf.export import onnx as export_onnx_module
 
 tfmots = _keras.tfmot().sparsity.keras
@@ -429,6 +430,132 @@ def test_what_int8_asks_for(tmp_path):
     assert names(tmp_path) == []
 
 
+CALIBRATIONS = {
+    "a dataset of batches": lambda x, y: dataset(x).batch(7),
+    "a dataset of pairs": lambda x, y: dataset((x, y)).batch(7),
+    "a dataset with weights": lambda x, y: dataset((x, y, y)).batch(7),
+    "a dataset of unknown size": lambda x, y: dataset(x).filter(lambda _: True).batch(7),
+    "a part of an endless one": lambda x, y: dataset(x).batch(8).repeat().take(5),
+    "a generator": lambda x, y: (x[i : i + 7] for i in range(0, 40, 7)),
+    "a generator of pairs": lambda x, y: ((x[i : i + 7], y[i : i + 7]) for i in range(0, 40, 7)),
+    "a list of batches": lambda x, y: [x[:30], x[30:]],
+    "a list of pairs": lambda x, y: [(x[:30], y[:30]), (x[30:], y[30:])],
+    "nested lists": lambda x, y: x.tolist(),
+    "a tensor": lambda x, y: tf.constant(x),
+    "a Keras 3 dataset": lambda x, y: batches_of(keras.utils.PyDataset, x, y),
+    "a tf_keras sequence": lambda x, y: batches_of(tf_keras.utils.Sequence, x, y),
+}
+dataset = tf.data.Dataset.from_tensor_slices
+
+
+def batches_of(kind, x, y):
+    """What Keras calls a dataset in Python."""
+
+    class Made(kind):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if index >= 4:
+                raise IndexError
+            return x[10 * index : 10 * index + 10], y[10 * index : 10 * index + 10]
+
+    return Made()
+
+
+@every_flavour
+@pytest.mark.parametrize("kind", CALIBRATIONS)
+def test_batches_are_calibrated_by_as_an_array_is(library, kind, rng):
+    x, y = rng.normal(0, 1, (40, 4)).astype(np.float32), np.arange(40)
+    found = calibration.examples(small(library), CALIBRATIONS[kind](x, y))
+    np.testing.assert_array_equal(found, x)
+    assert found.dtype == np.float32
+
+
+@every_flavour
+def test_int8_takes_all_batches_of_a_dataset(tmp_path, library, rng):
+    model = small(library)
+    x, y = rng.normal(0, 1, (40, 4)).astype(np.float32), np.arange(40)
+    x[-1] = 9.0  # this one decides on the ranges
+    call = functools.partial(export.export_litert, model, precision="int8", probe=x[:3])
+    wanted = call(tmp_path / "wanted", calibration=x)
+    report = call(tmp_path / "file", calibration=dataset((x, y)).batch(7))
+    assert report.sha256 == wanted.sha256
+    assert report.settings == {"calibration_examples": 40}
+    assert report.sha256 != call(tmp_path / "other", calibration=x[:39]).sha256
+
+
+@every_flavour
+def test_models_of_several_inputs_are_calibrated_by_batches(library, rng):
+    inputs = [library.layers.Input((4,), name=name) for name in ("left", "right")]
+    merged = library.layers.Concatenate()(inputs)
+    model = library.Model(inputs, library.layers.Dense(3, name="last")(merged))
+    a, b = rng.random((2, 20, 4), np.float32)
+    y = np.arange(20)
+    for batches in (
+        [a, b],
+        dataset(((a, b), y)).batch(8),
+        dataset(((a, b),)).batch(8),
+        iter([[a[:5], b[:5]], [a[5:], b[5:]]]),
+    ):
+        np.testing.assert_array_equal(calibration.examples(model, batches), [a, b])
+    wrong = dataset((a, b)).batch(8)  # b would be labels
+    with pytest.raises(ValueError, match=r"must be of the structure .*or a tuple \(x, y\)"):
+        calibration.examples(model, wrong)
+
+
+def test_a_subclassed_model_is_calibrated_by_batches(rng):
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.last = keras.layers.Dense(3, name="last")
+
+        def call(self, x, training=False):
+            return self.last(x)
+
+    model, x = Net(), rng.random((20, 4), np.float32)
+    model(x)
+    np.testing.assert_array_equal(calibration.examples(model, dataset(x).batch(8)), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda x: dataset(x),
+            r"got an array of shape \(4,\)\. Each element .* dataset\.batch\(32",
+        ),
+        (lambda x: dataset(x).batch(8).repeat(), r"a dataset without an end: .*calibration\.take"),
+        (lambda x: itertools.repeat(x), r"4,100 examples, and doesn't say .*islice\(batches, n\)"),
+        (
+            lambda x: dataset(x).repeat().filter(lambda _: True).batch(50),
+            r"4,100 examples, and doesn't say how many there are: .*dataset\.take",
+        ),
+        (lambda x: iter([]), "calibration is empty: .*can be read once only"),
+        (lambda x: dataset(x).take(0).batch(8), "calibration is empty"),
+        (lambda x: [], r"calibration (is empty|must be float32)"),
+        (lambda x: (x, np.arange(50)), r"tuple whose parts differ in shape.*Of a pair .* pass x"),
+        (lambda x: iter([(x, 1, 2, 3)]), r"must yield batches x or tuples .*got a tuple of 4"),
+        (lambda x: iter([x, x[:, :2]]), r"got an array of shape \(50, 2\)\. Each element"),
+        (lambda x: iter([x * np.nan]), "calibration must be finite"),
+        (lambda x: 3, r"calibration must be float32 \(any, 4\), got an array of shape \(\)"),
+    ],
+)
+def test_a_calibration_that_cannot_be_used_is_refused(tmp_path, make, message, rng):
+    x = rng.random((50, 4), np.float32)
+    with pytest.raises(ValueError, match=message):
+        export.export_litert(small(), tmp_path / "file", precision="int8", calibration=make(x))
+    assert names(tmp_path) == []
+
+
+def test_a_large_dataset_that_says_its_size_is_taken_as_it_is(tmp_path, rng):
+    x = rng.random((calibration.MOST + 1, 4), np.float32)
+    report = export.export_litert(
+        small(), tmp_path / "file", precision="int8", calibration=dataset(x).batch(2048)
+    )
+    assert report.settings == {"calibration_examples": calibration.MOST + 1}
+
+
 # Robust accuracy of what was exported
 
 
@@ -514,6 +641,93 @@ def test_an_existing_path_is_not_touched(tmp_path, form):
     with pytest.raises(FileExistsError, match="path exists already"):
         EXPORTS[form](small(), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"mine" and names(tmp_path) == ["file"]
+
+
+def constant(library, value):
+    """A model whose logits are all `value`."""
+    model = small(library)
+    for layer in model.layers:
+        layer.set_weights([np.zeros_like(weight) for weight in layer.get_weights()])
+    kernel, bias = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([kernel, np.full_like(bias, value)])
+    return model
+
+
+def value_of(form, path):
+    return float(LOADS[form](path)(np.ones((1, 4), np.float32))[0, 0])
+
+
+@every_flavour
+@every_format
+def test_a_file_is_replaced_if_that_is_asked_for(tmp_path, library, form):
+    path, call = tmp_path / "file", EXPORTS[form]
+    path.touch()  # an empty one may be replaced
+    call(constant(library, 1.0), path, overwrite=True)
+    with pytest.raises(FileExistsError, match="Nothing is overwritten: pass overwrite=True, remo"):
+        call(constant(library, 2.0), path)
+    assert value_of(form, path) == 1.0
+    report = call(constant(library, 2.0), path, overwrite=True)
+    assert value_of(form, path) == 2.0 and names(tmp_path) == ["file"]
+    assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(TypeError, match="overwrite must be True or False, got 'yes'"):
+        call(constant(library, 3.0), path, overwrite="yes")
+
+
+@every_format
+def test_what_is_no_file_of_the_format_is_not_replaced(tmp_path, form, exported):
+    others = {"text": b"print('mine')\n" * 9, "zip": b"PK\x03\x04" + bytes(40), "zeros": bytes(64)}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FileExistsError, match=r"path is a file that is not (LiteRT|ONNX): .*"):
+            EXPORTS[form](small(), tmp_path / name, overwrite=True)
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileExistsError, match="path is no file"):
+        EXPORTS[form](small(), tmp_path / "folder", overwrite=True)
+    other = "onnx" if form == "litert" else "litert"
+    EXPORTS[other](small(), tmp_path / "other")
+    with pytest.raises(FileExistsError, match="path is a file that is not"):
+        EXPORTS[form](small(), tmp_path / "other", overwrite=True)
+    LOADS[other](tmp_path / "other")
+    assert names(tmp_path) == ["folder", "other", "text", "zeros", "zip"]
+
+
+FAILING = {
+    "checking": lambda form: (checked, "check"),
+    "writing": lambda form: (form, "_write"),
+    "reading": lambda form: (form, "_constants"),
+    "loading": lambda form: (form, f"load_{form.__name__.rpartition('.')[2]}"),
+    "comparing": lambda form: (checked, "require_same"),
+    "compressing": lambda form: (gzip, "compress"),
+    "flushing": lambda form: (_files, "_flush"),
+    "putting": lambda form: (pathlib.Path, "replace"),
+}
+
+
+@every_format
+@pytest.mark.parametrize("step", FAILING)
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_whatever_fails_the_old_file_or_the_new_one_is_there(
+    tmp_path, monkeypatch, form, step, late, exported
+):
+    (tmp_path / "file").write_bytes(exported(keras, form)[1].read_bytes())
+    before = (tmp_path / "file").read_bytes()
+    place = FAILING[step]({"litert": litert, "onnx": export_onnx_module}[form])
+    original = getattr(*place)
+
+    def fails(*args, **kwargs):
+        if late:
+            original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*place, fails)
+        EXPORTS[form](constant(keras, 2.0), tmp_path / "file", overwrite=True)
+    assert names(tmp_path) == ["file"]
+    if (step, late) == ("putting", True):
+        assert value_of(form, tmp_path / "file") == 2.0
+    else:
+        assert (tmp_path / "file").read_bytes() == before
 
 
 @every_format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -23,7 +24,7 @@ from benchmarks.study import accelerate, choosing, report, results, work
 from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.results import Cell, Layer, Result
-from tscnc_tf.experiments import stages
+from tscnc_tf.experiments import locks, stages
 
 TINY = """
 name: tiny
@@ -135,6 +136,53 @@ def test_arms_that_train_the_same_dense_network_share_it(plan):
     dense = {run.arm: run.dense for run in plan.runs()}
     assert dense == {"none": "none", "cnc": "cnc", "later": "cnc"}
     assert len({run.group for run in plan.runs()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: tiny", "name: ../tiny", r"^name must be usable as the name of a file"),
+        ("  cnc: {constr", "  ../cnc: {constr", "a name in arms must be usable as .* got '../cnc'"),
+        ("  digits:", "  a/b:", "a name in settings must be usable as .* got 'a/b'"),
+        ("seeds: [0, 1]", "", r"tiny\.yaml is no plan: it must hold \['arms', .*'seeds'"),
+        ("choices:", "chances:", r"tiny\.yaml is no plan"),
+        ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", r"tiny\.yaml has seeds twice, in line 3 and"),
+        (TINY, "", r"tiny\.yaml is empty"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(tmp_path, old, new, message):
+    assert TINY.count(old) == 1
+    (tmp_path / "tiny.yaml").write_text(TINY.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        Plan.read(tmp_path / "tiny.yaml")
+
+
+def test_one_process_at_a_time_works_on_a_group_and_on_the_choices(plan, tmp_path):
+    scratch, found = tmp_path / "scratch", tmp_path / "results"
+    group = next(plan.runs()).group
+    with (
+        locks.exclusive(scratch / ".locks" / group),
+        pytest.raises(RuntimeError, match=f"none-seed0 is in use by process {os.getpid()} on"),
+    ):
+        work.work(plan, found, scratch, group)
+    with (
+        locks.exclusive(found / "choices"),
+        pytest.raises(RuntimeError, match="choices is in use by process"),
+    ):
+        choosing.choose(plan, ["digits"], found / "choices", scratch)
+    assert not (scratch / "digits").exists()
+
+
+def test_a_damaged_result_is_named(plan, tmp_path):
+    path = work.result_path(tmp_path, next(plan.runs()))
+    path.parent.mkdir()
+    path.write_text("{")
+    for read in (
+        lambda: work.require_current(plan.runs(), tmp_path),
+        lambda: results.read(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=rf"{path} is damaged.*Remove it, and run the study"):
+            read()
 
 
 @pytest.mark.parametrize(

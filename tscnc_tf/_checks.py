@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -79,6 +80,19 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
+
+
+def file_name(name: str, value: Any) -> str:
+    """Return `value` if it can be the name of a file or folder, and leads to no other place."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got {value!r}.")
+    parts = pathlib.PureWindowsPath(value)  # which knows the separators of all systems, and drives
+    if not value.strip() or value == ".." or parts.name != value or not value.isprintable():
+        raise ValueError(
+            f"{name} must be usable as the name of a file or folder, got {value!r}: text that is "
+            "not empty, not . or .., and has no /, \\, drive or line break in it."
+        )
     return value
 
 

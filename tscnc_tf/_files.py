@@ -1,38 +1,68 @@
 """Writing so that nothing is ever half-written: under a hidden name beside the goal, then renamed.
 
 A process that is killed on the way leaves its draft, `.<name>.<8 hex digits>`, beside the goal, and
-nothing at the goal itself. What is renamed has reached the disk before, so that holds for a power
-cut as well.
+the goal itself as it was. What is renamed has reached the disk before, so that holds for a power
+cut as well. If the disk is full, the error names the goal.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import hashlib
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
-def free_path(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
+class Replacement(NamedTuple):
+    """What may be replaced, in functions that have an argument `overwrite`.
+
+    Attributes:
+        overwrite: the argument.
+        require: raises a FileExistsError unless what is at a path is of the kind that is replaced.
+    """
+
+    overwrite: bool
+    require: Callable[[pathlib.Path], None]
+
+
+def free_path(
+    name: str, path: str | os.PathLike[str], replacement: Replacement | None = None
+) -> pathlib.Path:
     """Return `path` as an absolute Path, after making sure that something new can be put there.
 
     Args:
         name: what the caller calls the path, for the error messages.
         path: a path, `~` allowed. Folders on the way to it need not exist.
+        replacement: what may be replaced; nothing, if it is None. If `path` is a link, what it
+            leads to is replaced, and returned.
 
     Raises:
         TypeError: `path` is no path.
-        FileExistsError: there is something at `path`, be it a link that leads nowhere.
+        FileExistsError: there is something at `path`, be it a link that leads nowhere, that may not
+            be replaced.
         NotADirectoryError: one of the folders on the way is a file.
     """
     goal = _absolute(name, path)
+    if replacement is not None and replacement.overwrite:
+        goal = goal.resolve()
+    restore(goal)
     if os.path.lexists(goal):
-        raise FileExistsError(
-            f"{name} exists already: {goal}. Nothing is overwritten: remove it, or choose another "
-            "path."
-        )
+        if replacement is None or not replacement.overwrite:
+            offer = "" if replacement is None else "pass overwrite=True, "
+            raise FileExistsError(
+                f"{name} exists already: {goal}. Nothing is overwritten: {offer}remove it, or "
+                "choose another path."
+            )
+        replacement.require(goal)
     nearest = next(parent for parent in goal.parents if os.path.lexists(parent))
     if not nearest.is_dir():
         raise NotADirectoryError(
@@ -43,65 +73,77 @@ def free_path(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def new_directory(name: str, path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def new_directory(
+    name: str, path: str | os.PathLike[str], replacement: Replacement | None = None
+) -> Iterator[pathlib.Path]:
     """Yield an empty folder to fill; it becomes `path` when the block ends, and goes if it fails.
+
+    A folder that is replaced is in its place until then. Where the system can, the two change
+    places in one step (Linux and macOS, on their usual file systems). Elsewhere the old one is
+    given a hidden name first: if the process is killed before the new one is renamed, `restore`
+    finds it.
 
     Args:
         name: what the caller calls the path, for the error messages.
         path: where the folder is to be; missing folders on the way are made.
+        replacement: see `free_path`.
 
     Raises:
-        FileExistsError: there is something at `path`, before or after the block.
+        FileExistsError: there is something at `path` that may not be replaced, before or after the
+            block.
         TypeError, NotADirectoryError: see `free_path`.
+        OSError: the disk is full, or can't be written to; the error names `path`.
     """
-    goal = free_path(name, path)
+    goal = free_path(name, path, replacement)
     goal.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(goal)
-    draft.mkdir()
     try:
-        yield draft
-        for folder, _, files in os.walk(draft):
-            for file in files:
-                _flush(pathlib.Path(folder, file))
-            _flush_folder(pathlib.Path(folder))
-        free_path(name, goal)
-        try:
-            draft.rename(goal)
-        except OSError:
-            free_path(name, goal)  # somebody was faster: say so, rather than "not empty"
-            raise
-        _flush_folder(goal.parent)
+        with _naming(goal, draft):
+            draft.mkdir()
+            yield draft
+            for folder, _, files in os.walk(draft):
+                for file in files:
+                    _flush(pathlib.Path(folder, file))
+                _flush_folder(pathlib.Path(folder))
+            while not _put(draft, free_path(name, goal, replacement)):
+                pass  # somebody was faster: what is there now may be replaced or not
+            _flush_folder(goal.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_file(name: str, path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def new_file(
+    name: str, path: str | os.PathLike[str], replacement: Replacement | None = None
+) -> Iterator[pathlib.Path]:
     """Yield a path to write a file at; it becomes `path` when the block ends, and goes if it fails.
+
+    A file that is replaced is in its place until then.
 
     Args:
         name: what the caller calls the path, for the error messages.
         path: where the file is to be; missing folders on the way are made.
+        replacement: see `free_path`.
 
     Raises:
-        FileExistsError: there is something at `path`, before or after the block.
+        FileExistsError: there is something at `path` that may not be replaced, before or after the
+            block.
         TypeError, NotADirectoryError: see `free_path`.
+        OSError: the disk is full, or can't be written to; the error names `path`.
     """
-    goal = free_path(name, path)
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    draft = _draft(goal)
-    try:
+    goal = free_path(name, path, replacement)
+    with _written(goal) as draft:
         yield draft
         _flush(draft)
-        free_path(name, goal)
+        free_path(name, goal, replacement)
+        if replacement is not None and replacement.overwrite:
+            draft.replace(goal)
+            return
         try:
             os.link(draft, goal)  # which, unlike a renaming, replaces nothing
         except OSError:
             free_path(name, goal)  # somebody was faster
             draft.rename(goal)  # there are file systems without links
-        _flush_folder(goal.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -110,17 +152,26 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
     A reader sees the old file or the new one, whole. If `path` is a link, the file that it leads to
     is replaced.
+
+    Raises:
+        TypeError: `path` is no path.
+        OSError: the disk is full, or can't be written to; the error names `path`.
     """
     goal = _absolute("path", path).resolve()
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    draft = _draft(goal)
-    try:
+    with _written(goal) as draft:
         yield draft
         _flush(draft)
         draft.replace(goal)
-        _flush_folder(goal.parent)
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def restore(goal: pathlib.Path) -> None:
+    """Put back a folder that was to be replaced, if its writer was killed with nothing at `goal`.
+
+    See `new_directory`.
+    """
+    if not os.path.lexists(goal):
+        with contextlib.suppress(OSError):  # there is none, or a writer was faster
+            _aside(goal).rename(goal)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -136,6 +187,98 @@ def _absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
         raise TypeError(
             f"{name} must be a path, got {path!r} of type {type(path).__name__}."
         ) from None
+
+
+@contextlib.contextmanager
+def _written(goal: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the draft of a file, which goes when the block ends."""
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft(goal)
+    try:
+        with _naming(goal, draft):
+            yield draft
+            _flush_folder(goal.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(goal: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
+    """Let what the disk refuses be an OSError that names the goal.
+
+    A stream's errors name nothing; those of TensorFlow are of its own kinds (a full disk is a
+    "resource exhausted"), and have the draft and the system's words in their text.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            number = error.errno if error.errno in _OF_THE_DISK else None
+        else:
+            words = str(error) if str(draft) in str(error) else ""
+            number = next((each for each in _OF_THE_DISK if os.strerror(each) in words), None)
+        if number is None:
+            raise
+        named = OSError(number, os.strerror(number), str(goal))
+        named.add_note("What was at the path before is as it was. Make room, and call again.")
+        raise named from error
+
+
+def _put(draft: pathlib.Path, goal: pathlib.Path) -> bool:
+    """Give a folder the name `goal`; what was there, a folder as well, has the draft's name then.
+
+    Returns:
+        False if it can't be done since another process has put something there, or taken it away.
+    """
+    if not os.path.lexists(goal):
+        return _renamed(draft, goal)
+    if _exchange(draft, goal):
+        return True
+    aside = _aside(goal)
+    shutil.rmtree(aside, ignore_errors=True)  # it was left over: there is something at the goal
+    try:
+        goal.rename(aside)
+    except FileNotFoundError:
+        return False
+    try:
+        done = _renamed(draft, goal)
+    except OSError:
+        restore(goal)
+        raise
+    if done:
+        aside.rename(draft)  # from here on nobody restores it
+    return done
+
+
+def _renamed(draft: pathlib.Path, goal: pathlib.Path) -> bool:
+    """Rename a folder, and return True; False if there is something."""
+    try:
+        draft.rename(goal)
+    except OSError:
+        if os.path.lexists(goal):
+            return False
+        raise
+    return True
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Let two paths change places in one step, and return True; False where that can't be done."""
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "linux":
+            at = -100  # AT_FDCWD; it has no say in absolute paths
+            return ctypes.CDLL(None).renameat2(at, names[0], at, names[1], 2) == 0
+        if sys.platform == "darwin":
+            return ctypes.CDLL(None).renamex_np(*names, 2) == 0
+    except AttributeError:  # an older system library
+        return False
+    return False
+
+
+def _aside(goal: pathlib.Path) -> pathlib.Path:
+    """Return the hidden name of a folder that is being replaced."""
+    digest = hashlib.sha256(os.fsencode(goal.name)).hexdigest()
+    return goal.with_name(f".{goal.name[:32]}.{digest[:8]}.old")
 
 
 def _draft(goal: pathlib.Path) -> pathlib.Path:

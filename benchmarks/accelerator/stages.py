@@ -191,10 +191,8 @@ def _require_compiled(trainer: Any) -> None:
 
 
 def _require_folder_name(name: str) -> None:
-    if not name or pathlib.Path(name).name != name or name == "run":
-        raise ValueError(
-            f"name must be that of a folder, and not 'run', where results go, got {name!r}."
-        )
+    if _checks.file_name("name", name) == "run":
+        raise ValueError("name must not be 'run', where results go.")
 
 
 def _build(trainer: Any) -> None:

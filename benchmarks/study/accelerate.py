@@ -97,7 +97,7 @@ def collect(plan: Plan, folder: pathlib.Path, results: pathlib.Path) -> list[str
             data = stages.dataset(run.recipe)
             _require_data(folder / run.setting / f"data-seed{run.seed}", data)
             _require_recipe(folder / run.setting / run.name, work.portable(run, data.metadata))
-            content = json.loads(done.read_text(encoding="utf-8"))
+            content = folders.read_json(done, "Bring it from the accelerator again.")
             text = json.dumps(_result(run, content, done.parent), indent=1, ensure_ascii=False)
             _files.write_text(work.result_path(results, run), f"{text}\n")
             found.append(run.name)
@@ -126,12 +126,12 @@ def _require_runner(folder: pathlib.Path) -> None:
 
 
 def _require_data(folder: pathlib.Path, data: datasets.Dataset) -> None:
-    about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    about = folders.read_json(folder / "data.json", f"Remove {folder}, and export again.")
     folders.require_same_data(folder, about, data)
 
 
 def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
-    theirs = json.loads((folder / folders.RECIPE).read_text(encoding="utf-8"))
+    theirs = folders.read_json(folder / folders.RECIPE, f"Remove {folder}, and export again.")
     # The data are held against each other by themselves; where they are is no matter.
     mine = {**recipe, "data": theirs["data"]}
     if changed := differences(theirs, jsonable(mine)):

@@ -8,6 +8,7 @@ import pathlib
 from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, experiments
+from tscnc_tf.experiments import locks
 
 SEED = 1000  # none that the study itself uses
 
@@ -24,24 +25,34 @@ def choose(plan: Plan, settings: list[str], results: pathlib.Path, scratch: path
         settings: in which settings.
         results: the folder for the trials, a file each setting.
         scratch: the folder for the experiments.
+
+    Raises:
+        RuntimeError: another process notes trials in `results`.
     """
-    for setting in settings:
-        path = results / f"{setting}.json"
-        trials = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for arm, choice in plan.choices.items():
-            for value in choice["values"]:
-                if str(value) not in trials.setdefault(arm, {}):
-                    run = _trial(plan, setting, arm, {choice["name"]: value})
-                    trials[arm][str(value)] = _try(run, scratch / "choices" / f"{arm}-{value}")
-                    _files.write_text(path, f"{json.dumps(trials, indent=1)}\n")
+    with locks.exclusive(results):
+        for setting in settings:
+            _choose(plan, setting, results / f"{setting}.json", scratch / "choices")
+
+
+def _choose(plan: Plan, setting: str, path: pathlib.Path, scratch: pathlib.Path) -> None:
+    trials = _trials(path)
+    for arm, choice in plan.choices.items():
+        for value in choice["values"]:
+            if str(value) not in trials.setdefault(arm, {}):
+                run = _trial(plan, setting, arm, {choice["name"]: value})
+                trials[arm][str(value)] = _try(run, scratch / f"{arm}-{value}")
+                _files.write_text(path, f"{json.dumps(trials, indent=1)}\n")
+
+
+def _trials(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    return work.read_result(path) if path.is_file() else {}
 
 
 def best(plan: Plan, results: pathlib.Path) -> dict[str, dict[str, float]]:
     """Return the best value by setting and arm, where all have been tried; of equals the least."""
     found: dict[str, dict[str, float]] = {}
     for setting in plan.settings:
-        path = results / f"{setting}.json"
-        trials = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        trials = _trials(results / f"{setting}.json")
         found[setting] = {
             arm: float(max(sorted(scores, key=float), key=scores.__getitem__))
             for arm, scores in trials.items()

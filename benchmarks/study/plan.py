@@ -7,7 +7,9 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tscnc_tf.experiments import Recipe, parse
+from tscnc_tf import _checks
+from tscnc_tf.experiments import Recipe
+from tscnc_tf.experiments.recipe import read_yaml
 
 HERE = pathlib.Path(__file__).parent
 
@@ -68,6 +70,12 @@ class Plan:
     choices: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     only: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _checks.file_name("name", self.name)
+        for names in ("settings", "arms"):
+            for name in getattr(self, names):
+                _checks.file_name(f"a name in {names}", name)
+
     @classmethod
     def read(cls, path: pathlib.Path, files: Mapping[str, str] | None = None) -> Plan:
         """Read a plan from a YAML file.
@@ -75,8 +83,18 @@ class Plan:
         Args:
             path: of the file.
             files: where data are that the plan knows by name.
+
+        Raises:
+            OSError: there is no such file, or it can't be read.
+            ValueError: it is no plan, or a name in it can't be that of a file.
         """
-        values = parse(path.read_text(encoding="utf-8"), str(path))
+        values = read_yaml(path)
+        fields = dataclasses.fields(cls)
+        needed = {f.name for f in fields if f.default_factory is dataclasses.MISSING}
+        if not needed <= set(values) <= {field.name for field in fields}:
+            raise ValueError(
+                f"{path} is no plan: it must hold {sorted(needed)}, got {sorted(values)}."
+            )
         for setting in values["settings"].values():
             name = setting["data"]["dataset"]
             setting["data"]["dataset"] = (files or {}).get(name, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from tscnc_tf.experiments import folders
 
 BASE = "none"  # the arm that others are held against
 
@@ -105,7 +106,8 @@ class Result:
 def read(folder: pathlib.Path) -> list[Result]:
     """Return all results in a folder, in the order of their names."""
     files = sorted(folder.glob("*/*-seed*.json"))
-    return [Result.of(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    way_out = "Remove it, and run the study again."
+    return [Result.of(folders.read_json(file, way_out)) for file in files]
 
 
 def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, dict[int, Result]]]:

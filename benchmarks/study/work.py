@@ -18,7 +18,8 @@ from rich.console import Console
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, experiments
 from tscnc_tf.evaluation.report import versions
-from tscnc_tf.experiments import Recipe
+from tscnc_tf.experiments import Recipe, locks
+from tscnc_tf.experiments.folders import read_json
 from tscnc_tf.experiments.recipe import differences
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,6 +28,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def result_path(results: pathlib.Path, run: Run) -> pathlib.Path:
     """Return where the result of a run stands."""
     return results / run.setting / f"{run.name}.json"
+
+
+def read_result(path: pathlib.Path) -> dict[str, Any]:
+    """Return what is in the file of a result; one that is damaged is named."""
+    return read_json(path, "Remove it, and run the study again.")
 
 
 def missing(runs: Iterable[Run], results: pathlib.Path) -> list[Run]:
@@ -43,7 +49,7 @@ def require_current(runs: Iterable[Run], results: pathlib.Path) -> None:
     for run in runs:
         path = result_path(results, run)
         if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+            stored = read_result(path)["recipe"]
             theirs = Recipe.from_dict(stored)
             mine = run.recipe.override({"data.dataset": theirs.data.dataset})
             if changed := differences(theirs.to_dict(), mine.to_dict()):
@@ -134,8 +140,16 @@ def _log(job: Job, group: str) -> pathlib.Path:
 
 
 def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -> None:
-    """Run what is missing of one group: one dense network, pruned in every way of the plan."""
-    runs = [run for run in plan.runs() if run.group == group]
+    """Run what is missing of one group: one dense network, pruned in every way of the plan.
+
+    Raises:
+        RuntimeError: another process works on the group.
+    """
+    with locks.exclusive(scratch / ".locks" / group):
+        _work([run for run in plan.runs() if run.group == group], results, scratch)
+
+
+def _work(runs: Sequence[Run], results: pathlib.Path, scratch: pathlib.Path) -> None:
     folders = {run.name: scratch / run.setting / run.name for run in runs}
     for run in missing(runs, results):
         begin = time.monotonic()
@@ -174,7 +188,7 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Return what a study keeps of an experiment."""
     judged = folder / "4-evaluate"
     report, kernels, lipschitz, zeros = (
-        json.loads((judged / f"{name}.json").read_text(encoding="utf-8"))
+        read_json(judged / f"{name}.json", f"Remove {judged}, and run the study again.")
         for name in ("report", "kernels", "lipschitz", "sparsity")
     )
     stages = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, datasets, gates, inspection, pruning
+from tscnc_tf import datasets, gates, inspection, pruning
 from tscnc_tf._keras import flavours, gated, masks, optimizers
 from tscnc_tf.callbacks import pruning_callbacks
 from tscnc_tf.experiments import folders, stages
@@ -72,7 +71,7 @@ def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray]
         trained: the model of the stage, as the last epoch has left it; it is used up.
         folder: of the stage.
     """
-    arrays = folders.read_arrays(folder / "best.npz")
+    arrays = folders.read_arrays(folder / folders.BEST)
     names = [t.name for pruner in masks.pruners(trained) for t, _ in pruner.masked_targets()]
     kept = {name: arrays[f"{MASKS}{index}"] for index, name in enumerate(names)}
     # With its pruner, a model that learns scores would take these weights for new dense ones.
@@ -121,8 +120,8 @@ class _Keeper(flavours.Callback):
         folders.tidy(self.folder, keep=done)
         if state is None:
             return 0
-        _checkpoint(trainer).read(str(state / "checkpoint")).assert_consumed()
-        self.rows = json.loads((state / "metrics.json").read_text(encoding="utf-8"))
+        self.rows = folders.read_state(state, _checkpoint(trainer))
+        folders.write_metrics(self.folder, self.rows)
         return done
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -136,12 +135,10 @@ class _Keeper(flavours.Callback):
             row = {"epoch": epoch + 1, **(logs or {}), **self._validate(trainer.model)}
             if self._is_best(row):
                 arrays = {"epoch": np.array(epoch + 1), **weights_and_masks(trainer.model)}
-                folders.write_arrays(self.folder / "best.npz", arrays)
+                folders.write_arrays(self.folder / folders.BEST, arrays)
         self.rows.append({name: float(value) for name, value in row.items()} | {"epoch": epoch + 1})
         folders.write_metrics(self.folder, self.rows)
-        with _files.new_directory("state", self.folder / f"state-{epoch + 1}") as state:
-            _checkpoint(trainer).write(str(state / "checkpoint"))
-            folders.write_json(state / "metrics.json", self.rows)
+        folders.write_state(self.folder, epoch + 1, _checkpoint(trainer), self.rows)
         folders.tidy(self.folder, keep=epoch + 1)
 
     def _validate(self, model: Any) -> dict[str, float]:

@@ -3,13 +3,14 @@
     EXPERIMENT/
         recipe.json
         data.json           name, fingerprint, numbers of images
+        .lock               held by the process that runs the experiment
         1-train/ 2-prune/ 3-finetune/
             model.keras     the best epoch's network: plain, pruned weights being zero
             last.keras      the last epoch's
             best.npz        the best epoch's weights and masks as they were trained, gates and all
             masks.npz       by weight, which entries are kept (not for the dense network)
             metrics.jsonl   a line for each epoch
-            manifest.json   recipe, data, versions, the epoch chosen
+            manifest.json   recipe, data, versions, the epoch chosen, digests of the other files
         4-evaluate/
             report.json     accuracy, clean and under attack, on the test set; report.txt, to read
             kernels.json    condition numbers, stable ranks, dead filters
@@ -19,28 +20,37 @@
             manifest.json
 
 While a stage runs, `state-EPOCH/` in its folder holds what it needs to go on.
+
+Files are held against the manifest before they are used, so that a damaged one is named. What was
+written before there were digests is read without them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tscnc_tf import _files, _keras
 from tscnc_tf.datasets import Dataset
-from tscnc_tf.experiments.recipe import Recipe, differences
+from tscnc_tf.experiments import locks
+from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
+from tscnc_tf.export import manifest
 from tscnc_tf.inspection.records import jsonable
 
 STEPS = ("train", "prune", "finetune", "evaluate")
 MANIFEST = "manifest.json"
 RECIPE, DATA = "recipe.json", "data.json"
+BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
+METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
 
 
 def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
@@ -61,13 +71,17 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
             raise NotADirectoryError(f"folder must be a folder, got {folder}: {place} is a file.")
     file = folder / RECIPE
     if file.is_file():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = read_json(
+            file,
+            "Choose another folder, or remove this one (a complete 1-train in it can be kept "
+            "elsewhere, for dense=), and run again.",
+        )
         if changed := differences(theirs, jsonable(recipe.to_dict())):
             raise ValueError(
-                f"folder {folder} holds an experiment by another recipe: {'; '.join(changed)}. "
-                "Choose another folder, or the recipe that it began with."
+                f"folder {folder} holds an experiment by another recipe, says its {RECIPE}: "
+                f"{'; '.join(changed)}. Choose another folder, or the recipe that it began with."
             )
-    elif folder.exists() and set(folder.iterdir()) - set(_drafts(folder)):
+    elif folder.exists() and set(folder.iterdir()) - {*_drafts(folder), *locks.files(folder)}:
         raise FileExistsError(
             f"folder {folder} holds something else than an experiment: choose another one."
         )
@@ -84,20 +98,23 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
     if is_new(folder, recipe):
         write_json(folder / RECIPE, recipe.to_dict())
     tidy(folder)
-    if (folder / DATA).is_file():
-        known = json.loads((folder / DATA).read_text(encoding="utf-8"))
-        require_same_data(folder, known, data)
+    file = folder / DATA
+    if file.is_file():
+        known = read_json(file, "Remove it, and run again: it is written anew.")
+        with errors_begin(f"{file}: "):
+            require_same_data(folder, known, data)
     else:
         write_json(folder / DATA, data.metadata)
 
 
 def require_same_data(folder: pathlib.Path, known: Mapping[str, Any], data: Dataset) -> None:
     """Raise a ValueError unless data are those that are known of a folder."""
-    if known["fingerprint"] != data.fingerprint:
+    theirs = known.get("fingerprint")
+    if theirs != data.fingerprint:
         raise ValueError(
             f"the data are not those that {folder} was made with: their fingerprint is "
-            f"{data.fingerprint[:12]}, not {known['fingerprint'][:12]}. Bring the same files, or "
-            "choose another folder."
+            f"{data.fingerprint[:12]}, not {str(theirs)[:12]}. Bring the same files, or choose "
+            "another folder."
         )
 
 
@@ -106,9 +123,11 @@ def open_dense(dense: pathlib.Path, recipe: Recipe) -> StageOutput:
 
     Raises:
         FileNotFoundError: there is no complete stage in `dense`.
-        ValueError: it is another stage, or by a recipe whose first stage is another one.
+        ValueError: it is another stage, or by a recipe whose first stage is another one, or
+            damaged.
     """
     output = open_stage(dense)
+    require_whole(dense)
     if (stage := output.manifest["stage"]) != "train":
         raise ValueError(f"dense must be a stage of training, got {dense}: {stage}.")
     theirs = Recipe.from_dict(output.manifest["recipe"]).first_stage()
@@ -133,6 +152,62 @@ def is_complete(folder: pathlib.Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, which says that all else is there, with a digest of each."""
+    found = manifest.file_facts(folder)
+    files = {
+        name: facts for name, facts in found.items() if not name.startswith((".", f"{STATE}-"))
+    }
+    whole = json.loads(json.dumps(jsonable({**content, "files": files})))
+    write_json(folder / MANIFEST, {**whole, "sha256": manifest.seal(whole)})
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """Return what `write_manifest` has written.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = folder / MANIFEST
+    content = read_json(file, _way_out(file))
+    if ("files" in content or "sha256" in content) and (
+        content.pop("sha256", None) != manifest.seal(content)
+    ):
+        raise _damaged(file, "its sha256 does not match its content")
+    return content
+
+
+def require_whole(folder: pathlib.Path) -> None:
+    """Raise a ValueError if a file in a folder that has a manifest differs from it.
+
+    A file that is missing is no matter here: whoever needs it says so.
+    """
+    for name in read_manifest(folder).get("files", {}):
+        if (folder / name).exists():
+            _require_as_recorded(folder, name)
+
+
+def read_json(path: pathlib.Path, way_out: str, kind: type = dict) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: of the file.
+        way_out: what to do if it is damaged, for the error message.
+        kind: what it must hold.
+
+    Raises:
+        OSError: there is no such file, or it can't be read.
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}. {way_out}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is damaged, it holds no {kind.__name__}. {way_out}")
+    return content
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Write a JSON file in one piece."""
     text = json.dumps(jsonable(content), indent=2, ensure_ascii=False, allow_nan=False)
@@ -142,7 +217,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 def write_metrics(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the metrics of all epochs so far, a line each."""
     lines = [json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) for row in rows]
-    _files.write_text(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    _files.write_text(folder / METRICS, "".join(f"{line}\n" for line in lines))
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -163,15 +238,47 @@ def write_model(path: pathlib.Path, model: Any) -> None:
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return what `write_arrays` has written."""
-    with np.load(path) as held:
+    """Return what `write_arrays` has written.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    # The stream is ours, as NumPy leaves a file open that it can't make out.
+    with _reading(path), path.open("rb") as stream, np.load(stream) as held:
         return {name: held[name] for name in held.files}
 
 
 def states(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
     """Return the states of a stage that is not complete, by epochs done, the last one first."""
-    found = [(int(path.name.partition("-")[2]), path) for path in folder.glob("state-*")]
+    found = [(int(path.name.partition("-")[2]), path) for path in folder.glob(f"{STATE}-*")]
     return sorted(found, reverse=True)
+
+
+def read_state(state: pathlib.Path, checkpoint: tf.train.Checkpoint) -> list[dict[str, Any]]:
+    """Restore a checkpoint, and return the metrics of the epochs before it.
+
+    Raises:
+        ValueError: a file of the state is damaged, or of the best epoch so far.
+    """
+    if is_complete(state):
+        require_whole(state)
+    with _reading(state / CHECKPOINT):
+        checkpoint.read(str(state / CHECKPOINT)).assert_consumed()
+    read_arrays(state.parent / BEST)  # if it can't be read, better to know now than in the end
+    return read_json(state / "metrics.json", _way_out(state / "metrics.json"), list)
+
+
+def write_state(
+    folder: pathlib.Path,
+    epochs: int,
+    checkpoint: tf.train.Checkpoint,
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write what a stage needs to go on after some epochs, given their metrics."""
+    with _files.new_directory(STATE, folder / f"{STATE}-{epochs}") as draft:
+        checkpoint.write(str(draft / CHECKPOINT))
+        write_json(draft / "metrics.json", rows)
+        write_manifest(draft, {})
 
 
 def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
@@ -197,7 +304,7 @@ class StageOutput:
 
     Attributes:
         folder: where it is.
-        manifest: recipe, data, versions, the epoch chosen.
+        manifest: recipe, data, versions, the epoch chosen, size and digest of each file.
         metrics: a dict for each epoch.
     """
 
@@ -208,18 +315,25 @@ class StageOutput:
     @functools.cached_property
     def model(self) -> Any:
         """The best epoch's network; of the evaluation, the one that was judged."""
-        return load_model(self._of_training / "model.keras", self.manifest["recipe"])
+        return self._load(MODEL)
 
     @functools.cached_property
     def last(self) -> Any:
         """The last epoch's network."""
-        return load_model(self._of_training / "last.keras", self.manifest["recipe"])
+        return self._load(LAST)
 
     @property
     def masks(self) -> Mapping[str, np.ndarray]:
         """By weight, which entries are kept; empty for a dense network."""
-        file = self._of_training / "masks.npz"
-        return read_arrays(file) if file.is_file() else {}
+        file = self._of_training / MASKS
+        if not file.is_file():
+            return {}
+        _require_as_recorded(file.parent, file.name)
+        return read_arrays(file)
+
+    def _load(self, name: str) -> Any:
+        _require_as_recorded(self._of_training, name)
+        return load_model(self._of_training / name, self.manifest["recipe"])
 
     @property
     def _of_training(self) -> pathlib.Path:
@@ -241,6 +355,8 @@ def open_stage(folder: str | pathlib.Path) -> StageOutput:
 
     Raises:
         FileNotFoundError: there is no complete stage in the folder.
+        ValueError: its manifest or its metrics are damaged; as is said of the other files when
+            they are asked for.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -249,24 +365,65 @@ def open_stage(folder: str | pathlib.Path) -> StageOutput:
     """
     folder = pathlib.Path(folder)
     if (folder / RECIPE).is_file():
-        names = [f"{index}-{stage}" for index, stage in enumerate(STEPS, start=1)]
         raise FileNotFoundError(
-            f"folder {folder} holds a whole experiment: open one of its stages, {', '.join(names)}."
+            f"folder {folder} holds a whole experiment: open one of its stages, "
+            f"{', '.join(_names())}."
         )
     if not is_complete(folder):
         raise FileNotFoundError(
             f"folder {folder} holds no complete stage, as it lacks {MANIFEST}: run the experiment "
             "again in the folder above, and it goes on where it was stopped."
         )
-    rows = []
-    if (folder / "metrics.jsonl").is_file():
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()]
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return StageOutput(folder, manifest, tuple(rows))
+    content = read_manifest(folder)
+    rows, file = [], folder / METRICS
+    if file.is_file():
+        _require_as_recorded(folder, METRICS)
+        with _reading(file):
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return StageOutput(folder, content, tuple(rows))
 
 
 def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
-    """Load a network of an experiment by the Keras that its recipe names."""
+    """Load a network of an experiment by the Keras that its recipe names.
+
+    Raises:
+        ValueError: it can't be loaded.
+    """
     library = _keras.keras if recipe["network"]["library"] == "keras" else _keras.tf_keras
-    return library.models.load_model(path, compile=False)
+    with _reading(path):
+        return library.models.load_model(path, compile=False)
+
+
+@contextlib.contextmanager
+def _reading(file: pathlib.Path) -> Iterator[None]:
+    """Let whatever the reader of a file raises name the file and what to do about it."""
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # each library has errors of its own for what it can't make out
+        raise _damaged(file, f"it can't be read ({type(error).__name__}: {error})") from error
+
+
+def _require_as_recorded(folder: pathlib.Path, name: str) -> None:
+    """Raise a ValueError if a file differs from what the manifest of its folder says of it."""
+    facts = read_manifest(folder).get("files", {}).get(name)
+    if facts is not None and (words := manifest.fault(folder / name, facts)):
+        raise _damaged(folder / name, f"it {words}")
+
+
+def _damaged(file: pathlib.Path, why: str) -> ValueError:
+    return ValueError(f"{file} is damaged: {why}. {_way_out(file)}")
+
+
+def _way_out(file: pathlib.Path) -> str:
+    """Return what to do about a damaged file of a stage."""
+    stage = next((folder for folder in file.parents if folder.name in _names()), file.parent)
+    anew = f"emove the folder {stage} and those of later stages, and run the experiment again."
+    if is_complete(stage) and file.name not in (MODEL, MANIFEST):
+        return f"Remove {file.name} alone if you can do without it; if not, r{anew}"
+    return f"R{anew}"
+
+
+def _names() -> list[str]:
+    return [stage_folder(pathlib.Path(), stage).name for stage in STEPS]

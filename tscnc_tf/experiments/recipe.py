@@ -35,7 +35,7 @@ class Recipe:
     fine-tuning) the defaults are this package's own.
 
     Args:
-        name: what this setting is called.
+        name: what this setting is called; it may name a folder, so / and \ are no part of it.
         seed: of everything that is drawn: splits, first weights, batches, augmentation, attacks.
         sparsity: fraction of zeros among the weights that are pruned, in [0, 1).
         data, network, adversary, constraints, gates: what all stages share.
@@ -69,8 +69,7 @@ class Recipe:
     evaluate: Evaluation = dataclasses.field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"name must be text, got {self.name!r}.")
+        _checks.file_name("name", self.name)
         for part, kind in get_type_hints(type(self)).items():
             value = getattr(self, part)
             if dataclasses.is_dataclass(kind) and type(value) is not kind:
@@ -106,7 +105,8 @@ class Recipe:
         Raises:
             ImportError: PyYAML is not installed.
             OSError: there is no such file, or it can't be read.
-            ValueError: it is no YAML, not that of a recipe, or files are based on each other.
+            ValueError: it is no YAML, empty or not that of a recipe, a name stands in one place
+                twice, or files are based on each other.
         """
         path = pathlib.Path(path)
         values = _read(path, ())
@@ -193,7 +193,7 @@ def parse(text: str, where: str) -> Any:
 
     Raises:
         ImportError: PyYAML is not installed.
-        ValueError: the text is no YAML.
+        ValueError: the text is no YAML, or a name is given twice in one place.
 
     Example:
         >>> parse("{train: {epochs: 3}}", "text")
@@ -201,9 +201,54 @@ def parse(text: str, where: str) -> Any:
     """
     yaml = _extras.require_extra("yaml", "experiments")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # of a date that there is not, for one
         raise ValueError(f"{where} is not YAML: {error}") from error
+    for name, first, second in _repeated(yaml, tree, "", set()):
+        raise ValueError(
+            f"{where} has {name} twice, in line {first} and in line {second}: keep one of them."
+        )
+    return values
+
+
+def read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    """Return the values of a YAML file that holds names with values.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+        OSError: there is no such file, or it can't be read.
+        ValueError: it is no such file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: it is no text in UTF-8 ({error}).") from error
+    values = parse(text, str(path))
+    if values is None:
+        raise ValueError(f"{path} is empty, or was cut off: it must hold names with values.")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names with values, got {values!r}.")
+    return values
+
+
+def _repeated(yaml: Any, node: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:
+    """Yield each name that stands twice in one mapping, and the lines: YAML takes the last."""
+    if id(node) in seen:  # an alias: it has been looked at
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for inner in node.value:
+            yield from _repeated(yaml, inner, prefix, seen)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[Any, int] = {}
+        for key, inner in node.value:
+            line, name = key.start_mark.line + 1, f"{prefix}{key.value}"
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in lines:
+                    yield name, lines[key.tag, key.value], line
+                lines[key.tag, key.value] = line
+            yield from _repeated(yaml, inner, f"{name}.", seen)
 
 
 def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]:
@@ -211,13 +256,7 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path} is based on itself, by {[str(file) for file in above]}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not YAML: it is no text in UTF-8 ({error}).") from error
-    values = parse(text, str(path)) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names with values, got {values!r}.")
+    values = read_yaml(path)
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -21,7 +21,7 @@ from rich.progress import (
 from tscnc_tf import _checks, _files, datasets, inspection
 from tscnc_tf.evaluation import evaluate_robustness
 from tscnc_tf.evaluation.report import versions
-from tscnc_tf.experiments import fitting, folders, stages
+from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.parts import STAGES
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.export import export_saved_model
@@ -47,6 +47,9 @@ def run(
     on a CPU it ends with the same weights, bit for bit, as one that was never killed. What each
     stage writes is said in `open_stage`.
 
+    A folder is for one run at a time: a second one is refused while the first is alive. A file that
+    is needed, or was left by a complete stage, and is not what was written, is named.
+
     Args:
         recipe: what to do.
         folder: where; new, or that of the same experiment.
@@ -62,11 +65,14 @@ def run(
         TypeError: `recipe` is none.
         ValueError: `folder` holds an experiment by another recipe, or on other data; `dense` is of
             another recipe; or a stage of the recipe can't be built, which is found out before
-            anything is trained or written.
+            anything is trained or written; or a file in `folder` is damaged, and the error says
+            which one and what to do.
+        RuntimeError: another process runs an experiment in `folder`; the error says which one.
+        OSError: the disk is full, or can't be written to; the error names the file.
         FileExistsError: `folder` holds something else.
         NotADirectoryError: `folder` is, or lies below, a file.
         FileNotFoundError: `dense` is no complete stage; or see `datasets.load`.
-        ImportError: see `datasets.load`.
+        ImportError: the extra "experiments" is not installed; or see `datasets.load`.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -82,15 +88,29 @@ def run(
     data = stages.dataset(recipe)
     if new:
         stages.rehearse(recipe, data)
-    folders.claim(folder, recipe, data)
-    if source is not None:
-        folders.adopt(folder, source)
+    with locks.exclusive(folder):
+        folders.claim(folder, recipe, data)
+        if source is not None:
+            folders.adopt(folder, source)
+        _run(recipe, data, folder, progress)
+    return folder
+
+
+def steps_of(recipe: Recipe, stage: str, data: datasets.Dataset) -> int:
+    """Return the number of optimizer steps of a stage."""
+    part = getattr(recipe, stage)
+    return part.epochs * data.steps_per_epoch(part.batch_size)
+
+
+def _run(recipe: Recipe, data: datasets.Dataset, folder: pathlib.Path, progress: bool) -> None:
+    """Run the stages that are not complete; make sure that the others are as they were left."""
     previous, teacher = None, None
     with _bar(recipe, data, progress) as show:
         for stage in STAGES:
             goal = folders.stage_folder(folder, stage)
             if not folders.is_complete(goal):
                 _train(recipe, stage, data, goal, show, previous, teacher)
+            folders.require_whole(goal)
             output = folders.open_stage(goal)
             folders.require_same_data(output.folder, output.manifest["data"], data)
             show(stage, steps_of(recipe, stage, data))
@@ -99,13 +119,7 @@ def run(
     goal = folders.stage_folder(folder, "evaluate")
     if not folders.is_complete(goal):
         _evaluate(recipe, data, previous, goal, progress)
-    return folder
-
-
-def steps_of(recipe: Recipe, stage: str, data: datasets.Dataset) -> int:
-    """Return the number of optimizer steps of a stage."""
-    part = getattr(recipe, stage)
-    return part.epochs * data.steps_per_epoch(part.batch_size)
+    folders.require_whole(goal)
 
 
 def _train(
@@ -122,11 +136,11 @@ def _train(
     fitting.fit(recipe, stage, data, trainer, folder, functools.partial(show, stage))
     model = trainer.model
     with fitting.averaged(model, trainer.optimizer):
-        folders.write_model(folder / "last.keras", stages.plain(recipe, data, model))
+        folders.write_model(folder / folders.LAST, stages.plain(recipe, data, model))
     model, kept, epoch = fitting.best(model, folder)
-    folders.write_model(folder / "model.keras", stages.plain(recipe, data, model))
+    folders.write_model(folder / folders.MODEL, stages.plain(recipe, data, model))
     if kept:
-        folders.write_arrays(folder / "masks.npz", kept)
+        folders.write_arrays(folder / folders.MASKS, kept)
     _complete(recipe, stage, data, folder, chosen_epoch=epoch)
 
 
@@ -151,8 +165,7 @@ def _evaluate(
     folders.write_json(folder / "kernels.json", inspection.condition_numbers(model).to_dict())
     folders.write_json(folder / "sparsity.json", inspection.sparsity(model).to_dict())
     folders.write_json(folder / "lipschitz.json", lipschitz.to_dict())
-    if not (folder / "saved_model").exists():
-        export_saved_model(model, folder / "saved_model", probe=x[:8])
+    export_saved_model(model, folder / "saved_model", probe=x[:8], overwrite=True)
     _complete(recipe, "evaluate", data, folder)
 
 
@@ -167,7 +180,7 @@ def _complete(
         "data": data.metadata,
         "versions": versions(),
     }
-    folders.write_json(folder / folders.MANIFEST, content)
+    folders.write_manifest(folder, content)
     folders.tidy(folder)
 
 

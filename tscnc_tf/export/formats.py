@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import os
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, inspection
+from tscnc_tf import _checks, _files, inspection
 from tscnc_tf.export import checked, constants, probes, readiness
 from tscnc_tf.export.file_report import ExportedKernel, FileExportReport
 from tscnc_tf.export.file_serving import ServedFile
@@ -28,6 +29,7 @@ class Format(NamedTuple):
         write: writes a checked model, given its endpoint, to a path.
         read: returns the constants in a file.
         load: returns a file as a function.
+        holds: tells by the content of a file whether it is of this format.
         settings: for the report.
         distributions: for the report; by the names that pip knows.
     """
@@ -37,6 +39,7 @@ class Format(NamedTuple):
     write: Callable[[checked.Checked, Callable[..., Any], list[tf.TensorSpec], pathlib.Path], None]
     read: Callable[[pathlib.Path], Iterable[constants.Constant]]
     load: Callable[[pathlib.Path], ServedFile]
+    holds: Callable[[bytes], bool]
     settings: Mapping[str, int]
     distributions: tuple[str, ...]
 
@@ -71,16 +74,20 @@ def export(
     *,
     expected_sparsity: float | None,
     probe: Any,
+    overwrite: bool,
 ) -> FileExportReport:
     """Check a model, write it, check the file, and put it in its place."""
-    goal = _files.free_path("path", path)
+    replacement = _files.Replacement(
+        _checks.boolean("overwrite", overwrite), functools.partial(_require_format, form)
+    )
+    goal = _files.free_path("path", path, replacement)
     ready = checked.check(model, expected_sparsity, probe)
     _require_float32(ready.stripped)
     serve, signature = endpoint(ready.stripped, ready.specs)
     batch = tf.nest.flatten(ready.batch)
     named = {spec.name: array for spec, array in zip(signature, batch, strict=True)}
     exact = form.precision == "float32"
-    with _files.new_file("path", goal) as draft:
+    with _files.new_file("path", goal, replacement) as draft:
         with readiness.scope(model):
             originals = probes.logits(lambda arrays: serve(*arrays), batch)
             form.write(ready, serve, signature, draft)
@@ -114,6 +121,20 @@ def export(
             settings=dict(form.settings),
             versions=checked.versions(ready.library, *form.distributions),
         )
+
+
+def _require_format(form: Format, path: pathlib.Path) -> None:
+    """Raise a FileExistsError unless all that would be lost at a path is a file of the format."""
+    if not path.is_file():
+        what = "no file"
+    elif path.stat().st_size and not form.holds(path.read_bytes()):
+        what = f"a file that is not {form.name}"
+    else:
+        return
+    raise FileExistsError(
+        f"path is {what}: {path}. overwrite=True replaces a file of {form.name}, and nothing else: "
+        "remove it yourself, or choose another path."
+    )
 
 
 def _kernels(

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _extras
-from tscnc_tf.export import checked, formats, probes, readiness, saving
+from tscnc_tf.export import checked, formats, probes, saving
+from tscnc_tf.export.calibration import examples
 from tscnc_tf.export.constants import Constant
 from tscnc_tf.export.file_report import FileExportReport
 from tscnc_tf.export.file_serving import ServedFile, require_file
@@ -25,6 +26,7 @@ from tscnc_tf.export.report import ExportedTensor
 __all__ = ["export_litert", "load_litert"]
 
 _SIGNATURE = "serving_default"
+_IDENTIFIER = b"TFL3"  # of the FlatBuffers schema
 _CALIBRATION_BATCH = 32
 
 
@@ -36,13 +38,14 @@ def export_litert(
     calibration: Any = None,
     expected_sparsity: float | None = None,
     probe: Any = None,
+    overwrite: bool = False,
 ) -> FileExportReport:
     """Write a model as a LiteRT file (`.tflite`), checked before and after.
 
     The model is made ready and checked as by `export_saved_model`. The file is written under a
     hidden name beside `path`, loaded from there by the LiteRT interpreter, and checked: every zero
     of every kernel is a zero in the file, in its place, and the logits are those of the model.
-    Only then it appears at `path`.
+    Only then it appears at `path`, and replaces what was there.
 
     In float32 the logits may differ by 1e-4 of the largest one (or of 1), as for a SavedModel: the
     converter multiplies BatchNorms into kernels, and LiteRT takes sums in another order. (Small
@@ -58,23 +61,31 @@ def export_litert(
         model: a built model of either Keras, as for `export_saved_model`, that computes in float32.
             Only LiteRT's own operations are used, so that every interpreter runs the file: a
             recurrent layer must be built with `unroll=True`.
-        path: the file to make; its name usually ends in `.tflite`. Nothing is overwritten.
+        path: the file to make; its name usually ends in `.tflite`.
         precision: "float32" or "int8".
-        calibration: for int8, and only for it: a batch of typical inputs, from which the ranges of
-            the activations are taken; some hundred examples of the training set.
+        calibration: for int8, and only for it: typical inputs, from which the ranges of the
+            activations are taken; some hundred examples of the training set. Either one batch as
+            the model takes it, shape (examples, ...), or an iterable of batches: a batched
+            `tf.data.Dataset`, a generator, a list. Of tuples (x, y) and (x, y, weights) x is taken,
+            as Keras takes it. All examples are used; what is endless is refused, and so is what
+            doesn't say how many it has, after 4,096 examples: pass `dataset.take(n)` or
+            `itertools.islice(batches, n)`.
         expected_sparsity: as for `export_saved_model`.
         probe: a batch of inputs to compare logits on. None takes the first 8 examples of
             `calibration`, or draws 8 from U[0, 1), seeded.
+        overwrite: whether a file of this format at `path` is replaced. It stays until the new one
+            is written and checked, and is replaced in one step; nothing else is replaced but an
+            empty file. If `path` is a link, it is the file that it leads to.
 
     Returns:
         A `FileExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
 
     Raises:
         ImportError: LiteRT is not installed.
-        FileExistsError, TypeError, RuntimeError: as `export_saved_model`.
+        FileExistsError, TypeError, RuntimeError, OSError: as `export_saved_model`.
         ValueError: as `export_saved_model`; or a layer computes in half precision, or `calibration`
-            is missing or does not fit. LiteRT's converter has errors of its own. There is nothing
-            at `path` then.
+            is missing, empty, endless or does not fit. LiteRT's converter has errors of its own.
+            What was at `path` is as it was then.
 
     Example:
         >>> import os, tempfile, numpy as np, tf_keras
@@ -91,7 +102,7 @@ def export_litert(
     _checks.one_of("precision", precision, ("float32", "int8"))
     settings = {}
     if precision == "int8":
-        calibration = _calibration(model, calibration)
+        calibration = examples(model, calibration)
         settings["calibration_examples"] = len(tf.nest.flatten(calibration)[0])
         if probe is None:
             probe = tf.nest.map_structure(lambda array: array[: probes.EXAMPLES], calibration)
@@ -103,10 +114,18 @@ def export_litert(
         write=functools.partial(_write, calibration=calibration),
         read=_constants,
         load=load_litert,
+        holds=lambda content: content[4:8] == _IDENTIFIER,
         settings=settings,
         distributions=("ai-edge-litert",),
     )
-    return formats.export(model, path, form, expected_sparsity=expected_sparsity, probe=probe)
+    return formats.export(
+        model,
+        path,
+        form,
+        expected_sparsity=expected_sparsity,
+        probe=probe,
+        overwrite=overwrite,
+    )
 
 
 def load_litert(path: str | os.PathLike[str]) -> ServedFile:
@@ -171,17 +190,6 @@ def _tensors(details: dict[str, Any]) -> list[ExportedTensor]:
         )
         for name, found in sorted(details.items())
     ]
-
-
-def _calibration(model: Any, calibration: Any) -> Any:
-    """Return the calibration set as arrays that fit the model."""
-    if calibration is None:
-        raise ValueError(
-            "calibration is missing: precision='int8' takes the ranges of the activations from a "
-            "batch of typical inputs. Pass some hundred examples of the training set."
-        )
-    readiness.require_exportable(model)
-    return probes.prepare(model, calibration, "calibration")[1]
 
 
 def _write(

@@ -12,6 +12,7 @@ import io
 import json
 import pathlib
 import tarfile
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -147,18 +148,19 @@ def check_variables(report: ExportReport, loaded: Any) -> None:
         )
 
 
+def fault(file: pathlib.Path, facts: Mapping[str, Any]) -> str:
+    """Return in words how a file differs from what was recorded of it; nothing if it doesn't."""
+    if not file.is_file():
+        return "is missing"
+    found = _facts(file)
+    if found["bytes"] != facts["bytes"]:
+        return f"has {found['bytes']} bytes, recorded as {facts['bytes']}"
+    return "has another content (its sha256 differs)" if found != facts else ""
+
+
 def _check_files(folder: pathlib.Path, report: ExportReport) -> None:
-    faults = []
-    for name, facts in report.files.items():
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-            continue
-        found = _facts(folder / name)
-        if found["bytes"] != facts["bytes"]:
-            faults.append(f"{name} has {found['bytes']} bytes, recorded as {facts['bytes']}")
-        elif found != facts:
-            faults.append(f"{name} has another content (its sha256 differs)")
-    if faults:
+    found = {name: fault(folder / name, facts) for name, facts in report.files.items()}
+    if faults := [f"{name} {words}" for name, words in found.items() if words]:
         raise ValueError(
             f"The files in {folder} differ from its manifest: {'; '.join(faults)}. "
             "Copy the folder again, or export again."

@@ -32,33 +32,38 @@ def export_onnx(
     expected_sparsity: float | None = None,
     probe: Any = None,
     opset: int | None = None,
+    overwrite: bool = False,
 ) -> FileExportReport:
     """Write a model as an ONNX file, checked before and after.
 
     The model is made ready and checked as by `export_saved_model`, and converted by tf2onnx. The
     file is written under a hidden name beside `path`, loaded from there by ONNX Runtime, and
     checked: it is valid, every zero of every kernel is a zero in the file, in its place, and the
-    logits are those of the model. Only then it appears at `path`. The logits may differ by 1e-4 of
-    the largest one (or of 1), as for a SavedModel: see `export_litert`.
+    logits are those of the model. Only then it appears at `path`, and replaces what was there. The
+    logits may differ by 1e-4 of the largest one (or of 1), as for a SavedModel: see
+    `export_litert`.
 
     Needs `pip install "tscnc_tf[onnx]"`.
 
     Args:
         model: a built model of either Keras, as for `export_saved_model`, that computes in float32.
-        path: the file to make; its name usually ends in `.onnx`. Nothing is overwritten.
+        path: the file to make; its name usually ends in `.onnx`.
         expected_sparsity: as for `export_saved_model`.
         probe: as for `export_saved_model`.
         opset: the version of ONNX's operations, from 13 to what tf2onnx knows (18); None for the
             one that tf2onnx prefers (15).
+        overwrite: whether a file of this format at `path` is replaced. It stays until the new one
+            is written and checked, and is replaced in one step; nothing else is replaced but an
+            empty file. If `path` is a link, it is the file that it leads to.
 
     Returns:
         A `FileExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
 
     Raises:
         ImportError: onnx, tf2onnx or ONNX Runtime is not installed.
-        FileExistsError, TypeError, RuntimeError: as `export_saved_model`.
+        FileExistsError, TypeError, RuntimeError, OSError: as `export_saved_model`.
         ValueError: as `export_saved_model`; or a layer computes in half precision, or an operation
-            of the model is not known to ONNX. There is nothing at `path` then.
+            of the model is not known to ONNX. What was at `path` is as it was then.
 
     Example:
         >>> import os, tempfile, numpy as np, tf_keras
@@ -84,10 +89,18 @@ def export_onnx(
         write=functools.partial(_write, opset=opset),
         read=_constants,
         load=load_onnx,
+        holds=_holds_onnx,
         settings={"opset": opset},
         distributions=("onnx", "tf2onnx", "onnxruntime"),
     )
-    return formats.export(model, path, form, expected_sparsity=expected_sparsity, probe=probe)
+    return formats.export(
+        model,
+        path,
+        form,
+        expected_sparsity=expected_sparsity,
+        probe=probe,
+        overwrite=overwrite,
+    )
 
 
 def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
@@ -198,6 +211,15 @@ def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
             array = values[argument.name].numpy()
             graph.initializer.append(onnx.numpy_helper.from_array(array, argument.name))
             graph.input.remove(argument)
+
+
+def _holds_onnx(content: bytes) -> bool:
+    """Tell whether bytes are an ONNX model: the format has no mark, but must name its version."""
+    onnx = _extras.require_extra("onnx", "onnx")
+    try:
+        return onnx.load_model_from_string(content).ir_version > 0
+    except Exception:  # protobuf's parser has an error of its own
+        return False
 
 
 def _constants(path: pathlib.Path) -> list[Constant]:

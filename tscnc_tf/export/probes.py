@@ -31,7 +31,7 @@ def prepare(model: Any, probe: Any, name: str = "probe") -> tuple[Any, Any]:
     Raises:
         ValueError: the batch does not fit the model, or none can be drawn for it.
     """
-    specs = _known_inputs(model)
+    specs = known_inputs(model)
     if specs is None:
         if probe is None:
             raise ValueError(
@@ -128,7 +128,7 @@ def tolerance(model: Any, outputs: list[np.ndarray]) -> float:
     return 1e-4 * scale
 
 
-def _known_inputs(model: Any) -> Any:
+def known_inputs(model: Any) -> Any:
     """Return a graph model's inputs as TensorSpecs, in its own structure; None if not known."""
     if not _keras.is_graph_model(model):
         return None
@@ -176,7 +176,13 @@ def _draw(model: Any, spec: tf.TensorSpec, generator: np.random.Generator) -> np
 
 
 def _fit(name: str, leaf: Any, spec: tf.TensorSpec) -> np.ndarray:
-    array = np.asarray(leaf)
+    try:
+        array = np.asarray(leaf)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be {_describe(spec)}, got a {type(leaf).__name__} whose parts differ in "
+            "shape. Of a pair (x, y), pass x."
+        ) from error
     wanted = np.dtype(spec.dtype.as_numpy_dtype)
     if not spec.shape.is_compatible_with(array.shape) or array.shape[:1] == (0,):
         raise ValueError(f"{name} must be {_describe(spec)}, got an array of shape {array.shape}.")

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _keras
+from tscnc_tf import _checks, _files, _keras
 from tscnc_tf.export import checked, manifest, probes, readiness
 from tscnc_tf.export.report import ExportedTensor, ExportReport
 
 __all__ = ["export_saved_model"]
+
+_GRAPH = "saved_model.pb"
+_PARTS = {_GRAPH, "fingerprint.pb", "keras_metadata.pb", "variables", "assets", manifest.NAME}
 
 
 def export_saved_model(
@@ -25,6 +28,7 @@ def export_saved_model(
     *,
     expected_sparsity: float | None = None,
     probe: Any = None,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Write a model as a SavedModel that serves without us, checked before and after.
 
@@ -35,8 +39,8 @@ def export_saved_model(
     expected, and that the logits are still the same. The SavedModel is written into a hidden
     folder beside `path`, loaded from there, compared with the model (all variables bit by bit, and
     the logits), and given a manifest, `tscnc_manifest.json`. Only then it is renamed to `path`. So
-    there is a whole, checked export at `path`, or nothing, also if the process is killed (the
-    hidden folder, `.<name>.<8 hex digits>`, stays behind then, and may be removed).
+    there is a whole, checked export at `path`, or what was there before, also if the process is
+    killed (the hidden folder, `.<name>.<8 hex digits>`, stays behind then, and may be removed).
 
     The SavedModel has the endpoint `serve` and the signatures `serve` and `serving_default`, all in
     inference mode: `tf.saved_model.load` and TF-Serving need neither Keras, tfmot nor this package.
@@ -46,23 +50,31 @@ def export_saved_model(
             (which has none). Of an `AdversarialTraining`, pass its `.model`. The model stays as it
             is, but for its masks being applied; zeros of negative sign become positive, since the
             two mixed don't compress.
-        path: the folder to make. Nothing is overwritten.
+        path: the folder to make.
         expected_sparsity: the fraction of zeros, in [0, 1), that every pruned weight must reach, or
             every kernel if the model has no masks. Counted as tfmot prunes: of n weights it keeps
             max(round(n·(1 - s)), 1). None asks for nothing.
         probe: a batch of inputs to compare logits on, shape (examples, ...), in the structure that
             the model takes (array, list or dict). None draws 8 examples from U[0, 1), seeded. A
             subclassed model needs one: the signature takes its shape, with any number of examples.
+        overwrite: whether a SavedModel at `path` is replaced. It stays until the new one is written
+            and checked, and the two change places in one step (on file systems that can't do that,
+            the old one is moved to a hidden name first; if the process is killed right then,
+            `load_saved_model` and the next export put it back). Only a folder that holds a
+            SavedModel and nothing else is replaced, or an empty one; if `path` is a link, the
+            folder that it leads to.
 
     Returns:
         An `ExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileExistsError: there is something at `path`, and `overwrite` is False or it is not what
+            may be replaced.
         TypeError: `model` is no Keras model, or an argument is of a wrong type.
         ValueError: the model is not built or has no kernels, its wrappers can't be stripped (they
             are inside a subclassed model or layer), an argument is out of range, or a check fails:
-            the error names weights and figures. Nothing is written then.
+            the error names weights and figures. Nothing is written then, and nothing replaced.
+        OSError: the disk is full, or can't be written to; the error names `path`.
         RuntimeError: it is called inside the scope of a distribution strategy.
 
     Example:
@@ -74,9 +86,10 @@ def export_saved_model(
         >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
         [('last', (4, 3), 0)]
     """
-    goal = _files.free_path("path", path)
+    replacement = _files.Replacement(_checks.boolean("overwrite", overwrite), _require_saved_model)
+    goal = _files.free_path("path", path, replacement)
     ready = checked.check(model, expected_sparsity, probe)
-    with _files.new_directory("path", goal) as draft:
+    with _files.new_directory("path", goal, replacement) as draft:
         with readiness.scope(model):
             _write(ready.library, ready.stripped, ready.specs, draft)
         loaded = tf.saved_model.load(str(draft))
@@ -105,6 +118,23 @@ def export_saved_model(
         )
         manifest.write(draft, report)
     return report
+
+
+def _require_saved_model(path: pathlib.Path) -> None:
+    """Raise a FileExistsError unless all that would be lost at a path is a SavedModel."""
+    found = {file.name for file in path.iterdir()} if path.is_dir() else None
+    if found is None:
+        what = "no folder"
+    elif others := sorted(found - _PARTS):
+        what = f"a folder with {others[0]!r}, which is no part of a SavedModel"
+    elif found and not found & {_GRAPH, manifest.NAME}:
+        what = f"a folder without {_GRAPH}"
+    else:
+        return
+    raise FileExistsError(
+        f"path is {what}: {path}. overwrite=True replaces a SavedModel, and nothing else: remove "
+        "it yourself, or choose another path."
+    )
 
 
 def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _files
 from tscnc_tf.export import manifest, probes
 from tscnc_tf.export.report import ExportReport
 
@@ -97,12 +98,36 @@ def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
         [[0.0, 0.0, 0.0]]
     """
     folder = pathlib.Path(path).expanduser().absolute()
+    _files.restore(folder.resolve())
     if not folder.is_dir():
         raise FileNotFoundError(f"path must be a folder with an exported model, got {folder}.")
+    while True:
+        identity = _identity(folder)
+        try:
+            served = _load(folder)
+        except Exception:
+            if _identity(folder) == identity:
+                raise
+        else:
+            if _identity(folder) == identity:
+                return served
+        # An export has replaced the folder meanwhile: the files that were read are of two models.
+
+
+def _load(folder: pathlib.Path) -> ServedModel:
     report = manifest.read(folder)
     loaded = tf.saved_model.load(str(folder))
     manifest.check_variables(report, loaded)
     return ServedModel(loaded, report)
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one that takes its place; None if there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _as(value: Any, dtype: tf.DType) -> tf.Tensor:

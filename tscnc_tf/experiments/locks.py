@@ -1,0 +1,69 @@
+"""A folder for one process at a time.
+
+The lock is the system's (flock, on Windows LockFile): it goes with the process that holds it,
+however that ends, so that a file `.lock` that was left behind blocks nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+
+from tscnc_tf import _extras, _files
+
+LOCK, HOLDER = ".lock", ".lock.json"
+
+
+@contextlib.contextmanager
+def exclusive(folder: pathlib.Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if there is none, during the block.
+
+    A folder in it is another one, with a lock of its own.
+
+    Args:
+        folder: of an experiment, or of whatever one process is to write at a time.
+
+    Raises:
+        ImportError: filelock is not installed.
+        RuntimeError: another process, or another thread of this one, holds the folder; the error
+            says who, where, and since when.
+    """
+    library = _extras.require_extra("filelock", "experiments")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = library.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except library.Timeout:
+        raise RuntimeError(
+            f"folder {folder} is in use by {_holder(folder)}: two runs would overwrite each "
+            "other's files. Wait until that one has ended, end it, or choose another folder."
+        ) from None
+    try:
+        _files.write_text(folder / HOLDER, json.dumps(_me()) + "\n")
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of the lock of a folder, whether they are there or not."""
+    return [folder / LOCK, folder / HOLDER]
+
+
+def _me() -> dict[str, object]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {"pid": os.getpid(), "host": platform.node(), "since": f"{now:%Y-%m-%d %H:%M:%S} UTC"}
+
+
+def _holder(folder: pathlib.Path) -> str:
+    try:
+        known = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        return f"process {known['pid']} on {known['host']} since {known['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it begins, or ends, at this moment
+        return "another process"

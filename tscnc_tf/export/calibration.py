@@ -1,0 +1,106 @@
+"""The examples from which an int8 export takes the ranges of the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf.export import probes, readiness
+
+MOST = 4096  # examples that are read of what doesn't say how many it has
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """What NumPy takes for an array, as tensors and data frames are."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def examples(model: Any, calibration: Any) -> Any:
+    """Return a calibration set as arrays in the structure of the model's inputs.
+
+    Args:
+        model: a built Keras model.
+        calibration: a batch as the model takes it, or an iterable of batches, see `export_litert`.
+
+    Raises:
+        TypeError, ValueError: it is missing, empty, endless, or does not fit the model.
+    """
+    if calibration is None:
+        raise ValueError(
+            "calibration is missing: precision='int8' takes the ranges of the activations from a "
+            "batch of typical inputs. Pass some hundred examples of the training set."
+        )
+    readiness.require_exportable(model)
+    if not _is_iterable_of_batches(model, calibration):
+        return probes.prepare(model, calibration, "calibration")[1]
+    return _gathered(model, calibration)
+
+
+def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
+    if isinstance(calibration, _Array | Mapping) or not isinstance(calibration, Iterable):
+        return False
+    if not isinstance(calibration, list | tuple):
+        return True
+    # A list is the inputs of a model that has several, or one batch as nested lists.
+    specs = probes.known_inputs(model)
+    return isinstance(specs, tf.TensorSpec) and all(
+        isinstance(each, tuple) or (isinstance(each, _Array) and np.ndim(each) == specs.shape.rank)
+        for each in calibration
+    )
+
+
+def _gathered(model: Any, batches: Iterable[Any]) -> Any:
+    sized = isinstance(batches, Sized)
+    if isinstance(batches, tf.data.Dataset):  # whose len() raises if it has none
+        cardinality = int(batches.cardinality())
+        sized = cardinality >= 0
+        if cardinality == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "calibration is a dataset without an end: pass a part of it, calibration.take(n) "
+                "with some hundred examples."
+            )
+    specs, found, count = None, [], 0
+    for element in batches:
+        x = _x(element)
+        try:
+            if specs is None:
+                specs, batch = probes.prepare(model, x, "calibration")
+            else:
+                batch = probes.fit("calibration", specs, x)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Each element of calibration is a batch, as of dataset.batch(32), or a "
+                "tuple (x, y) with a batch x."
+            ) from error
+        found.append(batch)
+        count += len(tf.nest.flatten(batch)[0])
+        if count > MOST and not sized:
+            raise ValueError(
+                f"calibration has given {count:,} examples, and doesn't say how many there are: "
+                "pass a part of it, dataset.take(n) or itertools.islice(batches, n), with some "
+                "hundred examples."
+            )
+    if not found:
+        raise ValueError(
+            "calibration is empty: pass some hundred examples of the training set. (A generator "
+            "can be read once only.)"
+        )
+    return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *found)
+
+
+def _x(element: Any) -> Any:
+    """Return the inputs in an element, by Keras' convention: x, (x,), (x, y) or (x, y, weights)."""
+    if not isinstance(element, tuple):
+        return element
+    if not 1 <= len(element) <= 3:
+        raise ValueError(
+            "calibration must yield batches x or tuples (x, y), got a tuple of "
+            f"{len(element)}. The inputs of a model that has several are a list, or a tuple in a "
+            "tuple: ((a, b), y)."
+        )
+    return element[0]
