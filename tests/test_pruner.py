@@ -872,3 +872,55 @@ def test_where_the_warning_is_an_error_the_model_is_as_it_was(library, options):
     for a, b in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
     pruning.prune_now(model, 0.5)
+
+
+# Layers of Keras 3 with LoRA, or quantized
+
+
+def with_lora(rng):
+    model = dense_model(keras)
+    layer = model.get_layer("hidden")
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(rng.normal(size=(2, 8)))
+    return model
+
+
+def test_a_layer_with_lora_is_left_unpruned_and_the_report_says_why(rng):
+    model = pruning.prune_now(with_lora(rng), 0.5)
+    rows = {row.name: row for row in pruning.report(model).rows}
+    assert list(rows) == ["hidden", "logits"]
+    assert rows["logits"].pruned and rows["logits"].sparsity == 0.5
+    assert "LoRA is enabled" in rows["hidden"].reason and rows["hidden"].zeros == 0
+    for verb in (pruning.freeze_mask, lambda m, layers: pruning.prune_now(m, 0.5, layers=layers)):
+        with pytest.raises(ValueError, match="LoRA is enabled, and adds to what is zero: save_wei"):
+            verb(with_lora(rng), layers="hidden")
+
+
+def test_the_way_out_for_lora_is_to_load_the_sums(rng, tmp_path):
+    model = with_lora(rng)
+    model.save_weights(tmp_path / "sums.weights.h5")
+    merged = dense_model(keras)
+    merged.load_weights(tmp_path / "sums.weights.h5")
+    x = blobs(8)[0]
+    np.testing.assert_allclose(merged(x), model(x), rtol=1e-5, atol=1e-6)
+    assert pruning.prune_now(merged, 0.5).pruner.targets[0].name == "hidden"
+
+
+def test_lora_enabled_after_pruning_shows_in_the_report(rng):
+    model = pruning.prune_now(dense_model(keras), 0.5)
+    layer = model.get_layer("hidden")
+    layer.enable_lora(2)
+    assert pruning.report(model).rows[0].zeros == 24, "its product is zero at first"
+    layer.lora_kernel_b.assign(rng.normal(size=(2, 8)))
+    row = pruning.report(model).rows[0]
+    assert (row.name, row.pruned, row.zeros) == ("hidden", True, 0)
+    assert inspection.sparsity(model).rows[0].zeros == 0
+
+
+def test_quantized_integers_are_not_pruned():
+    model = pruning.strip(pruning.prune_now(dense_model(keras), 0.5))
+    for layer in model.layers:
+        layer.quantize("int8")
+    assert inspection.sparsity(model).sparsity >= 0.5, "zeros stay zero"
+    with pytest.raises(ValueError, match=r"it is quantized \(int8\): prune first, then quantize"):
+        pruning.freeze_mask(model)

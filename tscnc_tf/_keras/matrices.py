@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import gated, wrappers
+from tscnc_tf._keras import adapted, gated, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 
 # Weights of rank 2 or more that are called so are no linear map of their layer's input.
@@ -65,14 +65,20 @@ def leaf(variable: Any) -> str:
     return variable.name.rpartition("/")[2].partition(":")[0]
 
 
-def is_prunable(layer: Any, variable: Any) -> bool:
-    """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise."""
+def is_kernel(layer: Any, variable: Any) -> bool:
+    """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise.
+
+    So is a kernel that LoRA or quantization has brought into another form.
+    """
     name = leaf(variable)
-    return not fixed(layer, variable) and name not in BIASES and not is_no_kernel(layer, name)
+    fits = name not in BIASES and not is_no_kernel(layer, name)
+    return fits and (variable is adapted.weight(layer) or not fixed(layer, variable))
 
 
 def fixed(layer: Any, variable: Any) -> str:
     """Return why a weight can't be pruned by training; an empty text if it can."""
+    if why := adapted.reason(layer, variable):
+        return why
     if not variable.trainable or not layer.trainable:
         return "it is frozen (trainable=False)"
     dtype = tf.as_dtype(variable.dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tscnc_tf._keras import adapted, optimizers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import Target
@@ -55,6 +55,16 @@ def unfit(structure: Any) -> Callable[[Target], str]:
         return structure.reason(target) if isinstance(structure, Structure) else ""
 
     return reason
+
+
+def require_no_lora(layers: Iterable[Any]) -> None:
+    """Raise a ValueError if one of some layers has LoRA enabled, whose kernels get no gradients."""
+    if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
+        raise ValueError(
+            "method='scores' needs layers without LoRA, which freezes their kernels and trains "
+            f"two factors in their place; it is enabled in {', '.join(names)}. save_weights writes "
+            "the sums: load them into a model without LoRA, and prune that one."
+        )
 
 
 def require_rankable(target: Target, where: str) -> None:

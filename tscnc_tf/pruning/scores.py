@@ -10,6 +10,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras import masked, optimizers
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import tensor_variable
@@ -79,7 +80,8 @@ class ScorePruner(engine.Pruner):
     Raises:
         TypeError: an argument is of a wrong kind.
         ValueError: the model is not built or has a pruner already, nothing is left to prune, a
-            kernel is all zero or not finite, or an argument is out of range.
+            kernel is all zero or not finite, a layer has LoRA enabled, or an argument is out of
+            range.
 
     Warns:
         UserWarning: as `Pruner`.
@@ -114,6 +116,7 @@ class ScorePruner(engine.Pruner):
         min_weights: int = 1,
     ) -> None:
         plans.require_model(model)
+        importance.require_no_lora(kernel_layers.flatten(model))
         found = candidates(
             model, layers, *plans.checked_selection(weights, min_rank), importance.unfit(structure)
         )
@@ -174,7 +177,11 @@ class ScorePruner(engine.Pruner):
 
         Args:
             optimizer: None for all that the model holds.
+
+        Raises:
+            ValueError: LoRA was enabled in a layer whose scores are to be trained.
         """
+        importance.require_no_lora(target.layer for target in self.targets)
         stack = contextlib.ExitStack()
         for each in self._held_optimizers() if optimizer is None else [optimizer]:
             stack.enter_context(optimizers.diverted(each, self._detour))

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _keras, functional
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import matrices
+from tscnc_tf._keras import adapted, matrices
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.inspection import records
 
@@ -144,12 +144,13 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
 
 def _named(found: list[Candidate]) -> list[Candidate]:
     """Shorten names to that of the layer where it has one such weight; keep all names apart."""
+    beside = [adapted.is_companion(target.layer, target.variable) for target, _ in found]
     counts: dict[int, int] = {}
-    for candidate in found:
-        counts[id(candidate.target.layer)] = counts.get(id(candidate.target.layer), 0) + 1
+    for (target, _), is_companion in zip(found, beside, strict=True):
+        counts[id(target.layer)] = counts.get(id(target.layer), 0) + (not is_companion)
     names = []
-    for target, _ in found:
-        single = counts[id(target.layer)] == 1 and "/" in target.name
+    for (target, _), is_companion in zip(found, beside, strict=True):
+        single = counts[id(target.layer)] == 1 and "/" in target.name and not is_companion
         names.append(target.name.rpartition("/")[0] if single else target.name)
     unique = records.unique(names)
     return [
@@ -161,7 +162,7 @@ def _named(found: list[Candidate]) -> list[Candidate]:
 def _reading(layer: Any, variable: Any) -> tuple[str, int]:
     """Return the layout and the channel groups of a weight; an empty layout if not known."""
     for spec in kernel_layers.kernel_specs(layer):
-        if getattr(layer, spec.attribute, None) is variable:
+        if adapted.stored(layer, spec.attribute) is variable:
             return spec.layout, spec.channel_groups
     if isinstance(layer, _keras.keras.layers.EinsumDense | _keras.tf_keras.layers.EinsumDense):
         return kernel_layers.einsum_layout(layer.equation, len(variable.shape)), 1
