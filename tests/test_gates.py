@@ -694,9 +694,7 @@ def test_a_loaded_gated_layer_refuses_to_be_quantized_too(tmp_path):
 def test_gates_and_lora_go_on_different_layers():
     model = dense_model(FLAVOURS["keras"])
     model.get_layer("hidden").enable_lora(2)
-    with pytest.raises(
-        ValueError, match=r"'hidden' can't have gates: LoRA is enabled \(lora_rank=2"
-    ):
+    with pytest.raises(ValueError, match=r"'hidden' can't have gates: LoRA is enabled"):
         gates.add_gates(model)
     copy = gates.add_gates(model, "logits")
     assert [row.name for row in gates.report(copy).rows] == ["logits"]

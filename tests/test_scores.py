@@ -891,9 +891,9 @@ def test_what_acts_is_always_the_dense_weights_of_the_largest_scores(seed, spars
 def test_scores_of_layers_with_lora_are_refused_by_name():
     model = dense_model(keras)
     model.get_layer("hidden").enable_lora(2)
-    with pytest.raises(ValueError, match="without LoRA.*enabled in hidden. save_weights writes"):
+    with pytest.raises(ValueError, match=r"without LoRA.*enabled in hidden. save_weights writes"):
         scored(keras, model=model)
     model = compiled(scored(keras), keras)
     model.get_layer("logits").enable_lora(2)
-    with pytest.raises(ValueError, match="without LoRA.*enabled in logits. save_weights writes"):
+    with pytest.raises(ValueError, match=r"without LoRA.*enabled in logits. save_weights writes"):
         model.fit(X, Y, verbose=0)

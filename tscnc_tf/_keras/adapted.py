@@ -1,6 +1,6 @@
-"""Weights that Keras 3 computes with in another form than it stores them: LoRA, quantization.
+r"""Weights that Keras 3 computes with in another form than it stores them: LoRA, quantization.
 
-With `enable_lora(rank)` a layer computes with :math:`W + \\tfrac{\\alpha}{r} A B`, and stores the
+With `enable_lora(rank)` a layer computes with :math:`W + \tfrac{\alpha}{r} A B`, and stores the
 three; quantized to int8 or int4 it computes with integers times scales. `layer.kernel` is a
 property there, and what it returns is not always what acts.
 """

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tscnc_tf import _keras, functional
-from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras import adapted, matrices
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.inspection import records
 
