@@ -16,7 +16,7 @@ from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import plans, updates
 from tscnc_tf.pruning.choice import Choice
-from tscnc_tf.pruning.structures import Structure
+from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import Candidate, candidates, found_again
 
 __all__ = ["Pruner"]
@@ -70,7 +70,9 @@ class Pruner:
 
     Warns:
         UserWarning: a weight tensor would be left with fewer weights than it has outputs, so that
-            some of them would be dead; with the figures.
+            some of them would be dead, or outputs of the model would no longer depend on its
+            inputs; with the figures. Or the structure takes whole filters of a subclassed model, of
+            which it is not known which make its outputs.
 
     Example:
         >>> import keras
@@ -100,8 +102,8 @@ class Pruner:
     ) -> None:
         plans.require_model(model)
         plans.require_schedule(schedule)
-        unfit = structure.reason if isinstance(structure, Structure) else lambda _: ""
-        found = candidates(model, layers, *plans.checked_selection(weights, min_rank), unfit)
+        selection = plans.checked_selection(weights, min_rank)
+        found = candidates(model, layers, *selection, unfit(structure, layers))
         choice = {"criterion": criterion, "structure": structure, "scope": scope}
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
         self._warn_of_starving()

@@ -117,9 +117,8 @@ class ScorePruner(engine.Pruner):
     ) -> None:
         plans.require_model(model)
         importance.require_no_lora(kernel_layers.flatten(model))
-        found = candidates(
-            model, layers, *plans.checked_selection(weights, min_rank), importance.unfit(structure)
-        )
+        selection = plans.checked_selection(weights, min_rank)
+        found = candidates(model, layers, *selection, importance.unfit(structure, layers))
         for target, reason in found:
             if not reason:
                 importance.require_rankable(target, f"model {model.name!r}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tscnc_tf import _keras, functional
-from tscnc_tf._keras import adapted, matrices
+from tscnc_tf._keras import adapted, matrices, outputs
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.inspection import records
@@ -27,6 +27,8 @@ class Target:
         variable: the weight, a variable of the layer's Keras.
         layout: how to read its axes, as in `functional.canonical`; empty if that is not known.
         channel_groups: of a grouped convolution, else 1.
+        makes_outputs: whether each of its filters makes one output of the model; None if that is
+            not known, as the model is subclassed, and it was not chosen by name.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Target:
     variable: Any
     layout: str
     channel_groups: int
+    makes_outputs: bool | None = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,10 +96,13 @@ def candidates(
     """
     chosen = selector("layers", layers)
     found = []
+    last = outputs.kernels(model)
+    unknown = None if layers is None else False
     for path, layer, variable, is_chosen in matrices.owned(model, chosen):
         leaf = matrices.leaf(variable)
         layout, groups = _reading(layer, variable)
-        target = Target("/".join([*path, leaf]), layer, variable, layout, groups)
+        is_last = unknown if last is None else any(variable is kernel for kernel in last)
+        target = Target("/".join([*path, leaf]), layer, variable, layout, groups, is_last)
         if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
             reason = "not chosen"
         elif fixed := matrices.fixed(layer, variable):
