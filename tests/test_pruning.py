@@ -550,3 +550,32 @@ def test_a_layer_made_of_others_is_listed_weight_by_weight():
     assert sum("both/" in name for name in rows) == 4
     masked = sum(weight.shape.num_elements() for weight, _ in wrappers.pruned_variables(pruned))
     assert masked == 84 + 72 + 8
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_convolutional_recurrent_layers_have_both_of_their_kernels(flavour, dimensions):
+    library = FLAVOURS[flavour]
+    kind = getattr(library.layers, f"ConvLSTM{dimensions}D")
+    inputs = library.Input((3, *[5] * dimensions, 2))
+    x = library.layers.Flatten()(kind(2, 2, name="film")(inputs))
+    model = library.Model(inputs, library.layers.Dense(2, name="logits")(x))
+
+    regularizer = regularizers.ConditionNumber(1.0)
+    copy = pruning.add_regularizers(model, regularizer, layers="film")
+    cell = copy.get_layer("film").cell
+    expected = [float(regularizer(each)) for each in (cell.kernel, cell.recurrent_kernel)]
+    assert [float(loss) for loss in copy.losses] == pytest.approx(expected)
+    conditions = inspection.singular_values(model)
+    for name in ("kernel", "recurrent_kernel"):
+        kernel = np.asarray(getattr(model.get_layer("film").cell, name), np.float64)
+        spectrum = np.linalg.svd(kernel.reshape(-1, 8), compute_uv=False)
+        (found,) = [v for k, v in conditions.items() if k.endswith(f"/{name}")]
+        np.testing.assert_allclose(found, spectrum, rtol=1e-5, atol=1e-6)
+
+    pruning.prune_now(model, 0.5, structure=pruning.Filters())
+    zeros = {row.name.rpartition("/")[2]: row for row in pruning.report(model).rows if row.pruned}
+    assert set(zeros) == {"kernel", "recurrent_kernel"}
+    for name, row in zeros.items():
+        kernel = np.asarray(getattr(model.get_layer("film").cell, name)).reshape(-1, 8)
+        assert (~kernel.any(axis=0)).sum() == 4 and row.sparsity == 0.5

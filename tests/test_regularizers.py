@@ -63,6 +63,10 @@ def layers_with_kernels(library):
         "Conv1DTranspose": (L.Conv1DTranspose(5, 3), (None, 8, 4), [transposed]),
         "Conv2DTranspose": (L.Conv2DTranspose(5, 3), (None, 8, 8, 4), [transposed]),
         "Conv3DTranspose": (L.Conv3DTranspose(5, 2), (None, 4, 4, 4, 3), [transposed]),
+        "LSTM": (L.LSTM(5), (None, 3, 4), [conv, conv]),
+        "ConvLSTM1D": (L.ConvLSTM1D(3, 3), (None, 3, 8, 4), [conv, conv]),
+        "ConvLSTM2D": (L.ConvLSTM2D(3, 3), (None, 3, 8, 8, 4), [conv, conv]),
+        "ConvLSTM3D": (L.ConvLSTM3D(3, 2), (None, 3, 4, 4, 4, 2), [conv, conv]),
     }
 
 

@@ -72,9 +72,11 @@ def kernel_specs(layer: Any) -> list[KernelSpec]:
         return []
     if any(name.endswith("Transpose") for name in names):
         return [_KERNEL._replace(layout="transposed")]
+    if hasattr(layer, "recurrent_regularizer"):  # ConvLSTM among them
+        return [_KERNEL, _RECURRENT]
     if any("Conv" in name for name in names):
         return [_KERNEL._replace(channel_groups=getattr(layer, "groups", 1))]
-    return [_KERNEL, _RECURRENT] if hasattr(layer, "recurrent_regularizer") else [_KERNEL]
+    return [_KERNEL]
 
 
 def kernels(model: Any) -> Iterator[Kernel]:
