@@ -1005,9 +1005,7 @@ def test_outputs_that_are_chosen_to_be_pruned_are_counted_in_a_warning(library, 
         lambda: pruning.prune_now(model, 0.4, structure=structure, layers="logits"),
         lambda: pruning.ScorePruner(model, 0.4, structure=structure, layers="logits"),
     ):
-        with pytest.warns(
-            UserWarning, match="logits makes the model's outputs, and 1 of its 3"
-        ):
+        with pytest.warns(UserWarning, match="logits makes the model's outputs, and 1 of its 3"):
             prune()
         dead = np.flatnonzero(~np.asarray(model.get_layer("logits").kernel).any(axis=0))
         assert dead.tolist() == [1]

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import cloning, flavours, gated, masked, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.selection import listed, selector
 from tscnc_tf.gates.groups import kind_of
 from tscnc_tf.gates.layer import Gated
 
@@ -86,13 +86,15 @@ def add_gates(
         "l0_factor": l0_factor,
         "a": a,
     }
-    gating = _Gating(library, model, selector("layers", layers), options, seed)
+    called = kernel_layers.calls(model)
+    able = [part for part in kernel_layers.flatten(model) if kind_of(part) and id(part) in called]
+    chosen = selector("layers", layers, model, able)
+    gating = _Gating(library, model, chosen, options, seed)
     copy = _copied(library, model, around=gating.around)
     if not gating.count:
-        able = [part.name for part in kernel_layers.flatten(model) if kind_of(part)]
         raise ValueError(
             f"layers={layers!r} chooses no layer of model {model.name!r} that can have gates; "
-            f"those that can are {able}."
+            f"those that can are {listed(able, layers)}."
         )
     if gating.skipped:
         warnings.warn(

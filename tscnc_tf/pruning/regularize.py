@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tscnc_tf import _keras, regularizers
 from tscnc_tf._keras import cloning, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.selection import listed, selector
 
 
 def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any:
@@ -58,13 +58,13 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
             f"model {model.name!r} is pruned already: call add_regularizers before prune, "
             "or strip the pruning wrappers first."
         )
-    chosen = selector("layers", layers)
+    chosen = selector("layers", layers, model, _able(model))
     rebuilding = _Rebuilding(library, regularizer, chosen)
     copy = cloning.cloned(library, model, rebuilding.clone)
     if not rebuilding.constrained:
         raise ValueError(
-            f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; it has "
-            f"{[kernel.name for kernel in kernel_layers.kernels(model)]}."
+            f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; those that "
+            f"have one are {listed(_able(model), layers)}."
         )
     cloning.set_weights(library, copy, model.get_weights())
     if names := rebuilding.unconstrained():
@@ -76,6 +76,16 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
             stacklevel=2,
         )
     return copy
+
+
+def _able(layer: Any) -> Iterator[Any]:
+    """Yield the layers, of a model or in a layer, whose kernels take a regularizer."""
+    specs = kernel_layers.kernel_specs(layer)
+    if specs and any(spec.regularizer in layer.get_config() for spec in specs):
+        yield layer  # what is inside, such as a cell, has no configuration of its own
+        return
+    for part in kernel_layers.parts(layer):
+        yield from _able(part)
 
 
 class _Rebuilding:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tscnc_tf import _keras, functional
 from tscnc_tf._keras import adapted, matrices, outputs
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.selection import listed, selector
 from tscnc_tf.inspection import records
 
 
@@ -93,12 +93,19 @@ def candidates(
         weights: a pattern for the names of weights, such as "*kernel"; None for all but biases.
         min_rank: the smallest rank of a weight to prune.
         unfit: returns why a weight does not suit the structure asked for, or an empty text.
+
+    Raises:
+        ValueError: `layers` chooses no layer that has weights to prune, or there is something in it
+            that fits no layer.
     """
-    chosen = selector("layers", layers)
+    able = _able(model) if layers is not None else []
+    chosen = selector("layers", layers, model, able)
     found = []
+    any_is_chosen = layers is None
     last = outputs.kernels(model)
     unknown = None if layers is None else False
     for path, layer, variable, is_chosen in matrices.owned(model, chosen):
+        any_is_chosen |= is_chosen
         leaf = matrices.leaf(variable)
         layout, groups = _reading(layer, variable)
         is_last = unknown if last is None else any(variable is kernel for kernel in last)
@@ -116,7 +123,21 @@ def candidates(
         else:
             reason = unfit(target)
         found.append(Candidate(target, reason))
+    if not any_is_chosen:
+        raise ValueError(
+            f"model {model.name!r} has no weight that can be pruned as asked for: layers={layers!r}"
+            f" chooses none of the layers that have some, which are {listed(able, layers)}."
+        )
     return _named(found)
+
+
+def _able(model: Any) -> list[Any]:
+    """Return the layers of a model that have weights which are pruned if they are chosen."""
+    return [
+        layer
+        for _, layer, variable, _ in matrices.owned(model, lambda _: False)
+        if not matrices.fixed(layer, variable) and matrices.leaf(variable) not in matrices.BIASES
+    ]
 
 
 def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
