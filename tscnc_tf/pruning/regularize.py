@@ -71,7 +71,8 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
         warnings.warn(
             f"These kernels are chosen, but stay unconstrained: {', '.join(names)}. They are not "
             "one matrix from inputs to outputs, or their layer's configuration has no place for "
-            "a regularizer. Choose the others by layers= if that is meant.",
+            "a regularizer. Attention and EinsumDense take one by hand, with layout= (see "
+            "KernelRegularizer). Choose the others by layers= if that is meant.",
             UserWarning,
             stacklevel=2,
         )
