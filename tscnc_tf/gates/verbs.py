@@ -37,7 +37,8 @@ def add_gates(
     layer is :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
 
     Train the copy as any model. What is closed by then is cut by `fold`. To prune single weights as
-    well, add the gates first, then call `prune`: a pruned model takes no gates.
+    well, add the gates first, then call `prune`: a pruned model takes no gates. Keras' `quantize`
+    and `enable_lora` are for what `fold` returns: layers with gates refuse them.
 
     Args:
         model: a Sequential or functional model of either Keras, built; nested models are followed,
@@ -60,7 +61,8 @@ def add_gates(
         TypeError: `model` is no Keras model, or an argument is of a wrong type.
         ValueError: the model is subclassed, not built, has gates already, is being pruned, holds a
             layer that can't be rebuilt from its configuration, no layer is chosen that can have
-            gates, or an argument is out of range.
+            gates, something in a list fits no layer, a chosen layer is quantized or has LoRA
+            enabled, or an argument is out of range.
 
     Warns:
         UserWarning: some chosen kernels can have no gates; it names them.

@@ -50,7 +50,9 @@ class Pruner:
             to (whether to choose anew, the sparsity) that consists of TensorFlow operations.
         layers: which layers: a class, a layer, a name pattern, a predicate, or a list of these, as
             in `add_regularizers`. None for all, but for what Keras' own layers hold that is no
-            kernel, such as embeddings.
+            kernel, such as embeddings, and, where the structure takes whole filters away, for the
+            layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
+            integers, are left out in any case.
         weights: a pattern for the names of weights, such as "*kernel"; None for all of the layers.
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
@@ -65,8 +67,8 @@ class Pruner:
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: the model is not built or has a pruner already, nothing is left to prune, or an
-            argument is out of range.
+        ValueError: the model is not built or has a pruner already, nothing is left to prune, what
+            is in a list of layers fits none, or an argument is out of range.
 
     Warns:
         UserWarning: a weight tensor would be left with fewer weights than it has outputs, so that

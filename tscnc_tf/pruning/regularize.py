@@ -21,15 +21,16 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     What a layer has for a regularizer already stays: both are added up. Kernels of grouped,
     depthwise, separable and transposed convolutions are read as what they are. Layers inside
     wrappers (TimeDistributed, Bidirectional, RNN) are followed, and a layer that is used in several
-    places stays one. A warning names the chosen kernels that can't be constrained, such as those of
-    MultiHeadAttention, which are not one matrix each.
+    places stays one. A warning names the chosen kernels that stay unconstrained, such as those of
+    MultiHeadAttention, which take a regularizer by hand, with `layout="attention"`.
 
     Args:
         model: a Sequential or functional model of either Keras, built; nested models are followed.
         regularizer: a regularizer of `tscnc_tf.regularizers`, or any other `kernel -> penalty`.
         layers: which layers: a layer class or a tuple of them, a layer of the model, a name pattern
             such as "conv*", a predicate `layer -> bool`, or a list of these; None for all that
-            have a kernel. Who chooses a layer chooses the layers inside it.
+            have a kernel. Who chooses a layer chooses the layers inside it. What is in a list and
+            fits no layer of the model is an error.
 
     Returns:
         A new, uncompiled model of the same Keras. The old one is not changed.
@@ -37,7 +38,8 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     Raises:
         TypeError: `model` is no Keras model, or `regularizer` is not callable.
         ValueError: the model is subclassed, not built, pruned already, holds a layer that can't be
-            rebuilt from its configuration, or no layer is chosen.
+            rebuilt from its configuration, no layer is chosen, or a name, class or layer in a list
+            fits none.
 
     Example:
         >>> import tf_keras
