@@ -962,6 +962,9 @@ def heads(library):
     yield "attention", library.Model(inputs, y), {"mha/attention_output"}
     y = L.Add()([L.Dense(3, name="one")(x), L.Dense(3, name="two")(x)])
     yield "added", library.Model(inputs, y), set()
+    z = L.Dense(3, name="swish")(x)
+    y = L.Multiply()([z, L.Activation("sigmoid")(z)])
+    yield "by itself", library.Model(inputs, y), {"swish"}
     yield "recurrent", library.Model(inputs, L.LSTM(3, name="lstm")(x)), set()
 
 
