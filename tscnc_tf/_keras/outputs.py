@@ -104,7 +104,7 @@ def _origin(tensor: Any) -> tuple[Any, list[Any], int]:
 
 
 def _joined(layer: Any, branches: Iterable[dict[int, Any]]) -> dict[int, Any]:
-    """Return the kernels that outputs of a layer without kernels hang on, of those of its inputs."""
+    """Return the kernels that make the outputs of a layer without any, of those of its inputs."""
     first, *others = branches
     name = str(getattr(layer, "symbol", type(layer).__name__))  # of a TensorFlow function, or class
     if name.rpartition(".")[2].lower() in ("concat", "concatenate"):
@@ -129,10 +129,8 @@ def _made_by(layer: Any, which: int | None) -> tuple[dict[int, Any], bool]:
     attention = [part for part in parts if part is not layer and part.name == "attention_output"]
     last = attention[-1] if attention else layer
     is_einsum = isinstance(last, library.layers.EinsumDense)
-    attributes = (
-        ["kernel"] if is_einsum else [s.attribute for s in kernel_layers.kernel_specs(last)]
-    )
-    made = [adapted.stored(last, attribute) for attribute in attributes[-1:]]
+    names = ["kernel"] if is_einsum else [s.attribute for s in kernel_layers.kernel_specs(last)]
+    made = [adapted.stored(last, name) for name in names[-1:]]
     no_kernels = (*matrices.BIASES, *matrices.NO_KERNELS)
     passes = not any(
         len(weight.shape) >= 2 and matrices.leaf(weight) not in no_kernels
