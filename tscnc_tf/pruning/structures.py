@@ -139,8 +139,9 @@ class Filters(_Ranked):
     What is left can be made smaller by `pruning.compact`, and is faster then on any hardware.
 
     The layers that make the model's outputs (its logits) are left out, unless `layers=` chooses
-    them: half of their filters would be half of the classes. Of a subclassed model it is not known
-    which these are, so leave them out by `layers=`.
+    them: half of their filters would be half of the classes. Of a subclassed model, or of a last
+    layer of your own that holds others, it is not known which these are: leave them out by
+    `layers=`.
 
     Example:
         >>> import keras
