@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -647,9 +648,57 @@ def test_errors_say_what_is_wrong_and_what_to_do(library):
 
 
 def test_a_kernel_that_is_computed_is_not_left_without_gates_silently():
-    layer = FLAVOURS["keras"].layers.Dense(4, name="low_rank", lora_rank=2)
-    with pytest.raises(ValueError, match="layer 'low_rank' of class Dense does not compute with 1"):
+    class Halved(FLAVOURS["keras"].layers.Dense):
+        @property
+        def kernel(self):
+            return 0.5 * self._kernel
+
+    layer = Halved(4, name="halved")
+    with pytest.raises(ValueError, match="layer 'halved' of class Halved does not compute with 1"):
         gates.Gated(layer)(np.ones((2, 4), "float32"))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+def test_gated_layers_are_quantized_once_they_are_folded(mode):
+    library = FLAVOURS["keras"]
+    model = gates.add_gates(dense_model(library))
+    x = blobs(16)[0]
+    before = np.asarray(model(x))
+    layer = gated_named(model, "hidden").layer
+    for refused in (lambda: layer.quantize(mode), lambda: layer.enable_lora(2)):
+        with pytest.raises(ValueError, match=r"layer 'hidden' can't be .*has gates.*gates\.fold\("):
+            refused()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Keras says that inputs are not quantized
+        with pytest.raises(ValueError, match="layer 'hidden' can't be quantized: it has gates"):
+            model.quantize(mode)
+        np.testing.assert_array_equal(model(x), before)
+        folded = gates.fold(model)
+        folded.quantize(mode)
+    assert folded.layers[-1].quantization_mode == mode
+    scale = np.abs(before).max()
+    np.testing.assert_allclose(folded(x), before, atol=scale * (0.02 if mode == "int8" else 0.2))
+    assert inspection.sparsity(folded).model_weights == 6 * 8 + 8 + 8 * 3 + 3
+    with pytest.raises(ValueError, match=rf"'hidden' can't have gates: it is quantized \({mode}\)"):
+        gates.add_gates(folded)
+
+
+def test_a_loaded_gated_layer_refuses_to_be_quantized_too(tmp_path):
+    library = FLAVOURS["keras"]
+    gates.add_gates(dense_model(library)).save(tmp_path / "gated.keras")
+    loaded = library.models.load_model(tmp_path / "gated.keras")
+    with pytest.raises(ValueError, match="'logits' can't be quantized: it has gates"):
+        gated_named(loaded, "logits").layer.quantize("int8")
+
+
+def test_gates_and_lora_go_on_different_layers():
+    model = dense_model(FLAVOURS["keras"])
+    model.get_layer("hidden").enable_lora(2)
+    with pytest.raises(ValueError, match=r"'hidden' can't have gates: LoRA is enabled"):
+        gates.add_gates(model)
+    copy = gates.add_gates(model, "logits")
+    assert [row.name for row in gates.report(copy).rows] == ["logits"]
+    assert [row.weights for row in inspection.sparsity(copy).rows] == [6 * 8, 8 * 3]
 
 
 def test_gates_inside_another_layer_are_not_folded_silently(library):

@@ -668,3 +668,108 @@ def test_a_trainer_is_inspected_and_measured_like_the_model_inside(rng):
     assert len(trainer.weights) > len(inner.weights)  # tf_keras counts the metric's variables
     assert inspection.sparsity(trainer) == inspection.sparsity(inner)
     assert inspection.condition_numbers(trainer) == inspection.condition_numbers(inner)
+
+
+# --- layers of Keras 3 that compute with something else than the weight they store ----------------
+
+adapted = pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+
+
+def adapted_layer(kind, mode, lora, rng):
+    """A model of one layer without bias, half of whose weights were zero to begin with."""
+    shapes = {"dense": (6, 4), "einsum": (6, 2, 3)}
+    if kind == "dense":
+        layer = keras.layers.Dense(4, use_bias=False, name="layer")
+    else:
+        layer = keras.layers.EinsumDense("bi,ihs->bhs", (2, 3), name="layer")
+    model = keras.Sequential([keras.Input((6,)), layer])
+    kernel = rng.normal(size=shapes[kind])
+    kernel[:3] = 0.0
+    layer.kernel.assign(kernel)
+    if mode:
+        layer.quantize(mode)
+    if lora:
+        layer.enable_lora(2, lora_alpha=3)
+        layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
+    return model
+
+
+@adapted
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", ["dense", "einsum"])
+def test_reports_speak_of_the_kernel_that_acts(kind, mode, lora, rng):
+    model = adapted_layer(kind, mode, lora, rng)
+    acting = np.asarray(model(np.eye(6, dtype="float32")), np.float64)  # a row for each input
+    zeros = int(np.sum(np.abs(acting) < 1e-7))
+    assert zeros == (0 if lora else acting.size // 2 if mode is None else zeros)
+    (row,) = inspection.sparsity(model).rows
+    assert (row.shape, row.weights, row.zeros) == (acting.shape, acting.size, zeros)
+    (status,) = pruning.report(model).rows
+    assert (status.shape, status.zeros, status.pruned) == (acting.shape, zeros, False)
+    assert inspection.sparsity(model).model_weights == acting.size
+    assert inspection.sizes(model).other_weights == 0
+    if kind == "dense":
+        expected = np.linalg.svd(acting, compute_uv=False)
+        np.testing.assert_allclose(
+            inspection.singular_values(model)["layer"], expected, rtol=1e-5, atol=1e-6
+        )
+    stored = {None: 4.0, "int8": 1.0, "int4": 0.5}[mode]
+    assert inspection.sizes(model).dense_bytes == pytest.approx(stored * acting.size, rel=0.35)
+
+
+def test_a_convolution_with_lora_is_reported_with_the_sum(rng):
+    model = keras.Sequential([keras.Input((5, 5, 3)), keras.layers.Conv2D(4, 3, name="conv")])
+    layer = model.layers[0]
+    pruning.strip(pruning.prune_now(model, 0.5))
+    assert inspection.sparsity(model).sparsity == 0.5
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(rng.normal(size=(2, 4)))
+    (row,) = inspection.sparsity(model).rows
+    assert (row.name, row.zeros, row.shape) == ("conv", 0, (3, 3, 3, 4))
+    acting = np.asarray(layer.kernel, np.float64).reshape(27, 4)
+    (condition,) = inspection.condition_numbers(model).rows
+    assert condition.condition_number == pytest.approx(np.linalg.cond(acting), rel=1e-5)
+
+
+def test_statistics_of_quantized_layers_are_no_weights():
+    def model():
+        layers = [keras.layers.Embedding(5, 8, name="words"), keras.layers.Dense(4, name="last")]
+        return keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
+
+    plain = inspection.sparsity(model())
+    for mode in ("float8", "int8", "int4"):
+        quantized = model()
+        for layer in quantized.layers:
+            if mode != "float8" or layer.name == "last":
+                layer.quantize(mode)
+        report = inspection.sparsity(quantized)
+        assert [row.name for row in report.rows] == [row.name for row in plain.rows]
+        assert report.model_weights == plain.model_weights == 5 * 8 + 8 * 4 + 4
+        names = [row.name for row in pruning.report(quantized).rows]
+        assert names == ["words", "last"], mode
+        reasons = {row.name: row.reason for row in pruning.report(quantized).rows}
+        expected = "not chosen" if mode == "float8" else f"it is quantized ({mode}): prune first"
+        assert expected in reasons["last"]
+
+
+def test_what_acts_of_an_embedding_is_what_it_looks_up(rng):
+    for mode in (None, "int8", "int4"):
+        model = keras.Sequential([keras.Input((1,), dtype="int32"), keras.layers.Embedding(5, 8)])
+        layer = model.layers[0]
+        layer.embeddings.assign(
+            np.where(rng.uniform(size=(5, 8)) < 0.5, 0, rng.normal(size=(5, 8)))
+        )
+        if mode:
+            layer.quantize(mode)
+        layer.enable_lora(2)
+        looked_up = np.asarray(model(np.arange(5)[:, None]))
+        (row,) = pruning.report(model).rows
+        assert (row.weights, row.zeros) == (40, np.sum(looked_up == 0)), mode
+
+
+def test_weights_that_cannot_be_read_are_refused_by_name():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="packed")])
+    config = keras.quantizers.GPTQConfig(dataset=[], tokenizer=None, weight_bits=4, group_size=4)
+    model.layers[0].quantize("gptq", config=config)
+    with pytest.raises(ValueError, match=r"layer 'packed' is quantized by 'gptq'.*before"):
+        inspection.sparsity(model)

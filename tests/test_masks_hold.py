@@ -261,17 +261,17 @@ def test_huge_scores_and_nan_bring_nothing_back(library):
 
 
 def test_the_floor_holds_for_blocks_of_unequal_size(library):
-    model = library.Sequential([library.Input((7,)), library.layers.Dense(7)])
-    if library is tf_keras:
-        model = library.Sequential([library.layers.Dense(7, input_shape=(7,))])
-    pruning.prune_now(model, 0.95, structure=Block(3, 3), min_weights=12)
+    layers = [library.layers.Dense(7, name="square"), library.layers.Dense(2)]
+    model = library.Sequential([library.layers.InputLayer((7,)), *layers])
+    pruning.prune_now(model, 0.95, structure=Block(3, 3), min_weights=12, layers="square")
     assert 12 <= 49 - zeros(model)[0] < 12 + 9
 
 
 @pytest.mark.parametrize("structure", [None, Filters()])
 def test_floors_of_all_layers_hold_where_they_are_more_than_what_is_left(library, structure):
     model = dense_model(library)
-    pruning.prune_now(model, 0.9, scope="global", min_weights=30, structure=structure)
+    how = {"scope": "global", "min_weights": 30, "layers": ["hidden", "logits"]}
+    pruning.prune_now(model, 0.9, structure=structure, **how)
     kept = [48 - zeros(model)[0], 24 - zeros(model)[1]]
     assert kept == [30, 24]
 
@@ -280,7 +280,8 @@ def test_starving_is_judged_by_what_comes_out(library):
     with pytest.warns(UserWarning, match="hidden keeps 6 of 48 weights for 8 outputs"):
         Pruner(dense_model(library), schedules.OneShot(0.9), structure=Filters())
     with pytest.warns(UserWarning, match=r"logits keeps all of its 24 weights in Block"):
-        Pruner(dense_model(library), schedules.OneShot(0.5), structure=Block(8, 8))
+        once = schedules.OneShot(0.5)
+        Pruner(dense_model(library), once, structure=Block(8, 8), layers=["hidden", "logits"])
     model = dense_model(library)
     model.layers[-1].kernel.assign(1e-6 * np.asarray(model.layers[-1].kernel))
     with pytest.warns(UserWarning, match="logits keeps 1 of 24 weights for 3 outputs"):

@@ -417,7 +417,8 @@ def test_whole_filters_go_by_their_mean_magnitude(library):
     )
     kernels = {layer.name: layer for layer in model.layers if layer.weights}
     before = {t: np.asarray(layer.weights[0]) for t, layer in kernels.items()}
-    pruning.prune_now(model, 0.5, structure=Filters())
+    with pytest.warns(UserWarning, match="depth makes the model's outputs, and 6 of its 12 would"):
+        pruning.prune_now(model, 0.5, structure=Filters(), layers=["groups", "depth"])
     found = values(model)
     means = np.abs(before["groups"]).mean(axis=(0, 1, 2))
     kept = found["groups"][1].all(axis=(0, 1, 2))
@@ -872,3 +873,166 @@ def test_where_the_warning_is_an_error_the_model_is_as_it_was(library, options):
     for a, b in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
     pruning.prune_now(model, 0.5)
+
+
+# Layers of Keras 3 with LoRA, or quantized
+
+
+def with_lora(rng):
+    model = dense_model(keras)
+    layer = model.get_layer("hidden")
+    layer.enable_lora(2)
+    layer.lora_kernel_b.assign(rng.normal(size=(2, 8)))
+    return model
+
+
+def test_a_layer_with_lora_is_left_unpruned_and_the_report_says_why(rng):
+    model = pruning.prune_now(with_lora(rng), 0.5)
+    rows = {row.name: row for row in pruning.report(model).rows}
+    assert list(rows) == ["hidden", "logits"]
+    assert rows["logits"].pruned and rows["logits"].sparsity == 0.5
+    assert "LoRA is enabled" in rows["hidden"].reason and rows["hidden"].zeros == 0
+    for verb in (pruning.freeze_mask, lambda m, layers: pruning.prune_now(m, 0.5, layers=layers)):
+        with pytest.raises(ValueError, match="LoRA is enabled, and adds to what is zero: save_wei"):
+            verb(with_lora(rng), layers="hidden")
+
+
+def test_the_way_out_for_lora_is_to_load_the_sums(rng, tmp_path):
+    model = with_lora(rng)
+    model.save_weights(tmp_path / "sums.weights.h5")
+    merged = dense_model(keras)
+    merged.load_weights(tmp_path / "sums.weights.h5")
+    x = blobs(8)[0]
+    np.testing.assert_allclose(merged(x), model(x), rtol=1e-5, atol=1e-6)
+    assert pruning.prune_now(merged, 0.5).pruner.targets[0].name == "hidden"
+
+
+def test_lora_enabled_after_pruning_shows_in_the_report(rng):
+    model = pruning.prune_now(dense_model(keras), 0.5)
+    layer = model.get_layer("hidden")
+    layer.enable_lora(2)
+    assert pruning.report(model).rows[0].zeros == 24, "its product is zero at first"
+    layer.lora_kernel_b.assign(rng.normal(size=(2, 8)))
+    row = pruning.report(model).rows[0]
+    assert (row.name, row.pruned, row.zeros) == ("hidden", True, 0)
+    assert inspection.sparsity(model).rows[0].zeros == 0
+
+
+def test_quantized_integers_are_not_pruned():
+    model = pruning.strip(pruning.prune_now(dense_model(keras), 0.5))
+    for layer in model.layers:
+        layer.quantize("int8")
+    assert inspection.sparsity(model).sparsity >= 0.5, "zeros stay zero"
+    with pytest.raises(ValueError, match=r"it is quantized \(int8\): prune first, then quantize"):
+        pruning.freeze_mask(model)
+
+
+# What makes the model's outputs, under structures that take whole ones away
+
+
+def heads(library):
+    """Models, and the names of the weights that make their outputs."""
+    L = library.layers  # noqa: N806
+
+    def conv(name, *more, filters=6):
+        body = [L.Conv2D(8, 3, name="first"), L.ReLU(), L.Conv2D(filters, 3, name=name), *more]
+        return library.Sequential([library.Input((8, 8, 1)), *body], name=f"of_{name}")
+
+    yield "dense", dense_model(library), {"logits"}
+    pooling = [L.BatchNormalization(), L.GlobalAveragePooling2D(), L.Softmax()]
+    yield "convolutional", conv("last", *pooling), {"last"}
+    yield "separable", conv("last", L.SeparableConv2D(4, 3, name="sep")), {"sep/pointwise_kernel"}
+
+    inputs = library.Input((8, 8, 1))
+    body, pool = conv("features"), library.Sequential([L.GlobalAveragePooling2D(), L.Dropout(0.5)])
+    yield "nested", library.Model(inputs, pool(body(inputs))), {"features"}
+    x = body(inputs)
+    both = [x, L.Dense(3, name="head")(L.Flatten()(x))]
+    yield "several outputs", library.Model(inputs, both), {"features", "head"}
+
+    inputs = library.Input((4, 6))
+    x = L.TimeDistributed(L.Dense(8, name="each"), name="time")(inputs)
+    y = L.Concatenate()(
+        [L.Dense(3, name="left")(x), L.Activation("relu")(L.Dense(2, name="right")(x))]
+    )
+    yield "concatenated", library.Model(inputs, y), {"left", "right"}
+    y = L.TimeDistributed(L.Dense(3, name="every"), name="all")(x)
+    yield "in time", library.Model(inputs, L.GlobalAveragePooling1D()(y)), {"all/every"}
+    y = L.MultiHeadAttention(2, 4, name="mha")(x, x)
+    yield "attention", library.Model(inputs, y), {"mha/attention_output"}
+    y = L.Add()([L.Dense(3, name="one")(x), L.Dense(3, name="two")(x)])
+    yield "added", library.Model(inputs, y), set()
+    z = L.Dense(3, name="swish")(x)
+    y = L.Multiply()([z, L.Activation("sigmoid")(z)])
+    yield "by itself", library.Model(inputs, y), {"swish"}
+    yield "recurrent", library.Model(inputs, L.LSTM(3, name="lstm")(x)), set()
+
+
+@pytest.mark.parametrize("structure", [Filters(), Block(1000, 1), Block(1000, 2)], ids=str)
+def test_what_makes_the_outputs_keeps_them_unless_it_is_chosen(library, structure):
+    for kind, model, expected in heads(library):
+        pruning.prune_now(model, 0.5, structure=structure)
+        rows = {row.name: row for row in pruning.report(model).rows}
+        spared = {name for name, row in rows.items() if "makes the model's outputs" in row.reason}
+        assert spared == expected, kind
+        assert not any(rows[name].zeros for name in spared)
+        assert all("choose it by layers=" in rows[name].reason for name in spared)
+        others = [row for name, row in rows.items() if name not in spared and not row.reason]
+        assert any(row.zeros for row in others), kind
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "erk", {"hidden": 0.5}], ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "scores"])
+def test_all_scopes_and_methods_leave_the_outputs(library, method, scope):
+    model = dense_model(library)
+    how = {"structure": Filters(), "scope": scope}
+    if method == "scores":
+        pruning.prune(model, method="scores", sparsity=0.5, **how)
+    else:
+        pruning.prune(model, schedules.OneShot(0.5), engine="masks", **how).pruner.finalize()
+    logits = np.asarray(model.get_layer("logits").kernel)
+    assert logits.all() and inspection.sparsity(model).sparsity == 0.5
+    with pytest.raises(ValueError, match=r"'logits': \"it makes the model's outputs, and Filters"):
+        pruning.prune_now(
+            pruning.strip(dense_model(library)), 0.5, structure=Filters(), weights="l*"
+        )
+
+
+@pytest.mark.parametrize("structure", [Filters(), Block(8, 1), Block(4, 1)], ids=str)
+def test_outputs_that_are_chosen_to_be_pruned_are_counted_in_a_warning(library, structure):
+    model = dense_model(library)
+    kernel = np.arange(1.0, 25.0).reshape(8, 3)
+    kernel[:, 1] = 0.01
+    model.get_layer("logits").kernel.assign(kernel)
+    for prune in (
+        lambda: pruning.prune_now(model, 0.4, structure=structure, layers="logits"),
+        lambda: pruning.ScorePruner(model, 0.4, structure=structure, layers="logits"),
+    ):
+        with pytest.warns(UserWarning, match="logits makes the model's outputs, and 1 of its 3"):
+            prune()
+        dead = np.flatnonzero(~np.asarray(model.get_layer("logits").kernel).any(axis=0))
+        assert dead.tolist() == [1]
+        pruning.strip(model)
+        model.get_layer("logits").kernel.assign(kernel)
+
+
+def test_a_subclassed_model_does_not_tell_what_makes_its_outputs(library):
+    class Net(library.Model):
+        def __init__(self):
+            super().__init__()
+            self.one = library.layers.Dense(8, name="one")
+            self.two = library.layers.Dense(4, name="two")
+
+        def call(self, inputs):
+            return self.two(self.one(inputs))
+
+    def net():
+        model = Net()
+        model(np.zeros((1, 6), "float32"))
+        return model
+
+    with pytest.warns(UserWarning, match="not known which layers make the outputs of a subclassed"):
+        pruning.prune_now(net(), 0.5, structure=Filters())
+    model = pruning.prune_now(net(), 0.5, structure=Filters(), layers="one")
+    assert {row.name: row.zeros for row in pruning.report(model).rows} == {"one": 24, "two": 0}
+    pruning.prune_now(net(), 0.5)  # single weights: nothing to say

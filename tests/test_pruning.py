@@ -550,3 +550,87 @@ def test_a_layer_made_of_others_is_listed_weight_by_weight():
     assert sum("both/" in name for name in rows) == 4
     masked = sum(weight.shape.num_elements() for weight, _ in wrappers.pruned_variables(pruned))
     assert masked == 84 + 72 + 8
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_convolutional_recurrent_layers_have_both_of_their_kernels(flavour, dimensions):
+    library = FLAVOURS[flavour]
+    kind = getattr(library.layers, f"ConvLSTM{dimensions}D")
+    inputs = library.Input((3, *[5] * dimensions, 2))
+    x = library.layers.Flatten()(kind(2, 2, name="film")(inputs))
+    model = library.Model(inputs, library.layers.Dense(2, name="logits")(x))
+
+    regularizer = regularizers.ConditionNumber(1.0)
+    copy = pruning.add_regularizers(model, regularizer, layers="film")
+    cell = copy.get_layer("film").cell
+    expected = [float(regularizer(each)) for each in (cell.kernel, cell.recurrent_kernel)]
+    assert [float(loss) for loss in copy.losses] == pytest.approx(expected)
+    conditions = inspection.singular_values(model)
+    for name in ("kernel", "recurrent_kernel"):
+        kernel = np.asarray(getattr(model.get_layer("film").cell, name), np.float64)
+        spectrum = np.linalg.svd(kernel.reshape(-1, 8), compute_uv=False)
+        (found,) = [v for k, v in conditions.items() if k.endswith(f"/{name}")]
+        np.testing.assert_allclose(found, spectrum, rtol=1e-5, atol=1e-6)
+
+    pruning.prune_now(model, 0.5, structure=pruning.Filters())
+    zeros = {row.name.rpartition("/")[2]: row for row in pruning.report(model).rows if row.pruned}
+    assert set(zeros) == {"kernel", "recurrent_kernel"}
+    for name, row in zeros.items():
+        kernel = np.asarray(getattr(model.get_layer("film").cell, name)).reshape(-1, 8)
+        assert (~kernel.any(axis=0)).sum() == 4 and row.sparsity == 0.5
+
+
+# `layers=` of every verb
+
+
+VERBS = {
+    "prune": lambda model, layers: pruning.prune(model, schedules.OneShot(0.5), layers=layers),
+    "prune_now": lambda model, layers: pruning.prune_now(model, 0.5, layers=layers),
+    "scores": lambda model, layers: pruning.prune(
+        model, method="scores", sparsity=0.5, layers=layers
+    ),
+    "freeze_mask": lambda model, layers: pruning.freeze_mask(model, layers=layers),
+    "condition_budgets": lambda model, layers: pruning.condition_budgets(model, 0.5, layers=layers),
+    "add_regularizers": lambda model, layers: pruning.add_regularizers(model, TSCNC, layers=layers),
+    "add_gates": gates.add_gates,
+}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_fits_no_layer_is_an_error_in_a_list_too(flavour, verb):
+    library, call = FLAVOURS[flavour], VERBS[verb]
+    can = r"\['hidden', 'logits'\]"
+    other = library.layers.Dense(2, name="stranger")
+    cases = [
+        (["hidden", "logit"], rf"layers has 'logit' in it.*{can} \(did you mean 'logits'\?\)"),
+        (["hid*", "no*"], rf"layers has 'no\*' in it, which fits no layer of model .*{can}\.$"),
+        ((library.layers.Dense, library.layers.Conv2D), f"Conv2D'> in it, which fits no.*{can}"),
+        ([["hidden"], [other]], f"layers has layer 'stranger' in it, which fits no layer.*{can}"),
+        ("logit", rf"layers='logit'.*{can} \(did you mean 'logits'\?\)"),
+        (other, f"layers=.*{can}"),
+        (library.layers.Conv2D, f"layers=.*{can}"),
+        (lambda layer: False, f"layers=.*{can}"),
+    ]
+    for layers, words in cases:
+        with pytest.raises(ValueError, match=words):
+            call(dense_model(library), layers)
+    model = dense_model(library)
+    call(model, ["hidden", lambda layer: False])  # what a predicate is for is not known
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_only_layers_that_can_be_chosen_are_listed(flavour):
+    library = FLAVOURS[flavour]
+    model = conv_model(library)
+    for verb, call in VERBS.items():
+        with pytest.raises(ValueError, match=r"\['conv', 'logits'\]") as error:
+            call(model, ["norm*", "nothing"])
+        assert "re_lu" not in str(error.value), verb
+    recurrent = library.Sequential(
+        [library.layers.InputLayer((3, 4)), library.layers.LSTM(2, name="lstm")]
+    )
+    with pytest.raises(ValueError, match=r"those that have one are \['lstm'\] \(did you mean"):
+        pruning.add_regularizers(recurrent, TSCNC, layers="lsmt")
+    assert pruning.add_regularizers(recurrent, TSCNC, layers="lstm").losses

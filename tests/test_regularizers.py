@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS, fresh_process
 
-from tscnc_tf import functional, regularizers
+from tscnc_tf import attacks, functional, losses, regularizers, training
 from tscnc_tf._keras import layers as kernel_layers
 
 EXAMPLES = {
@@ -63,6 +63,10 @@ def layers_with_kernels(library):
         "Conv1DTranspose": (L.Conv1DTranspose(5, 3), (None, 8, 4), [transposed]),
         "Conv2DTranspose": (L.Conv2DTranspose(5, 3), (None, 8, 8, 4), [transposed]),
         "Conv3DTranspose": (L.Conv3DTranspose(5, 2), (None, 4, 4, 4, 3), [transposed]),
+        "LSTM": (L.LSTM(5), (None, 3, 4), [conv, conv]),
+        "ConvLSTM1D": (L.ConvLSTM1D(3, 3), (None, 3, 8, 4), [conv, conv]),
+        "ConvLSTM2D": (L.ConvLSTM2D(3, 3), (None, 3, 8, 8, 4), [conv, conv]),
+        "ConvLSTM3D": (L.ConvLSTM3D(3, 2), (None, 3, 4, 4, 4, 2), [conv, conv]),
     }
 
 
@@ -307,3 +311,135 @@ def test_the_smallest_ridge_is_finite_on_a_singular_kernel():
 def test_bad_input_is_named(build, error, words):
     with pytest.raises(error, match=words):
         build()
+
+
+# Kernels of rank 3 that are no convolution's, with a regularizer that was given by hand
+
+
+def attention(library, regularizer, name="own_name"):
+    """A model of one layer of self-attention, and its kernels as matrices, by hand."""
+    layer = library.layers.MultiHeadAttention(2, 4, name=name, kernel_regularizer=regularizer)
+    inputs = library.Input((5, 6))
+    model = library.Model(inputs, layer(inputs, inputs))
+    return model, [kernel_as_matrix(weight) for weight in model.weights if len(weight.shape) == 3]
+
+
+def kernel_as_matrix(variable):
+    values, path = np.asarray(variable), getattr(variable, "path", variable.name)
+    into_heads = "attention_output" not in path
+    return (
+        values.reshape(values.shape[0], -1) if into_heads else values.reshape(-1, values.shape[-1])
+    )
+
+
+def tall(matrix):
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+
+
+MISREAD = r"layout='standard' does not fit kernel '.*{}.*'.*Give layout='attention'.*layout='ioo'"
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_attention_is_refused_without_a_layout_and_read_right_with_it(flavour):
+    library = FLAVOURS[flavour]
+    for name, refused in EXAMPLES.items():
+        if name not in ("element", "RegularizerSum"):
+            with pytest.raises(ValueError, match=MISREAD.format("own_name/query/kernel")):
+                _ = attention(library, refused)[0].losses
+    with pytest.raises(ValueError, match=r"layout='ioo' does not fit kernel '.*attention_output"):
+        _ = attention(library, regularizers.ConditionNumber(1.0, layout="ioo"))[0].losses
+    model, matrices = attention(library, regularizers.ConditionNumber(1.0, layout="attention"))
+    assert len(matrices) == 4
+    expected = [log_ratio_by_svd(tall(matrix)) for matrix in matrices]
+    assert [float(loss) for loss in model.losses] == pytest.approx(expected, abs=1e-5)
+    filters = regularizers.TransformedL1(1.0, groups="filter", layout="attention")
+    model, matrices = attention(library, filters)
+    norms = [np.linalg.norm(matrix, axis=0) for matrix in matrices]
+    expected = [np.sum(2 * norm / (1 + norm)) for norm in norms]
+    assert [float(loss) for loss in model.losses] == pytest.approx(expected, rel=1e-5)
+    plain = attention(library, regularizers.TransformedL1(1.0))[0]
+    assert len(plain.losses) == 4  # single weights have no axes to mistake
+
+
+def test_grouped_query_attention_is_read_by_its_names():
+    def losses(regularizer):
+        options = {"kernel_regularizer": regularizer}
+        layer = keras.layers.GroupQueryAttention(4, 4, 2, **options)
+        inputs = keras.Input((5, 6))
+        model = keras.Model(inputs, layer(inputs, inputs))
+        return model, model.losses
+
+    with pytest.raises(ValueError, match=MISREAD.format("query/kernel")):
+        losses(EXAMPLES["TSCNC"])
+    model, found = losses(regularizers.ConditionNumber(1.0, layout="attention"))
+    kernels = [weight for weight in model.weights if len(weight.shape) == 3]
+    expected = [log_ratio_by_svd(tall(kernel_as_matrix(kernel))) for kernel in kernels]
+    assert [float(loss) for loss in found] == pytest.approx(expected, abs=1e-5)
+
+
+def einsum(library, regularizer, name=None):
+    layer = library.layers.EinsumDense(
+        "abc,cde->abde", (5, 2, 3), kernel_regularizer=regularizer, name=name
+    )
+    return library.Sequential([library.layers.InputLayer((5, 6)), layer])
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_einsum_dense_takes_a_letter_for_each_axis(flavour):
+    library = FLAVOURS[flavour]
+    with pytest.raises(ValueError, match=MISREAD.format("einsum_dense.*/kernel")):
+        _ = einsum(library, EXAMPLES["log_ratio"]).losses
+    spectrum = np.array([10.0, 3.0, 2.0, 1.0, 1.0, 1.0])
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))
+    for name in (None, "own_name"):
+        model = einsum(library, regularizers.ConditionNumber(1.0, layout="ioo"), name)
+        model.layers[-1].kernel.assign((q * spectrum).reshape(6, 2, 3))
+        expected = log_ratio_by_svd(q * spectrum)
+        assert float(model.losses[0]) == pytest.approx(expected, abs=1e-5)
+        both = einsum(library, regularizers.TSCNC(1.0, 1.0, groups="input", layout="ioo"), name)
+        kernel = np.asarray(both.layers[-1].kernel).reshape(6, 6)
+        norms = np.linalg.norm(kernel, axis=1)
+        expected = np.sum(2 * norms / (1 + norms)) + log_ratio_by_svd(kernel)
+        assert float(both.losses[0]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_convolutions_need_no_layout_whatever_they_are_called(flavour):
+    library = FLAVOURS[flavour]
+    for name in (None, "einsum", "my_query"):
+        layer = library.layers.Conv1D(3, 2, name=name, kernel_regularizer=EXAMPLES["log_ratio"])
+        model = library.Sequential([library.layers.InputLayer((5, 6)), layer])
+        expected = 1e-2 * log_ratio_by_svd(np.asarray(layer.kernel).reshape(12, 3))
+        assert float(model.losses[0]) == pytest.approx(expected, abs=1e-6)
+    # One that is called as a part of attention is told apart by its letters.
+    said = regularizers.ConditionNumber(1e-2, layout="pio")
+    layer = library.layers.Conv1D(3, 2, name="query", kernel_regularizer=said)
+    model = library.Sequential([library.layers.InputLayer((5, 6)), layer])
+    expected = 1e-2 * log_ratio_by_svd(np.asarray(layer.kernel).reshape(12, 3))
+    assert float(model.losses[0]) == pytest.approx(expected, abs=1e-6)
+    kernel = np.asarray(layer.kernel)
+    assert float(EXAMPLES["log_ratio"](kernel)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_layouts_are_saved_and_a_trainer_looks_at_the_layers(flavour, tmp_path):
+    library = FLAVOURS[flavour]
+    model, _ = attention(library, regularizers.ConditionNumber(1.0, layout="attention"))
+    model.save(tmp_path / "attention.keras")
+    loaded = library.models.load_model(tmp_path / "attention.keras")
+    assert [float(loss) for loss in loaded.losses] == [float(loss) for loss in model.losses]
+
+    def trained(regularizer):
+        model = einsum(library, regularizer, "own_name")
+        model.add(library.layers.Flatten())
+        model.add(library.layers.Dense(3))
+        return training.AdversarialTraining(
+            model, attack=attacks.FGSM(epsilon=0.1), loss=losses.Madry()
+        )
+
+    with pytest.raises(ValueError, match=r"kernel_regularizer of layer 'own_name'.*layout='ioo'\."):
+        trained(regularizers.RegularizerSum([EXAMPLES["TSCNC"]], library.__name__))
+    trained(regularizers.TSCNC(1.0, 1.0, layout="ioo"))
+    trained(regularizers.TransformedL1(1.0))
+    with pytest.raises(ValueError, match=r"layout='attention' is for the kernels of MultiHeadAtt"):
+        _ = einsum(library, regularizers.ConditionNumber(1.0, layout="attention")).losses

@@ -886,3 +886,14 @@ def test_what_acts_is_always_the_dense_weights_of_the_largest_scores(seed, spars
     kept = max(int(np.round(np.float32(35) * (np.float32(1) - np.float32(sparsity)))), 7)
     expected = np.where(top(scores(model)[0], kept), kernel, 0)
     np.testing.assert_array_equal(kernels(model)[0], expected)
+
+
+def test_scores_of_layers_with_lora_are_refused_by_name():
+    model = dense_model(keras)
+    model.get_layer("hidden").enable_lora(2)
+    with pytest.raises(ValueError, match=r"without LoRA.*enabled in hidden. save_weights writes"):
+        scored(keras, model=model)
+    model = compiled(scored(keras), keras)
+    model.get_layer("logits").enable_lora(2)
+    with pytest.raises(ValueError, match=r"without LoRA.*enabled in logits. save_weights writes"):
+        model.fit(X, Y, verbose=0)

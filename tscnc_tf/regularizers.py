@@ -4,18 +4,21 @@ One class per constraint, configured by numbers and names only, so that each is 
 and comes back from `.keras` and `.h5` files wherever `tscnc_tf` has been imported.
 
 A regularizer sees the kernel and not its layer. Given by hand to a grouped, transposed or depthwise
-convolution, as in `kernel_regularizer=TSCNC(...)`, it must be told by `layout=` and
-`channel_groups=` how to read the kernel; `pruning.add_regularizers` does that by itself.
+convolution, to EinsumDense or to attention, as in `kernel_regularizer=TSCNC(...)`, it must be told
+by `layout=` and `channel_groups=` how to read the kernel; `pruning.add_regularizers` does that by
+itself.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, Self
 
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional.kernels import GROUPS, LAYOUTS
 
 __all__ = ["ConditionNumber", "KernelRegularizer", "RegularizerSum", "TSCNC", "TransformedL1"]
@@ -23,6 +26,10 @@ __all__ = ["ConditionNumber", "KernelRegularizer", "RegularizerSum", "TSCNC", "T
 FORMS = ("log_ratio", "authors", "orthogonal")
 # Below it, rounding in float64 outweighs the ridge, and a singular matrix can't be factorised.
 _MIN_RIDGE = 1e-12
+# What Keras calls the layers inside its attention layers, and an EinsumDense without a name.
+_PROJECTIONS = ("query", "key", "value", "gate")
+_ATTENTION_OUTPUT = "attention_output"
+_EINSUM = re.compile(r"einsum_dense(_\d+)?")
 
 
 class KernelRegularizer(_keras.Regularizer):
@@ -32,22 +39,82 @@ class KernelRegularizer(_keras.Regularizer):
 
     Args:
         layout: "standard" (..., in, out) for Dense and Conv, "transposed" (..., out, in) for the
-            transposed convolutions, "depthwise" (..., in, multiplier) for depthwise kernels.
+            transposed convolutions, "depthwise" (..., in, multiplier) for depthwise kernels. Or a
+            letter for each axis, p for positions, i for inputs and o for outputs: "ioo" for an
+            EinsumDense of the equation "abc,cde->abde". "attention" is for all kernels of a
+            MultiHeadAttention or GroupQueryAttention: (in, heads, size) of query, key and value,
+            (heads, size, out) of what makes its output.
             To be given wherever the regularizer is put by hand on such a layer: the kernel alone
             does not tell. `pruning.add_regularizers` sets it from the layer.
         channel_groups: `groups` of a grouped convolution, likewise to be given by hand.
+
+    A kernel of rank 3 or more whose name says that its layer is an EinsumDense or a part of
+    attention is refused with the default layout, which would read another matrix. The name of an
+    EinsumDense that you have named yourself does not say so, nor does a tensor: there `layout` must
+    be given all the same. `AdversarialTraining`, which knows the layers, refuses them as well.
     """
 
     def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
-        self.layout = _checks.one_of("layout", layout, LAYOUTS)
+        self.layout = _layout(layout)
         self.channel_groups = _checks.integer("channel_groups", channel_groups, minimum=1)
 
     def __call__(self, kernel: Any) -> tf.Tensor:
-        """Return the penalty of one kernel, a scalar: float32, or float64 for a float64 kernel."""
-        kernel = tf.convert_to_tensor(kernel)
-        if not kernel.dtype.is_floating:
-            raise TypeError(f"kernel must be of a float dtype, got {kernel.dtype.name}.")
-        return self._penalty(kernel if kernel.dtype == tf.float64 else tf.cast(kernel, tf.float32))
+        """Return the penalty of one kernel, a scalar: float32, or float64 for a float64 kernel.
+
+        Raises:
+            TypeError: the kernel is not of a float dtype.
+            ValueError: it is known not to be as `layout` says, or its shape is not known.
+        """
+        tensor = tf.convert_to_tensor(kernel)
+        if not tensor.dtype.is_floating:
+            raise TypeError(f"kernel must be of a float dtype, got {tensor.dtype.name}.")
+        reading = self._for_variable(kernel) if self._reads_axes and tensor.shape.rank else self
+        return reading._penalty(
+            tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+        )
+
+    @property
+    def _reads_axes(self) -> bool:
+        """Whether the penalty depends on which axes are inputs and which outputs."""
+        return True
+
+    def _for_variable(self, kernel: Any) -> Self:
+        """Return this regularizer with the layout that the name of a variable tells.
+
+        Raises:
+            ValueError: the name tells that the axes are others than `layout` says.
+        """
+        path, owner = _names(kernel)
+        rank, shape = len(kernel.shape), tuple(kernel.shape)
+        in_attention = ""
+        if owner in _PROJECTIONS and rank == 3:
+            in_attention = "ioo"
+        elif owner == _ATTENTION_OUTPUT and rank > 2:
+            in_attention = "ii" + "o" * (rank - 2)
+        if self.layout == "attention":
+            if not in_attention:
+                raise ValueError(
+                    "layout='attention' is for the kernels of MultiHeadAttention and "
+                    f"GroupQueryAttention, got kernel {path!r} of shape {shape}: give a letter p, "
+                    "i or o for each of its axes."
+                )
+            return self.for_kernel(layout=in_attention, channel_groups=1)
+        is_standard = self.layout == "standard" and rank > 2
+        misread = is_standard or (set(self.layout) <= set("io") and self.layout != in_attention)
+        if (in_attention and misread) or (is_standard and _EINSUM.fullmatch(owner)):
+            raise ValueError(
+                f"layout={self.layout!r} does not fit kernel {path!r} of shape {shape}, which by "
+                "its name is one of EinsumDense or of attention: another matrix would be read. "
+                "Give layout='attention' for a MultiHeadAttention or GroupQueryAttention; for "
+                "EinsumDense a letter for each axis, i for inputs and o for outputs, such as "
+                "layout='ioo' for the equation 'abc,cde->abde'; for a convolution that is called "
+                "so, p for positions as well, such as layout='pio'."
+            )
+        return self
+
+    def _misreads(self) -> bool:
+        """Tell whether the kernel of an EinsumDense is read as if it were a convolution's."""
+        return self._reads_axes and self.layout in LAYOUTS
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         raise TypeError(f"{type(self).__name__} is abstract: use one of its subclasses.")
@@ -90,8 +157,8 @@ class TransformedL1(KernelRegularizer):
         groups: None for single weights, "filter" for all that leads to one output channel, "input"
             for all that reads one input channel.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
-            on grouped, transposed or depthwise layers, they must be given;
-            `pruning.add_regularizers` sets them itself.
+            on grouped, transposed or depthwise layers, EinsumDense or attention, they must be
+            given; `pruning.add_regularizers` sets them itself.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -125,6 +192,10 @@ class TransformedL1(KernelRegularizer):
             kernel = functional.group_norms(kernel, self.groups, **self._reading)
         return self.factor * tf.reduce_sum(functional.transformed_l1(kernel, self.a))
 
+    @property
+    def _reads_axes(self) -> bool:
+        return self.groups is not None
+
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {"factor": self.factor, "a": self.a, "groups": self.groups, **super().get_config()}
@@ -157,8 +228,8 @@ class ConditionNumber(KernelRegularizer):
         ridge: for `log_ratio`, relative to the mean eigenvalue of G, >= 1e-12: eigenvalues far
             below it don't count.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
-            on grouped, transposed or depthwise layers, they must be given;
-            `pruning.add_regularizers` sets them itself.
+            on grouped, transposed or depthwise layers, EinsumDense or attention, they must be
+            given; `pruning.add_regularizers` sets them itself.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -214,8 +285,8 @@ class TSCNC(KernelRegularizer):
         a, groups: see `TransformedL1`.
         form, ridge: see `ConditionNumber`.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
-            on grouped, transposed or depthwise layers, they must be given;
-            `pruning.add_regularizers` sets them itself.
+            on grouped, transposed or depthwise layers, EinsumDense or attention, they must be
+            given; `pruning.add_regularizers` sets them itself.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -329,6 +400,51 @@ class RegularizerSum(_keras.Regularizer):
 
     def __repr__(self) -> str:
         return f"RegularizerSum({self.regularizers!r})"
+
+
+def require_layouts(model: Any) -> None:
+    """Raise a ValueError if a kernel of an EinsumDense in a model is constrained as another matrix.
+
+    Args:
+        model: a built model of either Keras.
+    """
+    kinds = (_keras.keras.layers.EinsumDense, _keras.tf_keras.layers.EinsumDense)
+    for layer in kernel_layers.flatten(model):
+        if not isinstance(layer, kinds) or not layer.built or len(layer.kernel.shape) < 3:
+            continue
+        if _any_misreads(layer.kernel_regularizer):
+            equation = layer.equation
+            letters = kernel_layers.einsum_layout(equation, len(layer.kernel.shape))
+            raise ValueError(
+                f"layout must be given to the kernel_regularizer of layer {layer.name!r}, an "
+                f"EinsumDense of the equation {equation!r} with a kernel of shape "
+                f"{tuple(layer.kernel.shape)}: {layer.kernel_regularizer!r} would read another "
+                "matrix. " + (f"Give layout={letters!r}." if letters else "It is no single matrix.")
+            )
+
+
+def _any_misreads(regularizer: Any) -> bool:
+    if isinstance(regularizer, RegularizerSum):
+        return any(_any_misreads(part) for part in regularizer.regularizers)
+    return isinstance(regularizer, KernelRegularizer) and regularizer._misreads()
+
+
+def _layout(value: Any) -> str:
+    names = (*LAYOUTS, "attention")
+    if value in names or (isinstance(value, str) and value and set(value) <= set("pio")):
+        return value
+    raise ValueError(
+        f"layout must be one of {names}, or have a letter p, i or o for each axis of the kernel, "
+        f"such as 'ioo', got {value!r}."
+    )
+
+
+def _names(kernel: Any) -> tuple[str, str]:
+    """Return a kernel's full name, and that of its layer; empty texts of what is no variable."""
+    if not isinstance(kernel, tf.Variable | _keras.keras.Variable):
+        return "", ""
+    path = getattr(kernel, "path", kernel.name).partition(":")[0]  # Keras 3 has it in `path`
+    return path, path.rpartition("/")[0].rpartition("/")[2]
 
 
 def _ridge(value: Any) -> float:

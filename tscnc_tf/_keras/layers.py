@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tscnc_tf._keras import flavour, is_graph_model, keras, tf_keras, wrappers
+from tscnc_tf._keras import adapted, flavour, is_graph_model, keras, tf_keras, wrappers
 
 
 class KernelSpec(NamedTuple):
@@ -72,9 +72,11 @@ def kernel_specs(layer: Any) -> list[KernelSpec]:
         return []
     if any(name.endswith("Transpose") for name in names):
         return [_KERNEL._replace(layout="transposed")]
+    if hasattr(layer, "recurrent_regularizer"):  # ConvLSTM among them
+        return [_KERNEL, _RECURRENT]
     if any("Conv" in name for name in names):
         return [_KERNEL._replace(channel_groups=getattr(layer, "groups", 1))]
-    return [_KERNEL, _RECURRENT] if hasattr(layer, "recurrent_regularizer") else [_KERNEL]
+    return [_KERNEL]
 
 
 def kernels(model: Any) -> Iterator[Kernel]:
@@ -85,7 +87,7 @@ def kernels(model: Any) -> Iterator[Kernel]:
             continue  # the layer inside comes by itself
         specs = kernel_specs(layer)
         for spec in specs:
-            variable = getattr(layer, spec.attribute, None)
+            variable = adapted.stored(layer, spec.attribute)
             if variable is None or id(variable) in seen or len(variable.shape) < 2:
                 continue
             seen.add(id(variable))
@@ -96,7 +98,7 @@ def kernels(model: Any) -> Iterator[Kernel]:
 def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
     """Yield (attribute, variable) of what a built layer itself calls a kernel, read or not."""
     for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel", "recurrent_kernel"):
-        variable = getattr(layer, attribute, None)
+        variable = adapted.stored(layer, attribute)
         if isinstance(variable, tf.Variable | keras.Variable) and len(variable.shape) >= 2:
             yield attribute, variable
 

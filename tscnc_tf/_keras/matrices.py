@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import gated, wrappers
+from tscnc_tf._keras import adapted, gated, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 
 # Weights of rank 2 or more that are called so are no linear map of their layer's input.
@@ -65,16 +65,22 @@ def leaf(variable: Any) -> str:
     return variable.name.rpartition("/")[2].partition(":")[0]
 
 
-def is_prunable(layer: Any, variable: Any) -> bool:
-    """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise."""
-    if not variable.trainable or not layer.trainable:
-        return False
+def is_kernel(layer: Any, variable: Any) -> bool:
+    """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise.
+
+    So is a kernel that LoRA or quantization has brought into another form.
+    """
     name = leaf(variable)
-    return not fixed(layer, variable) and name not in BIASES and not is_no_kernel(layer, name)
+    if name in BIASES or is_no_kernel(layer, name):
+        return False
+    is_trained = variable.trainable and layer.trainable and not fixed(layer, variable)
+    return is_trained or variable is adapted.weight(layer)
 
 
 def fixed(layer: Any, variable: Any) -> str:
     """Return why a weight is never trained; an empty text if it is, unless its layer is frozen."""
+    if why := adapted.reason(layer, variable):
+        return why
     if isinstance(variable, _keras.keras.Variable):  # whose flag follows that of the layer
         is_fixed = any(variable is each for each in layer._non_trainable_variables)
     else:

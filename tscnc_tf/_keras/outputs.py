@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from tscnc_tf._keras import is_graph_model, output_layer, wrappers
+from tscnc_tf._keras import (
+    adapted,
+    flavour,
+    gated,
+    is_graph_model,
+    keras,
+    matrices,
+    output_layer,
+    tf_keras,
+    wrappers,
+)
+from tscnc_tf._keras import layers as kernel_layers
 
 
 def classes(name: str, model: Any) -> int | None:
@@ -32,3 +44,97 @@ def classes(name: str, model: Any) -> int | None:
             "leave that activation out."
         )
     return shape[-1]
+
+
+def kernels(model: Any) -> list[Any] | None:
+    """Return the kernels each of whose filters makes one output of a model; None if not known.
+
+    Followed back from each output are layers without kernels of their own. Where several tensors
+    are added or multiplied, an output hangs on the filters that all of them hang on. The graph of a
+    subclassed model is not known. A recurrent layer has no such kernels: its outputs depend on its
+    state as well.
+    """
+    return list(_follow(model, None)[0].values()) if is_graph_model(model) else None
+
+
+def _follow(model: Any, which: int | None) -> tuple[dict[int, Any], bool]:
+    """Return the kernels that make the outputs of a graph model, or the one at position `which`.
+
+    Returns:
+        The kernels by their ids; and whether some path from an output ends at an input of the
+        model, without a kernel in between.
+    """
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        found: dict[int, Any] = {}
+        for layer in reversed(model.layers):
+            made, passes = _made_by(layer, None)
+            found |= made
+            if not passes:
+                return found, False
+        return found, True
+    known: dict[int, dict[int, Any]] = {}
+    ends_at_input = False
+
+    def back(tensor: Any) -> dict[int, Any]:
+        nonlocal ends_at_input
+        if id(tensor) not in known:
+            layer, inputs, position = _origin(tensor)
+            made, passes = _made_by(layer, position) if inputs else ({}, True)
+            ends_at_input |= not inputs
+            known[id(tensor)] = made | (_joined(layer, map(back, inputs)) if passes else {})
+        return known[id(tensor)]
+
+    found = {}
+    for tensor in model.outputs if which is None else [model.outputs[which]]:
+        found |= back(tensor)
+    return found, ends_at_input
+
+
+def _origin(tensor: Any) -> tuple[Any, list[Any], int]:
+    """Return what made a symbolic tensor, out of which others, and at which position."""
+    history = tensor._keras_history
+    if flavour(tensor) == "tf_keras":
+        layer = history.layer
+        inputs = layer._inbound_nodes[history.node_index].keras_inputs
+    else:
+        layer = history.operation
+        inputs = layer._inbound_nodes[history.node_index].input_tensors
+    inputs = list({id(each): each for each in inputs if each is not tensor}.values())
+    return layer, inputs, history.tensor_index
+
+
+def _joined(layer: Any, branches: Iterable[dict[int, Any]]) -> dict[int, Any]:
+    """Return the kernels that make the outputs of a layer without any, of those of its inputs."""
+    first, *others = branches
+    name = str(getattr(layer, "symbol", type(layer).__name__))  # of a TensorFlow function, or class
+    if name.rpartition(".")[2].lower() in ("concat", "concatenate"):
+        return first | {key: kernel for other in others for key, kernel in other.items()}
+    return {key: kernel for key, kernel in first.items() if all(key in other for other in others)}
+
+
+def _made_by(layer: Any, which: int | None) -> tuple[dict[int, Any], bool]:
+    """Return the kernels that make a layer's outputs, and whether what it reads makes them, too."""
+    if wrappers.is_wrapper(layer) or gated.is_gated(layer):
+        layer = layer.layer
+    library = keras if flavour(layer) == "keras" else tf_keras
+    if is_graph_model(layer):
+        return _follow(layer, which)
+    if isinstance(layer, library.layers.RNN | library.layers.Bidirectional):
+        return {}, False
+    if isinstance(layer, library.layers.Wrapper):  # such as TimeDistributed
+        return _made_by(layer.layer, None)
+    if not isinstance(layer, library.layers.Layer):
+        return {}, True  # an operation
+    parts = list(kernel_layers.flatten(layer))
+    attention = [part for part in parts if part is not layer and part.name == "attention_output"]
+    last = attention[-1] if attention else layer
+    is_einsum = isinstance(last, library.layers.EinsumDense)
+    names = ["kernel"] if is_einsum else [s.attribute for s in kernel_layers.kernel_specs(last)]
+    made = [adapted.stored(last, name) for name in names[-1:]]
+    no_kernels = (*matrices.BIASES, *matrices.NO_KERNELS)
+    passes = not any(
+        len(weight.shape) >= 2 and matrices.leaf(weight) not in no_kernels
+        for part in parts
+        for weight in part.weights
+    )
+    return {id(kernel): kernel for kernel in made}, passes

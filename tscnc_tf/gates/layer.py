@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
-from tscnc_tf._keras import flavours, gated, wrappers
+from tscnc_tf._keras import adapted, flavours, gated, wrappers
 from tscnc_tf.functional.gates import uniform
 from tscnc_tf.gates.groups import Groups, groups_of, kind_of
 
@@ -77,7 +77,9 @@ class Gated(gated.GatedLayer, _Base):
 
     Raises:
         TypeError: `layer` is no Keras layer, or an argument is of a wrong type.
-        ValueError: `layer` is of a kind that can't have gates, or an argument is out of range.
+        ValueError: `layer` is of a kind that can't have gates, is quantized or has LoRA enabled
+            (or is to be: first `fold`, then `quantize` or `enable_lora`), or an argument is out of
+            range.
 
     Example:
         >>> import keras
@@ -118,6 +120,8 @@ class Gated(gated.GatedLayer, _Base):
                 f"layer {layer.name!r} of class {type(layer).__name__} can't have gates: they are "
                 "for convolutions and dense layers."
             )
+        if state := adapted.state(layer):
+            raise ValueError(_not_plain(layer, f"can't have gates: {state}."))
         kwargs = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
         # The layer inside is computed with, but not called: what a call adds is added around it.
         kwargs.setdefault("activity_regularizer", layer.activity_regularizer)
@@ -131,6 +135,10 @@ class Gated(gated.GatedLayer, _Base):
         self.seed = _checks.integer("seed", seed, minimum=0)
         self.calls = _checks.integer("calls", calls, minimum=1)
         self.supports_masking = layer.supports_masking
+        if isinstance(layer, adapted.CLASSES):
+            # Keras' `model.quantize` asks the layer inside, past this one.
+            layer.quantize = _refusal(layer, "quantized")
+            layer.enable_lora = _refusal(layer, "given LoRA")
 
     def build(self, input_shape: Any = None) -> None:
         """Build the layer inside, and make a gate for each of its groups."""
@@ -242,6 +250,23 @@ class Gated(gated.GatedLayer, _Base):
         cost = 0.5 * self.weight_decay * groups.squared_norms() + self.l0_factor * groups.size
         expected = functional.open_probability(log_alpha) * cost
         return self.sparsity_factor * tf.reduce_sum(functional.transformed_l1(expected, self.a))
+
+
+def _refusal(layer: Any, what: str) -> Callable[..., None]:
+    """Return what stands for a method of Keras that would change what a gated layer computes."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError(_not_plain(layer, f"can't be {what}: it has gates."))
+
+    return refuse
+
+
+def _not_plain(layer: Any, problem: str) -> str:
+    return (
+        f"layer {layer.name!r} {problem} Gates multiply a kernel of floats that the layer itself "
+        "computes with: add them first, and quantize, or enable LoRA in, what gates.fold(model) "
+        "returns."
+    )
 
 
 def _clipped(log_alpha: Any) -> tf.Tensor:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import cloning, flavours, gated, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.selection import listed, selector
 from tscnc_tf.gates.groups import kind_of
 from tscnc_tf.gates.layer import Gated
 
@@ -37,7 +37,8 @@ def add_gates(
     layer is :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
 
     Train the copy as any model. What is closed by then is cut by `fold`. To prune single weights as
-    well, add the gates first, then call `prune`: a pruned model takes no gates.
+    well, add the gates first, then call `prune`: a pruned model takes no gates. Keras' `quantize`
+    and `enable_lora` are for what `fold` returns: layers with gates refuse them.
 
     Args:
         model: a Sequential or functional model of either Keras, built; nested models are followed,
@@ -60,7 +61,8 @@ def add_gates(
         TypeError: `model` is no Keras model, or an argument is of a wrong type.
         ValueError: the model is subclassed, not built, has gates already, is being pruned, holds a
             layer that can't be rebuilt from its configuration, no layer is chosen that can have
-            gates, or an argument is out of range.
+            gates, something in a list fits no layer, a chosen layer is quantized or has LoRA
+            enabled, or an argument is out of range.
 
     Warns:
         UserWarning: some chosen kernels can have no gates; it names them.
@@ -86,13 +88,15 @@ def add_gates(
         "l0_factor": l0_factor,
         "a": a,
     }
-    gating = _Gating(library, model, selector("layers", layers), options, seed)
+    called = kernel_layers.calls(model)
+    able = [part for part in kernel_layers.flatten(model) if kind_of(part) and id(part) in called]
+    chosen = selector("layers", layers, model, able)
+    gating = _Gating(library, model, chosen, options, seed)
     copy = _copied(library, model, around=gating.around)
     if not gating.count:
-        able = [part.name for part in kernel_layers.flatten(model) if kind_of(part)]
         raise ValueError(
             f"layers={layers!r} chooses no layer of model {model.name!r} that can have gates; "
-            f"those that can are {able}."
+            f"those that can are {listed(able, layers)}."
         )
     if gating.skipped:
         warnings.warn(

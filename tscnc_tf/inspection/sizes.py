@@ -177,7 +177,8 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     The matrix has a row per output channel (or, in the other direction, a column). A pruned weight
     counts as `weight * mask`, in the dtype of its variable, and zeros have no sign. All that is
     neither a kernel nor pruned counts as dense. The values themselves count in full: rounding them
-    to fewer bits is another way to save, and not looked at here.
+    to fewer bits is another way to save, and not looked at here. Of a layer that Keras has
+    quantized the integers count, without scales and statistics; LoRA's factors count as merged.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
@@ -208,7 +209,7 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     found = weights.listed(model)
     names = records.unique(weight.name for weight in found)
     rows = {id(w.variable): _row(n, w, gzip) for n, w in zip(names, found, strict=True)}
-    arrays = [(v, _in_dtype(values, v)) for v, values in weights.all_weights(model)]
+    arrays = [(v, _stored(values, v)) for v, values in weights.all_weights(model)]
     others = [values for variable, values in arrays if id(variable) not in rows]
     return SizeReport(
         rows=tuple(rows.values()),
@@ -219,28 +220,28 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
 
 
 def _row(name: str, weight: weights.Weight, gzip: bool) -> KernelSize:
-    values = _in_dtype(weight.values, weight.variable)
-    count, nonzeros = values.size, int(np.count_nonzero(values))
-    item = values.itemsize
-    outputs = values.shape[-1]
+    stored = _stored(weight.values, weight.variable)
+    count, nonzeros = weight.values.size, int(np.count_nonzero(weight.values))
+    item = stored.nbytes / count  # of int4 two fit into a byte
+    outputs = weight.values.shape[-1]
     if isinstance(weight, weights.KernelWeight):
         groups, _, _, per_group = weight.canonical().shape
         outputs = groups * per_group
     inputs = count // outputs
+    alive = math.ceil(nonzeros * item)
     share = nonzeros / count
     entropy = -sum(q * math.log2(q) for q in (share, 1.0 - share) if q)
     return KernelSize(
         name=name,
-        shape=values.shape,
-        dtype=values.dtype.name,
+        shape=weight.values.shape,
+        dtype=stored.dtype.name if stored.size == count else f"packed {stored.dtype.name}",
         weights=count,
         nonzeros=nonzeros,
-        dense_bytes=values.nbytes,
-        gzip_bytes=_gzip_bytes([values]) if gzip else None,
-        bitmap_bytes=math.ceil(count / 8) + nonzeros * item,
-        csr_bytes=nonzeros * item
-        + min(_csr(outputs, inputs, nonzeros), _csr(inputs, outputs, nonzeros)),
-        limit_bytes=math.ceil(count * entropy / 8) + nonzeros * item,
+        dense_bytes=stored.nbytes,
+        gzip_bytes=_gzip_bytes([stored]) if gzip else None,
+        bitmap_bytes=math.ceil(count / 8) + alive,
+        csr_bytes=alive + min(_csr(outputs, inputs, nonzeros), _csr(inputs, outputs, nonzeros)),
+        limit_bytes=math.ceil(count * entropy / 8) + alive,
     )
 
 
@@ -254,9 +255,15 @@ def _width(largest: int) -> int:
     return next(width for width in (1, 2, 4, 8) if largest < 256**width)
 
 
-def _in_dtype(values: np.ndarray, variable: Any) -> np.ndarray:
-    """Return float64 values as the variable holds them, with zeros of positive sign."""
-    return (values + 0.0).astype(tf.as_dtype(variable.dtype).as_numpy_dtype)
+def _stored(values: np.ndarray, variable: Any) -> np.ndarray:
+    """Return float64 values as the variable holds them, with zeros of positive sign.
+
+    What is quantized to integers, packed maybe, is what it is.
+    """
+    dtype = tf.as_dtype(variable.dtype)
+    if not dtype.is_floating:
+        return np.asarray(tf.convert_to_tensor(variable))
+    return (values + 0.0).astype(dtype.as_numpy_dtype)
 
 
 def _gzip_bytes(arrays: Iterable[np.ndarray]) -> int:

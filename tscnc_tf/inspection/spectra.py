@@ -142,7 +142,8 @@ def condition_numbers(model: Any, *, operator: bool = False) -> ConditionReport:
     the second and, by making filters alike or dead, to raise the first; neither is a theorem.
 
     Each kernel is read as a matrix of (everything else) × (output channels), a grouped or depthwise
-    one as several (see `functional.matrices`), masked weights as zero, and decomposed in float64.
+    one as several (see `functional.matrices`), masked weights as zero, LoRA merged and integers of
+    quantization as the numbers they stand for, and decomposed in float64.
     The condition number is infinite if the matrix is rank-deficient to the precision of that
     decomposition; so values far beyond the precision of float32 are told apart from infinity. The
     effective condition number leaves out directions that are lost in float32.

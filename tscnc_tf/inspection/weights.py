@@ -1,4 +1,4 @@
-"""The weights of a model as they act: each times its mask and its gates, in float64."""
+"""The weights of a model as they act, in float64: masks, gates and LoRA in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import functional
-from tscnc_tf._keras import gated, keras, layers, matrices, require_built, tf_keras, wrappers
+from tscnc_tf._keras import (
+    adapted,
+    gated,
+    keras,
+    layers,
+    matrices,
+    require_built,
+    tf_keras,
+    wrappers,
+)
 from tscnc_tf._keras import masks as masking
 from tscnc_tf.inspection import records
 
@@ -72,9 +81,19 @@ def masks(model: Any) -> dict[int, Any]:
 
 
 def reader(model: Any) -> Callable[[Any], np.ndarray]:
-    """Return `variable -> its values as they act` for the variables of a model."""
-    by_variable, gates = masks(model), gated.factors(model)
-    return lambda v: read(v, by_variable.get(id(v)), gates.get(id(v)))
+    """Return `variable -> its values as they act` for the variables of a model.
+
+    Of a layer with LoRA these are those of the sum, and of a quantized one the numbers that its
+    integers stand for.
+    """
+    by_variable, gates, in_layer = masks(model), gated.factors(model), _adapted(model)
+
+    def values(variable: Any) -> np.ndarray:
+        if (layer := in_layer.get(id(variable))) is not None:
+            return adapted.acting(layer)
+        return read(variable, by_variable.get(id(variable)), gates.get(id(variable)))
+
+    return values
 
 
 def read(variable: Any, mask: Any = None, gates: Any = None) -> np.ndarray:
@@ -107,6 +126,7 @@ def kernels(model: Any) -> list[KernelWeight]:
 def others(model: Any) -> list[Weight]:
     """Return what is pruned, or would be, and is none of `kernels`, as it is not one matrix.
 
+    LoRA and quantization keep a kernel from being pruned, not from being listed.
     Those are kernels of attention and of layers of the user's; and whatever else carries a mask,
     such as an embedding.
     """
@@ -115,7 +135,7 @@ def others(model: Any) -> list[Weight]:
     owners = {
         id(weight): (layer, weight)
         for _, layer, weight, _ in matrices.owned(model, lambda _: False)
-        if id(weight) in by_variable or matrices.is_prunable(layer, weight)
+        if id(weight) in by_variable or matrices.is_kernel(layer, weight)
     }
     vectors = by_variable.keys() - owners.keys()  # who asks for it has these pruned, too
     for layer in layers.flatten(model) if vectors else ():  # what comes later lies deeper
@@ -151,19 +171,28 @@ def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield every weight that the network computes with: the variable, and its values as they act.
 
     What belongs to pruning is not among them (masks, thresholds, counters), nor to gates, nor are
-    metrics, nor is what is no float (counters, seeds, look-up tables).
+    metrics, nor is what is no float (counters, seeds, look-up tables). LoRA's factors are part of
+    the weights that they are added to, and scales of those that they multiply.
     """
+    in_layer = _adapted(model)
     helpers: set[int] = set()
     for layer in model._flatten_layers():
         if isinstance(layer, tf_keras.Model):  # whose weights may hold its metrics' variables
             helpers |= {id(variable) for metric in layer.metrics for variable in metric.variables}
     helpers |= set(masking.names(model)) | set(gated.names(model))
+    helpers |= {id(v) for layer in layers.flatten(model) for v in adapted.companions(layer)}
     acting = reader(model)
     seen: set[int] = set()
     for variable in model.weights:
         if id(variable) in helpers | seen or not hasattr(variable, "dtype"):
             continue  # (a look-up table's handler has no dtype)
-        if not tf.as_dtype(variable.dtype).is_floating:
+        if not tf.as_dtype(variable.dtype).is_floating and id(variable) not in in_layer:
             continue
         seen.add(id(variable))
         yield variable, acting(variable)
+
+
+def _adapted(model: Any) -> dict[int, Any]:
+    """Return the layers whose weight acts in another form than it is stored, by the weight's id."""
+    found = {id(adapted.weight(layer)): layer for layer in layers.flatten(model)}
+    return {key: layer for key, layer in found.items() if key != id(None)}

@@ -111,7 +111,9 @@ def sparsity(model: Any) -> SparsityReport:
 
     Sparsity is the fraction of **zeros**, never the fraction that is kept. Of a pruned weight, what
     is counted is `weight * mask`: right after an optimizer's step the variable itself is dense,
-    until the next forward pass applies the mask.
+    until the next forward pass applies the mask. Of a Keras 3 layer with LoRA it is the sum that
+    the layer computes with, and of a quantized one what its integers stand for; LoRA's factors,
+    scales and statistics are no weights of their own.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.

@@ -13,7 +13,7 @@ from tscnc_tf import _checks, _tables
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning.criteria import Magnitude
 from tscnc_tf.pruning.scopes import fitting, scope_for
-from tscnc_tf.pruning.structures import Structure, Unstructured
+from tscnc_tf.pruning.structures import NM, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
 
 
@@ -101,6 +101,8 @@ class Choice:
     def warn_of_starving(self, sparsity: float, judged: Sequence[Any] | None = None) -> None:
         """Warn of weight tensors that keep fewer weights than outputs, or all, in the end.
 
+        And of outputs of the model that will not depend on its inputs, where weights go by several.
+
         Judged by the weights as they are now, or by what `masks` is told to judge.
         """
         if sparsity == 0.0:
@@ -108,15 +110,30 @@ class Choice:
         alive = [tf.ones(target.shape, tf.bool) for target in self.targets]
         found = []
         masks = self.masks(sparsity, alive, judged)
+        by_several = not isinstance(self.structure, Unstructured | NM)
         for target, mask in zip(self.targets, masks, strict=True):
             kept, outputs = int(np.sum(mask)), target.outputs or 1
-            if kept < outputs:
+            dead = _dead(target, mask) if target.makes_outputs and by_several else 0
+            if dead:
+                found.append(
+                    f"{target.name} makes the model's outputs, and {dead} of its {outputs} would "
+                    "not depend on the inputs"
+                )
+            elif kept < outputs:
                 found.append(
                     f"{target.name} keeps {kept} of {target.size} weights for {outputs} outputs, "
                     f"so at least {outputs - kept} are dead"
                 )
             elif self.min_weights < target.size == kept and self._scope.is_per_layer:
                 found.append(f"{target.name} keeps all of its {kept} weights in {self.structure!r}")
+        if any(
+            target.makes_outputs is None and self.structure.removes_outputs(target)
+            for target in self.targets
+        ):
+            found.append(
+                f"{self.structure!r} takes whole filters away, and it is not known which layers "
+                "make the outputs of a subclassed model, whose logits would be lost"
+            )
         if found:
             warnings.warn(
                 f"At a sparsity of {_tables.percent(sparsity)}, {'; '.join(found)}. Leave these "
@@ -125,3 +142,11 @@ class Choice:
                 UserWarning,
                 stacklevel=5,
             )
+
+
+def _dead(target: Target, mask: tf.Tensor) -> int:
+    """Return how many filters of a weight keep nothing; 0 if it is not known which they are."""
+    if not target.layout:
+        return 0
+    alive = np.any(target.canonical(mask), axis=(1, 2))
+    return int(alive.size - np.sum(alive))

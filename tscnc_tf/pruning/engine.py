@@ -11,13 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import masked, masks, optimizers, paths
+from tscnc_tf._keras import adapted, masked, masks, optimizers, paths
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import plans, updates
 from tscnc_tf.pruning.choice import Choice
-from tscnc_tf.pruning.structures import Structure
+from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import FROZEN, Candidate, Target, candidates, found_again
 
 __all__ = ["Pruner"]
@@ -62,7 +62,9 @@ class Pruner:
             to (whether to choose anew, the sparsity) that consists of TensorFlow operations.
         layers: which layers: a class, a layer, a name pattern, a predicate, or a list of these, as
             in `add_regularizers`. None for all, but for what Keras' own layers hold that is no
-            kernel, such as embeddings.
+            kernel, such as embeddings, and, where the structure takes whole filters away, for the
+            layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
+            integers, are left out in any case.
         weights: a pattern for the names of weights, such as "*kernel"; None for all of the layers.
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
@@ -77,12 +79,14 @@ class Pruner:
 
     Raises:
         TypeError: an argument is of a wrong kind.
-        ValueError: the model is not built or has a pruner already, nothing is left to prune, or an
-            argument is out of range.
+        ValueError: the model is not built or has a pruner already, nothing is left to prune, what
+            is in a list of layers fits none, or an argument is out of range.
 
     Warns:
         UserWarning: a weight tensor would be left with fewer weights than it has outputs, so that
-            some of them would be dead; with the figures.
+            some of them would be dead, or outputs of the model would no longer depend on its
+            inputs; with the figures. Or the structure takes whole filters of a subclassed model, of
+            which it is not known which make its outputs.
 
     Example:
         >>> import keras
@@ -112,8 +116,8 @@ class Pruner:
     ) -> None:
         plans.require_model(model)
         plans.require_schedule(schedule)
-        unfit = structure.reason if isinstance(structure, Structure) else lambda _: ""
-        found = candidates(model, layers, *plans.checked_selection(weights, min_rank), unfit)
+        selection = plans.checked_selection(weights, min_rank)
+        found = candidates(model, layers, *selection, unfit(structure, layers))
         choice = {"criterion": criterion, "structure": structure, "scope": scope}
         self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
         self._require_trained()
@@ -233,11 +237,9 @@ class Pruner:
         )
 
     def _not_pruned(self, target: Target) -> str:
-        if getattr(target.layer, "lora_enabled", False):
-            return "LoRA is enabled: what acts is its kernel plus the LoRA product"
         if id(target.variable) not in {id(weight) for weight in self.model.weights}:
             return "the model does not hold it any more"
-        return FROZEN
+        return adapted.reason(target.layer, target.variable) or FROZEN
 
     @property
     def steps(self) -> int:
@@ -276,7 +278,7 @@ class Pruner:
         return [
             index
             for index, target in enumerate(self.targets)
-            if id(target.variable) in own and not getattr(target.layer, "lora_enabled", False)
+            if id(target.variable) in own and not adapted.reason(target.layer, target.variable)
         ]
 
     def _active(self) -> list[int]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tscnc_tf._keras import adapted, optimizers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import tensor_variable
-from tscnc_tf.pruning.structures import Structure
+from tscnc_tf.pruning import structures
 from tscnc_tf.pruning.targets import Target
 
 OTHERS = ("normalization", "all", "none")
@@ -42,8 +42,9 @@ class Every:
         return tf.equal((tf.cast(step, tf.int64) - 1) % self.frequency, 0), self.sparsity
 
 
-def unfit(structure: Any) -> Callable[[Target], str]:
+def unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
     """Return what tells why a weight can't be pruned by scores, in a structure."""
+    otherwise = structures.unfit(structure, layers)
 
     def reason(target: Target) -> str:
         constraint = getattr(target.variable, "constraint", None)
@@ -52,9 +53,19 @@ def unfit(structure: Any) -> Callable[[Target], str]:
                 f"its constraint {type(constraint).__name__} would act on the scores, which are "
                 "what is trained"
             )
-        return structure.reason(target) if isinstance(structure, Structure) else ""
+        return otherwise(target)
 
     return reason
+
+
+def require_no_lora(layers: Iterable[Any]) -> None:
+    """Raise a ValueError if one of some layers has LoRA enabled, whose kernels get no gradients."""
+    if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
+        raise ValueError(
+            "method='scores' needs layers without LoRA, which freezes their kernels and trains "
+            f"two factors in their place; it is enabled in {', '.join(names)}. save_weights writes "
+            "the sums: load them into a model without LoRA, and prune that one."
+        )
 
 
 def require_rankable(target: Target, where: str) -> None:

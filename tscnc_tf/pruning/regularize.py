@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tscnc_tf import _keras, regularizers
 from tscnc_tf._keras import cloning, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.selection import listed, selector
 
 
 def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any:
@@ -21,15 +21,16 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     What a layer has for a regularizer already stays: both are added up. Kernels of grouped,
     depthwise, separable and transposed convolutions are read as what they are. Layers inside
     wrappers (TimeDistributed, Bidirectional, RNN) are followed, and a layer that is used in several
-    places stays one. A warning names the chosen kernels that can't be constrained, such as those of
-    MultiHeadAttention, which are not one matrix each.
+    places stays one. A warning names the chosen kernels that stay unconstrained, such as those of
+    MultiHeadAttention, which take a regularizer by hand, with `layout="attention"`.
 
     Args:
         model: a Sequential or functional model of either Keras, built; nested models are followed.
         regularizer: a regularizer of `tscnc_tf.regularizers`, or any other `kernel -> penalty`.
         layers: which layers: a layer class or a tuple of them, a layer of the model, a name pattern
             such as "conv*", a predicate `layer -> bool`, or a list of these; None for all that
-            have a kernel. Who chooses a layer chooses the layers inside it.
+            have a kernel. Who chooses a layer chooses the layers inside it. What is in a list and
+            fits no layer of the model is an error.
 
     Returns:
         A new, uncompiled model of the same Keras. The old one is not changed.
@@ -37,7 +38,8 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     Raises:
         TypeError: `model` is no Keras model, or `regularizer` is not callable.
         ValueError: the model is subclassed, not built, pruned already, holds a layer that can't be
-            rebuilt from its configuration, or no layer is chosen.
+            rebuilt from its configuration, no layer is chosen, or a name, class or layer in a list
+            fits none.
 
     Example:
         >>> import tf_keras
@@ -58,24 +60,35 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
             f"model {model.name!r} is pruned already: call add_regularizers before prune, "
             "or strip the pruning wrappers first."
         )
-    chosen = selector("layers", layers)
+    chosen = selector("layers", layers, model, _able(model))
     rebuilding = _Rebuilding(library, regularizer, chosen)
     copy = cloning.cloned(library, model, rebuilding.clone)
     if not rebuilding.constrained:
         raise ValueError(
-            f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; it has "
-            f"{[kernel.name for kernel in kernel_layers.kernels(model)]}."
+            f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; those that "
+            f"have one are {listed(_able(model), layers)}."
         )
     cloning.set_weights(library, copy, model.get_weights())
     if names := rebuilding.unconstrained():
         warnings.warn(
             f"These kernels are chosen, but stay unconstrained: {', '.join(names)}. They are not "
             "one matrix from inputs to outputs, or their layer's configuration has no place for "
-            "a regularizer. Choose the others by layers= if that is meant.",
+            "a regularizer. Attention and EinsumDense take one by hand, with layout= (see "
+            "KernelRegularizer). Choose the others by layers= if that is meant.",
             UserWarning,
             stacklevel=2,
         )
     return copy
+
+
+def _able(layer: Any) -> Iterator[Any]:
+    """Yield the layers, of a model or in a layer, whose kernels take a regularizer."""
+    specs = kernel_layers.kernel_specs(layer)
+    if specs and any(spec.regularizer in layer.get_config() for spec in specs):
+        yield layer  # what is inside, such as a cell, has no configuration of its own
+        return
+    for part in kernel_layers.parts(layer):
+        yield from _able(part)
 
 
 class _Rebuilding:

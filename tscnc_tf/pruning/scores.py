@@ -10,6 +10,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.distribution import update_everywhere
 from tscnc_tf._keras.flavours import depending_on, tensor_variable
@@ -78,7 +79,8 @@ class ScorePruner(engine.Pruner):
     Raises:
         TypeError: an argument is of a wrong kind.
         ValueError: the model is not built or has a pruner already, nothing is left to prune, a
-            kernel is all zero or not finite, or an argument is out of range.
+            kernel is all zero or not finite, a layer has LoRA enabled, or an argument is out of
+            range.
 
     Warns:
         UserWarning: as `Pruner`.
@@ -113,9 +115,9 @@ class ScorePruner(engine.Pruner):
         min_weights: int = 1,
     ) -> None:
         plans.require_model(model)
-        found = candidates(
-            model, layers, *plans.checked_selection(weights, min_rank), importance.unfit(structure)
-        )
+        importance.require_no_lora(kernel_layers.flatten(model))
+        selection = plans.checked_selection(weights, min_rank)
+        found = candidates(model, layers, *selection, importance.unfit(structure, layers))
         for target, reason in found:
             if not reason:
                 importance.require_rankable(target, f"model {model.name!r}")
@@ -176,7 +178,11 @@ class ScorePruner(engine.Pruner):
 
         Args:
             optimizer: None for all that the model holds.
+
+        Raises:
+            ValueError: LoRA was enabled in a layer whose scores are to be trained.
         """
+        importance.require_no_lora(target.layer for target in self.targets)
         stack = contextlib.ExitStack()
         for each in self._held_optimizers() if optimizer is None else [optimizer]:
             stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _keras, _tables
-from tscnc_tf._keras import masks, wrappers
+from tscnc_tf._keras import adapted, masks, wrappers
 from tscnc_tf.inspection import weights as acting
 from tscnc_tf.pruning import wrap
 from tscnc_tf.pruning.targets import FROZEN, candidates
@@ -152,6 +152,8 @@ def report(model: Any) -> PruningReport:
     rows = []
     for target, unfit in candidates(model):
         is_pruned = id(target.variable) in by_variable
+        if adapted.is_companion(target.layer, target.variable) and not is_pruned:
+            continue
         unfit = unfit or ("not chosen" if id(target.variable) in trained else FROZEN)
         reason = reasons.get(id(target.variable)) or unfit
         if is_wrapped and not is_pruned:
@@ -161,8 +163,8 @@ def report(model: Any) -> PruningReport:
             WeightStatus(
                 name=target.name,
                 kind=type(target.layer).__name__,
-                shape=target.shape,
-                weights=target.size,
+                shape=values.shape,
+                weights=values.size,
                 zeros=int(np.count_nonzero(values == 0)),
                 pruned=is_pruned,
                 reason="" if is_pruned else reason,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class Structure(_configs.Configurable, abc.ABC):
     def reason(self, target: Target) -> str:  # noqa: ARG002
         """Return why a weight can't be pruned in this structure, or an empty text."""
         return ""
+
+    def removes_outputs(self, target: Target) -> bool:  # noqa: ARG002
+        """Tell whether all weights of a filter, or of several, are kept or go together."""
+        return False
 
     def reachable(self, sparsity: float) -> float:
         """Return the sparsity that this structure gives where `sparsity` is asked for."""
@@ -134,10 +138,16 @@ class Filters(_Ranked):
 
     What is left can be made smaller by `pruning.compact`, and is faster then on any hardware.
 
+    The layers that make the model's outputs (its logits) are left out, unless `layers=` chooses
+    them: half of their filters would be half of the classes. Of a subclassed model, or of a last
+    layer of your own that holds others, it is not known which these are: leave them out by
+    `layers=`.
+
     Example:
         >>> import keras
         >>> import tscnc_tf as tscnc
-        >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+        >>> model = keras.Sequential(
+        ...     [keras.Input((64,)), keras.layers.Dense(32), keras.layers.Dense(10)])
         >>> model = tscnc.prune_now(model, 0.75, structure=tscnc.pruning.Filters())
         >>> tscnc.inspection.condition_numbers(model).dead_filters
         24
@@ -146,6 +156,10 @@ class Filters(_Ranked):
     def reason(self, target: Target) -> str:
         """Return why a weight has no filters, or an empty text."""
         return "" if target.layout else _UNREAD
+
+    def removes_outputs(self, target: Target) -> bool:
+        """Tell whether all weights of a filter are kept or go together: they do."""
+        return bool(target.layout)
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
         _, positions, inputs, _ = target.canonical_shape
@@ -163,7 +177,8 @@ class Filters(_Ranked):
 class Block(_Ranked):
     """Blocks of the kernel as a matrix of (positions and inputs) × outputs.
 
-    Blocks at the end of a matrix whose sides are no multiples are smaller.
+    Blocks at the end of a matrix whose sides are no multiples are smaller. Where a block is as high
+    as the matrix, whole filters go, so what `Filters` says of the model's outputs holds there.
 
     Args:
         rows: of a block, along positions and inputs, >= 1.
@@ -187,6 +202,13 @@ class Block(_Ranked):
     def reason(self, target: Target) -> str:
         """Return why a weight has no such blocks, or an empty text."""
         return "" if target.layout else _UNREAD
+
+    def removes_outputs(self, target: Target) -> bool:
+        """Tell whether a block is as high as the matrix: all weights of a filter, or of several."""
+        if not target.layout:
+            return False
+        _, positions, inputs, _ = target.canonical_shape
+        return self.rows >= positions * inputs
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
         groups, positions, inputs, outputs = target.canonical_shape
@@ -289,6 +311,29 @@ class NM(Structure):
         rows = tf.reshape(values, (groups, positions, outputs, -1, self.m))
         mask = tf.reshape(functional.largest_per_row(rows, kept), values.shape)
         return target.restore(tf.transpose(mask[..., :inputs], (0, 1, 3, 2)))
+
+
+def unfit(structure: Structure | None, layers: Any) -> Callable[[Target], str]:
+    """Return what tells why a weight can't be pruned in a structure, or is not unless chosen.
+
+    Args:
+        structure: what is asked for; None for single weights.
+        layers: the layers that are chosen, None for all: then no output of the model is taken away.
+    """
+
+    def reason(target: Target) -> str:
+        if not isinstance(structure, Structure):
+            return ""
+        why = structure.reason(target)
+        is_spared = layers is None and target.makes_outputs and structure.removes_outputs(target)
+        if why or not is_spared:
+            return why
+        return (
+            f"it makes the model's outputs, and {structure!r} would take whole ones away; choose "
+            "it by layers= to prune it"
+        )
+
+    return reason
 
 
 _UNREAD = "it is not known which of its axes are inputs and which outputs"

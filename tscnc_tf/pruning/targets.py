@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tscnc_tf import _keras, functional
+from tscnc_tf._keras import adapted, matrices, outputs, paths
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import matrices, paths
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.selection import listed, selector
 from tscnc_tf.inspection import records
 
 FROZEN = "it is frozen (trainable=False)"
@@ -29,6 +29,8 @@ class Target:
         variable: the weight, a variable of the layer's Keras.
         layout: how to read its axes, as in `functional.canonical`; empty if that is not known.
         channel_groups: of a grouped convolution, else 1.
+        makes_outputs: whether each of its filters makes one output of the model; None if that is
+            not known, as the model is subclassed, and it was not chosen by name.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Target:
     variable: Any
     layout: str
     channel_groups: int
+    makes_outputs: bool | None = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,13 +95,23 @@ def candidates(
         weights: a pattern for the names of weights, such as "*kernel"; None for all but biases.
         min_rank: the smallest rank of a weight to prune.
         unfit: returns why a weight does not suit the structure asked for, or an empty text.
+
+    Raises:
+        ValueError: `layers` chooses no layer that has weights to prune, or there is something in it
+            that fits no layer.
     """
-    chosen = selector("layers", layers)
+    able = _able(model) if layers is not None else []
+    chosen = selector("layers", layers, model, able)
     found = []
+    any_is_chosen = layers is None
+    last = outputs.kernels(model)
+    unknown = None if layers is None else False
     for path, layer, variable, is_chosen in matrices.owned(model, chosen):
+        any_is_chosen |= is_chosen
         leaf = matrices.leaf(variable)
         layout, groups = _reading(layer, variable)
-        target = Target("/".join([*path, leaf]), layer, variable, layout, groups)
+        is_last = unknown if last is None else any(variable is kernel for kernel in last)
+        target = Target("/".join([*path, leaf]), layer, variable, layout, groups, is_last)
         if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
             reason = "not chosen"
         elif fixed := matrices.fixed(layer, variable):
@@ -112,7 +125,21 @@ def candidates(
         else:
             reason = unfit(target)
         found.append(Candidate(target, reason))
+    if not any_is_chosen:
+        raise ValueError(
+            f"model {model.name!r} has no weight that can be pruned as asked for: layers={layers!r}"
+            f" chooses none of the layers that have some, which are {listed(able, layers)}."
+        )
     return _named(found)
+
+
+def _able(model: Any) -> list[Any]:
+    """Return the layers of a model that have weights which are pruned if they are chosen."""
+    return [
+        layer
+        for _, layer, variable, _ in matrices.owned(model, lambda _: False)
+        if not matrices.fixed(layer, variable) and matrices.leaf(variable) not in matrices.BIASES
+    ]
 
 
 def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
@@ -154,12 +181,13 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
 
 def _named(found: list[Candidate]) -> list[Candidate]:
     """Shorten names to that of the layer where it has one such weight; keep all names apart."""
+    beside = [adapted.is_companion(target.layer, target.variable) for target, _ in found]
     counts: dict[int, int] = {}
-    for candidate in found:
-        counts[id(candidate.target.layer)] = counts.get(id(candidate.target.layer), 0) + 1
+    for (target, _), is_companion in zip(found, beside, strict=True):
+        counts[id(target.layer)] = counts.get(id(target.layer), 0) + (not is_companion)
     names = []
-    for target, _ in found:
-        single = counts[id(target.layer)] == 1 and "/" in target.name
+    for (target, _), is_companion in zip(found, beside, strict=True):
+        single = counts[id(target.layer)] == 1 and "/" in target.name and not is_companion
         names.append(target.name.rpartition("/")[0] if single else target.name)
     unique = records.unique(names)
     return [
@@ -171,7 +199,7 @@ def _named(found: list[Candidate]) -> list[Candidate]:
 def _reading(layer: Any, variable: Any) -> tuple[str, int]:
     """Return the layout and the channel groups of a weight; an empty layout if not known."""
     for spec in kernel_layers.kernel_specs(layer):
-        if getattr(layer, spec.attribute, None) is variable:
+        if adapted.stored(layer, spec.attribute) is variable:
             return spec.layout, spec.channel_groups
     if isinstance(layer, _keras.keras.layers.EinsumDense | _keras.tf_keras.layers.EinsumDense):
         return kernel_layers.einsum_layout(layer.equation, len(variable.shape)), 1

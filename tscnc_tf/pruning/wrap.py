@@ -7,7 +7,8 @@ from typing import Any
 
 from tscnc_tf import _keras
 from tscnc_tf._keras import gated, tf_keras, wrappers
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras.selection import listed, selector
 from tscnc_tf.pruning.structures import NM
 
 
@@ -30,8 +31,19 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
             "schedule must be a PruningSchedule, such as tscnc_tf.schedules.CosineSparsity, "
             f"got {schedule!r}."
         )
-    chosen = selector("layers", layers)
     m_by_n = options.get("sparsity_m_by_n")
+    block_size = options.get("block_size", (1, 1))
+
+    def unfit(layer: Any) -> str:
+        inner = layer.layer if gated.is_gated(layer) else layer
+        if not matrix_weights(inner):
+            return "it has no weights of rank 2 or more"
+        return wrappers.unprunable(inner, block_size, m_by_n)
+
+    called = kernel_layers.calls(model)
+    every = [layer for layer in kernel_layers.flatten(model) if id(layer) in called]
+    able = [layer for layer in every if not unfit(layer)]
+    chosen = selector("layers", layers, model, able)
     skipped: dict[str, str] = {}
     clones: dict[int, Any] = {}
 
@@ -47,7 +59,7 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
         inner = layer.layer if gated.is_gated(layer) else layer
         if not matrix_weights(inner) or not (chosen(layer) or chosen(inner)):
             return layer
-        if reason := wrappers.unprunable(inner, options.get("block_size", (1, 1)), m_by_n):
+        if reason := unfit(layer):
             skipped[layer.name] = reason
             return layer
         return tfmots.prune_low_magnitude(layer, schedule, **options)
@@ -56,7 +68,7 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
     if not wrappers.wrapped_layers(pruned):
         raise ValueError(
             f"model {model.name!r} has no layer that can be pruned"
-            + (f" among layers={layers!r}" if layers is not None else "")
+            + (f" among layers={layers!r}, of {listed(able, layers)}" if layers is not None else "")
             + (f": {skipped}." if skipped else ".")
         )
     if skipped:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, attacks, losses
+from tscnc_tf import _checks, _keras, attacks, losses, regularizers
 from tscnc_tf._keras import flavours, masks, optimizers, outputs, wrappers
 from tscnc_tf.training import inputs
 
@@ -102,6 +102,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         library = _keras.library("model", model)
         _keras.require_built("model", model)
         inputs.require_attack(attack)
+        regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
         self._classes = outputs.classes("model", model)
