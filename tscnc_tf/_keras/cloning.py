@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from tscnc_tf import _keras
 from tscnc_tf._keras import keras, layers, tf_keras, wrappers
+from tscnc_tf._keras.flavours import is_variable, variables
 
 _OBJECTS = ("activation", "regularizer", "constraint")
 _Pair = tuple[Any, Any]
@@ -209,7 +210,7 @@ class Rebuilder:
         """Give the copy the weights and all else that the layers hold, and what is trained."""
         self.pairs = self._paired([(model, copy), *self._made])
         flags = [(new, old.trainable) for old, new in self.pairs]
-        variables: dict[int, _Pair] = {}  # by the ids of the new ones
+        pairs: dict[int, _Pair] = {}  # of variables, by the ids of the new ones
         given: set[int] = set()
         for old, new in self._made:
             for name, value in self.weights(old).items():
@@ -220,19 +221,19 @@ class Rebuilder:
             if type(old) is type(new) and old is not new and not _keras.is_graph_model(old):
                 _load_own(old, new)
                 for before, after in _variables(old, new):
-                    variables.setdefault(id(after), (before, after))
-        found = {id(before) for before, _ in variables.values()}
+                    pairs.setdefault(id(after), (before, after))
+        found = {id(before) for before, _ in pairs.values()}
         for old, new in self._made:
             if self._is_layer(old) and old is not new:
-                for before, after in _by_name(old, new, found, set(variables) | given):
-                    variables.setdefault(id(after), (before, after))
-        for number, (before, after) in variables.items():
+                for before, after in _by_name(old, new, found, pairs.keys() | given):
+                    pairs.setdefault(id(after), (before, after))
+        for number, (before, after) in pairs.items():
             if number not in given:
                 after.assign(before.numpy())
         for new, flag in flags:
             if new.trainable != flag:
                 new.trainable = flag
-        for before, after in variables.values():
+        for before, after in pairs.values():
             if isinstance(before, keras.Variable) and after.trainable != before.trainable:
                 after.trainable = before.trainable  # single weights can be frozen, as LoRA does
         for old, new in self.pairs:
@@ -283,17 +284,28 @@ def unwrapped(model: Any) -> Any:
     return _Unwrapping(tf_keras).rebuild(model)
 
 
-def transformed(layer: Any) -> str:
-    """Return why a layer does not compute with its kernel as it is; an empty text if it does."""
-    if getattr(layer, "quantization_mode", None):
-        return f"is quantized ({layer.quantization_mode}); quantize the model afterwards"
-    if getattr(layer, "lora_enabled", False):
-        return (
-            "has LoRA enabled, which trains an addition to the kernel and not the kernel; enable "
-            "it afterwards, or assign layer.kernel, which has the addition in it, to the kernel of "
-            "a layer without LoRA"
+def require_plain_kernel(layer: Any, what: str) -> None:
+    """Raise a ValueError if a layer does not compute with, or train, its kernel as it is.
+
+    Args:
+        layer: a built layer.
+        what: what is to act on the kernel, for the error.
+    """
+    mode = getattr(layer, "quantization_mode", None)
+    if mode not in (None, "float8"):
+        reason, way_out = f"is quantized to {mode}", "quantize the model afterwards"
+    elif getattr(layer, "lora_enabled", False):
+        reason = "has LoRA enabled, which freezes its kernel and trains an addition to it"
+        way_out = (
+            "enable LoRA afterwards, or merge it: give the value of layer.kernel, which has the "
+            "addition in it, to a layer without LoRA"
         )
-    return ""
+    else:
+        return
+    raise ValueError(
+        f"layer {layer.name!r} {reason}, so {what} would not act: {way_out}; or choose other "
+        "layers by layers=."
+    )
 
 
 def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:
@@ -381,8 +393,10 @@ def _has_graph(library: types.ModuleType, model: Any) -> bool:
     return bool(model.inputs)
 
 
-# What holds, in attributes of Keras' own, things that are found under other names as well.
-_LISTED = {
+# Keras' own lists of what attributes hold as well; and the states of recurrent layers, which are no
+# weights: the copy begins anew.
+_SKIPPED = {
+    *("states", "_states"),
     *("_layers", "_metrics", "_losses", "_trainable_variables", "_non_trainable_variables"),
     *("_seed_generators", "_functional", "_operations", "_operations_by_depth", "_nodes_by_depth"),
     *("_trainable_weights", "_non_trainable_weights", "_updates", "_callable_losses"),
@@ -394,7 +408,7 @@ def _held(old: Any, new: Any) -> Iterator[_Pair]:
     """Yield (old, new) variables and layers that two objects have in the same attributes."""
     others = vars(new)
     for name, value in vars(old).items():
-        if name in others and name not in _LISTED and not name.startswith("_self_"):
+        if name in others and name not in _SKIPPED and not name.startswith("_self_"):
             yield from _matching(value, others[name])
 
 
@@ -405,7 +419,7 @@ def _matching(old: Any, new: Any) -> Iterator[_Pair]:
     elif isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() & new.keys():
             yield from _matching(old[key], new[key])
-    elif (_is_layer(old) and _is_layer(new)) or (_is_variable(old) and _is_variable(new)):
+    elif (_is_layer(old) and _is_layer(new)) or (is_variable(old) and is_variable(new)):
         yield old, new
     elif isinstance(old, tf.Module) and isinstance(new, tf.Module):
         yield from _held(old, new)
@@ -415,13 +429,9 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, keras.layers.Layer | tf_keras.layers.Layer)
 
 
-def _is_variable(value: Any) -> bool:
-    return isinstance(value, keras.Variable | tf.Variable)
-
-
 def _variables(old: Any, new: Any) -> Iterator[_Pair]:
     """Yield (old, new) variables that two layers hold themselves."""
-    return (pair for pair in _held(old, new) if _is_variable(pair[0]))
+    return (pair for pair in _held(old, new) if is_variable(pair[0]))
 
 
 def _parts(old: Any, new: Any) -> Iterator[_Pair]:
@@ -443,8 +453,8 @@ def _by_name(old: Any, new: Any, found: set[int], taken: set[int]) -> Iterator[_
     Raises:
         ValueError: a weight has no counterpart, or several.
     """
-    free = [weight for weight in new.weights if id(weight) not in taken]
-    for weight in old.weights:
+    free = [weight for weight in variables(new) if id(weight) not in taken]
+    for weight in variables(old):
         if id(weight) in found:
             continue
         name = str(weight.name).rpartition("/")[2]
@@ -471,6 +481,8 @@ def _adapt(library: types.ModuleType, old: Any, new: Any) -> None:
             new.bin_boundaries = list(old.bin_boundaries)
     elif isinstance(old, kinds.Normalization):
         new.finalize_state()  # it computes with what it derives from its weights
+    elif getattr(old, "lora_enabled", False):
+        new.lora_alpha = old.lora_alpha  # which Keras sets to the rank when it builds the layer
 
 
 def _load_own(old: Any, new: Any) -> None:

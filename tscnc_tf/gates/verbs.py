@@ -181,11 +181,7 @@ class _Gating(cloning.Rebuilder):
         """Return the copy of a layer, in gates if they are wanted."""
         new = self.copied(layer)
         if id(layer) in self._chosen and kind_of(layer):
-            if reason := cloning.transformed(layer):
-                raise ValueError(
-                    f"layer {layer.name!r} {reason}, so gates on its kernel would not act: choose "
-                    "the others by layers=."
-                )
+            cloning.require_plain_kernel(layer, "gates on it")
             seed = np.random.SeedSequence([self._seed, self.count]).generate_state(1)
             self.count += 1
             calls = self._calls[id(layer)]

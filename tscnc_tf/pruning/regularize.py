@@ -106,11 +106,7 @@ class _Rebuilding(cloning.Rebuilder):
         for spec in kernel_layers.kernel_specs(layer) if id(layer) in self._taken else ():
             if spec.regularizer not in config:
                 continue
-            if reason := cloning.transformed(layer):
-                raise ValueError(
-                    f"layer {layer.name!r} {reason}, so a regularizer on its kernel would not "
-                    "act: choose the others by layers=."
-                )
+            cloning.require_plain_kernel(layer, "a regularizer on it")
             config[spec.regularizer] = _combined(
                 config[spec.regularizer], self.regularizer, spec, self.library
             )

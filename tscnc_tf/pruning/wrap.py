@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import cloning, gated, tf_keras, wrappers
+from tscnc_tf._keras import cloning, flavours, gated, tf_keras, wrappers
 from tscnc_tf._keras.selection import selector
 from tscnc_tf.pruning.structures import NM
 
@@ -113,4 +113,5 @@ def reason(model: Any, layer: Any) -> str:
 
 def matrix_weights(layer: Any) -> list[Any]:
     """Return a layer's weights of rank 2 or more, frozen or not: what could be pruned at all."""
-    return [weight for weight in layer.weights if weight.trainable and len(weight.shape) >= 2]
+    weights = flavours.variables(layer)
+    return [weight for weight in weights if weight.trainable and len(weight.shape) >= 2]
