@@ -127,10 +127,28 @@ def own_classes(library):
             self.count = int(store["count"])
             super().load_own_variables({key: store[key] for key in store if key != "count"})
 
+    class Residual(layers.Layer):
+        def __init__(self, inner, **kwargs):
+            super().__init__(**kwargs)
+            self._around = inner  # which the configuration has under another name
+
+        def call(self, x):
+            return x + self._around(x)
+
+        def get_config(self):
+            inner = library.saving.serialize_keras_object(self._around)
+            return {**super().get_config(), "inner": inner}
+
+        @classmethod
+        def from_config(cls, config):
+            inner = library.saving.deserialize_keras_object(config.pop("inner"))
+            return cls(inner, **config)
+
     inputs = library.Input((5, 4))
     block, wrapped = Block(3, softened, name="block"), Block(3, name="wrapped")
     block.count, wrapped.count = 2, 1
-    x = layers.TimeDistributed(wrapped, name="each")(block(inputs))
+    residual = Residual(layers.Dense(3, activation=lambda x: x**2, name="in"), name="residual")
+    x = layers.TimeDistributed(wrapped, name="each")(residual(block(inputs)))
     model = library.Model(inputs, layers.Dense(2, name="head")(x))
     block.parts[0].trainable = False
     wrapped.named["last"].trainable = False
@@ -224,7 +242,7 @@ def bins(library):
 
 
 def shared(library):
-    """A layer that is used in the graph, in a nested model, and in a wrapper, with a model in it."""
+    """A layer that is used in the graph, in a nested model, and in a model in a wrapper."""
     layers = library.layers
     dense = layers.Dense(4, name="shared")
     inner_inputs = library.Input((5, 4))
@@ -358,8 +376,8 @@ def trained(weights):
 
 def flags(model):
     """The `trainable` of every layer and sublayer, by its names; Keras counts those it makes up."""
-    names = [re.sub(r"_\d+$", "", layer.name) for layer in kernel_layers.flatten(model)]
-    return list(zip(names, [layer.trainable for layer in kernel_layers.flatten(model)]))
+    layers = kernel_layers.flatten(model)
+    return [(re.sub(r"_\d+$", "", layer.name), layer.trainable) for layer in layers]
 
 
 def state(model, x):
@@ -432,3 +450,139 @@ def test_a_copy_has_all_that_the_model_has(flavour, build, function, tmp_path):
     if function is not stripped:
         mine = {id(weight) for weight in model.weights}
         assert not mine & {id(weight) for weight in copy.weights}
+
+
+# --- where a copy would lose something ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_what_is_pruned_takes_no_regularizer_be_it_a_part(flavour):
+    library = FLAVOURS[flavour]
+    inner = library.Sequential([library.Input((4,)), library.layers.Dense(8)], name="inner")
+    model = library.Sequential([library.Input((4,)), inner, library.layers.Dense(3, name="head")])
+    tscnc.prune_now(inner, 0.5)
+    for each in (inner, model):
+        with pytest.raises(ValueError, match=f"{each.name!r} is pruned already.*strip the model"):
+            pruning.add_regularizers(each, REGULARIZER, layers=library.layers.Dense)
+    kept = np.asarray(inner.layers[-1].kernel) != 0
+    copy = pruning.add_regularizers(pruning.strip(model), REGULARIZER)
+    np.testing.assert_array_equal(np.asarray(copy.layers[0].layers[-1].kernel) != 0, kept)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_what_is_compacted_has_its_masks_applied_and_no_pruner(flavour):
+    library = FLAVOURS[flavour]
+    layers = library.layers
+    hidden = layers.Dense(8, activation="relu", name="hidden")
+    model = library.Sequential([library.Input((4,)), hidden, layers.Dense(3, name="head")])
+    tscnc.prune_now(model, 0.5, layers="hidden", structure=pruning.Filters())
+    model.get_layer("hidden").kernel.assign(np.ones((4, 8)))  # past the masks
+    small = pruning.compact(model).model
+    assert small.get_layer("hidden").units == 4
+    np.testing.assert_allclose(small(VECTORS), model(VECTORS), atol=1e-6)
+    assert isinstance(small, library.Sequential)
+    assert getattr(small, "pruner", None) is None
+    assert model.pruner.frozen
+    assert pruning.freeze_mask(small).pruner.frozen
+
+
+@pytest.mark.parametrize(
+    ("build", "layer", "words"),
+    [
+        (
+            low_rank,
+            "dense",
+            "'dense' has LoRA enabled, .* or merge it: give the value of layer.kernel.*",
+        ),
+        (quantized, "eight", "'eight' is quantized to int8.* quantize the model afterwards"),
+        (quantized, "four", "'four' is quantized to int4.* quantize the model afterwards"),
+    ],
+)
+def test_kernels_that_are_not_computed_with_are_refused_by_name(build, layer, words):
+    model, _ = build(keras)
+    with pytest.raises(ValueError, match=f"{words}; or choose other layers"):
+        pruning.add_regularizers(model, REGULARIZER, layers=["head", layer])
+    with pytest.raises(ValueError, match=words):
+        gates.add_gates(model, layers=["head", layer])
+
+
+def test_the_kernel_inside_spectral_normalization_is_constrained_without_a_warning():
+    model, _ = spectral(keras)
+    copy = pruning.add_regularizers(model, REGULARIZER)  # a warning would be an error
+    kernels = [model.get_layer("spectral").layer.kernel, model.get_layer("head").kernel]
+    expected = sum(float(REGULARIZER(kernel)) for kernel in kernels)
+    assert float(sum(copy.losses)) == pytest.approx(expected, rel=1e-6)
+    with pytest.warns(UserWarning, match="get no gates: inner/kernel. Gates are"):
+        gates.add_gates(model)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_regularizers_reach_models_and_layers_in_wrappers(flavour):
+    library = FLAVOURS[flavour]
+    for build, count in ((half_frozen, 5), (functions, 5), (shared, 3)):
+        model, x = build(library)
+        copy = pruning.add_regularizers(model, REGULARIZER)
+        np.testing.assert_array_equal(outputs(copy, x), outputs(model, x))
+        kernels = list(kernel_layers.kernels(copy))
+        assert len(kernels) == count
+        for kernel in kernels:
+            assert getattr(kernel.layer, kernel.spec.regularizer) is not None
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_predicate_does_not_choose_the_whole_model_for_gates(flavour):
+    model, _ = half_frozen(FLAVOURS[flavour])
+    with pytest.raises(ValueError, match="chooses no layer"):
+        gates.add_gates(model, layers=lambda layer: layer.name not in ("head", "both"))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_functional_model_that_can_not_be_of_its_class_is_refused(flavour):
+    library = FLAVOURS[flavour]
+
+    class Own(library.Model):
+        def __init__(self, units):
+            inputs = library.Input((4,))
+            super().__init__(inputs, library.layers.Dense(units)(inputs), name="mine")
+
+    class Training(Own):
+        def train_step(self, *args):
+            return super().train_step(*args)
+
+    copy = pruning.add_regularizers(Own(3), REGULARIZER)  # it has nothing to lose
+    assert copy.name == "mine"
+    words = "'mine' is a functional model with train_step of its own .Training.*constructor take"
+    for function in (lambda m: pruning.add_regularizers(m, REGULARIZER), gates.add_gates):
+        with pytest.raises(ValueError, match=words):
+            function(Training(3))
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_weights_that_no_attribute_holds_are_found_by_name_or_not_at_all(flavour):
+    library = FLAVOURS[flavour]
+
+    class Hidden(library.layers.Layer):
+        def __init__(self, names, **kwargs):
+            super().__init__(**kwargs)
+            self.names = list(names)
+
+        def build(self, shape):
+            made = [self.add_weight(name=name, shape=(shape[-1],)) for name in self.names]
+            self.total = lambda: sum(tf.convert_to_tensor(weight) for weight in made)
+            super().build(shape)
+
+        def call(self, x):
+            return x * self.total()
+
+        def get_config(self):
+            return {**super().get_config(), "names": list(self.names)}
+
+    def model(names):
+        layers = [Hidden(names, name="hidden"), library.layers.Dense(2, name="head")]
+        return library.Sequential([library.Input((4,)), *layers])
+
+    plain = model(["one", "two"])
+    copy = pruning.add_regularizers(plain, REGULARIZER)
+    np.testing.assert_array_equal(copy(VECTORS), plain(VECTORS))
+    with pytest.raises(ValueError, match=r"of layer .hidden. of class Hidden fits 2 weights.*attr"):
+        pruning.add_regularizers(model(["same", "same"]), REGULARIZER)
