@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 
 import keras
@@ -29,6 +30,10 @@ def doubled(x):
 
 def softened(x):
     return tf.tanh(x) / 2.0
+
+
+def filled(shape, dtype=None, **_):
+    return tf.fill(shape, tf.cast(0.5, dtype))
 
 
 # --- the models; each has a layer "head", which is what is regularized, gated and pruned ----------
@@ -165,6 +170,8 @@ def functions(library):
     x = layers.TimeDistributed(layers.Dense(4, activation=lambda x: x**2, name="in"), name="td")(x)
     x = recurrent(x)
     x = layers.Activation(softened)(x)
+    x = layers.Lambda(functools.partial(doubled), output_shape=(5, 3), name="partial")(x)
+    x = layers.Dense(3, bias_initializer=filled, kernel_constraint=lambda w: w)(x)
     return library.Model(inputs, layers.Dense(2, name="head")(x)), SEQUENCES
 
 
@@ -172,7 +179,10 @@ def functions_in_both_directions(library):
     layers = library.layers
     inputs = library.Input((5, 4))
     with library.utils.custom_object_scope({"softened": softened}):
-        x = layers.Bidirectional(layers.LSTM(3, activation=softened), name="both")(inputs)
+        backward = layers.GRU(3, return_sequences=True, go_backwards=True, name="back")
+        recurrent = layers.LSTM(3, activation=softened, return_sequences=True)
+        x = layers.Bidirectional(recurrent, backward_layer=backward, name="two")(inputs)
+        x = layers.Bidirectional(layers.LSTM(3, activation=softened), name="both")(x)
     return library.Model(inputs, layers.Dense(2, name="head")(x)), SEQUENCES
 
 
@@ -519,7 +529,7 @@ def test_the_kernel_inside_spectral_normalization_is_constrained_without_a_warni
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_regularizers_reach_models_and_layers_in_wrappers(flavour):
     library = FLAVOURS[flavour]
-    for build, count in ((half_frozen, 5), (functions, 5), (shared, 3)):
+    for build, count in ((half_frozen, 5), (functions, 6), (shared, 3)):
         model, x = build(library)
         copy = pruning.add_regularizers(model, REGULARIZER)
         np.testing.assert_array_equal(outputs(copy, x), outputs(model, x))
@@ -551,7 +561,7 @@ def test_a_functional_model_that_can_not_be_of_its_class_is_refused(flavour):
 
     copy = pruning.add_regularizers(Own(3), REGULARIZER)  # it has nothing to lose
     assert copy.name == "mine"
-    words = "'mine' is a functional model with train_step of its own .Training.*constructor take"
+    words = "'mine' is a functional model with train_step of its own .Training.*build its graph out"
     for function in (lambda m: pruning.add_regularizers(m, REGULARIZER), gates.add_gates):
         with pytest.raises(ValueError, match=words):
             function(Training(3))
@@ -586,3 +596,29 @@ def test_weights_that_no_attribute_holds_are_found_by_name_or_not_at_all(flavour
     np.testing.assert_array_equal(copy(VECTORS), plain(VECTORS))
     with pytest.raises(ValueError, match=r"of layer .hidden. of class Hidden fits 2 weights.*attr"):
         pruning.add_regularizers(model(["same", "same"]), REGULARIZER)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_configuration_that_makes_other_weights_is_refused(flavour):
+    library = FLAVOURS[flavour]
+
+    class Sized(library.layers.Layer):
+        def __init__(self, size=2, **kwargs):
+            super().__init__(**kwargs)
+            self.size = size
+
+        def build(self, shape):
+            self.table = self.add_weight(name="table", shape=(self.size,))
+            super().build(shape)
+
+        def call(self, x):
+            return x * tf.reduce_sum(tf.convert_to_tensor(self.table))
+
+        def get_config(self):
+            return library.layers.Layer.get_config(self)
+
+    layers = [Sized(5, name="sized"), library.layers.Dense(2, name="head")]
+    model = library.Sequential([library.Input((4,)), *layers])
+    words = r"weight '.*table.*' is of shape \(5,\), and of shape \(2,\) .*get_config that returns"
+    with pytest.raises(ValueError, match=words):
+        pruning.add_regularizers(model, REGULARIZER)

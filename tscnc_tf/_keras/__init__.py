@@ -116,7 +116,8 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
     own = [method for method in OWN if getattr(kind, method) is not getattr(base, method)]
     if not own or (not plain and takes_inputs_and_outputs(kind)):
         return
-    what, out = "functional model", "let its constructor take inputs, outputs and name, and no more"
+    what = "functional model"
+    out = "build its graph outside of its constructor, and let it have that of Keras' own models"
     if plain:
         what, out = "Sequential", "make it a functional model, of a class with these methods"
         out += " if need be"

@@ -22,7 +22,7 @@ from tscnc_tf import _keras
 from tscnc_tf._keras import keras, layers, tf_keras, wrappers
 from tscnc_tf._keras.flavours import is_variable, variables
 
-_OBJECTS = ("activation", "regularizer", "constraint")
+_OBJECTS = ("activation", "regularizer", "constraint", "initializer")
 _Pair = tuple[Any, Any]
 
 
@@ -112,29 +112,39 @@ class Rebuilder:
 
     def _from_config(self, layer: Any, packed: dict[str, Any] | None = None) -> Any:
         """Return a new layer, from its own configuration or from that in another layer's."""
+        if type(layer) is self.library.layers.Lambda:
+            return rebuilt(layer, lambda: _same_lambda(layer))
         if packed is None:
-            with warnings.catch_warnings():  # that lambdas are not to be saved: nothing is
+            with warnings.catch_warnings():  # that functions are not to be saved: nothing is
                 warnings.simplefilter("ignore", UserWarning)
                 packed = rebuilt(layer, layer.get_config)
-        config, given = dict(packed), {}
-        for name in config:
-            # The objects themselves, which need not be registered to be used again.
-            if name.endswith(_OBJECTS) and callable(value := _attribute(layer, name)):
-                given[name] = self.copied(value) if self._is_layer(value) else value
-        config = self.configured(layer, config | given)
-        if type(layer) is self.library.layers.Lambda:
-            new = rebuilt(layer, lambda: _same_lambda(layer, config))
-        else:
-            config = {key: self._unpacked(layer, key, value) for key, value in config.items()}
-            with self.library.utils.custom_object_scope(_named(self.library, layer)):
-                try:
-                    new = type(layer).from_config(dict(config))
-                except Exception:  # a class of the user's may insist on what it wrote itself
-                    kept = {key: packed[key] for key in given if config[key] is given[key]}
-                    new = rebuilt(layer, lambda: type(layer).from_config(config | kept))
+        given = self._objects(layer, packed)
+        config = self.configured(layer, packed | given)
+        config = {key: self._unpacked(layer, key, value) for key, value in config.items()}
+        with self.library.utils.custom_object_scope(_named(self.library, layer)):
+            try:
+                new = type(layer).from_config(dict(config))
+            except Exception:  # a class of the user's may insist on what it wrote itself
+                kept = {key: packed[key] for key in given if config[key] is given[key]}
+                new = rebuilt(layer, lambda: type(layer).from_config(config | kept))
         for pair in _walk(layer, new):
             _adapt(self.library, *pair)
         return new
+
+    def _objects(self, layer: Any, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return functions and the like themselves, which need not be registered to be used again.
+
+        Those of Keras' own are left to the configuration, but for layers that are activations.
+        """
+        found = {}
+        for name in packed:
+            value = _attribute(layer, name) if name.endswith(_OBJECTS) else None
+            if self._is_layer(value):
+                if isinstance(packed[name], dict):
+                    found[name] = self.copied(value)
+            elif callable(value) and (_is_users(value) or _is_lambda(value)):
+                found[name] = value
+        return found
 
     def _unpacked(self, layer: Any, key: str, value: Any) -> Any:
         """Return an entry of a configuration with copies in place of the layers packed in it."""
@@ -145,19 +155,32 @@ class Rebuilder:
             pairs = zip(parts, value, strict=True)
             copies = [self._copied_part(layer, part, packed) for part, packed in pairs]
             return value if all(map(operator.is_, copies, value)) else copies
-        if key == "layer" and isinstance(layer, self.library.layers.Bidirectional):
-            # It is the pattern for both directions, of which not every Keras keeps the original.
-            return _packed(self._from_config(layer.forward_layer, value["config"]))
+        if isinstance(layer, self.library.layers.Bidirectional) and isinstance(value, dict):
+            # Its layers are called otherwise than those that it is made from, of which not every
+            # Keras keeps both.
+            patterns = {"layer": layer.forward_layer, "backward_layer": layer.backward_layer}
+            if key in patterns:
+                return _packed(self._from_config(patterns[key], value["config"]))
         return self._copied_part(layer, getattr(layer, key, None), value)
 
     def _copied_part(self, layer: Any, part: Any, packed: Any) -> Any:
-        """Return the copy of a layer that is serialized in the configuration of another one."""
+        """Return the copy of a layer that is serialized in the configuration of another one.
+
+        Args:
+            layer: the other one.
+            part: what the other one has in the attribute that is called as the entry.
+            packed: the entry, or an element of it.
+        """
         if not isinstance(packed, dict) or not isinstance(packed.get("config"), dict):
             return packed
-        name, kind = packed["config"].get("name"), packed.get("class_name")
-        candidates = [part, *layers.parts(layer)] if self._is_layer(layer) else [part]
-        for each in candidates:
-            if self._is_layer(each) and type(each).__name__ == kind and each.name == name:
+        kind = str(packed.get("class_name")).rpartition(">")[2]
+        named = [
+            each
+            for each in (layers.parts(layer) if self._is_layer(layer) else ())
+            if each.name == packed["config"].get("name")
+        ]
+        for each in (part, *named):
+            if self._is_layer(each) and type(each).__name__ == kind:
                 return _packed(self.copied(each))
         return packed
 
@@ -229,7 +252,7 @@ class Rebuilder:
                     pairs.setdefault(id(after), (before, after))
         for number, (before, after) in pairs.items():
             if number not in given:
-                after.assign(before.numpy())
+                _assign(before, after)
         for new, flag in flags:
             if new.trainable != flag:
                 new.trainable = flag
@@ -360,14 +383,16 @@ def _attribute(layer: Any, name: str) -> Any:
     return getattr(layer, name, None) or getattr(layer, f"_{name}", None)
 
 
-def _same_lambda(layer: Any, config: dict[str, Any]) -> Any:
+def _same_lambda(layer: Any) -> Any:
     """Return a Lambda with the same function object: its configuration has only byte code."""
     return type(layer)(
         layer.function,
         output_shape=layer._output_shape,
         mask=layer.mask,
         arguments=dict(layer.arguments),
-        **{name: config[name] for name in ("name", "trainable", "dtype")},
+        name=layer.name,
+        trainable=layer.trainable,
+        dtype=layer.dtype_policy,
     )
 
 
@@ -383,8 +408,13 @@ def _named(library: types.ModuleType, layer: Any) -> dict[str, Any]:
 
 
 def _is_users(value: Any) -> bool:
-    """Tell whether a class or function is none of Keras' own."""
-    return value.__module__.partition(".")[0] not in ("keras", "tf_keras")
+    """Tell whether a class, a function, or an object's class is none of Keras' own."""
+    return str(getattr(value, "__module__", "")).partition(".")[0] not in ("keras", "tf_keras")
+
+
+def _is_lambda(value: Any) -> bool:
+    """Tell whether a function has no name; those that were loaded seem to be of Keras' own."""
+    return getattr(value, "__name__", "") == "<lambda>"
 
 
 def _has_graph(library: types.ModuleType, model: Any) -> bool:
@@ -413,8 +443,8 @@ def _held(old: Any, new: Any) -> Iterator[_Pair]:
 
 
 def _matching(old: Any, new: Any) -> Iterator[_Pair]:
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        for pair in zip(old, new, strict=False):
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        for pair in zip(old, new, strict=True):
             yield from _matching(*pair)
     elif isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() & new.keys():
@@ -441,10 +471,31 @@ def _parts(old: Any, new: Any) -> Iterator[_Pair]:
 
 def _walk(old: Any, new: Any) -> Iterator[_Pair]:
     """Yield (old, new) for two layers and all that is in them, as far as it is there yet."""
-    yield old, new
-    if _is_layer(old) and type(old) is type(new) and not _keras.is_graph_model(old):
-        for pair in _parts(old, new):
-            yield from _walk(*pair)
+    waiting, seen = [(old, new)], set()
+    while waiting:
+        old, new = waiting.pop()
+        if id(new) in seen:
+            continue
+        seen.add(id(new))
+        yield old, new
+        if _is_layer(old) and type(old) is type(new) and not _keras.is_graph_model(old):
+            waiting += _parts(old, new)
+
+
+def _assign(old: Any, new: Any) -> None:
+    """Give a variable the value of another one.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    try:
+        new.assign(old.numpy())
+    except ValueError as error:
+        raise ValueError(
+            f"weight {old.name!r} is of shape {tuple(old.shape)}, and of shape {tuple(new.shape)} "
+            "in a layer that is made from the same configuration: give the class of its layer a "
+            "get_config that returns all arguments of its constructor."
+        ) from error
 
 
 def _by_name(old: Any, new: Any, found: set[int], taken: set[int]) -> Iterator[_Pair]:

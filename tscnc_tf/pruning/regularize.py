@@ -17,7 +17,8 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     """Return a copy of a model with a regularizer on its kernels; weights and outputs are the same.
 
     In Keras, setting `layer.kernel_regularizer` does nothing once the layer is built. So the layers
-    are built anew from their configuration, with the regularizer in it, and given the old weights.
+    are built anew from their configuration, with the regularizer in it, and given the old weights;
+    what is frozen stays so, and functions and adapted vocabularies come along.
 
     What a layer has for a regularizer already stays: both are added up. Kernels of grouped,
     depthwise, separable and transposed convolutions are read as what they are. Layers inside
