@@ -914,7 +914,8 @@ def test_lora_enabled_after_pruning_shows_in_the_report(rng):
     assert pruning.report(model).rows[0].zeros == 24, "its product is zero at first"
     layer.lora_kernel_b.assign(rng.normal(size=(2, 8)))
     row = pruning.report(model).rows[0]
-    assert (row.name, row.pruned, row.zeros) == ("hidden", True, 0)
+    assert (row.name, row.pruned, row.zeros) == ("hidden", False, 0)
+    assert "LoRA is enabled" in row.reason
     assert inspection.sparsity(model).rows[0].zeros == 0
 
 

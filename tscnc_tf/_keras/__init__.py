@@ -10,6 +10,7 @@ import abc
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import types
@@ -101,7 +102,7 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
     """Raise a ValueError unless the model is Sequential or functional, and can be built anew.
 
     A copy of a Sequential is a plain one, in both Kerases, whatever its class; that of a functional
-    model is of its class.
+    model is of its class, if its constructor takes inputs and outputs.
     """
     if not is_graph_model(model):
         raise ValueError(
@@ -111,13 +112,33 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
         )
     kind = getattr(type(model), "_plain", type(model))  # what it is beneath a pruner
     plain = next((each for each in (keras, tf_keras) if issubclass(kind, each.Sequential)), None)
-    base = plain.Sequential if plain else kind
-    if own := [name for name in OWN if getattr(kind, name) is not getattr(base, name)]:
-        raise ValueError(
-            f"{name} {model.name!r} is a Sequential with {' and '.join(own)} of its own "
-            f"({kind.__name__}), which a copy with other layers would not have: make it a "
-            f"functional model, of a class with these methods if need be. {way_out}".rstrip()
-        )
+    base = plain.Sequential if plain else functional_base(kind)
+    own = [method for method in OWN if getattr(kind, method) is not getattr(base, method)]
+    if not own or (not plain and takes_inputs_and_outputs(kind)):
+        return
+    what = "functional model"
+    out = "build its graph outside of its constructor, and let it have that of Keras' own models"
+    if plain:
+        what, out = "Sequential", "make it a functional model, of a class with these methods"
+        out += " if need be"
+    raise ValueError(
+        f"{name} {model.name!r} is a {what} with {' and '.join(own)} of its own "
+        f"({kind.__name__}), which a copy with other layers would not have: {out}. "
+        f"{way_out}".rstrip()
+    )
+
+
+def functional_base(kind: Any) -> Any:
+    """Return Keras' own class of functional models that a class of such models derives from."""
+    return next(base for base in kind.__mro__ if base.__name__ == "Functional")
+
+
+def takes_inputs_and_outputs(kind: Any) -> bool:
+    """Tell whether a class of functional models has the constructor of Keras' own."""
+    own, plain = (inspect.getfullargspec(cls.__init__) for cls in (kind, functional_base(kind)))
+    if own.args == plain.args:
+        return True
+    return issubclass(kind, keras.Model) and None not in (own.varargs, own.varkw)
 
 
 def register(cls: _Class) -> _Class:

@@ -1,28 +1,334 @@
-"""Building models and layers anew, in both Kerases."""
+"""Building models anew, in both Kerases: the one way in which this package copies a model.
+
+A copy is made layer by layer from the layers' configurations. What a configuration lacks is carried
+over from the old objects themselves, attribute by attribute: functions, layers inside of layers,
+weights, what preprocessing layers have adapted to, and what is to be trained. No weight is found by
+its place in a list: tf_keras orders `get_weights()` by what is trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import operator
+import tempfile
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tscnc_tf._keras import keras, layers
+import tensorflow as tf
+
+from tscnc_tf import _keras
+from tscnc_tf._keras import keras, layers, tf_keras, wrappers
+from tscnc_tf._keras.flavours import is_variable, variables
+
+_OBJECTS = ("activation", "regularizer", "constraint", "initializer")
+_Pair = tuple[Any, Any]
 
 
-def cloned(library: Any, model: Any, clone: Callable[[Any], Any]) -> Any:
-    """Return a clone that is not compiled; Keras 3 by itself would compile it as the model is.
+class Rebuilder:
+    """Builds one model anew; a subclass says what differs in the copy, by overriding hooks.
+
+    The copy has the names, the graph and the weights of the old model, the `trainable` of every
+    layer, and layers that are used in several places are so there, too. It is not compiled, has no
+    pruner, and is plain where the old model is a Sequential of whatever class. The old model is not
+    changed.
 
     Args:
         library: the Keras that the model is made of.
-        model: a Sequential or functional model.
-        clone: returns the layer that stands for an old one.
     """
-    if library is not keras:
-        return library.models.clone_model(model, clone_function=clone)
-    was_compiled, model.compiled = model.compiled, False
-    try:
-        return library.models.clone_model(model, clone_function=clone)
-    finally:
-        model.compiled = was_compiled
+
+    def __init__(self, library: types.ModuleType) -> None:
+        self.library = library
+        self.stand_ins: dict[int, Any] = {}  # what stands for a layer or model, by its id
+        self.pairs: list[_Pair] = []  # of all layers and models, when the copy is complete
+        self._copies: dict[int, Any] = {}
+        self._made: list[_Pair] = []
+
+    # The hooks
+
+    def replacement(self, layer: Any) -> Any:
+        """Return what is to stand in the graph for a layer, or operation: as a rule, its copy."""
+        return self.copied(layer)
+
+    def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return the configuration that the copy of a layer, or of a part of one, is made from.
+
+        Args:
+            layer: the old one.
+            config: its configuration, a dictionary that may be changed; instead of functions that
+                it names, it has the functions themselves.
+        """
+        return config
+
+    def weights(self, layer: Any) -> Mapping[str, Any]:  # noqa: ARG002
+        """Return values by the attributes of a copy that hold something else than the old layer."""
+        return {}
+
+    def channels(self, model: Any) -> list[int | None]:
+        """Return the sizes of the last axes of the inputs of a model, or of one nested in it."""
+        return [symbol.shape[-1] if symbol.shape[1:] else None for symbol in model.inputs]
+
+    def original(self, layer: Any) -> Any:
+        """Return a copy of a layer that has all but its weights; or the layer, to be shared."""
+        return self._from_config(layer)
+
+    # What the hooks are called by, and may call
+
+    def rebuild(self, model: Any) -> Any:
+        """Return the copy of a built Sequential or functional model.
+
+        Raises:
+            ValueError: a layer can't be rebuilt from its configuration, a nested model is
+                subclassed, or a weight has no place in the copy.
+        """
+        copy = self.stand_in(model)
+        self._complete(model, copy)
+        return copy
+
+    def stand_in(self, layer: Any) -> Any:
+        """Return what stands in the graph for a layer or nested model, the same one each time."""
+        if id(layer) not in self.stand_ins:
+            if isinstance(layer, self.library.Model):
+                _keras.require_graph_model("model: its part", layer)
+                new = self._model(layer, self.stand_in)
+            else:
+                new = self.replacement(layer)
+            self.stand_ins[id(layer)] = new
+        return self.stand_ins[id(layer)]
+
+    def copied(self, layer: Any) -> Any:
+        """Return the copy of a layer, or of a layer or model inside of one, always the same."""
+        if id(layer) not in self._copies:
+            if isinstance(layer, self.library.Model) and _keras.is_graph_model(layer):
+                new = self._model(layer, self.copied)
+            else:
+                new = self.original(layer)
+                self._made.append((layer, new))
+            self._copies[id(layer)] = new
+        return self._copies[id(layer)]
+
+    # Layers
+
+    def _from_config(self, layer: Any, packed: dict[str, Any] | None = None) -> Any:
+        """Return a new layer, from its own configuration or from that in another layer's."""
+        if type(layer) is self.library.layers.Lambda:
+            return rebuilt(layer, lambda: _same_lambda(layer))
+        if packed is None:
+            with warnings.catch_warnings():  # that functions are not to be saved: nothing is
+                warnings.simplefilter("ignore", UserWarning)
+                packed = rebuilt(layer, layer.get_config)
+        given = self._objects(layer, packed)
+        config = self.configured(layer, packed | given)
+        config = {key: self._unpacked(layer, key, value) for key, value in config.items()}
+        with self.library.utils.custom_object_scope(_named(self.library, layer)):
+            try:
+                new = type(layer).from_config(dict(config))
+            except Exception:  # a class of the user's may insist on what it wrote itself
+                kept = {key: packed[key] for key in given if config[key] is given[key]}
+                new = rebuilt(layer, lambda: type(layer).from_config(config | kept))
+        for pair in _walk(layer, new):
+            _adapt(self.library, *pair)
+        return new
+
+    def _objects(self, layer: Any, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return functions and the like themselves, which need not be registered to be used again.
+
+        Those of Keras' own are left to the configuration, but for layers that are activations.
+        """
+        found = {}
+        for name in packed:
+            value = _attribute(layer, name) if name.endswith(_OBJECTS) else None
+            if self._is_layer(value):
+                if isinstance(packed[name], dict):
+                    found[name] = self.copied(value)
+            elif callable(value) and (_is_users(value) or _is_lambda(value)):
+                found[name] = value
+        return found
+
+    def _unpacked(self, layer: Any, key: str, value: Any) -> Any:
+        """Return an entry of a configuration with copies in place of the layers packed in it."""
+        if isinstance(value, list | tuple):
+            parts = getattr(layer, key, None)
+            if not isinstance(parts, list | tuple) or len(parts) != len(value):
+                parts = [None] * len(value)
+            pairs = zip(parts, value, strict=True)
+            copies = [self._copied_part(layer, part, packed) for part, packed in pairs]
+            return value if all(map(operator.is_, copies, value)) else copies
+        if isinstance(layer, self.library.layers.Bidirectional) and isinstance(value, dict):
+            # Its layers are called otherwise than those that it is made from, of which not every
+            # Keras keeps both.
+            patterns = {"layer": layer.forward_layer, "backward_layer": layer.backward_layer}
+            if key in patterns:
+                return _packed(self._from_config(patterns[key], value["config"]))
+        return self._copied_part(layer, getattr(layer, key, None), value)
+
+    def _copied_part(self, layer: Any, part: Any, packed: Any) -> Any:
+        """Return the copy of a layer that is serialized in the configuration of another one.
+
+        Args:
+            layer: the other one.
+            part: what the other one has in the attribute that is called as the entry.
+            packed: the entry, or an element of it.
+        """
+        if not isinstance(packed, dict) or not isinstance(packed.get("config"), dict):
+            return packed
+        kind = str(packed.get("class_name")).rpartition(">")[2]
+        named = [
+            each
+            for each in (layers.parts(layer) if self._is_layer(layer) else ())
+            if each.name == packed["config"].get("name")
+        ]
+        for each in (part, *named):
+            if self._is_layer(each) and type(each).__name__ == kind:
+                return _packed(self.copied(each))
+        return packed
+
+    def _is_layer(self, value: Any) -> bool:
+        return isinstance(value, self.library.layers.Layer)
+
+    # Models
+
+    def _model(self, model: Any, copy: Callable[[Any], Any]) -> Any:
+        kind = getattr(type(model), "_plain", type(model))  # what it is beneath a pruner
+        is_sequential = issubclass(kind, self.library.Sequential)
+        if not _has_graph(self.library, model):
+            return self._without_graph(model, copy)
+        sizes = self.channels(model)
+        inputs = [self._input(symbol, n) for symbol, n in zip(model.inputs, sizes, strict=True)]
+        if self.library is tf_keras:
+            given = inputs[0] if is_sequential and len(inputs) == 1 else inputs
+            return tf_keras.models.clone_model(model, given, clone_function=copy)
+        # Keras 3's clone_model would compile the copy as well.
+        if is_sequential:
+            return keras.Sequential([*inputs, *map(copy, model.layers)], name=model.name)
+        if not _keras.takes_inputs_and_outputs(kind):
+            kind = _keras.functional_base(kind)
+        outputs = model._run_through_graph(inputs, operation_fn=copy)
+        return kind(tf.nest.pack_sequence_as(model.input, inputs), outputs, name=model.name)
+
+    def _without_graph(self, model: Any, copy: Callable[[Any], Any]) -> Any:
+        """Return the copy of a Sequential that has not been given the shape of its inputs."""
+        new = self.library.Sequential([copy(layer) for layer in model.layers], name=model.name)
+        shape = getattr(model, "_build_input_shape", None)
+        if model.built and shape is not None:
+            new.build(shape)
+        return new
+
+    def _input(self, symbol: Any, channels: int | None) -> Any:
+        """Return a symbolic input like another one, with another number of channels."""
+        layer, shape = symbol._keras_history[0], tuple(symbol.shape)
+        if shape[1:] and channels != shape[-1]:
+            return self.library.Input(
+                shape=(*shape[1:-1], channels),
+                batch_size=shape[0],
+                dtype=tf.as_dtype(symbol.dtype).name,
+                name=layer.name,
+            )
+        return type(layer).from_config(layer.get_config()).output
+
+    # What the old model holds beside its configuration
+
+    def _complete(self, model: Any, copy: Any) -> None:
+        """Give the copy the weights and all else that the layers hold, and what is trained."""
+        self.pairs = self._paired([(model, copy), *self._made])
+        flags = [(new, old.trainable) for old, new in self.pairs]
+        pairs: dict[int, _Pair] = {}  # of variables, by the ids of the new ones
+        given: set[int] = set()
+        for old, new in self._made:
+            for name, value in self.weights(old).items():
+                variable = getattr(new, name)
+                variable.assign(value)
+                given.add(id(variable))
+        for old, new in self.pairs:
+            if type(old) is type(new) and old is not new and not _keras.is_graph_model(old):
+                _load_own(old, new)
+                for before, after in _variables(old, new):
+                    pairs.setdefault(id(after), (before, after))
+        found = {id(before) for before, _ in pairs.values()}
+        for old, new in self._made:
+            if self._is_layer(old) and old is not new:
+                for before, after in _by_name(old, new, found, pairs.keys() | given):
+                    pairs.setdefault(id(after), (before, after))
+        for number, (before, after) in pairs.items():
+            if number not in given:
+                _assign(before, after)
+        for new, flag in flags:
+            if new.trainable != flag:
+                new.trainable = flag
+        for before, after in pairs.values():
+            if isinstance(before, keras.Variable) and after.trainable != before.trainable:
+                after.trainable = before.trainable  # single weights can be frozen, as LoRA does
+        for old, new in self.pairs:
+            if old is not new:
+                _adapt(self.library, old, new)
+
+    def _paired(self, roots: list[_Pair]) -> list[_Pair]:
+        """Return all old and new layers, parts of layers included, each after what holds it."""
+        seen: set[tuple[int, int]] = set()
+        order: list[_Pair] = []
+
+        def descend(old: Any, new: Any) -> None:
+            if (id(old), id(new)) in seen or not (self._is_layer(old) and self._is_layer(new)):
+                return
+            seen.add((id(old), id(new)))
+            for pair in self._inside(old, new):
+                descend(*pair)
+            order.append((old, new))
+
+        for root in reversed(roots):
+            descend(*root)
+        return order[::-1]
+
+    def _inside(self, old: Any, new: Any) -> Iterator[_Pair]:
+        """Yield (old, new) for what is inside of a pair: layers of a model, parts of a layer."""
+        for part in (old, *layers.parts(old)):
+            for known in (self.stand_ins, self._copies):
+                if id(part) in known:
+                    yield part, known[id(part)]
+        if type(old) is type(new) and not _keras.is_graph_model(old):
+            yield from _parts(old, new)
+
+
+class _Unwrapping(Rebuilder):
+    """Shares all layers with the old model, but for tfmot's wrappers."""
+
+    def original(self, layer: Any) -> Any:
+        """Return the layer itself."""
+        return layer
+
+    def replacement(self, layer: Any) -> Any:
+        """Return the layer in a wrapper, or the layer."""
+        return self.copied(layer.layer if wrappers.is_wrapper(layer) else layer)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return a graph model on the same layers as a tf_keras model, without tfmot's wrappers."""
+    return _Unwrapping(tf_keras).rebuild(model)
+
+
+def require_plain_kernel(layer: Any, what: str) -> None:
+    """Raise a ValueError if a layer does not compute with, or train, its kernel as it is.
+
+    Args:
+        layer: a built layer.
+        what: what is to act on the kernel, for the error.
+    """
+    mode = getattr(layer, "quantization_mode", None)
+    if mode not in (None, "float8"):
+        reason, way_out = f"is quantized to {mode}", "quantize the model afterwards"
+    elif getattr(layer, "lora_enabled", False):
+        reason = "has LoRA enabled, which freezes its kernel and trains an addition to it"
+        way_out = (
+            "enable LoRA afterwards, or merge it: give the value of layer.kernel, which has the "
+            "addition in it, to a layer without LoRA"
+        )
+    else:
+        return
+    raise ValueError(
+        f"layer {layer.name!r} {reason}, so {what} would not act: {way_out}; or choose other "
+        "layers by layers=."
+    )
 
 
 def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:
@@ -41,9 +347,203 @@ def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:
         ) from error
 
 
-def set_weights(library: Any, model: Any, weights: Any) -> None:
-    """Give a model or layer its weights, and let its layers derive from them what they need."""
-    model.set_weights(weights)
-    for layer in layers.flatten(model):
-        if isinstance(layer, library.layers.Normalization):
-            layer.finalize_state()  # it computes with what it derives from its weights
+class _Reference:
+    """Stands for an object in a configuration, which may be copied deeply on its way."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Reference:
+        return self
+
+
+class _Given:
+    """What a layer that exists already is deserialized by."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Return the layer."""
+        return config["object"].value
+
+
+_GIVEN = _keras.registered_name(_Given)
+
+
+def _packed(layer: Any) -> dict[str, Any]:
+    """Return what stands for an existing layer in the configuration of another one."""
+    return {
+        "class_name": _GIVEN,  # which is what the legacy format of tf_keras looks up
+        "module": __name__,
+        "registered_name": _GIVEN,
+        "config": {"object": _Reference(layer)},
+    }
+
+
+def _attribute(layer: Any, name: str) -> Any:
+    return getattr(layer, name, None) or getattr(layer, f"_{name}", None)
+
+
+def _same_lambda(layer: Any) -> Any:
+    """Return a Lambda with the same function object: its configuration has only byte code."""
+    return type(layer)(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=dict(layer.arguments),
+        name=layer.name,
+        trainable=layer.trainable,
+        dtype=layer.dtype_policy,
+    )
+
+
+def _named(library: types.ModuleType, layer: Any) -> dict[str, Any]:
+    """Return what is to be found by name while a layer is made from its configuration."""
+    found: dict[str, Any] = {_GIVEN: _Given}
+    if isinstance(layer, library.layers.Bidirectional):  # it serializes its layer once more
+        parts = list(layers.flatten(layer))
+        values = [value for part in parts for value in vars(part).values()]
+        objects = [type(part) for part in parts] + [v for v in values if inspect.isfunction(v)]
+        found |= {value.__name__: value for value in objects if _is_users(value)}
+    return found
+
+
+def _is_users(value: Any) -> bool:
+    """Tell whether a class, a function, or an object's class is none of Keras' own."""
+    return str(getattr(value, "__module__", "")).partition(".")[0] not in ("keras", "tf_keras")
+
+
+def _is_lambda(value: Any) -> bool:
+    """Tell whether a function has no name; those that were loaded seem to be of Keras' own."""
+    return getattr(value, "__name__", "") == "<lambda>"
+
+
+def _has_graph(library: types.ModuleType, model: Any) -> bool:
+    if library is keras:
+        return not isinstance(model, keras.Sequential) or model._functional is not None
+    return bool(model.inputs)
+
+
+# Keras' own lists of what attributes hold as well; and the states of recurrent layers, which are no
+# weights: the copy begins anew.
+_SKIPPED = {
+    *("states", "_states"),
+    *("_layers", "_metrics", "_losses", "_trainable_variables", "_non_trainable_variables"),
+    *("_seed_generators", "_functional", "_operations", "_operations_by_depth", "_nodes_by_depth"),
+    *("_trainable_weights", "_non_trainable_weights", "_updates", "_callable_losses"),
+    *("_input_layers", "_output_layers", "_inbound_nodes_value", "_outbound_nodes_value"),
+}
+
+
+def _held(old: Any, new: Any) -> Iterator[_Pair]:
+    """Yield (old, new) variables and layers that two objects have in the same attributes."""
+    others = vars(new)
+    for name, value in vars(old).items():
+        if name in others and name not in _SKIPPED and not name.startswith("_self_"):
+            yield from _matching(value, others[name])
+
+
+def _matching(old: Any, new: Any) -> Iterator[_Pair]:
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        for pair in zip(old, new, strict=True):
+            yield from _matching(*pair)
+    elif isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() & new.keys():
+            yield from _matching(old[key], new[key])
+    elif (_is_layer(old) and _is_layer(new)) or (is_variable(old) and is_variable(new)):
+        yield old, new
+    elif isinstance(old, tf.Module) and isinstance(new, tf.Module):
+        yield from _held(old, new)
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, keras.layers.Layer | tf_keras.layers.Layer)
+
+
+def _variables(old: Any, new: Any) -> Iterator[_Pair]:
+    """Yield (old, new) variables that two layers hold themselves."""
+    return (pair for pair in _held(old, new) if is_variable(pair[0]))
+
+
+def _parts(old: Any, new: Any) -> Iterator[_Pair]:
+    """Yield (old, new) layers that two layers hold themselves."""
+    return (pair for pair in _held(old, new) if _is_layer(pair[0]))
+
+
+def _walk(old: Any, new: Any) -> Iterator[_Pair]:
+    """Yield (old, new) for two layers and all that is in them, as far as it is there yet."""
+    waiting, seen = [(old, new)], set()
+    while waiting:
+        old, new = waiting.pop()
+        if id(new) in seen:
+            continue
+        seen.add(id(new))
+        yield old, new
+        if _is_layer(old) and type(old) is type(new) and not _keras.is_graph_model(old):
+            waiting += _parts(old, new)
+
+
+def _assign(old: Any, new: Any) -> None:
+    """Give a variable the value of another one.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    try:
+        new.assign(old.numpy())
+    except ValueError as error:
+        raise ValueError(
+            f"weight {old.name!r} is of shape {tuple(old.shape)}, and of shape {tuple(new.shape)} "
+            "in a layer that is made from the same configuration: give the class of its layer a "
+            "get_config that returns all arguments of its constructor."
+        ) from error
+
+
+def _by_name(old: Any, new: Any, found: set[int], taken: set[int]) -> Iterator[_Pair]:
+    """Yield (old, new) weights of a layer and its copy that no attribute holds, by their names.
+
+    Raises:
+        ValueError: a weight has no counterpart, or several.
+    """
+    free = [weight for weight in variables(new) if id(weight) not in taken]
+    for weight in variables(old):
+        if id(weight) in found:
+            continue
+        name = str(weight.name).rpartition("/")[2]
+        same = [other for other in free if str(other.name).rpartition("/")[2] == name]
+        if len(same) != 1:
+            raise ValueError(
+                f"weight {weight.name!r} of layer {old.name!r} of class {type(old).__name__} "
+                f"fits {len(same)} weights of a copy of the layer: let an attribute of the layer "
+                "hold it, or give it a name that no other weight of the layer has."
+            )
+        yield weight, same[0]
+
+
+def _adapt(library: types.ModuleType, old: Any, new: Any) -> None:
+    """Give a layer what another one has learned by `adapt`, or been given, beside its weights."""
+    kinds = library.layers
+    if isinstance(old, kinds.StringLookup | kinds.IntegerLookup):
+        vocabulary = old.get_vocabulary()
+        if vocabulary != new.get_vocabulary():
+            idf = old.idf_weights_const.numpy() if old.output_mode == "tf_idf" else None
+            new.set_vocabulary(vocabulary, None if idf is None else idf[: len(vocabulary)])
+    elif isinstance(old, kinds.Discretization):
+        if old.bin_boundaries is not None:
+            new.bin_boundaries = list(old.bin_boundaries)
+    elif isinstance(old, kinds.Normalization):
+        new.finalize_state()  # it computes with what it derives from its weights
+    elif getattr(old, "lora_enabled", False):
+        new.lora_alpha = old.lora_alpha  # which Keras sets to the rank when it builds the layer
+
+
+def _load_own(old: Any, new: Any) -> None:
+    """Carry over what a class of the user's saves by methods of its own, as `.keras` files do."""
+    if _is_users(type(old).save_own_variables):
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        new.load_own_variables(store)
+    save = getattr(type(old), "save_assets", None)
+    if save is not None and _is_users(save):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)

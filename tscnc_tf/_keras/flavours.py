@@ -117,6 +117,19 @@ def _compiled_when_called(model: Any, name: str) -> Callable[..., Any]:
     return step
 
 
+def is_variable(value: Any) -> bool:
+    """Tell whether something is a variable of either Keras, or of TensorFlow."""
+    return isinstance(value, keras.Variable | tf.Variable)
+
+
+def variables(layer: Any) -> list[Any]:
+    """Return the weights of a layer that are variables.
+
+    tf_keras lists among the weights what saves the vocabulary of a lookup layer, too.
+    """
+    return [weight for weight in layer.weights if is_variable(weight)]
+
+
 def minimize(optimizer: Any, loss: Callable[[], tf.Tensor], variables: Iterable[Any]) -> None:
     """Take one optimizer step on what `loss` returns; float16 losses are scaled on the way.
 

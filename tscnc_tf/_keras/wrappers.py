@@ -104,7 +104,9 @@ def bare(model: Any) -> Any:
     if not is_graph_model(model):
         return model
     if model not in _VIEWS:
-        _VIEWS[model] = tfmot().sparsity.keras.strip_pruning(model)
+        from tscnc_tf._keras.cloning import unwrapped
+
+        _VIEWS[model] = unwrapped(model)
     return _VIEWS[model]
 
 

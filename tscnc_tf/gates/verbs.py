@@ -92,7 +92,7 @@ def add_gates(
     able = [part for part in kernel_layers.flatten(model) if kind_of(part) and id(part) in called]
     chosen = selector("layers", layers, model, able)
     gating = _Gating(library, model, chosen, options, seed)
-    copy = _copied(library, model, around=gating.around)
+    copy = gating.rebuild(model)
     if not gating.count:
         raise ValueError(
             f"layers={layers!r} chooses no layer of model {model.name!r} that can have gates; "
@@ -152,48 +152,74 @@ def fold(model: Any) -> Any:
             "are inside a layer whose parts can't be exchanged from outside."
         )
     masks.apply(model)
-    return _copied(library, bare, inside=_without_gates)
+    return _Folding(library, gated.factors(bare)).rebuild(bare)
 
 
-class _Gating:
-    """Chooses the layers of one model that get gates, and makes them."""
+class _Gating(cloning.Rebuilder):
+    """Chooses the layers of one model that get gates, and puts their copies into gates."""
 
     def __init__(
         self,
-        library: Any,
+        library: types.ModuleType,
         model: Any,
         chosen: Callable[[Any], bool],
         options: dict[str, Any],
         seed: int,
     ) -> None:
-        self._library = library
+        super().__init__(library)
         self._options = options
         self._seed = _checks.integer("seed", seed, minimum=0)
         self._calls = kernel_layers.calls(model)
-        # Who chooses a layer chooses the layers inside it.
+        # Who chooses a layer chooses the layers inside it. The model itself is not asked: "not the
+        # last layer" holds for it, too.
         self._chosen = {
             id(inner)
             for part in kernel_layers.flatten(model)
-            if chosen(part)
+            if part is not model and chosen(part)
             for inner in kernel_layers.flatten(part)
         }
         self.count = 0
-        self.skipped: list[str] = []
+        self._skipped: dict[int, str] = {}
 
-    def around(self, layer: Any, new: Any) -> Any:
-        """Return what is to stand for a layer: its copy `new`, in gates if they are wanted."""
+    def replacement(self, layer: Any) -> Any:
+        """Return the copy of a layer, in gates if they are wanted."""
+        new = self.copied(layer)
         if id(layer) in self._chosen and kind_of(layer):
+            cloning.require_plain_kernel(layer, "gates on it")
             seed = np.random.SeedSequence([self._seed, self.count]).generate_state(1)
             self.count += 1
             calls = self._calls[id(layer)]
             return Gated(new, seed=int(seed[0]), calls=calls, **self._options)
-        self.skipped += [
-            f"{part.name}/{attribute}"
-            for part in kernel_layers.flatten(layer)
-            if id(part) in self._chosen
-            for attribute, _ in kernel_layers.named_kernels(part)
-        ]
+        for part in kernel_layers.flatten(layer):
+            for attribute, kernel in kernel_layers.named_kernels(part):
+                if id(part) in self._chosen:
+                    self._skipped[id(kernel)] = f"{part.name}/{attribute}"
         return new
+
+    @property
+    def skipped(self) -> list[str]:
+        """The names of the kernels that are chosen, but can have no gates."""
+        return list(self._skipped.values())
+
+
+class _Folding(cloning.Rebuilder):
+    """Puts the copy of a layer in place of its gated one, with the gates in its weights."""
+
+    def __init__(self, library: types.ModuleType, gates: dict[int, tf.Tensor]) -> None:
+        super().__init__(library)
+        self._gates = gates
+
+    def replacement(self, layer: Any) -> Any:
+        """Return the copy of a layer, or of the layer in a gated one."""
+        return self.copied(layer.layer if gated.is_gated(layer) else layer)
+
+    def weights(self, layer: Any) -> dict[str, np.ndarray]:
+        """Return the weights that have gates, times them."""
+        return {
+            name: _acting(value, self._gates[id(value)])
+            for name, value in vars(layer).items()
+            if id(value) in self._gates
+        }
 
 
 def _require_plain(model: Any) -> types.ModuleType:
@@ -222,56 +248,6 @@ def _require_network(model: Any) -> types.ModuleType:
     return library
 
 
-def _copied(
-    library: Any,
-    model: Any,
-    *,
-    inside: Callable[[Any], Any] = lambda layer: layer,
-    around: Callable[[Any, Any], Any] = lambda _, new: new,
-) -> Any:
-    """Return a copy of a graph model, with weights of its own: those that act, gates included.
-
-    Args:
-        library: the Keras that it is made of.
-        model: what to copy.
-        inside: returns the layer to copy for a layer of the model.
-        around: returns what is to stand for a layer, given it and the copy.
-    """
-    clones: dict[int, Any] = {}  # a layer may be shared by several models
-    pairs: list[tuple[Any, Any]] = []
-
-    def clone(layer: Any) -> Any:
-        if id(layer) not in clones:
-            clones[id(layer)] = made(layer)
-        return clones[id(layer)]
-
-    def made(layer: Any) -> Any:
-        if isinstance(layer, library.Model):
-            _keras.require_graph_model("model: its part", layer)
-            return cloning.cloned(library, layer, clone)
-        source = inside(layer)
-        new = cloning.rebuilt(source, lambda: type(source).from_config(source.get_config()))
-        pairs.append((source, new))
-        return around(layer, new)
-
-    copy = cloning.cloned(library, model, clone)
-    gates = gated.factors(model)
-    for source, new in pairs:
-        if not isinstance(source, library.layers.Layer):
-            continue  # an operation, which has no weights
-        if any(id(weight) in gates for weight in source.weights):
-            values = [_acting(weight, gates.get(id(weight))) for weight in source.weights]
-        else:
-            values = source.get_weights()
-        cloning.set_weights(library, new, values)
-    return copy
-
-
-def _without_gates(layer: Any) -> Any:
-    return layer.layer if gated.is_gated(layer) else layer
-
-
-def _acting(weight: Any, gates: tf.Tensor | None) -> np.ndarray:
+def _acting(weight: Any, gates: tf.Tensor) -> np.ndarray:
     """Return a weight times its gates; zeros are positive, as negative ones don't compress."""
-    value = tf.convert_to_tensor(weight)
-    return np.asarray(value if gates is None else gated.times(value, gates) + 0.0)
+    return np.asarray(gated.times(tf.convert_to_tensor(weight), gates) + 0.0)

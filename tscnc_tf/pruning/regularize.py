@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tscnc_tf import _keras, regularizers
-from tscnc_tf._keras import cloning, wrappers
+from tscnc_tf._keras import cloning, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.selection import listed, selector
 
@@ -16,7 +17,8 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     """Return a copy of a model with a regularizer on its kernels; weights and outputs are the same.
 
     In Keras, setting `layer.kernel_regularizer` does nothing once the layer is built. So the layers
-    are built anew from their configuration, with the regularizer in it, and given the old weights.
+    are built anew from their configuration, with the regularizer in it, and given the old weights;
+    what is frozen stays so, and functions and adapted vocabularies come along.
 
     What a layer has for a regularizer already stays: both are added up. Kernels of grouped,
     depthwise, separable and transposed convolutions are read as what they are. Layers inside
@@ -37,9 +39,9 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
 
     Raises:
         TypeError: `model` is no Keras model, or `regularizer` is not callable.
-        ValueError: the model is subclassed, not built, pruned already, holds a layer that can't be
-            rebuilt from its configuration, no layer is chosen, or a name, class or layer in a list
-            fits none.
+        ValueError: the model is subclassed, not built, pruned already (or a model inside it is),
+            holds a layer that can't be rebuilt from its configuration, no layer is chosen, or one
+            that is quantized or has LoRA enabled; or a name, class or layer in a list fits none.
 
     Example:
         >>> import tf_keras
@@ -55,20 +57,19 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     _keras.require_built("model", model)
     if not callable(regularizer):
         raise TypeError(f"regularizer must be callable, got {regularizer!r}.")
-    if wrappers.wrapped_layers(model):
+    if wrappers.wrapped_layers(model) or masks.pruners(model):
         raise ValueError(
-            f"model {model.name!r} is pruned already: call add_regularizers before prune, "
-            "or strip the pruning wrappers first."
+            f"model {model.name!r} is pruned already, or a part of it: call add_regularizers "
+            "before prune, or strip the model first."
         )
     chosen = selector("layers", layers, model, _able(model))
-    rebuilding = _Rebuilding(library, regularizer, chosen)
-    copy = cloning.cloned(library, model, rebuilding.clone)
+    rebuilding = _Rebuilding(library, model, regularizer, chosen)
+    copy = rebuilding.rebuild(model)
     if not rebuilding.constrained:
         raise ValueError(
             f"layers={layers!r} chooses no layer with a kernel in model {model.name!r}; those that "
             f"have one are {listed(_able(model), layers)}."
         )
-    cloning.set_weights(library, copy, model.get_weights())
     if names := rebuilding.unconstrained():
         warnings.warn(
             f"These kernels are chosen, but stay unconstrained: {', '.join(names)}. They are not "
@@ -91,93 +92,68 @@ def _able(layer: Any) -> Iterator[Any]:
         yield from _able(part)
 
 
-class _Rebuilding:
+class _Rebuilding(cloning.Rebuilder):
     """Builds the layers of one model anew, with a regularizer on the kernels that are chosen."""
 
-    def __init__(self, library: Any, regularizer: Any, chosen: Callable[[Any], bool]) -> None:
-        self.library = library
+    def __init__(
+        self,
+        library: types.ModuleType,
+        model: Any,
+        regularizer: Any,
+        chosen: Callable[[Any], bool],
+    ) -> None:
+        super().__init__(library)
         self.regularizer = regularizer
-        self.chosen = chosen
         self.constrained = 0
-        self._clones: dict[int, Any] = {}  # a layer may be shared by several models
-        self._pairs: list[tuple[Any, Any]] = []
+        self._graph = list(_layers(library, model))
+        # Who chooses a layer chooses the layers inside it.
+        self._taken = {
+            id(inner)
+            for layer in self._graph
+            for part in kernel_layers.flatten(layer)
+            if chosen(part)
+            for inner in kernel_layers.flatten(part)
+        }
 
-    def clone(self, layer: Any) -> Any:
-        """Return the new layer or model that stands for an old one, the same one each time."""
-        if id(layer) not in self._clones:
-            self._clones[id(layer)] = self._rebuilt(layer)
-        return self._clones[id(layer)]
-
-    def _rebuilt(self, layer: Any) -> Any:
-        if isinstance(layer, self.library.Model):
-            _keras.require_graph_model("model: its part", layer)
-            return self.library.models.clone_model(layer, clone_function=self.clone)
-        config = self._with_regularizer(layer, layer.get_config(), False)
-        new = cloning.rebuilt(layer, lambda: type(layer).from_config(config))
-        self._pairs.append((layer, new))
-        return new
-
-    def _with_regularizer(self, layer: Any, config: dict[str, Any], taken: bool) -> dict[str, Any]:
-        """Return a layer's configuration with the regularizer in it and in the layers inside."""
-        taken = taken or self.chosen(layer)
-        config = dict(config)
-        for spec in kernel_layers.kernel_specs(layer) if taken else ():
-            if spec.regularizer in config:
-                config[spec.regularizer] = _combined(
-                    config[spec.regularizer], self.regularizer, spec, self.library
-                )
-                self.constrained += 1
-        if isinstance(layer, self.library.Model):
-            named = {part.name: part for part in layer.layers}
-            config["layers"] = [
-                self._inside(named.get(packed["config"].get("name")), packed, taken)
-                for packed in config.get("layers", ())
-            ]
-            return config
-        for key, packed in config.items():
-            if key == "layer" and isinstance(layer, self.library.layers.Bidirectional):
-                # Not every Keras keeps the layer that both directions were made from.
-                config[key] = self._inside(layer.forward_layer, packed, taken)
-            elif isinstance(packed, dict):
-                config[key] = self._inside(getattr(layer, key, None), packed, taken)
-            elif isinstance(packed, list | tuple):  # the cells of a StackedRNNCells
-                parts = getattr(layer, key, None)
-                if isinstance(parts, list | tuple) and len(parts) == len(packed):
-                    pairs = zip(parts, packed, strict=True)
-                    config[key] = [self._inside(part, inner, taken) for part, inner in pairs]
+    def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration with the regularizer in it, if the layer is chosen."""
+        for spec in kernel_layers.kernel_specs(layer) if id(layer) in self._taken else ():
+            if spec.regularizer not in config:
+                continue
+            cloning.require_plain_kernel(layer, "a regularizer on it")
+            config[spec.regularizer] = _combined(
+                config[spec.regularizer], self.regularizer, spec, self.library
+            )
+            self.constrained += 1
         return config
-
-    def _inside(self, part: Any, packed: Any, taken: bool) -> Any:
-        """Return what `_with_regularizer` makes of a layer that is serialized in another's."""
-        if not isinstance(part, self.library.layers.Layer) or not isinstance(packed, dict):
-            return packed
-        if not isinstance(packed.get("config"), dict):
-            return packed
-        return {**packed, "config": self._with_regularizer(part, packed["config"], taken)}
 
     def unconstrained(self) -> list[str]:
         """Return the names of the chosen kernels that got no regularizer. The copy is built."""
-        names = []
-        seen: set[int] = set()
-        for layer, new in self._pairs:
-            parts = list(kernel_layers.flatten(layer))
-            taken = {
-                id(inner)
-                for part in parts
-                if self.chosen(part)
-                for inner in kernel_layers.flatten(part)
-            }
-            for before, after in zip(parts, kernel_layers.flatten(new), strict=False):
-                specs = {spec.attribute: spec for spec in kernel_layers.kernel_specs(before)}
-                for attribute, variable in kernel_layers.named_kernels(before):
-                    if id(before) not in taken or id(variable) in seen:
-                        continue
-                    seen.add(id(variable))
-                    spec = specs.get(attribute)
-                    if spec is None or not _is_added(before, after, spec.regularizer):
-                        path = [layer.name] if before is layer else [layer.name, before.name]
-                        names.append("/".join([*path, attribute]))
-        return names
+        constrained = {
+            id(getattr(before, spec.attribute, None))
+            for before, after in self.pairs
+            for spec in kernel_layers.kernel_specs(before)
+            if _is_added(before, after, spec.regularizer)
+        }
+        names: dict[
+            int, str
+        ] = {}  # by the ids of the kernels, as wrappers have those of the layer inside, too
+        for layer in self._graph:
+            for part in kernel_layers.flatten(layer):
+                for attribute, variable in kernel_layers.named_kernels(part):
+                    if id(part) in self._taken and id(variable) not in constrained:
+                        path = [layer.name] if part is layer else [layer.name, part.name]
+                        names.setdefault(id(variable), "/".join([*path, attribute]))
+        return list(names.values())
+
+
+def _layers(library: types.ModuleType, model: Any) -> Iterator[Any]:
+    """Yield the layers that a model and the models nested in it are made of."""
+    for layer in model.layers:
+        if isinstance(layer, library.Model):
+            yield from _layers(library, layer)
+        else:
+            yield layer
 
 
 def _is_added(before: Any, after: Any, argument: str) -> bool:

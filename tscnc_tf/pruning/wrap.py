@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import gated, tf_keras, wrappers
+from tscnc_tf._keras import cloning, flavours, gated, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.selection import listed, selector
 from tscnc_tf.pruning.structures import NM
@@ -32,39 +33,13 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
             f"got {schedule!r}."
         )
     m_by_n = options.get("sparsity_m_by_n")
-    block_size = options.get("block_size", (1, 1))
-
-    def unfit(layer: Any) -> str:
-        inner = layer.layer if gated.is_gated(layer) else layer
-        if not matrix_weights(inner):
-            return "it has no weights of rank 2 or more"
-        return wrappers.unprunable(inner, block_size, m_by_n)
-
     called = kernel_layers.calls(model)
     every = [layer for layer in kernel_layers.flatten(model) if id(layer) in called]
-    able = [layer for layer in every if not unfit(layer)]
+    able = [layer for layer in every if not _unfit(layer, options)]
     chosen = selector("layers", layers, model, able)
-    skipped: dict[str, str] = {}
-    clones: dict[int, Any] = {}
-
-    def clone(layer: Any) -> Any:
-        if id(layer) not in clones:
-            clones[id(layer)] = wrapped(layer)
-        return clones[id(layer)]
-
-    def wrapped(layer: Any) -> Any:
-        if isinstance(layer, tf_keras.Model):
-            _keras.require_graph_model("model: its part", layer)
-            return tf_keras.models.clone_model(layer, clone_function=clone)
-        inner = layer.layer if gated.is_gated(layer) else layer
-        if not matrix_weights(inner) or not (chosen(layer) or chosen(inner)):
-            return layer
-        if reason := unfit(layer):
-            skipped[layer.name] = reason
-            return layer
-        return tfmots.prune_low_magnitude(layer, schedule, **options)
-
-    pruned = tf_keras.models.clone_model(model, clone_function=clone)
+    wrapping = _Wrapping(chosen, schedule, options)
+    pruned = wrapping.rebuild(model)
+    skipped = wrapping.skipped
     if not wrappers.wrapped_layers(pruned):
         raise ValueError(
             f"model {model.name!r} has no layer that can be pruned"
@@ -90,6 +65,42 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
     return pruned
 
 
+class _Wrapping(cloning.Rebuilder):
+    """Shares the layers of a model, and puts those that are chosen and prunable into wrappers."""
+
+    def __init__(self, chosen: Callable[[Any], bool], schedule: Any, options: dict[str, Any]):
+        super().__init__(tf_keras)
+        self._chosen = chosen
+        self._schedule = schedule
+        self._options = options
+        self.skipped: dict[str, str] = {}
+
+    def original(self, layer: Any) -> Any:
+        """Return the layer itself."""
+        return layer
+
+    def replacement(self, layer: Any) -> Any:
+        """Return the layer, in a wrapper if it is to be pruned."""
+        layer = self.copied(layer)
+        inner = layer.layer if gated.is_gated(layer) else layer
+        if not matrix_weights(inner) or not (self._chosen(layer) or self._chosen(inner)):
+            return layer
+        if reason := _unfit(layer, self._options):
+            self.skipped[layer.name] = reason
+            return layer
+        prune_low_magnitude = _keras.tfmot().sparsity.keras.prune_low_magnitude
+        return prune_low_magnitude(layer, self._schedule, **self._options)
+
+
+def _unfit(layer: Any, options: dict[str, Any]) -> str:
+    """Return why tfmot can't prune a layer in the way asked for, or an empty text if it can."""
+    inner = layer.layer if gated.is_gated(layer) else layer
+    if not matrix_weights(inner):
+        return "it has no weights of rank 2 or more"
+    block_size = options.get("block_size", (1, 1))
+    return wrappers.unprunable(inner, block_size, options.get("sparsity_m_by_n"))
+
+
 def _same_pattern(zeros: int, size: int) -> NM:
     """Return our structure for tfmot's m by n: it counts the zeros, we what is kept."""
     return NM(size - zeros, size)
@@ -99,7 +110,7 @@ def unwrap(model: Any) -> Any:
     """Return a copy of a tf_keras model without tfmot's wrappers, the masks applied before."""
     _keras.require_graph_model("model", model)
     wrappers.apply_masks(model)
-    return _keras.tfmot().sparsity.keras.strip_pruning(model)
+    return cloning.unwrapped(model)
 
 
 def reason(model: Any, layer: Any) -> str:
@@ -114,4 +125,5 @@ def reason(model: Any, layer: Any) -> str:
 
 def matrix_weights(layer: Any) -> list[Any]:
     """Return a layer's weights of rank 2 or more, frozen or not: what could be pruned at all."""
-    return [weight for weight in layer.weights if weight.trainable and len(weight.shape) >= 2]
+    weights = flavours.variables(layer)
+    return [weight for weight in weights if weight.trainable and len(weight.shape) >= 2]

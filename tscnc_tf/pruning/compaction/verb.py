@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import gated, wrappers
+from tscnc_tf._keras import flavours, gated, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.compaction import channels, flops, probes
 from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
@@ -49,7 +49,9 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
     Args:
         model: a Sequential or functional model of either Keras, built, without pruning wrappers
-            and without gates. Nested models are followed. It is not changed.
+            and without gates. Nested models are followed. It is not changed, but for the masks of
+            its `Pruner` being applied, if it has one; the smaller model has none
+            (`pruning.freeze_mask` keeps its zeros where it is trained on).
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
             rows drawn from U[0, 1), seeded.
         tolerance: by how much they may differ, relative to the largest logit (if above 1); None for
@@ -96,6 +98,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
             f"model {model.name!r} still has gates: fold them into its weights first, "
             "compact(tscnc_tf.gates.fold(model))."
         )
+    masks.apply(model)
     batch = probes.prepare(model, probe)
     before = probes.outputs(model, batch)
     allowed = probes.tolerance(tolerance, list(kernel_layers.flatten(model)), before)
@@ -175,7 +178,9 @@ def _rows(
 
 
 def _parameters(layer: Any) -> int:
-    return sum(math.prod(weight.shape) for weight in layer.weights)
+    # A weight may be of a size that is not known, such as the summary of a Discretization.
+    shapes = [tuple(weight.shape) for weight in flavours.variables(layer)]
+    return sum(math.prod(shape) for shape in shapes if None not in shape)
 
 
 def _flops(uses: list[Call], layer: Any) -> int | None:
