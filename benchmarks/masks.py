@@ -16,7 +16,7 @@ GOAL = 0.05
 _LABELS = {
     "train": "a training pass: forward and backward",
     "update": "the optimizer's update",
-    "masks": "a pruner's step, masks as they are",
+    "masks": "masks as they are: the constraints of the weights, and a pruner's step",
     "renewal, layer": "… that renews them, layer by layer",
     "renewal, global": "… that renews them, over the whole network",
     "tfmot": "tfmot's wrappers: masks applied after a step",
@@ -80,7 +80,7 @@ def run(options: record.Options) -> None:
 
 
 def _pruner(network: str, scope: str, *, renews: bool) -> Any:
-    """Return a pruner's compiled step on a network with SGD's momenta: at 90 % zeros."""
+    """Return what masks add to an optimizer's step, compiled: SGD with momenta, 90 % zeros."""
     model = networks.build(network)
     optimizer = parts.optimizer()
     optimizer.build(model.trainable_variables)
@@ -93,6 +93,9 @@ def _pruner(network: str, scope: str, *, renews: bool) -> Any:
     @tf.function
     def step() -> None:
         optimizer.iterations.assign_add(1)
+        for weight in model.trainable_variables:  # as optimizers do after each update
+            if weight.constraint is not None:
+                weight.assign(weight.constraint(weight))
         pruner.step(optimizer)
 
     step()  # the first one renews in any case

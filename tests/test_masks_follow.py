@@ -122,6 +122,38 @@ def test_a_schedule_goes_on_in_another_model(library):
     assert zeros(body.get_layer("hidden")) < 0.75, "but for dead units"
 
 
+def test_steps_of_an_optimizer_of_ones_own_are_counted_once(library):
+    from tscnc_tf._keras import flavours
+
+    class Own(library.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = library.layers.Dense(3)
+            self.own = library.optimizers.SGD(0.1)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+        def train_step(self, data):
+            x, y = data
+
+            def objective():
+                return tf.reduce_mean(
+                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x, training=True))
+                )
+
+            flavours.minimize(self.own, objective, self.trainable_variables)
+            return {"done": tf.constant(1.0)}
+
+    model = Own()
+    model(X[:1])
+    pruning.prune(model, schedules.OneShot(0.5, 3), engine="masks")
+    model.compile(jit_compile=False)
+    model.fit(X, Y, batch_size=16, verbose=0, callbacks=callbacks.pruning_callbacks())
+    assert model.pruner.steps == 4
+    assert zeros(model.dense) == 0.5
+
+
 def test_a_constraint_of_the_layer_acts_as_well(library):
     model = dense_model(library, kernel_constraint=library.constraints.UnitNorm(axis=0))
     pruning.prune_now(model, 0.5)
