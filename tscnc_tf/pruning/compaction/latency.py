@@ -77,7 +77,7 @@ def measure(before: Any, after: Any, batch: Any, rounds: int) -> Latency:
 
 def _compiled(model: Any, values: Any) -> Callable[[], float]:
     """Return a function that runs the model once and returns the seconds it took."""
-    forward = tf.function(lambda batch: model(batch, training=False))
+    forward = tf.function(lambda batch: model(batch, training=False), autograph=False)
 
     def run() -> float:
         start = time.perf_counter()
