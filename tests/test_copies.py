@@ -46,7 +46,7 @@ def half_frozen(library):
     model = library.Sequential(
         [
             library.Input((5, 4)),
-            layers.Bidirectional(layers.LSTM(3), name="both"),
+            layers.Bidirectional(layers.SimpleRNN(3), name="both"),
             layers.BatchNormalization(name="norm"),
             layers.Dense(2, name="head"),
         ]
@@ -190,9 +190,9 @@ def functions_in_both_directions(library):
     inputs = library.Input((5, 4))
     with library.utils.custom_object_scope({"softened": softened}):
         backward = layers.GRU(3, return_sequences=True, go_backwards=True, name="back")
-        recurrent = layers.LSTM(3, activation=softened, return_sequences=True)
+        recurrent = layers.SimpleRNN(3, activation=softened, return_sequences=True)
         x = layers.Bidirectional(recurrent, backward_layer=backward, name="two")(inputs)
-        x = layers.Bidirectional(layers.LSTM(3, activation=softened), name="both")(x)
+        x = layers.Bidirectional(layers.SimpleRNN(3, activation=softened), name="both")(x)
     return library.Model(inputs, layers.Dense(2, name="head")(x)), SEQUENCES
 
 
@@ -202,7 +202,7 @@ def loaded(library, folder):
     x = layers.Lambda(lambda x: 3.0 * x, output_shape=(5, 4))(inputs)
     x = layers.TimeDistributed(layers.Dense(4, activation=doubled))(x)
     with library.utils.custom_object_scope({"softened": softened}):
-        x = layers.Bidirectional(layers.LSTM(3, activation=softened), name="both")(x)
+        x = layers.Bidirectional(layers.SimpleRNN(3, activation=softened), name="both")(x)
     model = library.Model(inputs, layers.Dense(2, activation=doubled, name="head")(x))
     names = {"softened": softened, "doubled": doubled}
     model.save(folder / "model.keras")
