@@ -702,3 +702,76 @@ def test_an_attack_that_is_set_later_is_the_one_that_trains(library):
     assert strong > 5 * weak
     with pytest.raises(TypeError, match="attack must be"):
         trainer.attack = "PGD"
+
+
+class Scaled:
+    """A model that trains with a factor, which is a constant of the compiled steps."""
+
+    factor = 1.0
+    traces = 0
+
+    def scaled(self, data, sign):
+        type(self).traces += 1
+        x, _ = data
+        self.seen.assign_add(sign * self.factor * tf.cast(tf.shape(x)[0], tf.float32))
+        return {"loss": tf.reduce_sum(x)}
+
+    def train_step(self, data):
+        return self.scaled(data, 1.0)
+
+    def test_step(self, data):
+        return self.scaled(data, -1.0)
+
+
+HOOKS = ("epoch_begin", "epoch_end", "train_batch_begin", "train_batch_end", "test_begin")
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_functions_are_compiled_anew_in_the_middle_of_fit(library, hook, run_eagerly):
+    x, y = blobs(8)
+    calls = {"epoch_begin": 2, "epoch_end": 2, "test_begin": 2}.get(hook, 4)
+    cls = type("Net", (Scaled, library.Model), {})
+    inputs = library.Input((6,))
+    model = cls(inputs, library.layers.Dense(3)(inputs))
+    model.seen = tf.Variable(0.0, trainable=False)
+    model.compile("sgd", run_eagerly=run_eagerly)
+    now, expected = [1.0], []
+
+    class Change(library.callbacks.Callback):
+        pass
+
+    def change(self, *_, logs=None):
+        now[0] = self.model.factor = 2 * self.model.factor
+        flavours.reset_functions(self.model)
+
+    setattr(Change, f"on_{hook}", change)
+
+    class Watch(library.callbacks.Callback):  # told after Change
+        def on_train_batch_begin(self, batch, logs=None):
+            expected.append(4 * now[0])
+
+        def on_test_batch_begin(self, batch, logs=None):
+            expected.append(-4 * now[0])
+
+    data = {"validation_data": (x, y), "batch_size": 4, "epochs": 2, "verbose": 0}
+    model.fit(x, y, callbacks=[Change(), Watch()], **data)
+    assert len(expected) == 8
+    assert float(model.seen) == sum(expected)
+    if not run_eagerly and hook != "test_begin":
+        # Of the training step one for each change and one for the start; of the test step no more.
+        assert cls.traces <= 2 * (calls + 1)
+    cls.traces = 0
+    model.fit(x, y, **data)
+    if not run_eagerly:
+        assert cls.traces <= 2, "what was compiled last is kept"
+
+
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_a_model_that_has_compiled_nothing_is_left_alone(library):
+    model = dense_model(library)
+    model.compile("sgd", "mse")
+    flavours.reset_functions(model)
+    assert model.train_function is None
+    assert model.test_function is None

@@ -56,6 +56,35 @@ def tensor_variable(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def reset_functions(model: Any) -> None:
+    """Let a model compile its training and test step anew, from the next step on.
+
+    `fit` may be under way: it calls what `model.train_function` is at each step, so there must be
+    something to call. What is put there compiles when it is called. (An evaluation under way in
+    tf_keras ends with the step that it began with, for it looks that up but once.)
+
+    Args:
+        model: of either Keras; of one that has compiled nothing yet, nothing changes.
+    """
+    for name in ("train_function", "test_function"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, _compiled_when_called(model, name))
+
+
+def _compiled_when_called(model: Any, name: str) -> Callable[..., Any]:
+    def step(*args: Any) -> Any:
+        function = getattr(model, name)
+        if function is step or function is None:  # else it was compiled in the meantime
+            setattr(model, name, None)
+            made = getattr(model, f"make_{name}")()
+            if made is not None:  # tf_keras returns it, Keras 3 sets it
+                setattr(model, name, made)
+            function = getattr(model, name)
+        return function(*args)
+
+    return step
+
+
 def minimize(optimizer: Any, loss: Callable[[], tf.Tensor], variables: Iterable[Any]) -> None:
     """Take one optimizer step on what `loss` returns; float16 losses are scaled on the way.
 
