@@ -66,7 +66,13 @@ def labels(y: Any, batch: int) -> tf.Tensor:
             f"y of shape {y.shape} must be integers, got {y.dtype.name}: cast class indices to "
             "int32, or pass one-hot labels."
         )
-    return tf.cast(tf.reshape(y, (-1,)), tf.int32)
+    indices = tf.cast(tf.reshape(y, (-1,)), tf.int64)
+    smallest, largest = int(tf.reduce_min(indices)), int(tf.reduce_max(indices))
+    if smallest < 0 or largest > tf.int32.max:
+        raise ValueError(
+            f"y must hold class indices >= 0, got labels from {smallest} to {largest}."
+        )
+    return tf.cast(indices, tf.int32)
 
 
 def check_range(y: tf.Tensor | None, classes: int | None) -> None:
