@@ -176,14 +176,15 @@ def test_admission_of_bad_inputs(make, batch):
     x3 = x[:3]
     for arguments, words in [
         ((tf.cast(x * 255, tf.uint8), y), r"float dtype, got uint8.*tf.float32\) / 255"),
-        ((x * 255, y), r"inside bounds=\(0.0, 1.0\), got values from .* to 25"),
+        ((x * 255, y), r"inside the attack's bounds \(0.0, 1.0\), got values from .* to 25"),
         ((x[:0], y[:0]), "x must not be empty"),
         ((x * np.nan, y), "x must be finite"),
         ((x[:, 0, 0, 0], y), "a batch axis and one more"),
         ((x, y[:5]), "one label per example of x, 7, got 5"),
         ((x, tf.cast(y, tf.float32)), "must be integers, got float32"),
         ((x, y[:, None, None]), "integers of shape"),
-        ((x3, tf.constant([[0.2, 0.2]] * 3)), "rows that are >= 0 and sum to 1"),
+        ((x3, tf.constant([[0.2, 0.2]] * 3)), "rows that are >= 0 and sum to 1.* 0.4 to 0.4"),
+        ((x3, tf.constant([[1.2, -0.2]] * 3)), "sum to 1, got a smallest entry of -0.2"),
     ]:
         with pytest.raises(ValueError, match=words):
             attack(model, *arguments)

@@ -338,7 +338,7 @@ def test_datasets_that_are_refused():
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (lambda x: tf.nn.softmax(linear(x)), ValueError, "returns probabilities"),
+        (lambda x: tf.nn.softmax(linear(x)), ValueError, "but returns probabilities"),
         (lambda x: linear(x)[:, :1], ValueError, "2 classes or more"),
         (lambda x: linear(x)[:, None], ValueError, r"shape \(batch, classes\)"),
         (lambda x: tf.reduce_sum(linear(x), axis=0, keepdims=True), ValueError, "shape"),
@@ -382,7 +382,7 @@ def test_inputs_may_miss_the_bounds_by_a_millionth_of_their_size(bounds):
     attack, size = attacks.FGSM(epsilon=1e-6, bounds=bounds), max(map(abs, bounds))
     x = np.full((1, 2), bounds[1])
     assert attack(lambda x: x, x + 0.9e-6 * size, [0]).shape == (1, 2)
-    with pytest.raises(ValueError, match="inside bounds"):
+    with pytest.raises(ValueError, match="inside the attack's bounds"):
         attack(lambda x: x, x + 1.1e-6 * size, [0])
 
 
@@ -580,7 +580,7 @@ def test_the_source_of_a_transfer_is_looked_at_too():
         return tf.nn.softmax(linear(x))
 
     fgsm = attacks.FGSM(epsilon=EPSILON)
-    with pytest.raises(ValueError, match="source 'softmax' of a Transfer returns probabilities"):
+    with pytest.raises(ValueError, match="source 'softmax' of a Transfer must return logits, but"):
         quiet(linear, X, Y, attacks.Transfer(source=softmax, attack=fgsm))
     with pytest.warns(EvaluationWarning, match="source 'masked' of a Transfer: .* zero for 75 of"):
         report = quiet(linear, X, Y, attacks.Transfer(source=masked, attack=fgsm))

@@ -56,7 +56,8 @@ class Compiled:
     def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
         """Run; the labels are held against the number of classes, which is known once traced."""
         concrete = self._function.get_concrete_function()
-        _inputs.check_range(y, self._classes[0])
+        if y is not None:
+            _inputs.require_classes(y, self._classes[0])
         return concrete((x, seed) if y is None else (x, seed, y))
 
 
