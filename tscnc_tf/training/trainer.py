@@ -286,7 +286,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
-        return self._compiled(self._descend)(*self._unpack(data))
+        return self._checked(self._descend, data)
 
     def _descend(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
@@ -315,7 +315,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Attack a batch in inference mode, and return the logs."""
-        return self._compiled(self._judge)(*self._unpack(data))
+        return self._checked(self._judge, data)
 
     def _judge(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
@@ -325,8 +325,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         terms = self._terms(y, clean, adversarial, reference, sample_weight)
         return self._logs(x, y, clean, adversarial, terms, sample_weight)
 
-    def _unpack(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-        """Return inputs, labels and weights of a batch, once they are found to be sound."""
+    def _checked(self, step: Callable[..., Any], data: Any) -> dict[str, Any]:
+        """Take a step on a batch, once it is found to be sound."""
         unpack = flavours.library_of(type(self)).utils.unpack_x_y_sample_weight
         x, y, sample_weight = unpack(data)
         bounds = self.attack.bounds
@@ -335,7 +335,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
             self._classes = outputs.traced_classes("model", self._inference, x)
         checks = inputs.require_values(x, y, bounds, self._classes) + self._require_logits(x)
         with tf.control_dependencies(checks):  # nothing is changed by a batch that is not sound
-            return tf.identity(x), y, sample_weight
+            return self._compiled(step)(x, y, sample_weight)
 
     def _require_logits(self, x: tf.Tensor) -> list[tf.Operation]:
         """Raise a ValueError unless the networks return logits; in a graph, return what checks it.
