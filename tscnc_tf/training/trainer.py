@@ -212,24 +212,44 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self._pruners = tuple(pruners)
         for pruner in pruners:
             pruner.take_over(self.optimizer)
-        return self._make("train_function", super().make_train_function, force)
+        return self._make("train_function", super().make_train_function, force, self._build)
+
+    def _build(self) -> None:
+        """Let the optimizer make its variables.
+
+        In a step it would do so behind the checks, and be left with what has no value by one that
+        fails.
+        """
+        with self.distribute_strategy.scope():
+            optimizers.build(self.optimizer, self.model.trainable_variables)
 
     def make_test_function(self, force: bool = False) -> Any:
         """Compile the evaluation's step."""
         return self._make("test_function", super().make_test_function, force)
 
-    def _make(self, name: str, make: Callable[..., Any], force: bool) -> Any:
+    def _make(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        force: bool,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Any:
         """Let Keras compile a step, unless there is one already; return it, as it is called."""
         if getattr(self, name) is None or force:
             with self._at_work():
                 make(force=True)
-            setattr(self, name, self._from_outside(getattr(self, name)))
+            setattr(self, name, self._from_outside(getattr(self, name), begin))
         return getattr(self, name)
 
-    def _from_outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _from_outside(
+        self, function: Callable[..., Any], begin: Callable[[], None]
+    ) -> Callable[..., Any]:
         """Return a compiled step whose failed checks are the errors of eager code."""
+        todo = [begin]
 
         def step(*args: Any) -> Any:
+            while todo:
+                todo.pop()()
             with self._at_work():
                 try:
                     logs = function(*args)
