@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tscnc_tf import losses
-from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer
+from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer, _compiled
 from tscnc_tf.attacks._ascent import Ascent
 from tscnc_tf.functional import balls
 
@@ -609,6 +609,37 @@ def test_errors_about_the_model(batch):
         PGD(epsilon=0.1, objective="dlr")(linear(np.ones(32, "float32")), x, y % 2)
     with pytest.raises(TypeError, match="model must be callable, got int"):
         attack(3, x, y)
+
+
+@every_attack
+@pytest.mark.parametrize("collect", [list, tuple, lambda parts: dict(enumerate(parts))])
+def test_several_inputs_are_refused(make, collect, batch):
+    x, y = batch
+    with pytest.raises(TypeError, match="x must be one array or tensor of inputs, got a"):
+        make()(network(), collect([x, x]), y)
+
+
+def test_the_functions_of_a_models_last_attacks_are_kept(batch):
+    """A sweep over epsilon leaves a bounded number behind, the last ones by use."""
+    x, y = batch
+    model, traces = network(), []
+
+    def logits(x):
+        traces.append(x)
+        return model(x, training=False)
+
+    def new_traces(epsilon):
+        before = len(traces)
+        FGSM(epsilon=epsilon)(logits, x, y)
+        return len(traces) - before
+
+    sweep = [0.01 * k for k in range(1, 12)]
+    assert all(new_traces(epsilon) > 0 for epsilon in sweep)
+    assert len(_compiled._COMPILED[logits]) == 8
+    assert new_traces(sweep[3]) == 0, "one of the last eight"
+    assert new_traces(sweep[0]) > 0, "this one went"
+    assert new_traces(sweep[3]) == 0
+    assert new_traces(sweep[4]) > 0, "the longest unused went for it"
 
 
 def test_errors_about_the_labels(batch):

@@ -970,3 +970,153 @@ def test_a_model_that_has_compiled_nothing_is_left_alone(library):
     flavours.reset_functions(model)
     assert model.train_function is None
     assert model.test_function is None
+
+
+RAMPS = {
+    "epsilon": [attacks.PGD(epsilon=e, steps=2) for e in (0.02, 0.05, 0.1)],
+    "l2": [attacks.PGD(epsilon=e, steps=2, norm="l2") for e in (0.1, 0.2, 0.4)],
+    "kind": [attacks.PGD(epsilon=0.05, steps=2), attacks.FGSM(epsilon=0.05), PGD],
+    "loss": [losses.TRADES(1.0), losses.Madry(), losses.TRADES(3.0)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize("ramp", RAMPS)
+@every_flavour
+def test_what_a_callback_changes_acts_from_the_next_step_on(library, ramp, options):
+    """As if training had been stopped for each change."""
+    if options and ramp != "epsilon":
+        pytest.skip("one ramp tells")
+    (x, y), values = blobs(32), RAMPS[ramp]
+    name = "robust_loss" if ramp == "loss" else "attack"
+
+    class Change(library.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            setattr(self.model, name, values[epoch])
+
+    def after(at_once):
+        tf_keras.utils.set_random_seed(3)
+        trainer = trainer_for(dense_model(library), **options)
+        how = {"batch_size": 16, "verbose": 0, "shuffle": False, "validation_data": (x, y)}
+        if at_once:
+            history = trainer.fit(x, y, epochs=3, callbacks=[Change()], **how).history
+            return trainer.model.get_weights(), history
+        history = {}
+        for value in values:
+            setattr(trainer, name, value)
+            for key, found in trainer.fit(x, y, epochs=1, **how).history.items():
+                history.setdefault(key, []).extend(found)
+        return trainer.model.get_weights(), history
+
+    (weights, history), (expected, by_parts) = after(True), after(False)
+    assert_same(weights, expected)
+    assert history == by_parts
+
+
+@pytest.mark.parametrize("hook", ["train_batch_begin", "train_batch_end"])
+@every_flavour
+def test_an_attack_may_change_with_every_step(library, hook):
+    x, y = blobs(32)
+    sizes = [0.02, 0.05, 0.1, 0.2]
+
+    def attack(epsilon):
+        return attacks.PGD(epsilon=epsilon, steps=2)
+
+    def change(self, batch, logs=None):
+        taken = int(self.model.optimizer.iterations)
+        self.model.attack = attack(sizes[min(taken, 3)])
+
+    Change = type("Change", (library.callbacks.Callback,), {f"on_{hook}": change})
+
+    def start():
+        tf_keras.utils.set_random_seed(3)
+        trainer = trainer_for(dense_model(library))
+        trainer.attack = attack(sizes[0])
+        return trainer
+
+    trainer, by_hand = start(), start()
+    trainer.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[Change()])
+    for index, size in enumerate(sizes):
+        by_hand.attack = attack(size)
+        by_hand.train_on_batch(x[8 * index : 8 * index + 8], y[8 * index : 8 * index + 8])
+    assert_same(trainer.model.get_weights(), by_hand.model.get_weights(), atol=1e-6)
+
+
+@every_flavour
+def test_an_equal_attack_or_loss_compiles_nothing_anew(library):
+    trainer = trainer_for(dense_model(library))
+    trainer.fit(*blobs(16), verbose=0)
+    step = trainer.train_function
+    trainer.attack = dataclasses.replace(PGD)
+    trainer.robust_loss = losses.TRADES(6.0)
+    assert trainer.train_function is step
+    trainer.attack = attacks.PGD(epsilon=0.1, steps=3)
+    assert trainer.train_function is not step
+
+
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+@every_flavour
+def test_the_best_epoch_by_adversarial_accuracy(library, tmp_path):
+    """The recipe of the documentation; without the mode it is not known which way is up."""
+    x, y = blobs(48)
+    rates = iter([0.0, 0.1, -3.0, -3.0, -3.0, -3.0])
+    trainer = trainer_for(dense_model(library), optimizer=library.optimizers.SGD(0.1))
+
+    class Rate(library.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = next(rates)  # uphill from the third epoch on
+
+    best = {"monitor": "val_adversarial_accuracy", "mode": "max"}
+    kept = [
+        library.callbacks.EarlyStopping(**best, patience=2, restore_best_weights=True),
+        library.callbacks.ModelCheckpoint(
+            str(tmp_path / "best.weights.h5"), **best, save_best_only=True, save_weights_only=True
+        ),
+    ]
+    how = {"batch_size": 8, "epochs": 6, "verbose": 0, "validation_data": (x, y)}
+    history = trainer.fit(x, y, callbacks=[Rate(), *kept], **how).history
+    found = history["val_adversarial_accuracy"]
+    assert len(found) == int(np.argmax(found)) + 3 <= 6, "two epochs after the best one"
+    assert min(found) < max(found)
+    assert trainer.evaluate(x, y, verbose=0, return_dict=True)[
+        "adversarial_accuracy"
+    ] == pytest.approx(max(found))
+    trainer.load_weights(str(tmp_path / "best.weights.h5"))
+    assert trainer.evaluate(x, y, verbose=0, return_dict=True)[
+        "adversarial_accuracy"
+    ] == pytest.approx(max(found))
+
+
+@pytest.mark.parametrize("how", ["train_on_batch", "fit", "loop"])
+def test_wrappers_of_tfmot_train_without_its_callback(how):
+    x, y = blobs(32)
+
+    def after(way):
+        tf_keras.utils.set_random_seed(3)
+        model = pruning.prune(
+            dense_model(), schedules.CosineSparsity(0.2, 0.75, 1, 4, 1), engine="tfmot"
+        )
+        trainer = trainer_for(model)
+        if way == "callback":
+            fit(trainer, (x, y), batch_size=8, epochs=1)
+        elif way == "fit":
+            trainer.fit(x, y, batch_size=8, epochs=1, verbose=0, shuffle=False)
+        else:
+            step = tf.function(trainer.train_step) if way == "loop" else None
+            for start in range(0, 32, 8):
+                batch = (tf.constant(x[start : start + 8]), tf.constant(y[start : start + 8]))
+                step(batch) if step else trainer.train_on_batch(*batch)
+        assert pruning_steps(model) == [4, 4]
+        assert_zeros_equal_masks(model)
+        return model.get_weights()
+
+    assert_same(after(how), after("callback"), atol=1e-6)
+
+
+@every_flavour
+def test_the_model_of_a_trainer_is_not_exchanged(library):
+    trainer = trainer_for(dense_model(library))
+    trainer.model = trainer.model
+    with pytest.raises(AttributeError, match=r"model of trainer .* can't be exchanged"):
+        trainer.model = dense_model(library)
+    assert np.isfinite(trainer.evaluate(*blobs(8), verbose=0)[0])

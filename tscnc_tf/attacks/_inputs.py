@@ -16,6 +16,7 @@ def examples(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
     Raises:
         ValueError: it is not, or does not.
     """
+    _checks.one_array("x", x)
     x = tf.convert_to_tensor(x)
     if not x.dtype.is_floating:
         raise ValueError(

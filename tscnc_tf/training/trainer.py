@@ -119,6 +119,20 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self._pruners: tuple[Any, ...] = ()  # that the training step was compiled with
         self.built = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the model is not to be exchanged.
+
+        Raises:
+            AttributeError: `model` is set to another one.
+        """
+        if name == "model" and vars(self).get(name, value) is not value:
+            raise AttributeError(
+                f"model of trainer {self.name!r} can't be exchanged, for its optimizer and its "
+                "compiled steps belong to the one that it has: build another trainer, "
+                "AdversarialTraining(model, attack=..., loss=...)."
+            )
+        super().__setattr__(name, value)
+
     @property
     def robust_loss(self) -> losses.RobustLoss:
         """What training descends; if it is set, the steps are compiled anew.
@@ -312,6 +326,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         reference = self.robust_loss.reference(x)
         known = self._known_clean(x, reference)
         x_adversarial = self._perturb(x, y, self._step_seed(), known, reference)
+        wrappers.begin(self.model, self.optimizer)
         steps = wrappers.pruning_steps(self.model)
         result: dict[str, Any] = {}
 
