@@ -53,22 +53,34 @@ class AdversarialTraining(flavours.Trainer, _Base):
     `adversarial_accuracy`, and the metrics given to `compile`, which see the clean batch. With
     TRADES `loss = clean_loss + robust_loss + penalty`; with the others the clean loss is shown, but
     no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what to
-    report is `evaluate_robustness`.
+    report is `evaluate_robustness`. Callbacks that watch an accuracy here, such as EarlyStopping
+    or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, need `mode="max"`: neither Keras
+    knows by itself that more of it is better.
+
+    Each batch is checked, in front of what XLA compiles, and a ValueError says what is wrong with
+    it: inputs outside of the attack's bounds, labels out of range, soft labels that don't sum to 1.
+    In the first batch the networks' outputs are looked at as well (not under a distribution
+    strategy): probabilities are refused. Labels are integers of any dtype, one-hot or soft; of soft
+    ones the losses take the rows as they are, the accuracies the largest entry, and the adversary
+    what `losses.log_odds` says, which smoothing doesn't change.
 
     Args:
         model: a model of either Keras that returns logits, `(batch, classes)`; pruned or not.
         attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
             what the loss asks for: TRADES ascends the KL divergence from the clean output.
         loss: `losses.TRADES(beta)`, `losses.Madry()`, `losses.MART(beta)` or
-            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`, which may be set, as
-            `attack` may.
+            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`. It and `attack` may be
+            set at any time, in a callback too, and act from the next step on, which is compiled
+            anew unless they are equal to what they were. (An evaluation under way in tf_keras ends
+            as it began.)
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
 
     Raises:
         TypeError: `model` is no Keras model, `attack` no attack or `loss` no robust loss.
-        ValueError: `model` is not built, or does not return one row of logits per example.
+        ValueError: `model` is not built, or does not return one row of logits per example. What
+            is only seen when it runs is raised by the first step.
 
     Example:
         >>> import keras
