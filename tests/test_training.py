@@ -1055,7 +1055,7 @@ def test_an_equal_attack_or_loss_compiles_nothing_anew(library):
 @pytest.mark.filterwarnings("ignore:.*HDF5")
 @every_flavour
 def test_the_best_epoch_by_adversarial_accuracy(library, tmp_path):
-    """The recipe of the documentation; without the mode it is not known which way is up."""
+    """The recipe of the documentation."""
     x, y = blobs(48)
     rates = iter([0.0, 0.1, -3.0, -3.0, -3.0, -3.0])
     trainer = trainer_for(dense_model(library), optimizer=library.optimizers.SGD(0.1))
@@ -1079,6 +1079,10 @@ def test_the_best_epoch_by_adversarial_accuracy(library, tmp_path):
     assert trainer.evaluate(x, y, verbose=0, return_dict=True)[
         "adversarial_accuracy"
     ] == pytest.approx(max(found))
+    if library is keras:
+        undirected = library.callbacks.EarlyStopping("val_adversarial_accuracy")
+        with pytest.raises(ValueError, match="direction"):
+            trainer.fit(x, y, callbacks=[undirected], **{**how, "epochs": 1})
     trainer.load_weights(str(tmp_path / "best.weights.h5"))
     assert trainer.evaluate(x, y, verbose=0, return_dict=True)[
         "adversarial_accuracy"

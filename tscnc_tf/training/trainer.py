@@ -54,8 +54,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
     TRADES `loss = clean_loss + robust_loss + penalty`; with the others the clean loss is shown, but
     no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what to
     report is `evaluate_robustness`. Callbacks that watch an accuracy here, such as EarlyStopping
-    or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, need `mode="max"`: neither Keras
-    knows by itself that more of it is better.
+    or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, are given `mode="max"`: Keras 3
+    does not know which way is up for a mean, and raises an error without. (tf_keras takes it from
+    the name.)
 
     Each batch is checked, in front of what XLA compiles, and a ValueError says what is wrong with
     it: inputs outside of the attack's bounds, labels out of range, soft labels that don't sum to 1.
