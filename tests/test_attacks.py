@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tscnc_tf import losses
-from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer
+from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer, _compiled
 from tscnc_tf.attacks._ascent import Ascent
 from tscnc_tf.functional import balls
 
@@ -176,14 +176,15 @@ def test_admission_of_bad_inputs(make, batch):
     x3 = x[:3]
     for arguments, words in [
         ((tf.cast(x * 255, tf.uint8), y), r"float dtype, got uint8.*tf.float32\) / 255"),
-        ((x * 255, y), r"inside bounds=\(0.0, 1.0\), got values from .* to 25"),
+        ((x * 255, y), r"inside the attack's bounds \(0.0, 1.0\), got values from .* to 25"),
         ((x[:0], y[:0]), "x must not be empty"),
         ((x * np.nan, y), "x must be finite"),
         ((x[:, 0, 0, 0], y), "a batch axis and one more"),
         ((x, y[:5]), "one label per example of x, 7, got 5"),
         ((x, tf.cast(y, tf.float32)), "must be integers, got float32"),
         ((x, y[:, None, None]), "integers of shape"),
-        ((x3, tf.constant([[0.2, 0.2]] * 3)), "rows that are >= 0 and sum to 1"),
+        ((x3, tf.constant([[0.2, 0.2]] * 3)), "rows that are >= 0 and sum to 1.* 0.4 to 0.4"),
+        ((x3, tf.constant([[1.2, -0.2]] * 3)), "sum to 1, got a smallest entry of -0.2"),
     ]:
         with pytest.raises(ValueError, match=words):
             attack(model, *arguments)
@@ -347,13 +348,62 @@ def test_kl_of_a_sure_model_is_no_noise(rng):
     np.testing.assert_allclose(direction(tf.float32), direction(tf.float64), atol=5e-3)
 
 
-def test_soft_labels_lead_where_cross_entropy_does():
-    # The loss for (0.9, 0.1) is least at p1 = 0.1: below it the ascent leads down, above it up.
-    soft = [[0.9, 0.1]] * 2
-    x = tf.fill((1, 4), 0.5)
-    for bias, sign in ((-8.0, -1), (8.0, 1)):
-        result = FGSM(epsilon=0.1)(linear(W, bias), x, soft[:1])
-        np.testing.assert_allclose(result - x, 0.1 * sign * np.sign(W)[None], atol=1e-6)
+def rows(hard, amount):
+    return (1 - amount) * tf.one_hot(hard, CLASSES) + amount / CLASSES
+
+
+@pytest.mark.parametrize("amount", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("attack", [FGSM, PGD], ids=["FGSM", "PGD"])
+def test_smoothed_labels_are_attacked_as_hard_ones(attack, targeted, amount, batch):
+    """However sure the network is, where to ascend the smoothed loss would make it surer."""
+    x, _ = batch
+    model = network(gain=40.0)
+    y = tf.argmax(model(x, training=False), axis=-1)
+    made = attack(epsilon="8/255", targeted=targeted)
+    np.testing.assert_array_equal(made(model, x, rows(y, amount)), made(model, x, y))
+
+
+def np_mixture_slope(labels, z):
+    """The gradient of log((1 - P) / P), P = sum m p, by the quotient rule in NumPy."""
+    low, high = labels.min(1, keepdims=True), labels.max(1, keepdims=True)
+    m = (labels - low) / (high - low)
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    share = np.sum(m * p, axis=1, keepdims=True)
+    return -p * (m - share) / (share * (1 - share))
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.1])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_mixtures_are_led_away_from_their_classes(share, amount, rng):
+    """One step on a linear model, whose slope at x is W times that at the logits."""
+    kernel = rng.standard_normal((6, CLASSES)).astype("float32")
+    x = rng.uniform(0.3, 0.7, (BATCH, 6)).astype("float32")
+    one = np.eye(CLASSES, dtype="float32")[np.arange(BATCH) % CLASSES]
+    labels = share * one + (1 - share) * np.roll(one, 1, axis=1)
+    slope = np_mixture_slope(labels, 4 * x @ kernel) @ kernel.T
+    assert np.abs(slope).min() > 1e-4
+    given = (1 - amount) * labels + amount / CLASSES
+    found = FGSM(epsilon=0.1)(lambda x: 4 * x @ kernel, x, given)
+    np.testing.assert_allclose(found - x, 0.1 * np.sign(slope), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+def test_labels_of_any_integer_dtype(dtype, batch):
+    x, y = batch
+    model, attack = network(), FGSM(epsilon=0.1)
+    expected = attack(model, x, y)
+    labels = tf.constant(y.numpy().astype(dtype))
+    np.testing.assert_array_equal(attack(model, x, labels), expected)
+    inside = tf.function(lambda x, y: attack(model, x, y))(x, labels)
+    np.testing.assert_allclose(inside, expected, atol=1e-6)
+
+
+def test_a_label_that_int32_would_wrap_is_out_of_range(batch):
+    x, y = batch
+    with pytest.raises(ValueError, match="got labels from 0 to 4294967297"):
+        FGSM(epsilon=0.1)(network(), x, np.where(y == 1, 2**32 + 1, 0))
 
 
 # --- Another library --------------------------------------------------------------------------
@@ -559,6 +609,37 @@ def test_errors_about_the_model(batch):
         PGD(epsilon=0.1, objective="dlr")(linear(np.ones(32, "float32")), x, y % 2)
     with pytest.raises(TypeError, match="model must be callable, got int"):
         attack(3, x, y)
+
+
+@every_attack
+@pytest.mark.parametrize("collect", [list, tuple, lambda parts: dict(enumerate(parts))])
+def test_several_inputs_are_refused(make, collect, batch):
+    x, y = batch
+    with pytest.raises(TypeError, match="x must be one array or tensor of inputs, got a"):
+        make()(network(), collect([x, x]), y)
+
+
+def test_the_functions_of_a_models_last_attacks_are_kept(batch):
+    """A sweep over epsilon leaves a bounded number behind, the last ones by use."""
+    x, y = batch
+    model, traces = network(), []
+
+    def logits(x):
+        traces.append(x)
+        return model(x, training=False)
+
+    def new_traces(epsilon):
+        before = len(traces)
+        FGSM(epsilon=epsilon)(logits, x, y)
+        return len(traces) - before
+
+    sweep = [0.01 * k for k in range(1, 12)]
+    assert all(new_traces(epsilon) > 0 for epsilon in sweep)
+    assert len(_compiled._COMPILED[logits]) == 8
+    assert new_traces(sweep[3]) == 0, "one of the last eight"
+    assert new_traces(sweep[0]) > 0, "this one went"
+    assert new_traces(sweep[3]) == 0
+    assert new_traces(sweep[4]) > 0, "the longest unused went for it"
 
 
 def test_errors_about_the_labels(batch):

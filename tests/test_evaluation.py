@@ -294,7 +294,10 @@ def test_progress_does_not_write_unless_to_a_terminal(capfd):
         (X[:0], ValueError, "empty"),
         (X[0], ValueError, "batch"),
         (X[:10], ValueError, "10 examples, but y has 300"),
-        ({"x": X}, TypeError, "one array"),
+        ({"x": X}, TypeError, "x must be one array or tensor of inputs, got a dict"),
+        ([X, X], TypeError, r"got a list of arrays \(2 of them\): wrap a model of several inputs"),
+        ((X, X), TypeError, "got a tuple of arrays"),
+        ([tf.constant(X), X], TypeError, "got a list of arrays"),
     ],
 )
 def test_inputs_that_are_refused(x, error, message):
@@ -321,6 +324,19 @@ def test_labels_that_are_refused(y, error, message):
         quiet(linear, X, y, corner_attack())
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+def test_labels_may_be_of_any_integer_dtype(dtype):
+    expected = quiet(linear, X, Y, corner_attack()).robust_correct
+    for labels in (Y.astype(dtype), np.eye(CLASSES, dtype=dtype)[Y]):
+        np.testing.assert_array_equal(
+            quiet(linear, X, labels, corner_attack()).robust_correct, expected
+        )
+
+
+def test_inputs_in_nested_lists_are_one_array():
+    assert quiet(linear, X.tolist(), Y, corner_attack()).clean_accuracy == 0.9
+
+
 def test_datasets_that_are_refused():
     pairs = tf.data.Dataset.from_tensor_slices((X, Y))
     for dataset, error, message in [
@@ -328,6 +344,7 @@ def test_datasets_that_are_refused():
         (pairs.batch(10).repeat(), ValueError, "without an end"),
         (pairs.batch(10).take(0), ValueError, "no batches"),
         (tf.data.Dataset.from_tensor_slices(X).batch(10), TypeError, "pairs"),
+        (tf.data.Dataset.from_tensor_slices(((X, X), Y)).batch(10), TypeError, "one tensor of inp"),
     ]:
         with pytest.raises(error, match=message):
             quiet(linear, dataset, None, corner_attack())
@@ -338,7 +355,7 @@ def test_datasets_that_are_refused():
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (lambda x: tf.nn.softmax(linear(x)), ValueError, "returns probabilities"),
+        (lambda x: tf.nn.softmax(linear(x)), ValueError, "but returns probabilities"),
         (lambda x: linear(x)[:, :1], ValueError, "2 classes or more"),
         (lambda x: linear(x)[:, None], ValueError, r"shape \(batch, classes\)"),
         (lambda x: tf.reduce_sum(linear(x), axis=0, keepdims=True), ValueError, "shape"),
@@ -382,7 +399,7 @@ def test_inputs_may_miss_the_bounds_by_a_millionth_of_their_size(bounds):
     attack, size = attacks.FGSM(epsilon=1e-6, bounds=bounds), max(map(abs, bounds))
     x = np.full((1, 2), bounds[1])
     assert attack(lambda x: x, x + 0.9e-6 * size, [0]).shape == (1, 2)
-    with pytest.raises(ValueError, match="inside bounds"):
+    with pytest.raises(ValueError, match="inside the attack's bounds"):
         attack(lambda x: x, x + 1.1e-6 * size, [0])
 
 
@@ -580,7 +597,7 @@ def test_the_source_of_a_transfer_is_looked_at_too():
         return tf.nn.softmax(linear(x))
 
     fgsm = attacks.FGSM(epsilon=EPSILON)
-    with pytest.raises(ValueError, match="source 'softmax' of a Transfer returns probabilities"):
+    with pytest.raises(ValueError, match="source 'softmax' of a Transfer must return logits, but"):
         quiet(linear, X, Y, attacks.Transfer(source=softmax, attack=fgsm))
     with pytest.warns(EvaluationWarning, match="source 'masked' of a Transfer: .* zero for 75 of"):
         report = quiet(linear, X, Y, attacks.Transfer(source=masked, attack=fgsm))

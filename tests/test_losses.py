@@ -112,6 +112,90 @@ def test_log_odds_keep_their_slope_where_cross_entropy_has_none():
     np.testing.assert_allclose(tape.gradient(odds, sure), [[-1, q, 1 - q]], rtol=1e-6)
 
 
+def np_soft_log_odds(labels, z):
+    """log((1 - P) / P), where P weighs each class by how far it is one of the example's own."""
+    low, high = labels.min(axis=1, keepdims=True), labels.max(axis=1, keepdims=True)
+    share = np.sum((labels - low) / (high - low) * softmax(z), axis=1)
+    return np.log((1 - share) / share)
+
+
+def smoothed(labels, amount):
+    return (1 - amount) * labels + amount / labels.shape[1]
+
+
+HARD = np.eye(CLASSES)[LABELS]
+MIXED = 0.7 * HARD + 0.3 * np.eye(CLASSES)[(LABELS + 1) % CLASSES]
+
+
+@pytest.mark.parametrize("amount", [0.0, 1e-4, 0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("labels", [HARD, MIXED], ids=["hard", "mixed"])
+def test_log_odds_of_soft_labels_do_not_mind_smoothing(labels, amount, logits):
+    odds = losses.log_odds(smoothed(labels, amount), logits)
+    np.testing.assert_allclose(odds, np_soft_log_odds(labels, logits), rtol=1e-7)
+    if labels is HARD:
+        np.testing.assert_allclose(odds, losses.log_odds(LABELS, logits), rtol=1e-7)
+    in_half = tf.cast(smoothed(labels, amount), tf.float16)
+    half = losses.log_odds(in_half, tf.cast(logits, tf.float32))
+    np.testing.assert_allclose(half, odds, atol=0.02 / (1 - amount))
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.1])
+def test_log_odds_of_a_mixture_lower_its_classes_however_sure_the_network_is(amount):
+    """Cross-entropy's slope has the sign of p - q: it raises a class that is surer than its q."""
+    sure = tf.constant([[50.0, 0.0, -1.0, 0.0], [0.0, 50.0, 0.0, 0.0], [7.0, 7.0, 7.0, 0.0]])
+    labels = smoothed(np.array([[0.5, 0.5, 0.0, 0.0]] * 3), amount)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(sure)
+        entropy = losses.cross_entropy(labels, sure)
+        odds = losses.log_odds(labels, sure)
+    assert tape.gradient(entropy, sure)[0, 0] > 0.4 * (1 - amount)
+    q = 1 / (1 + np.exp(-1))
+    r = 1 / (1 + np.exp(-7.0))
+    expected = [[-1, 0, 1 - q, q], [0, -1, 0.5, 0.5], [-0.5, -0.5, r, 1 - r]]
+    np.testing.assert_allclose(tape.gradient(odds, sure), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_log_odds_of_a_mixture_keep_their_slope_where_a_class_of_it_dominates():
+    """P stays at the share of that class; what is left of the slope is no rounding noise."""
+    logits = np.array([[0.0, 30.0, 1.0, -2.0]])
+    labels = np.array([[0.7, 0.3, 0.0, 0.0]])
+
+    def slope(dtype):
+        z = tf.constant(logits, dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            value = losses.log_odds(labels, z)
+        gradient = tape.gradient(value, z).numpy()
+        return gradient / np.abs(gradient).max()
+
+    np.testing.assert_allclose(slope(tf.float32), slope(tf.float64), rtol=1e-4)
+
+
+def test_log_odds_of_labels_that_say_nothing_are_those_of_the_first_class(logits):
+    nothing = np.full((BATCH, CLASSES), 1 / CLASSES)
+    expected = losses.log_odds(np.zeros(BATCH, int), logits)
+    np.testing.assert_allclose(losses.log_odds(nothing, logits), expected)
+
+
+INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_may_be_of_any_integer_dtype(dtype, logits, other_logits):
+    labels, rows = LABELS.astype(dtype), HARD.astype(dtype)
+    for function in (losses.cross_entropy, losses.margin, losses.dlr, losses.log_odds):
+        for form in (labels, labels[:, None], rows):
+            np.testing.assert_array_equal(function(form, logits), function(LABELS, logits))
+    for loss in (TRADES(), Madry(), MART()):
+        expected = loss.robust(LABELS, logits, other_logits)
+        np.testing.assert_array_equal(loss.robust(labels, logits, other_logits), expected)
+
+
+def test_the_last_of_256_classes_fits_into_a_byte():
+    rows = losses.one_hot(np.array([255, 0], "uint8"), 256).numpy()
+    assert rows[0].argmax() == 255 and rows[1].argmax() == 0 and rows.sum() == 2
+
+
 @pytest.mark.parametrize("form", ["column", "one_hot", "int_one_hot", "int64", "uint8"])
 def test_labels_may_have_any_form(form, logits, other_logits):
     labels = {
@@ -210,6 +294,14 @@ def test_dlr_knows_no_scale(logits):
     [
         (lambda: losses.dlr([0], [[1.0, 2.0]]), "at least 3 classes here, got 2"),
         (lambda: losses.margin([0], [[1.0]]), "at least 2 classes here, got 1"),
+        (lambda: losses.cross_entropy([0], [[1.0]]), r"one output z .* has the logits \(0, z\)"),
+        (lambda: losses.kl_divergence([[1.0]], [[1.0]]), "at least 2 classes here, got 1"),
+        (lambda: TRADES().robust([0], [[1.0]], [[1.0]]), "at least 2 classes here, got 1"),
+        (lambda: MART().robust([0], [[1.0]], [[1.0]]), "at least 2 classes here, got 1"),
+        (
+            lambda: RSLAD(None).robust([0], [[1.0]], [[1.0]], [[1.0]]),
+            "at least 2 classes here, got 1",
+        ),
         (
             lambda: losses.cross_entropy([0], [1.0, 2.0]),
             r"float tensor of shape \(batch, classes\)",

@@ -201,7 +201,8 @@ def test_a_step_takes_one_forward_pass_in_training_mode(loss, inference, kind):
         calls.assign(0)
     model = kind.prune(kind.library.Model(inputs, outputs), schedules.OneShot(0.5))
     fit(trainer_for(model, loss), (x, y), epochs=2)
-    assert [int(calls) for calls in counter.calls] == [6 * inference, 6]
+    # And one in the first batch of all, to see whether the network returns logits.
+    assert [int(calls) for calls in counter.calls] == [6 * inference + 1, 6]
     assert pruning_steps(model) == [6]
 
 
@@ -641,7 +642,7 @@ def test_bad_input_is_named(flavour):
         (lambda: trainer().fit(x[:0], y[:0]), ValueError, "at least one example"),
         (lambda: trainer().fit(x * 255, y), ValueError, "inside the attack's bounds"),
         (lambda: trainer().fit(x * np.nan, y), ValueError, "inside the attack's bounds"),
-        (lambda: trainer().fit(x, y + 1), ValueError, "labels from 0 to 2.*from 1 to 3"),
+        (lambda: trainer().fit(x, y + 1), ValueError, "y must be in 0 ... 2.*from 1 to 3"),
         (lambda: trainer().fit(x, verbose=0), ValueError, "y must be given"),
         (lambda: trainer().fit((x * 1).astype("uint8"), y, verbose=0), TypeError, "cast images to"),
         (
@@ -677,12 +678,206 @@ def test_batches_whose_gradients_are_summed_up_are_attacked_by_seeds_of_their_ow
     assert int(optimizer.iterations) == 4
 
 
-def test_bad_batches_of_a_pipeline_are_refused_in_the_graph():
+def own_model(library, classes=3, **options):
+    """A subclassed network, of which no graph is known."""
+
+    class Own(library.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = library.layers.Dense(classes, **options)
+
+        def call(self, x, training=None):
+            return self.dense(x)
+
+    model = Own()
+    model(np.zeros((1, 6), "float32"))
+    return model
+
+
+def data_of(form, x, y, batch_size=8):
+    """A batched dataset of tensors, or of a Python generator, which can be iterated once."""
+    if form == "dataset":
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size)
+    starts = range(0, len(x), batch_size)
+    return ((x[i : i + batch_size], y[i : i + batch_size]) for i in starts)
+
+
+def ways_in(x, y):
+    """All ways to hand a batch to a trainer that ends in a step; each a function of the trainer."""
+    return {
+        "fit": lambda t: t.fit(x, y, verbose=0),
+        "fit, dataset": lambda t: t.fit(data_of("dataset", x, y), verbose=0),
+        "fit, generator": lambda t: t.fit(
+            data_of("generator", x, y), steps_per_epoch=len(x) // 8, verbose=0
+        ),
+        "train_on_batch": lambda t: t.train_on_batch(x, y),
+        "evaluate": lambda t: t.evaluate(x, y, verbose=0),
+        "evaluate, dataset": lambda t: t.evaluate(data_of("dataset", x, y), verbose=0),
+        "test_on_batch": lambda t: t.test_on_batch(x, y),
+        "train_step": lambda t: t.train_step((tf.constant(x), tf.constant(y))),
+        "test_step": lambda t: t.test_step((tf.constant(x), tf.constant(y))),
+    }
+
+
+RUN_AS = {"graph": {}, "XLA": {"jit_compile": True}, "eager": {"run_eagerly": True}}
+run_as = pytest.mark.parametrize("how", RUN_AS)
+every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+NOT_SHUFFLED = pytest.mark.filterwarnings("ignore:.shuffle=True. was passed")
+
+
+def assert_refused(trainer, call, words):
+    before = trainer.model.get_weights()
+    with pytest.raises(ValueError, match=words):
+        call(trainer)
+    assert_same(before, trainer.model.get_weights())
+
+
+WAYS = [("graph", way) for way in ways_in(*blobs(8))] + [
+    ("XLA", "fit, dataset"),
+    ("XLA", "test_on_batch"),
+    ("eager", "fit, generator"),
+    ("eager", "train_on_batch"),
+]
+
+
+@NOT_SHUFFLED
+@pytest.mark.parametrize(("how", "way"), WAYS)
+@every_flavour
+def test_bad_batches_are_refused_before_anything_is_changed(library, how, way):
     x, y = blobs(16)
-    for bad in ((x * 255, y), (x, y + 1)):
-        data = tf.data.Dataset.from_tensor_slices(bad).batch(8)
-        with pytest.raises(tf.errors.InvalidArgumentError, match="must"):
-            trainer_for(dense_model()).fit(data, verbose=0)
+    trainer = trainer_for(own_model(library), **RUN_AS[how])
+    for bad, words in [
+        (
+            (255 * x, y),
+            r"x must lie inside the attack's bounds \(0.0, 1.0\), got values from .* to 2",
+        ),
+        ((np.where(x > 0.5, np.nan, x), y), "x must lie inside .*, got values from nan to nan"),
+        ((x, y + 1), "y must be in 0 ... 2, for the model has 3 outputs, got labels from 1 to 3"),
+        ((x, y - 1), "y must be in 0 ... 2, .* got labels from -1 to 1"),
+        ((x, 2 * np.eye(3, dtype="float32")[y]), "rows that are >= 0 and sum to 1.* from 2 to 2"),
+    ]:
+        assert_refused(trainer, ways_in(*bad)[way], words)
+    ways_in(x, y)[way](trainer)
+
+
+@NOT_SHUFFLED
+@pytest.mark.parametrize(
+    "options", [{}, {"steps_per_execution": 2}, {"jit_compile": True}], ids=str
+)
+@every_flavour
+def test_bad_batches_are_refused_later_on_as_well(library, options):
+    x, y = blobs(48)
+    trainer = trainer_for(dense_model(library), **options)
+    trainer.fit(data_of("dataset", x, y), verbose=0)
+    steps = int(trainer.optimizer.iterations)
+    bad = data_of("dataset", x, np.where(np.arange(48) < 40, y, 7))
+    with pytest.raises(ValueError, match=r"got labels from .* to 7"):
+        trainer.fit(bad, verbose=0)
+    assert int(trainer.optimizer.iterations) == steps + 5
+
+
+def probabilities(library, kind):
+    layers = library.layers
+    inputs = library.Input((6,))
+    softmax = layers.Dense(3, activation="softmax")
+    if kind == "nested":
+        return library.Model(inputs, library.Sequential([library.Input((6,)), softmax])(inputs))
+    if kind == "recast":
+        return library.Model(inputs, layers.Activation("linear", dtype="float32")(softmax(inputs)))
+    return own_model(library, activation="softmax")
+
+
+@NOT_SHUFFLED
+@pytest.mark.parametrize(
+    ("how", "inside", "way"),
+    [
+        ("graph", "nested", "fit, generator"),
+        ("graph", "recast", "train_on_batch"),
+        ("graph", "subclassed", "test_on_batch"),
+        ("XLA", "subclassed", "train_on_batch"),
+        ("eager", "subclassed", "evaluate"),
+        ("eager", "nested", "train_step"),
+    ],
+)
+@every_flavour
+def test_probabilities_are_refused_by_their_values(library, how, inside, way):
+    data = blobs(16)
+    model = probabilities(library, inside)
+    words = "model must return logits, but returns probabilities"
+    assert_refused(trainer_for(model, **RUN_AS[how]), ways_in(*data)[way], words)
+    student = trainer_for(own_model(library), **RUN_AS[how])
+    student.robust_loss = losses.RSLAD(model)
+    words = "teacher must return logits, but returns probabilities"
+    assert_refused(student, ways_in(*data)[way], words)
+    student.robust_loss = losses.RSLAD(teacher)
+    ways_in(*data)[way](student)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@run_as
+@every_flavour
+def test_a_single_logit_is_refused(library, how, loss):
+    x, y = blobs(16)
+    trainer = trainer_for(own_model(library, classes=1), loss, **RUN_AS[how])
+    words = "model must return logits .* 2 classes or more, got shape .*1.* has the logits"
+    for way in ("fit", "train_on_batch", "evaluate"):
+        assert_refused(trainer, ways_in(x, y % 2)[way], words)
+
+
+@every_flavour
+def test_a_teacher_of_a_single_logit_is_refused(library):
+    student = trainer_for(own_model(library, classes=3))
+    student.robust_loss = losses.RSLAD(own_model(library, classes=1))
+    words = "teacher must return logits .* 2 classes or more, got shape"
+    assert_refused(student, ways_in(*blobs(16))["fit"], words)
+
+
+@SHORT
+def test_replicas_check_their_batches_in_the_graph(kind):
+    with two_devices().scope():
+        trainer = trainer_for(kind.dense())
+    x, y = blobs(32)
+    trainer.fit(x, y, batch_size=16, verbose=0)
+    for bad in ((255 * x, y), (x, y + 1)):
+        with pytest.raises(ValueError, match="must"):
+            trainer.evaluate(*bad, batch_size=16, verbose=0)
+
+
+@every_flavour
+def test_labels_of_any_integer_dtype_count_alike(library):
+    x, y = blobs(16)
+    trainer = trainer_for(dense_model(library), "MART", metrics=["accuracy"])
+    expected = trainer.evaluate(x, y, verbose=0, return_dict=True)
+    for dtype in ("int16", "uint16", "uint32"):
+        labels = y.astype(dtype)
+        assert trainer.evaluate(x, labels, verbose=0, return_dict=True) == expected
+    trainer.fit(x, labels[:, None], verbose=0)
+
+
+@every_flavour
+def test_the_last_of_256_classes_fits_into_a_byte(library):
+    x, _ = blobs(16)
+    y = np.arange(240, 256).astype("uint8")
+    trainer = trainer_for(dense_model(library, classes=256))
+    assert np.isfinite(trainer.fit(x, y, verbose=0).history["loss"][0])
+    rows = np.eye(256, dtype="float32")[y]
+    with_rows = trainer.evaluate(x, rows, verbose=0, return_dict=True)
+    assert trainer.evaluate(x, y, verbose=0, return_dict=True) == pytest.approx(with_rows)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@every_flavour
+def test_smoothed_labels_meet_the_adversary_of_hard_ones(library, loss):
+    x, y = blobs(64)
+    trainer = trainer_for(dense_model(library), loss)
+    hard = trainer.evaluate(x, y, verbose=0, return_dict=True)
+    for amount in (0.01, 0.1):
+        soft = ((1 - amount) * np.eye(3)[y] + amount / 3).astype("float32")
+        found = trainer.evaluate(x, soft, verbose=0, return_dict=True)
+        assert found["adversarial_accuracy"] == hard["adversarial_accuracy"]
+        expected = trainer.model(x)
+        logs = np.asarray(tf.nn.log_softmax(tf.cast(expected, tf.float64)))
+        assert found["clean_loss"] == pytest.approx(-np.mean(np.sum(soft * logs, axis=1)), rel=1e-5)
 
 
 @pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
@@ -775,3 +970,156 @@ def test_a_model_that_has_compiled_nothing_is_left_alone(library):
     flavours.reset_functions(model)
     assert model.train_function is None
     assert model.test_function is None
+
+
+RAMPS = {
+    "attack": [attacks.PGD(epsilon=0.02, steps=1), attacks.FGSM(epsilon=0.1)],
+    "robust_loss": [losses.TRADES(1.0), losses.Madry()],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("attack", {}), ("robust_loss", {}), ("attack", {"jit_compile": True})],
+    ids=str,
+)
+@every_flavour
+def test_what_a_callback_changes_acts_from_the_next_step_on(library, name, options):
+    """As if training had been stopped for each change."""
+    (x, y), values = blobs(32), RAMPS[name]
+
+    class Change(library.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            setattr(self.model, name, values[epoch])
+
+    def after(at_once):
+        tf_keras.utils.set_random_seed(3)
+        trainer = trainer_for(dense_model(library), **options)
+        how = {"batch_size": 16, "verbose": 0, "shuffle": False, "validation_data": (x, y)}
+        if at_once:
+            history = trainer.fit(x, y, epochs=2, callbacks=[Change()], **how).history
+            return trainer.model.get_weights(), history
+        history = {}
+        for value in values:
+            setattr(trainer, name, value)
+            for key, found in trainer.fit(x, y, epochs=1, **how).history.items():
+                history.setdefault(key, []).extend(found)
+        return trainer.model.get_weights(), history
+
+    (weights, history), (expected, by_parts) = after(True), after(False)
+    assert_same(weights, expected)
+    assert history == by_parts
+
+
+@pytest.mark.parametrize("hook", ["train_batch_begin", "train_batch_end"])
+@every_flavour
+def test_an_attack_may_change_with_every_step(library, hook):
+    x, y = blobs(32)
+    sizes = [0.02, 0.05, 0.1, 0.2]
+
+    def attack(epsilon):
+        return attacks.PGD(epsilon=epsilon, steps=1)
+
+    def change(self, batch, logs=None):
+        taken = int(self.model.optimizer.iterations)
+        self.model.attack = attack(sizes[min(taken, 3)])
+
+    callback = type("Change", (library.callbacks.Callback,), {f"on_{hook}": change})()
+
+    def start():
+        tf_keras.utils.set_random_seed(3)
+        trainer = trainer_for(dense_model(library))
+        trainer.attack = attack(sizes[0])
+        return trainer
+
+    trainer, by_hand = start(), start()
+    trainer.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[callback])
+    for index, size in enumerate(sizes):
+        by_hand.attack = attack(size)
+        by_hand.train_on_batch(x[8 * index : 8 * index + 8], y[8 * index : 8 * index + 8])
+    assert_same(trainer.model.get_weights(), by_hand.model.get_weights(), atol=1e-6)
+
+
+@every_flavour
+def test_an_equal_attack_or_loss_compiles_nothing_anew(library):
+    trainer = trainer_for(dense_model(library))
+    trainer.fit(*blobs(16), verbose=0)
+    step = trainer.train_function
+    trainer.attack = dataclasses.replace(PGD)
+    trainer.robust_loss = losses.TRADES(6.0)
+    assert trainer.train_function is step
+    trainer.attack = attacks.PGD(epsilon=0.1, steps=3)
+    assert trainer.train_function is not step
+
+
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+@every_flavour
+def test_the_best_epoch_by_adversarial_accuracy(library, tmp_path):
+    """The recipe of the documentation."""
+    x, y = blobs(48)
+    rates = iter([0.0, 0.1, -3.0, -3.0, -3.0, -3.0, 0.1])
+    trainer = trainer_for(dense_model(library), optimizer=library.optimizers.SGD(0.1))
+
+    class Rate(library.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = next(rates)  # uphill from the third epoch on
+
+    best = {"monitor": "val_adversarial_accuracy", "mode": "max"}
+    kept = [
+        library.callbacks.EarlyStopping(**best, patience=2, restore_best_weights=True),
+        library.callbacks.ModelCheckpoint(
+            str(tmp_path / "best.weights.h5"), **best, save_best_only=True, save_weights_only=True
+        ),
+    ]
+    how = {"batch_size": 8, "epochs": 6, "verbose": 0, "validation_data": (x, y)}
+    history = trainer.fit(x, y, callbacks=[Rate(), *kept], **how).history
+    found = history["val_adversarial_accuracy"]
+    assert len(found) == int(np.argmax(found)) + 3 <= 6, "two epochs after the best one"
+    assert min(found) < max(found)
+
+    def accuracy():
+        logs = trainer.evaluate(x, y, batch_size=8, verbose=0, return_dict=True)
+        return logs["adversarial_accuracy"]
+
+    assert accuracy() == pytest.approx(max(found))
+    if library is keras:
+        undirected = library.callbacks.EarlyStopping("val_adversarial_accuracy")
+        with pytest.raises(ValueError, match=r"Pass .mode='max'"):
+            trainer.fit(x, y, callbacks=[undirected], **{**how, "epochs": 1})
+    trainer.load_weights(str(tmp_path / "best.weights.h5"))
+    assert accuracy() == pytest.approx(max(found))
+
+
+@pytest.mark.parametrize("how", ["train_on_batch", "fit", "loop"])
+def test_wrappers_of_tfmot_train_without_its_callback(how):
+    x, y = blobs(32)
+
+    def after(way):
+        tf_keras.utils.set_random_seed(3)
+        model = pruning.prune(
+            dense_model(), schedules.CosineSparsity(0.2, 0.75, 1, 4, 1), engine="tfmot"
+        )
+        trainer = trainer_for(model)
+        if way == "callback":
+            fit(trainer, (x, y), batch_size=8, epochs=1)
+        elif way == "fit":
+            trainer.fit(x, y, batch_size=8, epochs=1, verbose=0, shuffle=False)
+        else:
+            step = tf.function(trainer.train_step) if way == "loop" else None
+            for start in range(0, 32, 8):
+                batch = (tf.constant(x[start : start + 8]), tf.constant(y[start : start + 8]))
+                step(batch) if step else trainer.train_on_batch(*batch)
+        assert pruning_steps(model) == [4, 4]
+        assert_zeros_equal_masks(model)
+        return model.get_weights()
+
+    assert_same(after(how), after("callback"), atol=1e-6)
+
+
+@every_flavour
+def test_the_model_of_a_trainer_is_not_exchanged(library):
+    trainer = trainer_for(dense_model(library))
+    trainer.model = trainer.model
+    with pytest.raises(AttributeError, match=r"model of trainer .* can't be exchanged"):
+        trainer.model = dense_model(library)
+    assert np.isfinite(trainer.evaluate(*blobs(8), verbose=0)[0])

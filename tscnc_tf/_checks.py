@@ -10,7 +10,7 @@ import math
 import numbers
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,23 @@ def slack(bounds: tuple[float, float]) -> float:
     not grow to twice itself.
     """
     return 1e-6 * max(abs(bounds[0]), abs(bounds[1]))
+
+
+def one_array(name: str, value: Any) -> None:
+    """Raise a TypeError for a collection of arrays or tensors, as models of several inputs take."""
+    if isinstance(value, Mapping | set):
+        found, parts = f"a {type(value).__name__}", len(value)
+    elif isinstance(value, list | tuple) and any(np.ndim(part) > 1 for part in value[:2]):
+        if all(isinstance(part, list | tuple) for part in value):
+            return  # numbers in lists
+        found, parts = f"a {type(value).__name__} of arrays", len(value)
+    else:
+        return
+    raise TypeError(
+        f"{name} must be one array or tensor of inputs, got {found} ({parts} of them): wrap "
+        "a model of several inputs into a function of one tensor; examples in a list become one "
+        "array by np.stack."
+    )
 
 
 def distance(name: str, value: Any) -> float:

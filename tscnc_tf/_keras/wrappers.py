@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import is_graph_model, tfmot
+from tscnc_tf._keras import is_graph_model, optimizers, tfmot
 from tscnc_tf._keras.distribution import update_everywhere
 
 _VIEWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -66,6 +66,17 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
             strategy.extended.update(variable, assign, args=(mask,))
 
     update_everywhere(model, update)
+
+
+def begin(model: Any, optimizer: Any) -> None:
+    """Have each wrapper that doesn't count yet count on from the optimizer's step.
+
+    tfmot leaves that to a callback, and refuses to train without it.
+    """
+    for wrapper in wrapped_layers(model):
+        step = wrapper.pruning_step
+        first = tf.cast(optimizers.iterations(optimizer), step.dtype)
+        step.assign(tf.where(step < 0, first, step))
 
 
 def pruning_steps(model: Any) -> list[tf.Tensor]:

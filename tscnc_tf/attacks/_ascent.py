@@ -102,13 +102,8 @@ class Ascent:
             return losses.margin(self._labels, logits)
         if self._objective == "dlr":
             return losses.dlr(self._labels, logits)
-        # Cross-entropy. Its log-odds climb the same way, and do not saturate; for soft labels
-        # there is nothing of the kind.
-        odds = losses.log_odds(self._labels, logits)
-        if self._labels.dtype.is_integer and self._labels.shape[1:].num_elements() == 1:
-            return odds
-        is_hard = tf.reduce_max(losses.one_hot(self._labels, _classes(logits)), axis=-1) == 1.0
-        return tf.where(is_hard, odds, losses.cross_entropy(self._labels, logits))
+        # Cross-entropy. Its log-odds climb the same way, and do not saturate.
+        return losses.log_odds(self._labels, logits)
 
 
 def slope(score: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:

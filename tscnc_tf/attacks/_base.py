@@ -45,7 +45,8 @@ class Attack(_configs.Configurable, abc.ABC):
         """Return adversarial examples for `x`, inside the ball and the bounds.
 
         Called eagerly, the inputs are checked; called while a graph is traced, only their shapes.
-        The model is compiled at the first call and kept: a function that refers to other weights
+        What is compiled at the first call is kept for the next ones: of each model, for the eight
+        attacks and forms of inputs that were used last. So a function that refers to other weights
         later is still attacked as it was. (`evaluate_robustness` compiles it anew.)
 
         Args:
@@ -53,7 +54,9 @@ class Attack(_configs.Configurable, abc.ABC):
                 to logits. Of probabilities an attack finds less, and says nothing.
             x: `(batch, ...)`, a float tensor or array inside `bounds`.
             y: integer labels `(batch,)` or `(batch, 1)`, or one-hot or soft ones `(batch,
-                classes)`; the classes to reach, for a targeted attack.
+                classes)`; the classes to reach, for a targeted attack. Smoothed labels are
+                attacked as hard ones are, mixtures as `losses.log_odds` says; the objectives
+                "margin" and "dlr" take the largest entry for the class.
             seed: an integer or a pair of integers; all randomness comes from it.
 
         Returns:

@@ -1,4 +1,4 @@
-"""One compiled function per model, attack and form of inputs, kept as long as the model lives."""
+"""One compiled function per model, attack and form of inputs: the last few of each model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tscnc_tf.attacks import _inputs
 
 # A memory, not a switch: for a model that stays what it is, it holds what would be built again in
 # the same way. What a function refers to may change without a sign: hence `forget`.
+# Of each model it holds the functions that were used last: a graph takes megabytes.
+_KEPT = 8
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Compiled]] = weakref.WeakKeyDictionary()
 
 
@@ -56,7 +58,8 @@ class Compiled:
     def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
         """Run; the labels are held against the number of classes, which is known once traced."""
         concrete = self._function.get_concrete_function()
-        _inputs.check_range(y, self._classes[0])
+        if y is not None:
+            _inputs.require_classes(y, self._classes[0])
         return concrete((x, seed) if y is None else (x, seed, y))
 
 
@@ -72,7 +75,8 @@ def compiled(
 ) -> Compiled:
     """Return the compiled function for this model and attack, built at first need.
 
-    A model that can't be referred to weakly, or not be hashed, gets a new one at each call.
+    Of a model those of the last attacks are kept. One that can't be referred to weakly, or not be
+    hashed, gets a new one at each call.
     """
     _keras.inference(model)  # raises for what is no model; builds its view outside of the graph
     is_method = isinstance(model, types.MethodType)
@@ -84,6 +88,8 @@ def compiled(
         kept = _COMPILED.setdefault(owner, {})
     except TypeError:
         return Compiled(perturb, lambda: model, x, y)
-    if key not in kept:
-        kept[key] = Compiled(perturb, recall, x, y)
-    return kept[key]
+    found = kept.pop(key, None) or Compiled(perturb, recall, x, y)
+    kept[key] = found  # as the last one in the order of use
+    while len(kept) > _KEPT:
+        del kept[next(iter(kept))]
+    return found

@@ -1,4 +1,4 @@
-"""What is checked of an attack's inputs before anything runs; values, so eager tensors only."""
+"""What is checked of an attack's inputs, and of a training batch: forms, bounds, labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _asserts, _checks
 
 
 def examples(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
@@ -16,6 +16,7 @@ def examples(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
     Raises:
         ValueError: it is not, or does not.
     """
+    _checks.one_array("x", x)
     x = tf.convert_to_tensor(x)
     if not x.dtype.is_floating:
         raise ValueError(
@@ -27,15 +28,27 @@ def examples(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
     wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
     if not bool(tf.reduce_all(tf.math.is_finite(wide))):
         raise ValueError("x must be finite, got NaN or infinity in it: clean the data first.")
-    low, high = bounds
-    smallest, largest = float(tf.reduce_min(wide)), float(tf.reduce_max(wide))
-    slack = _checks.slack(bounds)
-    if smallest < low - slack or largest > high + slack:
-        raise ValueError(
-            f"x must lie inside bounds={bounds}, got values from {smallest:g} to {largest:g}: "
-            "scale x, or pass the attack bounds=(low, high)."
-        )
+    require_inside(wide, bounds)
     return x
+
+
+def require_inside(x: Any, bounds: tuple[float, float]) -> list[tf.Operation]:
+    """Raise a ValueError unless x lies inside the bounds; in a graph, return what checks it.
+
+    Args:
+        x: a tensor of floats; or its smallest and its largest entry.
+        bounds: of the attack.
+    """
+    smallest, largest = x if isinstance(x, tuple) else (tf.reduce_min(x), tf.reduce_max(x))
+    slack = _checks.slack(bounds)
+    is_inside = (smallest >= bounds[0] - slack) & (largest <= bounds[1] + slack)
+    return _asserts.require(
+        is_inside,  # NaN is not
+        f"x must lie inside the attack's bounds {bounds}, got values from {{}} to {{}}: scale x, "
+        "or give the attack other bounds.",
+        smallest,
+        largest,
+    )
 
 
 def labels(y: Any, batch: int) -> tf.Tensor:
@@ -52,33 +65,59 @@ def labels(y: Any, batch: int) -> tf.Tensor:
         )
     if y.shape[0] != batch:
         raise ValueError(f"y must have one label per example of x, {batch}, got {y.shape[0]}.")
-    if y.shape.rank == 2 and y.shape[1] > 1:
+    if not are_indices(y):
         rows = y if y.dtype == tf.float64 else tf.cast(y, tf.float32)
-        sums = tf.reduce_sum(rows, axis=-1)
-        if float(tf.reduce_min(rows)) < 0 or not bool(tf.reduce_all(tf.abs(sums - 1) < 1e-3)):
-            raise ValueError(
-                f"y of shape {y.shape} must be one-hot or soft labels: rows that are >= 0 and sum "
-                "to 1. Class indices have the shape (batch,)."
-            )
+        require_classes(rows, None)
         return rows
     if not y.dtype.is_integer:
         raise ValueError(
             f"y of shape {y.shape} must be integers, got {y.dtype.name}: cast class indices to "
             "int32, or pass one-hot labels."
         )
-    return tf.cast(tf.reshape(y, (-1,)), tf.int32)
-
-
-def check_range(y: tf.Tensor | None, classes: int | None) -> None:
-    """Raise a ValueError unless class indices (or rows, which pass) belong to so many classes."""
-    if y is None or classes is None or y.shape.rank != 1:
-        return
-    smallest, largest = int(tf.reduce_min(y)), int(tf.reduce_max(y))
-    if smallest < 0 or largest >= classes:
+    indices = tf.cast(tf.reshape(y, (-1,)), tf.int64)
+    smallest, largest = int(tf.reduce_min(indices)), int(tf.reduce_max(indices))
+    if smallest < 0 or largest > tf.int32.max:
         raise ValueError(
-            f"y must be in 0 ... {classes - 1}, for the model has {classes} outputs, got labels "
-            f"from {smallest} to {largest}."
+            f"y must hold class indices >= 0, got labels from {smallest} to {largest}."
         )
+    return tf.cast(indices, tf.int32)
+
+
+def are_indices(y: Any) -> bool:
+    """Tell by their shape whether labels are class indices, and not one row per example."""
+    return y.ndim < 2 or (y.ndim == 2 and y.shape[1] == 1)
+
+
+def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
+    """Raise a ValueError unless labels belong to so many classes; in a graph, return what checks.
+
+    Args:
+        y: class indices, int32 or int64; or rows, of which it is asked that they sum to 1.
+        classes: None where that is not known.
+    """
+    if are_indices(y):
+        if classes is None:
+            return []
+        smallest, largest = tf.reduce_min(y), tf.reduce_max(y)
+        return _asserts.require(
+            (smallest >= 0) & (largest < classes),
+            f"y must be in 0 ... {classes - 1}, for the model has {classes} outputs, got labels "
+            "from {} to {}.",
+            smallest,
+            largest,
+        )
+    rows = y if y.dtype == tf.float64 else tf.cast(y, tf.float32)
+    smallest, sums = tf.reduce_min(rows), tf.reduce_sum(rows, axis=-1)
+    least, most = tf.reduce_min(sums), tf.reduce_max(sums)
+    return _asserts.require(
+        (smallest >= 0) & (least > 1 - 1e-3) & (most < 1 + 1e-3),
+        "y must hold one-hot or soft labels if its shape is (batch, classes), rows that are >= 0 "
+        "and sum to 1, got a smallest entry of {} and sums from {} to {}. Class indices have the "
+        "shape (batch,).",
+        smallest,
+        least,
+        most,
+    )
 
 
 def seed_pair(seed: Any) -> tf.Tensor:

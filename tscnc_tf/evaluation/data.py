@@ -55,6 +55,12 @@ def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     spec = dataset.element_spec
     if not isinstance(spec, tuple) or len(spec) != 2:
         raise TypeError(f"x must be a dataset of pairs (inputs, labels), got elements {spec}.")
+    if not isinstance(spec[0], tf.TensorSpec):
+        raise TypeError(
+            f"x must be a dataset of one tensor of inputs and one of labels, got inputs {spec[0]}: "
+            "what is attacked is one input. Wrap a model of several inputs into a function of one "
+            "tensor."
+        )
     if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
         raise ValueError("x is a dataset without an end: limit it with dataset.take(batches).")
     if getattr(spec[1], "shape", tf.TensorShape(None)).rank == 0:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras, losses
+from tscnc_tf._keras import outputs
 from tscnc_tf.attacks import _ascent
 from tscnc_tf.inspection.inputs import one_tensor
 
@@ -102,13 +103,8 @@ def require_logits(logits: np.ndarray, role: str = "model") -> None:
         raise ValueError(
             f"{role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} examples."
         )
-    if within_unit_interval(logits) and np.allclose(logits.sum(axis=1), 1.0, rtol=0.0, atol=1e-3):
-        raise ValueError(
-            f"{role} returns probabilities: all outputs are in [0, 1], and each row sums to 1. "
-            "Attacks need logits: a softmax that is certain has no gradient left, and makes a "
-            "model look robust. Leave out the last softmax (activation=None), or pass the part of "
-            "the model before it."
-        )
+    if bool(outputs.are_probabilities(logits)):
+        raise ValueError(outputs.about_probabilities(role))
 
 
 def within_unit_interval(logits: np.ndarray) -> bool:

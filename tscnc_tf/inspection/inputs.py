@@ -17,8 +17,9 @@ def as_inputs(x: Any, bounds: tuple[float, float]) -> np.ndarray:
         TypeError: `x` is not one array of floats.
         ValueError: it is empty, not finite, or leaves the bounds.
     """
-    if isinstance(x, (dict, set)) or x is None:
-        raise TypeError(f"x must be one array or tensor of inputs, got {type(x).__name__}.")
+    if x is None:
+        raise TypeError("x must be one array or tensor of inputs, got None.")
+    _checks.one_array("x", x)
     array = np.asarray(x)
     if array.dtype == object or not tf.as_dtype(array.dtype).is_floating:
         raise TypeError(

@@ -81,7 +81,9 @@ class RSLAD(RobustLoss):
                 "RSLAD has no teacher, which is not saved with a trainer: before training goes on, "
                 "set trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)."
             )
-        return tf.stop_gradient(lifted(_keras.inference(self.teacher)(x)))
+        logits = _keras.inference(self.teacher)(tf.convert_to_tensor(x))
+        outputs.number_of_logits("teacher", logits)
+        return tf.stop_gradient(lifted(logits))
 
     def robust(
         self,

@@ -34,6 +34,8 @@ def one_hot(labels: Any, num_classes: int | tf.Tensor) -> tf.Tensor:
                 f"labels of shape {labels.shape} must be integers, got {labels.dtype.name}: cast "
                 "class indices to int32, or pass one-hot labels of shape (batch, classes)."
             )
+        if labels.dtype not in (tf.int32, tf.int64):  # tf.one_hot takes few others
+            labels = tf.cast(labels, tf.int64)
         return tf.one_hot(tf.reshape(labels, (-1,)), num_classes, dtype=tf.float32)
     if rank == 2 and _agree(labels.shape[1], num_classes):
         return tf.cast(labels, tf.float64 if labels.dtype == tf.float64 else tf.float32)
@@ -99,8 +101,18 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
     gradient of cross-entropy carries the factor :math:`1 - p_y`, which rounds to 0 on an example
     that the network is sure of, where this one never vanishes.
 
+    Soft labels q, of shape `(batch, classes)`, say how far each class is one of the example's own:
+
+    .. math:: \log\frac{1 - P}{P}, \qquad P = \sum_k m_k p_k, \qquad
+        m_k = \frac{q_k - \min q}{\max q - \min q}
+
+    so smoothing changes nothing (m stays what it is), and of a mixture in equal parts it is the
+    log-odds of being neither class. (Cross-entropy would not do: with q it is least where p is q,
+    and grows as p gets surer than that, so to ascend it would help a network that is sure.) Where
+    all entries are equal, y is the first class.
+
     Args:
-        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        labels: see `tscnc_tf.losses`.
         logits: `(batch, classes)`, any float dtype, at least two classes.
 
     Raises:
@@ -109,9 +121,35 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
     Example:
         >>> float(log_odds([0], [[3.0, 1.0]])[0])
         -2.0
+        >>> float(log_odds([[0.9, 0.1]], [[3.0, 1.0]])[0])
+        -2.0
     """
-    true, others = _split(labels, lifted(logits, classes=2))
-    return tf.reduce_logsumexp(others, axis=-1) - true
+    labels, logits = tf.convert_to_tensor(labels), lifted(logits)
+    true, others = _split(labels, logits)
+    odds = tf.reduce_logsumexp(others, axis=-1) - true
+    if labels.shape.rank == 1 or labels.shape[1] == 1:
+        return odds
+    rows = _rows(labels, logits)
+    is_hard = tf.equal(tf.reduce_max(rows, axis=-1), 1.0)
+    return tf.where(is_hard, odds, _soft_log_odds(rows, logits))
+
+
+def _soft_log_odds(rows: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    smallest = tf.reduce_min(rows, axis=-1, keepdims=True)
+    width = tf.reduce_max(rows, axis=-1, keepdims=True) - smallest
+    first = tf.one_hot(tf.zeros_like(width[:, 0], tf.int64), tf.shape(rows)[1], dtype=rows.dtype)
+    share = tf.where(width > 0, tf.math.divide_no_nan(rows - smallest, width), first)
+    # The value doesn't mind this shift, but the gradient's rounding does: the top class's is now
+    # minus the sum of the others', where 1 - 1 would be noise larger than they are.
+    top = tf.argmax(logits, axis=-1)
+    logits = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]
+
+    def log_sum(weights: tf.Tensor) -> tf.Tensor:
+        is_in = weights > 0
+        logs = tf.math.log(tf.where(is_in, weights, 1.0))
+        return tf.reduce_logsumexp(tf.where(is_in, logits + logs, logits.dtype.min), axis=-1)
+
+    return log_sum(1.0 - share) - log_sum(share)
 
 
 def margin(labels: Any, logits: Any) -> tf.Tensor:
@@ -133,7 +171,7 @@ def margin(labels: Any, logits: Any) -> tf.Tensor:
     Reference:
         Carlini & Wagner 2017, arXiv 1608.04644, objective f6 without its cut-off.
     """
-    true, others = _split(labels, lifted(logits, classes=2))
+    true, others = _split(labels, lifted(logits))
     return tf.reduce_max(others, axis=-1) - true
 
 
@@ -167,7 +205,7 @@ def dlr(labels: Any, logits: Any) -> tf.Tensor:
     return margin(labels, logits) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
-def lifted(logits: Any, classes: int = 1) -> tf.Tensor:
+def lifted(logits: Any, classes: int = 2) -> tf.Tensor:
     """Return logits in float32 at least, having checked their form."""
     logits = tf.convert_to_tensor(logits)
     if not logits.dtype.is_floating or logits.shape.rank != 2:
@@ -178,7 +216,7 @@ def lifted(logits: Any, classes: int = 1) -> tf.Tensor:
     if logits.shape[1] is not None and logits.shape[1] < classes:
         raise ValueError(
             f"logits must have at least {classes} classes here, got {logits.shape[1]}: dlr needs "
-            "3, the others 2 (a network for two classes has two outputs)."
+            "3, the others 2. A network with one output z for two classes has the logits (0, z)."
         )
     return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, attacks, losses
+from tscnc_tf import attacks, losses
+from tscnc_tf.attacks import _inputs
 
 
 def require_attack(attack: Any) -> None:
@@ -32,8 +33,12 @@ def require_loss(loss: Any) -> None:
         )
 
 
-def check_batch(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
-    """Check a batch inside a compiled step; what it holds can be checked without XLA only."""
+def as_batch(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the inputs and labels of a batch as tensors, having looked at their forms.
+
+    Labels of the smaller integer dtypes, which not all of TensorFlow takes, become int64.
+    """
+    x = tf.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
     if not tf.is_tensor(x):
         raise TypeError(
             f"x must be one tensor per batch, got a {type(x).__name__}: what is attacked is one "
@@ -46,15 +51,33 @@ def check_batch(x: Any, y: Any, bounds: tuple[float, float], classes: int | None
         )
     if y is None:
         raise ValueError("y must be given: adversarial training is supervised.")
-    low, high = bounds
-    slack = _checks.slack(bounds)
-    message = f"x must lie inside the attack's bounds {bounds}"
-    tf.debugging.assert_greater_equal(tf.reduce_min(x), tf.cast(low - slack, x.dtype), message)
-    tf.debugging.assert_less_equal(tf.reduce_max(x), tf.cast(high + slack, x.dtype), message)
-    if classes and y.dtype.is_integer and (y.shape.rank == 1 or y.shape[-1] == 1):
-        number = tf.cast(classes, y.dtype)
-        tf.debugging.assert_less(y, number, "y must be below the number of logits")
-        tf.debugging.assert_non_negative(y, "y must not be negative")
+    y = tf.convert_to_tensor(y) if isinstance(y, np.ndarray) else y
+    if not tf.is_tensor(y) or y.shape.rank is None:
+        form = "a tensor of unknown rank" if tf.is_tensor(y) else f"a {type(y).__name__}"
+        raise ValueError(
+            f"y must be one tensor of labels per batch, of shape (batch,) or (batch, classes), got "
+            f"{form}."
+        )
+    if y.dtype.is_integer and y.dtype not in (tf.int32, tf.int64):
+        y = tf.cast(y, tf.int64)
+    return x, y
+
+
+def require_values(
+    x: Any, y: Any, bounds: tuple[float, float], classes: int | None
+) -> list[tf.Operation]:
+    """Raise a ValueError unless a batch is valid; in a graph, return what checks it.
+
+    Args:
+        x: inputs.
+        y: labels.
+        bounds: of the attack.
+        classes: the number of logits, None if it is not known.
+    """
+    checks = _inputs.require_inside(x, bounds)
+    if y.dtype.is_integer or not _inputs.are_indices(y):  # else the loss says what is wrong
+        checks += _inputs.require_classes(y, classes)
+    return checks
 
 
 def correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -69,17 +92,32 @@ def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | Non
     if isinstance(x, np.ndarray):
         if not len(x):
             raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
-        low, high = float(x.min()), float(x.max())
-        slack = _checks.slack(bounds)
-        if not (bounds[0] - slack <= low and high <= bounds[1] + slack):  # NaN fails it, too
-            raise ValueError(
-                f"x must lie inside the attack's bounds {bounds}, got values from {low:g} to "
-                f"{high:g}: scale x, or give the attack other bounds."
-            )
-    if classes and isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
-        is_index = y.ndim == 1 or y.shape[-1] == 1
-        if is_index and not (y.min() >= 0 and y.max() < classes):
-            raise ValueError(
-                f"y must hold labels from 0 to {classes - 1} (the model has {classes} logits), "
-                f"got labels from {y.min()} to {y.max()}."
-            )
+        _inputs.require_inside((x.min(), x.max()), bounds)
+    if isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
+        _inputs.require_classes(y.astype(np.int64), classes)
+
+
+class FirstBatch:
+    """Whether a compiled step meets its first batch, as a condition of its graph.
+
+    Attributes:
+        is_over: whether there has been one that was found to be sound.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._flag: tf.Variable | None = None
+
+    @property
+    def flag(self) -> tf.Variable:
+        """A boolean variable, True as long as it is the first batch."""
+        if self._flag is None:
+            with tf.init_scope():
+                self._flag = tf.Variable(True, trainable=False, name="is_first_batch")
+        return self._flag
+
+    def end(self) -> None:
+        """Take note that the first batch was found to be sound."""
+        self.is_over = True
+        if self._flag is not None:
+            self._flag.assign(False)

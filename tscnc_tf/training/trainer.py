@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, attacks, losses, regularizers
+from tscnc_tf import _asserts, _checks, _keras, attacks, losses, regularizers
 from tscnc_tf._keras import flavours, masks, optimizers, outputs, wrappers
 from tscnc_tf.training import inputs
 
@@ -51,22 +53,35 @@ class AdversarialTraining(flavours.Trainer, _Base):
     `adversarial_accuracy`, and the metrics given to `compile`, which see the clean batch. With
     TRADES `loss = clean_loss + robust_loss + penalty`; with the others the clean loss is shown, but
     no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what to
-    report is `evaluate_robustness`.
+    report is `evaluate_robustness`. Callbacks that watch an accuracy here, such as EarlyStopping
+    or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, are given `mode="max"`: Keras 3
+    does not know which way is up for a mean, and raises an error without. (tf_keras takes it from
+    the name.)
+
+    Each batch is checked, in front of what XLA compiles, and a ValueError says what is wrong with
+    it: inputs outside of the attack's bounds, labels out of range, soft labels that don't sum to 1.
+    In the first batch the networks' outputs are looked at as well (not under a distribution
+    strategy): probabilities are refused. Labels are integers of any dtype, one-hot or soft; of soft
+    ones the losses take the rows as they are, the accuracies the largest entry, and the adversary
+    what `losses.log_odds` says, which smoothing doesn't change.
 
     Args:
         model: a model of either Keras that returns logits, `(batch, classes)`; pruned or not.
         attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
             what the loss asks for: TRADES ascends the KL divergence from the clean output.
         loss: `losses.TRADES(beta)`, `losses.Madry()`, `losses.MART(beta)` or
-            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`, which may be set, as
-            `attack` may.
+            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`. It and `attack` may be
+            set at any time, in a callback too, and act from the next step on, which is compiled
+            anew unless they are equal to what they were. (An evaluation under way in tf_keras ends
+            as it began.)
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
 
     Raises:
         TypeError: `model` is no Keras model, `attack` no attack or `loss` no robust loss.
-        ValueError: `model` is not built, or does not return one row of logits per example.
+        ValueError: `model` is not built, or does not return one row of logits per example. What
+            is only seen when it runs is raised by the first step.
 
     Example:
         >>> import keras
@@ -83,6 +98,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         Wang et al. 2020, ICLR (MART); Zi et al. 2021, arXiv 2108.07969 (RSLAD); TSCNC, arXiv
         2503.20454, for the penalties.
     """
+
+    _is_at_work = False  # whether Keras makes, traces or runs a step
 
     def __new__(cls, model: Any, **kwargs: Any) -> Any:  # noqa: ARG004
         """Return a trainer of the Keras that `model` is of."""
@@ -105,9 +122,10 @@ class AdversarialTraining(flavours.Trainer, _Base):
         regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
-        self._classes = outputs.classes("model", model)
+        self._classes = outputs.classes("model", model)  # None until the first batch tells
         self.model = model
         flavours.register_trainer(self, model)
+        self._first_batch = inputs.FirstBatch()
         self._attack = attack
         self.robust_loss = loss
         self.seed = _checks.integer("seed", seed, minimum=0)
@@ -115,6 +133,20 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self._trackers = [library.metrics.Mean(name=name) for name in LOGS]
         self._pruners: tuple[Any, ...] = ()  # that the training step was compiled with
         self.built = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the model is not to be exchanged.
+
+        Raises:
+            AttributeError: `model` is set to another one.
+        """
+        if name == "model" and vars(self).get(name, value) is not value:
+            raise AttributeError(
+                f"model of trainer {self.name!r} can't be exchanged, for its optimizer and its "
+                "compiled steps belong to the one that it has: build another trainer, "
+                "AdversarialTraining(model, attack=..., loss=...)."
+            )
+        super().__setattr__(name, value)
 
     @property
     def robust_loss(self) -> losses.RobustLoss:
@@ -128,7 +160,10 @@ class AdversarialTraining(flavours.Trainer, _Base):
     @robust_loss.setter
     def robust_loss(self, loss: losses.RobustLoss) -> None:
         inputs.require_loss(loss)
+        if loss == getattr(self, "_robust_loss", None):
+            return
         self._robust_loss = loss
+        self._first_batch = inputs.FirstBatch()  # there may be a teacher to look at
         self._prepare()
 
     @property
@@ -143,13 +178,15 @@ class AdversarialTraining(flavours.Trainer, _Base):
     @attack.setter
     def attack(self, attack: attacks.GradientAttack) -> None:
         inputs.require_attack(attack)
+        if attack == self._attack:
+            return
         self._attack = attack
         self._prepare()
 
     def _prepare(self) -> None:
         loss = self._robust_loss
         self._adversary = self._attack.with_defaults(objective=loss.objective, start=loss.start)
-        self.train_function = self.test_function = None
+        flavours.reset_functions(self)
 
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
@@ -204,7 +241,93 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self._pruners = tuple(pruners)
         for pruner in pruners:
             pruner.on_train_begin(self.optimizer)
-        return super().make_train_function(force)
+        return self._make("train_function", super().make_train_function, force, self._build)
+
+    def _build(self) -> None:
+        """Let the optimizer make its variables.
+
+        In a step it would do so behind the checks, and be left with what has no value by one that
+        fails.
+        """
+        with self.distribute_strategy.scope():
+            optimizers.build(self.optimizer, self.model.trainable_variables)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """Compile the evaluation's step."""
+        return self._make("test_function", super().make_test_function, force)
+
+    def _make(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        force: bool,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """Let Keras compile a step, unless there is one already; return it, as it is called."""
+        if getattr(self, name) is None or force:
+            with self._at_work():
+                make(force=True)
+            setattr(self, name, self._from_outside(getattr(self, name), begin))
+        return getattr(self, name)
+
+    def _from_outside(
+        self, function: Callable[..., Any], begin: Callable[[], None]
+    ) -> Callable[..., Any]:
+        """Return a compiled step whose failed checks are the errors of eager code."""
+        todo = [begin]
+
+        def step(*args: Any) -> Any:
+            while todo:
+                todo.pop()()
+            with self._at_work():
+                try:
+                    logs = function(*args)
+                except tf.errors.InvalidArgumentError as error:
+                    found = _asserts.as_value_error(error)
+                    if found is None:
+                        raise
+                    raise found from None
+            if not self._first_batch.is_over:
+                self._first_batch.end()
+            return logs
+
+        return step
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Mark the time in which Keras makes, traces and runs a step."""
+        before, self._is_at_work = self._is_at_work, True
+        try:
+            yield
+        finally:
+            self._is_at_work = before
+
+    @property
+    def jit_compile(self) -> bool:
+        """Whether XLA compiles the steps, but for the checks of a batch, which go before.
+
+        XLA drops checks. So Keras is told no while it makes the steps, and what follows the checks
+        is compiled here. (With several replicas Keras compiles the whole, and nothing is checked.)
+        """
+        return self._wants_xla and not self._checks_before_xla
+
+    @jit_compile.setter
+    def jit_compile(self, value: Any) -> None:
+        flavours.library_of(type(self)).Model.jit_compile.fset(self, value)
+
+    @property
+    def _wants_xla(self) -> bool:
+        return bool(flavours.library_of(type(self)).Model.jit_compile.fget(self))
+
+    @property
+    def _checks_before_xla(self) -> bool:
+        return self._is_at_work and self.distribute_strategy.num_replicas_in_sync == 1
+
+    def _compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what follows the checks, compiled by XLA where that is asked for."""
+        if not (self._wants_xla and self._checks_before_xla):
+            return step
+        return tf.function(step, jit_compile=True, reduce_retracing=True, autograph=False)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Return the logits of the model inside."""
@@ -213,13 +336,13 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
         with flavours.depending_on_batch(self, data):
-            return self._descend(data)
+            return self._checked(self._descend, data)
 
-    def _descend(self, data: Any) -> dict[str, Any]:
-        x, y, sample_weight = self._unpack(data)
+    def _descend(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
         known = self._known_clean(x, reference)
         x_adversarial = self._perturb(x, y, self._step_seed(), known, reference)
+        wrappers.begin(self.model, self.optimizer)
         steps = wrappers.pruning_steps(self.model)
         result: dict[str, Any] = {}
 
@@ -243,7 +366,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Attack a batch in inference mode, and return the logs."""
-        x, y, sample_weight = self._unpack(data)
+        return self._checked(self._judge, data)
+
+    def _judge(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
         clean = self._inference(x)
         x_adversarial = self._perturb(x, y, tf.constant([self.seed, 0]), clean, reference)
@@ -251,11 +376,39 @@ class AdversarialTraining(flavours.Trainer, _Base):
         terms = self._terms(y, clean, adversarial, reference, sample_weight)
         return self._logs(x, y, clean, adversarial, terms, sample_weight)
 
-    def _unpack(self, data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    def _checked(self, step: Callable[..., Any], data: Any) -> dict[str, Any]:
+        """Take a step on a batch, once it is found to be sound."""
         unpack = flavours.library_of(type(self)).utils.unpack_x_y_sample_weight
         x, y, sample_weight = unpack(data)
-        inputs.check_batch(x, y, self.attack.bounds, self._classes)
-        return x, y, sample_weight
+        bounds = self.attack.bounds
+        x, y = inputs.as_batch(x, y, bounds)
+        if self._classes is None:
+            self._classes = outputs.traced_classes("model", self._inference, x)
+        checks = inputs.require_values(x, y, bounds, self._classes) + self._require_logits(x)
+        with tf.control_dependencies(checks):  # nothing is changed by a batch that is not sound
+            return self._compiled(step)(x, y, sample_weight)
+
+    def _require_logits(self, x: tf.Tensor) -> list[tf.Operation]:
+        """Raise a ValueError unless the networks return logits; in a graph, return what checks it.
+
+        Only in the first batch; not where a graph of another's making runs, nor under a
+        distribution strategy, where a condition may not hold all that a network does.
+        """
+        is_in_reach = tf.executing_eagerly() or self._is_at_work
+        if self._first_batch.is_over or not is_in_reach or tf.distribute.has_strategy():
+            return []
+        networks = {"model": self._inference, "teacher": self.robust_loss.reference}
+
+        def look() -> list[Any]:
+            found = [network(x) for network in networks.values()]
+            return [nothing if z is None else outputs.are_probabilities(z) for z in found]
+
+        nothing = tf.constant(False)
+        are_wrong = tf.cond(self._first_batch.flag, look, lambda: [nothing] * len(networks))
+        checks = []
+        for name, is_wrong in zip(networks, are_wrong, strict=True):
+            checks += _asserts.require(~is_wrong, outputs.about_probabilities(name))
+        return checks
 
     def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:
         """Return the clean logits in inference mode, if anything in this step needs them."""
