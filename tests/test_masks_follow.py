@@ -508,6 +508,30 @@ def test_a_dataset_of_unknown_length_is_pruned_as_any_other(method, outer, jit, 
     assert zeros(pruned.get_layer("hidden")) == 0.75
 
 
+@pytest.mark.parametrize("engine", ["masks", "tfmot"])
+@pytest.mark.parametrize("jit", [False, True], ids=["plain", "jit"])
+def test_a_trainer_does_with_unknown_length_what_it_does_with_known(engine, jit, library):
+    if engine == "tfmot" and library is keras:
+        pytest.skip("tfmot's wrappers are for tf_keras")
+
+    def after(data):
+        library.utils.set_random_seed(1)
+        schedule = schedules.CosineSparsity(0.0, 0.75, 4, 16, frequency=4)
+        model = tscnc.prune(dense_model(library), schedule, engine=engine)
+        attack = attacks.PGD(epsilon=0.1, steps=1)
+        trainer = AdversarialTraining(model, attack=attack, loss=losses.TRADES())
+        trainer.compile(library.optimizers.Adam(0.01), jit_compile=jit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Keras 3: it ran out of data
+            trainer.fit(data, epochs=3, verbose=0, callbacks=callbacks.pruning_callbacks())
+        assert int(trainer.optimizer.iterations) == 30
+        return tscnc.strip(model).get_weights()
+
+    known = tf.data.Dataset.from_tensor_slices((X[:39], Y[:39])).batch(4)
+    for one, other in zip(after(unknown()), after(known), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 # In callbacks
 
 

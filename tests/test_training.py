@@ -12,7 +12,7 @@ import tf_keras
 from helpers import FLAVOURS, blobs, conv_model, dense_model, fresh_process, images
 
 from tscnc_tf import _keras, attacks, callbacks, losses, pruning, regularizers, schedules
-from tscnc_tf._keras import flavours, masked, masks, wrappers
+from tscnc_tf._keras import flavours, masked, masks, outputs, wrappers
 from tscnc_tf.training import AdversarialTraining
 from tscnc_tf.training.trainer import LOGS
 
@@ -800,7 +800,9 @@ def probabilities(library, kind):
     ],
 )
 @every_flavour
-def test_probabilities_are_refused_by_their_values(library, how, inside, way):
+def test_probabilities_are_refused_by_their_values(library, how, inside, way, monkeypatch):
+    """In the first batch, where it is not known before what the model takes."""
+    monkeypatch.setattr(outputs, "require_no_probabilities", lambda *_: None)
     data = blobs(16)
     model = probabilities(library, inside)
     words = "model must return logits, but returns probabilities"
@@ -811,6 +813,17 @@ def test_probabilities_are_refused_by_their_values(library, how, inside, way):
     assert_refused(student, ways_in(*data)[way], words)
     student.robust_loss = losses.RSLAD(teacher)
     ways_in(*data)[way](student)
+
+
+@pytest.mark.parametrize("kind", ["nested", "recast", "subclassed"])
+@every_flavour
+def test_probabilities_are_refused_at_once_where_inputs_can_be_drawn(library, kind):
+    model = probabilities(library, kind)
+    with pytest.raises(ValueError, match="model must return logits, but returns probabilities"):
+        trainer_for(model)
+    with pytest.raises(ValueError, match="teacher must return logits, but returns probabilities"):
+        losses.RSLAD(model)
+    trainer_for(own_model(library))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

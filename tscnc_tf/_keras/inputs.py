@@ -1,4 +1,4 @@
-"""What a graph model takes, and batches drawn for it."""
+"""What a model takes, and batches drawn for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf._keras import keras
+from tscnc_tf._keras import is_graph_model, keras
 
 
 def symbols(model: Any) -> Any:
@@ -29,3 +29,21 @@ def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarr
         return None
     drawn = generator.random((examples, *shape[1:].as_list()), np.float32)
     return drawn.astype(dtype.as_numpy_dtype)
+
+
+def draw_one(model: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
+    """Return examples for a built model, drawn from U[0, 1); None if it is not known what it takes.
+
+    That is known of a model that takes one tensor of floats; of a subclassed one if Keras noted the
+    shape that it was built by.
+    """
+    if is_graph_model(model):
+        symbol = symbols(model)
+    else:
+        shape = (model.get_build_config() or {}).get("input_shape")
+        if not isinstance(shape, tuple | tf.TensorShape):
+            return None
+        symbol = tf.TensorSpec(shape, tf.float32)
+    if isinstance(symbol, list | tuple | dict):  # several tensors
+        return None
+    return draw(symbol, examples, generator)

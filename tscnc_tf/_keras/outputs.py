@@ -12,6 +12,8 @@ from tscnc_tf._keras import (
     adapted,
     flavour,
     gated,
+    inference,
+    inputs,
     is_graph_model,
     keras,
     matrices,
@@ -74,6 +76,24 @@ def number_of_logits(name: str, outputs: Any) -> int | None:
     if shape.rank != 2 or (shape[1] is not None and shape[1] < 2):
         raise ValueError(_wrong_shape(name, f"shape {shape}"))
     return shape[1]
+
+
+def require_no_probabilities(
+    name: str, model: Any, bounds: tuple[float, float] = (0.0, 1.0)
+) -> None:
+    """Raise a ValueError if a model returns probabilities for inputs drawn within bounds.
+
+    A softmax may be nested in it, or followed by a layer that changes nothing. Where it is not
+    known what the model takes, nothing is said.
+    """
+    drawn = inputs.draw_one(model, 4, np.random.default_rng(0))
+    if drawn is None:
+        return
+    low, high = bounds
+    returned = inference(model)(tf.constant(low + (high - low) * drawn, drawn.dtype))
+    is_matrix = isinstance(returned, tf.Tensor) and returned.shape.rank == 2
+    if is_matrix and bool(are_probabilities(returned)):
+        raise ValueError(about_probabilities(name))
 
 
 def are_probabilities(outputs: Any) -> tf.Tensor:

@@ -120,6 +120,7 @@ def _require_logits(teacher: Any) -> None:
         _keras.library("teacher", teacher)
         _keras.require_built("teacher", teacher)
         outputs.classes("teacher", teacher)
+        outputs.require_no_probabilities("teacher", teacher)
     elif not callable(teacher):
         raise TypeError(
             "teacher must be a Keras 3 or tf_keras model or another callable from x to logits, got "

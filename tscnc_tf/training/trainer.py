@@ -123,6 +123,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
         self._classes = outputs.classes("model", model)  # None until the first batch tells
+        outputs.require_no_probabilities("model", model, attack.bounds)
         self.model = model
         flavours.register_trainer(self, model)
         self._first_batch = inputs.FirstBatch()
