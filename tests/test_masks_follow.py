@@ -610,3 +610,241 @@ def test_an_eager_loop_says_nothing_of_autograph():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "AutoGraph" not in done.stdout + done.stderr
+
+
+# What a second look found
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional", "in a layer"])
+def test_models_made_by_the_code_of_another_one_find_their_masks(kind, library, tmp_path):
+    """Their layers are named anew each time, by the names that come next."""
+    layers = library.layers
+
+    def inner():
+        if kind == "functional":
+            inputs = library.Input((4,))
+            return library.Model(inputs, layers.Dense(4)(layers.Dense(4)(inputs)))
+        return library.Sequential([library.Input((4,)), layers.Dense(4), layers.Dense(4)])
+
+    class Holder(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inside = inner()
+
+        def call(self, inputs):
+            return self.inside(inputs)
+
+    @library.saving.register_keras_serializable("tests", f"Net {kind}")
+    class Net(library.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.part = Holder() if kind == "in a layer" else inner()
+
+        def call(self, inputs):
+            return self.part(inputs)
+
+        def get_config(self):
+            return {"name": self.name}
+
+    x = X[:, :4]
+    layers.Dense(1)  # so that names are counted on from here
+    model = Net()
+    model(x)
+
+    def dense(model):
+        part = model.part.inside if kind == "in a layer" else model.part
+        return part.layers[-2:]
+
+    pruning.prune_now(model, 0.5, layers=[dense(model)[0]])
+    other = saved(model, library, tmp_path)
+    np.testing.assert_array_equal(other(x), model(x))
+    other.compile("sgd", "mse", jit_compile=False)
+    other.fit(x, np.zeros((64, 4)), verbose=0)
+    assert [zeros(layer) for layer in dense(other)] == [0.5, 0.0]
+
+
+def test_steps_compiled_before_see_what_is_stripped_or_pruned_anew(library):
+    body = pruning.prune_now(dense_model(library), 0.75)
+    hidden = body.get_layer("hidden")
+    model = fitted(with_new_head(library, body), library)
+    how = {"batch_size": 16, "verbose": 0}
+    tscnc.strip(body)
+    model.fit(X, Y, **how)
+    assert zeros(hidden) < 0.5, "but for dead units"
+    pruning.prune_now(body, 0.5)
+    pattern = np.asarray(hidden.kernel) == 0
+    seen = []
+
+    class Watch(library.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(np.array_equal(np.asarray(hidden.kernel) == 0, pattern))
+
+    model.fit(X, Y, callbacks=[*callbacks.pruning_callbacks(), Watch()], **how)
+    assert seen == [True] * 4
+
+
+def test_freezing_scores_in_another_models_fit_trains_the_weights_from_then_on(library):
+    body = pruning.prune(dense_model(library), method="scores", sparsity=0.5)
+    hidden, kernels = body.get_layer("hidden"), []
+    model = with_new_head(library, body)
+
+    class Freeze(library.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                pruning.freeze_mask(self.model)
+            kernels.append(np.asarray(hidden.kernel))
+
+    used = [*callbacks.pruning_callbacks(), Freeze()]
+    fitted(model, library, epochs=3, callbacks=used)
+    np.testing.assert_array_equal(kernels[2] == 0, kernels[1] == 0)
+    assert np.any(kernels[2] != kernels[1])
+
+
+def test_a_step_masks_what_was_changed_after_the_optimizer(library):
+    model = pruning.prune_now(dense_model(library), 0.5)
+    fitted(model, library)
+    hidden = model.get_layer("hidden")
+    for step in (model.pruner.step, lambda: model.pruner.step(model.optimizer)):
+        hidden.kernel.assign(tf.ones((6, 8)))
+        step()
+        assert zeros(hidden) == 0.5
+
+    class Noisy(library.Model):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            for weight in self.trainable_variables:
+                weight.assign_add(tf.ones(weight.shape))
+            return logs
+
+    inputs = library.Input((6,))
+    model = Noisy(inputs, library.layers.Dense(3, name="hidden")(inputs))
+    fitted(pruning.prune_now(model, 0.5), library, batch_size=64)
+    assert zeros(model.get_layer("hidden")) == 0.5
+
+
+def test_sparsities_by_name_are_saved_for_what_is_left(library, tmp_path):
+    model = dense_model(library)
+    pruning.prune(model, ramp(), engine="masks", scope={"hidden": 0.75, "logits": 0.5})
+    model.pop()
+    model.add(library.layers.Dense(3, name="new"))
+    other = saved(model, library, tmp_path)
+    assert [t.name for t in other.pruner.targets] == ["hidden"]
+
+
+def test_an_interrupt_leaves_no_scores_in_the_kernels(library):
+    model = pruning.prune(dense_model(library), method="scores", sparsity=0.5)
+    before = np.asarray(model.get_layer("hidden").kernel)
+
+    class Interrupted(library.optimizers.SGD):
+        def update_step(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    pairs = [(tf.ones_like(variable), variable) for variable in model.trainable_variables]
+    options = {} if library is keras else {"jit_compile": False}
+    with pytest.raises(KeyboardInterrupt):
+        model.pruner.apply_gradients(Interrupted(0.1, **options), pairs)
+    np.testing.assert_array_equal(model.get_layer("hidden").kernel, before)
+
+
+def test_legacy_optimizers_train_pruned_embeddings():
+    layers = tf_keras.layers
+    model = tf_keras.Sequential(
+        [layers.Embedding(8, 4, input_length=2, name="hidden"), layers.Flatten(), layers.Dense(3)]
+    )
+    model.build((None, 2))
+    pruning.prune_now(model, 0.5, layers="hidden")
+    table = model.layers[0].embeddings
+    before, pattern = table.numpy(), table.numpy() == 0
+    model.compile(tf_keras.optimizers.legacy.Adam(0.1), loss(tf_keras))
+    model.fit(np.arange(128).reshape(64, 2) % 8, Y, verbose=0)
+    np.testing.assert_array_equal(table.numpy() == 0, pattern)
+    assert np.any(table.numpy() != before)
+
+
+def test_another_model_may_train_by_an_optimizer_of_its_own(library):
+    from tscnc_tf._keras import flavours
+
+    class Own(library.Model):
+        def __init__(self, body):
+            super().__init__()
+            self.body, self.own = body, library.optimizers.SGD(0.1)
+
+        def call(self, inputs):
+            return self.body(inputs)
+
+        def train_step(self, data):
+            x, y = data
+
+            def objective():
+                return tf.reduce_mean(
+                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x, training=True))
+                )
+
+            flavours.minimize(self.own, objective, self.body.trainable_variables)
+            return {"done": tf.constant(1.0)}
+
+    for method in ("magnitude", "scores"):
+        options = {"schedule": schedules.OneShot(0.5, 2)}
+        if method == "scores":
+            options = {"method": "scores", "sparsity": 0.5}
+        body = pruning.prune(dense_model(library), engine="masks", **options)
+        model = Own(body)
+        model(X[:1])
+        model.compile(jit_compile=False)
+        used = callbacks.pruning_callbacks()
+        model.fit(X, Y, batch_size=16, verbose=0, callbacks=used)
+        assert body.pruner.steps == 4
+        assert zeros(body.get_layer("hidden")) == 0.5
+
+
+def test_weight_files_tell_what_was_left_out(library, tmp_path):
+    def frozen():
+        model = dense_model(library)
+        model.get_layer("hidden").trainable = False
+        return pruning.prune(model, ramp(), engine="masks")
+
+    model, other = frozen(), frozen()
+    fitted(model, library)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    other.get_layer("hidden").trainable = True
+    fitted(other, library)
+    assert zeros(other.get_layer("hidden")) == 0.75
+
+
+def test_optimizers_in_turn_compile_their_steps_once(library):
+    model = dense_model(library)
+    traces = []
+
+    def schedule(step):
+        traces.append(step)
+        return step == 3, 0.5
+
+    pruner = pruning.Pruner(model, schedule)
+    one, two = library.optimizers.SGD(), library.optimizers.SGD()
+    for _ in range(2):
+        pruner.step(one), pruner.step(two)
+    count = len(traces)
+    for _ in range(4):
+        pruner.step(one), pruner.step(two)
+    assert len(traces) == count
+
+
+def test_an_interception_lasts_as_long_as_one_of_its_users(library):
+    from tscnc_tf._keras import optimizers
+
+    optimizer, seen = library.optimizers.SGD(), []
+
+    def on_step(optimizer, pairs, take):
+        seen.append(len(pairs))
+        return take(pairs)
+
+    first = optimizers.intercept(optimizer, on_step, lambda finalize: finalize())
+    second = optimizers.intercept(optimizer, on_step, lambda finalize: finalize())
+    variable = dense_model(library).trainable_variables[0]
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        optimizer.apply_gradients([(tf.ones((6, 8)), variable)])
+    optimizer.apply_gradients([(tf.ones((6, 8)), variable)])
+    assert seen == [1]

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, gates, inspection
-from tscnc_tf._keras import flavours, gated, masks, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, masks, optimizers, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
 from tscnc_tf.inspection import records
@@ -81,9 +81,8 @@ class UpdatePruning(flavours.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """See how the model is pruned, and mask what it begins with."""
         model = self.model
-        self._pruners = masks.pruners(model)
         self._training.close()  # where the last training broke off
-        self._training.enter_context(masks.training(model, model.optimizer))
+        self._find_pruners()
         wrapped = wrappers.wrapped_layers(model)
         self._tfmots = self._apply = None
         if wrapped:
@@ -105,13 +104,10 @@ class UpdatePruning(flavours.Callback):
             UserWarning: in the number of steps that is planned, the last renewal of the masks comes
                 before the schedule has reached its final sparsity.
         """
-        pruners = masks.pruners(self.model)
-        for pruner in pruners:
-            if pruner not in self._pruners:
-                self._training.enter_context(pruner.training(self.model.optimizer))
-            elif not (self.params or {}).get("steps"):
+        if not (self.params or {}).get("steps"):
+            for pruner in self._pruners:
                 pruner.skip_steps(self._optimizer_of(pruner))
-        self._pruners = pruners
+        self._find_pruners()
         if self._ahead:
             self._ahead = False
             self._look_ahead(epoch)
@@ -120,14 +116,29 @@ class UpdatePruning(flavours.Callback):
         """Mask what the optimizer step filled in."""
         if self._apply is not None:
             self._apply()
+        if not all(pruner.is_attached for pruner in self._pruners):
+            self._find_pruners()
         for pruner in self._pruners:
             optimizer = self._optimizer_of(pruner)
-            if pruner.is_attached and pruner.is_behind(optimizer):
+            if pruner.is_behind(optimizer):
                 pruner.step(optimizer)
+
+    def _find_pruners(self) -> None:
+        """Find what prunes the model now, and let steps of the model that it is new to begin anew.
+
+        Those may have been compiled before it was pruned, stripped or frozen.
+        """
+        found = masks.pruners(self.model)
+        flavours.register_trainer(self.model, *(pruner.model for pruner in found))
+        if any(pruner not in self._pruners for pruner in found):
+            held = optimizers.held(self.model)
+            self._training.enter_context(masks.training(self.model, *held))
+        self._pruners = found
 
     def _optimizer_of(self, pruner: Any) -> Any:
         """Return the optimizer that trains the weights of a pruner."""
-        own = pruner.own_optimizer() if pruner.model is self.model else None
+        variables = [target.variable for target in pruner.targets]
+        own = optimizers.trainer_of(self.model, variables)
         return self.model.optimizer if own is None else own
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

@@ -249,7 +249,7 @@ def network_of(run: Run, folder: pathlib.Path) -> Any:
 
 def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     data, model = stages.dataset(run.recipe), network_of(run, folder)
-    chosen = selector("layers", stages.pruned_layers(run.recipe.prune))
+    chosen = selector("layers", stages.pruned_layers(run.recipe.prune), model, model.layers)
     pruned = {layer.name for layer in model.layers if chosen(layer)}
     x = data.arrays("test")[0][:1000]
     lipschitz = inspection.local_lipschitz(model, x, stages.epsilon(run.recipe), seed=run.seed)

@@ -81,6 +81,28 @@ def weight(layer: Any) -> Any:
     return stored(layer, _attribute(layer))
 
 
+def require_plain(layer: Any, what: str) -> None:
+    """Raise a ValueError if a layer does not train its kernel as it is stored.
+
+    Args:
+        layer: of either Keras.
+        what: what is to act on the kernel, for the error.
+    """
+    if has_lora(layer):
+        way_out = (
+            "enable LoRA afterwards, or load the sums that save_weights writes into a model "
+            "without LoRA"
+        )
+    elif isinstance(layer, CLASSES) and layer.quantization_mode not in (None, "float8"):
+        way_out = "quantize the model afterwards"
+    else:
+        return
+    raise ValueError(
+        f"layer {layer.name!r}: {state(layer)}, so {what} would not act: {way_out}; or choose "
+        "other layers by layers=."
+    )
+
+
 def reason(layer: Any, variable: Any) -> str:
     """Return why a layer's weight can't be pruned in the form it has; an empty text if it can.
 

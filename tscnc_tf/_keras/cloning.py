@@ -307,30 +307,6 @@ def unwrapped(model: Any) -> Any:
     return _Unwrapping(tf_keras).rebuild(model)
 
 
-def require_plain_kernel(layer: Any, what: str) -> None:
-    """Raise a ValueError if a layer does not compute with, or train, its kernel as it is.
-
-    Args:
-        layer: a built layer.
-        what: what is to act on the kernel, for the error.
-    """
-    mode = getattr(layer, "quantization_mode", None)
-    if mode not in (None, "float8"):
-        reason, way_out = f"is quantized to {mode}", "quantize the model afterwards"
-    elif getattr(layer, "lora_enabled", False):
-        reason = "has LoRA enabled, which freezes its kernel and trains an addition to it"
-        way_out = (
-            "enable LoRA afterwards, or merge it: give the value of layer.kernel, which has the "
-            "addition in it, to a layer without LoRA"
-        )
-    else:
-        return
-    raise ValueError(
-        f"layer {layer.name!r} {reason}, so {what} would not act: {way_out}; or choose other "
-        "layers by layers=."
-    )
-
-
 def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:
     """Return what `build` makes of the configuration of a layer.
 

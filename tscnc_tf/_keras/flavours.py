@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -59,32 +59,50 @@ def tensor_variable(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def depending_on(values: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a graph does nothing before it has these values.
+@contextlib.contextmanager
+def depending_on(values: Any) -> Iterator[None]:
+    """Let a graph do nothing before it has these values.
 
     A compiled step whose data can't be fetched, at the end of a dataset of unknown length, would
     do all that needs no data: count a step, renew masks.
 
     Args:
-        values: tensors in any structure. Outside of a graph the context does nothing.
+        values: tensors and operations in any structure. Outside of a graph, nothing changes.
     """
-    tensors = tf.nest.flatten(values, expand_composites=True)
-    return tf.control_dependencies([each for each in tensors if tf.is_tensor(each)])
+    found = tf.nest.flatten(values, expand_composites=True)
+    before = [each for each in found if tf.is_tensor(each) or isinstance(each, tf.Operation)]
+    with tf.control_dependencies(before), tf.variable_creator_scope(_made_at_once):
+        yield
+
+
+def _made_at_once(make: Callable[..., Any], **arguments: Any) -> Any:
+    """Make a variable, such as one of a metric, whose first value waits for nothing."""
+    with tf.control_dependencies(None):
+        return make(**arguments)
 
 
 def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a model's training step does nothing before it has its batch.
+    """Let a model's training step do nothing before it has its batch.
 
-    What XLA compiles as a whole is not run without its arguments, so it needs no context.
+    What XLA compiles as a whole is not run without its arguments, so nothing is to do there.
     """
     return contextlib.nullcontext() if model.jit_compile else depending_on(data)
 
 
-def register_trainer(trainer: Any, model: Any) -> None:
-    """Take note of a model that trains another one, by steps of its own."""
-    for part in layers.flatten(model):
-        if isinstance(part, keras.Model | tf_keras.Model):
-            _TRAINERS.setdefault(part, weakref.WeakSet()).add(trainer)
+def register_trainer(trainer: Any, *models: Any) -> None:
+    """Take note of a model that trains others, or parts of them, by compiled steps of its own.
+
+    What it has compiled before it was known as such, it compiles anew.
+    """
+    is_new = False
+    for model in models:
+        for part in layers.flatten(model):
+            if isinstance(part, keras.Model | tf_keras.Model) and part is not trainer:
+                known = _TRAINERS.setdefault(part, weakref.WeakSet())
+                is_new |= trainer not in known
+                known.add(trainer)
+    if is_new:
+        reset_functions(trainer)
 
 
 def reset_functions(model: Any) -> None:

@@ -35,7 +35,7 @@ _Base: Any = object  # a model of either Keras; `in_library` puts it there
 class MaskedModel(_Base):
     """What the class of a model with a pruner adds to its own class."""
 
-    _plain: type  # the model's own class
+    _plain: Any  # the model's own class
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return a model of the plain class: what is built by a constructor has no pruner yet."""
@@ -56,7 +56,9 @@ class MaskedModel(_Base):
         with depending_on_batch(self, data):
             with self.pruner.training():
                 logs = super().train_step(data)
-            self.pruner.step()
+            # A step of the user's own may change weights after its optimizer has.
+            is_kerass = self._plain.train_step is library_of(type(self)).Model.train_step
+            self.pruner.step(is_constrained=is_kerass)
         return logs
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,8 +245,10 @@ class PruningState(_Base):
 
     def save_own_variables(self, store: Any) -> None:
         """Write what belongs to the weights that the model holds."""
-        for position, variable in enumerate(self._saved()):
-            store[str(position)] = variable.numpy()
+        values = [variable.numpy() for variable in self._saved()]
+        left_out = tensor_variable(self.left_out).numpy()[self._held()]
+        for position, value in enumerate([*values, left_out]):
+            store[str(position)] = value
 
     def load_own_variables(self, store: Any) -> None:
         """Load what a weight file has; that of a dense model has nothing, and masks stay.
@@ -255,15 +259,19 @@ class PruningState(_Base):
         if not store.keys():
             self._on_loaded()
             return
-        saved = self._saved()
-        if len(store.keys()) != len(saved):
+        saved, count = self._saved(), len(store.keys())
+        if count not in (len(saved), len(saved) + 1):  # older files lack what was left out
             raise ValueError(
-                f"The file has {len(store.keys())} variables of a pruner, and this model's has "
-                f"{len(saved)}: other weights of the model were pruned when it was saved, or by "
-                "another method. Load it into a model that is pruned in the same way."
+                f"The file has {count} variables of a pruner, and this model's has "
+                f"{len(saved) + 1}: other weights of the model were pruned when it was saved, or "
+                "by another method. Load it into a model that is pruned in the same way."
             )
         for position, variable in enumerate(saved):
             variable.assign(store[str(position)])
+        if count > len(saved):
+            left_out = tensor_variable(self.left_out).numpy()
+            left_out[self._held()] = store[str(len(saved))]
+            self.left_out.assign(left_out)
 
     @property
     def masks(self) -> list[Any]:

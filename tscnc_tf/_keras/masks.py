@@ -51,7 +51,7 @@ class AttachedPruner(Protocol):
     def is_behind(self, optimizer: Any) -> bool:
         """Tell whether an optimizer has taken steps that `step` has not been called for."""
 
-    def step(self, optimizer: Any = None) -> None:
+    def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Count a step of an optimizer, and renew the masks where that is due."""
 
     def apply(self, optimizer: Any = None) -> None:
@@ -138,19 +138,20 @@ def apply(model: Any, optimizer: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def training(model: Any, optimizer: Any) -> Iterator[None]:
-    """Let every pruner of `model` see to how an optimizer trains it, as long as this lasts."""
+def training(model: Any, *optimizers: Any) -> Iterator[None]:
+    """Let every pruner of `model` see to how optimizers train it, as long as this lasts."""
     with contextlib.ExitStack() as stack:
         for pruner in pruners(model):
-            stack.enter_context(pruner.training(optimizer))
+            for optimizer in optimizers:
+                stack.enter_context(pruner.training(optimizer))
         yield
 
 
 def after_step(model: Any, optimizer: Any) -> None:
-    """Let all masks of `model` act on what an optimizer step has changed."""
+    """Let all masks of `model` act on what an optimizer's step, and nothing else, has changed."""
     wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
-        pruner.step(optimizer)
+        pruner.step(optimizer, is_constrained=True)
 
 
 def names(model: Any) -> dict[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,7 +14,7 @@ from tscnc_tf._keras.flavours import tensor_variable
 
 Pairs = list[tuple[Any, Any]]  # of a gradient and a weight
 
-_INTERCEPTED: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+_INTERCEPTED: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()
 
 
 def innermost(optimizer: Any) -> Any:
@@ -25,19 +25,25 @@ def innermost(optimizer: Any) -> Any:
 def companions(optimizer: Any, *variables: Any) -> list[Any]:
     """Return what an optimizer keeps for weights in their own shapes, weight by weight.
 
-    Those are its slots (momentum, second moments), accumulated gradients and moving averages. All
-    optimizers keep them in lists in the order of the trainable variables.
-
     Args:
         optimizer: an optimizer of either Keras, or None.
         *variables: weights that it trains; for one that it does not know, nothing is returned.
     """
+    return [kept for each in companions_of(optimizer, variables) for kept in each]
+
+
+def companions_of(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
+    """Return for each of some weights what an optimizer keeps for it in its own shape.
+
+    Those are its slots (momentum, second moments), accumulated gradients and moving averages. All
+    optimizers keep them in lists in the order of the trainable variables.
+    """
     if optimizer is None:
-        return []
+        return [[] for _ in variables]
     optimizer = innermost(optimizer)
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
         names = optimizer.get_slot_names()
-        return [optimizer.get_slot(variable, name) for variable in variables for name in names]
+        return [[optimizer.get_slot(variable, name) for name in names] for variable in variables]
     positions = _positions(optimizer)
     lists = [
         kept
@@ -45,10 +51,10 @@ def companions(optimizer: Any, *variables: Any) -> list[Any]:
         if isinstance(kept, list | tuple) and len(kept) == len(positions)
     ]
     return [
-        companion
+        []
+        if (position := positions.get(key(variable))) is None
+        else _alike(variable, [kept[position] for kept in lists])
         for variable in variables
-        if (position := positions.get(key(variable))) is not None
-        for companion in _alike(variable, [kept[position] for kept in lists])
     ]
 
 
@@ -81,6 +87,22 @@ def is_optimizer(obj: Any) -> bool:
     return isinstance(obj, kinds)
 
 
+def held(model: Any) -> list[Any]:
+    """Return the optimizers that a model holds, the one that it is compiled with first."""
+    found = [getattr(model, "optimizer", None), *vars(model).values()]
+    return list({id(each): each for each in found if is_optimizer(each)}.values())
+
+
+def trainer_of(model: Any, variables: list[Any]) -> Any:
+    """Return the optimizer of a model that has begun to train some weights, None if none has."""
+    return next((each for each in held(model) if trains(each, variables)), None)
+
+
+def is_legacy(optimizer: Any) -> bool:
+    """Tell whether an optimizer is one of tf_keras' legacy kind."""
+    return isinstance(innermost(optimizer), tf_keras.optimizers.legacy.Optimizer)
+
+
 def build(optimizer: Any, variables: list[Any]) -> None:
     """Let an optimizer make what it keeps for these weights, unless it has done so."""
     is_legacy = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
@@ -110,10 +132,20 @@ def intercept(
         on_finalize: `on_finalize(finalize)` is called when training ends, and has `finalize()` put
             averages in place of weights.
     """
-    present = _INTERCEPTED.setdefault(optimizer, [])
-    if on_step in present:
+    users = _INTERCEPTED.setdefault(optimizer, {})
+    if on_step not in users:
+        users[on_step] = [0, _replace(optimizer, on_step, on_finalize)]
+    users[on_step][0] += 1
+    try:
         yield
-        return
+    finally:  # which may come late, where a training broke off
+        users[on_step][0] -= 1
+        if not users[on_step][0]:
+            users.pop(on_step)[1]()
+
+
+def _replace(optimizer: Any, on_step: Any, on_finalize: Any) -> Callable[[], None]:
+    """Put the functions of `intercept` in place; return what takes them away again."""
     is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
     name = "apply" if is_keras_3 else "apply_gradients"
     own_step = getattr(optimizer, name)
@@ -135,14 +167,13 @@ def intercept(
         replaced["finalize_variable_values"] = lambda var_list: on_finalize(lambda: end(var_list))
     before = {each: vars(optimizer)[each] for each in replaced if each in vars(optimizer)}
     vars(optimizer).update(replaced)  # past Keras' own tracking
-    present.append(on_step)
-    try:
-        yield
-    finally:
-        present.remove(on_step)
+
+    def restore() -> None:
         for each in replaced:
             del vars(optimizer)[each]
         vars(optimizer).update(before)
+
+    return restore
 
 
 def trains(optimizer: Any, variables: list[Any]) -> bool:

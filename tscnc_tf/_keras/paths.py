@@ -12,8 +12,9 @@ def weight_paths(model: Any) -> dict[int, str]:
     """Return the path of each weight of a model or layer, by the weight's id.
 
     It leads from attribute to attribute, as in "encoder/blocks[2]/_kernel". Names that Keras has
-    given to layers are no part of it unless the model's configuration holds them, as that of a
-    Sequential or functional model does: a subclassed model names its layers anew when it is built.
+    given to layers are a part of it only where the configuration holds them, as that of a
+    Sequential or functional model does: whatever is made by the code of a subclassed model or
+    layer is named anew when it is built. There, the place in the inner model stands for a name.
 
     Args:
         model: a built model or layer of either Keras.
@@ -21,7 +22,7 @@ def weight_paths(model: Any) -> dict[int, str]:
     found: dict[int, str] = {}
     entered: set[int] = set()
 
-    def walk(layer: Any, path: str) -> None:
+    def walk(layer: Any, path: str, is_configured: bool) -> None:
         if id(layer) in entered:
             return
         entered.add(id(layer))
@@ -30,23 +31,27 @@ def weight_paths(model: Any) -> dict[int, str]:
         own = [weight for weight in layer.weights if id(weight) not in theirs]
         for step, weight in _steps(layer, own, "weights"):
             found.setdefault(id(weight), path + step)
-        for step, part in _parts(layer, inside):
+        is_configured = is_configured and _is_kerass_own(layer)
+        for step, part in _parts(layer, inside, is_configured):
             if hasattr(part, "weights"):  # an operation of a graph has none
-                walk(part, f"{path}{step}/")
+                walk(part, f"{path}{step}/", is_configured)
 
-    walk(model, "")
+    walk(model, "", True)
     return found
 
 
-def _parts(layer: Any, inside: list[Any]) -> Iterator[tuple[str, Any]]:
+def _is_kerass_own(layer: Any) -> bool:
+    kind = getattr(type(layer), "_plain", type(layer))  # what it is beneath a pruner
+    return flavour(layer) == kind.__module__.partition(".")[0]
+
+
+def _parts(layer: Any, inside: list[Any], is_configured: bool) -> Iterator[tuple[str, Any]]:
     """Yield (name of the step, part) for the parts of a layer or model."""
     if not is_graph_model(layer):
         yield from _steps(layer, inside, "layers")
         return
-    kind = getattr(type(layer), "_plain", type(layer))  # what it is beneath a pruner
-    named = flavour(layer) == kind.__module__.partition(".")[0]
     for index, part in enumerate(inside):
-        yield part.name if named else f"layers[{index}]", part
+        yield part.name if is_configured else f"layers[{index}]", part
 
 
 def _steps(layer: Any, objects: list[Any], others: str) -> Iterator[tuple[str, Any]]:

@@ -185,7 +185,6 @@ class _Gating(cloning.Rebuilder):
         """Return the copy of a layer, in gates if they are wanted."""
         new = self.copied(layer)
         if id(layer) in self._chosen and kind_of(layer):
-            cloning.require_plain_kernel(layer, "gates on it")
             seed = np.random.SeedSequence([self._seed, self.count]).generate_state(1)
             self.count += 1
             calls = self._calls[id(layer)]

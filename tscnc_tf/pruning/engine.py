@@ -17,10 +17,13 @@ from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import plans, updates
 from tscnc_tf.pruning.choice import Choice
+from tscnc_tf.pruning.scopes import fitting
 from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import FROZEN, Candidate, Target, candidates, found_again
 
 __all__ = ["Pruner"]
+
+_KEPT_STEPS = 4  # compiled, of a pruner that several optimizers call in turn
 
 
 @_keras.register
@@ -36,7 +39,8 @@ class Pruner:
     (after the constraint that the layer has, if any), and Keras' optimizers apply constraints
     after each update. So they hold in another model that a pruned layer becomes a part of, such as
     a new head on a pruned body, too. (That model's files do not hold the masks, only the zeros:
-    `freeze_mask` goes on with these after loading.)
+    `freeze_mask` goes on with these after loading. And where its optimizer has averages that are
+    put in place of weights when training ends, `use_ema=True`, it needs `pruning_callbacks()`.)
 
     **Masks are renewed** by `step`, which is called after each optimizer step, inside the compiled
     step, by the model's own `fit` and by `AdversarialTraining`. A training loop of your own calls
@@ -171,7 +175,7 @@ class Pruner:
         self._asked = scheduling.final_sparsity(schedule)
         self._choice = Choice(self.targets, sparsity=self._asked, **choice)
         self.target_sparsity = self.structure.reachable(self._asked)
-        self._compiled: tuple[Any, Any] = (None, None)
+        self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
         self._optimizer: Any = None
         self.state = self._new_state()
         masked.attach(model, self)
@@ -202,8 +206,9 @@ class Pruner:
 
     def detach(self) -> None:
         """Take the pruner off its model and its weights, which stay as they are."""
-        for target in self.targets:
+        for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.release(target.variable)
+            mask.assign(tf.ones_like(mask))  # for steps of other models, compiled with it
         masked.detach(self.model)
 
     @property
@@ -298,7 +303,7 @@ class Pruner:
         weight = updates.kept(weight, mask)
         return weight if own is None else updates.kept(own(weight), mask)
 
-    def step(self, optimizer: Any = None) -> None:
+    def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Act on what an optimizer step has changed; to be called after each.
 
         Called again without a further step, it only applies the masks.
@@ -307,14 +312,19 @@ class Pruner:
             optimizer: the one that has taken the step. None for the one that the model is compiled
                 with, or another one of its own that trains these weights; if there is none, each
                 call counts as a step.
+            is_constrained: whether nothing but an optimizer of Keras has changed the weights, so
+                that their constraints have masked them already.
         """
-        self._step(self.own_optimizer() if optimizer is None else optimizer)
+        optimizer = self.own_optimizer() if optimizer is None else optimizer
+        self._step(optimizer, is_constrained and optimizer is not None)
 
-    def _step(self, optimizer: Any) -> None:
+    def _step(self, optimizer: Any, is_constrained: bool) -> None:
         """Count a step, renew the masks where that is due, and let them act."""
 
         def act() -> None:
-            update_everywhere(self.model, lambda strategy: self._update(strategy, optimizer))
+            update_everywhere(
+                self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
+            )
 
         if not tf.executing_eagerly():
             act()
@@ -322,17 +332,38 @@ class Pruner:
         self._meet(optimizer)
         # What an optimizer keeps for each weight is there only once it has begun.
         kept = (id(variable) for variable in self._companions(optimizer))
-        key = (id(optimizer), tuple(self._active()), *kept)
-        if self._compiled[0] != key:
-            self._compiled = (key, tf.function(act, autograph=False))
-        self._compiled[1]()
+        key = (id(optimizer), is_constrained, tuple(self._active()), *kept)
+        if key not in self._compiled:
+            if len(self._compiled) == _KEPT_STEPS:
+                self._compiled.pop(next(iter(self._compiled)))
+            self._compiled[key] = tf.function(act, autograph=False)
+        self._compiled[key]()
 
-    def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
-        """Return the context in which an optimizer is to train the model; this pruner needs none.
+    def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which an optimizer is to train the model.
 
-        `fit`, `AdversarialTraining` and the callbacks enter it by themselves.
+        `fit`, `AdversarialTraining` and the callbacks enter it by themselves. Only the legacy
+        optimizers of tf_keras need one: they refuse to apply constraints after sparse gradients.
+
+        Args:
+            optimizer: None for all that the model holds.
         """
-        return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
+            if optimizers.is_legacy(each):
+                stack.enter_context(optimizers.intercept(each, self._densify, _go_on))
+        return stack
+
+    def _densify(self, optimizer: Any, pairs: optimizers.Pairs, take: Any) -> Any:  # noqa: ARG002
+        ours = {optimizers.key(target.variable) for target in self.targets}
+        return take(
+            [
+                (tf.convert_to_tensor(gradient), variable)
+                if isinstance(gradient, tf.IndexedSlices) and optimizers.key(variable) in ours
+                else (gradient, variable)
+                for gradient, variable in pairs
+            ]
+        )
 
     def register_optimizer(self, optimizer: Any) -> None:
         """Take note of an optimizer that may keep something for the weights; here nothing to do."""
@@ -359,14 +390,7 @@ class Pruner:
 
     def own_optimizer(self) -> Any:
         """Return the model's optimizer that trains the targets, None if there is none."""
-        variables = [target.variable for target in self.targets]
-        held = self._held_optimizers()
-        return next((each for each in held if optimizers.trains(each, variables)), None)
-
-    def _held_optimizers(self) -> list[Any]:
-        """Return the optimizers that the model holds, the one that it is compiled with first."""
-        held = [getattr(self.model, "optimizer", None), *vars(self.model).values()]
-        return [each for each in held if optimizers.is_optimizer(each)]
+        return optimizers.trainer_of(self.model, [target.variable for target in self.targets])
 
     def reset_step_count(self, optimizer: Any = None) -> None:  # noqa: ARG002
         """Take note that another optimizer takes over, whose steps so far were not counted."""
@@ -410,7 +434,7 @@ class Pruner:
         """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""
         tensor_variable(self.state.frozen).assign(True)
 
-    def _update(self, strategy: Any, optimizer: Any) -> None:
+    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
         before = tf.identity(tensor_variable(self.state.step))
         seen = tf.identity(tensor_variable(self.state.seen))
         count = tf.maximum(seen, 0) + 1 if optimizer is None else optimizers.iterations(optimizer)
@@ -432,13 +456,13 @@ class Pruner:
         tf.cond(due, renew, lambda: None)
         for variable, value in ((self.state.step, now), (self.state.seen, count)):
             strategy.extended.update(tensor_variable(variable), updates.assign, args=(value,))
-        if optimizer is None:  # whatever has changed the weights, it applies no constraints
+        if not is_constrained:
             self._mask_weights(strategy)
         self._mask_companions(strategy, optimizer)
 
     def _among(self, indices: list[int]) -> tf.Tensor:
         """Return a vector with True for those of the targets."""
-        return tf.constant([index in set(indices) for index in range(len(self.targets))])
+        return tf.constant(np.isin(np.arange(len(self.targets)), indices))
 
     def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
         """Choose the weights to keep among those that are trained, and write the masks."""
@@ -468,8 +492,10 @@ class Pruner:
 
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
-        for target, mask in self._masked(self._held()):
-            for variable in optimizers.companions(optimizer, target.variable):
+        pairs = self._masked(self._held())
+        kept = optimizers.companions_of(optimizer, [target.variable for target, _ in pairs])
+        for (_, mask), companions in zip(pairs, kept, strict=True):
+            for variable in companions:
                 strategy.extended.update(tensor_variable(variable), updates.keep, args=(mask,))
 
     def get_config(self) -> dict[str, Any]:
@@ -484,10 +510,11 @@ class Pruner:
         scope = self._choice.scope
         where, held = paths.weight_paths(self.model), set(self._held())
         left_out = tensor_variable(self.state.left_out).numpy()
+        targets = [self.targets[index] for index in sorted(held)]
         return {
             "class_name": type(self).__name__,
             "structure": plans.serialize(self.structure, self.model),
-            "scope": scope if isinstance(scope, str) else dict(scope),
+            "scope": scope if isinstance(scope, str) else fitting(scope, targets),
             "min_weights": self._choice.min_weights,
             "weights": [
                 {
@@ -535,3 +562,7 @@ class Pruner:
             f"structure={self.structure!r}, scope={self._choice.scope!r}, "
             f"min_weights={self._choice.min_weights})"
         )
+
+
+def _go_on(finalize: Callable[[], Any]) -> Any:
+    return finalize()

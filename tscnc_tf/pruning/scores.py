@@ -50,7 +50,8 @@ class ScorePruner(engine.Pruner):
     place of the optimizer's; for a model inside another one, `callbacks.pruning_callbacks()` see to
     it. Weights that are set or loaded from outside (`set_weights`, `load_weights`) become the dense
     ones, and their scores begin anew. Keras' `SwapEMAWeights` is of no use here: it would put
-    scores in place of weights.
+    scores in place of weights. Where the stage is begun by a callback of `fit` and the optimizer
+    has averages, `use_ema=True`, give `callbacks.pruning_callbacks()`, too.
 
     After the stage, `pruning.freeze_mask(model)` ends it: the mask stays for good, the weights
     :math:`w \odot m` are trained again, and the model's pruner is a frozen `Pruner`. Compile the
@@ -184,7 +185,7 @@ class ScorePruner(engine.Pruner):
         """
         importance.require_no_lora(target.layer for target in self.targets)
         stack = contextlib.ExitStack()
-        for each in self._held_optimizers() if optimizer is None else [optimizer]:
+        for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
             stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
         return stack
 
@@ -233,13 +234,13 @@ class ScorePruner(engine.Pruner):
             self._steps_under_way += 1
             try:
                 result = take(trained)
-            except Exception:
+            except BaseException:  # an interrupt, too
                 if tf.executing_eagerly():
                     self.apply()  # the kernels hold scores at this moment
                 raise
             finally:
                 self._steps_under_way -= 1
-            self._step(optimizer)
+            self._step(optimizer, True)
         return result
 
     def _on_finalize(self, finalize: Any) -> None:
@@ -288,7 +289,7 @@ class ScorePruner(engine.Pruner):
             "apply_gradients of its pruner; and compile anew what was trained before it was pruned."
         )
 
-    def step(self, optimizer: Any = None) -> None:
+    def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:  # noqa: ARG002
         """Make sure that no optimizer step went past the scores; there is nothing else to do.
 
         Raises:
@@ -354,7 +355,7 @@ class ScorePruner(engine.Pruner):
         self.choose()
         super().freeze()
         model, kept = self.model, [mask.numpy() for mask in self.state.masks]
-        self._known.update(self._held_optimizers())
+        self._known.update(optimizers.held(self.model))
         choice = {
             "criterion": None,
             "structure": self.structure,
@@ -386,11 +387,11 @@ class ScorePruner(engine.Pruner):
 
         update_everywhere(self.model, update)
 
-    def _update(self, strategy: Any, optimizer: Any) -> None:
+    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
         for target, _, score in self.triples():
             variable = tensor_variable(target.variable)
             strategy.extended.update(score, updates.assign, args=(variable,))
-        super()._update(strategy, optimizer)
+        super()._update(strategy, optimizer, is_constrained)
         self._mask_weights(strategy)
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:

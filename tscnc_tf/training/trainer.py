@@ -336,8 +336,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
-        with flavours.depending_on_batch(self, data):
-            return self._checked(self._descend, data)
+        return self._checked(self._descend, data)
 
     def _descend(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
@@ -386,7 +385,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         if self._classes is None:
             self._classes = outputs.traced_classes("model", self._inference, x)
         checks = inputs.require_values(x, y, bounds, self._classes) + self._require_logits(x)
-        with tf.control_dependencies(checks):  # nothing is changed by a batch that is not sound
+        # Nothing is changed by a batch that is not sound.
+        with flavours.depending_on_batch(self, data), flavours.depending_on(checks):
             return self._compiled(step)(x, y, sample_weight)
 
     def _require_logits(self, x: tf.Tensor) -> list[tf.Operation]:
