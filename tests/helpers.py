@@ -9,7 +9,10 @@ import sys
 
 import keras
 import numpy as np
+import tensorflow as tf
 import tf_keras
+
+from tscnc_tf._keras import flavours
 
 FLAVOURS = {"tf_keras": tf_keras, "keras": keras}
 
@@ -58,6 +61,33 @@ def images(count=96, classes=3, seed=0):
     for index, label in enumerate(y):
         x[index, :, 2 * label + 1 : 2 * label + 3] += 0.5
     return np.clip(x, 0, 1).astype("float32"), y
+
+
+def training_itself(library, part):
+    """A built model around a layer or model, which it trains by an optimizer that it holds."""
+
+    class TrainingItself(library.Model):
+        def __init__(self):
+            super().__init__()
+            self.part, self.own = part, library.optimizers.SGD(0.1)
+
+        def call(self, inputs):
+            return self.part(inputs)
+
+        def train_step(self, data):
+            x, y = data
+
+            def objective():
+                return tf.reduce_mean(
+                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x, training=True))
+                )
+
+            flavours.minimize(self.own, objective, self.part.trainable_variables)
+            return {"done": tf.constant(1.0)}
+
+    model = TrainingItself()
+    model(np.ones((1, 6), np.float32))
+    return model
 
 
 def python_blocks(markdown):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import FLAVOURS, blobs, dense_model
+from helpers import FLAVOURS, blobs, dense_model, training_itself
 
 import tscnc_tf as tscnc
 from tscnc_tf import attacks, callbacks, inspection, losses, pruning, schedules
@@ -123,35 +123,12 @@ def test_a_schedule_goes_on_in_another_model(library):
 
 
 def test_steps_of_an_optimizer_of_ones_own_are_counted_once(library):
-    from tscnc_tf._keras import flavours
-
-    class Own(library.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = library.layers.Dense(3)
-            self.own = library.optimizers.SGD(0.1)
-
-        def call(self, inputs):
-            return self.dense(inputs)
-
-        def train_step(self, data):
-            x, y = data
-
-            def objective():
-                return tf.reduce_mean(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x, training=True))
-                )
-
-            flavours.minimize(self.own, objective, self.trainable_variables)
-            return {"done": tf.constant(1.0)}
-
-    model = Own()
-    model(X[:1])
+    model = training_itself(library, library.layers.Dense(3))
     pruning.prune(model, schedules.OneShot(0.5, 3), engine="masks")
     model.compile(jit_compile=False)
     model.fit(X, Y, batch_size=16, verbose=0, callbacks=callbacks.pruning_callbacks())
     assert model.pruner.steps == 4
-    assert zeros(model.dense) == 0.5
+    assert zeros(model.part) == 0.5
 
 
 def test_a_constraint_of_the_layer_acts_as_well(library):
@@ -762,34 +739,12 @@ def test_legacy_optimizers_train_pruned_embeddings():
 
 
 def test_another_model_may_train_by_an_optimizer_of_its_own(library):
-    from tscnc_tf._keras import flavours
-
-    class Own(library.Model):
-        def __init__(self, body):
-            super().__init__()
-            self.body, self.own = body, library.optimizers.SGD(0.1)
-
-        def call(self, inputs):
-            return self.body(inputs)
-
-        def train_step(self, data):
-            x, y = data
-
-            def objective():
-                return tf.reduce_mean(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x, training=True))
-                )
-
-            flavours.minimize(self.own, objective, self.body.trainable_variables)
-            return {"done": tf.constant(1.0)}
-
     for method in ("magnitude", "scores"):
         options = {"schedule": schedules.OneShot(0.5, 2)}
         if method == "scores":
             options = {"method": "scores", "sparsity": 0.5}
         body = pruning.prune(dense_model(library), engine="masks", **options)
-        model = Own(body)
-        model(X[:1])
+        model = training_itself(library, body)
         model.compile(jit_compile=False)
         used = callbacks.pruning_callbacks()
         model.fit(X, Y, batch_size=16, verbose=0, callbacks=used)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import FLAVOURS, blobs, dense_model
+from helpers import FLAVOURS, blobs, dense_model, training_itself
 
 from tscnc_tf import attacks, callbacks, inspection, losses, pruning, schedules
 from tscnc_tf._keras import flavours, optimizers
@@ -147,28 +147,7 @@ def test_a_trainer_notices_that_its_model_was_pruned_or_stripped(library):
 
 
 def test_a_model_with_an_optimizer_of_its_own_is_pruned_by_that_ones_steps(library):
-    class Own(library.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = library.layers.Dense(3)
-            self.own = library.optimizers.SGD(0.1)
-
-        def call(self, inputs):
-            return self.dense(inputs)
-
-        def train_step(self, data):
-            x, y = data
-
-            def objective():
-                return tf.reduce_mean(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x, training=True))
-                )
-
-            flavours.minimize(self.own, objective, self.trainable_variables)
-            return {"steps": optimizers.iterations(self.own)}
-
-    model = Own()
-    model(X[:1])
+    model = training_itself(library, library.layers.Dense(3))
     pruning.prune(model, schedules.OneShot(0.5, 3), engine="masks")
     model.compile(run_eagerly=False)
     model.fit(X, Y, batch_size=16, verbose=0)
