@@ -50,12 +50,12 @@ def companions_of(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
         for kept in vars(optimizer).values()
         if isinstance(kept, list | tuple) and len(kept) == len(positions)
     ]
-    return [
-        []
-        if (position := positions.get(key(variable))) is None
-        else _alike(variable, [kept[position] for kept in lists])
-        for variable in variables
-    ]
+
+    def kept_for(variable: Any) -> list[Any]:
+        position = positions.get(key(variable))
+        return [] if position is None else _alike(variable, [kept[position] for kept in lists])
+
+    return [kept_for(variable) for variable in variables]
 
 
 def _alike(variable: Any, kept: list[Any]) -> list[Any]:

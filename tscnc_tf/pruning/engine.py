@@ -303,6 +303,7 @@ class Pruner:
         weight = updates.kept(weight, mask)
         return weight if own is None else updates.kept(own(weight), mask)
 
+    @tf.autograph.experimental.do_not_convert
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Act on what an optimizer step has changed; to be called after each.
 
@@ -412,6 +413,7 @@ class Pruner:
         seen = int(tensor_variable(self.state.seen).numpy())
         return seen != int(optimizers.iterations(optimizer))
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, optimizer: Any = None) -> None:
         """Set to zero what is not kept: in weights, in the optimizer's slots and averages."""
         update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))

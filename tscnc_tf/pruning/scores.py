@@ -189,6 +189,7 @@ class ScorePruner(engine.Pruner):
             stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
         return stack
 
+    @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
         """Take an optimizer's step on the scores, and choose the weights to keep by them.
 
@@ -289,6 +290,7 @@ class ScorePruner(engine.Pruner):
             "apply_gradients of its pruner; and compile anew what was trained before it was pruned."
         )
 
+    @tf.autograph.experimental.do_not_convert
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:  # noqa: ARG002
         """Make sure that no optimizer step went past the scores; there is nothing else to do.
 
