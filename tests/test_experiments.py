@@ -24,7 +24,7 @@ import tensorflow as tf
 import yaml
 
 import tscnc_tf as tscnc
-from tscnc_tf._keras import masked
+from tscnc_tf._keras import masks
 from tscnc_tf.experiments import folders, locks, stages
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.inspection.records import jsonable
@@ -466,8 +466,8 @@ def test_scores_choose_as_often_as_the_recipe_says():
         chosen = recipe(**{"prune.frequency": given})
         data = stages.dataset(chosen)
         trainer = stages.trainer(chosen, "prune", data, previous=stages.network(chosen, data))
-        (part,) = masked.masked_models(trainer.model)
-        assert part.pruner.frequency == taken
+        (pruner,) = masks.pruners(trainer.model)
+        assert pruner.frequency == taken
 
 
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):

@@ -12,7 +12,7 @@ import tf_keras
 from helpers import FLAVOURS, blobs, conv_model, dense_model, fresh_process, images
 
 from tscnc_tf import _keras, attacks, callbacks, losses, pruning, regularizers, schedules
-from tscnc_tf._keras import flavours, masked, masks, outputs, wrappers
+from tscnc_tf._keras import flavours, masks, outputs, wrappers
 from tscnc_tf.training import AdversarialTraining
 from tscnc_tf.training.trainer import LOGS
 
@@ -94,7 +94,7 @@ def sparsities(model):
 
 def pruning_steps(model):
     """The steps that the wrappers, or the pruner, have counted."""
-    pruners = [part.pruner.steps for part in masked.masked_models(model)]
+    pruners = [pruner.steps for pruner in masks.pruners(model)]
     return pruners or [int(w.pruning_step.numpy()) for w in wrappers.wrapped_layers(model)]
 
 

@@ -13,7 +13,7 @@ The masks are no weights of the model: `get_weights`, `count_params` and the sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from keras.src.backend.common import global_state
@@ -26,7 +26,6 @@ from tscnc_tf._keras.flavours import (
     reset_functions,
     tensor_variable,
 )
-from tscnc_tf._keras.layers import flatten
 from tscnc_tf._keras.masks import PRUNER, AttachedPruner
 
 _Base: Any = object  # a model of either Keras; `in_library` puts it there
@@ -371,15 +370,6 @@ def detach(model: Any) -> None:
 def is_masked(model: Any) -> bool:
     """Tell whether a model has a pruner itself; not whether a model inside has one."""
     return isinstance(model, MaskedModel)
-
-
-def masked_models(model: Any) -> Iterator[Any]:
-    """Yield the models with a pruner in `model`, which may be one itself, each once."""
-    seen: set[int] = set()
-    for layer in flatten(model):
-        if is_masked(layer) and id(layer) not in seen:
-            seen.add(id(layer))
-            yield layer
 
 
 def _register(cls: type, library: Any) -> None:
