@@ -1,6 +1,6 @@
 """Installs tscnc_tf: `pip install .`.
 
-Extras: `datasets`, `experiments`, `examples`, `litert`, `onnx`, `test`.
+Extras: `datasets`, `experiments`, `examples`, `litert`, `onnx`, `plots`, `test`.
 """
 
 import pathlib
@@ -15,7 +15,8 @@ VERSION = re.search(
 LITERT = ["ai-edge-litert>=2.1"]
 DATASETS = ["scikit-learn", "pillow", "scipy"]
 EXPERIMENTS = [*DATASETS, "filelock>=3.12", "pyyaml"]
-EXAMPLES = [*EXPERIMENTS, "matplotlib", *LITERT]
+PLOTS = ["matplotlib>=3.6"]
+EXAMPLES = [*EXPERIMENTS, *PLOTS, *LITERT]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
@@ -43,6 +44,7 @@ setup(
         "experiments": EXPERIMENTS,
         "litert": LITERT,
         "onnx": ONNX,
+        "plots": PLOTS,
         "test": [
             *EXAMPLES,
             *ONNX,

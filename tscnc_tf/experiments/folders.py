@@ -34,17 +34,20 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _keras
+from tscnc_tf import _files, _keras, _plots, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
 from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
 from tscnc_tf.export import manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEPS = ("train", "prune", "finetune", "evaluate")
 MANIFEST = "manifest.json"
@@ -299,8 +302,8 @@ def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageOutput:
-    """What a stage has put out.
+class StageOutput(_reports.Report):
+    """What a stage has put out; `print` it for a table of its metrics.
 
     Attributes:
         folder: where it is.
@@ -311,6 +314,34 @@ class StageOutput:
     folder: pathlib.Path
     manifest: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]
+
+    def plot(self) -> Figure:
+        """Return a figure of the metrics of training by epoch: losses, accuracies, and the others.
+
+        Raises:
+            ValueError: the stage has no metrics, as that of the evaluation.
+            ImportError: matplotlib is not installed.
+        """
+        if not self.metrics:
+            raise ValueError(f"stage {self.folder} has no metrics of epochs to draw.")
+        return _plots.curves(self.metrics)
+
+    def _table(self) -> _reports.Table:
+        chosen = self.manifest.get("chosen_epoch")
+        rows = [row for row in self.metrics[:-1] if row["epoch"] == chosen] + [*self.metrics[-1:]]
+        names = dict.fromkeys(name for row in rows for name in row if name != "epoch")
+        return _reports.Table(
+            f"Stage {self.manifest['stage']!r} in {self.folder}",
+            ["metric", *(f"epoch {row['epoch']}" for row in rows)],
+            [
+                (name, *(_reports.significant(float(row.get(name, "nan")), 4) for row in rows))
+                for name in names
+            ],
+            notes=[
+                *([] if chosen is None else [f"The model is that of epoch {chosen}."]),
+                f"Files: {', '.join(self.manifest.get('files', {}))}.",
+            ],
+        )
 
     @functools.cached_property
     def model(self) -> Any:
