@@ -47,7 +47,7 @@ def spectra(results: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
                 index = np.arange(1, values.size + 1)
                 axes.plot(index, values, f"C{colour}", marker=".", markersize=3, label=label)
         axes.set(xlabel="index", yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     panels[0].set_ylabel(f"singular value (at least {SMALLEST:g})")
     if len(results) > 1:
         _legend(figure, results)
@@ -94,7 +94,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if len(members) > 1:
             axes.legend(fontsize="small")
         axes.set(xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         if members == ["condition_number"]:
             axes.set(yscale="log")
     return figure
