@@ -1,6 +1,6 @@
 """Installs tscnc_tf: `pip install .`.
 
-Extras: `datasets`, `experiments`, `examples`, `litert`, `onnx`, `test`.
+Extras: `datasets`, `docs`, `experiments`, `examples`, `litert`, `onnx`, `test`.
 """
 
 import pathlib
@@ -16,6 +16,7 @@ LITERT = ["ai-edge-litert>=2.1"]
 DATASETS = ["scikit-learn", "pillow", "scipy"]
 EXPERIMENTS = [*DATASETS, "filelock>=3.12", "pyyaml"]
 EXAMPLES = [*EXPERIMENTS, "matplotlib", *LITERT]
+DOCS = ["furo", "latex2mathml", "myst-parser", "sphinx>=8", "sphinx-copybutton"]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
@@ -39,11 +40,13 @@ setup(
     ],
     extras_require={
         "datasets": DATASETS,
+        "docs": DOCS,
         "examples": EXAMPLES,
         "experiments": EXPERIMENTS,
         "litert": LITERT,
         "onnx": ONNX,
         "test": [
+            *DOCS,
             *EXAMPLES,
             *ONNX,
             "adversarial-robustness-toolbox",
