@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _reports
 from tscnc_tf import attacks as attacks_
-from tscnc_tf.inspection import records
 
 
 class Adversary(NamedTuple):
@@ -73,7 +72,7 @@ def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
         )
     for _, attack in named:
         _require_attack(attack, bounds)
-    names = records.unique(_name(attack) if name is None else name for name, attack in named)
+    names = _reports.unique(_name(attack) if name is None else name for name, attack in named)
     return [
         Adversary(name, attack, dict(_describe(attack)))
         for name, (_, attack) in zip(names, named, strict=True)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _checks, _files, _tables
-from tscnc_tf.inspection.records import Z95, jsonable
+from tscnc_tf import _checks, _files, _reports
+from tscnc_tf._reports import Z95, jsonable
 
-_LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
 _NOT_DECLARED = "not declared"
 
 
@@ -98,7 +95,7 @@ class AttackResult:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RobustnessReport:
+class RobustnessReport(_reports.Report):
     """Accuracy of a model, clean and under attack; `print` it for a table.
 
     Attributes:
@@ -180,7 +177,7 @@ class RobustnessReport:
         """Write `to_dict()` to a JSON file, replacing what was there."""
         _files.write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         columns = ["attack", "accuracy", "95 % interval", "ε", "norm", "steps", "restarts"]
         columns += ["examples", "seed"]
         always = [f"{self.examples}", f"{self.seed}"]
@@ -191,24 +188,13 @@ class RobustnessReport:
             others = [known.get(key) for key in ("norm", "steps", "restarts")]
             cells = [str(epsilon), *("–" if value is None else str(value) for value in others)]
             rows.append([result.name, *_cells(result.correct), *cells, *always])
-        return _tables.render(
+        return _reports.Table(
             f"Robustness of {self.model}",
             columns,
             rows,
             ["worst case", *_cells(self.robust_correct), "", "", "", "", *always],
             [*(f"Warning: {text}" for text in self.warnings), *self.notes],
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries; "unknown" for what is not installed."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
 
 
 def _figures(correct: np.ndarray) -> dict[str, Any]:
@@ -222,4 +208,4 @@ def _figures(correct: np.ndarray) -> dict[str, Any]:
 
 def _cells(correct: np.ndarray) -> list[str]:
     low, high = wilson_interval(int(np.sum(correct)), len(correct))
-    return [_tables.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]
+    return [_reports.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]

@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _reports
 from tscnc_tf.attacks import _compiled
 from tscnc_tf.evaluation import data, doubts, subject
 from tscnc_tf.evaluation.adversaries import Adversary, adversaries, checked
-from tscnc_tf.evaluation.report import AttackResult, RobustnessReport, versions
+from tscnc_tf.evaluation.report import AttackResult, RobustnessReport
 
 
 def evaluate_robustness(
@@ -135,7 +135,7 @@ def evaluate_robustness(
         bounds=bounds,
         warnings=tuple(warned),
         notes=tuple(doubts.after(clean, opponents, results)),
-        versions=versions(),
+        versions=_reports.versions(),
         seconds=time.perf_counter() - begin,
     )
 
