@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -27,6 +29,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "inventories"]
 templates_path = ["_templates"]
+smartquotes = False  # x' is a name
 default_role = "py:obj"  # `name` is code, and a link where there is something to link to
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
@@ -35,6 +38,7 @@ myst_heading_anchors = 4
 autosummary_generate = True
 autosummary_imported_members = True
 autosummary_ignore_module_all = False
+autosummary_context = {"promoted": tscnc_tf.__all__}  # indexed at the top, and not once more
 autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -47,7 +51,6 @@ napoleon_custom_sections = ["Reference"]
 intersphinx_mapping = {
     "keras": ("https://keras.io/", "inventories/keras.inv"),
     "numpy": ("https://numpy.org/doc/stable/", "inventories/numpy.inv"),
-    "python": ("https://docs.python.org/3/", "inventories/python.inv"),
     "tensorflow": ("https://www.tensorflow.org/", "inventories/tensorflow.inv"),
 }
 
@@ -60,16 +63,44 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-def _inline_math(translator, node):
-    translator.body.append(converter.convert(node.astext()))
-    raise nodes.SkipNode
+_APART = r'\1<mspace width="0.17em"/>'
 
 
-def _display_math(translator, node):
-    translator.body.append(converter.convert(node.astext(), display="block"))
-    raise nodes.SkipNode
+def _math(display):
+    def visit(translator, node):
+        formula = converter.convert(node.astext(), display=display)
+        # A function and its argument are set apart: log x, and not logx.
+        apart = re.sub(r"(<m[io]>(?:log|det|max|min|cos)</m[io]>)(?=<m[^o])", _APART, formula)
+        translator.body.append(apart)
+        raise nodes.SkipNode
+
+    return visit, None
+
+
+def _public_names():
+    """Return the full name of each public object by its own name, if that is distinctive."""
+    names = {}
+    for module in filter(inspect.ismodule, (getattr(tscnc_tf, name) for name in tscnc_tf.__all__)):
+        for name in module.__all__:
+            if name[0].isupper() or "_" in name:
+                names[name] = f"{module.__name__}.{name}"
+    return names | {name: f"tscnc_tf.{name}" for name in tscnc_tf.__all__}
+
+
+def _short_name(app, env, node, contnode):
+    """Link names that are not written in full: `pruning.compact`, `tscnc.prune`, `PGD`."""
+    name = node.get("reftarget", "").removeprefix("tscnc.")
+    target = f"tscnc_tf.{name}" if "." in name else PUBLIC.get(name)
+    if target is None:
+        return None
+    python = env.domains.python_domain
+    return python.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
+
+
+PUBLIC = _public_names()
 
 
 def setup(app):
     """Render formulas as MathML, which browsers show without scripts and without a network."""
-    app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
+    app.add_html_math_renderer("mathml", _math("inline"), _math("block"))
+    app.connect("missing-reference", _short_name)
