@@ -1,6 +1,6 @@
 """Installs tscnc_tf: `pip install .`.
 
-Extras: `datasets`, `experiments`, `examples`, `litert`, `onnx`, `plots`, `test`.
+Extras: `datasets`, `docs`, `experiments`, `examples`, `litert`, `onnx`, `plots`, `test`.
 """
 
 import pathlib
@@ -17,6 +17,7 @@ DATASETS = ["scikit-learn", "pillow", "scipy"]
 EXPERIMENTS = [*DATASETS, "filelock>=3.12", "pyyaml"]
 PLOTS = ["matplotlib>=3.6"]
 EXAMPLES = [*EXPERIMENTS, *PLOTS, *LITERT]
+DOCS = ["furo", "latex2mathml", "myst-parser", "sphinx>=8", "sphinx-copybutton"]
 ONNX = ["onnx>=1.19", "onnxruntime>=1.23", "tf2onnx>=1.17"]
 
 setup(
@@ -40,12 +41,14 @@ setup(
     ],
     extras_require={
         "datasets": DATASETS,
+        "docs": DOCS,
         "examples": EXAMPLES,
         "experiments": EXPERIMENTS,
         "litert": LITERT,
         "onnx": ONNX,
         "plots": PLOTS,
         "test": [
+            *DOCS,
             *EXAMPLES,
             *ONNX,
             "adversarial-robustness-toolbox",

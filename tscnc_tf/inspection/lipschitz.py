@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
 from tscnc_tf._keras import adapted, gated, keras, tf_keras, wrappers
-from tscnc_tf._keras.outputs import origin
+from tscnc_tf._keras.models import origin
 from tscnc_tf.inspection import weights
 from tscnc_tf.inspection.inputs import as_inputs, one_tensor
 from tscnc_tf.inspection.operators import operator_singular_values

@@ -16,7 +16,7 @@ from tscnc_tf._keras import (
     keras,
     layers,
     masks,
-    matrices,
+    models,
     require_built,
     tf_keras,
     wrappers,
@@ -135,15 +135,15 @@ def others(model: Any) -> list[Weight]:
     known = {id(kernel.variable) for kernel in layers.kernels(model)}
     owners = {
         id(weight): (layer, weight)
-        for _, layer, weight, _ in matrices.owned(model, lambda _: False)
-        if id(weight) in read.masked or matrices.is_kernel(layer, weight)
+        for _, layer, weight, _ in models.owned(model, lambda _: False)
+        if id(weight) in read.masked or models.is_kernel(layer, weight)
     }
     vectors = read.masked - owners.keys()  # weights of rank 1, pruned by explicit choice
     for layer in layers.flatten(model) if vectors else ():  # inner layers come later
         if not wrappers.is_wrapper(layer):
             owners |= {id(v): (layer, v) for v in layer.weights if id(v) in vectors}
     return [
-        Weight(f"{layer.name}/{matrices.leaf(weight)}", weight, read(weight), key in read.masked)
+        Weight(f"{layer.name}/{models.leaf(weight)}", weight, read(weight), key in read.masked)
         for key, (layer, weight) in owners.items()
         if key not in known
     ]
