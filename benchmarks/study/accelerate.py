@@ -23,7 +23,7 @@ from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, datasets, inspection
 from tscnc_tf._keras import flavours, gated
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.models import selector
 from tscnc_tf._reports import jsonable, versions
 from tscnc_tf.datasets import augmentation
 from tscnc_tf.experiments import Recipe, folders, stages

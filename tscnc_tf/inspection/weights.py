@@ -15,7 +15,7 @@ from tscnc_tf._keras import (
     gated,
     keras,
     layers,
-    matrices,
+    models,
     require_built,
     tf_keras,
     wrappers,
@@ -133,15 +133,15 @@ def others(model: Any) -> list[Weight]:
     known = {id(kernel.variable) for kernel in layers.kernels(model)}
     owners = {
         id(weight): (layer, weight)
-        for _, layer, weight, _ in matrices.owned(model, lambda _: False)
-        if id(weight) in by_variable or matrices.is_kernel(layer, weight)
+        for _, layer, weight, _ in models.owned(model, lambda _: False)
+        if id(weight) in by_variable or models.is_kernel(layer, weight)
     }
     vectors = by_variable.keys() - owners.keys()  # who asks for it has these pruned, too
     for layer in layers.flatten(model) if vectors else ():  # what comes later lies deeper
         if not wrappers.is_wrapper(layer):
             owners |= {id(v): (layer, v) for v in layer.weights if id(v) in vectors}
     return [
-        Weight(f"{layer.name}/{matrices.leaf(weight)}", weight, acting(weight), key in by_variable)
+        Weight(f"{layer.name}/{models.leaf(weight)}", weight, acting(weight), key in by_variable)
         for key, (layer, weight) in owners.items()
         if key not in known
     ]

@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import adapted, masked, masks, optimizers, paths
-from tscnc_tf._keras.distribution import update_everywhere
-from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf._keras import adapted, masks, optimizers
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras.flavours import tensor_variable, update_everywhere
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import plans, updates
 from tscnc_tf.pruning.choice import Choice
@@ -178,7 +178,7 @@ class Pruner:
         self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
         self._optimizer: Any = None
         self.state = self._new_state()
-        masked.attach(model, self)
+        masks.attach(model, self)
         for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.constrain(target.variable, self, mask)
 
@@ -196,7 +196,7 @@ class Pruner:
         )
 
     def _new_state(self, dtypes: list[str] | None = None) -> Any:
-        return masked.new_state(
+        return masks.new_state(
             self.model,
             dtypes,
             shapes=[target.shape for target in self.targets],
@@ -209,7 +209,7 @@ class Pruner:
         for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.release(target.variable)
             mask.assign(tf.ones_like(mask))  # for steps of other models, compiled with it
-        masked.detach(self.model)
+        masks.detach(self.model)
 
     @property
     def is_attached(self) -> bool:
@@ -510,7 +510,7 @@ class Pruner:
 
     def _shared_config(self) -> dict[str, Any]:
         scope = self._choice.scope
-        where, held = paths.weight_paths(self.model), set(self._held())
+        where, held = kernel_layers.weight_paths(self.model), set(self._held())
         left_out = tensor_variable(self.state.left_out).numpy()
         targets = [self.targets[index] for index in sorted(held)]
         return {

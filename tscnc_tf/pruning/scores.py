@@ -12,8 +12,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras import optimizers
-from tscnc_tf._keras.distribution import update_everywhere
-from tscnc_tf._keras.flavours import depending_on, tensor_variable
+from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
 from tscnc_tf.pruning import engine, importance, plans, updates
 from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import Candidate, Target, candidates

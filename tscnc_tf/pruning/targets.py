@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tscnc_tf import _keras, _reports, functional
-from tscnc_tf._keras import adapted, matrices, outputs, paths
+from tscnc_tf._keras import adapted, models
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import listed, selector
+from tscnc_tf._keras.models import listed, selector
 
 FROZEN = "it is frozen (trainable=False)"
 
@@ -103,23 +103,23 @@ def candidates(
     chosen = selector("layers", layers, model, able)
     found = []
     any_is_chosen = layers is None
-    last = outputs.kernels(model)
+    last = models.output_kernels(model)
     unknown = None if layers is None else False
-    for path, layer, variable, is_chosen in matrices.owned(model, chosen):
+    for path, layer, variable, is_chosen in models.owned(model, chosen):
         any_is_chosen |= is_chosen
-        leaf = matrices.leaf(variable)
+        leaf = models.leaf(variable)
         layout, groups = _reading(layer, variable)
         is_last = unknown if last is None else any(variable is kernel for kernel in last)
         target = Target("/".join([*path, leaf]), layer, variable, layout, groups, is_last)
         if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
             reason = "not chosen"
-        elif fixed := matrices.fixed(layer, variable):
+        elif fixed := models.fixed(layer, variable):
             reason = fixed
         elif len(variable.shape) < min_rank:
             reason = f"its rank is {len(variable.shape)}, below min_rank={min_rank}"
-        elif weights is None and leaf in matrices.BIASES:
+        elif weights is None and leaf in models.BIASES:
             reason = f"{leaf!r} is no kernel"
-        elif weights is None and layers is None and matrices.is_no_kernel(layer, leaf):
+        elif weights is None and layers is None and models.is_no_kernel(layer, leaf):
             reason = f"{leaf!r} is no kernel; choose its layer by layers= to prune it"
         else:
             reason = unfit(target)
@@ -136,8 +136,8 @@ def _able(model: Any) -> list[Any]:
     """Return the layers of a model that have weights which are pruned if they are chosen."""
     return [
         layer
-        for _, layer, variable, _ in matrices.owned(model, lambda _: False)
-        if not matrices.fixed(layer, variable) and matrices.leaf(variable) not in matrices.BIASES
+        for _, layer, variable, _ in models.owned(model, lambda _: False)
+        if not models.fixed(layer, variable) and models.leaf(variable) not in models.BIASES
     ]
 
 
@@ -146,14 +146,14 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
 
     Args:
         model: a built model.
-        weights: of each weight that is to be pruned its path (`_keras.paths`), name and shape; in
-            older files its position among all candidates, in place of the path.
+        weights: of each weight that is to be pruned its path (`layers.weight_paths`), name and
+            shape; in older files its position among all candidates, in place of the path.
 
     Raises:
         ValueError: the model lacks one of them.
     """
     every = candidates(model)
-    where = paths.weight_paths(model)
+    where = kernel_layers.weight_paths(model)
     by_path = {where[id(target.variable)]: target for target, _ in every}
     pruned: dict[int, Target] = {}
     lacking = []

@@ -9,7 +9,7 @@ from typing import Any
 from tscnc_tf import _keras
 from tscnc_tf._keras import cloning, flavours, gated, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import listed, selector
+from tscnc_tf._keras.models import listed, selector
 from tscnc_tf.pruning.structures import NM
 
 
