@@ -62,7 +62,7 @@ def test_parts_of_a_recipe_are_no_dicts(part):
     ("content", "kind", "words"),
     [
         (b"base: 3", TypeError, "base must be the name of a file or a list of them, got 3"),
-        (b"name: \xff", ValueError, "mine.yaml is not YAML: it is no text in UTF-8"),
+        (b"name: \xff", ValueError, "mine.yaml is not YAML: it is not text in UTF-8"),
         (b"base: none.yaml", FileNotFoundError, "none.yaml"),
         (b"", ValueError, "mine.yaml is empty, or was cut off"),
         (b"# nothing", ValueError, "mine.yaml is empty, or was cut off"),
