@@ -38,6 +38,7 @@ FLOORS = {
     "applications": 4,
     "experiments": 5,
     "__init__": 6,
+    "__main__": 6,
 }
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
 FILES = sorted(PACKAGE.rglob("*.py"))

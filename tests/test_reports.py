@@ -208,26 +208,19 @@ def test_curves_of_training_are_the_rows_of_its_metrics():
     np.testing.assert_array_equal(lines(sparsity)["sparsity"], [[1, 0.0], [2, 0.5]])
 
 
-def test_a_stage_is_shown_by_its_metrics_and_draws_them(tmp_path):
-    rows = [{"epoch": epoch, "loss": 1 / epoch, "sparsity": 0.5} for epoch in (1, 2, 3)]
-    manifest = {"stage": "prune", "chosen_epoch": 2, "files": {"model.keras": {}}}
+def test_a_stage_is_shown_and_draws_its_metrics(tmp_path):
+    figures = {"sparsity": 0.5, "validation_accuracy": 0.75, "condition_number": "inf"}
+    figures |= {"validation_robust_accuracy": 0.25, "dead_filters": 3.0}
+    rows = [{"epoch": epoch, "loss": 1 / epoch, **figures} for epoch in (1, 2, 3)]
+    manifest = {"stage": "prune", "chosen_epoch": 2, "files": {}}
     output = tscnc.experiments.StageOutput(tmp_path, manifest, tuple(rows))
-    found = [cell for _, cell in Cells(output._repr_html_()).found]
-    assert found[1:] == [
-        *("metric", "epoch 2", "epoch 3"),
-        *("loss", "0.5", "0.3333"),
-        *("sparsity", "0.5", "0.5"),
-        "The model is that of epoch 2.",
-        "Files: model.keras.",
-    ]
-    figure = output.plot()
-    np.testing.assert_array_equal(
-        lines(figure.axes[0])["loss"], [[row["epoch"], row["loss"]] for row in rows]
-    )
-    evaluated = tscnc.experiments.StageOutput(tmp_path, {"stage": "evaluate"}, ())
-    assert "Stage 'evaluate'" in str(evaluated)
+    cells = [cell for tag, cell in Cells(output._repr_html_()).found if tag == "td"]
+    assert cells[:6] == ["1", "50.00 %", "75.00 %", "25.00 %", "∞", "3"]
+    drawn = output.plot().axes[0]
+    expected = [[row["epoch"], row["loss"]] for row in rows]
+    np.testing.assert_array_equal(lines(drawn)["loss"], expected)
     with pytest.raises(ValueError, match="has no metrics of epochs to draw"):
-        evaluated.plot()
+        tscnc.experiments.StageOutput(tmp_path, {"stage": "evaluate"}, ()).plot()
 
 
 def test_robust_accuracy_is_drawn_against_sparsity_with_its_interval(robustness):
