@@ -20,6 +20,7 @@ FLOORS = {
     "_reports": 0,
     "_files": 0,
     "_extras": 0,
+    "_plots": 1,
     "_timing": 1,
     "functional": 1,
     "losses": 1,

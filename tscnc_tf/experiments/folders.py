@@ -34,17 +34,20 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _keras, _reports
+from tscnc_tf import _files, _keras, _plots, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
 from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
 from tscnc_tf.export import manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STAGE_FOLDERS = {
     "train": "1-train",
@@ -394,6 +397,17 @@ class StageOutput(_reports.Report):
         """The metrics of the epoch whose network is `model`; empty for the evaluation."""
         epoch = self.manifest.get("chosen_epoch")
         return {} if epoch is None else self.metrics[epoch - 1]
+
+    def plot(self) -> Figure:
+        """Return a figure of the metrics of training by epoch: losses, accuracies, and the others.
+
+        Raises:
+            ValueError: the stage has no metrics, as that of the evaluation.
+            ImportError: matplotlib is not installed.
+        """
+        if not self.metrics:
+            raise ValueError(f"stage {self.folder} has no metrics of epochs to draw.")
+        return _plots.curves(self.metrics)
 
     def _load(self, name: str) -> Any:
         require_whole(self._training_folder, name)
