@@ -76,7 +76,7 @@ class Pruner:
             kernel, such as embeddings, and, where the structure takes whole filters away, for the
             layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
             integers, are left out in any case.
-        weights: a pattern for the names of weights, such as "*kernel"; None for all of the layers.
+        weights: a pattern for the names of weights, such as `"*kernel"`; None for all of them.
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
             `Magnitude()` if None.
