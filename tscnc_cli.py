@@ -30,7 +30,6 @@ Result = tuple[Mapping[str, Any], Any]  # for --json; for people, by str()
 
 FILE = click.Path(path_type=pathlib.Path)
 EXISTING = click.Path(exists=True, path_type=pathlib.Path)
-SPLITS = click.Choice(["train", "validation", "test"])
 KERAS_FILES = (".keras", ".h5")
 
 
@@ -201,7 +200,9 @@ def run(
     type=EXISTING,
     help="The model on which adversarial examples are searched, for a MODEL without gradient.",
 )
-@click.option("--split", type=SPLITS, default="test", show_default=True)
+@click.option(
+    "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
+)
 @click.option("--examples", type=click.IntRange(1), help="Only the first ones.")
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -431,7 +432,7 @@ def _load(path: pathlib.Path) -> Any:
         return tscnc.load_litert(path)
     if path.suffix == ".onnx":
         return tscnc.load_onnx(path)
-    if (path / folders.MANIFEST).is_file():
+    if (path / folders.MANIFEST).is_file() or (path / folders.RECIPE).is_file():
         return tscnc.experiments.open_stage(path).model
     if path.is_dir():
         return tscnc.load_saved_model(path)
@@ -441,19 +442,20 @@ def _load(path: pathlib.Path) -> Any:
 def _load_keras(path: pathlib.Path) -> Any:
     """Load a .keras or .h5 file by the Keras that wrote it."""
     import h5py
+    import numpy as np
 
     from tscnc_tf import _keras
 
     try:
         if path.suffix == ".h5":
             with h5py.File(path) as file:
-                version = file.attrs["keras_version"]
+                version = np.asarray(file.attrs["keras_version"]).astype(str).item()
         else:
             with zipfile.ZipFile(path) as archive:
                 version = json.loads(archive.read("metadata.json"))["keras_version"]
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a model in a .keras or .h5 file: {error}") from error
-    library = _keras.keras if str(version).startswith("3.") else _keras.tf_keras
+    library = _keras.keras if version.startswith("3.") else _keras.tf_keras
     return library.models.load_model(path, compile=False)
 
 

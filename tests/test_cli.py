@@ -18,7 +18,7 @@ import tscnc_tf as tscnc
 from tscnc_tf._reports import jsonable
 from tscnc_tf.experiments import Recipe
 
-MODELS = ["keras.keras", "tf_keras.keras", "tf_keras.h5"]
+MODELS = ["keras.keras", "keras.h5", "tf_keras.keras", "tf_keras.h5"]
 
 
 def call(*words):
@@ -112,6 +112,7 @@ EXPORT = ["export", "HERE/keras.keras", "--output", "x", "--format"]
         (["evaluate", "HERE/keras.keras", "nothing"], 1, "there is nothing at that path"),
         (["evaluate", "HERE/data.npz", "digits"], 1, "data.npz is not a model in a .keras or"),
         (["inspect", "HERE"], 1, "ValueError: "),
+        (["inspect", "EXPERIMENT"], 1, "holds a whole experiment: open one of its stages, 1-tr"),
         (["prune", "HERE/keras.keras", "--sparsity", "1", "--output", "x.keras"], 2, "0<=x<1"),
         (["prune", "HERE/keras.keras", "--sparsity", "0.5", "--output", "x"], 2, "must end in .k"),
         (
@@ -142,9 +143,12 @@ EXPORT = ["export", "HERE/keras.keras", "--output", "x", "--format"]
         (["run", "smoke", "--output", "x", "--prune.layers", "no_*"], 1, "ValueError: prune: "),
     ],
 )
-def test_errors_are_one_line_and_an_exit_code(here, monkeypatch, tmp_path, words, code, message):
+def test_errors_are_one_line_and_an_exit_code(
+    here, finished, monkeypatch, tmp_path, words, code, message
+):
     monkeypatch.chdir(tmp_path)
-    got, out, err = call(*(word.replace("HERE", str(here)) for word in words))
+    text = "\0".join(words).replace("HERE", str(here)).replace("EXPERIMENT", str(finished))
+    got, out, err = call(*text.split("\0"))
     assert (got, out) == (code, "")
     assert message in err
     assert "Traceback" not in err

@@ -355,7 +355,7 @@ def test_the_last_word_is_that_of_evaluate_robustness_on_the_test_set(finished):
     model = tscnc.experiments.open_stage(finished / "3-finetune").model
     x, y = stages.dataset(recipe()).arrays("test")
     again = tscnc.evaluate_robustness(
-        model, x, y, attacks=stages.judges(recipe()), batch_size=256, progress=False
+        model, x, y, attacks=stages.test_attacks(recipe()), batch_size=256, progress=False
     )
     assert report["examples"] == 48
     assert report["clean"]["accuracy"] == again.clean_accuracy
@@ -538,21 +538,22 @@ experiments.run(experiments.Recipe.from_dict(yaml.safe_load(sys.argv[1])), sys.a
 """
 
 
-def run_killed(recipe, folder, moment):
-    """Run an experiment, kill it as soon as there is something of that name, and go on with it."""
+def run_killed(recipe, folder, *moments):
+    """Run an experiment in processes that are killed as soon as there is something of a name."""
     command = [sys.executable, "-c", KILLED, json.dumps(recipe.to_dict()), str(folder)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (folder / moment).exists():
-        assert process.poll() is None, "it has ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=rf"in use by process {process.pid} on \S+ since 20"):
-        tscnc.experiments.run(recipe, folder, progress=False)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not folders.is_complete(folder / "4-evaluate")
+    for moment in moments:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 200
+        while not (folder / moment).exists():
+            assert process.poll() is None, "it has ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(RuntimeError, match=rf"in use by process {process.pid} on \S+ since 20"):
+            tscnc.experiments.run(recipe, folder, progress=False)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not folders.is_complete(folder / "4-evaluate")
     tscnc.experiments.run(recipe, folder, progress=False)
 
 
@@ -571,9 +572,9 @@ def require_same(folder, other):
         assert not list((folder / stage).glob(".*"))
 
 
-@pytest.mark.parametrize("moment", ["1-train/state-1", "2-prune/state-2", "3-finetune/best.npz"])
-def test_killed_and_started_again_it_ends_with_the_same_weights(finished, tmp_path, moment):
-    run_killed(recipe(), tmp_path / "killed", moment)
+def test_killed_in_each_stage_and_started_again_it_ends_with_the_same_weights(finished, tmp_path):
+    moments = ["1-train/state-1", "2-prune/state-2", "3-finetune/best.npz"]
+    run_killed(recipe(), tmp_path / "killed", *moments)
     require_same(tmp_path / "killed", finished)
 
 

@@ -163,7 +163,7 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
         steps_per_epoch=per_epoch,
         batch_size=settings.batch_size,
         attack=stages.validator(recipe, model).attack,
-        test_attack=stages.judges(recipe)[0] if stage == "finetune" else None,
+        test_attack=stages.test_attacks(recipe)[0] if stage == "finetune" else None,
         evaluation_batch_size=recipe.evaluate.batch_size,
         evaluation_seed=recipe.seed,
         augmentation=_augmentation(recipe, data),

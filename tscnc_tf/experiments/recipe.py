@@ -9,16 +9,20 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, get_type_hints
 
-from tscnc_tf import _checks, _extras
+from tscnc_tf import _extras
 from tscnc_tf.experiments.parts import (
     Adversary,
+    Checked,
     Constraints,
+    CountOrZero,
     Data,
     Evaluation,
     FineTuning,
     Gates,
+    Name,
     Network,
     Pruning,
+    Sparsity,
     Training,
 )
 
@@ -26,7 +30,7 @@ SHIPPED = pathlib.Path(__file__).parent / "recipes"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     r"""Every setting of an experiment: the data, the network and the stages.
 
     The defaults are the values of the TSCNC paper's authors where they are known: :math:`\epsilon
@@ -60,9 +64,9 @@ class Recipe:
         TSCNC, arXiv 2503.20454; HYDRA, arXiv 2002.10509; TRADES, arXiv 1901.08573.
     """
 
-    name: str = "experiment"
-    seed: int = 0
-    sparsity: float = 0.99
+    name: Name = "experiment"
+    seed: CountOrZero = 0
+    sparsity: Sparsity = 0.99
     data: Data = dataclasses.field(default_factory=Data)
     network: Network = dataclasses.field(default_factory=Network)
     adversary: Adversary = dataclasses.field(default_factory=Adversary)
@@ -74,7 +78,7 @@ class Recipe:
     evaluate: Evaluation = dataclasses.field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
-        _checks.file_name("name", self.name)
+        super().__post_init__()
         for part, kind in get_type_hints(type(self)).items():
             value = getattr(self, part)
             if dataclasses.is_dataclass(kind) and type(value) is not kind:
@@ -82,8 +86,6 @@ class Recipe:
                     f"{part} must be of {kind}, got {value!r}: nested dicts are for "
                     "Recipe.from_dict."
                 )
-        _checks.integer("seed", self.seed, minimum=0)
-        _checks.sparsity("sparsity", self.sparsity)
         if self.sparsity == 0.0 and self.prune.scope == "condition":
             raise ValueError(
                 "sparsity must be > 0 with prune.scope='condition', got 0.0: there is nothing to "
