@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import inputs as model_inputs
 from tscnc_tf._keras import layers as model_layers
+from tscnc_tf._keras import models
 
 EXAMPLES = 8
 
@@ -22,7 +22,7 @@ def input_specs(model: Any) -> Any:
         return None
     return tf.nest.map_structure(
         lambda symbol: tf.TensorSpec(symbol.shape, symbol.dtype, name=_identifier(symbol.name)),
-        model_inputs.symbols(model),
+        models.symbols(model),
     )
 
 
@@ -70,7 +70,7 @@ def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = 
 
     def drawn(spec: tf.TensorSpec) -> np.ndarray:
         count = examples or (spec.shape[0] if spec.shape.rank else None) or EXAMPLES
-        values = model_inputs.draw(spec, count, generator)
+        values = models.draw(spec, count, generator)
         if values is None:
             raise ValueError(
                 f"model {model.name!r} has an input {_describe(spec)}, and no batch can be drawn "

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras, losses
-from tscnc_tf._keras import outputs
+from tscnc_tf._keras import models
 from tscnc_tf.attacks import _ascent
 from tscnc_tf.inspection.inputs import one_tensor
 
@@ -103,8 +103,8 @@ def require_logits(logits: np.ndarray, role: str = "model") -> None:
         raise ValueError(
             f"{role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} examples."
         )
-    if bool(outputs.are_probabilities(logits)):
-        raise ValueError(outputs.about_probabilities(role))
+    if bool(models.are_probabilities(logits)):
+        raise ValueError(models.about_probabilities(role))
 
 
 def within_unit_interval(logits: np.ndarray) -> bool:
