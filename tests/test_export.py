@@ -21,7 +21,7 @@ from helpers import FLAVOURS
 
 from tscnc_tf import _files, _keras, _probe, attacks, export, inspection, losses, training
 from tscnc_tf._keras import wrappers
-from tscnc_tf.export import checked, manifest, readiness, saving
+from tscnc_tf.export import manifest, preflight, saved_model
 
 layers = tf_keras.layers
 tfmots = _keras.tfmot().sparsity.keras
@@ -393,11 +393,11 @@ def test_an_empty_folder_and_a_damaged_export_are_replaced(tmp_path, file):
 
 
 FAILING = {
-    "checking": lambda: (checked, "check"),
-    "writing": lambda: (saving, "_write"),
+    "checking": lambda: (preflight, "check"),
+    "writing": lambda: (saved_model, "_write"),
     "loading": lambda: (tf.saved_model, "load"),
-    "comparing variables": lambda: (saving, "_require_same_variables"),
-    "comparing logits": lambda: (checked, "require_same"),
+    "comparing variables": lambda: (saved_model, "_require_same_variables"),
+    "comparing logits": lambda: (preflight, "require_same"),
     "hashing": lambda: (manifest, "file_facts"),
     "compressing": lambda: (manifest, "gzip_size"),
     "describing": lambda: (manifest, "write"),
@@ -564,10 +564,10 @@ def test_the_zeros_asked_for_are_those_that_tfmot_makes(size, sparsity):
         row = inspection.WeightSparsity("kernel", (size,), size, zeros, True)
         return inspection.SparsityReport((row,), size, zeros)
 
-    readiness.require_sparsity(report(zeros), sparsity)
+    preflight.require_sparsity(report(zeros), sparsity)
     if zeros:
         with pytest.raises(ValueError, match=f"{zeros:,} are needed"):
-            readiness.require_sparsity(report(zeros - 1), sparsity)
+            preflight.require_sparsity(report(zeros - 1), sparsity)
 
 
 @pytest.mark.parametrize(
@@ -674,15 +674,15 @@ def test_a_mask_that_was_not_applied_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_savedmodel_that_differs_from_the_model_is_noticed(tmp_path, monkeypatch):
-    write = saving._write
+    write = saved_model._write
 
-    def other(library, model, specs, folder):
-        before = model.get_weights()
-        model.set_weights([*before[:-1], before[-1] + 1e-7])
-        write(library, model, specs, folder)
-        model.set_weights(before)
+    def other(ready, folder):
+        before = ready.stripped.get_weights()
+        ready.stripped.set_weights([*before[:-1], before[-1] + 1e-7])
+        write(ready, folder)
+        ready.stripped.set_weights(before)
 
-    monkeypatch.setattr(saving, "_write", other)
+    monkeypatch.setattr(saved_model, "_write", other)
     with pytest.raises(ValueError, match=r"loaded again, differs from the model in last/bias:0"):
         export.export_saved_model(dense(0.5), tmp_path / "model")
     assert names(tmp_path) == []
@@ -690,8 +690,10 @@ def test_a_savedmodel_that_differs_from_the_model_is_noticed(tmp_path, monkeypat
 
 def test_a_wrapper_left_in_the_savedmodel_is_noticed(tmp_path, monkeypatch):
     model = dense(0.5)
-    write = saving._write
-    monkeypatch.setattr(saving, "_write", lambda lib, stripped, *rest: write(lib, model, *rest))
+    write = saved_model._write
+    monkeypatch.setattr(
+        saved_model, "_write", lambda ready, folder: write(ready._replace(stripped=model), folder)
+    )
     with pytest.raises(ValueError, match=r"differs from the model in .*first/mask:0"):
         export.export_saved_model(model, tmp_path / "model")
     assert names(tmp_path) == []

@@ -35,7 +35,7 @@ from tscnc_tf import (
     inspection,
     pruning,
 )
-from tscnc_tf.export import calibration, checked, constants, formats, litert
+from tscnc_tf.export import calibration, constants, litert, preflight, writer
 from tscnc_tf.export import onnx as export_onnx_module
 
 tfmots = _keras.tfmot().sparsity.keras
@@ -693,11 +693,11 @@ def test_what_is_no_file_of_the_format_is_not_replaced(tmp_path, form, exported)
 
 
 FAILING = {
-    "checking": lambda form: (checked, "check"),
+    "checking": lambda form: (preflight, "check"),
     "writing": lambda form: (form, "_write"),
     "reading": lambda form: (form, "_constants"),
     "loading": lambda form: (form, f"load_{form.__name__.rpartition('.')[2]}"),
-    "comparing": lambda form: (checked, "require_same"),
+    "comparing": lambda form: (preflight, "require_same"),
     "compressing": lambda form: (gzip, "compress"),
     "flushing": lambda form: (_files, "_flush"),
     "putting": lambda form: (pathlib.Path, "replace"),
@@ -732,14 +732,14 @@ def test_whatever_fails_the_old_file_or_the_new_one_is_there(
 
 @every_format
 def test_a_file_that_differs_is_noticed(tmp_path, form, monkeypatch):
-    endpoint = formats.endpoint
+    endpoint = writer.endpoint
 
     def other(model, specs):
         serve, signature = endpoint(model, specs)
         calls = itertools.chain([0.0], itertools.repeat(1e-2))
         return lambda *x: {k: v + next(calls) for k, v in serve(*x).items()}, signature
 
-    monkeypatch.setattr(formats, "endpoint", other)
+    monkeypatch.setattr(writer, "endpoint", other)
     with pytest.raises(ValueError, match=r"the logits of the \w+ file differ .* up to 0\.01"):
         EXPORTS[form](small(), tmp_path / "file")
     assert names(tmp_path) == []

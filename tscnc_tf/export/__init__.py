@@ -9,13 +9,17 @@ of every kernel is in it; `load_litert` and `load_onnx` return a callable. They 
 `litert` and `onnx`.
 """
 
-from tscnc_tf.export.file_report import ExportedKernel, FileExportReport
-from tscnc_tf.export.file_serving import ServedFile
 from tscnc_tf.export.litert import export_litert, load_litert
 from tscnc_tf.export.onnx import export_onnx, load_onnx
-from tscnc_tf.export.report import ExportedTensor, ExportedVariable, ExportReport
-from tscnc_tf.export.saving import export_saved_model
-from tscnc_tf.export.serving import ServedModel, load_saved_model
+from tscnc_tf.export.report import (
+    ExportedKernel,
+    ExportedTensor,
+    ExportedVariable,
+    ExportReport,
+    FileExportReport,
+)
+from tscnc_tf.export.saved_model import ServedModel, export_saved_model, load_saved_model
+from tscnc_tf.export.served_file import ServedFile
 
 __all__ = [
     "export_litert",

@@ -13,11 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _extras
-from tscnc_tf.export import checked, formats
+from tscnc_tf.export import preflight, writer
 from tscnc_tf.export.constants import Constant
-from tscnc_tf.export.file_report import FileExportReport
-from tscnc_tf.export.file_serving import ServedFile, require_file
-from tscnc_tf.export.report import ExportedTensor
+from tscnc_tf.export.report import ExportedTensor, FileExportReport
+from tscnc_tf.export.served_file import ServedFile, require_file
 
 __all__ = ["export_onnx", "load_onnx"]
 
@@ -83,7 +82,7 @@ def export_onnx(
     newest = max(known.OPSET_TO_IR_VERSION)
     if _checks.integer("opset", opset, minimum=_OLDEST_OPSET) > newest:
         raise ValueError(f"opset must be <= {newest}, the newest of tf2onnx, got {opset}.")
-    form = formats.Format(
+    form = writer.Format(
         name="ONNX",
         precision="float32",
         write=functools.partial(_write, opset=opset),
@@ -93,7 +92,7 @@ def export_onnx(
         settings={"opset": opset},
         distributions=("onnx", "tf2onnx", "onnxruntime"),
     )
-    return formats.export(
+    return writer.export_file(
         model,
         path,
         form,
@@ -160,7 +159,7 @@ def _tensors(arguments: Any) -> list[ExportedTensor]:
 
 
 def _write(
-    ready: checked.Checked,  # noqa: ARG001 - the endpoint is enough here
+    ready: preflight.Checked,  # noqa: ARG001 - the endpoint is enough here
     serve: Callable[..., Any],
     signature: list[tf.TensorSpec],
     path: pathlib.Path,
