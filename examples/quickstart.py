@@ -1,9 +1,8 @@
-"""From a small network to pruned, robust SavedModels, on real handwritten digits, in minutes.
+"""Adversarial training, pruning, export and evaluation of a small network, in minutes.
 
 A network is trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
 once as it is and once under the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
-while it is trained on. What comes out is exported, loaded back, and judged on images that no
-training has seen, the way a user of the file would judge it.
+during further training, exported as a SavedModel, loaded again and evaluated on test images.
 
     python examples/quickstart.py                 # about 3 minutes on 2 cores
     python examples/quickstart.py --output DIR --seed 1
@@ -16,10 +15,6 @@ import json
 import pathlib
 import shutil
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tf_keras
 from rich.box import SIMPLE_HEAD
@@ -33,7 +28,7 @@ import tscnc_tf as tscnc
 
 EPSILON = 0.1  # of a grey scale from 0 to 1
 ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.05, steps=3)
-JUDGES = [
+TEST_ATTACKS = [
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, restarts=2),
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, objective="margin"),
 ]
@@ -75,7 +70,7 @@ class Advance(tf_keras.callbacks.Callback):
 
 
 def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
-    """Train a network adversarially; the callbacks serve a pruned one and leave others alone."""
+    """Train a network adversarially; the callbacks prune a model that is to be pruned."""
     trainer = tscnc.AdversarialTraining(
         model, attack=ATTACK, loss=tscnc.losses.TRADES(beta=3.0), seed=args.seed
     )
@@ -92,10 +87,10 @@ def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
 
 
 def pruned(model: tf_keras.Model, sparsity: float, x, args) -> tf_keras.Model:
-    """Wrap a network's inner convolutions so that training prunes them.
+    """Return the network so that training prunes its inner convolutions.
 
-    99 % zeros would leave the stem 3 weights for 32 filters, and the last layer 6 for 10 classes;
-    so these two stay dense, as is usual.
+    The first and the last layer stay dense, as usual: 99 % zeros would leave the stem 3 weights for
+    32 filters, and the last layer 6 for 10 classes.
     """
     schedule = tscnc.schedules.CosineSparsity.from_epochs(
         0.0, sparsity, 0, 0.6 * args.epochs, steps_per_epoch=steps_per_epoch(x, args), frequency=5
@@ -108,24 +103,23 @@ def steps_per_epoch(x, args) -> int:
     return -(-len(x) // args.batch_size)
 
 
-def judge(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
-    """Export a model, load it back, and measure the file that a user would get."""
+def evaluate(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
+    """Export a model, and evaluate the SavedModel that comes out."""
     export = tscnc.export_saved_model(model, path, expected_sparsity=sparsity, probe=x[:8])
     served = tscnc.load_saved_model(path)
     robustness = tscnc.evaluate_robustness(
-        served, x, y, attacks=JUDGES, batch_size=256, seed=seed, progress=False
+        served, x, y, attacks=TEST_ATTACKS, batch_size=256, seed=seed, progress=False
     )
     conditions = tscnc.inspection.condition_numbers(model)
     return {
         "export": export,
         "robustness": robustness,
         "conditions": conditions,
-        "singular_values": tscnc.inspection.singular_values(model),
     }
 
 
 def show(results: dict, console: Console) -> None:
-    """Print the one table."""
+    """Print the table."""
     table = Table(
         title="What is left after pruning", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -145,24 +139,6 @@ def show(results: dict, console: Console) -> None:
             f"{result['export'].gzip_bytes / 1024:.1f} KiB",
         )
     console.print(table)
-
-
-def draw(results: dict, path: pathlib.Path) -> None:
-    """Draw the singular values of every kernel, one panel a layer."""
-    names = list(next(iter(results.values()))["singular_values"])
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3.2), sharey=True)
-    for axis, name in zip(axes, names, strict=True):
-        for label, result in results.items():
-            values = np.maximum(result["singular_values"][name], 1e-6)
-            style = "-" if label.startswith("TSCNC") else ":"
-            axis.plot(values, style, marker=".", markersize=3, label=label)
-        axis.set(title=name, xlabel="index", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("singular value (1e-6: zero)")
-    axes[-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -206,15 +182,18 @@ def main() -> None:
                 path = args.output / f"{kind}_{100 * sparsity:.0f}"
                 shutil.rmtree(path, ignore_errors=True)  # of an earlier run
                 name = f"{kind} {sparsity:.0%}"
-                results[name] = judge(model, path, x_test, y_test, sparsity, args.seed)
+                results[name] = evaluate(model, path, x_test, y_test, sparsity, args.seed)
 
     show(results, console)
-    draw(results, args.output / "singular_values.png")
+    conditions = {name: result["conditions"] for name, result in results.items()}
+    (first, report), *others = conditions.items()
+    figure = report.plot(label=first, others=dict(others))
+    figure.savefig(args.output / "singular_values.png", dpi=120)
     figures = {name: result["robustness"].to_dict() for name, result in results.items()}
     (args.output / "robustness.json").write_text(json.dumps(figures, indent=2))
     console.print(
         f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon "
-        f"{EPSILON:g}, the worst of {' and '.join(attack.name for attack in JUDGES)}, with its "
+        f"{EPSILON:g}, worst of {' and '.join(attack.name for attack in TEST_ATTACKS)}, with its "
         f"95 % interval; {len(x_test)} test images, seed {args.seed}, one training run a row."
     )
     console.print(f"SavedModels, singular_values.png and robustness.json are in {args.output}")
