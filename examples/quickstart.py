@@ -111,11 +111,7 @@ def evaluate(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dic
         served, x, y, attacks=TEST_ATTACKS, batch_size=256, seed=seed, progress=False
     )
     conditions = tscnc.inspection.condition_numbers(model)
-    return {
-        "export": export,
-        "robustness": robustness,
-        "conditions": conditions,
-    }
+    return {"export": export, "robustness": robustness, "conditions": conditions}
 
 
 def show(results: dict, console: Console) -> None:
@@ -139,6 +135,12 @@ def show(results: dict, console: Console) -> None:
             f"{result['export'].gzip_bytes / 1024:.1f} KiB",
         )
     console.print(table)
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+    """Draw the singular values of every kernel, one panel a layer."""
+    (label, first), *others = ((name, result["conditions"]) for name, result in results.items())
+    first.plot(label=label, others=dict(others)).savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -185,10 +187,7 @@ def main() -> None:
                 results[name] = evaluate(model, path, x_test, y_test, sparsity, args.seed)
 
     show(results, console)
-    conditions = {name: result["conditions"] for name, result in results.items()}
-    (first, report), *others = conditions.items()
-    figure = report.plot(label=first, others=dict(others))
-    figure.savefig(args.output / "singular_values.png", dpi=120)
+    draw(results, args.output / "singular_values.png")
     figures = {name: result["robustness"].to_dict() for name, result in results.items()}
     (args.output / "robustness.json").write_text(json.dumps(figures, indent=2))
     console.print(
