@@ -74,6 +74,7 @@ class UpdatePruning(flavours.Callback):
         self._tfmots: Any = None
         self._apply: Any = None
         self._pruners: list[Any] = []
+        self._steps: dict[Any, tuple[Any, Callable[[], None]]] = {}
         self._training = contextlib.ExitStack()
         self._ahead = False
 
@@ -118,9 +119,9 @@ class UpdatePruning(flavours.Callback):
         if not all(pruner.is_attached for pruner in self._pruners):
             self._find_pruners()
         for pruner in self._pruners:
-            optimizer = self._optimizer_of(pruner)
+            optimizer, step = self._step_of(pruner)
             if pruner.is_behind(optimizer):
-                pruner.step(optimizer)
+                step()
 
     def _find_pruners(self) -> None:
         """Find what prunes the model now, and let steps of the model that it is new to begin anew.
@@ -133,6 +134,21 @@ class UpdatePruning(flavours.Callback):
             held = optimizers.held(self.model)
             self._training.enter_context(masks.training(self.model, *held))
         self._pruners = found
+        self._steps = {}
+
+    def _step_of(self, pruner: Any) -> tuple[Any, Callable[[], None]]:
+        """Return the optimizer that trains the weights of a pruner, and the step to take after it.
+
+        Both are kept until the next epoch, or until the model holds another optimizer.
+        """
+        known = self._steps.get(pruner)
+        if known and any(each is known[0] for each in optimizers.held(self.model)):
+            return known
+        optimizer = self._optimizer_of(pruner)
+        step = optimizer, pruner.step_function(optimizer)
+        if optimizers.trains(optimizer, [target.variable for target in pruner.targets]):
+            self._steps[pruner] = step
+        return step
 
     def _optimizer_of(self, pruner: Any) -> Any:
         """Return the optimizer that trains the weights of a pruner."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -336,26 +337,43 @@ class Pruner:
         optimizer = self.own_optimizer() if optimizer is None else optimizer
         self._step(optimizer, is_constrained and optimizer is not None)
 
+    def step_function(self, optimizer: Any) -> Callable[[], None]:
+        """Return `step` for an optimizer, to be called many times outside of any graph.
+
+        What `step` finds out in Python at each call is found out once: which weights are trained,
+        and what the optimizer keeps for them.
+        """
+        compiled = self._compiled_step(optimizer, False)
+
+        def step() -> None:
+            self._meet(optimizer)
+            compiled()
+
+        return step
+
     def _step(self, optimizer: Any, is_constrained: bool) -> None:
         """Count a step, renew the masks where that is due, and let them act."""
+        if tf.executing_eagerly():
+            self._meet(optimizer)
+            self._compiled_step(optimizer, is_constrained)()
+        else:
+            self._act(optimizer, is_constrained)
 
-        def act() -> None:
-            update_everywhere(
-                self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
-            )
+    def _act(self, optimizer: Any, is_constrained: bool) -> None:
+        update_everywhere(
+            self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
+        )
 
-        if not tf.executing_eagerly():
-            act()
-            return
-        self._meet(optimizer)
+    def _compiled_step(self, optimizer: Any, is_constrained: bool) -> Callable[[], None]:
         # What an optimizer keeps for each weight is there only once it has begun.
         kept = (id(variable) for variable in self._companions(optimizer))
         key = (id(optimizer), is_constrained, tuple(self._active()), *kept)
         if key not in self._compiled:
             if len(self._compiled) == _KEPT_STEPS:
                 self._compiled.pop(next(iter(self._compiled)))
+            act = functools.partial(self._act, optimizer, is_constrained)
             self._compiled[key] = tf.function(act, autograph=False)
-        self._compiled[key]()
+        return self._compiled[key]
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which an optimizer is to train the model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import adapted, optimizers
+from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
 from tscnc_tf.pruning import structures
@@ -316,6 +317,10 @@ class ScorePruner(Pruner):
         if missed:
             raise RuntimeError(self._missed())
 
+    def step_function(self, optimizer: Any) -> Callable[[], None]:
+        """Return `step` for an optimizer, to be called many times."""
+        return functools.partial(self.step, optimizer)
+
     def reset_step_count(self, optimizer: Any = None) -> None:
         """Take note that another optimizer takes over, whose steps so far were not counted."""
         super().reset_step_count(optimizer)
@@ -483,7 +488,7 @@ def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
     otherwise = structures.unfit(structure, layers)
 
     def reason(target: Target) -> str:
-        constraint = getattr(target.variable, "constraint", None)
+        constraint = masks.own_constraint(target.variable)
         if constraint is not None:
             return (
                 f"its constraint {type(constraint).__name__} would act on the scores, which are "
