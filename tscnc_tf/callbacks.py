@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: all that pruning needs, and loggers of what becomes of kernels and gates."""
+"""Callbacks for `fit`: those that pruning needs, and loggers of kernels and gates."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def pruning_callbacks(
 class UpdatePruning(flavours.Callback):
     """Prune in `fit`, whichever engine does it; and say if training is too short for the schedule.
 
-    A model with a `Pruner` prunes in its training step already. This callback does it where that
-    step is not the one that runs: for a model inside another one. Likewise it lets the optimizer of
-    the other one train the scores of a `ScorePruner`.
+    A model with a `Pruner` prunes in its training step already. This callback prunes where another
+    step runs: for a model inside another one. Likewise it lets the optimizer of the other one train
+    the scores of a `ScorePruner`.
 
     A model in tfmot's wrappers needs it. It does what tfmot's `UpdatePruningStep` does, without
     which the wrappers refuse to train, and applies the masks after every batch: tfmot applies them
@@ -124,9 +124,9 @@ class UpdatePruning(flavours.Callback):
                 step()
 
     def _find_pruners(self) -> None:
-        """Find what prunes the model now, and let steps of the model that it is new to begin anew.
+        """Find the pruners of the model, and let it compile its steps again where one is new.
 
-        Those may have been compiled before it was pruned, stripped or frozen.
+        The steps may have been compiled before the model was pruned, stripped or frozen.
         """
         found = masks.pruners(self.model)
         flavours.register_trainer(self.model, *(pruner.model for pruner in found))

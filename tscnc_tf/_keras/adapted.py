@@ -86,7 +86,7 @@ def require_plain(layer: Any, what: str) -> None:
 
     Args:
         layer: of either Keras.
-        what: what is to act on the kernel, for the error.
+        what: what acts on the kernel, for the error.
     """
     if has_lora(layer):
         way_out = (

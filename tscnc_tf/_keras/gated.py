@@ -1,4 +1,4 @@
-"""Layers that put gates on the weights of others, and what all rooms need to know of them."""
+"""The interface of layers that put gates on the weights of others, and functions that use it."""
 
 from __future__ import annotations
 

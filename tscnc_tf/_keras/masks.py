@@ -55,16 +55,16 @@ class AttachedPruner(Protocol):
         """Return the pairs (weight, mask) of the weights that are pruned now."""
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
-        """Return what a weight is to be after an optimizer step, by its mask and own constraint."""
+        """Return the value of a weight after an optimizer step, by its mask and own constraint."""
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which an optimizer is to train the weights."""
+        """Return the context in which an optimizer trains the weights."""
 
     def on_train_begin(self, optimizer: Any) -> None:
-        """Take note of the optimizer that is about to train."""
+        """Prepare for training by an optimizer; called before its steps are compiled."""
 
     def register_optimizer(self, optimizer: Any) -> None:
-        """Take note of an optimizer that may keep something for the weights."""
+        """Register an optimizer that may keep slots or averages for the weights."""
 
     def reset_step_count(self, optimizer: Any = None) -> None:
         """Count the steps of an optimizer from where it is now."""
@@ -85,7 +85,7 @@ class AttachedPruner(Protocol):
         """Act on weights that were set from outside."""
 
     def get_config(self) -> dict[str, Any]:
-        """Return what brings the pruner back, given the same model."""
+        """Return the configuration from which the pruner is restored, given the same model."""
 
 
 class MaskConstraint:
@@ -111,7 +111,7 @@ class MaskConstraint:
         return key(variable) in self._keys
 
     def __call__(self, weight: Any) -> tf.Tensor:
-        """Return what the weight is to be after an optimizer step."""
+        """Return the value of the weight after an optimizer step."""
         value = tf.convert_to_tensor(weight)
         if is_variable(weight) and not self.is_of(weight):
             return value if self.own is None else self.own(value)
@@ -184,7 +184,7 @@ def apply(model: Any, optimizer: Any = None) -> None:
 
 @contextlib.contextmanager
 def training(model: Any, *optimizers: Any) -> Iterator[None]:
-    """Let every pruner of `model` see to how optimizers train it, as long as this lasts."""
+    """Enter the training context of every pruner of `model`, for each optimizer."""
     with contextlib.ExitStack() as stack:
         for pruner in pruners(model):
             for optimizer in optimizers:
@@ -193,14 +193,14 @@ def training(model: Any, *optimizers: Any) -> Iterator[None]:
 
 
 def after_step(model: Any, optimizer: Any) -> None:
-    """Let all masks of `model` act on what an optimizer's step, and nothing else, has changed."""
+    """Apply and renew the masks of `model` after an optimizer step, which alone changed weights."""
     wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
         pruner.step(optimizer, is_constrained=True)
 
 
 def names(model: Any) -> dict[int, str]:
-    """Return what belongs to pruning and not to the network: names by the variables' ids."""
+    """Return the names of variables that belong to pruning, not to the network, by their ids."""
     found: dict[int, str] = {}
     for wrapper in wrappers.wrapped_layers(model):
         inner = {id(variable) for variable in wrapper.layer.weights}
@@ -211,7 +211,7 @@ def names(model: Any) -> dict[int, str]:
 
 
 class MaskedModel(_Base):
-    """What the class of a model with a pruner adds to its own class."""
+    """Mixin of the class of a model that has a pruner; `attach` derives a class from both."""
 
     _plain: Any  # the model's own class
 
@@ -248,7 +248,7 @@ class MaskedModel(_Base):
         return history
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Configure training, by an optimizer that begins to count."""
+        """Configure training; steps are counted from the optimizer's current count."""
         super().compile(*args, **kwargs)
         self.pruner.reset_step_count(self.optimizer)
 
@@ -538,7 +538,7 @@ def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> 
     """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes.
 
     Args:
-        model: what is to be pruned.
+        model: the model to prune.
         dtypes: of the pruned weights, if their scores are to be trained.
         **arguments: those of `PruningState`.
     """
@@ -559,7 +559,7 @@ def attach(model: Any, pruner: AttachedPruner) -> None:
     if hasattr(model, "pruner"):
         raise ValueError(
             f"model {model.name!r} has an attribute 'pruner' of its own, which is where its Pruner "
-            "is to be found: give it another name."
+            "is found: give it another name."
         )
     masked: Any = in_library(MaskedModel, plain)
     masked._plain = plain

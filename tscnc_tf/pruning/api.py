@@ -1,4 +1,4 @@
-"""Prune a model, while it is trained or at once; keep its zeros; take the pruning off again."""
+"""The functions that prune a model, keep its zeros, and remove the pruning from it."""
 
 from __future__ import annotations
 
