@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import FLAVOURS
+from helpers import FLAVOURS, interrupted, names
 
 from tscnc_tf import _files, _keras, _probe, attacks, export, inspection, losses, training
 from tscnc_tf._keras import wrappers
@@ -100,10 +100,6 @@ def copy(exported, tmp_path):
 @pytest.fixture
 def images(rng):
     return rng.random((6, 16, 16, 1), np.float32)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def read(folder):
@@ -408,21 +404,10 @@ FAILING = {
 
 @pytest.mark.parametrize("step", FAILING)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_whatever_fails_the_old_export_or_the_new_one_is_there(
-    tmp_path, monkeypatch, step, late, exported
-):
+def test_whatever_fails_the_old_export_or_the_new_one_is_there(tmp_path, step, late, exported):
     folder = pathlib.Path(shutil.copytree(exported[1], tmp_path / "model"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    place = FAILING[step]()
-    original = getattr(*place)
-
-    def fails(*args, **kwargs):
-        if late:
-            original(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*place, fails)
+    with interrupted(*FAILING[step](), late):
         export.export_saved_model(network(tf_keras, 2.0), folder, overwrite=True)
     assert names(tmp_path) == ["model"]
     if (step, late) == ("putting", True):

@@ -23,7 +23,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
-from helpers import FLAVOURS, fresh_process, images
+from helpers import FLAVOURS, fresh_process, images, interrupted, names
 
 from tscnc_tf import (
     EvaluationWarning,
@@ -43,6 +43,7 @@ SHAPE = (8, 8, 1)
 CLASSES = 3
 EXPORTS = {"litert": export.export_litert, "onnx": export.export_onnx}
 LOADS = {"litert": export.load_litert, "onnx": export.load_onnx}
+MODULES = {"litert": litert, "onnx": export_onnx_module}
 every_format = pytest.mark.parametrize("form", EXPORTS)
 every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 
@@ -132,10 +133,6 @@ def small(library=tf_keras, units=6):
             library.layers.Dense(3, name="last"),
         ]
     )
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def weights_in(path, form):
@@ -707,21 +704,10 @@ FAILING = {
 @every_format
 @pytest.mark.parametrize("step", FAILING)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_whatever_fails_the_old_file_or_the_new_one_is_there(
-    tmp_path, monkeypatch, form, step, late, exported
-):
+def test_whatever_fails_the_old_file_or_the_new_one_is_there(tmp_path, form, step, late, exported):
     (tmp_path / "file").write_bytes(exported(keras, form)[1].read_bytes())
     before = (tmp_path / "file").read_bytes()
-    place = FAILING[step]({"litert": litert, "onnx": export_onnx_module}[form])
-    original = getattr(*place)
-
-    def fails(*args, **kwargs):
-        if late:
-            original(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*place, fails)
+    with interrupted(*FAILING[step](MODULES[form]), late):
         EXPORTS[form](constant(keras, 2.0), tmp_path / "file", overwrite=True)
     assert names(tmp_path) == ["file"]
     if (step, late) == ("putting", True):
@@ -749,7 +735,7 @@ def test_a_file_that_differs_is_noticed(tmp_path, form, monkeypatch):
 def test_zeros_that_are_lost_are_noticed(tmp_path, form, monkeypatch):
     model = small()
     randomize(model, 0.5)
-    module = {"litert": litert, "onnx": export_onnx_module}[form]
+    module = MODULES[form]
     read = module._constants
 
     def filled(path):

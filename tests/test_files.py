@@ -10,12 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import names
 
 from tscnc_tf import _files
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_new_directory_appears_when_the_block_ends(tmp_path):
