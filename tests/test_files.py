@@ -407,7 +407,7 @@ def test_a_full_disk_is_named_by_the_path(tmp_path, monkeypatch, kind, number):
         else:
             put(kind, goal, "text")
     assert str(caught.value) == f"[Errno {number}] {os.strerror(number)}: {str(goal)!r}"
-    assert "Make room" in caught.value.__notes__[0]
+    assert "Free some space" in caught.value.__notes__[0]
     assert names(tmp_path) == []
 
 

@@ -41,7 +41,7 @@ def export_litert(
 ) -> FileExportReport:
     """Write a model as a LiteRT file (`.tflite`), checked before and after.
 
-    The model is made ready and checked as by `export_saved_model`. The file is written under a
+    The model is stripped and checked as by `export_saved_model`. The file is written under a
     hidden name beside `path`, loaded from there by the LiteRT interpreter, and checked: every zero
     of every kernel is a zero in the file, in its place, and the logits are those of the model.
     Only then it appears at `path`, and replaces what was there.
@@ -167,7 +167,7 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
 
 
 class _LiteRT(ServedFile):
-    """A LiteRT file. An interpreter serves one caller at a time."""
+    """A LiteRT file. An interpreter runs one call at a time, hence the lock."""
 
     def __init__(self, path: pathlib.Path, runner: Any) -> None:
         super().__init__(

@@ -61,7 +61,7 @@ class ExportedKernel(_reports.Record):
     Attributes:
         name: as `inspection.sparsity` calls it.
         tensor: the name of the tensor in the file; None for a weight without zeros that the
-            converter has taken to pieces.
+            converter has split.
         shape: the shape of the tensor, which is in the format's own layout.
         dtype: the name of its dtype.
         weights: the number of entries.
@@ -131,15 +131,15 @@ class ExportReport(_Export):
         weights: the zeros of each kernel and of the whole model, as `inspection.sparsity` gives
             them for the model that was exported.
         variables: all variables of the SavedModel.
-        expected_sparsity: what the export was held to, or None.
+        expected_sparsity: the sparsity that was required, or None.
         inputs, outputs: the tensors of the `serving_default` signature.
         max_logit_difference: the largest absolute difference between the logits of the model and
             those of the written SavedModel, over the probe batch.
         logit_tolerance: the largest difference that would have passed.
         probe_examples: the number of examples in the probe batch.
         saved_model_bytes: the size of all files of the SavedModel, without the manifest.
-        gzip_bytes: the size of the same files as one .tar.gz (level 9, without time stamps). This
-            is where zeros pay off, in a download; the SavedModel itself stores each of them.
+        gzip_bytes: the size of the same files as one .tar.gz (level 9, without time stamps). Zeros
+            make this size smaller; the SavedModel itself stores each of them.
         ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
             dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
             SavedModel is that small. None for an export made before this was counted.
@@ -253,17 +253,17 @@ class FileExportReport(_Export):
         precision: of the weights and sums, "float32" or "int8".
         weights: the zeros of the model that was exported.
         kernels: the zeros of the file, kernel by kernel.
-        expected_sparsity: what the export was held to, or None.
+        expected_sparsity: the sparsity that was required, or None.
         inputs, outputs: the tensors that the file takes and returns.
         max_logit_difference: the largest absolute difference between the logits of the model and
             those of the written file, over the probe batch.
         logit_tolerance: the largest difference that would have passed; None for int8, where any is
             allowed.
-        same_class: the share of the probe's examples for which model and file prefer the same
+        same_class: the share of the probe's examples for which model and file return the same
             class; None for several outputs.
         probe_examples: the number of examples in the probe batch.
         file_bytes: the size of the file.
-        gzip_bytes: its size gzipped (level 9, without time stamp): where zeros pay off.
+        gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
         ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
             dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
             file of these formats is that small. None for int8: it counts floats.

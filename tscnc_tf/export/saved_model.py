@@ -180,7 +180,7 @@ def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
 
     Checked are the manifest itself, the size and SHA-256 digest of each file, and in the variables
     as loaded that all are finite and have as many zeros as when they were exported. This finds
-    damage and mix-ups; it is no protection against somebody who means to deceive. As with every
+    damage and mix-ups; it does not protect against deliberate manipulation. As with every
     SavedModel: it is a program, load it only from where you would take a program.
 
     Args:

@@ -29,8 +29,8 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     .. math:: b'_o = b_o + \sum_{i \in D} c_i \sum_t w_{tio}.
 
     Removed are (1) filters and units whose output is a constant, whatever the input, and (2) those
-    whose output nobody reads, because all weights for it are zero; and whatever becomes dead
-    thereby, to the end. Constants are followed through BatchNorm (in inference mode), element-wise
+    whose output is not read, because all weights for it are zero; and whatever becomes dead
+    thereby, and so on. Constants are followed through BatchNorm (in inference mode), element-wise
     activations, pooling, flattening, additions, products and concatenations, and a layer without a
     bias gets one if it needs it. A channel that is added to others (a residual network) goes only
     if every branch can lose it.

@@ -104,8 +104,8 @@ class _Propagation:
             after = self.reasons[operation.output]
             for position, source, target in operation.ties():
                 behind = np.zeros_like(self.reasons[operation.inputs[position]])
-                told = np.flatnonzero(after[target])[::-1]  # backwards, so that the first remains
-                behind[source[told]] = after[target[told]]
+                known = np.flatnonzero(after[target])[::-1]  # backwards, so that the first remains
+                behind[source[known]] = after[target[known]]
                 self._explain(operation.inputs[position], behind)
 
     def _require(self, tensors: list[Tensor], reason: str) -> None:
@@ -136,8 +136,8 @@ class _Propagation:
         self._spread()
         for held in self.held.values():
             if held.size and not held.any():
-                # A Keras layer needs a filter to exist. One channel does no harm: nobody needs its
-                # value, or it is a constant that its readers keep their weights for.
+                # A Keras layer needs at least one filter. One channel is harmless: its value is not
+                # needed, or it is a constant for which the layers that read it keep their weights.
                 held[0] = self._text(AT_LEAST_ONE)
                 self._spread()
 
@@ -167,7 +167,7 @@ class _Propagation:
         return changed
 
     def obstacles(self) -> dict[Call, dict[str, int]]:
-        """Return why filters stay whose output is constant, or needed by nobody."""
+        """Return why filters stay whose output is constant or not needed."""
         inner = {o.inputs[0] for o in self.operations if o.inputs[0] not in o.call.inputs}
         inner = {o.inputs[0] for o in self.operations if isinstance(o, Linear)} & inner
         found: dict[Call, dict[str, int]] = {}

@@ -55,7 +55,7 @@ class Step:
     Attributes:
         call: the use of a layer that it is part of.
         inputs, outputs: the tensors.
-        obstacle: why channels that it holds back have to stay.
+        obstacle: why channels that it retains have to stay.
     """
 
     call: Call

@@ -42,12 +42,12 @@ class LayerChange(_reports.Record):
 
 @dataclasses.dataclass(frozen=True)
 class Kept(_reports.Record):
-    """Filters of a layer that do nothing for the result and stay nevertheless.
+    """Filters of a layer that have no effect on the result and stay nevertheless.
 
     Attributes:
         layer: the layer's name.
         channels: how many of its filters.
-        reason: what they are needed for.
+        reason: why they stay.
     """
 
     layer: str
