@@ -46,10 +46,12 @@ class Adversary(NamedTuple):
         """The name of the model that the attack runs on, if that is another one than evaluated."""
         return self.description.get("source")
 
-    def run(self, model: Any, x: np.ndarray, y: np.ndarray, seed: tuple[int, int]) -> Any:
-        """Return the adversarial examples of one batch."""
-        options = {"seed": seed} if isinstance(self.attack, attacks_.Attack) else {}
-        return self.attack(model, tf.constant(x), tf.constant(y), **options)
+    def on(self, model: Any) -> Callable[[np.ndarray, np.ndarray, tuple[int, int]], Any]:
+        """Return the attack on a model, a function of a batch (x, y) and a seed."""
+        if isinstance(self.attack, attacks_.Attack):
+            bound = self.attack.bind(model)
+            return lambda x, y, seed: bound(tf.constant(x), tf.constant(y), seed=seed)
+        return lambda x, y, seed: self.attack(model, tf.constant(x), tf.constant(y))  # noqa: ARG005
 
 
 def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
@@ -107,9 +109,7 @@ def checked(
     found = found.astype(np.float32)
     if not np.all(np.isfinite(found)):
         raise ValueError(f"{said} returned NaN or infinity: look at its loss and step size.")
-    low, high = bounds
-    slack = _checks.slack(bounds)
-    if found.min() < low - slack or found.max() > high + slack:
+    if not _checks.within(found.min(), found.max(), bounds):
         raise ValueError(
             f"{said} left bounds={bounds}: its values go from {found.min():g} to "
             f"{found.max():g}. Give it the same bounds as the evaluation, or clip its result."

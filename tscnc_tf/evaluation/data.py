@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks
-from tscnc_tf.inspection.inputs import as_inputs
 
 
 def examples(
@@ -31,24 +30,11 @@ def examples(
         x, y = _materialised(x)
     elif y is None:
         raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
-    inputs = as_inputs(x, bounds)
+    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32)
     labels, width = _checks.class_indices("y", y)
     if len(labels) != len(inputs):
         raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
     return inputs, labels, width
-
-
-def require_known_classes(labels: np.ndarray, width: int | None, classes: int) -> None:
-    """Raise a ValueError if labels name a class that the model does not have."""
-    if width is not None and width != classes:
-        raise ValueError(
-            f"y is one-hot of {width} classes, but the model returns {classes} logits per example."
-        )
-    if labels.max() >= classes:
-        raise ValueError(
-            f"y holds the label {labels.max()}, but the model returns {classes} logits per "
-            f"example: labels must be 0 to {classes - 1}."
-        )
 
 
 def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:

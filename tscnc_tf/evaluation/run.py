@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tscnc_tf import _checks
-from tscnc_tf.attacks import _compiled
 from tscnc_tf.evaluation import data, doubts, subject
 from tscnc_tf.evaluation.adversaries import Adversary, adversaries, checked
 from tscnc_tf.evaluation.report import AttackResult, RobustnessReport, versions
@@ -98,12 +97,15 @@ def evaluate_robustness(
     progress = _checks.boolean("progress", progress)
     opponents = adversaries(attacks, bounds)
     sources = _sources(opponents)
-    for attacked in (model, *(source.model for source in sources)):
-        _compiled.forget(attacked)  # it may have changed since it was attacked last
     inputs, labels, width = data.examples(x, y, bounds)
     batches = list(_batches(inputs, labels, batch_size))
     examined = subject.Subject(model, batches[0][0])
-    data.require_known_classes(labels, width, examined.classes)
+    _checks.require_classes(labels, examined.classes)
+    if width not in (None, examined.classes):
+        raise ValueError(
+            f"y is one-hot of {width} classes, but the model returns {examined.classes} logits per "
+            "example."
+        )
 
     by_gradient = any(opponent.uses_gradient for opponent in opponents)
     logits, warned = _examine(examined, batches, by_gradient)
@@ -194,9 +196,10 @@ def _attack(
 ) -> AttackResult:
     """Run one attack on all batches and check what it returns."""
     begin, correct = time.perf_counter(), []
+    run = opponent.on(model)
     farthest: dict[str, float] = {}
     for index, (x, y) in enumerate(batches):
-        found, moved = checked(opponent, x, opponent.run(model, x, y, (seed, index)), bounds)
+        found, moved = checked(opponent, x, run(x, y, (seed, index)), bounds)
         farthest = {norm: max(moved[norm], farthest.get(norm, 0.0)) for norm in moved}
         logits = examined.logits(found)
         if not np.all(np.isfinite(logits)):

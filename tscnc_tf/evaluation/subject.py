@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tscnc_tf import _keras, losses
 from tscnc_tf._keras import outputs
-from tscnc_tf.attacks import _ascent
+from tscnc_tf.attacks import pgd
 from tscnc_tf.inspection.inputs import one_tensor
 
 
@@ -86,7 +86,7 @@ class Subject:
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits = self._call(x)
-        slope = _ascent.slope(functools.partial(losses.log_odds, labels), logits)
+        slope = pgd.slope(functools.partial(losses.log_odds, labels), logits)
         try:
             gradient = tape.gradient(logits, x, slope, unconnected_gradients="zero")
         except LookupError:  # an operation without a gradient

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _tables, functional
 from tscnc_tf.inspection import records
-from tscnc_tf.inspection.inputs import as_inputs, one_tensor
+from tscnc_tf.inspection.inputs import one_tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ def local_lipschitz(
             f"epsilon must be >= {least:.2g} within bounds {bounds}, got {written}: in so small a "
             "ball outputs differ by the rounding of float32."
         )
-    inputs = as_inputs(x, bounds)
+    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32)
     start, step = _ascent(_keras.inference(model), inputs.shape[1:], epsilon_value, size, bounds)
     found = []
     for index, first in enumerate(range(0, len(inputs), batch_size)):
