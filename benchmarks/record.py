@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -14,9 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-import tscnc_tf
 from benchmarks.measure import Ratio, Summary, Timing
-from tscnc_tf import _files, _tables
+from tscnc_tf import _files, _reports
 
 _DISTRIBUTIONS = (
     "tensorflow",
@@ -25,6 +23,7 @@ _DISTRIBUTIONS = (
     "tensorflow-model-optimization",
     "cleverhans",
     "numpy",
+    "tscnc_tf",
 )
 
 
@@ -69,11 +68,9 @@ class Options:
 
 def environment() -> dict[str, Any]:
     """Return the versions and the device: what the figures hang on besides the code."""
-    versions = {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
-    versions |= {"python": platform.python_version(), "tscnc_tf": tscnc_tf.__version__}
     devices = [device.device_type for device in tf.config.list_physical_devices()]
     return {
-        "versions": versions,
+        "versions": _reports.versions(*_DISTRIBUTIONS),
         "device": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0))
@@ -100,7 +97,7 @@ def show(
     path: pathlib.Path,
 ) -> None:
     """Print a table, its notes, and where the JSON is."""
-    print(_tables.render(title, columns, rows, notes=[*notes, f"Written to {path}"]), flush=True)
+    print(_reports.Table(title, columns, rows, None, [*notes, f"Written to {path}"]), flush=True)
     print(flush=True)
 
 

@@ -604,7 +604,7 @@ def test_errors_about_the_model(batch):
         (lambda x: tf.reshape(x, (-1, 32))[:, :1], "at least 2 classes"),
     ]:
         with pytest.raises(ValueError, match=words):
-            attack(model, x, y)
+            attack(model, x, y % 2)
     with pytest.raises(ValueError, match="got dict"):
         PGD(epsilon=0.1, objective="kl")(lambda x: {"logits": x[:, 0, 0]}, x)
     with pytest.raises(ValueError, match="at least 3 classes"):
@@ -657,6 +657,7 @@ def test_an_attack_holds_what_it_compiles_for_a_model(kind, batch, monkeypatch):
     """Calls on other batches, and training in between, compile nothing more; a copy holds none."""
     x, y = batch
     model = {"keras": lambda: network(keras), "tf_keras": network, "branching": Branching}[kind]()
+    model(x)
     library = keras if kind == "keras" else tf_keras
     attack, traces = PGD(epsilon=0.1, steps=2), []
     original = PGD.perturb

@@ -627,8 +627,8 @@ def test_a_model_without_any_gradient_is_doubted():
 
 def test_few_examples_are_remarked_on():
     report = quiet(linear, X[:20], Y[:20], corner_attack())
-    assert any("20 examples are few" in note for note in report.notes)
-    assert "20 examples are few" in str(report)
+    assert any("20 examples: the worst case is only known to lie" in note for note in report.notes)
+    assert "20 examples: the worst case is only known to lie" in str(report)
 
 
 def test_an_attack_without_effect_is_remarked_on():

@@ -25,9 +25,9 @@ import yaml
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masks
+from tscnc_tf._reports import jsonable
 from tscnc_tf.experiments import folders, locks, stages
 from tscnc_tf.experiments.recipe import Recipe
-from tscnc_tf.inspection.records import jsonable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "examples" / "recipes"

@@ -27,8 +27,7 @@ import tf_keras
 from helpers import FLAVOURS, blobs, dense_model, fresh_process, images, python_blocks
 
 import tscnc_tf as tscnc
-from tscnc_tf import _keras
-from tscnc_tf.inspection.speed import clock
+from tscnc_tf import _keras, _timing
 from tscnc_tf.pruning import NM, Block, Filters
 
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "from-tfmot.md"
@@ -474,7 +473,7 @@ def test_a_file_is_smaller_only_if_compressed_and_the_report_says_by_how_much(li
 def test_that_zeros_make_nothing_faster_is_said_and_what_does_as_well(monkeypatch):
     """#611, #173: "pruning does not reduce inference time". The clock here finds all alike."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: float(next(ticks)))
     model = tscnc.strip(tscnc.prune_now(wide(keras), 0.9))
     report = tscnc.inspection.speed_check(model, batch_size=4, rounds=2)
     assert report.zeros_ratio == 1.0

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tscnc_tf import _checks, inspection, pruning
+from tscnc_tf import _checks, _reports, inspection, pruning
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
-from tscnc_tf.inspection import records
 
 EPS32 = float(np.finfo(np.float32).eps)
 both = pytest.mark.parametrize("k", [keras, tf_keras], ids=["keras", "tf_keras"])
@@ -631,14 +630,14 @@ def test_sparsity_report_as_text_and_json():
 
 def test_values_for_json():
     value = {1: (np.float32(0.5), np.arange(2), -math.inf), "b": {"c": math.nan, "d": object}}
-    assert records.jsonable(value) == {
+    assert _reports.jsonable(value) == {
         "1": [0.5, [0, 1], "-inf"],
         "b": {"c": "nan", "d": "<class 'object'>"},
     }
 
 
 def test_unique_names():
-    assert records.unique(["a", "b", "a", "a (2)", "a"]) == [
+    assert _reports.unique(["a", "b", "a", "a (2)", "a"]) == [
         "a",
         "b",
         "a (2)",

@@ -14,10 +14,10 @@ import pytest
 import tensorflow as tf
 from helpers import FLAVOURS, conv_model, dense_model, images
 
-from tscnc_tf import inspection
+from tscnc_tf import _timing, inspection
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
 from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, weights
-from tscnc_tf.inspection.speed import check, clock, inputs, products
+from tscnc_tf.inspection.speed import check, inputs, products
 
 both = pytest.mark.parametrize("k", list(FLAVOURS.values()), ids=list(FLAVOURS))
 ITEM = 4  # bytes of a float32
@@ -449,13 +449,14 @@ def test_random_zeros_fall_into_blocks_as_often_as_chance_has_it(rng):
 def test_functions_run_in_turn_after_a_warm_up():
     log = []
     timed = {
-        name: clock.Timed(lambda name=name: log.append(name), lambda name=name: log.append("-"))
+        name: _timing.Timed(lambda name=name: log.append(name), lambda name=name: log.append("-"))
         for name in "ab"
     }
-    times = clock.interleaved(timed, rounds=3)
-    assert log == ["-", "a", "-", "b"] * (3 + clock.WARM_UP)
+    seconds = _timing.interleaved(timed, rounds=3)
+    assert log == ["-", "a", "-", "b"] * (3 + _timing.WARM_UP)
     assert gc.isenabled()
-    for found in times.values():
+    assert list(seconds) == ["a", "b"]
+    for found in map(Times.of, seconds.values()):
         assert found.rounds == 3
         assert 0 < found.lower_quartile <= found.median <= found.upper_quartile < math.inf
 
@@ -588,7 +589,7 @@ def test_what_is_timed_without_zeros_has_none_and_all_comes_back(k, rng, monkeyp
             seen.append((name, np.mean(model.layers[-1].kernel.numpy() == 0)))
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(check.clock, "interleaved", spy)
+    monkeypatch.setattr(_timing, "interleaved", spy)
     with pytest.raises(RuntimeError, match="stopped"):
         inspection.speed_check(model)
     share = round(0.8 * 54) / 54
@@ -629,7 +630,7 @@ def test_a_subclassed_model_needs_inputs_and_its_wrappers_do_not_disturb(rng, mo
         mask.assign(np.eye(4, 5))
     with pytest.raises(ValueError, match=r"subclassed model \(Subclassed\).* pass x="):
         inspection.speed_check(model)
-    shares, interleaved = [], clock.interleaved
+    shares, interleaved = [], _timing.interleaved
 
     def spy(functions, rounds):
         for timed in functions.values():
@@ -638,7 +639,7 @@ def test_a_subclassed_model_needs_inputs_and_its_wrappers_do_not_disturb(rng, mo
             shares.append(np.mean(model.hidden.layer.kernel.numpy() == 0))
         return interleaved(functions, rounds)
 
-    monkeypatch.setattr(check.clock, "interleaved", spy)
+    monkeypatch.setattr(_timing, "interleaved", spy)
     report = inspection.speed_check(model, rng.random((3, 4)), batch_size=5, rounds=1)
     assert shares[-2:] == [0.8, 0.0]  # the whole model, with its wrapper, and then without zeros
     found = {r.name: r for r in report.rows}

@@ -252,8 +252,9 @@ def test_predict_and_call_are_those_of_the_model(flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_trainers_are_pickled_and_may_have_subclasses(flavour):
-    x, _ = blobs(20)
+    x, y = blobs(20)
     trainer = trainer_for(dense_model(FLAVOURS[flavour]))
+    trainer.fit(x, y, verbose=0)
     copy = pickle.loads(pickle.dumps(trainer))
     assert type(copy) is type(trainer) and isinstance(copy, AdversarialTraining)
     np.testing.assert_array_equal(copy(x), trainer(x))

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, gates, inspection
+from tscnc_tf import _checks, _keras, _reports, gates, inspection
 from tscnc_tf._keras import flavours, gated, masks, optimizers, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
-from tscnc_tf.inspection import records
 
 __all__ = ["ConditionFeed", "GateLogger", "KernelLogger", "UpdatePruning", "pruning_callbacks"]
 
@@ -373,7 +372,7 @@ class GateLogger(_ScalarLogger):
     def scalars(self) -> dict[str, float]:
         """Return the figures of the model as it is now."""
         report = gates.report(self.model)
-        names = records.unique(row.name for row in report.rows)
+        names = _reports.unique(row.name for row in report.rows)
         scalars = {"expected_l0": report.expected_l0, "open_gates": report.open_share}
         for name, row in zip(names, report.rows, strict=True):
             scalars[f"expected_l0/{name}"] = row.expected_l0

@@ -24,11 +24,10 @@ from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, datasets, inspection
 from tscnc_tf._keras import flavours, gated
 from tscnc_tf._keras.selection import selector
+from tscnc_tf._reports import jsonable, versions
 from tscnc_tf.datasets import augmentation
-from tscnc_tf.evaluation.report import versions
 from tscnc_tf.experiments import Recipe, folders, stages
 from tscnc_tf.experiments.recipe import differences
-from tscnc_tf.inspection.records import jsonable
 
 RUNNER = pathlib.Path(accelerator.__file__).parent / "runner"
 _NO_CACHES = shutil.ignore_patterns("__pycache__")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, experiments
-from tscnc_tf.evaluation.report import versions
+from tscnc_tf._reports import versions
 from tscnc_tf.experiments import Recipe, locks
 from tscnc_tf.experiments.folders import read_json
 from tscnc_tf.experiments.recipe import differences

@@ -161,15 +161,11 @@ class GradientAttack(Attack):
         self.check_labels(y)
         if tf.executing_eagerly() and _keras.flavour(model) is not None:
             return self._run_compiled(model, x, y, seed)
-        logits_fn = _keras.inference(model)
-
-        def checked(inputs: tf.Tensor) -> Any:
-            logits = logits_fn(inputs)
-            if tf.executing_eagerly() and y is not None and tf.is_tensor(logits):
-                _checks.require_classes(y, logits.shape[-1])
-            return logits
-
-        return self.perturb(checked, x, y, seed)
+        classes: list[int | None] = []
+        result = self.perturb(_noting_classes(_keras.inference(model), classes), x, y, seed)
+        if tf.executing_eagerly() and y is not None:
+            _checks.require_classes(y, classes[0])
+        return result
 
     def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
         _keras.inference(model)  # raises for what is no model
@@ -298,7 +294,7 @@ class _Compiled:
         self._attack = attack
         self._recall = recall
         self._function = tf.function(self._run)
-        self._classes: int | None = None
+        self._classes: list[int | None] = []
 
     def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
         """Run; the labels are checked against the number of classes, which tracing has found."""
@@ -309,21 +305,28 @@ class _Compiled:
         specs = tuple(tf.TensorSpec(s, t.dtype) for s, t in zip(forms, tensors, strict=True))
         concrete = self._function.get_concrete_function(specs)
         if y is not None:
-            _checks.require_classes(y, self._classes)
+            _checks.require_classes(y, self._classes[0])
         return concrete(tensors)
 
     def _run(self, tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
-        logits_fn = _keras.inference(self._recall())
-
-        def noting_classes(x: tf.Tensor) -> Any:
-            logits = logits_fn(x)
-            self._classes = logits.shape[-1] if tf.is_tensor(logits) else None
-            return logits
-
+        logits_fn = _noting_classes(_keras.inference(self._recall()), self._classes)
         x, seed, *labels = tensors
         y = labels[0] if labels else None
         # A loop's graph is built in a sixth of the time of unrolled steps, and may run only once.
-        return self._attack.perturb(noting_classes, x, y, seed, unroll=1)
+        return self._attack.perturb(logits_fn, x, y, seed, unroll=1)
+
+
+def _noting_classes(
+    logits_fn: Callable[[tf.Tensor], Any], found: list[int | None]
+) -> Callable[[tf.Tensor], Any]:
+    """Return a function of logits that adds their number, None if not known, to a list."""
+
+    def noting(x: tf.Tensor) -> Any:
+        logits = logits_fn(x)
+        found.append(logits.shape[-1] if tf.is_tensor(logits) else None)
+        return logits
+
+    return noting
 
 
 class Ascent:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _checks, _files, _tables
-from tscnc_tf.inspection.records import Z95, jsonable
+from tscnc_tf import _checks, _files, _reports
+from tscnc_tf._reports import Z95, jsonable
 
-_LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
 _NOT_DECLARED = "not declared"
 
 
@@ -26,7 +23,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     .. math:: \frac{1}{1 + z^2/n} \left(\hat p + \frac{z^2}{2n} \pm
         z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}\right)
 
-    Unlike the textbook interval it stays inside [0, 1] and is of use at 0 and at 100 %.
+    Unlike the textbook interval it stays inside [0, 1] and is not empty at 0 and at 100 %.
 
     Args:
         successes: how many trials succeeded, >= 0.
@@ -51,7 +48,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     share, spread = successes / trials, Z95**2 / trials
     half = Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
-    # At the ends the exact value is 0 or 1; rounding must not leave it there by a hair.
+    # At the ends the exact value is 0 or 1; rounding must not miss that.
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
 
 
@@ -87,7 +84,7 @@ class AttackResult:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the accuracy."""
-        return wilson_interval(int(np.sum(self.correct)), len(self.correct))
+        return _interval(self.correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and the attack's description as JSON values."""
@@ -98,7 +95,7 @@ class AttackResult:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RobustnessReport:
+class RobustnessReport(_reports.Report):
     """Accuracy of a model, clean and under attack; `print` it for a table.
 
     Attributes:
@@ -108,8 +105,8 @@ class RobustnessReport:
         seed: batch i of each attack drew from the pair (seed, i).
         batch_size: examples per batch.
         bounds: the smallest and the largest value of an input.
-        warnings: reasons to doubt the figures, found before any attack was run.
-        notes: remarks on the figures, found afterwards.
+        warnings: diagnostics of the model, from before the attacks were run.
+        notes: diagnostics of the results.
         versions: of the libraries.
         seconds: how long the evaluation took.
     """
@@ -138,7 +135,7 @@ class RobustnessReport:
     @property
     def clean_interval(self) -> tuple[float, float]:
         """The 95 % interval of the clean accuracy."""
-        return wilson_interval(int(np.sum(self.clean_correct)), self.examples)
+        return _interval(self.clean_correct)
 
     @property
     def robust_correct(self) -> np.ndarray:
@@ -155,7 +152,7 @@ class RobustnessReport:
     @property
     def robust_interval(self) -> tuple[float, float]:
         """The 95 % interval of the robust accuracy."""
-        return wilson_interval(int(np.sum(self.robust_correct)), self.examples)
+        return _interval(self.robust_correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, without the single examples."""
@@ -180,7 +177,7 @@ class RobustnessReport:
         """Write `to_dict()` to a JSON file, replacing what was there."""
         _files.write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         columns = ["attack", "accuracy", "95 % interval", "ε", "norm", "steps", "restarts"]
         columns += ["examples", "seed"]
         always = [f"{self.examples}", f"{self.seed}"]
@@ -191,7 +188,7 @@ class RobustnessReport:
             others = [known.get(key) for key in ("norm", "steps", "restarts")]
             cells = [str(epsilon), *("–" if value is None else str(value) for value in others)]
             rows.append([result.name, *_cells(result.correct), *cells, *always])
-        return _tables.render(
+        return _reports.Table(
             f"Robustness of {self.model}",
             columns,
             rows,
@@ -200,26 +197,15 @@ class RobustnessReport:
         )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries; "unknown" for what is not installed."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+def _interval(correct: np.ndarray) -> tuple[float, float]:
+    return wilson_interval(int(np.sum(correct)), len(correct))
 
 
 def _figures(correct: np.ndarray) -> dict[str, Any]:
     count = int(np.sum(correct))
-    return {
-        "accuracy": count / len(correct),
-        "correct": count,
-        "interval": wilson_interval(count, len(correct)),
-    }
+    return {"accuracy": count / len(correct), "correct": count, "interval": _interval(correct)}
 
 
 def _cells(correct: np.ndarray) -> list[str]:
-    low, high = wilson_interval(int(np.sum(correct)), len(correct))
-    return [_tables.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]
+    low, high = _interval(correct)
+    return [_reports.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]

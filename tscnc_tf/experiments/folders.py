@@ -40,11 +40,11 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _files, _keras
+from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
 from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
 from tscnc_tf.export import manifest
-from tscnc_tf.inspection.records import jsonable
 
 STEPS = ("train", "prune", "finetune", "evaluate")
 MANIFEST = "manifest.json"

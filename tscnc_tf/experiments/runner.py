@@ -19,8 +19,8 @@ from rich.progress import (
 )
 
 from tscnc_tf import _checks, _files, datasets, inspection
+from tscnc_tf._reports import versions
 from tscnc_tf.evaluation import evaluate_robustness
-from tscnc_tf.evaluation.report import versions
 from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.parts import STAGES
 from tscnc_tf.experiments.recipe import Recipe

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import types
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, inspection
+from tscnc_tf import _checks, _reports, inspection
 from tscnc_tf.export import probes, readiness
 
 
@@ -87,19 +85,5 @@ def require_same(
 
 
 def versions(library: types.ModuleType, *distributions: str) -> dict[str, str]:
-    """Return the versions of what made an export, some more distributions among it."""
-    return {
-        "tscnc_tf": _version("tscnc_tf"),
-        "tensorflow": tf.__version__,
-        library.__name__: library.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in distributions},
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    """Return the versions of what made an export, with those of further distributions."""
+    return _reports.versions("tscnc_tf", "tensorflow", library.__name__, "numpy", *distributions)

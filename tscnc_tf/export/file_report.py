@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tscnc_tf import _tables
+from tscnc_tf import _reports
 from tscnc_tf.export.report import ExportedTensor
 from tscnc_tf.inspection import SparsityReport
 
@@ -49,7 +49,7 @@ class ExportedKernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileExportReport:
+class FileExportReport(_reports.Report):
     """What was exported to a file: zeros, sizes, signature, versions. `str()` is a table.
 
     Attributes:
@@ -114,13 +114,13 @@ class FileExportReport:
             "versions": dict(self.versions),
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         allowed = "any" if self.logit_tolerance is None else f"{self.logit_tolerance:.3g}"
         same = "" if self.same_class is None else f"; same class: {100 * self.same_class:.1f} %"
         asked = self.expected_sparsity
         counts = (sum(row.weights for row in self.kernels), self._model_zeros, self._zeros)
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return _tables.render(
+        return _reports.Table(
             f"{self.format} ({self.precision}) {self.path}",
             ("kernel", "shape in the file", "dtype", "weights", "zeros", "in the file", "sparsity"),
             [
@@ -131,23 +131,23 @@ class FileExportReport:
                     f"{row.weights:,}",
                     f"{row.model_zeros:,}",
                     f"{row.zeros:,}",
-                    _tables.percent(row.sparsity),
+                    _reports.percent(row.sparsity),
                 )
                 for row in self.kernels
             ],
             (
                 *("all kernels", "", ""),
                 *(f"{count:,}" for count in counts),
-                _tables.percent(self.sparsity),
+                _reports.percent(self.sparsity),
             ),
             [
-                f"Expected sparsity: {'none' if asked is None else _tables.percent(asked)}.",
-                f"Size: {_tables.size(self.file_bytes)}, gzipped {_tables.size(self.gzip_bytes)}"
+                f"Expected sparsity: {'none' if asked is None else _reports.percent(asked)}.",
+                f"Size: {_reports.size(self.file_bytes)}, gzipped {_reports.size(self.gzip_bytes)}"
                 f"{self._ideal_sparse}.",
                 f"Inputs: {'; '.join(map(str, self.inputs))}.",
                 f"Outputs: {'; '.join(map(str, self.outputs))}.",
                 f"Largest logit difference on {self.probe_examples} examples: "
-                f"{_tables.significant(self.max_logit_difference)} (allowed: {allowed}){same}.",
+                f"{_reports.significant(self.max_logit_difference)} (allowed: {allowed}){same}.",
                 *([f"Settings: {settings}."] if settings else []),
                 "Made with "
                 + ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -159,7 +159,7 @@ class FileExportReport:
     def _ideal_sparse(self) -> str:
         if self.ideal_sparse_bytes is None:
             return ""
-        return f"; the weights alone, ideally sparse, {_tables.size(self.ideal_sparse_bytes)}"
+        return f"; the weights alone, ideally sparse, {_reports.size(self.ideal_sparse_bytes)}"
 
     @property
     def _zeros(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras, _tables, gates, inspection, pruning, training
+from tscnc_tf import _keras, _reports, gates, inspection, pruning, training
 from tscnc_tf._keras import layers, masks, wrappers
 from tscnc_tf.export import manifest
 
@@ -109,7 +109,7 @@ def require_sparsity(weights: inspection.SparsityReport, expected: float) -> Non
         if row.zeros < wanted:
             short.append(
                 f"{row.name} has {row.zeros:,} zeros of {row.weights:,} "
-                f"({_tables.percent(row.sparsity)}), {wanted:,} are needed"
+                f"({_reports.percent(row.sparsity)}), {wanted:,} are needed"
             )
     if short:
         raise ValueError(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from tscnc_tf import _tables
+from tscnc_tf import _reports
 from tscnc_tf.inspection import SparsityReport, WeightSparsity
 
 __all__ = ["ExportReport", "ExportedTensor", "ExportedVariable"]
@@ -49,7 +49,7 @@ class ExportedVariable:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportReport:
+class ExportReport(_reports.Report):
     """What was exported: zeros kernel by kernel, sizes, signature, versions. `str()` is a table.
 
     Attributes:
@@ -109,7 +109,7 @@ class ExportReport:
     def _ideal_sparse(self) -> str:
         if self.ideal_sparse_bytes is None:
             return ""
-        return f"; the weights alone, ideally sparse, {_tables.size(self.ideal_sparse_bytes)}"
+        return f"; the weights alone, ideally sparse, {_reports.size(self.ideal_sparse_bytes)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in the report as plain values, ready for JSON."""
@@ -158,11 +158,11 @@ class ExportReport:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"This is no export report: {error!r}.") from error
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         prunable = self.weights.prunable
         counts = [sum(row.weights for row in prunable), sum(row.zeros for row in prunable)]
         asked = self.expected_sparsity
-        return _tables.render(
+        return _reports.Table(
             f"SavedModel {self.path}",
             ("kernel", "shape", "weights", "zeros", "sparsity", "pruned"),
             [
@@ -171,7 +171,7 @@ class ExportReport:
                     "×".join(map(str, row.shape)),
                     f"{row.weights:,}",
                     f"{row.zeros:,}",
-                    _tables.percent(row.sparsity),
+                    _reports.percent(row.sparsity),
                     "yes" if row.masked else "no",
                 )
                 for row in self.kernels
@@ -180,21 +180,21 @@ class ExportReport:
                 "all that is pruned" if prunable[0].masked else "all kernels",
                 "",
                 *(f"{count:,}" for count in counts),
-                _tables.percent(self.sparsity),
+                _reports.percent(self.sparsity),
                 "",
             ),
             [
                 f"Whole model: {self.weights.model_zeros:,} of {self.weights.model_weights:,} "
-                f"weights are zero, {_tables.percent(self.model_sparsity)}.",
-                f"Expected sparsity: {'none' if asked is None else _tables.percent(asked)}.",
-                f"Size: {_tables.size(self.saved_model_bytes)}, "
-                f"gzipped {_tables.size(self.gzip_bytes)}"
+                f"weights are zero, {_reports.percent(self.model_sparsity)}.",
+                f"Expected sparsity: {'none' if asked is None else _reports.percent(asked)}.",
+                f"Size: {_reports.size(self.saved_model_bytes)}, "
+                f"gzipped {_reports.size(self.gzip_bytes)}"
                 f"{self._ideal_sparse}.",
                 f"Inputs: {'; '.join(map(str, self.inputs))}.",
                 f"Outputs: {'; '.join(map(str, self.outputs))}.",
                 f"Largest logit difference on {self.probe_examples} examples: "
-                f"{_tables.significant(self.max_logit_difference)} "
-                f"(allowed: {_tables.significant(self.logit_tolerance)}).",
+                f"{_reports.significant(self.max_logit_difference)} "
+                f"(allowed: {_reports.significant(self.logit_tolerance)}).",
                 "Made with "
                 + ", ".join(f"{name} {version}" for name, version in self.versions.items())
                 + ".",

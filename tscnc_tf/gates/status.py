@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _keras, _tables, functional
+from tscnc_tf import _keras, _reports, functional
 from tscnc_tf._keras import gated
 
 
@@ -52,7 +52,7 @@ class GateStatus:
 
 
 @dataclasses.dataclass(frozen=True)
-class GateReport:
+class GateReport(_reports.Report):
     """The gates of a model, layer by layer; `print` it for a table.
 
     Attributes:
@@ -103,10 +103,10 @@ class GateReport:
             "rows": [row.to_dict() for row in self.rows],
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         weights = sum(row.weights for row in self.rows)
         columns = ("expected open", "weights", "expected L0", "open", "mean gate")
-        return _tables.render(
+        return _reports.Table(
             "Gates",
             ("layer", "layer class", "gate per", "gates", *columns),
             [
@@ -168,6 +168,6 @@ def _figures(status: GateStatus | GateReport, weights: int) -> tuple[str, ...]:
         f"{status.expected_open:.1f}",
         f"{weights:,}",
         f"{status.expected_l0:,.1f}",
-        _tables.percent(status.open_share),
-        _tables.significant(status.mean_gate),
+        _reports.percent(status.open_share),
+        _reports.significant(status.mean_gate),
     )

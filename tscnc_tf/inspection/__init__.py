@@ -1,5 +1,6 @@
 """Reading a model without changing it: zeros, sizes, speed, spectra, Lipschitz estimates."""
 
+from tscnc_tf._timing import Times
 from tscnc_tf.inspection.lipschitz import LipschitzReport, local_lipschitz
 from tscnc_tf.inspection.operators import operator_singular_values
 from tscnc_tf.inspection.sizes import KernelSize, SizeReport, sizes
@@ -13,7 +14,6 @@ from tscnc_tf.inspection.speed import (
     KernelStructure,
     LayerSpeed,
     SpeedReport,
-    Times,
     speed_check,
 )
 from tscnc_tf.inspection.zeros import SparsityReport, WeightSparsity, sparsity

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, _tables, functional
-from tscnc_tf.inspection import records
+from tscnc_tf import _checks, _keras, _reports, functional
 from tscnc_tf.inspection.inputs import one_tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LipschitzReport:
+class LipschitzReport(_reports.Report):
     """Empirical local Lipschitz constants; `print` it for a table.
 
     Attributes:
@@ -60,7 +59,7 @@ class LipschitzReport:
         """The 95 % interval of the mean, for a sample of this size; (0, inf) for one example."""
         if self.examples < 2:
             return 0.0, math.inf
-        half = records.Z95 * float(np.std(self.values, ddof=1)) / math.sqrt(self.examples)
+        half = _reports.Z95 * float(np.std(self.values, ddof=1)) / math.sqrt(self.examples)
         return max(0.0, self.mean - half), self.mean + half
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,21 +67,21 @@ class LipschitzReport:
         described = dataclasses.asdict(self)
         del described["values"]
         figures = {"mean": self.mean, "interval": self.interval, "maximum": self.maximum}
-        return records.jsonable(figures | {"examples": self.examples} | described)
+        return _reports.jsonable(figures | {"examples": self.examples} | described)
 
-    def __str__(self) -> str:
-        low, high = map(_tables.significant, self.interval)
-        return _tables.render(
+    def _table(self) -> _reports.Table:
+        low, high = map(_reports.significant, self.interval)
+        return _reports.Table(
             "Empirical local Lipschitz constant, ℓ1 of the outputs over ℓ∞ of the inputs",
             ("mean", "95 % interval", "maximum", "ε", "steps", "step size", "examples", "seed"),
             [
                 (
-                    _tables.significant(self.mean),
+                    _reports.significant(self.mean),
                     f"{low} to {high}",
-                    _tables.significant(self.maximum),
+                    _reports.significant(self.maximum),
                     self.epsilon,
                     f"{self.steps}",
-                    _tables.significant(self.step_size),
+                    _reports.significant(self.step_size),
                     f"{self.examples}",
                     f"{self.seed}",
                 )

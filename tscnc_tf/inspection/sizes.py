@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _tables
-from tscnc_tf.inspection import records, weights
+from tscnc_tf import _checks, _reports
+from tscnc_tf.inspection import weights
 
 NOTE = (
     "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: it "
@@ -79,11 +79,11 @@ class KernelSize:
         """Return the row as JSON values."""
         derived = {"sparsity": self.sparsity, "ratio": self.ratio}
         ideal = {"ideal_sparse_bytes": self.ideal_sparse_bytes, "ideal_format": self.ideal_format}
-        return records.jsonable(dataclasses.asdict(self) | derived | ideal)
+        return _reports.jsonable(dataclasses.asdict(self) | derived | ideal)
 
 
 @dataclasses.dataclass(frozen=True)
-class SizeReport:
+class SizeReport(_reports.Report):
     """The bytes of a model's weights, kernel by kernel; `print` it for a table.
 
     Attributes:
@@ -127,16 +127,16 @@ class SizeReport:
         """Return the report as JSON values."""
         names = ("dense_bytes", "ideal_sparse_bytes", "limit_bytes", "ratio", "gzip_ratio")
         figures = dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
-        return records.jsonable(figures | {"rows": [row.to_dict() for row in self.rows]})
+        return _reports.jsonable(figures | {"rows": [row.to_dict() for row in self.rows]})
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         columns = ["weight", "shape", "dtype", "zeros", "dense", "gzip", "bitmap", "CSR"]
         rows = [
             (
                 row.name,
                 "×".join(map(str, row.shape)),
                 row.dtype,
-                _tables.percent(row.sparsity),
+                _reports.percent(row.sparsity),
                 *map(_size, (row.dense_bytes, row.gzip_bytes, row.bitmap_bytes, row.csr_bytes)),
                 f"{_size(row.ideal_sparse_bytes)} ({row.ideal_format})",
                 _times(row.ratio),
@@ -148,7 +148,7 @@ class SizeReport:
         rows.append(("all else", f"{self.other_weights}", "", "", other, *[""] * 3, other, "", ""))
         sizes = [_size(size) for size in (self.dense_bytes, self.gzip_bytes)]
         ideal = (_size(self.ideal_sparse_bytes), _times(self.ratio), _size(self.limit_bytes))
-        return _tables.render(
+        return _reports.Table(
             "Bytes of the weights",
             [*columns, "ideal sparse", "ratio", "limit"],
             rows,
@@ -207,7 +207,7 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     weights.require_inspectable(model)
     _checks.boolean("gzip", gzip)
     found = weights.listed(model)
-    names = records.unique(weight.name for weight in found)
+    names = _reports.unique(weight.name for weight in found)
     rows = {id(w.variable): _row(n, w, gzip) for n, w in zip(names, found, strict=True)}
     arrays = [(v, _stored(values, v)) for v, values in weights.all_weights(model)]
     others = [values for variable, values in arrays if id(variable) not in rows]
@@ -273,7 +273,7 @@ def _gzip_bytes(arrays: Iterable[np.ndarray]) -> int:
 
 
 def _size(count: int | None) -> str:
-    return "–" if count is None else _tables.size(count)
+    return "–" if count is None else _reports.size(count)
 
 
 def _times(ratio: float) -> str:

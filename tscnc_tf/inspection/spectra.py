@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _checks, _tables
-from tscnc_tf.inspection import operators, records, weights
+from tscnc_tf import _checks, _reports
+from tscnc_tf.inspection import operators, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,11 @@ class KernelCondition:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON values; infinity as "inf"."""
-        return records.jsonable(dataclasses.asdict(self))
+        return _reports.jsonable(dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
-class ConditionReport:
+class ConditionReport(_reports.Report):
     """The spectra of a model's kernels, in the model's order; `print` it for a table.
 
     Attributes:
@@ -88,17 +88,17 @@ class ConditionReport:
         """Return the report as JSON values; infinity as "inf"."""
         return {
             "worst": self.worst.name,
-            "worst_condition_number": records.jsonable(self.worst.condition_number),
+            "worst_condition_number": _reports.jsonable(self.worst.condition_number),
             "worst_effective": self.worst_effective.name,
-            "worst_effective_condition_number": records.jsonable(
+            "worst_effective_condition_number": _reports.jsonable(
                 self.worst_effective.effective_condition_number
             ),
             "dead_filters": self.dead_filters,
             "rows": [row.to_dict() for row in self.rows],
         }
 
-    def __str__(self) -> str:
-        number = _tables.significant
+    def _table(self) -> _reports.Table:
+        number = _reports.significant
         columns = ["kernel", "matrix", "σ max", "σ min", "κ", "effective κ", "rank", "stable rank"]
         columns.append("dead filters")
         rows = []
@@ -123,7 +123,7 @@ class ConditionReport:
                 both = (row.operator_sigma_max, row.operator_sigma_min)
                 cells += ["–" if value is None else number(value) for value in both]
         worst, effective = self.worst, self.worst_effective
-        return _tables.render(
+        return _reports.Table(
             "Condition of the kernels",
             columns,
             rows,

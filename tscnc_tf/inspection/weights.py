@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import functional
+from tscnc_tf import _reports, functional
 from tscnc_tf._keras import (
     adapted,
     gated,
@@ -21,7 +21,6 @@ from tscnc_tf._keras import (
     wrappers,
 )
 from tscnc_tf._keras import masks as masking
-from tscnc_tf.inspection import records
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +112,7 @@ def read(variable: Any, mask: Any = None, gates: Any = None) -> np.ndarray:
 def kernels(model: Any) -> list[KernelWeight]:
     """Return the kernels of a built model; there may be none."""
     found = list(layers.kernels(model))
-    names = records.unique(kernel.name for kernel in found)
+    names = _reports.unique(kernel.name for kernel in found)
     by_variable, acting = masks(model), reader(model)
     result = []
     for name, kernel in zip(names, found, strict=True):

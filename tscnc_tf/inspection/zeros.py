@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _tables
-from tscnc_tf.inspection import records, weights
+from tscnc_tf import _reports
+from tscnc_tf.inspection import weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class WeightSparsity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON values."""
-        return records.jsonable(dataclasses.asdict(self) | {"sparsity": self.sparsity})
+        return _reports.jsonable(dataclasses.asdict(self) | {"sparsity": self.sparsity})
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityReport:
+class SparsityReport(_reports.Report):
     """The zeros of a model, weight by weight; `print` it for a table.
 
     Attributes:
@@ -82,9 +82,9 @@ class SparsityReport:
             "rows": [row.to_dict() for row in self.rows],
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         count, zeros = sum(r.weights for r in self.prunable), sum(r.zeros for r in self.prunable)
-        return _tables.render(
+        return _reports.Table(
             "Sparsity (fraction of zeros)",
             ("weight", "shape", "weights", "zeros", "sparsity", "mask"),
             [
@@ -93,15 +93,15 @@ class SparsityReport:
                     "×".join(map(str, row.shape)),
                     f"{row.weights}",
                     f"{row.zeros}",
-                    _tables.percent(row.sparsity),
+                    _reports.percent(row.sparsity),
                     "yes" if row.masked else "no",
                 )
                 for row in self.rows
             ],
-            ("prunable weights", "", f"{count}", f"{zeros}", _tables.percent(self.sparsity), ""),
+            ("prunable weights", "", f"{count}", f"{zeros}", _reports.percent(self.sparsity), ""),
             [
                 f"Whole model: {self.model_zeros} of {self.model_weights} weights are zero, "
-                f"{_tables.percent(self.model_sparsity)}."
+                f"{_reports.percent(self.model_sparsity)}."
             ],
         )
 
@@ -135,7 +135,7 @@ def sparsity(model: Any) -> SparsityReport:
     """
     weights.require_inspectable(model)
     found = weights.listed(model)
-    names = records.unique(weight.name for weight in found)
+    names = _reports.unique(weight.name for weight in found)
     model_weights, model_zeros = weights.totals(model)
     return SparsityReport(
         rows=tuple(

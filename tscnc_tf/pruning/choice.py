@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _tables
+from tscnc_tf import _checks, _reports
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning.criteria import Magnitude
 from tscnc_tf.pruning.scopes import fitting, scope_for
@@ -136,7 +136,7 @@ class Choice:
             )
         if found:
             warnings.warn(
-                f"At a sparsity of {_tables.percent(sparsity)}, {'; '.join(found)}. Leave these "
+                f"At a sparsity of {_reports.percent(sparsity)}, {'; '.join(found)}. Leave these "
                 "out by layers=, keep more by min_weights=, scope= or structure=Unstructured("
                 "min_per_filter=1), or prune less.",
                 UserWarning,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _keras, _tables
+from tscnc_tf import _keras, _reports
 from tscnc_tf._keras import adapted, masks, wrappers
 from tscnc_tf.inspection import weights as acting
 from tscnc_tf.pruning import wrap
@@ -43,7 +43,7 @@ class WeightStatus:
 
 
 @dataclasses.dataclass(frozen=True)
-class PruningReport:
+class PruningReport(_reports.Report):
     """What of a model is pruned and what is not, weight by weight; `print` it for a table.
 
     Biases and other weights of rank 1 are not listed; they count for the whole model.
@@ -92,9 +92,9 @@ class PruningReport:
             ],
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         count, zeros = (sum(getattr(row, n) for row in self.pruned) for n in ("weights", "zeros"))
-        return _tables.render(
+        return _reports.Table(
             "Pruning",
             ("weight", "layer class", "shape", "weights", "zeros", "sparsity", "pruned", "why not"),
             [
@@ -104,7 +104,7 @@ class PruningReport:
                     "×".join(map(str, row.shape)),
                     f"{row.weights:,}",
                     f"{row.zeros:,}",
-                    _tables.percent(row.sparsity),
+                    _reports.percent(row.sparsity),
                     "yes" if row.pruned else "no",
                     row.reason,
                 )
@@ -112,11 +112,11 @@ class PruningReport:
             ],
             (
                 *("all pruned weights", "", "", f"{count:,}", f"{zeros:,}"),
-                *(_tables.percent(self.sparsity), "", ""),
+                *(_reports.percent(self.sparsity), "", ""),
             ),
             [
                 f"Whole model: {self.model_zeros:,} of {self.model_weights:,} weights are zero, "
-                f"{_tables.percent(self.model_sparsity)}."
+                f"{_reports.percent(self.model_sparsity)}."
             ],
         )
 

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tscnc_tf import _keras, functional
+from tscnc_tf import _keras, _reports, functional
 from tscnc_tf._keras import adapted, matrices, outputs, paths
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.selection import listed, selector
-from tscnc_tf.inspection import records
 
 FROZEN = "it is frozen (trainable=False)"
 
@@ -189,7 +188,7 @@ def _named(found: list[Candidate]) -> list[Candidate]:
     for (target, _), is_companion in zip(found, beside, strict=True):
         single = counts[id(target.layer)] == 1 and "/" in target.name and not is_companion
         names.append(target.name.rpartition("/")[0] if single else target.name)
-    unique = records.unique(names)
+    unique = _reports.unique(names)
     return [
         Candidate(dataclasses.replace(target, name=name), reason)
         for name, (target, reason) in zip(unique, found, strict=True)

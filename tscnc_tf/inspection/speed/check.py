@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import platform
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras
+from tscnc_tf import _checks, _keras, _timing
 from tscnc_tf._keras import wrappers
+from tscnc_tf._timing import Timed, Times, compiled
 from tscnc_tf.inspection import weights
-from tscnc_tf.inspection.speed import clock, inputs, products
-from tscnc_tf.inspection.speed.clock import Timed
+from tscnc_tf.inspection.speed import inputs, products
 from tscnc_tf.inspection.speed.report import LayerSpeed, SpeedReport
 from tscnc_tf.inspection.speed.structure import KernelStructure
 
@@ -97,16 +95,16 @@ def speed_check(
     others = [weight.variable for weight in weights.others(model)]
     masks = [mask for _, mask in wrappers.pruned_variables(model)]
     exchanged = [weight.variable for weight in found] + others
-    whole = _compiled(network, batch)
+    whole = compiled(network, batch)
     with _Exchange(model, exchanged, seed, masks) as exchange:
-        times = clock.interleaved(
+        times = _interleaved(
             {
                 "as is": Timed(whole, exchange.restore),
                 "filled": Timed(whole, exchange.fill),
             },
             rounds,
         )
-    device = _device(tf.nest.flatten(whole())[0])
+    device = _timing.device(tf.nest.flatten(whole())[0])
     return SpeedReport(
         tuple(rows), times["as is"], times["filled"], device, batch_size, rounds, seed
     )
@@ -131,17 +129,17 @@ def _layer(
     if input_shape is None:
         return dataclasses.replace(row, obstacle="it is not called with one tensor of known shape")
     x = tf.cast(tf.random.stateless_normal(input_shape, (seed, 0)), layer.compute_dtype)
-    dense = _compiled(layer, x)
+    dense = compiled(layer, x)
     operation, sparse, obstacle = _fastest_product(weight, x, dense())
     with _Exchange(model, [weight.variable], seed) as exchange:
         functions = {
-            "call": Timed(_compiled(lambda batch: batch[:1], x)),
+            "call": Timed(compiled(lambda batch: batch[:1], x)),
             "as_is": Timed(dense, exchange.restore),
             "filled": Timed(dense, exchange.fill),
         }
         if sparse is not None:
             functions["sparse"] = Timed(sparse)
-        times = clock.interleaved(functions, rounds)
+        times = _interleaved(functions, rounds)
     return dataclasses.replace(
         row,
         call=times["call"],
@@ -169,29 +167,18 @@ def _fastest_product(
     functions = {}
     for name, function in products.products(weight).items():
         try:
-            run = _compiled(function, x)
+            run = compiled(function, x)
             apart = float(tf.reduce_max(tf.abs(run() - expected)))
             if not apart <= allowed:
                 kind = type(weight.kernel.layer).__name__
                 return "", None, f"{kind} computes something else than the product with its kernel"
-            seconds[name], functions[name] = clock.fastest_call(run), run
+            seconds[name], functions[name] = _timing.fastest_call(run), run
         except tf.errors.OpError as error:  # no such operation for this device, or no memory
             obstacle = f"{name} fails here: {type(error).__name__}"
     if not seconds:
         return "", None, obstacle
     best = min(seconds, key=seconds.__getitem__)
     return best, functions[best], ""
-
-
-def _compiled(function: Callable[[Any], Any], x: Any) -> Callable[[], Any]:
-    """Return a call of the compiled function on `x`."""
-
-    @tf.function
-    def run(batch: Any) -> Any:
-        return function(batch)
-
-    concrete = run.get_concrete_function(x)  # called as such, it doesn't look whether to retrace
-    return lambda: concrete(x)
 
 
 class _Exchange(contextlib.AbstractContextManager["_Exchange"]):
@@ -231,12 +218,6 @@ class _Exchange(contextlib.AbstractContextManager["_Exchange"]):
                 entry[0].assign(entry[which])
 
 
-def _device(tensor: tf.Tensor) -> str:
-    """Return where a tensor was computed: the kind of device, its number, and what it is."""
-    place = tf.DeviceSpec.from_string(tensor.device)
-    kind, index = place.device_type or "CPU", place.device_index or 0
-    if kind == "CPU":
-        return f"{kind}:{index} ({platform.machine()}, {os.cpu_count()} cores)"
-    physical = tf.config.list_physical_devices(kind)
-    details = tf.config.experimental.get_device_details(physical[min(index, len(physical) - 1)])
-    return f"{kind}:{index} ({details.get('device_name', 'of unknown make')})"
+def _interleaved(functions: dict[str, Timed], rounds: int) -> dict[str, Times]:
+    found = _timing.interleaved(functions, rounds)
+    return {name: Times.of(seconds) for name, seconds in found.items()}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tscnc_tf import _tables
-from tscnc_tf.inspection import records
-from tscnc_tf.inspection.speed.clock import Times
+from tscnc_tf import _reports
+from tscnc_tf._timing import Times
 from tscnc_tf.inspection.speed.structure import KernelStructure
 
 ABOUT = 1.1  # two medians within this ratio, and with overlapping quartiles, are about the same
@@ -87,11 +86,11 @@ class LayerSpeed:
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON values."""
         ratios = {"zeros_ratio": self.zeros_ratio, "sparse_ratio": self.sparse_ratio}
-        return records.jsonable(dataclasses.asdict(self) | ratios | {"verdict": self.verdict})
+        return _reports.jsonable(dataclasses.asdict(self) | ratios | {"verdict": self.verdict})
 
 
 @dataclasses.dataclass(frozen=True)
-class SpeedReport:
+class SpeedReport(_reports.Report):
     """The times of a model and of its layers; `print` it for a table.
 
     Attributes:
@@ -126,16 +125,16 @@ class SpeedReport:
         """Return the report as JSON values; times are seconds."""
         derived = {"zeros_ratio": self.zeros_ratio, "verdict": self.verdict}
         figures = dataclasses.asdict(self) | derived
-        return records.jsonable(figures | {"rows": [row.to_dict() for row in self.rows]})
+        return _reports.jsonable(figures | {"rows": [row.to_dict() for row in self.rows]})
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         columns = ("kernel", "layer", "zeros", "as it is", "no zeros", "sparse", "sparse/as is")
         patterns = ("dead filters", "dead inputs", "2:4", "4×4", "1×16", "16×1")
         rows = [
             (
                 row.name,
                 row.kind,
-                _tables.percent(row.sparsity),
+                _reports.percent(row.sparsity),
                 *(_milliseconds(times) for times in (row.as_is, row.filled, row.sparse)),
                 "–" if row.sparse_ratio is None else f"{row.sparse_ratio:.2f}",
                 f"{row.structure.dead_filters}/{row.structure.filters}",
@@ -148,7 +147,7 @@ class SpeedReport:
             for row in self.rows
         ]
         times = (_milliseconds(self.as_is), _milliseconds(self.filled))
-        return _tables.render(
+        return _reports.Table(
             f"Milliseconds per batch of {self.batch_size} on {self.device}, medians of "
             f"{self.rounds} rounds; and the patterns of the zeros",
             (*columns, *patterns),

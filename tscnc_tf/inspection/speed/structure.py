@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf.inspection import records
+from tscnc_tf import _reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class KernelStructure:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""
-        return records.jsonable(dataclasses.asdict(self))
+        return _reports.jsonable(dataclasses.asdict(self))
 
 
 def _two_of_four(zero: np.ndarray) -> float | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tscnc_tf import _checks, _tables
-from tscnc_tf.inspection import records
-from tscnc_tf.pruning.compaction import latency, probes
+from tscnc_tf import _checks, _keras, _reports, _timing
+from tscnc_tf.pruning.compaction import probes
 
 NOTES = 20  # so many of the kept filters are told of in the table; a residual network has hundreds
 
@@ -71,7 +70,7 @@ class LeftAlone:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Compaction:
+class Compaction(_reports.Report):
     """A compacted model, and what has become of its layers; `print` it for a table.
 
     FLOPs are those of the kernels of convolutions and dense layers for one example, two per
@@ -120,7 +119,7 @@ class Compaction:
         """The FLOPs of the new model, of what is counted."""
         return sum(row.flops_after or 0 for row in self.layers)
 
-    def measure_latency(self, batch: Any, *, rounds: int = 50) -> latency.Latency:
+    def measure_latency(self, batch: Any, *, rounds: int = 50) -> _timing.Latency:
         """Measure how long a forward pass takes before and after. It is never run by itself.
 
         Both models are compiled by `tf.function` for the batch, warmed up, and then timed in turns
@@ -146,13 +145,14 @@ class Compaction:
         """
         rounds = _checks.integer("rounds", rounds, minimum=1)
         batch = probes.prepare(self.original, batch, "batch")
-        return latency.measure(self.original, self.model, batch, rounds)
+        before, after = _keras.inference(self.original), _keras.inference(self.model)
+        return _timing.latency(before, after, batch, rounds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, without the models."""
         names = ("max_logit_difference", "logit_tolerance", "probe_examples")
         totals = ("parameters_before", "parameters_after", "flops_before", "flops_after")
-        return records.jsonable(
+        return _reports.jsonable(
             {
                 **{name: getattr(self, name) for name in (*totals, *names)},
                 "layers": [dataclasses.asdict(row) for row in self.layers],
@@ -161,7 +161,7 @@ class Compaction:
             }
         )
 
-    def __str__(self) -> str:
+    def _table(self) -> _reports.Table:
         notes = ["FLOPs: two per multiply-add, one example; convolutions and dense layers only."]
         kept = [f"Kept: {row.channels} of {row.layer!r}: {row.reason}." for row in self.kept]
         notes += kept[:NOTES]
@@ -170,10 +170,10 @@ class Compaction:
         notes += [f"Left alone: {row.reason}." for row in self.left_alone]
         notes.append(
             f"The largest difference between the logits of {self.probe_examples} examples is "
-            f"{_tables.significant(self.max_logit_difference)} (at most "
-            f"{_tables.significant(self.logit_tolerance)})."
+            f"{_reports.significant(self.max_logit_difference)} (at most "
+            f"{_reports.significant(self.logit_tolerance)})."
         )
-        return _tables.render(
+        return _reports.Table(
             f"Compaction of {self.model.name}",
             ("layer", "class", "filters", "parameters", "FLOPs"),
             [

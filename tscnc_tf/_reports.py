@@ -1,0 +1,216 @@
+"""Reports: records as JSON values, tables as text and HTML, versions of libraries."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import html
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution: 95 % lie within ±Z95
+LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text with notes below it; `str()` is plain text.
+
+    The first column is left-aligned, the others right-aligned.
+
+    Attributes:
+        title: the line above the table.
+        columns: the headings.
+        rows: the cells, one sequence a row.
+        footer: a last row, set apart (totals).
+        notes: the lines below the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Iterable[Sequence[str]]
+    footer: Sequence[str] | None = None
+    notes: Iterable[str] = ()
+
+    def __str__(self) -> str:
+        table = RichTable(
+            title=self.title,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            show_footer=self.footer is not None,
+        )
+        for index, heading in enumerate(self.columns):
+            table.add_column(
+                heading,
+                footer=self.footer[index] if self.footer else "",
+                justify="left" if index == 0 else "right",
+                no_wrap=True,
+            )
+        for row in self.rows:
+            table.add_row(*row)
+        stream = io.StringIO()
+        console = Console(file=stream, width=200, color_system=None, markup=False, highlight=False)
+        console.print(table)
+        for note in self.notes:
+            console.print(note)
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+    def _repr_html_(self) -> str:
+        """Return the table as HTML, which notebooks show."""
+
+        def line(tag: str, cells: Iterable[str]) -> str:
+            sides = ("right" if index else "left" for index in range(len(self.columns)))
+            return "".join(
+                f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+                for side, cell in zip(sides, cells, strict=True)
+            )
+
+        return "\n".join(
+            [
+                "<table>",
+                f'<caption style="text-align: left">{html.escape(self.title)}</caption>',
+                f"<thead><tr>{line('th', self.columns)}</tr></thead>",
+                "<tbody>",
+                *(f"<tr>{line('td', row)}</tr>" for row in self.rows),
+                "</tbody>",
+                *([f"<tfoot><tr>{line('th', self.footer)}</tr></tfoot>"] if self.footer else []),
+                "</table>",
+                *(f"<p>{html.escape(note)}</p>" for note in self.notes),
+            ]
+        )
+
+
+class Record:
+    """A frozen dataclass that becomes JSON values: its fields, and properties that it names.
+
+    Attributes:
+        _derived: the properties that `to_dict` adds to the fields.
+        _omitted: the fields that it leaves out.
+    """
+
+    _derived: ClassVar[tuple[str, ...]] = ()
+    _omitted: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values; inf and nan become "inf", "-inf", "nan"."""
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        names = [name for name in (*names, *self._derived) if name not in self._omitted]
+        return jsonable({name: getattr(self, name) for name in names})
+
+
+class Report(Record):
+    """A record that is shown as a table: as text by `str`, as HTML in a notebook.
+
+    Subclasses implement `_table`.
+    """
+
+    def _table(self) -> Table:
+        """Return the report as a table."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        """Return the table as HTML, which notebooks show."""
+        return self._table()._repr_html_()
+
+
+def jsonable(value: Any) -> Any:
+    """Return `value` as what standard JSON can hold; inf and nan become "inf", "-inf", "nan".
+
+    Mappings, sequences, records and NumPy values are converted recursively; anything else becomes
+    its `repr`.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Record):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return jsonable(value.tolist())
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return repr(value)
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Return the names with " (2)", " (3)", ... after those that came before."""
+    seen: collections.Counter[str] = collections.Counter()
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        candidate = name
+        while candidate in taken:
+            seen[name] += 1
+            candidate = f"{name} ({seen[name] + 1})"
+        taken.add(candidate)
+        result.append(candidate)
+    return result
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Return the versions of Python and of `distributions`; "unknown" for what is not installed.
+
+    The version of a module stands in for that of a distribution of another name, such as
+    tensorflow-cpu.
+
+    Args:
+        distributions: their names; `LIBRARIES` if there are none.
+    """
+    found = {"python": platform.python_version()}
+    for name in distributions or LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = getattr(sys.modules.get(name), "__version__", "unknown")
+    return found
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as a percentage with two decimals: 0.95 as "95.00 %"."""
+    return f"{100 * fraction:.2f} %"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Return a number with so many significant digits; infinity as "∞"."""
+    if value == float("inf"):
+        return "∞"
+    return f"{value:.{digits}g}"
+
+
+def size(count: float | None) -> str:
+    """Return a number of bytes in B, KiB or MiB; "–" for None."""
+    if count is None:
+        return "–"
+    if count < 1024:
+        return f"{count:.0f} B"
+    return f"{count / 1024:.1f} KiB" if count < 1024**2 else f"{count / 1024**2:.2f} MiB"
+
+
+def shape(sizes: Iterable[int]) -> str:
+    """Return a shape as "3×3×16"."""
+    return "×".join(map(str, sizes))
+
+
+def whole_model(zeros: int, weights: int) -> str:
+    """Return the note on the zeros of a whole model."""
+    return f"Whole model: {zeros:,} of {weights:,} weights are zero, {percent(zeros / weights)}."
