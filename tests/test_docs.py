@@ -1,27 +1,30 @@
-"""What the documentation shows runs: every docstring's example, and the README's code."""
+"""What the documentation shows runs, and prints what it says: docstrings, README and guides."""
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
+import io
 import pathlib
+import pkgutil
 import re
 import tempfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLAVOURS, conv_model, images, python_blocks
+from sphinx.ext.autosummary import generate
 
 import tscnc_tf
 
 PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
-README = PACKAGE.parent / "README.md"
+ROOT = PACKAGE.parent
 EXAMPLE = re.compile(r"^ *>>> ", re.MULTILINE)
 
 
 def module_name(path):
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -42,46 +45,107 @@ def test_the_examples_of_the_docstrings_run(path, tmp_path, monkeypatch, capsys)
     assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
 
 
-def section(title):
-    (block,) = python_blocks(README.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0])
-    return compile(block, str(README), "exec")
+# A block of Python, and the block of text behind it, if there is one: what it prints.
+SHOWN = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
-# The schedule of the README ends after 2,000 steps, which are not taken here; and 95 % of this tiny
-# network is nearly all of it.
-@pytest.mark.filterwarnings("ignore:.*does not reach its sparsity", "ignore:At a sparsity")
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_ten_lines_of_the_readme_run(flavour, tmp_path, monkeypatch, capsys):
+def run_page(path, folder, *replacements):
+    """Run the Python blocks of a page in one namespace, compare what they print, return the names.
+
+    Words must be the same; numbers may differ by a tenth, as training rounds differently on other
+    machines.
+    """
+    text = path.read_text(encoding="utf-8")
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    names = {"__name__": "page"}
+    for index, (code, expected) in enumerate(SHOWN.findall(text)):
+        source = folder / f"block_{index}.py"  # a file, where AutoGraph finds the code
+        source.write_text(code, encoding="utf-8")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, str(source), "exec"), names)
+        assert words(printed.getvalue()) == words(expected), f"{path.name}, block {index}"
+        assert numbers(printed.getvalue()) == pytest.approx(numbers(expected), rel=0.1), code
+    return names
+
+
+def words(text):
+    return re.sub("─+", "─", NUMBER.sub("0", text)).split()
+
+
+def numbers(text):
+    return [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+
+
+def test_the_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (x, y), (xv, yv) = images(48), images(16, seed=1)
-    names = {"model": conv_model(FLAVOURS[flavour]), "x": x, "y": y, "xv": xv, "yv": yv}
-    exec(section("Ten lines"), names)
-    assert "PGD-50 linf 8/255" in capsys.readouterr().out
-    served = tf.saved_model.load(str(tmp_path / "pruned"))
+    run_page(ROOT / "README.md", tmp_path)
+    assert (tmp_path / "digits.tflite").stat().st_size > 0
+
+
+# from-tfmot.md is run by test_from_tfmot.py.
+GUIDES = [
+    path
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    if SHOWN.search(path.read_text(encoding="utf-8")) and path.stem != "from-tfmot"
+]
+
+
+def test_the_guides_are_found():
+    expected = {"adversarial-training", "evaluation", "export", "first-steps", "method", "pruning"}
+    assert {path.stem for path in GUIDES} == expected
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_the_guide_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    names = run_page(path, tmp_path)
+    if path.stem == "adversarial-training":
+        check_the_export(names, tmp_path)
+    if path.stem == "pruning":
+        assert names["small"].parameters_after < names["small"].parameters_before
+        assert (tmp_path / "sparse.keras").exists()
+    if path.stem == "method":
+        zeros = tscnc_tf.inspection.sparsity(names["model"])
+        assert zeros.rows[1].sparsity == pytest.approx(0.95, abs=0.01)
+        assert (tmp_path / "outputs" / "first" / "4-evaluate" / "saved_model").is_dir()
+
+
+def test_adversarial_training_is_the_same_in_tf_keras(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "adversarial-training.md"
+    names = run_page(page, tmp_path, ("import keras", "import tf_keras as keras"))
+    check_the_export(names, tmp_path)
+
+
+def check_the_export(names, folder):
+    """The SavedModel of the guide serves the logits of the model that was trained."""
+    xv = names["xv"]
+    served = tf.saved_model.load(str(folder / "pruned"))
     (logits,) = served.signatures["serving_default"](tf.constant(xv)).values()
     expected = names["trainer"].model(xv, training=False)
-    assert logits.shape == (16, 3)
+    assert "PGD-50 linf 8/255" in str(names["report"])
+    assert logits.shape == (32, 3)
     assert np.ptp(logits) > 0
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_pruning_and_nothing_else_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(section("Pruning, and nothing else"), names)
-    printed = capsys.readouterr().out
-    assert "logits" in printed
-    assert "16 → 8" in printed
-    assert names["small"].parameters_after < names["small"].parameters_before
-    assert (tmp_path / "small.tflite").stat().st_size > 0
-    assert (tmp_path / "sparse.keras").exists()
-
-
-def test_the_method_as_a_whole_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(README.parent / "examples")
-    names = {}
-    exec(section("The method as a whole"), names)
-    zeros = tscnc_tf.inspection.sparsity(names["model"])
-    assert zeros.rows[1].sparsity == pytest.approx(0.95, abs=0.01)
-    assert (tmp_path / "outputs" / "first" / "4-evaluate" / "saved_model").is_dir()
+def test_every_public_name_has_a_page_of_its_own(tmp_path):
+    docs = ROOT / "docs"
+    options = ["--imported-members", "--respect-module-all", f"--templates={docs / '_templates'}"]
+    generate.main([*options, f"--output-dir={tmp_path}", str(docs / "api" / "index.md")])
+    modules = [
+        module.name
+        for module in pkgutil.iter_modules(tscnc_tf.__path__)
+        if not module.name.startswith("_") and module.name != "cli"
+    ]
+    names = {f"tscnc_tf.{name}" for name in [*tscnc_tf.__all__, *modules]} - {
+        "tscnc_tf.__version__"
+    }
+    for module in modules:
+        public = importlib.import_module(f"tscnc_tf.{module}").__all__
+        names |= {f"tscnc_tf.{module}.{name}" for name in public}
+    assert {path.stem for path in tmp_path.iterdir()} == names

@@ -19,6 +19,7 @@ FLOORS = {
     "_reports": 0,
     "_files": 0,
     "_extras": 0,
+    "_plots": 1,
     "_timing": 1,
     "functional": 1,
     "losses": 1,
@@ -36,6 +37,7 @@ FLOORS = {
     "applications": 4,
     "experiments": 5,
     "__init__": 6,
+    "__main__": 6,
 }
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -305,7 +305,7 @@ def test_a_weight_that_is_not_found_again_is_named_on_both_sides(library):
 
 
 def test_paths_are_of_attributes_where_names_are_made_anew(library):
-    from tscnc_tf._keras import paths
+    from tscnc_tf._keras import layers
 
     class Block(library.layers.Layer):
         def __init__(self):
@@ -333,7 +333,7 @@ def test_paths_are_of_attributes_where_names_are_made_anew(library):
     for _ in range(2):
         model = Net()
         model(np.ones((1, 3), np.float32))
-        assert set(paths.weight_paths(model).values()) == {
+        assert set(layers.weight_paths(model).values()) == {
             "block/scale",
             *(f"block/parts[{i}]/{name}" for i in (0, 1) for name in (attribute, "bias")),
         }

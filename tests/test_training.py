@@ -13,7 +13,7 @@ import tf_keras
 from helpers import FLAVOURS, blobs, conv_model, dense_model, fresh_process, images
 
 from tscnc_tf import _keras, attacks, callbacks, losses, pruning, regularizers, schedules
-from tscnc_tf._keras import flavours, masks, outputs, wrappers
+from tscnc_tf._keras import cloning, flavours, masks, models, wrappers
 from tscnc_tf.training import AdversarialTraining
 from tscnc_tf.training.trainer import LOGS
 
@@ -213,7 +213,7 @@ def test_the_adversary_leaves_batch_norm_and_wrappers_alone(kind):
     x, y = images(16)
     model = kind.pruned_conv(end_step=2)
     twin = conv_model(kind.library)
-    twin.set_weights(wrappers.bare(model).get_weights())
+    twin.set_weights(cloning.bare(model).get_weights())
     trainer = trainer_for(model, optimizer=kind.sgd(0.0))
     adversary = trainer._adversary.perturb(
         trainer._inference, tf.constant(x), tf.constant(y), tf.constant([0, 1])
@@ -397,7 +397,7 @@ def test_two_replicas_take_the_steps_of_one_device(kind):
             trainer.compile(kind.sgd())
         fit(trainer, (x, y), epochs=3, batch_size=32)
         found = [np.asarray(tf.cast(mask, tf.bool)) for _, mask in masks.masked_variables(model)]
-        return wrappers.bare(model).get_weights(), found
+        return cloning.bare(model).get_weights(), found
 
     one, masks_of_one = after(tf.distribute.get_strategy().scope())
     two, masks_of_two = after(two_devices().scope())
@@ -575,7 +575,7 @@ def test_the_logger_writes_what_numpy_measures(kind):
         )
         .history
     )
-    kernel = np.asarray(wrappers.bare(model).layers[-1].kernel)
+    kernel = np.asarray(cloning.bare(model).layers[-1].kernel)
     assert history["sparsity/logits"][-1] == pytest.approx(np.mean(kernel == 0))
     values = np.linalg.svd(kernel.astype("float64"), compute_uv=False)
     expected = values[0] / values[-1] if values[-1] > 1e-6 * values[0] else np.inf
@@ -819,7 +819,7 @@ def probabilities(library, kind):
 @every_flavour
 def test_probabilities_are_refused_by_their_values(library, how, inside, way, monkeypatch):
     """In the first batch, where it is not known before what the model takes."""
-    monkeypatch.setattr(outputs, "require_no_probabilities", lambda *_: None)
+    monkeypatch.setattr(models, "require_no_probabilities", lambda *_: None)
     data = blobs(16)
     model = probabilities(library, inside)
     words = "model must return logits, but returns probabilities"

@@ -23,7 +23,7 @@ from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import _files, datasets, inspection
 from tscnc_tf._keras import flavours, gated
-from tscnc_tf._keras.selection import selector
+from tscnc_tf._keras.models import selector
 from tscnc_tf._reports import jsonable, versions
 from tscnc_tf.datasets import augmentation
 from tscnc_tf.experiments import Recipe, folders, stages
@@ -163,7 +163,7 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
         steps_per_epoch=per_epoch,
         batch_size=settings.batch_size,
         attack=stages.validator(recipe, model).attack,
-        test_attack=stages.judges(recipe)[0] if stage == "finetune" else None,
+        test_attack=stages.test_attacks(recipe)[0] if stage == "finetune" else None,
         evaluation_batch_size=recipe.evaluate.batch_size,
         evaluation_seed=recipe.seed,
         augmentation=_augmentation(recipe, data),

@@ -28,14 +28,12 @@ __all__ = [
     "is_graph_model",
     "keras",
     "library",
-    "output_layer",
     "pruning_schedule_class",
     "register",
     "register_deferred",
     "registered_name",
     "require_built",
     "require_graph_model",
-    "require_tf_keras_model",
     "tf_keras",
     "tfmot",
     "tfmots_schedules",
@@ -87,15 +85,6 @@ def is_graph_model(model: Any) -> bool:
     if isinstance(model, keras.Sequential | tf_keras.Sequential):
         return True
     return any(base.__name__ == "Functional" for base in type(model).__mro__)
-
-
-def output_layer(model: Any) -> Any:
-    """Return the layer (or operation) that makes the first output of a graph model."""
-    if isinstance(model, keras.Sequential | tf_keras.Sequential):
-        return model.layers[-1]
-    if flavour(model) == "tf_keras":
-        return model._output_layers[0]
-    return model.outputs[0]._keras_history.operation
 
 
 def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
@@ -231,18 +220,6 @@ def tfmots_schedules() -> dict[str, type]:
     return {cls.__name__: cls for cls in (schedules.ConstantSparsity, schedules.PolynomialDecay)}
 
 
-def require_tf_keras_model(name: str, model: Any) -> None:
-    """Raise a TypeError that says what to do unless `model` is a tf_keras model."""
-    if isinstance(model, tf_keras.Model):
-        return
-    if isinstance(model, keras.Model):
-        raise TypeError(
-            f"{name} must be a tf_keras model, got the Keras 3 model {model.name!r}: pruning "
-            "wrappers exist for tf_keras only. Build the model with `import tf_keras`."
-        )
-    raise TypeError(f"{name} must be a tf_keras model, got {type(model).__name__}.")
-
-
 def require_built(name: str, model: Any) -> None:
     """Raise a ValueError unless the model has its weights."""
     if not model.built:
@@ -264,8 +241,8 @@ def inference(model: Any) -> Callable[[Any], Any]:
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
         return model
     library("model", model)  # of the backend that is served
-    from tscnc_tf._keras import wrappers
+    from tscnc_tf._keras import cloning, wrappers
 
     if tf.executing_eagerly():
         wrappers.apply_masks(model)
-    return functools.partial(wrappers.bare(model), training=False)
+    return functools.partial(cloning.bare(model), training=False)

@@ -13,6 +13,7 @@ import operator
 import tempfile
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from tscnc_tf._keras.flavours import is_variable, variables
 
 _OBJECTS = ("activation", "regularizer", "constraint", "initializer")
 _Pair = tuple[Any, Any]
+_BARE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Rebuilder:
@@ -305,6 +307,19 @@ class _Unwrapping(Rebuilder):
 def unwrapped(model: Any) -> Any:
     """Return a graph model on the same layers as a tf_keras model, without tfmot's wrappers."""
     return _Unwrapping(tf_keras).rebuild(model)
+
+
+def bare(model: Any) -> Any:
+    """Return a view of `model` on the same layers and variables, without the pruning wrappers.
+
+    A model without wrappers is its own view. So is a subclassed model: its graph is not known, so
+    its wrappers stay in the path (correct, only slower).
+    """
+    if not wrappers.wrapped_layers(model) or not _keras.is_graph_model(model):
+        return model
+    if model not in _BARE:
+        _BARE[model] = unwrapped(model)
+    return _BARE[model]
 
 
 def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:

@@ -1,8 +1,17 @@
-"""The masks of a model, whichever engine made them: tfmot's wrappers, or a pruner.
+"""The masks of a model, whichever engine made them, and the models that carry a pruner with them.
 
 The masks of a pruner belong to variables: each is the constraint of its variable, which both
 Kerases apply after every optimizer step, whatever the model, the loop or the `train_step`. So they
-hold in any model that the variable is a part of.
+hold in any model that the variable is a part of. tfmot's masks belong to its wrappers.
+
+`attach` gives a model a pruner by exchanging its class for a subclass of it, as torch's
+parametrizations do with modules: the object, its layers and its weights stay the same, so it works
+on subclassed models too. This is the one place of the package where the class of an object changes.
+The subclass does four things: in `fit` it calls the pruner at each optimizer step, which renews the
+masks; it writes the pruner into the model's configuration, so that a `.keras` file restores it; it
+shows the masks to weight files and checkpoints; and it hides them from SavedModels.
+
+The masks are no weights of the model: `get_weights`, `count_params` and the summary don't see them.
 """
 
 from __future__ import annotations
@@ -12,11 +21,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import tensorflow as tf
+from keras.src.backend.common import global_state
 from tf_keras.src.mixed_precision.autocast_variable import AutoCastVariable
 
-from tscnc_tf._keras import keras, layers, wrappers
+from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras, wrappers
+from tscnc_tf._keras.flavours import (
+    depending_on_batch,
+    in_library,
+    library_of,
+    reset_functions,
+    tensor_variable,
+)
 
 PRUNER = "_attached_pruner"  # where the object of a model holds its pruner
+_Base: Any = object  # a model or layer of either Keras; `in_library` puts it there
 
 
 class AttachedPruner(Protocol):
@@ -163,3 +181,357 @@ def names(model: Any) -> dict[int, str]:
     for pruner in pruners(model):
         found |= {id(v): v.name for v in pruner.state.weights}
     return found
+
+
+class MaskedModel(_Base):
+    """What the class of a model with a pruner adds to its own class."""
+
+    _plain: Any  # the model's own class
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a model of the plain class: what is built by a constructor has no pruner yet."""
+        return cls._plain(*args, **kwargs)
+
+    @property
+    def pruner(self) -> Any:
+        """The pruner that this model was given."""
+        return vars(self)[PRUNER]
+
+    @property
+    def pruning_state(self) -> Any:
+        """The pruner's variables, as a layer: that is how weight files find them."""
+        return self.pruner.state
+
+    def train_step(self, data: Any) -> Any:
+        """Take the model's own training step, then let the pruner act on what it has changed."""
+        with depending_on_batch(self, data):
+            with self.pruner.training():
+                logs = super().train_step(data)
+            # A step of the user's own may change weights after its optimizer has.
+            is_kerass = self._plain.train_step is library_of(type(self)).Model.train_step
+            self.pruner.step(is_constrained=is_kerass)
+        return logs
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and mask in the end: a callback may have put other weights in place."""
+        with self.pruner.training():
+            history = super().fit(*args, **kwargs)
+        if is_masked(self):  # a callback may have taken the pruner off
+            self.pruner.apply(self.optimizer)
+        return history
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configure training, by an optimizer that begins to count."""
+        super().compile(*args, **kwargs)
+        self.pruner.reset_step_count(self.optimizer)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Configure training as a saved model was."""
+        masked, self.__class__ = type(self), self._plain  # Keras does it for models of its own only
+        try:
+            self.compile_from_config(config)
+        finally:
+            self.__class__ = masked
+
+    def set_weights(self, weights: Any) -> None:
+        """Set the weights, those that are pruned to zero."""
+        super().set_weights(weights)
+        self.pruner.on_weights_set()
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, and masks where the file has them; what is pruned becomes zero."""
+        try:
+            return super().load_weights(filepath, *args, **kwargs)
+        finally:  # also if a part of them did not fit
+            self.pruner.on_weights_set()
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save weights and masks.
+
+        Raises:
+            ValueError: `filepath` names tf_keras' legacy format, which has no place for masks.
+        """
+        name = str(filepath)
+        if name.endswith((".h5", ".hdf5", ".keras")) and not name.endswith(".weights.h5"):
+            raise ValueError(
+                f"filepath must end in .weights.h5, got {name!r}: the legacy format has no place "
+                "for the masks of a model that is being pruned."
+            )
+        return super().save_weights(filepath, *args, **kwargs)
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """Export the model with its masks applied."""
+        self.pruner.apply()
+        return super().export(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Pickle as the plain class does: what stands in a pickle must be found by its name."""
+        function, *rest = super().__reduce__()
+        if getattr(function, "__self__", None) is type(self):
+            function = getattr(library_of(type(self)).Model, function.__name__)
+        return (function, *rest)
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model with its masks to a `.keras` file.
+
+        Raises:
+            ValueError: `filepath` has another ending: other formats have no place for masks.
+        """
+        if not str(filepath).endswith(".keras"):
+            raise ValueError(
+                f"filepath must end in .keras, got {str(filepath)!r}: only that format holds the "
+                "masks of a model that is being pruned. Strip the model first to save it in "
+                "another one."
+            )
+        super().save(filepath, *args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the configuration of the model without its pruner, and that of the pruner.
+
+        It is asked for before weights are saved, by whichever function saves the model; so what
+        has been set from outside is masked here.
+
+        Raises:
+            ValueError: it is asked for by the legacy `.h5` format.
+        """
+        library = library_of(type(self))
+        by_tf_keras = getattr(self, "use_legacy_config", False)
+        if by_tf_keras or global_state.get_global_attribute("use_legacy_config", False):
+            raise ValueError(
+                f"model {self.name!r} is being pruned, and the legacy .h5 format has no place for "
+                "its masks: save it as .keras, or strip it first."
+            )
+        self.pruner.on_weights_set()
+        masked, self.__class__ = type(self), self._plain
+        try:
+            plain = library.saving.serialize_keras_object(self)
+        finally:
+            self.__class__ = masked
+        plain.pop("compile_config", None)  # it is in the outer configuration
+        return {"model": plain, "pruner": self.pruner.get_config()}
+
+    def get_build_config(self) -> None:
+        """Return nothing: the configuration inside has it."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Build the model, and give it its pruner."""
+        library = library_of(cls)
+        model = library.saving.deserialize_keras_object(config["model"], custom_objects)
+        if not config["pruner"]["weights"]:  # none of those that were pruned was left
+            return model
+        name = config["pruner"].get("class_name", "Pruner")
+        pruner = library.saving.get_registered_object(f"{PACKAGE}>{name}")
+        pruner.from_config(config["pruner"], model=model)
+        return model
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        """Show the masks to TensorFlow's checkpoints, but not to SavedModels."""
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "checkpoint":
+            children = {**children, "pruning_state": self.pruning_state}
+        return children
+
+
+class PruningState(_Base):
+    """The variables of a pruner, as a layer of the model's Keras.
+
+    A weight file has those of the weights that the model holds when it is saved: a layer may have
+    been taken out of it, or quantized, since it was pruned.
+
+    Attributes:
+        step: the number of optimizer steps since the pruner was attached.
+        seen: the optimizer's own count when the pruner last acted; -1 before that.
+        frozen: whether the masks are to stay as they are.
+        left_out: a vector, True for the weights that were frozen at the last renewal of the masks.
+        masks: one per pruned weight, True where the weight is kept.
+
+    Args:
+        shapes: of the pruned weights.
+        held: returns which of them the model holds, by their places.
+        on_loaded: is called when the weight file of a dense model has been loaded.
+    """
+
+    _KINDS: tuple[tuple[str, ...], ...] = (("mask",),)  # what a file has, one after the other
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        held: Callable[[], list[int]],
+        on_loaded: Callable[[], None],
+    ) -> None:
+        super().__init__(name="pruning_state", dtype="float32", trainable=False)
+        self.__dict__.update(_held=held, _on_loaded=on_loaded)  # past Keras' own tracking
+        fixed: dict[str, Any] = {"shape": (), "trainable": False}
+        self.step = self.add_weight(name="step", dtype="int64", initializer="zeros", **fixed)
+        self.seen = self.add_weight(name="seen", dtype="int64", initializer="zeros", **fixed)
+        self.frozen = self.add_weight(name="frozen", dtype="bool", initializer="zeros", **fixed)
+        self.left_out = self.add_weight(
+            name="left_out",
+            shape=(len(shapes),),
+            dtype="bool",
+            initializer="zeros",
+            trainable=False,
+        )
+        self._count = len(shapes)
+        for index, shape in enumerate(shapes):
+            mask = self.add_weight(
+                name=f"mask_{index}", shape=shape, dtype="bool", initializer="ones", trainable=False
+            )
+            setattr(self, f"mask_{index}", mask)  # in a list, checkpoints would not find it
+        self.seen.assign(-1)
+        self.built = True
+
+    def _saved(self) -> list[Any]:
+        """Return the variables that a weight file has, in its order."""
+        return [
+            *(self.step, self.seen, self.frozen),
+            *(
+                getattr(self, f"{kind}_{index}")
+                for together in self._KINDS
+                for index in self._held()
+                for kind in together
+            ),
+        ]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write what belongs to the weights that the model holds."""
+        values = [variable.numpy() for variable in self._saved()]
+        left_out = tensor_variable(self.left_out).numpy()[self._held()]
+        for position, value in enumerate([*values, left_out]):
+            store[str(position)] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load what a weight file has; that of a dense model has nothing, and masks stay.
+
+        Raises:
+            ValueError: the file is that of a model with other weights pruned.
+        """
+        if not store.keys():
+            self._on_loaded()
+            return
+        saved, count = self._saved(), len(store.keys())
+        if count not in (len(saved), len(saved) + 1):  # older files lack what was left out
+            raise ValueError(
+                f"The file has {count} variables of a pruner, and this model's has "
+                f"{len(saved) + 1}: other weights of the model were pruned when it was saved, or "
+                "by another method. Load it into a model that is pruned in the same way."
+            )
+        for position, variable in enumerate(saved):
+            variable.assign(store[str(position)])
+        if count > len(saved):
+            left_out = tensor_variable(self.left_out).numpy()
+            left_out[self._held()] = store[str(len(saved))]
+            self.left_out.assign(left_out)
+
+    @property
+    def masks(self) -> list[Any]:
+        """The masks, as TensorFlow variables."""
+        return [tensor_variable(getattr(self, f"mask_{i}")) for i in range(self._count)]
+
+
+class ScoringState(PruningState):
+    """The variables of a pruner that trains scores.
+
+    Attributes:
+        dense: the weights before pruning, one per pruned weight.
+        scores: what they are worth, one per pruned weight.
+
+    Args:
+        shapes: of the pruned weights.
+        held: as in `PruningState`.
+        on_loaded: as in `PruningState`.
+        dtypes: of the pruned weights.
+    """
+
+    _KINDS = (("mask",), ("dense", "score"))
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, ...]],
+        held: Callable[[], list[int]],
+        on_loaded: Callable[[], None],
+        dtypes: list[str],
+    ) -> None:
+        super().__init__(shapes, held, on_loaded)
+        for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+            for kind in ("dense", "score"):
+                variable = self.add_weight(
+                    name=f"{kind}_{index}",
+                    shape=shape,
+                    dtype=dtype,
+                    initializer="zeros",
+                    trainable=False,
+                )
+                setattr(self, f"{kind}_{index}", variable)
+
+    @property
+    def dense(self) -> list[Any]:
+        """The weights as they were before pruning, as TensorFlow variables."""
+        return [tensor_variable(getattr(self, f"dense_{i}")) for i in range(self._count)]
+
+    @property
+    def scores(self) -> list[Any]:
+        """What the weights are worth, as TensorFlow variables."""
+        return [tensor_variable(getattr(self, f"score_{i}")) for i in range(self._count)]
+
+
+def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> Any:
+    """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes.
+
+    Args:
+        model: what is to be pruned.
+        dtypes: of the pruned weights, if their scores are to be trained.
+        **arguments: those of `PruningState`.
+    """
+    layer = library_of(type(model)).layers.Layer
+    with model.distribute_strategy.scope():
+        if dtypes is None:
+            return in_library(PruningState, layer)(**arguments)
+        return in_library(ScoringState, layer)(**arguments, dtypes=dtypes)
+
+
+def attach(model: Any, pruner: AttachedPruner) -> None:
+    """Give a model a pruner, in place.
+
+    Raises:
+        ValueError: the model has an attribute `pruner` of its own.
+    """
+    plain = type(model)
+    if hasattr(model, "pruner"):
+        raise ValueError(
+            f"model {model.name!r} has an attribute 'pruner' of its own, which is where its Pruner "
+            "is to be found: give it another name."
+        )
+    masked: Any = in_library(MaskedModel, plain)
+    masked._plain = plain
+    masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
+    _register(masked, library_of(plain))
+    vars(model)[PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
+    model.__class__ = masked
+    reset_functions(model)  # they may have been compiled from the plain training step
+
+
+def detach(model: Any) -> None:
+    """Take a model's pruner away, in place."""
+    model.__class__ = model._plain
+    del vars(model)[PRUNER]
+    reset_functions(model)
+
+
+def is_masked(model: Any) -> bool:
+    """Tell whether a model has a pruner itself; not whether a model inside has one."""
+    return isinstance(model, MaskedModel)
+
+
+def _register(cls: type, library: Any) -> None:
+    """Register a class as the one that loads masked models; any of them does."""
+    name = f"{PACKAGE}>MaskedModel"
+    if library.saving.get_registered_name(cls) == name:
+        return
+    library.saving.get_custom_objects().pop(name, None)
+    library.saving.register_keras_serializable(PACKAGE, "MaskedModel")(cls)
+
+
+for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
+    _register(in_library(MaskedModel, _base), library_of(_base))

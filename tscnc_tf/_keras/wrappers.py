@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import operator
 import sys
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import is_graph_model, optimizers, tfmot
-from tscnc_tf._keras.distribution import update_everywhere
-
-_VIEWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+from tscnc_tf._keras import optimizers, tfmot
+from tscnc_tf._keras.flavours import update_everywhere
 
 
 def is_wrapper(layer: Any) -> bool:
@@ -55,8 +52,8 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
     pairs = list(pruned_variables(model))
     if not pairs:
         return
-    averages = moving_averages(optimizer)
-    pairs += [(averages[_key(w)], mask) for w, mask in pairs if _key(w) in averages]
+    averaged = [(optimizers.average(optimizer, weight), mask) for weight, mask in pairs]
+    pairs += [(average, mask) for average, mask in averaged if average is not None]
 
     def assign(variable: Any, mask: Any) -> Any:
         return variable.assign(tf.cast(variable, mask.dtype) * mask)
@@ -92,33 +89,6 @@ def advance(model: Any, steps: list[tf.Tensor]) -> None:
     """
     for wrapper, step in zip(wrapped_layers(model), steps, strict=True):
         wrapper.pruning_step.assign(step + 1)
-
-
-def moving_averages(optimizer: Any) -> dict[Any, Any]:
-    """Return the optimizer's moving averages, by the key of the weight that each belongs to."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
-    averages = getattr(optimizer, "_model_variables_moving_average", None)
-    if not getattr(optimizer, "use_ema", False) or not averages:
-        return {}
-    index = optimizer._index_dict  # variable key -> position, filled by optimizer.build
-    return {key: averages[position] for key, position in index.items()}
-
-
-def bare(model: Any) -> Any:
-    """Return a view of `model` on the same layers and variables, without the pruning wrappers.
-
-    A model without wrappers is its own view. So is a subclassed model: its graph is not known, so
-    its wrappers stay in the path (correct, only slower).
-    """
-    if not wrapped_layers(model):
-        return model
-    if not is_graph_model(model):
-        return model
-    if model not in _VIEWS:
-        from tscnc_tf._keras.cloning import unwrapped
-
-        _VIEWS[model] = unwrapped(model)
-    return _VIEWS[model]
 
 
 def unprunable(layer: Any, block_size: Any = (1, 1), sparsity_m_by_n: Any = None) -> str:
@@ -168,7 +138,3 @@ def prunable_weights(layer: Any) -> list[Any] | None:
         else:
             weights += cell.get_prunable_weights()
     return weights
-
-
-def _key(variable: Any) -> Any:
-    return getattr(variable, "_unique_id", None)

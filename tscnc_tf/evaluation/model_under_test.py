@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras, losses
-from tscnc_tf._keras import outputs
+from tscnc_tf._keras import models
 from tscnc_tf.attacks import pgd
 from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.inspection.inputs import one_tensor
@@ -80,8 +80,8 @@ class ModelUnderTest:
                 f"{self._role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} "
                 "examples."
             )
-        if bool(outputs.are_probabilities(logits)):
-            raise ValueError(outputs.about_probabilities(self._role))
+        if bool(models.are_probabilities(logits)):
+            raise ValueError(models.about_probabilities(self._role))
         unit_interval = np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6
         return logits, diagnostics.of_model(
             repeatable, bool(unit_interval), is_zero & by_gradient, is_nan & by_gradient

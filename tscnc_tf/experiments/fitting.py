@@ -1,4 +1,4 @@
-"""Training one stage so that it can be killed at any moment, and goes on as if it had not been."""
+"""Training one stage so that it can be killed at any moment and resumed, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,24 +28,23 @@ def fit(
     folder: pathlib.Path,
     on_batch: Callable[[int], None],
 ) -> None:
-    """Train a stage to its end, from its beginning or from where it was stopped.
+    """Train a stage to its end, from its beginning or from its last checkpoint.
 
-    After each epoch the state of everything that the next one depends on is written beside the one
-    before, which is removed afterwards: weights, slots and averages of the optimizer, masks and
-    scores, counters of random draws. The order of the examples and their augmentation depend on
-    seed and epoch only.
+    After each epoch everything that the next one depends on is written: weights, slots and averages
+    of the optimizer, masks and scores, counters of random draws. The order of the examples and
+    their augmentation depend on seed and epoch only.
 
     Args:
         recipe: of the experiment.
         stage: "train", "prune" or "finetune".
         data: of the recipe.
-        trainer: of the stage, at its beginning; trained in place.
+        trainer: of the stage, before its first step; trained in place.
         folder: of the stage.
-        on_batch: called with the number of steps that the stage has taken, after each.
+        on_batch: called after each step with the number of steps of the stage so far.
     """
     settings = getattr(recipe, stage)
-    keeper = _Keeper(recipe, stage, data, folder, on_batch)
-    done = keeper.resume(trainer)
+    checkpoints = CheckpointCallback(recipe, data, folder, on_batch)
+    done = checkpoints.resume(trainer)
     if done == settings.epochs:
         return
     trainer.fit(
@@ -60,21 +59,21 @@ def fit(
         epochs=settings.epochs,
         shuffle=False,
         verbose=0,
-        callbacks=[*pruning_callbacks(), keeper],
+        callbacks=[*pruning_callbacks(), checkpoints],
     )
 
 
 def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray], int]:
-    """Return the best epoch's model, stripped; its masks by name; and the epoch, counted from 1.
+    """Return the best epoch's model, stripped, its masks by name, and the epoch, counted from 1.
 
     Args:
-        trained: the model of the stage, as the last epoch has left it; it is used up.
+        trained: the model of the stage after the last epoch; it is changed.
         folder: of the stage.
     """
     arrays = folders.read_arrays(folder / folders.BEST)
     names = [t.name for pruner in masks.pruners(trained) for t, _ in pruner.masked_targets()]
     kept = {name: arrays[f"{MASKS}{index}"] for index, name in enumerate(names)}
-    # With its pruner, a model that learns scores would take these weights for new dense ones.
+    # A model that trains scores would take these weights for new dense ones.
     model = pruning.strip(trained) if names else trained
     model.set_weights([arrays[f"{WEIGHTS}{index}"] for index in range(len(model.get_weights()))])
     return model, kept, int(arrays["epoch"])
@@ -82,7 +81,7 @@ def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray]
 
 @contextlib.contextmanager
 def averaged(model: Any, optimizer: Any) -> Iterator[None]:
-    """Put the optimizer's moving averages in the place of the weights, and take them back."""
+    """Replace the weights by the optimizer's moving averages during the block."""
     if not optimizers.innermost(optimizer).use_ema:
         yield
         return
@@ -95,25 +94,24 @@ def averaged(model: Any, optimizer: Any) -> Iterator[None]:
         model.set_weights(weights)
 
 
-class _Keeper(flavours.Callback):
-    """Validates after each epoch, and writes the best weights, the metrics and the state."""
+class CheckpointCallback(flavours.Callback):
+    """Validates after each epoch, and writes the best weights, the metrics and a checkpoint."""
 
     def __init__(
         self,
         recipe: Recipe,
-        stage: str,
         data: datasets.Dataset,
         folder: pathlib.Path,
         on_batch: Callable[[int], None],
     ) -> None:
         super().__init__()
-        self.recipe, self.stage, self.data, self.folder = recipe, stage, data, folder
+        self.recipe, self.data, self.folder = recipe, data, folder
         self.on_batch = on_batch
         self.rows: list[dict[str, Any]] = []
         self._validator: Any = None
 
     def resume(self, trainer: AdversarialTraining) -> int:
-        """Put back the last state that was written; return the number of epochs done."""
+        """Restore the last checkpoint; return the number of epochs done."""
         trainer.optimizer.build(trainer.trainable_variables)
         found = folders.states(self.folder)
         done, state = found[0] if found else (0, None)
@@ -125,11 +123,11 @@ class _Keeper(flavours.Callback):
         return done
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Let the progress be shown."""
+        """Report the progress."""
         self.on_batch(len(self.rows) * self.params["steps"] + batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Validate; write the best weights, the metrics and the state, in an order that is safe."""
+        """Validate; write the best weights, the metrics and the checkpoint, in this order."""
         trainer = self.model
         with averaged(trainer.model, trainer.optimizer):
             row = {"epoch": epoch + 1, **(logs or {}), **self._validate(trainer.model)}
@@ -160,7 +158,7 @@ class _Keeper(flavours.Callback):
         return figures
 
     def _is_best(self, row: dict[str, Any]) -> bool:
-        """Tell whether an epoch is better than those before that may be chosen, or the first."""
+        """Tell whether an epoch is more robust than all before it that are as sparse, or more."""
         rivals = [old for old in self.rows if old["sparsity"] >= row["sparsity"]]
         score = row["validation_robust_accuracy"]
         return all(score > old["validation_robust_accuracy"] for old in rivals)

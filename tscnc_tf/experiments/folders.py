@@ -1,16 +1,16 @@
-"""The folders that an experiment writes; a manifest in one says that it is complete.
+"""The folders that an experiment writes; a manifest in one marks it as complete.
 
     EXPERIMENT/
         recipe.json
         data.json           name, fingerprint, numbers of images
         .lock               held by the process that runs the experiment
         1-train/ 2-prune/ 3-finetune/
-            model.keras     the best epoch's network: plain, pruned weights being zero
-            last.keras      the last epoch's
-            best.npz        the best epoch's weights and masks as they were trained, gates and all
+            model.keras     the network of the best epoch: plain, pruned weights being zero
+            last.keras      that of the last epoch
+            best.npz        weights and masks of the best epoch as they were trained, with gates
             masks.npz       by weight, which entries are kept (not for the dense network)
             metrics.jsonl   a line for each epoch
-            manifest.json   recipe, data, versions, the epoch chosen, digests of the other files
+            manifest.json   recipe, data, versions, the chosen epoch, digests of the other files
         4-evaluate/
             report.json     accuracy, clean and under attack, on the test set; report.txt, to read
             kernels.json    condition numbers, stable ranks, dead filters
@@ -19,10 +19,10 @@
             saved_model/    to serve
             manifest.json
 
-While a stage runs, `state-EPOCH/` in its folder holds what it needs to go on.
+While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint.
 
-Files are held against the manifest before they are used, so that a damaged one is named. What was
-written before there were digests is read without them.
+Files are checked against the manifest before they are used, so that the error about a damaged one
+names it. Folders that were written before manifests had digests are read without these checks.
 """
 
 from __future__ import annotations
@@ -34,37 +34,47 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _keras
+from tscnc_tf import _files, _keras, _plots, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
 from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
 from tscnc_tf.export import manifest
 
-STEPS = ("train", "prune", "finetune", "evaluate")
-MANIFEST = "manifest.json"
-RECIPE, DATA = "recipe.json", "data.json"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STAGE_FOLDERS = {
+    "train": "1-train",
+    "prune": "2-prune",
+    "finetune": "3-finetune",
+    "evaluate": "4-evaluate",
+}
+MANIFEST, RECIPE, DATA = "manifest.json", "recipe.json", "data.json"
 BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
 METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
 
 
+# Experiments
+
+
 def stage_folder(folder: pathlib.Path, stage: str) -> pathlib.Path:
     """Return the folder of a stage of an experiment."""
-    return folder / f"{1 + STEPS.index(stage)}-{stage}"
+    return folder / STAGE_FOLDERS[stage]
 
 
 def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
-    """Tell whether an experiment is yet to begin in a folder.
+    """Return whether a folder holds no experiment yet.
 
     Raises:
-        ValueError: the folder holds an experiment by another recipe, whose differences are said.
-        FileExistsError: the folder holds something else.
-        NotADirectoryError: it is, or lies below, a file.
+        ValueError: it holds an experiment with another recipe; the message lists the differences.
+        FileExistsError: it holds something else.
+        NotADirectoryError: it is a file, or lies below one.
     """
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
@@ -89,7 +99,7 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
 
 
 def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
-    """Note recipe and data in the folder, or make sure that they are those that it has.
+    """Write recipe and data into a folder, or check that it holds an experiment with the same.
 
     Raises:
         ValueError: the folder holds an experiment on other data.
@@ -108,23 +118,22 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
 
 
 def require_same_data(folder: pathlib.Path, known: Mapping[str, Any], data: Dataset) -> None:
-    """Raise a ValueError unless data are those that are known of a folder."""
+    """Raise a ValueError unless the metadata recorded in a folder are those of `data`."""
     theirs = known.get("fingerprint")
     if theirs != data.fingerprint:
         raise ValueError(
             f"the data are not those that {folder} was made with: their fingerprint is "
-            f"{data.fingerprint[:12]}, not {str(theirs)[:12]}. Bring the same files, or choose "
+            f"{data.fingerprint[:12]}, not {str(theirs)[:12]}. Use the same files, or choose "
             "another folder."
         )
 
 
 def open_dense(dense: pathlib.Path, recipe: Recipe) -> StageOutput:
-    """Return the first stage of another experiment, which is to be that of this one.
+    """Return the first stage of another experiment, to be used in one with this recipe.
 
     Raises:
         FileNotFoundError: there is no complete stage in `dense`.
-        ValueError: it is another stage, or by a recipe whose first stage is another one, or
-            damaged.
+        ValueError: it is another stage, by a recipe whose first stage differs, or damaged.
     """
     output = open_stage(dense)
     require_whole(dense)
@@ -138,8 +147,8 @@ def open_dense(dense: pathlib.Path, recipe: Recipe) -> StageOutput:
     return output
 
 
-def adopt(folder: pathlib.Path, dense: StageOutput) -> None:
-    """Copy the first stage of another experiment into the folder, unless it has one."""
+def copy_dense(dense: StageOutput, folder: pathlib.Path) -> None:
+    """Copy the first stage of another experiment into a folder, unless it has one."""
     goal = stage_folder(folder, "train")
     if not is_complete(goal):
         shutil.rmtree(goal, ignore_errors=True)
@@ -147,23 +156,44 @@ def adopt(folder: pathlib.Path, dense: StageOutput) -> None:
             shutil.copytree(dense.folder, draft, dirs_exist_ok=True)
 
 
+def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
+    """Remove drafts of killed processes, and all checkpoints but that of epoch `keep`."""
+    for epoch, path in states(folder):
+        if epoch != keep:
+            shutil.rmtree(path, ignore_errors=True)
+    for draft in _drafts(folder):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return files and folders that killed processes have left unfinished."""
+    return [*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")]
+
+
+# Manifests
+
+
 def is_complete(folder: pathlib.Path) -> bool:
-    """Tell whether a stage has ended and left all its files."""
+    """Return whether a stage has ended and written all its files."""
     return (folder / MANIFEST).is_file()
 
 
 def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder, which says that all else is there, with a digest of each."""
-    found = manifest.file_facts(folder)
+    """Write the manifest of a folder, with a digest of each file; it marks it as complete."""
     files = {
-        name: facts for name, facts in found.items() if not name.startswith((".", f"{STATE}-"))
+        name: facts
+        for name, facts in manifest.file_facts(folder).items()
+        if not name.startswith((".", f"{STATE}-"))
     }
-    whole = json.loads(json.dumps(jsonable({**content, "files": files})))
+    whole = jsonable({**content, "files": files})
     write_json(folder / MANIFEST, {**whole, "sha256": manifest.seal(whole)})
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """Return what `write_manifest` has written.
+    """Return the content of a manifest.
 
     Raises:
         ValueError: it is damaged.
@@ -177,26 +207,57 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def require_whole(folder: pathlib.Path) -> None:
-    """Raise a ValueError if a file in a folder that has a manifest differs from it.
+def require_whole(folder: pathlib.Path, *names: str) -> None:
+    """Raise a ValueError if a file differs from what the manifest of its folder records.
 
-    A file that is missing is no matter here: whoever needs it says so.
+    Args:
+        folder: of a complete stage or a checkpoint.
+        names: the files to check; all that are there if none is given.
     """
-    for name in read_manifest(folder).get("files", {}):
-        if (folder / name).exists():
-            _require_as_recorded(folder, name)
+    recorded = read_manifest(folder).get("files", {})
+    for name in names or [name for name in recorded if (folder / name).exists()]:
+        if name in recorded and (words := manifest.fault(folder / name, recorded[name])):
+            raise _damaged(folder / name, f"it {words}")
+
+
+def _damaged(file: pathlib.Path, why: str) -> ValueError:
+    return ValueError(f"{file} is damaged: {why}. {_way_out(file)}")
+
+
+def _way_out(file: pathlib.Path) -> str:
+    """Return what to do about a damaged file of a stage."""
+    names = STAGE_FOLDERS.values()
+    stage = next((folder for folder in file.parents if folder.name in names), file.parent)
+    anew = f"emove the folder {stage} and those of later stages, and run the experiment again."
+    if is_complete(stage) and file.name not in (MODEL, MANIFEST):
+        return f"Remove {file.name} alone if you can do without it; if not, r{anew}"
+    return f"R{anew}"
+
+
+@contextlib.contextmanager
+def _reading(file: pathlib.Path) -> Iterator[None]:
+    """Turn any error of a library that reads a file into a ValueError that names the file."""
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise errors of their own for damaged files
+        raise _damaged(file, f"it can't be read ({type(error).__name__}: {error})") from error
+
+
+# Files
 
 
 def read_json(path: pathlib.Path, way_out: str, kind: type = dict) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Args:
         path: of the file.
         way_out: what to do if it is damaged, for the error message.
-        kind: what it must hold.
+        kind: the type that it must hold.
 
     Raises:
-        OSError: there is no such file, or it can't be read.
+        OSError: the file is missing or can't be read.
         ValueError: it is damaged.
     """
     try:
@@ -209,7 +270,7 @@ def read_json(path: pathlib.Path, way_out: str, kind: type = dict) -> Any:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Write a JSON file in one piece."""
+    """Write a JSON file in one piece, replacing what was there."""
     text = json.dumps(jsonable(content), indent=2, ensure_ascii=False, allow_nan=False)
     _files.write_text(path, text + "\n")
 
@@ -226,161 +287,26 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    # NumPy leaves a file open that it can't read, unless it is given a stream.
+    with _reading(path), path.open("rb") as stream, np.load(stream) as held:
+        return {name: held[name] for name in held.files}
+
+
 def write_model(path: pathlib.Path, model: Any) -> None:
-    """Write a .keras file in one piece, replacing what was there."""
+    """Write a .keras or .h5 file in one piece, replacing what was there."""
     with _files.replaced(path) as draft:
-        whole = draft.with_name(f"{draft.name}.keras")  # Keras goes by the ending
+        whole = draft.with_name(f"{draft.name}{path.suffix or '.keras'}")  # Keras reads the suffix
         try:
             model.save(whole)
             whole.rename(draft)
         finally:
             whole.unlink(missing_ok=True)
-
-
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return what `write_arrays` has written.
-
-    Raises:
-        ValueError: it can't be read.
-    """
-    # The stream is ours, as NumPy leaves a file open that it can't make out.
-    with _reading(path), path.open("rb") as stream, np.load(stream) as held:
-        return {name: held[name] for name in held.files}
-
-
-def states(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
-    """Return the states of a stage that is not complete, by epochs done, the last one first."""
-    found = [(int(path.name.partition("-")[2]), path) for path in folder.glob(f"{STATE}-*")]
-    return sorted(found, reverse=True)
-
-
-def read_state(state: pathlib.Path, checkpoint: tf.train.Checkpoint) -> list[dict[str, Any]]:
-    """Restore a checkpoint, and return the metrics of the epochs before it.
-
-    Raises:
-        ValueError: a file of the state is damaged, or of the best epoch so far.
-    """
-    if is_complete(state):
-        require_whole(state)
-    with _reading(state / CHECKPOINT):
-        checkpoint.read(str(state / CHECKPOINT)).assert_consumed()
-    read_arrays(state.parent / BEST)  # if it can't be read, better to know now than in the end
-    return read_json(state / "metrics.json", _way_out(state / "metrics.json"), list)
-
-
-def write_state(
-    folder: pathlib.Path,
-    epochs: int,
-    checkpoint: tf.train.Checkpoint,
-    rows: Sequence[Mapping[str, Any]],
-) -> None:
-    """Write what a stage needs to go on after some epochs, given their metrics."""
-    with _files.new_directory(STATE, folder / f"{STATE}-{epochs}") as draft:
-        checkpoint.write(str(draft / CHECKPOINT))
-        write_json(draft / "metrics.json", rows)
-        write_manifest(draft, {})
-
-
-def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
-    """Remove states that are no longer needed, and drafts of what was killed."""
-    for epoch, path in states(folder):
-        if epoch != keep:
-            shutil.rmtree(path, ignore_errors=True)
-    for draft in _drafts(folder):
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
-
-
-def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return what is left of files and folders whose writer was killed."""
-    return [*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")]
-
-
-@dataclasses.dataclass(frozen=True)
-class StageOutput:
-    """What a stage has put out.
-
-    Attributes:
-        folder: where it is.
-        manifest: recipe, data, versions, the epoch chosen, size and digest of each file.
-        metrics: a dict for each epoch.
-    """
-
-    folder: pathlib.Path
-    manifest: Mapping[str, Any]
-    metrics: tuple[Mapping[str, Any], ...]
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """The best epoch's network; of the evaluation, the one that was judged."""
-        return self._load(MODEL)
-
-    @functools.cached_property
-    def last(self) -> Any:
-        """The last epoch's network."""
-        return self._load(LAST)
-
-    @property
-    def masks(self) -> Mapping[str, np.ndarray]:
-        """By weight, which entries are kept; empty for a dense network."""
-        file = self._of_training / MASKS
-        if not file.is_file():
-            return {}
-        _require_as_recorded(file.parent, file.name)
-        return read_arrays(file)
-
-    def _load(self, name: str) -> Any:
-        _require_as_recorded(self._of_training, name)
-        return load_model(self._of_training / name, self.manifest["recipe"])
-
-    @property
-    def _of_training(self) -> pathlib.Path:
-        """The folder with the networks: the evaluation judges those of the stage before it."""
-        judged = self.manifest["stage"] == "evaluate"
-        return stage_folder(self.folder.parent, "finetune") if judged else self.folder
-
-
-def open_stage(folder: str | pathlib.Path) -> StageOutput:
-    """Return what a complete stage has put out.
-
-    Args:
-        folder: of the stage, such as "outputs/first/3-finetune"; in it are `model.keras` and
-            `last.keras`, `best.npz`, `masks.npz`, `metrics.jsonl` and `manifest.json`.
-
-    Returns:
-        A `StageOutput`, which loads the networks when they are asked for. That of "4-evaluate" has
-        the networks of "3-finetune", which it judges; its figures are in its files.
-
-    Raises:
-        FileNotFoundError: there is no complete stage in the folder.
-        ValueError: its manifest or its metrics are damaged; as is said of the other files when
-            they are asked for.
-
-    Example:
-        >>> import tscnc_tf as tscnc
-        >>> output = tscnc.experiments.open_stage("outputs/first/3-finetune")  # doctest: +SKIP
-        >>> output.metrics[-1]["validation_robust_accuracy"]  # doctest: +SKIP
-    """
-    folder = pathlib.Path(folder)
-    if (folder / RECIPE).is_file():
-        raise FileNotFoundError(
-            f"folder {folder} holds a whole experiment: open one of its stages, "
-            f"{', '.join(_names())}."
-        )
-    if not is_complete(folder):
-        raise FileNotFoundError(
-            f"folder {folder} holds no complete stage, as it lacks {MANIFEST}: run the experiment "
-            "again in the folder above, and it goes on where it was stopped."
-        )
-    content = read_manifest(folder)
-    rows, file = [], folder / METRICS
-    if file.is_file():
-        _require_as_recorded(folder, METRICS)
-        with _reading(file):
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return StageOutput(folder, content, tuple(rows))
 
 
 def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
@@ -394,36 +320,169 @@ def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
         return library.models.load_model(path, compile=False)
 
 
-@contextlib.contextmanager
-def _reading(file: pathlib.Path) -> Iterator[None]:
-    """Let whatever the reader of a file raises name the file and what to do about it."""
-    try:
-        yield
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # each library has errors of its own for what it can't make out
-        raise _damaged(file, f"it can't be read ({type(error).__name__}: {error})") from error
+# Checkpoints of stages that are not complete
 
 
-def _require_as_recorded(folder: pathlib.Path, name: str) -> None:
-    """Raise a ValueError if a file differs from what the manifest of its folder says of it."""
-    facts = read_manifest(folder).get("files", {}).get(name)
-    if facts is not None and (words := manifest.fault(folder / name, facts)):
-        raise _damaged(folder / name, f"it {words}")
+def states(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    """Return the number of epochs and the folder of each checkpoint, the last one first."""
+    found = [(int(path.name.partition("-")[2]), path) for path in folder.glob(f"{STATE}-*")]
+    return sorted(found, reverse=True)
 
 
-def _damaged(file: pathlib.Path, why: str) -> ValueError:
-    return ValueError(f"{file} is damaged: {why}. {_way_out(file)}")
+def read_state(state: pathlib.Path, checkpoint: tf.train.Checkpoint) -> list[dict[str, Any]]:
+    """Restore a checkpoint, and return the metrics of the epochs before it.
+
+    Raises:
+        ValueError: a file of it is damaged, or that of the best epoch so far.
+    """
+    if is_complete(state):
+        require_whole(state)
+    with _reading(state / CHECKPOINT):
+        checkpoint.read(str(state / CHECKPOINT)).assert_consumed()
+    read_arrays(state.parent / BEST)  # an error now rather than at the end of the stage
+    return read_json(state / "metrics.json", _way_out(state / "metrics.json"), list)
 
 
-def _way_out(file: pathlib.Path) -> str:
-    """Return what to do about a damaged file of a stage."""
-    stage = next((folder for folder in file.parents if folder.name in _names()), file.parent)
-    anew = f"emove the folder {stage} and those of later stages, and run the experiment again."
-    if is_complete(stage) and file.name not in (MODEL, MANIFEST):
-        return f"Remove {file.name} alone if you can do without it; if not, r{anew}"
-    return f"R{anew}"
+def write_state(
+    folder: pathlib.Path,
+    epochs: int,
+    checkpoint: tf.train.Checkpoint,
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the checkpoint of a stage after some epochs, with their metrics."""
+    with _files.new_directory(STATE, folder / f"{STATE}-{epochs}") as draft:
+        checkpoint.write(str(draft / CHECKPOINT))
+        write_json(draft / "metrics.json", rows)
+        write_manifest(draft, {})
 
 
-def _names() -> list[str]:
-    return [stage_folder(pathlib.Path(), stage).name for stage in STEPS]
+# What users open
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOutput(_reports.Report):
+    """What a stage has written; `print` it for a table of its epochs.
+
+    Attributes:
+        folder: of the stage.
+        manifest: recipe, data, versions, the chosen epoch, size and digest of each file.
+        metrics: a dict for each epoch.
+    """
+
+    folder: pathlib.Path
+    manifest: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The network of the best epoch; for the evaluation, the one that was evaluated."""
+        return self._load(MODEL)
+
+    @functools.cached_property
+    def last(self) -> Any:
+        """The network of the last epoch."""
+        return self._load(LAST)
+
+    @property
+    def masks(self) -> Mapping[str, np.ndarray]:
+        """By weight, which entries are kept; empty for a dense network."""
+        file = self._training_folder / MASKS
+        if not file.is_file():
+            return {}
+        require_whole(file.parent, file.name)
+        return read_arrays(file)
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """The metrics of the epoch whose network is `model`; empty for the evaluation."""
+        epoch = self.manifest.get("chosen_epoch")
+        return {} if epoch is None else self.metrics[epoch - 1]
+
+    def plot(self) -> Figure:
+        """Return a figure of the metrics of training by epoch: losses, accuracies, and the others.
+
+        Raises:
+            ValueError: the stage has no metrics, as that of the evaluation.
+            ImportError: matplotlib is not installed.
+        """
+        if not self.metrics:
+            raise ValueError(f"stage {self.folder} has no metrics of epochs to draw.")
+        return _plots.curves(self.metrics)
+
+    def _load(self, name: str) -> Any:
+        require_whole(self._training_folder, name)
+        return load_model(self._training_folder / name, self.manifest["recipe"])
+
+    @property
+    def _training_folder(self) -> pathlib.Path:
+        """The folder with the networks: the evaluation has those of the stage before it."""
+        evaluated = self.manifest["stage"] == "evaluate"
+        return stage_folder(self.folder.parent, "finetune") if evaluated else self.folder
+
+    def _table(self) -> _reports.Table:
+        title = f"{self.folder.parent.name}, {self.folder.name}"
+        if not self.metrics:
+            file = self.folder / "report.json"
+            report = read_json(file, _way_out(file))
+            names = ("clean", "robust")
+            rows = [(name, _reports.percent(report[name]["accuracy"])) for name in names]
+            return _reports.Table(title, ["test set", "accuracy"], rows)
+        return _reports.Table(
+            title,
+            ["epoch", "zeros", "clean", "robust", "worst κ", "dead filters"],
+            [
+                [
+                    f"{row['epoch']}",
+                    _reports.percent(row["sparsity"]),
+                    _reports.percent(row["validation_accuracy"]),
+                    _reports.percent(row["validation_robust_accuracy"]),
+                    _reports.significant(float(row["condition_number"])),
+                    f"{row['dead_filters']:.0f}",
+                ]
+                for row in self.metrics
+            ],
+            notes=[
+                f"Epoch {self.chosen['epoch']} was chosen, by the accuracies on the validation set."
+            ],
+        )
+
+
+def open_stage(folder: str | pathlib.Path) -> StageOutput:
+    """Return what a complete stage has written.
+
+    Args:
+        folder: of the stage, such as "outputs/first/3-finetune"; in it are `model.keras` and
+            `last.keras`, `best.npz`, `masks.npz`, `metrics.jsonl` and `manifest.json`.
+
+    Returns:
+        A `StageOutput`, which loads the networks when they are asked for. That of "4-evaluate" has
+        the networks of "3-finetune", which it evaluates; its figures are in its files.
+
+    Raises:
+        FileNotFoundError: there is no complete stage in the folder.
+        ValueError: its manifest or its metrics are damaged. The other files are checked when they
+            are asked for.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> output = tscnc.experiments.open_stage("outputs/first/3-finetune")  # doctest: +SKIP
+        >>> output.metrics[-1]["validation_robust_accuracy"]  # doctest: +SKIP
+    """
+    folder = pathlib.Path(folder)
+    if (folder / RECIPE).is_file():
+        raise FileNotFoundError(
+            f"folder {folder} holds a whole experiment: open one of its stages, "
+            f"{', '.join(STAGE_FOLDERS.values())}."
+        )
+    if not is_complete(folder):
+        raise FileNotFoundError(
+            f"folder {folder} holds no complete stage, as it lacks {MANIFEST}: run the experiment "
+            "again in the folder above, and it continues where it was stopped."
+        )
+    content = read_manifest(folder)
+    rows, file = [], folder / METRICS
+    if file.is_file():
+        require_whole(folder, METRICS)
+        with _reading(file):
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return StageOutput(folder, content, tuple(rows))

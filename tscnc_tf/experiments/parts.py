@@ -1,10 +1,11 @@
-"""The parts of a recipe; each checks its own values."""
+"""The sections of a recipe: dataclasses whose annotations check their values."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tscnc_tf import _checks, regularizers
 from tscnc_tf.datasets import resizing, splits
@@ -23,205 +24,243 @@ ARCHITECTURES = {
 }
 STAGES = ("train", "prune", "finetune")
 SCOPES = ("layer", "global", "erk", "condition")
-DECAYS = ("steps", "cosine", "constant")
 LOSSES = ("trades", "madry", "mart")
+
+Check = Callable[[str, Any], Any]
+
+
+# Checks take the name and the value of a setting; they return the value to keep, or raise.
+
+
+def _one_of(*choices: str) -> Check:
+    return functools.partial(_checks.one_of, choices=choices)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _as_given(check: Check) -> Check:
+    """Keep what was given, such as the fraction "8/255", rather than the number that it means."""
+
+    def keep(name: str, value: Any) -> Any:
+        check(name, value)
+        return value
+
+    return keep
+
+
+def _part_size(name: str, value: Any) -> Any:
+    splits.part_size(name, value, 0)
+    return value
+
+
+def _image_size(_: str, value: Any) -> tuple[int, int] | None:
+    return resizing.size(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a name or a path, got {value!r}.")
+    return value
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be names with values, got {value!r}.")
+    return value
+
+
+def _patterns(name: str, value: Any) -> Any:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
+        raise TypeError(f"{name} must be a name pattern or a list of them, got {value!r}.")
+    return value
+
+
+def _each(name: str, value: Any, check: Check) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list, got {value!r}.")
+    return tuple(check(name, each) for each in value)
+
+
+def _drops(name: str, value: Any) -> tuple[float, ...]:
+    drops = _each(name, value, functools.partial(_checks.number, above=0.0, below=1.0))
+    if list(drops) != sorted(set(drops)):
+        raise ValueError(f"{name} must rise, got {list(drops)}.")
+    return drops
+
+
+def _scope(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return _checks.one_of(name, value, SCOPES)
+    if not value:
+        raise ValueError(f"{name} must name at least one pattern, got {{}}.")
+    for pattern, sparsity in value.items():
+        _checks.sparsity(f"{name}[{pattern!r}]", sparsity)
+    return value
+
+
+_positive = functools.partial(_checks.integer, minimum=1)
+Count = Annotated[int, _positive]
+OptionalCount = Annotated[int | None, _or_none(_positive)]
+Factor = Annotated[float, _checks.factor]
+Positive = Annotated[float, functools.partial(_checks.number, above=0.0)]
+Momentum = Annotated[float, functools.partial(_checks.number, minimum=0.0, below=1.0)]
+Share = Annotated[float, functools.partial(_checks.number, above=0.0, maximum=1.0)]
+Distance = Annotated[Any, _as_given(_checks.distance)]
+Flag = Annotated[bool, _checks.boolean]
+CountOrZero = Annotated[int, functools.partial(_checks.integer, minimum=0)]
+Sparsity = Annotated[float, _checks.sparsity]
+Name = Annotated[str, _checks.file_name]
+Patterns = Annotated[Any, _or_none(_patterns)]
+PartSize = Annotated[float, _part_size]
+Decay = Annotated[str, _one_of("steps", "cosine", "constant")]
+
+
+class Checked:
+    """A frozen dataclass that checks its values by the annotations of its fields."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is Annotated:
+                check = get_args(hint)[1]
+                object.__setattr__(self, name, check(name, getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """What is learned.
+class Data(Checked):
+    """The dataset.
 
     Args:
         dataset: a name or a path, see `tscnc_tf.datasets.load`.
-        folder: where the files of the dataset are, for those that need one.
-        validation: the part of the training data that chooses the best epoch: a fraction or a
-            number of examples.
-        test: the fraction that becomes the test set, where the data have none.
-        image_size: the size to which images are brought, [height, width]; None for as they are.
-        augment: see `Dataset.training`; None for what is usual for the dataset.
-        train_examples, test_examples: how many are used; None for all.
+        folder: the folder with the files of the dataset, for those that need one.
+        validation: the part of the training data on which the best epoch is chosen: a fraction or
+            a number of images.
+        test: the fraction that becomes the test set of a dataset that has none.
+        image_size: [height, width] to which images are resized; None for as they are.
+        augment: augmentation, see `Dataset.training`; None for the usual one of the dataset.
+        train_examples: number of training images that are used; None for all.
+        test_examples: number of test images that are used; None for all.
     """
 
-    dataset: str = "cifar10"
+    dataset: Annotated[str, _text] = "cifar10"
     folder: str | None = None
-    validation: float = 0.1
-    test: float = 0.2
-    image_size: Any = None
-    augment: str | None = None
-    train_examples: int | None = None
-    test_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.dataset, str):
-            raise TypeError(f"dataset must be a name or a path, got {self.dataset!r}.")
-        for name in ("validation", "test"):
-            splits.part_size(name, getattr(self, name), 0)
-        if self.augment is not None:
-            _checks.one_of("augment", self.augment, AUGMENTATIONS)
-        for name in ("train_examples", "test_examples"):
-            if getattr(self, name) is not None:
-                _checks.integer(name, getattr(self, name), minimum=1)
-        if self.image_size is not None:
-            object.__setattr__(self, "image_size", resizing.size(self.image_size))
+    validation: PartSize = 0.1
+    test: PartSize = 0.2
+    image_size: Annotated[Any, _image_size] = None
+    augment: Annotated[str | None, _or_none(_one_of(*AUGMENTATIONS))] = None
+    train_examples: OptionalCount = None
+    test_examples: OptionalCount = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """What learns.
+class Network(Checked):
+    """The network.
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        options: further arguments of the function of `tscnc_tf.applications`.
+        options: further arguments of the function in `tscnc_tf.applications`.
         library: "keras" or "tf_keras".
         precision: the dtype policy: "float32", "mixed_bfloat16" or "mixed_float16".
-        normalize: whether the network begins by normalising its inputs by the mean and standard
-            deviation of the training data.
+        normalize: whether the first layer normalises the inputs by mean and standard deviation of
+            the training data.
     """
 
-    architecture: str = "resnet-18"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    library: str = "keras"
-    precision: str = "float32"
-    normalize: bool = True
-
-    def __post_init__(self) -> None:
-        _checks.one_of("architecture", self.architecture, ARCHITECTURES)
-        _checks.one_of("library", self.library, ("keras", "tf_keras"))
-        _checks.one_of("precision", self.precision, ("float32", "mixed_bfloat16", "mixed_float16"))
-        _checks.boolean("normalize", self.normalize)
-        if not isinstance(self.options, Mapping):
-            raise TypeError(f"options must be names with values, got {self.options!r}.")
+    architecture: Annotated[str, _one_of(*ARCHITECTURES)] = "resnet-18"
+    options: Annotated[Mapping[str, Any], _mapping] = dataclasses.field(default_factory=dict)
+    library: Annotated[str, _one_of("keras", "tf_keras")] = "keras"
+    precision: Annotated[str, _one_of("float32", "mixed_bfloat16", "mixed_float16")] = "float32"
+    normalize: Flag = True
 
 
 @dataclasses.dataclass(frozen=True)
-class Adversary:
-    """Who finds the adversarial examples that are trained on: PGD within an l-infinity ball.
+class Adversary(Checked):
+    """The attack of adversarial training: PGD within an l-infinity ball.
 
     Args:
-        epsilon: radius of the ball; it may be written as a fraction, "8/255".
-        step_size: of each step.
-        steps: how many.
+        epsilon: radius of the ball, a number or a fraction such as "8/255".
+        step_size: length of a step, likewise.
+        steps: number of steps.
     """
 
-    epsilon: Any = "8/255"
-    step_size: Any = 0.0069
-    steps: int = 10
-
-    def __post_init__(self) -> None:
-        _checks.distance("epsilon", self.epsilon)
-        _checks.distance("step_size", self.step_size)
-        _checks.integer("steps", self.steps, minimum=1)
+    epsilon: Distance = "8/255"
+    step_size: Distance = 0.0069
+    steps: Count = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Constraints:
+class Constraints(Checked):
     """The two constraints on the kernels, see `regularizers.TSCNC`.
 
     Args:
-        sparsity_factor, condition_factor: what each counts; 0 for off.
-        a: the shape of the transformed l1 penalty, of that on the gates too.
-        form: of the condition number constraint.
-        layers: a pattern or a list of them, which layers; None for all.
-        stages: in which of the stages they act. After training, they act on the masked kernels.
+        sparsity_factor: factor of the sparsity constraint; 0 for off.
+        condition_factor: factor of the condition number constraint; 0 for off.
+        a: shape of the transformed l1 penalty, also of that on the gates.
+        form: form of the condition number constraint.
+        layers: a name pattern or a list of them, which layers; None for all.
+        stages: the stages in which they act; after "train" they act on the masked kernels.
     """
 
-    sparsity_factor: float = 1e-6
-    condition_factor: float = 1e-2
-    a: float = 1.0
-    form: str = "log_ratio"
-    layers: Any = None
-    stages: Any = ("train",)
-
-    def __post_init__(self) -> None:
-        _checks.factor("sparsity_factor", self.sparsity_factor)
-        _checks.factor("condition_factor", self.condition_factor)
-        _checks.number("a", self.a, above=0.0)
-        _checks.one_of("form", self.form, regularizers.FORMS)
-        _require_patterns("layers", self.layers)
-        object.__setattr__(self, "stages", _sequence("stages", self.stages))
-        for stage in self.stages:
-            _checks.one_of("stages", stage, STAGES)
+    sparsity_factor: Factor = 1e-6
+    condition_factor: Factor = 1e-2
+    a: Positive = 1.0
+    form: Annotated[str, _one_of(*regularizers.FORMS)] = "log_ratio"
+    layers: Patterns = None
+    stages: Annotated[Any, functools.partial(_each, check=_one_of(*STAGES))] = ("train",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Gates:
-    """The sparse constraint on smoothed gates, in the first stage; see `gates.add_gates`.
+class Gates(Checked):
+    """The sparsity constraint on smoothed gates in the first stage, see `gates.add_gates`.
 
     Args:
-        sparsity_factor: what the constraint on the gates counts; 0 for no gates.
-        drop_rate: the probability with which a gate is drawn below one half to begin with.
-        weight_decay, l0_factor: what a group's weights cost, by their size and by their number.
-        layers: a pattern or a list of them, which layers; None for all.
+        sparsity_factor: factor of the constraint on the gates; 0 for no gates.
+        drop_rate: initial probability that a gate is drawn below one half.
+        weight_decay: penalty on the size of a group's weights.
+        l0_factor: penalty on the number of a group's weights.
+        layers: a name pattern or a list of them, which layers; None for all.
     """
 
-    sparsity_factor: float = 0.0
-    drop_rate: float = 0.3
-    weight_decay: float = 5e-4
-    l0_factor: float = 1e-6
-    layers: Any = None
-
-    def __post_init__(self) -> None:
-        _checks.factor("sparsity_factor", self.sparsity_factor)
-        _checks.number("drop_rate", self.drop_rate, above=0.0, below=1.0)
-        _checks.factor("weight_decay", self.weight_decay)
-        _checks.factor("l0_factor", self.l0_factor)
-        _require_patterns("layers", self.layers)
+    sparsity_factor: Factor = 0.0
+    drop_rate: Annotated[float, functools.partial(_checks.number, above=0.0, below=1.0)] = 0.3
+    weight_decay: Factor = 5e-4
+    l0_factor: Factor = 1e-6
+    layers: Patterns = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-    """A stage of training: its optimizer (SGD), its loss, how long it lasts.
+class Training(Checked):
+    """A stage of training: its length, its optimizer (SGD) and its loss.
 
     Args:
-        epochs: how many.
-        batch_size: examples a step.
-        learning_rate: at the beginning.
+        epochs: number of epochs.
+        batch_size: images per step.
+        learning_rate: initial learning rate.
         decay: "steps" (times `drop` after each of `drops`), "cosine" (to zero) or "constant".
-        drops: after which fractions of the stage the learning rate drops.
-        drop: by what factor.
-        momentum: of Nesterov's kind.
-        weight_decay: decoupled, on all that is trained.
-        average: momentum of the moving averages of the weights that are validated and kept; 0 for
+        drops: fractions of the stage after which the learning rate drops.
+        drop: factor by which it drops.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled weight decay of all trainable weights.
+        average: momentum of the moving averages of the weights, which are validated and kept; 0 for
             none.
         loss: "trades", "madry" or "mart".
-        beta: of TRADES and MART.
+        beta: factor of the robust term of TRADES and MART.
         jit_compile: whether the step is compiled by XLA.
     """
 
-    epochs: int = 200
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    decay: str = "steps"
-    drops: Any = (0.3, 0.6, 0.8)
-    drop: float = 0.2
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    average: float = 0.99
-    loss: str = "trades"
-    beta: float = 6.0
-    jit_compile: bool = False
-
-    def __post_init__(self) -> None:
-        _checks.integer("epochs", self.epochs, minimum=1)
-        _checks.integer("batch_size", self.batch_size, minimum=1)
-        _checks.number("learning_rate", self.learning_rate, above=0.0)
-        _checks.one_of("decay", self.decay, DECAYS)
-        object.__setattr__(self, "drops", _sequence("drops", self.drops))
-        for fraction in self.drops:
-            _checks.number("drops", fraction, above=0.0, below=1.0)
-        if list(self.drops) != sorted(set(self.drops)):
-            raise ValueError(f"drops must rise, got {list(self.drops)}.")
-        _checks.number("drop", self.drop, above=0.0, maximum=1.0)
-        _checks.number("momentum", self.momentum, minimum=0.0, below=1.0)
-        _checks.factor("weight_decay", self.weight_decay)
-        _checks.number("average", self.average, minimum=0.0, below=1.0)
-        _checks.one_of("loss", self.loss, self._losses())
-        _checks.factor("beta", self.beta)
-        _checks.boolean("jit_compile", self.jit_compile)
-
-    @staticmethod
-    def _losses() -> tuple[str, ...]:
-        return LOSSES
+    epochs: Count = 200
+    batch_size: Count = 128
+    learning_rate: Positive = 0.1
+    decay: Decay = "steps"
+    drops: Annotated[Any, _drops] = (0.3, 0.6, 0.8)
+    drop: Share = 0.2
+    momentum: Momentum = 0.9
+    weight_decay: Factor = 5e-4
+    average: Momentum = 0.99
+    loss: Annotated[str, _one_of(*LOSSES)] = "trades"
+    beta: Factor = 6.0
+    jit_compile: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,101 +270,67 @@ class Pruning(Training):
     Args:
         method: "scores" (importance scores are trained, weights are frozen) or "magnitude" (weights
             are trained, a schedule prunes them).
-        layers: a pattern or a list of them, which layers are pruned; None for all but the first
-            convolution and the classifier (layers named "stem" and "logits").
+        layers: a name pattern or a list of them, which layers are pruned; None for all but the
+            first convolution and the classifier (layers named "stem" and "logits").
         scope: as in `pruning.Pruner`, or "condition": by `pruning.condition_budgets` of the dense
             network.
-        min_weights: see `pruning.Pruner`.
-        min_per_filter: how many weights every filter keeps at least, see `pruning.Unstructured`.
-        ramp: for "magnitude" the fraction of the stage over which the sparsity rises.
+        min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
+        min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
+        ramp: with "magnitude", the fraction of the stage over which the sparsity rises.
         frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
-            in all by "magnitude", and for one at each step by "scores".
+            in all with "magnitude", and for one in each step with "scores".
     """
 
-    epochs: int = 20
-    decay: str = "cosine"
-    weight_decay: float = 0.0
-    average: float = 0.0
-    method: str = "scores"
-    layers: Any = None
-    scope: Any = "layer"
-    min_weights: int = 1
-    min_per_filter: int = 0
-    ramp: float = 0.6
-    frequency: int | None = None
+    epochs: Count = 20
+    decay: Decay = "cosine"
+    weight_decay: Factor = 0.0
+    average: Momentum = 0.0
+    method: Annotated[str, _one_of("scores", "magnitude")] = "scores"
+    layers: Patterns = None
+    scope: Annotated[Any, _scope] = "layer"
+    min_weights: Count = 1
+    min_per_filter: CountOrZero = 0
+    ramp: Share = 0.6
+    frequency: OptionalCount = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.one_of("method", self.method, ("scores", "magnitude"))
         if self.method == "scores" and self.average:
             raise ValueError(
                 f"average must be 0 with method='scores', got {self.average}: weights are frozen."
             )
-        _checks.number("ramp", self.ramp, above=0.0, maximum=1.0)
-        if self.frequency is not None:
-            _checks.integer("frequency", self.frequency, minimum=1)
-        _require_patterns("layers", self.layers)
-        if isinstance(self.scope, Mapping):
-            if not self.scope:
-                raise ValueError("scope must name at least one pattern, got {}.")
-            for pattern, sparsity in self.scope.items():
-                _checks.sparsity(f"scope[{pattern!r}]", sparsity)
-        else:
-            _checks.one_of("scope", self.scope, SCOPES)
-        _checks.integer("min_weights", self.min_weights, minimum=1)
-        _checks.integer("min_per_filter", self.min_per_filter, minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning(Training):
-    """The stage in which what is left is trained on, the masks fixed.
+    """The stage in which the weights that are left are trained, with fixed masks.
 
     Args:
-        loss: also "rslad": distillation from the dense network that the first stage has trained.
+        loss: "trades", "madry", "mart" or "rslad": distillation from the dense network that the
+            first stage has trained.
     """
 
-    epochs: int = 100
-    learning_rate: float = 0.01
-    decay: str = "cosine"
-
-    @staticmethod
-    def _losses() -> tuple[str, ...]:
-        return (*LOSSES, "rslad")
+    epochs: Count = 100
+    learning_rate: Positive = 0.01
+    decay: Decay = "cosine"
+    loss: Annotated[str, _one_of(*LOSSES, "rslad")] = "trades"
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How networks are judged: by PGD with restarts, on cross-entropy and on the margin.
+class Evaluation(Checked):
+    """The evaluations: PGD, on the test set with restarts, on cross-entropy and on the margin.
 
     Args:
         epsilon: radius of the ball; None for that of training.
-        steps, restarts: of the last evaluation, on the test set.
-        validation_steps: of the PGD attack on the validation set, after each epoch; it begins in
-            random places and ascends cross-entropy.
-        batch_size: examples at a time.
+        steps: steps of PGD on the test set.
+        restarts: restarts of PGD on the test set.
+        validation_steps: steps of PGD on the validation set after each epoch, from a random start
+            on cross-entropy.
+        batch_size: images at a time.
     """
 
-    epsilon: Any = None
-    steps: int = 50
-    restarts: int = 5
-    validation_steps: int = 10
-    batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        if self.epsilon is not None:
-            _checks.distance("epsilon", self.epsilon)
-        for name in ("steps", "restarts", "validation_steps", "batch_size"):
-            _checks.integer(name, getattr(self, name), minimum=1)
-
-
-def _require_patterns(name: str, value: Any) -> None:
-    """Raise a TypeError unless it is None, a name pattern or a list of them."""
-    patterns = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns):
-        raise TypeError(f"{name} must be a name pattern or a list of them, got {value!r}.")
-
-
-def _sequence(name: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a list, got {value!r}.")
-    return tuple(value)
+    epsilon: Annotated[Any, _or_none(_as_given(_checks.distance))] = None
+    steps: Count = 50
+    restarts: Count = 5
+    validation_steps: Count = 10
+    batch_size: Count = 256

@@ -1,11 +1,11 @@
-"""An experiment from its recipe to its last figure; it can be stopped at any moment."""
+"""Running an experiment from its recipe to its evaluation, resumably."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tscnc_tf import _checks, _files, datasets, inspection
-from tscnc_tf._reports import versions
+from tscnc_tf import _checks, _files, _reports, datasets, inspection
 from tscnc_tf.evaluation import evaluate_robustness
 from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.parts import STAGES
@@ -38,40 +37,39 @@ def run(
 
     1. **train**: adversarial training of the dense network under the constraints.
     2. **prune**: by importance scores, or by magnitude along a schedule.
-    3. **finetune**: what is left is trained on, the masks fixed.
-    4. **evaluate**: clean and robust accuracy on the test set, the kernels, and a SavedModel.
+    3. **finetune**: training of the weights that are left, with fixed masks.
+    4. **evaluate**: clean and robust accuracy on the test set, figures of the kernels, and a
+       SavedModel.
 
-    Each stage begins with the best epoch of the one before, chosen by the accuracy under PGD on the
-    **validation** set; the test set is looked at once, in the end. A run that was killed, at
-    whatever moment, goes on where it was when it is called again with the same recipe and folder;
-    on a CPU it ends with the same weights, bit for bit, as one that was never killed. What each
-    stage writes is said in `open_stage`.
+    Each stage starts from the best epoch of the one before, chosen by the accuracy under PGD on the
+    **validation** set; the test set is used once, in the end. A run that was killed at any moment
+    continues when it is called again with the same recipe and folder; on a CPU it ends with the
+    same weights, bit for bit, as one that was not. `open_stage` describes what each stage writes.
 
-    A folder is for one run at a time: a second one is refused while the first is alive. A file that
-    is needed, or was left by a complete stage, and is not what was written, is named.
+    One process at a time runs in a folder. Files of complete stages are checked against the digests
+    that were recorded of them.
 
     Args:
-        recipe: what to do.
-        folder: where; new, or that of the same experiment.
-        dense: the folder of a complete first stage to begin with, that of another experiment whose
-            recipe is the same in all that the first stage depends on; it is copied. So one dense
-            network can be pruned in several ways.
-        progress: whether to show a bar with the time that is left on stderr, if that is a terminal.
+        recipe: the settings.
+        folder: a new folder, or that of the same experiment.
+        dense: the folder of a complete first stage of another experiment, to be copied instead of
+            trained; the recipes must be equal in everything that the first stage depends on. So one
+            dense network can be pruned in several ways.
+        progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: `recipe` is none.
-        ValueError: `folder` holds an experiment by another recipe, or on other data; `dense` is of
-            another recipe; or a stage of the recipe can't be built, which is found out before
-            anything is trained or written; or a file in `folder` is damaged, and the error says
-            which one and what to do.
-        RuntimeError: another process runs an experiment in `folder`; the error says which one.
-        OSError: the disk is full, or can't be written to; the error names the file.
+        TypeError: `recipe` is not a recipe.
+        ValueError: `folder` holds an experiment with another recipe or other data; `dense` has
+            another recipe; a stage can't be built, which is checked before anything is trained or
+            written; or a file in `folder` is damaged: the message says which one and what to do.
+        RuntimeError: another process runs an experiment in `folder`; the message says which one.
+        OSError: the disk is full, or can't be written to; the message names the file.
         FileExistsError: `folder` holds something else.
-        NotADirectoryError: `folder` is, or lies below, a file.
-        FileNotFoundError: `dense` is no complete stage; or see `datasets.load`.
+        NotADirectoryError: `folder` is a file, or lies below one.
+        FileNotFoundError: `dense` is not a complete stage; or see `datasets.load`.
         ImportError: the extra "experiments" is not installed; or see `datasets.load`.
 
     Example:
@@ -87,38 +85,30 @@ def run(
     source = None if dense is None else folders.open_dense(pathlib.Path(dense), recipe)
     data = stages.dataset(recipe)
     if new:
-        stages.rehearse(recipe, data)
+        stages.dry_run(recipe, data)
     with locks.exclusive(folder):
         folders.claim(folder, recipe, data)
         if source is not None:
-            folders.adopt(folder, source)
+            folders.copy_dense(source, folder)
         _run(recipe, data, folder, progress)
     return folder
 
 
-def steps_of(recipe: Recipe, stage: str, data: datasets.Dataset) -> int:
-    """Return the number of optimizer steps of a stage."""
-    part = getattr(recipe, stage)
-    return part.epochs * data.steps_per_epoch(part.batch_size)
-
-
 def _run(recipe: Recipe, data: datasets.Dataset, folder: pathlib.Path, progress: bool) -> None:
-    """Run the stages that are not complete; make sure that the others are as they were left."""
-    previous, teacher = None, None
+    """Run the stages that are not complete; check the files of the others."""
+    outputs: list[folders.StageOutput] = []
     with _bar(recipe, data, progress) as show:
         for stage in STAGES:
             goal = folders.stage_folder(folder, stage)
             if not folders.is_complete(goal):
-                _train(recipe, stage, data, goal, show, previous, teacher)
+                _train(recipe, stage, data, goal, functools.partial(show, stage), outputs)
             folders.require_whole(goal)
-            output = folders.open_stage(goal)
-            folders.require_same_data(output.folder, output.manifest["data"], data)
-            show(stage, steps_of(recipe, stage, data))
-            previous = output.model
-            teacher = teacher or previous
+            outputs.append(folders.open_stage(goal))
+            folders.require_same_data(goal, outputs[-1].manifest["data"], data)
+            show(stage, stages.steps(recipe, stage, data))
     goal = folders.stage_folder(folder, "evaluate")
     if not folders.is_complete(goal):
-        _evaluate(recipe, data, previous, goal, progress)
+        _evaluate(recipe, data, outputs[-1].model, goal, progress)
     folders.require_whole(goal)
 
 
@@ -127,13 +117,15 @@ def _train(
     stage: str,
     data: datasets.Dataset,
     folder: pathlib.Path,
-    show: Callable[[str, int], None],
-    previous: Any,
-    teacher: Any,
+    on_batch: Callable[[int], None],
+    outputs: Sequence[folders.StageOutput],
 ) -> None:
+    """Run a stage of training, given the outputs of those before it."""
     folder.mkdir(parents=True, exist_ok=True)
+    previous = outputs[-1].model if outputs else None
+    teacher = outputs[0].model if outputs else None
     trainer = stages.trainer(recipe, stage, data, previous=previous, teacher=teacher)
-    fitting.fit(recipe, stage, data, trainer, folder, functools.partial(show, stage))
+    fitting.fit(recipe, stage, data, trainer, folder, on_batch)
     model = trainer.model
     with fitting.averaged(model, trainer.optimizer):
         folders.write_model(folder / folders.LAST, stages.plain(recipe, data, model))
@@ -153,18 +145,20 @@ def _evaluate(
         model,
         x,
         y,
-        attacks=stages.judges(recipe),
+        attacks=stages.test_attacks(recipe),
         batch_size=recipe.evaluate.batch_size,
         seed=recipe.seed,
         progress=progress,
     )
-    folders.write_json(folder / "report.json", report.to_dict())
     _files.write_text(folder / "report.txt", f"{report}\n")
-    epsilon = stages.epsilon(recipe)
-    lipschitz = inspection.local_lipschitz(model, x, epsilon, seed=recipe.seed)
-    folders.write_json(folder / "kernels.json", inspection.condition_numbers(model).to_dict())
-    folders.write_json(folder / "sparsity.json", inspection.sparsity(model).to_dict())
-    folders.write_json(folder / "lipschitz.json", lipschitz.to_dict())
+    reports = {
+        "report": report,
+        "kernels": inspection.condition_numbers(model),
+        "sparsity": inspection.sparsity(model),
+        "lipschitz": inspection.local_lipschitz(model, x, stages.epsilon(recipe), seed=recipe.seed),
+    }
+    for name, each in reports.items():
+        folders.write_json(folder / f"{name}.json", each.to_dict())
     export_saved_model(model, folder / "saved_model", probe=x[:8], overwrite=True)
     _complete(recipe, "evaluate", data, folder)
 
@@ -172,13 +166,13 @@ def _evaluate(
 def _complete(
     recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path, **facts: Any
 ) -> None:
-    """Write the manifest, which says that all else is there, and drop what was needed for that."""
+    """Write the manifest, which marks a stage as complete, and remove what is no longer needed."""
     content = {
         "stage": stage,
         **facts,
         "recipe": recipe.to_dict(),
         "data": data.metadata,
-        "versions": versions(),
+        "versions": _reports.versions(),
     }
     folders.write_manifest(folder, content)
     folders.tidy(folder)
@@ -188,9 +182,9 @@ def _complete(
 def _bar(
     recipe: Recipe, data: datasets.Dataset, show: bool
 ) -> Iterator[Callable[[str, int], None]]:
-    """Yield a function to be told the stage, and how many of its steps are done."""
+    """Show a progress bar; yield a function that takes a stage and the number of its steps done."""
     console = Console(stderr=True)
-    steps = {stage: steps_of(recipe, stage, data) for stage in STAGES}
+    steps = {stage: stages.steps(recipe, stage, data) for stage in STAGES}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""What each stage trains, and how: networks and trainers, as a recipe has them."""
+"""The data, networks, trainers and attacks of each stage, built from a recipe."""
 
 from __future__ import annotations
 
@@ -28,20 +28,18 @@ ENDS = ("stem", "logits")  # the first convolution and the classifier, in all ap
 
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
-    """Return the data of a recipe; an error in what the user gave says what to bring."""
+    """Return the data of a recipe; errors name the values of the recipe."""
     return _dataset(recipe.data, recipe.seed)
 
 
-@functools.lru_cache(maxsize=1)  # a study asks for the same one again and again
+@functools.lru_cache(maxsize=1)  # the runs of a study share it
 def _dataset(part: Data, seed: int) -> datasets.Dataset:
     given = ", ".join(
         f"data.{field.name}={getattr(part, field.name)!r}"
         for field in dataclasses.fields(part)
         if field.name in ("dataset", "folder") or getattr(part, field.name) != field.default
     )
-    with errors_begin(
-        f"{given}: "
-    ):  # in a recipe, the arguments of `load` and `subset` have other names
+    with errors_begin(f"{given}: "):  # `load` and `subset` name their arguments otherwise
         data = datasets.load(
             part.dataset,
             folder=part.folder,
@@ -55,11 +53,11 @@ def _dataset(part: Data, seed: int) -> datasets.Dataset:
     return data
 
 
-def rehearse(recipe: Recipe, data: datasets.Dataset) -> None:
-    """Build what each stage trains, with first weights: what can't be, fails before hours of work.
+def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
+    """Build every stage, with initial weights, so that errors come before the first epoch.
 
     Raises:
-        TypeError, ValueError: a stage can't be built, or there is nothing to judge it by.
+        TypeError, ValueError: a stage can't be built, or there are no images to evaluate it on.
     """
     for part in ("validation", "test"):
         if not len(getattr(data, f"y_{part}")):
@@ -70,17 +68,23 @@ def rehearse(recipe: Recipe, data: datasets.Dataset) -> None:
     model = network(recipe, data)
     for stage in STAGES:
         with errors_begin(f"{stage}: "), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # when the stage begins, it warns
+            warnings.simplefilter("ignore")  # the stage itself will warn
             trainer(recipe, stage, data, previous=model, teacher=model)
 
 
 def library(recipe: Recipe) -> types.ModuleType:
-    """Return the Keras that a recipe asks for."""
+    """Return the Keras of a recipe."""
     return _keras.keras if recipe.network.library == "keras" else _keras.tf_keras
 
 
+def steps(recipe: Recipe, stage: str, data: datasets.Dataset) -> int:
+    """Return the number of optimizer steps of a stage."""
+    settings: Training = getattr(recipe, stage)
+    return data.steps_per_epoch(settings.batch_size) * settings.epochs
+
+
 def network(recipe: Recipe, data: datasets.Dataset) -> Any:
-    """Return the network of a recipe with its first weights, dense and without constraints."""
+    """Return the network of a recipe with its initial weights, dense and without constraints."""
     part, keras = recipe.network, library(recipe)
     mean, std = data.channel_statistics() if part.normalize else (None, None)
     with _precision(keras, part.precision):
@@ -109,23 +113,23 @@ def trainer(
     previous: Any = None,
     teacher: Any = None,
 ) -> AdversarialTraining:
-    """Return the compiled trainer of a stage, at its beginning.
+    """Return the compiled trainer of a stage, before its first step.
 
     Args:
         recipe: of the experiment.
         stage: "train", "prune" or "finetune".
         data: of the recipe.
-        previous: the model that the stage before has put out; None for the first.
-        teacher: the dense, robust model to distil from, if the stage's loss is "rslad".
+        previous: the model of the stage before; None for the first.
+        teacher: the dense, robust model to distil from, if the loss is "rslad".
     """
     settings: Training = getattr(recipe, stage)
-    steps = data.steps_per_epoch(settings.batch_size) * settings.epochs
+    count = steps(recipe, stage, data)
     model = network(recipe, data)
     if previous is not None:
         model.set_weights(previous.get_weights())
     model = _constrained(recipe, stage, model)
     if stage == "prune":
-        model = _pruned(recipe, model, steps)
+        model = _pruned(recipe, model, count)
     elif stage == "finetune":
         pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
     made = AdversarialTraining(
@@ -139,14 +143,14 @@ def trainer(
         seed=recipe.seed + 1000 * STAGES.index(stage),
         name=stage,
     )
-    made.compile(optimizer=_optimizer(recipe, settings, steps), jit_compile=settings.jit_compile)
+    made.compile(optimizer=_optimizer(recipe, settings, count), jit_compile=settings.jit_compile)
     return made
 
 
 def validator(recipe: Recipe, model: Any) -> AdversarialTraining:
-    """Return what measures clean and robust accuracy on the validation set, by `evaluate`.
+    """Return a trainer whose `evaluate` measures accuracy on the validation set.
 
-    The attack is the same for every stage and loss: PGD on cross-entropy, from a random start.
+    Its attack is the same for every stage and loss: PGD on cross-entropy from a random start.
     """
     made = AdversarialTraining(
         model,
@@ -160,31 +164,28 @@ def validator(recipe: Recipe, model: Any) -> AdversarialTraining:
 
 
 def epsilon(recipe: Recipe) -> Any:
-    """Return the radius of the ball in which networks are judged, as it is written."""
+    """Return the radius of the ball of the evaluation, as it is written."""
     return recipe.adversary.epsilon if recipe.evaluate.epsilon is None else recipe.evaluate.epsilon
 
 
-def judges(recipe: Recipe) -> list[attacks.PGD]:
-    """Return the attacks of the last evaluation."""
+def test_attacks(recipe: Recipe) -> list[attacks.PGD]:
+    """Return the attacks of the evaluation on the test set."""
     part = recipe.evaluate
-    settings: dict[str, Any] = {
-        "epsilon": epsilon(recipe),
-        "steps": part.steps,
-        "restarts": part.restarts,
-    }
     return [
-        attacks.PGD(**settings, objective="cross_entropy"),
-        attacks.PGD(**settings, objective="margin"),
+        attacks.PGD(
+            epsilon=epsilon(recipe), steps=part.steps, restarts=part.restarts, objective=objective
+        )
+        for objective in ("cross_entropy", "margin")
     ]
 
 
 def pruned_layers(part: Pruning) -> Any:
-    """Return which layers are pruned, as the verbs of `pruning` take it."""
+    """Return which layers are pruned, as the functions of `pruning` take it."""
     return _is_inner if part.layers is None else part.layers
 
 
 def plain(recipe: Recipe, data: datasets.Dataset, model: Any) -> Any:
-    """Return a model as a plain network with the same outputs: gates folded, nothing attached."""
+    """Return a network with the outputs of a model, without its gates, masks and penalties."""
     made = network(recipe, data)
     made.set_weights(gates.fold(model).get_weights())
     return made
@@ -241,7 +242,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
             frequency=part.frequency or 1,
             **options,
         )
-    from tscnc_tf import schedules  # imports tfmot, where it is installed
+    from tscnc_tf import schedules  # imports tfmot, if it is installed
 
     end = max(2, round(part.ramp * steps))
     schedule = schedules.CosineSparsity(

@@ -47,7 +47,7 @@ def export_saved_model(
 
     Args:
         model: a built tf_keras model, with pruning wrappers or without, or a built Keras 3 model
-            (which has none). Of an `AdversarialTraining`, pass its `.model`. The model stays as it
+            (which has none). Of an `AdversarialTraining`, pass its `model`. The model stays as it
             is, but for its masks being applied; zeros of negative sign become positive, since the
             two mixed don't compress.
         path: the folder to make.

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import cloning, flavours, gated, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import listed, selector
+from tscnc_tf._keras.models import listed, selector
 from tscnc_tf.gates.groups import kind_of
 from tscnc_tf.gates.layer import Gated
 
@@ -144,7 +144,7 @@ def fold(model: Any) -> Any:
     _keras.require_graph_model(
         "model", model, "The gated layers' `gated_variables()` say what to multiply by what."
     )
-    bare = wrappers.bare(model)
+    bare = cloning.bare(model)
     called = kernel_layers.calls(bare)
     if inside := [layer.name for layer in gated.gated_layers(bare) if id(layer) not in called]:
         raise ValueError(

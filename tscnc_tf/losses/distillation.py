@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, final
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import outputs
+from tscnc_tf._keras import models
 from tscnc_tf.losses.robust import RobustLoss
 from tscnc_tf.losses.terms import kl_divergence, lifted
 
@@ -82,7 +82,7 @@ class RSLAD(RobustLoss):
                 "set trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)."
             )
         logits = _keras.inference(self.teacher)(tf.convert_to_tensor(x))
-        outputs.number_of_logits("teacher", logits)
+        models.number_of_logits("teacher", logits)
         return tf.stop_gradient(lifted(logits))
 
     def robust(
@@ -119,8 +119,8 @@ def _require_logits(teacher: Any) -> None:
     if _keras.flavour(teacher) is not None:
         _keras.library("teacher", teacher)
         _keras.require_built("teacher", teacher)
-        outputs.classes("teacher", teacher)
-        outputs.require_no_probabilities("teacher", teacher)
+        models.classes("teacher", teacher)
+        models.require_no_probabilities("teacher", teacher)
     elif not callable(teacher):
         raise TypeError(
             "teacher must be a Keras 3 or tf_keras model or another callable from x to logits, got "

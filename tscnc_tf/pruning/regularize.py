@@ -10,7 +10,7 @@ from typing import Any
 from tscnc_tf import _keras, regularizers
 from tscnc_tf._keras import adapted, cloning, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.selection import listed, selector
+from tscnc_tf._keras.models import listed, selector
 
 
 def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses, regularizers
-from tscnc_tf._keras import flavours, keras, masks, optimizers, outputs, tf_keras, wrappers
+from tscnc_tf._keras import flavours, keras, masks, models, optimizers, tf_keras, wrappers
 from tscnc_tf.training import inputs
 
 __all__ = ["AdversarialTraining"]
@@ -127,8 +127,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
-        self._classes = outputs.classes("model", model)  # None until the first batch tells
-        outputs.require_no_probabilities("model", model, attack.bounds)
+        self._classes = models.classes("model", model)  # None until the first batch tells
+        models.require_no_probabilities("model", model, attack.bounds)
         self.model = model
         flavours.register_trainer(self, model)
         self._first_batch = inputs.FirstBatch()
@@ -387,7 +387,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         x, y, sample_weight = unpack(data)
         x, y = inputs.as_batch(x, y)
         if self._classes is None:
-            self._classes = outputs.traced_classes("model", self._inference, x)
+            self._classes = models.traced_classes("model", self._inference, x)
         checks = _checks.require_within(x, self.attack.bounds)
         checks += _checks.require_classes(y, self._classes) + self._require_logits(x)
         # Nothing is changed by a batch that is not sound.
@@ -407,13 +407,13 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
         def look() -> list[Any]:
             found = [network(x) for network in networks.values()]
-            return [nothing if z is None else outputs.are_probabilities(z) for z in found]
+            return [nothing if z is None else models.are_probabilities(z) for z in found]
 
         nothing = tf.constant(False)
         are_wrong = tf.cond(self._first_batch.flag, look, lambda: [nothing] * len(networks))
         checks = []
         for name, is_wrong in zip(networks, are_wrong, strict=True):
-            checks += _checks.require(~is_wrong, outputs.about_probabilities(name))
+            checks += _checks.require(~is_wrong, models.about_probabilities(name))
         return checks
 
     def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:

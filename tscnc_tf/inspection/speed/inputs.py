@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import inputs as model_inputs
+from tscnc_tf._keras import models as model_inputs
 
 
 def fitted(x: Any, batch_size: int) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks
-from tscnc_tf._keras import inputs as model_inputs
+from tscnc_tf._keras import models as model_inputs
 
 EXAMPLES = 8
 

@@ -1,0 +1,432 @@
+"""What a model takes and returns, which of its weights are kernels, and which layers are chosen."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf._keras import (
+    adapted,
+    flavour,
+    gated,
+    inference,
+    is_graph_model,
+    keras,
+    tf_keras,
+    wrappers,
+)
+from tscnc_tf._keras import layers as kernel_layers
+
+# Weights of rank 2 or more that are called so are no linear map of their layer's input.
+BIASES = ("bias", "beta", "gamma")
+NO_KERNELS = ("embeddings", "alpha")
+_LAYERS = (keras.layers.Layer, tf_keras.layers.Layer)
+
+
+# Inputs
+
+
+def symbols(model: Any) -> Any:
+    """Return the symbolic inputs of a Sequential or functional model, in its own structure."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
+    """Return examples of an input, drawn from U[0, 1); None if only the user knows what to give.
+
+    Args:
+        symbol: a symbolic input, or whatever else has a shape and a dtype; it is drawn if it holds
+            floats of known shape.
+        examples: how many.
+        generator: draws.
+    """
+    shape, dtype = tf.TensorShape(symbol.shape), tf.as_dtype(symbol.dtype)
+    if not shape.rank or None in shape[1:].as_list() or not dtype.is_floating:
+        return None
+    drawn = generator.random((examples, *shape[1:].as_list()), np.float32)
+    return drawn.astype(dtype.as_numpy_dtype)
+
+
+def draw_one(model: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
+    """Return examples for a built model, drawn from U[0, 1); None if it is not known what it takes.
+
+    That is known of a model that takes one tensor of floats; of a subclassed one if Keras noted the
+    shape that it was built by.
+    """
+    if is_graph_model(model):
+        symbol = symbols(model)
+    else:
+        shape = (model.get_build_config() or {}).get("input_shape")
+        if not isinstance(shape, tuple | tf.TensorShape):
+            return None
+        symbol = tf.TensorSpec(shape, tf.float32)
+    if isinstance(symbol, list | tuple | dict):  # several tensors
+        return None
+    return draw(symbol, examples, generator)
+
+
+# Outputs
+
+
+def classes(name: str, model: Any) -> int | None:
+    """Return the number of logits of a model, None where a subclassed one does not tell.
+
+    Raises:
+        ValueError: the model is Sequential or functional, and its outputs are no logits.
+    """
+    if not is_graph_model(model):
+        return None
+    shape = model.output_shape
+    if not isinstance(shape, tuple) or len(shape) != 2 or shape[-1] is None or shape[-1] < 2:
+        raise ValueError(_wrong_shape(name, f"shape {shape}"))
+    last = output_layer(model)
+    last = last.layer if wrappers.is_wrapper(last) else last
+    activation = getattr(getattr(last, "activation", None), "__name__", "")
+    operation = str(getattr(last, "symbol", type(last).__name__)).rpartition(".")[2].lower()
+    ending = activation or operation  # of a layer, or of a TensorFlow function in the graph
+    if ending in ("softmax", "sigmoid"):
+        raise ValueError(
+            f"{name} must return logits, but its last layer {last.name!r} ends in a {ending}: "
+            "leave that activation out."
+        )
+    return shape[-1]
+
+
+def output_layer(model: Any) -> Any:
+    """Return the layer (or operation) that makes the first output of a graph model."""
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        return model.layers[-1]
+    if flavour(model) == "tf_keras":
+        return model._output_layers[0]
+    return model.outputs[0]._keras_history.operation
+
+
+def traced_classes(name: str, function: Callable[[Any], Any], x: tf.Tensor) -> int | None:
+    """Return the number of logits that a function returns for batches such as x, None if unknown.
+
+    Nothing is computed: the function is traced.
+
+    Raises:
+        ValueError: it returns no logits.
+    """
+    with tf.init_scope():  # so also from within a step
+        spec = tf.TensorSpec((None, *x.shape[1:]), x.dtype)
+        traced = tf.function(function, autograph=False).get_concrete_function(spec)
+    return number_of_logits(name, traced.structured_outputs)
+
+
+def number_of_logits(name: str, outputs: Any) -> int | None:
+    """Return the number of logits in what a model returned, None if that is not known.
+
+    Raises:
+        ValueError: it is no tensor of logits, or there is but one of them.
+    """
+    if not isinstance(outputs, tf.Tensor | tf.TensorSpec | np.ndarray):
+        raise ValueError(_wrong_shape(name, f"a {type(outputs).__name__}"))
+    shape = tf.TensorShape(outputs.shape)
+    if shape.rank is None:
+        return None
+    if shape.rank != 2 or (shape[1] is not None and shape[1] < 2):
+        raise ValueError(_wrong_shape(name, f"shape {shape}"))
+    return shape[1]
+
+
+def require_no_probabilities(
+    name: str, model: Any, bounds: tuple[float, float] = (0.0, 1.0)
+) -> None:
+    """Raise a ValueError if a model returns probabilities for inputs drawn within bounds.
+
+    A softmax may be nested in it, or followed by a layer that changes nothing. Where it is not
+    known what the model takes, nothing is said.
+    """
+    drawn = draw_one(model, 4, np.random.default_rng(0))
+    if drawn is None:
+        return
+    low, high = bounds
+    returned = inference(model)(tf.constant(low + (high - low) * drawn, drawn.dtype))
+    is_matrix = isinstance(returned, tf.Tensor) and returned.shape.rank == 2
+    if is_matrix and bool(are_probabilities(returned)):
+        raise ValueError(about_probabilities(name))
+
+
+def are_probabilities(outputs: Any) -> tf.Tensor:
+    """Tell whether all outputs `(batch, classes)` are in [0, 1] and each row sums to 1."""
+    outputs = tf.cast(outputs, tf.float32)
+    is_unit = tf.reduce_all((outputs >= 0.0) & (outputs <= 1.0 + 1e-6))
+    return is_unit & tf.reduce_all(tf.abs(tf.reduce_sum(outputs, axis=-1) - 1.0) <= 1e-3)
+
+
+def about_probabilities(name: str) -> str:
+    """Return what is to be said of a model whose outputs are probabilities."""
+    return (
+        f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
+        "each row sums to 1. Attacks need logits: a softmax that is certain has no gradient left, "
+        "and makes a model look robust. Leave out the last softmax (activation=None), or pass the "
+        "part of the model before it."
+    )
+
+
+def _wrong_shape(name: str, found: Any) -> str:
+    return (
+        f"{name} must return logits of shape (batch, classes) with 2 classes or more, got {found}. "
+        "A network with one output z for two classes has the logits (0, z)."
+    )
+
+
+def output_kernels(model: Any) -> list[Any] | None:
+    """Return the kernels each of whose filters makes one output of a model; None if not known.
+
+    Followed back from each output are layers without kernels of their own. Where several tensors
+    are added or multiplied, an output hangs on the filters that all of them hang on. The graph of a
+    subclassed model is not known. A recurrent layer has no such kernels: its outputs depend on its
+    state as well.
+    """
+    return list(_follow(model, None)[0].values()) if is_graph_model(model) else None
+
+
+def _follow(model: Any, which: int | None) -> tuple[dict[int, Any], bool]:
+    """Return the kernels that make the outputs of a graph model, or the one at position `which`.
+
+    Returns:
+        The kernels by their ids; and whether some path from an output ends at an input of the
+        model, without a kernel in between.
+    """
+    if isinstance(model, keras.Sequential | tf_keras.Sequential):
+        found: dict[int, Any] = {}
+        for layer in reversed(model.layers):
+            made, passes = _made_by(layer, None)
+            found |= made
+            if not passes:
+                return found, False
+        return found, True
+    known: dict[int, dict[int, Any]] = {}
+    ends_at_input = False
+
+    def back(tensor: Any) -> dict[int, Any]:
+        nonlocal ends_at_input
+        if id(tensor) not in known:
+            layer, inputs, position = origin(tensor)
+            made, passes = _made_by(layer, position) if inputs else ({}, True)
+            ends_at_input |= not inputs
+            known[id(tensor)] = made | (_joined(layer, map(back, inputs)) if passes else {})
+        return known[id(tensor)]
+
+    found = {}
+    for tensor in model.outputs if which is None else [model.outputs[which]]:
+        found |= back(tensor)
+    return found, ends_at_input
+
+
+def origin(tensor: Any) -> tuple[Any, list[Any], int]:
+    """Return what made a symbolic tensor, out of which others, and at which position."""
+    history = tensor._keras_history
+    if flavour(tensor) == "tf_keras":
+        layer = history.layer
+        inputs = layer._inbound_nodes[history.node_index].keras_inputs
+    else:
+        layer = history.operation
+        inputs = layer._inbound_nodes[history.node_index].input_tensors
+    inputs = list({id(each): each for each in inputs if each is not tensor}.values())
+    return layer, inputs, history.tensor_index
+
+
+def _joined(layer: Any, branches: Iterable[dict[int, Any]]) -> dict[int, Any]:
+    """Return the kernels that make the outputs of a layer without any, of those of its inputs."""
+    first, *others = branches
+    name = str(getattr(layer, "symbol", type(layer).__name__))  # of a TensorFlow function, or class
+    if name.rpartition(".")[2].lower() in ("concat", "concatenate"):
+        return first | {key: kernel for other in others for key, kernel in other.items()}
+    return {key: kernel for key, kernel in first.items() if all(key in other for other in others)}
+
+
+def _made_by(layer: Any, which: int | None) -> tuple[dict[int, Any], bool]:
+    """Return the kernels that make a layer's outputs, and whether what it reads makes them, too."""
+    if wrappers.is_wrapper(layer) or gated.is_gated(layer):
+        layer = layer.layer
+    library = keras if flavour(layer) == "keras" else tf_keras
+    if is_graph_model(layer):
+        return _follow(layer, which)
+    if isinstance(layer, library.layers.RNN | library.layers.Bidirectional):
+        return {}, False
+    if isinstance(layer, library.layers.Wrapper):  # such as TimeDistributed
+        return _made_by(layer.layer, None)
+    if not isinstance(layer, library.layers.Layer):
+        return {}, True  # an operation
+    parts = list(kernel_layers.flatten(layer))
+    attention = [part for part in parts if part is not layer and part.name == "attention_output"]
+    last = attention[-1] if attention else layer
+    is_einsum = isinstance(last, library.layers.EinsumDense)
+    names = ["kernel"] if is_einsum else [s.attribute for s in kernel_layers.kernel_specs(last)]
+    made = [adapted.stored(last, name) for name in names[-1:]]
+    no_kernels = (*BIASES, *NO_KERNELS)
+    passes = not any(
+        len(weight.shape) >= 2 and leaf(weight) not in no_kernels
+        for part in parts
+        for weight in part.weights
+    )
+    return {id(kernel): kernel for kernel in made}, passes
+
+
+# Weights
+
+
+def owned(
+    model: Any, chosen: Callable[[Any], bool]
+) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
+    """Yield (path of names, layer, weight, whether chosen) for each weight of rank 2 or more.
+
+    The path begins below the innermost model. Who chooses a layer chooses the layers inside it; but
+    the model itself is asked about for its own weights only: a predicate such as "not the last
+    layer" holds for it, too, and means no less than all.
+    """
+    seen: set[int] = set()
+
+    def walk(layer: Any, path: tuple[str, ...], taken: bool) -> Iterator[Any]:
+        is_model = isinstance(layer, keras.Model | tf_keras.Model)
+        above, taken = taken, taken or chosen(layer)
+        inside = list(kernel_layers.parts(layer))
+        theirs = {id(variable) for part in inside for variable in part.weights}
+        here = (*path, layer.name) if not is_model or layer is model else (layer.name,)
+        # What is tfmot's has masks for weights of its own, and what is gated has gates.
+        if wrappers.is_wrapper(layer) or gated.is_gated(layer):
+            yield from walk(layer.layer, path, taken)
+            return
+        for variable in layer.weights:
+            is_variable = isinstance(variable, tf.Variable | keras.Variable)
+            if not is_variable or id(variable) in theirs | seen or len(variable.shape) < 2:
+                continue
+            seen.add(id(variable))
+            yield here, layer, variable, taken
+        below = () if is_model else here
+        for part in inside:
+            yield from walk(part, below, above if layer is model else taken)
+
+    yield from walk(model, (), False)
+
+
+def is_no_kernel(layer: Any, name: str) -> bool:
+    """Tell whether a weight of that name is none that pruning is meant for, unless asked to.
+
+    Keras' own layers call their kernels so. What a layer of the user's calls its weights is not
+    known, so all are taken but those with a name that says otherwise.
+    """
+    is_keras_own = type(layer).__module__.partition(".")[0] in ("keras", "tf_keras")
+    return not name.endswith("kernel") if is_keras_own else name in NO_KERNELS
+
+
+def leaf(variable: Any) -> str:
+    """Return the last part of a variable's name."""
+    return variable.name.rpartition("/")[2].partition(":")[0]
+
+
+def is_kernel(layer: Any, variable: Any) -> bool:
+    """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise.
+
+    So is a kernel that LoRA or quantization has brought into another form.
+    """
+    name = leaf(variable)
+    if name in BIASES or is_no_kernel(layer, name):
+        return False
+    is_trained = variable.trainable and layer.trainable and not fixed(layer, variable)
+    return is_trained or variable is adapted.weight(layer)
+
+
+def fixed(layer: Any, variable: Any) -> str:
+    """Return why a weight is never trained; an empty text if it is, unless its layer is frozen."""
+    if why := adapted.reason(layer, variable):
+        return why
+    if isinstance(variable, keras.Variable):  # whose flag follows that of the layer
+        is_fixed = any(variable is each for each in layer._non_trainable_variables)
+    else:
+        is_fixed = not variable.trainable
+    if is_fixed:
+        return "it was made with trainable=False"
+    dtype = tf.as_dtype(variable.dtype)
+    return "" if dtype.is_floating else f"it holds no floats, but {dtype.name}"
+
+
+# The argument `layers`
+
+
+def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callable[[Any], bool]:
+    """Return a predicate on layers for an argument `layers`.
+
+    Args:
+        name: the argument's name, for the error.
+        layers: None (all), a layer class or a tuple of them, a layer of the model or a model nested
+            in it (that one and all inside), a name pattern with `*` and `?`, a predicate
+            `layer -> bool`, or a list of any of these (a layer is chosen if one holds).
+        model: the model whose layers these are.
+        able: its layers that it makes sense to choose, for the error.
+
+    Raises:
+        TypeError: `layers` is none of these.
+        ValueError: it is a list with something in it that fits no layer of the model. (What fits
+            none by itself is an error of the caller's, as is what fits none of `able`.)
+    """
+    if layers is None:
+        return lambda _: True
+    single = _single(name, layers)
+    if single is not None:
+        return single
+    every = list(kernel_layers.flatten(model))
+    parts = list(_parts(name, layers))
+    for part, holds in parts:
+        by_name = isinstance(part, (str, type, *_LAYERS))  # what a predicate is for, is not known
+        if by_name and not any(holds(layer) for layer in every):
+            what = f"layer {part.name!r}" if isinstance(part, _LAYERS) else repr(part)
+            raise ValueError(
+                f"{name} has {what} in it, which fits no layer of model {model.name!r}; those "
+                f"that can be chosen are {listed(able, part)}."
+            )
+    return lambda layer: any(holds(layer) for _, holds in parts)
+
+
+def listed(able: Iterable[Any], asked: Any = None) -> str:
+    """Return the names of layers that can be chosen, for an error.
+
+    Args:
+        able: the layers.
+        asked: what was asked for instead; the nearest of the names is suggested for a name.
+    """
+    names = list(dict.fromkeys(layer.name for layer in able))
+    near = difflib.get_close_matches(asked, names, n=1) if isinstance(asked, str) else []
+    return f"{names}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def _parts(name: str, layers: list[Any] | tuple[Any, ...]) -> Iterable[tuple[Any, Any]]:
+    """Yield what is in a list, or in lists inside it, and the predicate that it stands for."""
+    for part in layers:
+        single = _single(name, part)
+        if single is None:
+            yield from _parts(name, part)
+        else:
+            yield part, single
+
+
+def _single(name: str, layers: Any) -> Callable[[Any], bool] | None:
+    """Return the predicate that one class, layer, pattern or predicate stands for; None of a list.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(layers, list | tuple):
+        return None
+    if isinstance(layers, type):
+        return lambda layer: isinstance(layer, layers)
+    if isinstance(layers, _LAYERS):
+        parts_of_it = list(kernel_layers.flatten(layers))
+        return lambda layer: any(layer is part for part in parts_of_it)
+    if isinstance(layers, str):
+        return lambda layer: fnmatch.fnmatchcase(layer.name, layers)
+    if callable(layers):
+        return lambda layer: bool(layers(layer))
+    raise TypeError(
+        f"{name} must be a layer class, a layer, a name pattern, a predicate, or a list of these, "
+        f"got {layers!r}."
+    )

@@ -1,0 +1,670 @@
+"""The mask engine: pruning on variables, for models of either Keras, without wrappers."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _keras
+from tscnc_tf._keras import adapted, masks, optimizers
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras.flavours import tensor_variable, update_everywhere
+from tscnc_tf.functional import scheduling
+from tscnc_tf.pruning.scopes import fitting
+from tscnc_tf.pruning.selection import Selection
+from tscnc_tf.pruning.structures import Structure, unfit
+from tscnc_tf.pruning.targets import (
+    FROZEN,
+    Candidate,
+    Candidates,
+    Target,
+    candidates,
+    found_again,
+    require_model,
+)
+
+__all__ = ["Pruner"]
+
+_KEPT_STEPS = 4  # compiled, of a pruner that several optimizers call in turn
+
+
+@_keras.register
+class Pruner:
+    r"""Prunes the weights of a model as it is trained, by masks on its variables.
+
+    At each optimizer step t it asks the schedule; where the schedule says so, it chooses anew the
+    weights to keep, by their scores. What is not kept is zero: in the weights,
+    :math:`w \leftarrow m \odot w`, in the optimizer's slots, and in moving averages of weights. A
+    pruned weight does not come back as long as the sparsity does not fall.
+
+    **Zeros stay zero** wherever the weights are trained: a mask is the constraint of its variable
+    (after the constraint that the layer has, if any), and Keras' optimizers apply constraints
+    after each update. So they hold in another model that a pruned layer becomes a part of, such as
+    a new head on a pruned body, too. (That model's files do not hold the masks, only the zeros:
+    `freeze_mask` goes on with these after loading. And where its optimizer has averages that are
+    put in place of weights when training ends, `use_ema=True`, it needs `pruning_callbacks()`.)
+
+    **Masks are renewed** by `step`, which is called after each optimizer step, inside the compiled
+    step, by the model's own `fit` and by `AdversarialTraining`. A training loop of your own calls
+    it. Where the model is a part of another one that is trained, where its layers are, or where it
+    has a `make_train_function` of its own, `callbacks.pruning_callbacks()` see to it. Masks, step
+    and schedule are saved with the model: in `.keras` files, in weight files, and in TensorFlow's
+    checkpoints. `strip` takes the pruner off again.
+
+    **What is frozen** (`layer.trainable = False`) when a step is taken does not change: its mask
+    stays as it is, and scopes share out what is kept among the others. Once it is trained again it
+    is pruned, at the first step: with Keras, changes of `trainable` act from the next `compile`.
+    A layer that is given LoRA weights leaves the pruner: its kernel is frozen then, and what acts
+    is the sum with the LoRA product, which has no zeros.
+
+    Steps are counted by the optimizer's `iterations`: not by forward passes, so that a layer that
+    is called twice counts once. A step that only accumulates gradients does not count, nor does one
+    that a loss scale skips, where the optimizer does not count it (Keras 3). An optimizer that
+    begins anew goes on where the last one stopped.
+
+    Args:
+        model: a built model of either Keras, subclassed ones too.
+        schedule: a `PruningSchedule` of `tscnc_tf.schedules` or tfmot, or any callable from a step
+            to (whether to choose anew, the sparsity) that consists of TensorFlow operations.
+        layers: which layers: a class, a layer, a name pattern, a predicate, or a list of these, as
+            in `add_regularizers`. None for all, but for what Keras' own layers hold that is no
+            kernel, such as embeddings, and, where the structure takes whole filters away, for the
+            layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
+            integers, are left out in any case.
+        weights: a pattern for the names of weights, such as `"*kernel"`; None for all of them.
+        min_rank: the smallest rank of a weight to prune.
+        criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
+            `Magnitude()` if None.
+        structure: `Unstructured()`, also with a floor for every filter, `NM(2, 4)`, `Block(rows,
+            columns)` or `Filters()`.
+        scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
+            sparsity), "global" (all compete by their scores), "erk" (Erdős–Rényi-Kernel: small
+            layers stay denser), or a dict of final sparsities by name pattern (the others follow
+            the schedule).
+        min_weights: the number of weights that every weight tensor keeps at least.
+
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: the model is not built or has a pruner already, nothing is left to prune, what
+            is in a list of layers fits none, or an argument is out of range.
+
+    Warns:
+        UserWarning: a weight tensor would be left with fewer weights than it has outputs, so that
+            some of them would be dead, or outputs of the model would no longer depend on its
+            inputs; with the figures. Or the structure takes whole filters of a subclassed model, of
+            which it is not known which make its outputs.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+        >>> pruner = tscnc.pruning.Pruner(model, tscnc.schedules.OneShot(0.75))
+        >>> pruner.finalize()
+        >>> tscnc.inspection.sparsity(model).sparsity
+        0.75
+
+    Reference:
+        Zhu & Gupta 2017, arXiv 1710.01878, for gradual magnitude pruning.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        schedule: Any,
+        *,
+        layers: Any = None,
+        weights: str | None = None,
+        min_rank: int = 2,
+        criterion: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        structure: Structure | None = None,
+        scope: str | Mapping[str, float] = "layer",
+        min_weights: int = 1,
+    ) -> None:
+        require_model(model)
+        require_schedule(schedule)
+        found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
+        self._set_up(
+            model,
+            schedule,
+            found,
+            criterion=criterion,
+            structure=structure,
+            scope=scope,
+            min_weights=min_weights,
+        )
+        if found is not layers:  # else the pruner is restored, and nothing is new
+            self._require_trained()
+            self._warn_of_starving()
+
+    @staticmethod
+    def of_zeros(model: Any, layers: Any = None) -> Pruner:
+        """Return a frozen pruner of a model whose masks are False where a kernel is zero now."""
+        require_model(model)
+        found = candidates(model, layers)
+        variables = [tensor_variable(target.variable) for target, reason in found if not reason]
+        return Pruner.of_masks(model, found, [tf.not_equal(each, 0) for each in variables], 0.0)
+
+    @staticmethod
+    def of_masks(
+        model: Any,
+        found: Candidates,
+        kept: Sequence[Any],
+        sparsity: float,
+        **options: Any,
+    ) -> Pruner:
+        """Return a frozen pruner of a model.
+
+        Args:
+            model: a built model of either Keras, not pruned.
+            found: its weights, and why some of them are not pruned.
+            kept: masks of those that are, in their order; True where a weight is kept.
+            sparsity: that was asked for.
+            **options: how the masks were chosen: `structure`, `scope`, `min_weights`.
+        """
+        from tscnc_tf import schedules
+
+        pruner = Pruner(model, schedules.OneShot(sparsity), layers=found, **options)
+        for variable, mask in zip(pruner.state.masks, kept, strict=True):
+            variable.assign(mask)
+        pruner.freeze()
+        return pruner
+
+    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
+        """Attach the pruner to its model.
+
+        Args:
+            model: the model.
+            schedule: the schedule.
+            found: its weights, and why some of them are not pruned.
+            **options: those of `Selection`.
+        """
+        self.model = model
+        self.schedule = schedule
+        self.targets = [target for target, reason in found if not reason]
+        self._found = found
+        if not self.targets:
+            raise ValueError(self._nothing_to_prune())
+        self._asked = scheduling.final_sparsity(schedule)
+        self._selection = Selection(self.targets, sparsity=self._asked, **options)
+        self.target_sparsity = self.structure.reachable(self._asked)
+        self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
+        self._optimizer: Any = None
+        self.state = self._new_state()
+        masks.attach(model, self)
+        for target, mask in zip(self.targets, self.state.masks, strict=True):
+            masks.constrain(target.variable, self, mask)
+
+    def _require_trained(self) -> None:
+        """Raise a ValueError if all that could be pruned is frozen; then nothing is done."""
+        if not self._active():
+            self.detach()
+            raise ValueError(self._nothing_to_prune())
+
+    def _nothing_to_prune(self) -> str:
+        reasons = {target.name: reason or FROZEN for target, reason in self._found}
+        return (
+            f"model {self.model.name!r} has no weight that can be pruned as asked for: "
+            f"{reasons or 'it has none of rank 2 or more'}."
+        )
+
+    def _new_state(self, dtypes: list[str] | None = None) -> Any:
+        return masks.new_state(
+            self.model,
+            dtypes,
+            shapes=[target.shape for target in self.targets],
+            held=self._held,
+            on_loaded=self.on_weights_set,
+        )
+
+    def detach(self) -> None:
+        """Take the pruner off its model and its weights, which stay as they are."""
+        for target, mask in zip(self.targets, self.state.masks, strict=True):
+            masks.release(target.variable)
+            mask.assign(tf.ones_like(mask))  # for steps of other models, compiled with it
+        masks.detach(self.model)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the pruner is still that of its model."""
+        return vars(self.model).get(masks.PRUNER) is self
+
+    def _warn_of_starving(self, *scores: Any) -> None:
+        """Warn of what would be left with too little; where that is an error, nothing is done."""
+        active = self._active()
+        judged = [[each[index] for index in active] for each in scores]
+        try:
+            self._selection.only(active).warn_of_starving(self.target_sparsity, *judged)
+        except UserWarning:
+            self.detach()
+            raise
+
+    @property
+    def structure(self) -> Structure:
+        """The structure that was asked for."""
+        return self._selection.structure
+
+    @property
+    def skipped(self) -> tuple[Candidate, ...]:
+        """The weights of rank 2 or more that are not pruned now, and why."""
+        pruned = {id(variable) for variable, _ in self.masked_variables()}
+        return tuple(
+            Candidate(target, reason or self._not_pruned(target))
+            for target, reason in self._found
+            if id(target.variable) not in pruned
+        )
+
+    def _not_pruned(self, target: Target) -> str:
+        if id(target.variable) not in {id(weight) for weight in self.model.weights}:
+            return "the model does not hold it any more"
+        return adapted.reason(target.layer, target.variable) or FROZEN
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps that the pruner has seen."""
+        return int(tensor_variable(self.state.step).numpy())
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks stay as they are."""
+        return bool(tensor_variable(self.state.frozen).numpy())
+
+    def masked_targets(self) -> list[tuple[Target, Any]]:
+        """Return (target, mask) for what is pruned now; masks are True where a weight is kept.
+
+        A weight that the model does not hold any more is not pruned, nor is one that has been
+        frozen before it was.
+        """
+        active, every = set(self._active()), self.state.masks
+        return [
+            (self.targets[index], every[index])
+            for index in self._held()
+            if index in active or not np.all(every[index].numpy())
+        ]
+
+    def masked_variables(self) -> list[tuple[Any, Any]]:
+        """Return the pairs (weight, mask); masks are True where a weight is kept."""
+        return [(target.variable, mask) for target, mask in self.masked_targets()]
+
+    def _masked(self, indices: list[int]) -> list[tuple[Target, Any]]:
+        every = self.state.masks
+        return [(self.targets[index], every[index]) for index in indices]
+
+    def _held(self) -> list[int]:
+        """Return the places of the targets that the model holds, as plain kernels."""
+        own = {id(weight) for weight in self.model.weights}
+        return [
+            index
+            for index, target in enumerate(self.targets)
+            if id(target.variable) in own and not adapted.reason(target.layer, target.variable)
+        ]
+
+    def _active(self) -> list[int]:
+        """Return the places of those that are trained, and not frozen."""
+        trained = {optimizers.key(weight) for weight in self.model.trainable_variables}
+        held = self._held()
+        return [index for index in held if optimizers.key(self.targets[index].variable) in trained]
+
+    def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
+        """Return what a weight is to be after an optimizer step: zero where its mask is False.
+
+        Args:
+            weight: its value.
+            mask: its mask.
+            own: the constraint of its layer, None for none; it sees the masked weight.
+        """
+        weight = kept(weight, mask)
+        return weight if own is None else kept(own(weight), mask)
+
+    @tf.autograph.experimental.do_not_convert
+    def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
+        """Act on what an optimizer step has changed; to be called after each.
+
+        Called again without a further step, it only applies the masks.
+
+        Args:
+            optimizer: the one that has taken the step. None for the one that the model is compiled
+                with, or another one of its own that trains these weights; if there is none, each
+                call counts as a step.
+            is_constrained: whether nothing but an optimizer of Keras has changed the weights, so
+                that their constraints have masked them already.
+        """
+        optimizer = self.own_optimizer() if optimizer is None else optimizer
+        self._step(optimizer, is_constrained and optimizer is not None)
+
+    def _step(self, optimizer: Any, is_constrained: bool) -> None:
+        """Count a step, renew the masks where that is due, and let them act."""
+
+        def act() -> None:
+            update_everywhere(
+                self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
+            )
+
+        if not tf.executing_eagerly():
+            act()
+            return
+        self._meet(optimizer)
+        # What an optimizer keeps for each weight is there only once it has begun.
+        kept = (id(variable) for variable in self._companions(optimizer))
+        key = (id(optimizer), is_constrained, tuple(self._active()), *kept)
+        if key not in self._compiled:
+            if len(self._compiled) == _KEPT_STEPS:
+                self._compiled.pop(next(iter(self._compiled)))
+            self._compiled[key] = tf.function(act, autograph=False)
+        self._compiled[key]()
+
+    def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which an optimizer is to train the model.
+
+        `fit`, `AdversarialTraining` and the callbacks enter it by themselves. Only the legacy
+        optimizers of tf_keras need one: they refuse to apply constraints after sparse gradients.
+
+        Args:
+            optimizer: None for all that the model holds.
+        """
+        stack = contextlib.ExitStack()
+        for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
+            if optimizers.is_legacy(each):
+                stack.enter_context(optimizers.intercept(each, self._densify, _go_on))
+        return stack
+
+    def _densify(self, optimizer: Any, pairs: optimizers.Pairs, take: Any) -> Any:  # noqa: ARG002
+        ours = {optimizers.key(target.variable) for target in self.targets}
+        return take(
+            [
+                (tf.convert_to_tensor(gradient), variable)
+                if isinstance(gradient, tf.IndexedSlices) and optimizers.key(variable) in ours
+                else (gradient, variable)
+                for gradient, variable in pairs
+            ]
+        )
+
+    def register_optimizer(self, optimizer: Any) -> None:
+        """Take note of an optimizer that may keep something for the weights; here nothing to do."""
+
+    def on_train_begin(self, optimizer: Any) -> None:
+        """Take note of the optimizer that is about to train, before its compiled steps.
+
+        It begins anew, unless it is the last one, or has been brought back with this pruner from
+        where both were stopped. (To configure an optimizer is not to train with it: a model may be
+        evaluated by another trainer in between.)
+        """
+        known = self._optimizer is not None
+        begun = int(tensor_variable(self.state.seen).numpy()) >= 0
+        if begun and not known and self.is_behind(optimizer):
+            self.reset_step_count(optimizer)
+        self._meet(optimizer)
+
+    def _meet(self, optimizer: Any) -> None:
+        """Begin anew if, from one call to the next, another optimizer has taken over."""
+        known = self._optimizer is not None
+        if known and optimizer is not None and self._optimizer() is not optimizer:
+            self.reset_step_count(optimizer)
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    def own_optimizer(self) -> Any:
+        """Return the model's optimizer that trains the targets, None if there is none."""
+        return optimizers.trainer_of(self.model, [target.variable for target in self.targets])
+
+    def reset_step_count(self, optimizer: Any = None) -> None:  # noqa: ARG002
+        """Take note that another optimizer takes over, whose steps so far were not counted."""
+        tensor_variable(self.state.seen).assign(-1)
+
+    def skip_steps(self, optimizer: Any) -> None:
+        """Take what an optimizer has counted since the last step for none of its steps.
+
+        At the end of a dataset of unknown length a compiled step that gets no data may count.
+        """
+        if int(tensor_variable(self.state.seen).numpy()) >= 0:
+            tensor_variable(self.state.seen).assign(optimizers.iterations(optimizer))
+
+    def _companions(self, optimizer: Any) -> list[Any]:
+        return optimizers.companions(optimizer, *(target.variable for target in self.targets))
+
+    def is_behind(self, optimizer: Any) -> bool:
+        """Tell whether an optimizer has taken steps that `step` has not been called for."""
+        seen = int(tensor_variable(self.state.seen).numpy())
+        return seen != int(optimizers.iterations(optimizer))
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, optimizer: Any = None) -> None:
+        """Set to zero what is not kept: in weights, in the optimizer's slots and averages."""
+        update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))
+
+    def on_weights_set(self) -> None:
+        """Act on weights that were set from outside: what is not kept becomes zero."""
+        self.apply()
+
+    def finalize(self) -> None:
+        """Prune to the schedule's final sparsity now, wherever the schedule is, and freeze."""
+
+        def update(strategy: Any) -> None:
+            self._renew(strategy, tf.constant(self._asked))
+            self._apply(strategy, getattr(self.model, "optimizer", None))
+
+        update_everywhere(self.model, update)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""
+        tensor_variable(self.state.frozen).assign(True)
+
+    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
+        before = tf.identity(tensor_variable(self.state.step))
+        seen = tf.identity(tensor_variable(self.state.seen))
+        count = tf.maximum(seen, 0) + 1 if optimizer is None else optimizers.iterations(optimizer)
+        # The first time, only the step just taken is ours. A count that has fallen is that of
+        # another optimizer, which began anew.
+        first = tf.minimum(count, 1)
+        taken = tf.where(seen < 0, first, tf.where(count >= seen, count - seen, count))
+        now = before + taken
+        due, sparsity = scheduling.due_between(self.schedule, before, now)
+        active = self._among(self._active())
+        # Who was frozen when masks were renewed, and is not now, is pruned now.
+        due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)
+        due &= ~tf.identity(tensor_variable(self.state.frozen))
+
+        def renew() -> None:
+            self._renew(strategy, sparsity)
+            self._mask_weights(strategy)
+
+        tf.cond(due, renew, lambda: None)
+        for variable, value in ((self.state.step, now), (self.state.seen, count)):
+            strategy.extended.update(tensor_variable(variable), assign, args=(value,))
+        if not is_constrained:
+            self._mask_weights(strategy)
+        self._mask_companions(strategy, optimizer)
+
+    def _among(self, indices: list[int]) -> tf.Tensor:
+        """Return a vector with True for those of the targets."""
+        return tf.constant(np.isin(np.arange(len(self.targets)), indices))
+
+    def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
+        """Choose the weights to keep among those that are trained, and write the masks."""
+        active = self._active()
+        if active:
+            alive, judged = self._ranked(active)
+            chosen = self._selection.only(active).masks(sparsity, alive, judged)
+            for index, mask in zip(active, chosen, strict=True):
+                variable = self.state.masks[index]
+                strategy.extended.update(variable, assign, args=(mask,))
+        left_out = ~self._among(active)
+        variable = tensor_variable(self.state.left_out)
+        strategy.extended.update(variable, assign, args=(left_out,))
+
+    def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
+        """Return which entries may be kept, and what the criterion judges; None for weights."""
+        return [self.state.masks[index] for index in indices], None
+
+    def _apply(self, strategy: Any, optimizer: Any) -> None:
+        self._mask_weights(strategy)
+        self._mask_companions(strategy, optimizer)
+
+    def _mask_weights(self, strategy: Any) -> None:
+        for target, mask in self._masked(self._held()):
+            variable = tensor_variable(target.variable)
+            strategy.extended.update(variable, keep, args=(mask,))
+
+    def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
+        """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
+        pairs = self._masked(self._held())
+        kept = optimizers.companions_of(optimizer, [target.variable for target, _ in pairs])
+        for (_, mask), companions in zip(pairs, kept, strict=True):
+            for variable in companions:
+                strategy.extended.update(tensor_variable(variable), keep, args=(mask,))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what brings the pruner back, given the same model; masks are saved beside it."""
+        return {
+            "schedule": serialize_schedule(self.schedule, self.model),
+            "criterion": serialize(self._selection.criterion, self.model),
+            **self._shared_config(),
+        }
+
+    def _shared_config(self) -> dict[str, Any]:
+        scope = self._selection.scope
+        where, held = kernel_layers.weight_paths(self.model), set(self._held())
+        left_out = tensor_variable(self.state.left_out).numpy()
+        targets = [self.targets[index] for index in sorted(held)]
+        return {
+            "class_name": type(self).__name__,
+            "structure": serialize(self.structure, self.model),
+            "scope": scope if isinstance(scope, str) else fitting(scope, targets),
+            "min_weights": self._selection.min_weights,
+            "weights": [
+                {
+                    "path": where[id(target.variable)],
+                    "name": target.name,
+                    "shape": list(target.shape),
+                    "left_out": bool(left_out[index]),
+                }
+                for index, target in enumerate(self.targets)
+                if index in held
+            ],
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
+        """Give `model` the pruner that `get_config` described.
+
+        Weights are found by their paths, whose steps are attributes: a subclassed model names its
+        layers anew when it is built.
+
+        Raises:
+            ValueError: the model lacks a weight that was pruned.
+        """
+        schedule = deserialize_schedule(config["schedule"], model)
+        criterion = deserialize(config["criterion"], model)
+        pruner = cls(model, schedule, criterion=criterion, **cls._shared_options(config, model))
+        pruner._restore_left_out(config)
+        return pruner
+
+    @staticmethod
+    def _shared_options(config: dict[str, Any], model: Any) -> dict[str, Any]:
+        """Return the arguments of the constructor that `_shared_config` describes."""
+        return {
+            "layers": found_again(model, config["weights"]),
+            "structure": deserialize(config["structure"], model),
+            "scope": config["scope"],
+            "min_weights": config["min_weights"],
+        }
+
+    def _restore_left_out(self, config: dict[str, Any]) -> None:
+        left_out = [weight.get("left_out", False) for weight in config["weights"]]
+        tensor_variable(self.state.left_out).assign(left_out)
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner({self.model.name!r}, {self.schedule!r}, "
+            f"criterion={self._selection.criterion!r}, structure={self.structure!r}, "
+            f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights})"
+        )
+
+
+def _go_on(finalize: Callable[[], Any]) -> Any:
+    return finalize()
+
+
+def require_schedule(schedule: Any) -> None:
+    """Raise unless `schedule(step)` returns whether to prune, and a sparsity in [0, 1)."""
+    if not callable(schedule):
+        raise TypeError(
+            "schedule must be a PruningSchedule, such as tscnc_tf.schedules.CosineSparsity, or a "
+            f"callable from a step to (whether to prune, sparsity), got {schedule!r}."
+        )
+    try:
+        due, sparsity = schedule(tf.constant(1, tf.int64))
+        _ = bool(due), float(sparsity)
+        signature = [tf.TensorSpec((), tf.int64)]
+        tf.function(schedule.__call__, signature, autograph=False).get_concrete_function()
+    except Exception as error:
+        raise TypeError(
+            "schedule must return (whether to prune, sparsity) for a step, by TensorFlow "
+            "operations, "
+            f"tf.where and not if, as it is compiled; {schedule!r} fails: {error}"
+        ) from error
+    final = scheduling.final_sparsity(schedule)
+    if not 0.0 <= final < 1.0:
+        raise ValueError(
+            f"schedule must lead to a sparsity in [0, 1), the fraction of zeros; {schedule!r} "
+            f"leads to {final:g}."
+        )
+
+
+def serialize_schedule(schedule: Any, model: Any) -> dict[str, Any]:
+    """Return a schedule as JSON values.
+
+    Raises:
+        ValueError: it is a lambda, which has no name to find it by.
+    """
+    from tscnc_tf import schedules
+
+    if isinstance(schedule, schedules.PruningSchedule):
+        return {"schedule": schedule.get_config()}
+    return {"callable": serialize(schedule, model)}
+
+
+def deserialize_schedule(config: dict[str, Any], model: Any) -> Any:
+    """Return the schedule that `serialize_schedule` was given."""
+    if "schedule" not in config:
+        return deserialize(config["callable"], model)
+    from tscnc_tf import schedules
+
+    return schedules.deserialize(config["schedule"])
+
+
+def serialize(obj: Any, model: Any) -> Any:
+    """Return an object as its model's Keras serializes it."""
+    if getattr(obj, "__name__", "") == "<lambda>":
+        raise ValueError(
+            f"{obj!r} can't be saved with model {model.name!r}, as a lambda has no name: write it "
+            "as a function, and register it with keras.saving.register_keras_serializable."
+        )
+    return _keras.library("model", model).saving.serialize_keras_object(obj)
+
+
+def deserialize(config: Any, model: Any) -> Any:
+    """Return the object that `serialize` was given."""
+    return _keras.library("model", model).saving.deserialize_keras_object(config)
+
+
+def assign(variable: Any, value: Any) -> Any:
+    """Set a variable to a value."""
+    return variable.assign(value)
+
+
+def keep(variable: Any, mask: Any) -> Any:
+    """Set a variable to zero where its mask is False."""
+    return variable.assign(kept(variable, mask))
+
+
+def kept(value: Any, mask: Any) -> tf.Tensor:
+    """Return values, and zero where their mask is False."""
+    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
+    # `tf.where`, which is slower, as it looks for shapes to broadcast.
+    value = tf.convert_to_tensor(value)
+    return tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))

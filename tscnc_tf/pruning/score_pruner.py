@@ -1,0 +1,556 @@
+"""Pruning by importance scores that are trained: the second way of the mask engine (HYDRA)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import adapted, optimizers
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
+from tscnc_tf.pruning import structures
+from tscnc_tf.pruning.pruner import Pruner, assign, kept
+from tscnc_tf.pruning.structures import Structure
+from tscnc_tf.pruning.targets import Candidates, Target, candidates, require_model
+
+__all__ = ["ScorePruner"]
+
+_ALSO_TRAIN = ("normalization", "all", "none")
+
+
+@_keras.register
+class ScorePruner(Pruner):
+    r"""Learns which weights to keep, by a score for each, while the weights stay as they are.
+
+    Of each kernel :math:`w` the k weights with the largest :math:`|s|` act, and the others are
+    zero: the kernel of the layer is :math:`w \odot m`, :math:`m = 1[|s| \in \text{top } k]`, after
+    every step, and exactly k weights are kept, ties or not. What training changes is s. It begins
+    as
+
+    .. math:: s = \sqrt{6/\text{fan-in}}\; w / \max|w|
+
+    so at first the largest weights act. The gradient passes the choice as if it were the identity
+    (straight-through), and :math:`|s|` as it is:
+
+    .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
+
+    It is there for weights that are zero at present, too: so they can come back. (A kernel's sign
+    is that of s at first; without the last factor a negative score would fall in magnitude just
+    where its weight is of use.)
+
+    The model is given the pruner in place, as with `Pruner`, and is pruned at once. From then on
+    its `fit`, and `AdversarialTraining`, train the scores in place of the kernels: the optimizer
+    sees the kernels' gradients as those of the scores, with its momentum, clipping, loss scale,
+    weight decay (of scores) and moving averages (of scores; where Keras puts these in place of the
+    weights, they become the scores, and the masks are chosen by them). Penalties on kernels, such
+    as `TSCNC`, are part of the loss. A loop of your own calls `apply_gradients` of this pruner in
+    place of the optimizer's; for a model inside another one, `callbacks.pruning_callbacks()` see to
+    it. Weights that are set or loaded from outside (`set_weights`, `load_weights`) become the dense
+    ones, and their scores begin anew. Keras' `SwapEMAWeights` is of no use here: it would put
+    scores in place of weights. Where the stage is begun by a callback of `fit` and the optimizer
+    has averages, `use_ema=True`, give `callbacks.pruning_callbacks()`, too.
+
+    After the stage, `pruning.freeze_mask(model)` ends it: the mask stays for good, the weights
+    :math:`w \odot m` are trained again, and the model's pruner is a frozen `Pruner`. Compile the
+    model anew for it. `strip` ends it without more.
+
+    Dense weights and scores take twice the memory of the kernels, in `.keras` files too, until
+    then. All else is as with `Pruner`.
+
+    Args:
+        model: a built model of either Keras, trained already, subclassed ones too.
+        sparsity: fraction of zeros, in [0, 1).
+        frequency: number of optimizer steps from one choice of the masks to the next, >= 1. A
+            choice takes some 30 passes over the scores; in between, the masks are those of the last
+            one. Where the stage ends, they are chosen once more.
+        also_train: what is trained beside the scores: "normalization" (γ and β of normalization
+            layers, as in the authors' code), "all" that is trainable, biases and kernels that are
+            not pruned among them, or "none". Moving statistics of BatchNorm follow the data as in
+            any training, whichever it is.
+        layers: which layers, as in `Pruner`.
+        weights: a pattern for the names of weights, as in `Pruner`.
+        min_rank: the smallest rank of a weight to prune.
+        structure: as in `Pruner`; a unit is worth the mean of its weights' :math:`|s|`.
+        scope: as in `Pruner`.
+        min_weights: the number of weights that every weight tensor keeps at least.
+
+    Raises:
+        TypeError: an argument is of a wrong kind.
+        ValueError: the model is not built or has a pruner already, nothing is left to prune, a
+            kernel is all zero or not finite, a layer has LoRA enabled, or an argument is out of
+            range.
+
+    Warns:
+        UserWarning: as `Pruner`.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+        >>> pruner = tscnc.pruning.ScorePruner(model, 0.75)
+        >>> tscnc.inspection.sparsity(model).sparsity
+        0.75
+        >>> tscnc.pruning.freeze_mask(model).pruner.frozen
+        True
+
+    Reference:
+        Sehwag et al. 2020, "HYDRA: Pruning Adversarially Robust Neural Networks", arXiv 2002.10509,
+        section 3; Ramanujan et al. 2020, arXiv 1911.13299, for the straight-through scores.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sparsity: float,
+        *,
+        frequency: int = 1,
+        also_train: str = "normalization",
+        layers: Any = None,
+        weights: str | None = None,
+        min_rank: int = 2,
+        structure: Structure | None = None,
+        scope: str | Mapping[str, float] = "layer",
+        min_weights: int = 1,
+    ) -> None:
+        require_model(model)
+        _require_no_lora(kernel_layers.flatten(model))
+        found = candidates(model, layers, weights, min_rank, _unfit(structure, layers))
+        is_new = found is not layers  # else the pruner is restored
+        for target, reason in found if is_new else ():
+            if not reason:
+                _require_rankable(target, f"model {model.name!r}")
+        schedule = Every(
+            _checks.sparsity("sparsity", sparsity),
+            _checks.integer("frequency", frequency, minimum=1),
+        )
+        self.also_train = _checks.one_of("also_train", also_train, _ALSO_TRAIN)
+        self._set_up(
+            model,
+            schedule,
+            found,
+            criterion=None,
+            structure=structure,
+            scope=scope,
+            min_weights=min_weights,
+        )
+        if is_new:
+            self._require_trained()
+            self._warn_of_starving(self.state.scores)
+        self.choose()
+
+    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers
+        self._is_used = False
+        self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
+        super()._set_up(model, schedule, found, **options)
+        self._take_weights()
+
+    def begin(self) -> None:
+        """Begin the stage with the kernels as they are: as dense weights, and for first scores.
+
+        The constructor does so. Called again, what has been learned is forgotten. It consists of
+        TensorFlow operations, for a program into which the weights come later.
+        """
+        self._take_weights()
+        self.choose()
+
+    def _take_weights(self) -> None:
+        for target, dense, score in self.triples():
+            weight = tf.convert_to_tensor(tensor_variable(target.variable))
+            dense.assign(weight)
+            score.assign(_initial_scores(weight, target))
+
+    def _new_state(self, dtypes: list[str] | None = None) -> Any:  # noqa: ARG002
+        return super()._new_state(
+            [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
+        )
+
+    def triples(self) -> list[tuple[Target, Any, Any]]:
+        """Return (target, variable of its dense weights, variable of its scores) for each."""
+        dense, scores = self.state.dense, self.state.scores
+        return [(self.targets[index], dense[index], scores[index]) for index in self._held()]
+
+    @property
+    def frequency(self) -> int:
+        """The number of optimizer steps from one choice of the masks to the next."""
+        return self.schedule.frequency
+
+    def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which an optimizer trains the scores in place of the kernels.
+
+        `fit`, `AdversarialTraining` and the callbacks enter it by themselves.
+
+        Args:
+            optimizer: None for all that the model holds.
+
+        Raises:
+            ValueError: LoRA was enabled in a layer whose scores are to be trained.
+        """
+        _require_no_lora(target.layer for target in self.targets)
+        stack = contextlib.ExitStack()
+        for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
+            stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
+        return stack
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
+        """Take an optimizer's step on the scores, and choose the weights to keep by them.
+
+        For a training loop of your own, in place of `optimizer.apply_gradients`.
+
+        Args:
+            optimizer: of the model's Keras.
+            gradients_and_variables: pairs of a gradient and a variable of the model, kernels as
+                they are in the model.
+
+        Returns:
+            What the optimizer's `apply_gradients` returns.
+        """
+        with self.training(optimizer):
+            return optimizer.apply_gradients(gradients_and_variables)
+
+    def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, take: Any) -> Any:
+        """Let an optimizer take its step on scores.
+
+        While it acts, the kernels' variables hold the scores: so all that it keeps for them
+        (momenta, averages), and all that it does to them (weight decay), is for the scores.
+
+        Args:
+            optimizer: of either Keras.
+            pairs: of gradients and weights, those of kernels as they act.
+            take: has the optimizer take its step on pairs.
+        """
+        kernels = {optimizers.key(target.variable) for target, _, _ in self.triples()}
+        is_ours = any(optimizers.key(variable) in kernels for _, variable in pairs)
+        if not (self.is_attached and is_ours):
+            return take(pairs)
+        # A step without data, at the end of a dataset, would leave the scores in the kernels.
+        with depending_on([gradient for gradient, _ in pairs if gradient is not None]):
+            if tf.executing_eagerly():
+                self._meet(optimizer)
+            self._known.add(optimizer)
+            self._is_used = True
+            optimizers.build(optimizer, [variable for _, variable in pairs])
+            factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self.triples()}
+            others = _frozen_others(self.model, self.also_train) - set(factors)
+            trained = _score_gradients(pairs, factors, others)
+            update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
+            self._steps_under_way += 1
+            try:
+                result = take(trained)
+            except BaseException:  # an interrupt, too
+                if tf.executing_eagerly():
+                    self.apply()  # the kernels hold scores at this moment
+                raise
+            finally:
+                self._steps_under_way -= 1
+            self._step(optimizer, True)
+        return result
+
+    def _on_finalize(self, finalize: Any) -> None:
+        """Let an optimizer put its averages in place of scores."""
+        if not self.is_attached:
+            finalize()
+            return
+        for target, _, score in self.triples():
+            tensor_variable(target.variable).assign(score)
+        finalize()
+        for target, _, score in self.triples():
+            score.assign(tensor_variable(target.variable))
+        self.choose()
+
+    def _show_scores(self, strategy: Any, optimizer: Any) -> None:
+        """Put the scores in the kernels' place, for the optimizer."""
+        past = optimizers.iterations(optimizer) > 0
+
+        def begin() -> None:
+            for target, _, score in self.triples():
+                optimizers.reset_companions(
+                    optimizer, target.variable, score, past, strategy.extended.update
+                )
+
+        tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
+        for target, _, score in self.triples():
+            strategy.extended.update(tensor_variable(target.variable), assign, args=(score,))
+
+    def constrain(self, weight: tf.Tensor, mask: Any, own: Any) -> Any:  # noqa: ARG002
+        """Return what an optimizer's step has made of scores.
+
+        Raises:
+            RuntimeError: it was a step on the kernels.
+        """
+        if not self._steps_under_way:
+            raise RuntimeError(self._missed())
+        return weight
+
+    def _missed(self) -> str:
+        return (
+            f"an optimizer step has changed the kernels of model {self.model.name!r}, which are "
+            "not what is trained while scores are. Train it by its own fit, by "
+            "AdversarialTraining, as a part of another model with pruning_callbacks(), or by "
+            "apply_gradients of its pruner; and compile anew what was trained before it was pruned."
+        )
+
+    @tf.autograph.experimental.do_not_convert
+    def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:  # noqa: ARG002
+        """Make sure that no optimizer step went past the scores; there is nothing else to do.
+
+        Raises:
+            RuntimeError: one has changed the kernels, whose change is lost.
+        """
+        optimizer = self.own_optimizer() if optimizer is None else optimizer
+        if not tf.executing_eagerly():
+            missed = not self._is_used
+        elif optimizers.trains(optimizer, [target.variable for target in self.targets]):
+            missed = int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
+        else:
+            missed = False
+        if missed:
+            raise RuntimeError(self._missed())
+
+    def reset_step_count(self, optimizer: Any = None) -> None:
+        """Take note that another optimizer takes over, whose steps so far were not counted."""
+        super().reset_step_count(optimizer)
+        self.register_optimizer(optimizer)
+
+    def register_optimizer(self, optimizer: Any) -> None:
+        """Take note of an optimizer that may keep something for the scores, to be forgotten."""
+        if optimizers.is_optimizer(optimizer):
+            self._known.add(optimizer)
+
+    def on_weights_set(self) -> None:
+        """Take weights that were set from outside for the dense ones; their scores begin anew.
+
+        Where they are zero, the dense weights stay what they were, and rank last. What is as the
+        pruner has it is no news.
+
+        Raises:
+            ValueError: a kernel is all zero or not finite.
+        """
+        every = self.state.masks
+        news = [
+            (target, dense, score)
+            for index, (target, dense, score) in zip(self._held(), self.triples(), strict=True)
+            if tf.reduce_any(tensor_variable(target.variable) != kept(dense, every[index]))
+        ]
+        try:
+            for target, _, _ in news:
+                _require_rankable(target, "the weights that were set")
+        except ValueError:
+            self.apply()  # nothing has been set
+            raise
+        for target, dense, score in news:
+            given = tf.convert_to_tensor(tensor_variable(target.variable))
+            alive = tf.not_equal(given, 0)
+            least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
+            below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
+            score.assign(_initial_scores(tf.where(alive, given, below), target))
+            dense.assign(tf.where(alive, given, dense))
+        if news:
+            self.choose()
+
+    def freeze(self) -> None:
+        """End the stage: keep the masks for good, and let the weights be trained again.
+
+        The model's pruner is from now on a frozen `Pruner`. What the optimizers keep for the
+        scores is forgotten.
+        """
+        self.choose()
+        super().freeze()
+        model, kept = self.model, [mask.numpy() for mask in self.state.masks]
+        self._known.update(optimizers.held(self.model))
+        self.detach()
+        pruner = Pruner.of_masks(
+            model,
+            self._found,
+            kept,
+            self.schedule.sparsity,
+            structure=self.structure,
+            scope=self._selection.scope,
+            min_weights=self._selection.min_weights,
+        )
+        tensor_variable(pruner.state.step).assign(self.steps)
+        for optimizer in self._known:
+            for target in self.targets:
+                optimizers.reset_companions(optimizer, target.variable, target.variable)
+
+    def finalize(self) -> None:
+        """End the stage, as `freeze` does."""
+        self.freeze()
+
+    def _seen(self) -> int:
+        return int(tensor_variable(self.state.seen).numpy())
+
+    def choose(self) -> None:
+        """Choose the weights to keep by the scores as they are, and let them act."""
+
+        def update(strategy: Any) -> None:
+            self._renew(strategy, tf.constant(self._asked))
+            self._mask_weights(strategy)
+
+        update_everywhere(self.model, update)
+
+    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
+        for target, _, score in self.triples():
+            variable = tensor_variable(target.variable)
+            strategy.extended.update(score, assign, args=(variable,))
+        super()._update(strategy, optimizer, is_constrained)
+        self._mask_weights(strategy)
+
+    def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
+        scores = self.state.scores
+        anything = [tf.ones(self.targets[index].shape, tf.bool) for index in indices]
+        return anything, [scores[index] for index in indices]
+
+    def _mask_weights(self, strategy: Any) -> None:
+        dense, every = self.state.dense, self.state.masks
+        for index in self._held():
+            variable = tensor_variable(self.targets[index].variable)
+            strategy.extended.update(variable, _act, args=(dense[index], every[index]))
+
+    def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
+        """Leave what an optimizer keeps for scores as it is: what is pruned may come back."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what brings the pruner back, given the same model; its state is saved beside."""
+        return {
+            "sparsity": self.schedule.sparsity,
+            "frequency": self.frequency,
+            "also_train": self.also_train,
+            **self._shared_config(),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
+        """Give `model` the pruner that `get_config` described.
+
+        Raises:
+            ValueError: the model lacks a weight that was pruned.
+        """
+        pruner = cls(
+            model,
+            config["sparsity"],
+            frequency=config["frequency"],
+            also_train=config["also_train"],
+            **cls._shared_options(config, model),
+        )
+        pruner._restore_left_out(config)
+        pruner.choose()
+        return pruner
+
+    def __repr__(self) -> str:
+        return (
+            f"ScorePruner({self.model.name!r}, {self.schedule.sparsity:g}, "
+            f"frequency={self.frequency}, also_train={self.also_train!r}, "
+            f"structure={self.structure!r}, scope={self._selection.scope!r}, "
+            f"min_weights={self._selection.min_weights})"
+        )
+
+
+def _initial_scores(weight: tf.Tensor, target: Target) -> tf.Tensor:
+    """Return the scores that a weight begins with: sqrt(6 / fan-in) · w / max|w|."""
+    if target.layout:
+        _, positions, inputs, _ = target.canonical_shape
+        fan_in = positions * inputs
+    else:  # as Keras' initializers have it
+        fan_in = math.prod(target.shape[:-1])
+    largest = tf.reduce_max(tf.abs(weight))
+    return tf.math.divide_no_nan(weight, largest) * tf.cast(math.sqrt(6.0 / fan_in), weight.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """The schedule of one sparsity throughout; masks are chosen every so many steps."""
+
+    sparsity: float
+    frequency: int
+
+    def __call__(self, step: Any) -> tuple[tf.Tensor, float]:
+        """Return whether to choose the masks anew at this step, and the sparsity."""
+        return tf.equal((tf.cast(step, tf.int64) - 1) % self.frequency, 0), self.sparsity
+
+
+def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
+    """Return what tells why a weight can't be pruned by scores, in a structure."""
+    otherwise = structures.unfit(structure, layers)
+
+    def reason(target: Target) -> str:
+        constraint = getattr(target.variable, "constraint", None)
+        if constraint is not None:
+            return (
+                f"its constraint {type(constraint).__name__} would act on the scores, which are "
+                "what is trained"
+            )
+        return otherwise(target)
+
+    return reason
+
+
+def _require_no_lora(layers: Iterable[Any]) -> None:
+    """Raise a ValueError if one of some layers has LoRA enabled, whose kernels get no gradients."""
+    if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
+        raise ValueError(
+            "method='scores' needs layers without LoRA, which freezes their kernels and trains "
+            f"two factors in their place; it is enabled in {', '.join(names)}. save_weights writes "
+            "the sums: load them into a model without LoRA, and prune that one."
+        )
+
+
+def _require_rankable(target: Target, where: str) -> None:
+    """Raise a ValueError if a kernel is all zero, or holds what is no number."""
+    largest = float(np.max(np.abs(tensor_variable(target.variable).numpy())))  # NaN if there is any
+    if not 0.0 < largest < math.inf:
+        raise ValueError(
+            f"{where}: kernel {target.name!r} has max|w| = {largest:g}, so there is nothing to "
+            "rank its weights by. Scores are for a network that has been trained: train or load "
+            "it first, or leave this kernel out by layers=."
+        )
+
+
+def _score_gradients(
+    pairs: optimizers.Pairs, factors: dict[Any, tuple[Any, Any]], frozen: set[Any]
+) -> optimizers.Pairs:
+    r"""Return the pairs to train scores by: gradients of kernels as those of their scores.
+
+    .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
+
+    Args:
+        pairs: of a gradient and a weight, those of kernels as they act.
+        factors: (dense weights, scores) of each kernel, by the keys of the kernels.
+        frozen: keys of other weights, which are left out.
+    """
+    result = []
+    for gradient, variable in pairs:
+        key = optimizers.key(variable)
+        if key in frozen:
+            continue
+        if key in factors and gradient is not None:
+            dense, score = factors[key]
+            gradient = tf.convert_to_tensor(gradient) * dense * tf.sign(score)
+        result.append((gradient, variable))
+    return result
+
+
+def _frozen_others(model: Any, also_train: str) -> set[Any]:
+    """Return the keys of a model's weights that are frozen while scores are trained."""
+    if also_train == "all":
+        return set()
+    trained: set[Any] = set()
+    if also_train == "normalization":
+        for layer in kernel_layers.flatten(model):
+            if kernel_layers.is_normalization(layer):
+                trained |= {optimizers.key(variable) for variable in layer.trainable_variables}
+    return {optimizers.key(variable) for variable in model.trainable_variables} - trained
+
+
+def _act(variable: Any, dense: Any, mask: Any) -> Any:
+    """Set a variable to dense weights, and to zero where their mask is False."""
+    return variable.assign(kept(dense, mask))
