@@ -1,4 +1,8 @@
-"""What differs between the two Kerases in training, in one place each."""
+"""What differs between the two Kerases in training, in one place each.
+
+A class that is to be a model, layer or callback of either Keras is written once, without a Keras
+base; `in_library` derives it from the base of one of them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,19 @@ import tensorflow as tf
 
 from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras
 
+_DERIVED: dict[tuple[Any, Any], Any] = {}
 _TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def in_library(cls: Any, base: Any) -> Any:
+    """Return the subclass of both `cls` and a class of one of the Kerases, the same each time."""
+    if issubclass(cls, base):
+        return cls
+    if (cls, base) in _DERIVED:
+        return _DERIVED[cls, base]
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    derived = type(base)(cls.__name__, (cls, base), {**namespace, "__doc__": cls.__doc__})
+    return _DERIVED.setdefault((cls, base), derived)
 
 
 def subclass_of_library(cls: type, public: type, kind: type) -> type:
@@ -148,26 +164,6 @@ def _compiled_when_called(model: Any, name: str) -> Callable[..., Any]:
         return function(*args)
 
     return step
-
-
-def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
-    """Call `update(strategy)` where it can change the model's variables on all devices.
-
-    Works eagerly, in a graph, under XLA, and in the replica context of a distribution strategy.
-    `update` is to change variables by `strategy.extended.update(variable, function, args)`.
-
-    Args:
-        model: a Keras model, for the strategy that its variables were made under.
-        update: what to do.
-    """
-    context = tf.distribute.get_replica_context()
-    if not tf.distribute.has_strategy():  # plain code, maybe on a model made under a strategy
-        with model.distribute_strategy.scope():
-            update(model.distribute_strategy)
-    elif context is None:
-        update(tf.distribute.get_strategy())
-    else:
-        context.merge_call(update)
 
 
 def is_variable(value: Any) -> bool:
