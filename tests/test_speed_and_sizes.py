@@ -16,8 +16,7 @@ from helpers import FLAVOURS, conv_model, dense_model, images
 
 from tscnc_tf import _timing, inspection
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
-from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, weights
-from tscnc_tf.inspection.speed import check, inputs, products
+from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, speed, weights
 
 both = pytest.mark.parametrize("k", list(FLAVOURS.values()), ids=list(FLAVOURS))
 ITEM = 4  # bytes of a float32
@@ -300,11 +299,11 @@ def test_the_sparse_product_is_the_layers_own_output(k, case, rng):
     name, options, shape = LAYERS[case]
     layer = getattr(k.layers, name)(**options)
     (weight,) = weights.kernels(one_layer(layer, shape, rng, 0.7))
-    assert products.obstacle(weight) == ""
+    assert speed._obstacle(weight) == ""
     x = tf.constant(rng.normal(size=(3, *shape)).astype(np.float32))
     expected = layer(x)
     assert np.ptp(expected) > 0.1
-    found = products.products(weight)
+    found = speed._products(weight)
     assert set(found) == OPERATIONS
     for product in found.values():
         outputs = tf.function(product)(x)
@@ -315,7 +314,7 @@ def test_the_sparse_product_is_the_layers_own_output(k, case, rng):
 def test_a_kernel_of_nothing_but_zeros_gives_the_bias(rng):
     layer = tf_keras.layers.Dense(5)
     (weight,) = weights.kernels(one_layer(layer, (4,), rng, 1.0))
-    for product in products.products(weight).values():
+    for product in speed._products(weight).values():
         np.testing.assert_array_equal(product(tf.ones((2, 4))), [layer.bias.numpy()] * 2)
 
 
@@ -323,7 +322,7 @@ def test_a_kernel_of_nothing_but_zeros_gives_the_bias(rng):
 def test_half_precision_is_multiplied_by_what_takes_it(k, rng):
     layer = k.layers.Dense(5, dtype="bfloat16")
     (weight,) = weights.kernels(one_layer(layer, (4,), rng))
-    ((name, product),) = products.products(weight).items()
+    ((name, product),) = speed._products(weight).items()
     assert name == "tf.sparse.sparse_dense_matmul"
     outputs = product(tf.ones((2, 4), tf.bfloat16))
     assert outputs.dtype == tf.bfloat16
@@ -350,13 +349,13 @@ def test_half_precision_is_multiplied_by_what_takes_it(k, rng):
 def test_layers_without_a_sparse_kernel(k, name, options, shape, reason, rng):
     model = one_layer(getattr(k.layers, name)(**options), shape, rng)
     for weight in weights.kernels(model):
-        assert products.obstacle(weight).startswith("no sparse kernel in TensorFlow")
-        assert products.obstacle(weight).endswith(reason)
+        assert speed._obstacle(weight).startswith("no sparse kernel in TensorFlow")
+        assert speed._obstacle(weight).endswith(reason)
 
 
 def test_few_zeros_are_not_worth_a_try(rng):
     (weight,) = weights.kernels(one_layer(tf_keras.layers.Dense(5), (4,), rng, 0.25))
-    assert products.obstacle(weight) == "a sparse product is not tried at 25 % zeros"
+    assert speed._obstacle(weight) == "a sparse product is not tried at 25 % zeros"
 
 
 # --- structure ------------------------------------------------------------------------------------
@@ -680,7 +679,7 @@ def test_an_operation_that_fails_is_not_the_end(rng, monkeypatch):
     def fail(x):
         raise tf.errors.ResourceExhaustedError(None, None, "no memory")
 
-    monkeypatch.setattr(check.products, "products", lambda weight: {"tf.none": fail})
+    monkeypatch.setattr(speed, "_products", lambda weight: {"tf.none": fail})
     report = inspection.speed_check(
         one_layer(tf_keras.layers.Dense(5), (4,), rng), batch_size=2, rounds=1
     )
@@ -701,10 +700,10 @@ def test_several_inputs_by_their_structure(k):
 
 def test_a_batch_is_cut_or_repeated():
     x = np.arange(3.0)[:, np.newaxis]
-    np.testing.assert_array_equal(inputs.fitted(x, 2), [[0.0], [1.0]])
-    np.testing.assert_array_equal(inputs.fitted(x, 5)[:, 0], [0.0, 1.0, 2.0, 0.0, 1.0])
-    assert inputs.fitted(x, 2).dtype == tf.float32
-    assert inputs.fitted(np.ones((2, 3), np.int32), 2).dtype == tf.int32
+    np.testing.assert_array_equal(speed._fitted(x, 2), [[0.0], [1.0]])
+    np.testing.assert_array_equal(speed._fitted(x, 5)[:, 0], [0.0, 1.0, 2.0, 0.0, 1.0])
+    assert speed._fitted(x, 2).dtype == tf.float32
+    assert speed._fitted(np.ones((2, 3), np.int32), 2).dtype == tf.int32
 
 
 def test_a_model_made_under_a_distribution_strategy(rng):
