@@ -166,6 +166,26 @@ def _compiled_when_called(model: Any, name: str) -> Callable[..., Any]:
     return step
 
 
+def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
+    """Call `update(strategy)` where it can change the model's variables on all devices.
+
+    Works eagerly, in a graph, under XLA, and in the replica context of a distribution strategy.
+    `update` is to change variables by `strategy.extended.update(variable, function, args)`.
+
+    Args:
+        model: a Keras model, for the strategy that its variables were made under.
+        update: what to do.
+    """
+    context = tf.distribute.get_replica_context()
+    if not tf.distribute.has_strategy():  # plain code, maybe on a model made under a strategy
+        with model.distribute_strategy.scope():
+            update(model.distribute_strategy)
+    elif context is None:
+        update(tf.distribute.get_strategy())
+    else:
+        context.merge_call(update)
+
+
 def is_variable(value: Any) -> bool:
     """Tell whether something is a variable of either Keras, or of TensorFlow."""
     return isinstance(value, keras.Variable | tf.Variable)
