@@ -1,6 +1,6 @@
-"""What differs between the two Kerases in training, in one place each.
+"""Training, callbacks and variables, where the two Kerases differ.
 
-A class that is to be a model, layer or callback of either Keras is written once, without a Keras
+A model, layer or callback for either Keras is written once, without a Keras
 base; `in_library` derives it from the base of one of them.
 """
 
@@ -68,7 +68,7 @@ def library_of(cls: type) -> types.ModuleType:
 
 
 class Trainer:
-    """Marks models that train another one, which is what is to be pruned or exported."""
+    """Marks models that train another one; the other one is pruned and exported."""
 
 
 class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
@@ -81,7 +81,7 @@ class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
         tf_keras.callbacks.Callback.__init__(self)
 
     def set_model(self, model: Any) -> None:
-        """Take note of the model, as Keras tells it."""
+        """Set the model; called by Keras."""
         self.model = model
 
 
@@ -121,7 +121,7 @@ def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManag
 
 
 def register_trainer(trainer: Any, *models: Any) -> None:
-    """Take note of a model that trains others, or parts of them, by compiled steps of its own.
+    """Register a model that trains others, or parts of them, in its own compiled steps.
 
     What it has compiled before it was known as such, it compiles anew.
     """

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras, _reports, _timing
-from tscnc_tf._keras import keras, models, tf_keras, wrappers
+from tscnc_tf import _checks, _keras, _probe, _reports, _timing
+from tscnc_tf._keras import keras, tf_keras, wrappers
 from tscnc_tf._timing import Timed, Times, compiled
 from tscnc_tf.inspection import weights
 
@@ -301,7 +301,11 @@ def speed_check(
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     rounds = _checks.integer("rounds", rounds, minimum=1)
     seed = _checks.integer("seed", seed, minimum=0)
-    batch = _drawn(model, batch_size, seed) if x is None else _fitted(x, batch_size)
+    if x is None:
+        drawn = _probe.draw(model, batch_size, seed=seed, name="x")
+        batch = tf.nest.map_structure(tf.constant, drawn)
+    else:
+        batch = _fitted(x, batch_size)
     network = _keras.inference(model)  # applies the masks
     found = weights.kernels(model)
     if not found:
@@ -514,28 +518,6 @@ def _patches(layer: Any, x: tf.Tensor) -> tf.Tensor:
             x, (1, *sizes, 1), (1, *strides, 1), (1, *rates, 1), padding
         )
     return tf.squeeze(patches, axis=1) if is_1d else patches
-
-
-def _drawn(model: Any, batch_size: int, seed: int) -> Any:
-    """Return a batch drawn from U[0, 1) in the structure of the model's inputs."""
-    if not _keras.is_graph_model(model):
-        raise ValueError(
-            f"model {model.name!r} is a subclassed model ({type(model).__name__}), so the shape of "
-            "its inputs is not known: pass x=, a batch of inputs as the model takes them."
-        )
-    generator = np.random.default_rng(seed)
-
-    def draw(symbol: Any) -> tf.Tensor:
-        values = models.draw(symbol, batch_size, generator)
-        if values is None:
-            raise ValueError(
-                f"model {model.name!r} has an input of shape {tuple(symbol.shape)} and dtype "
-                f"{tf.as_dtype(symbol.dtype).name}, and only floats of known shape can be drawn: "
-                "pass x=, a batch of inputs as the model takes them."
-            )
-        return tf.constant(values)
-
-    return tf.nest.map_structure(draw, models.symbols(model))
 
 
 def _fitted(x: Any, batch_size: int) -> Any:
