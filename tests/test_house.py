@@ -14,7 +14,6 @@ import tscnc_tf
 PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
 LAYERS = {
     "_keras": 0,
-    "_asserts": 0,
     "_checks": 0,
     "_configs": 0,
     "_reports": 0,

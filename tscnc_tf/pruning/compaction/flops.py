@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tscnc_tf.pruning.compaction import vocabulary
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.compaction.graph import Call
 
 
@@ -18,10 +18,10 @@ def count(call: Call, layer: Any) -> int | None:
         layer: the layer whose kernels count.
     """
     name = type(layer).__name__
-    convolutions = (*vocabulary.CONVOLUTIONS, *vocabulary.DEPTHWISE, *vocabulary.SEPARABLE)
+    convolutions = (*kernel_layers.CONVOLUTIONS, *kernel_layers.DEPTHWISE, *kernel_layers.SEPARABLE)
     if name in convolutions:
         positions = call.outputs[0].positions
-    elif name == "Dense" or name in vocabulary.TRANSPOSED:
+    elif name == "Dense" or name in kernel_layers.TRANSPOSED:
         positions = call.inputs[0].positions
     else:
         return None

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.compaction import vocabulary
 from tscnc_tf.pruning.compaction.graph import Call, Tensor
 from tscnc_tf.pruning.compaction.operations import (
@@ -92,11 +93,11 @@ class Reader:
             raise _NotUnderstoodError("is not understood")
         if name == "Dense":
             return self._dense(call)
-        if name in vocabulary.CONVOLUTIONS or name in vocabulary.TRANSPOSED:
-            return self._convolution(call, transposed=name in vocabulary.TRANSPOSED)
-        if name in vocabulary.DEPTHWISE:
+        if name in kernel_layers.CONVOLUTIONS or name in kernel_layers.TRANSPOSED:
+            return self._convolution(call, transposed=name in kernel_layers.TRANSPOSED)
+        if name in kernel_layers.DEPTHWISE:
             return self._depthwise(call)
-        if name in vocabulary.SEPARABLE:
+        if name in kernel_layers.SEPARABLE:
             return self._separable(call)
         if name == "BatchNormalization":
             return [self._normalisation(call)]

@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tscnc_tf._keras import layers
 from tscnc_tf.pruning.compaction.graph import Call
 
-CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
-TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
-DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
-SEPARABLE = ("SeparableConv1D", "SeparableConv2D")
 ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU", "Activation")
 DROPOUT = ("Dropout", "SpatialDropout", "GaussianDropout", "GaussianNoise", "AlphaDropout")
 MOVING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "UpSampling", "Cropping")
@@ -88,7 +85,7 @@ def sees_no_border(call: Call) -> bool:
 
 def border_reason(call: Call) -> str:
     """Return what keeps a constant from being folded through a layer, where something does."""
-    if type(call.layer).__name__ in TRANSPOSED:
+    if type(call.layer).__name__ in layers.TRANSPOSED:
         return f"{call.name!r} adds up fewer windows at its border, so a constant is none after it"
     padding = getattr(call.layer, "padding", "valid")
     return f"{call.name!r} pads a constant with zeros (padding={padding!r})"
