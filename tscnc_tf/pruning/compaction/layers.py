@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.compaction.graph import Call, Tensor
 from tscnc_tf.pruning.compaction.operations import (
     Barrier,
@@ -26,10 +27,6 @@ from tscnc_tf.pruning.compaction.operations import (
 )
 
 # Names of layers, in both Kerases.
-_CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
-_TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
-_DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
-_SEPARABLE = ("SeparableConv1D", "SeparableConv2D")
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU", "Activation")
 _DROPOUT = ("Dropout", "SpatialDropout", "GaussianDropout", "GaussianNoise", "AlphaDropout")
 _MOVING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "UpSampling", "Cropping")
@@ -126,11 +123,11 @@ class Reader:
             raise _NotUnderstoodError("is not understood")
         if name == "Dense":
             return self._dense(call)
-        if name in _CONVOLUTIONS or name in _TRANSPOSED:
-            return self._convolution(call, transposed=name in _TRANSPOSED)
-        if name in _DEPTHWISE:
+        if name in kernel_layers.CONVOLUTIONS or name in kernel_layers.TRANSPOSED:
+            return self._convolution(call, transposed=name in kernel_layers.TRANSPOSED)
+        if name in kernel_layers.DEPTHWISE:
             return self._depthwise(call)
-        if name in _SEPARABLE:
+        if name in kernel_layers.SEPARABLE:
             return self._separable(call)
         if name == "BatchNormalization":
             return [self._normalisation(call)]
@@ -314,10 +311,10 @@ def count_flops(call: Call, layer: Any) -> int | None:
         layer: the layer whose kernels count.
     """
     name = type(layer).__name__
-    convolutions = (*_CONVOLUTIONS, *_DEPTHWISE, *_SEPARABLE)
+    convolutions = (*kernel_layers.CONVOLUTIONS, *kernel_layers.DEPTHWISE, *kernel_layers.SEPARABLE)
     if name in convolutions:
         positions = call.outputs[0].positions
-    elif name == "Dense" or name in _TRANSPOSED:
+    elif name == "Dense" or name in kernel_layers.TRANSPOSED:
         positions = call.inputs[0].positions
     else:
         return None
@@ -368,7 +365,7 @@ def _needs_no_padding(call: Call) -> bool:
 
 def _border_reason(call: Call) -> str:
     """Return what keeps a constant from being folded through a layer, where something does."""
-    if type(call.layer).__name__ in _TRANSPOSED:
+    if type(call.layer).__name__ in kernel_layers.TRANSPOSED:
         return f"{call.name!r} adds up fewer windows at its border, so a constant is none after it"
     padding = getattr(call.layer, "padding", "valid")
     return f"{call.name!r} pads a constant with zeros (padding={padding!r})"
