@@ -51,9 +51,7 @@ def export_onnx(
         probe: as for `export_saved_model`.
         opset: the version of ONNX's operations, from 13 to what tf2onnx knows (18); None for the
             default of tf2onnx (15).
-        overwrite: whether a file of this format at `path` is replaced. It stays until the new one
-            is written and checked, and is replaced in one step; nothing else is replaced but an
-            empty file. If `path` is a link, it is the file that it leads to.
+        overwrite: as for `export_litert`.
 
     Returns:
         A `FileExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
