@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import keras, layers, tf_keras
+from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras
 
 _DERIVED: dict[tuple[Any, Any], Any] = {}
 _TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -29,6 +29,37 @@ def in_library(cls: Any, base: Any) -> Any:
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     derived = type(base)(cls.__name__, (cls, base), {**namespace, "__doc__": cls.__doc__})
     return _DERIVED.setdefault((cls, base), derived)
+
+
+def subclass_of_library(cls: type, public: type, kind: type) -> type:
+    """Return the class to make where `cls` was called and `kind` is `public` in one of the Kerases.
+
+    Raises:
+        TypeError: `cls` is a user's subclass of `public`, and not of `kind`.
+    """
+    if cls is public:
+        return kind
+    if not issubclass(cls, kind):
+        raise TypeError(
+            f"{cls.__name__} derives from {public.__name__}, which is of no Keras by itself: "
+            f"derive it from {kind.__module__}.{kind.__qualname__} for this one."
+        )
+    return cls
+
+
+def registered_as(name: str) -> Callable[[type], type]:
+    """Return a decorator of a class that is one of two, of both Kerases, known by one name.
+
+    It registers the class by that name in its Keras, and sets `__name__` to it, by which Keras
+    names layers, and weights in `.keras` files. The class's `__qualname__`, by which pickles find
+    it, stays its own.
+    """
+
+    def decorate(cls: type) -> type:
+        cls.__name__ = name
+        return library_of(cls).saving.register_keras_serializable(PACKAGE)(cls)
+
+    return decorate
 
 
 def library_of(cls: type) -> types.ModuleType:
