@@ -399,7 +399,7 @@ def test_data_that_are_not_there_are_named_as_the_recipe_names_them(tmp_path):
     ("values", "words"),
     [
         ({"network.architecture": "vgg-16"}, r"network 'vgg-16' can't be built for images of \(8"),
-        ({"data.validation": 0}, "data.validation must leave images to judge networks by, got 0"),
+        ({"data.validation": 0}, "data.validation must leave images to evaluate on, got 0"),
         ({"data.train_examples": 10**6}, "data.train_examples=1000000, .*: n_train must be from"),
         ({"data.folder": "/tmp"}, "^data.dataset='digits', data.folder='/tmp', .*: folder is for"),
         ({"gates.sparsity_factor": 1.0, "gates.layers": "no_*"}, "^train: .*no_"),

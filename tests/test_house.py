@@ -40,6 +40,10 @@ LAYERS = {
     "__init__": 6,
     "__main__": 6,
 }
+KERAS = (
+    *("__init__", "adapted", "layers", "flavours", "optimizers"),
+    *("wrappers", "gated", "models", "cloning", "masks"),
+)
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -69,6 +73,17 @@ def test_imports_go_down(path):
         there = name.split(".")[1]
         if there in LAYERS and there != here:
             assert LAYERS[there] < LAYERS[here], f"{here} must not import {there}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "_keras").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_down_among_the_modules_for_keras(path):
+    """Those inside of functions aside, in `inference`, which the package itself offers."""
+    below = KERAS[: KERAS.index(path.stem)]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("tscnc_tf._keras"):
+            _, _, module = node.module.partition("tscnc_tf._keras.")
+            found = {module or alias.name for alias in node.names}
+            assert not {name for name in found if name in KERAS} - set(below)
 
 
 def test_every_package_has_a_layer():

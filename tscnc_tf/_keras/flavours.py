@@ -1,8 +1,4 @@
-"""Training, callbacks and variables, where the two Kerases differ.
-
-A model, layer or callback for either Keras is written once, without a Keras
-base; `in_library` derives it from the base of one of them.
-"""
+"""Training, callbacks, classes and variables, where the two Kerases differ."""
 
 from __future__ import annotations
 
@@ -16,19 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras
 
-_DERIVED: dict[tuple[Any, Any], Any] = {}
 _TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def in_library(cls: Any, base: Any) -> Any:
-    """Return the subclass of both `cls` and a class of one of the Kerases, the same each time."""
-    if issubclass(cls, base):
-        return cls
-    if (cls, base) in _DERIVED:
-        return _DERIVED[cls, base]
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    derived = type(base)(cls.__name__, (cls, base), {**namespace, "__doc__": cls.__doc__})
-    return _DERIVED.setdefault((cls, base), derived)
 
 
 def subclass_of_library(cls: type, public: type, kind: type) -> type:

@@ -17,6 +17,7 @@ The masks are no weights of the model: `get_weights`, `count_params` and the sum
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -28,7 +29,6 @@ from tf_keras.src.saving.serialization_lib import in_tf_saved_model_scope
 from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras, wrappers
 from tscnc_tf._keras.flavours import (
     depending_on_batch,
-    in_library,
     is_variable,
     library_of,
     reset_functions,
@@ -37,7 +37,7 @@ from tscnc_tf._keras.flavours import (
 from tscnc_tf._keras.optimizers import key
 
 PRUNER = "_attached_pruner"  # where the object of a model holds its pruner
-_Base: Any = object  # a model or layer of either Keras; `in_library` puts it there
+_Base: Any = object  # a model or layer of either Keras; `_derived` replaces it
 
 
 class AttachedPruner(Protocol):
@@ -534,6 +534,13 @@ class ScoringState(PruningState):
         return [tensor_variable(getattr(self, f"score_{i}")) for i in range(self._count)]
 
 
+@functools.cache
+def _derived(mixin: Any, base: Any) -> Any:
+    """Return the subclass of a mixin and a class of one of the Kerases, the same each time."""
+    names = {"__module__": mixin.__module__, "__qualname__": mixin.__qualname__}
+    return type(base)(mixin.__name__, (mixin, base), {**names, "__doc__": mixin.__doc__})
+
+
 def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> Any:
     """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes.
 
@@ -545,8 +552,8 @@ def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> 
     layer = library_of(type(model)).layers.Layer
     with model.distribute_strategy.scope():
         if dtypes is None:
-            return in_library(PruningState, layer)(**arguments)
-        return in_library(ScoringState, layer)(**arguments, dtypes=dtypes)
+            return _derived(PruningState, layer)(**arguments)
+        return _derived(ScoringState, layer)(**arguments, dtypes=dtypes)
 
 
 def attach(model: Any, pruner: AttachedPruner) -> None:
@@ -555,13 +562,13 @@ def attach(model: Any, pruner: AttachedPruner) -> None:
     Raises:
         ValueError: the model has an attribute `pruner` of its own.
     """
-    plain = type(model)
+    plain: Any = type(model)
     if hasattr(model, "pruner"):
         raise ValueError(
             f"model {model.name!r} has an attribute 'pruner' of its own, which is where its Pruner "
             "is found: give it another name."
         )
-    masked: Any = in_library(MaskedModel, plain)
+    masked: Any = _derived(MaskedModel, plain)
     masked._plain = plain
     masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
     _register(masked, library_of(plain))
@@ -592,4 +599,4 @@ def _register(cls: type, library: Any) -> None:
 
 
 for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
-    _register(in_library(MaskedModel, _base), library_of(_base))
+    _register(_derived(MaskedModel, _base), library_of(_base))

@@ -62,8 +62,7 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
     for part in ("validation", "test"):
         if not len(getattr(data, f"y_{part}")):
             raise ValueError(
-                f"data.{part} must leave images to judge networks by, got "
-                f"{getattr(recipe.data, part)!r}."
+                f"data.{part} must leave images to evaluate on, got {getattr(recipe.data, part)!r}."
             )
     model = network(recipe, data)
     for stage in STAGES:
