@@ -55,7 +55,7 @@ class Attack(_configs.Configurable, abc.ABC):
 
         Args:
             model: a Keras model of either flavour, run in inference mode, or any callable from x
-                to logits. Of probabilities an attack finds less, and says nothing.
+                to logits. On probabilities an attack is weaker, without a warning.
             x: `(batch, ...)`, a float tensor or array inside `bounds`.
             y: integer labels `(batch,)` or `(batch, 1)`, or one-hot or soft ones `(batch,
                 classes)`; the classes to reach, for a targeted attack. Smoothed labels are
@@ -134,7 +134,7 @@ class Attack(_configs.Configurable, abc.ABC):
         return f"{type(self).__name__} {self._ball}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack: JSON values, None where it does not apply."""
+        """Return the description for reports: JSON values, None where a key does not apply."""
         return {
             "name": self.name,
             "epsilon": _checks.as_written(self.epsilon),

@@ -1,4 +1,4 @@
-"""Attacks of other libraries, under the same roof."""
+"""Attacks that are functions, such as those of other libraries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tscnc_tf.attacks.base import Attack
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Custom(Attack):
-    """Any function `(model, x, y) -> x_adv`, with the ball that it promises to keep to.
+    """Any function `(model, x, y) -> x_adv`, with the ball that it declares.
 
-    The result is handed on as it is: `epsilon`, `norm` and `bounds` declare what an evaluation
+    The result is returned unchanged: `epsilon`, `norm` and `bounds` declare what an evaluation
     holds it to. The function gets the model that the attack was called with, and x and y as
     tensors; its randomness is its own, `seed` does not reach it.
 

@@ -408,7 +408,7 @@ class Ascent:
 
     def _value(self, logits: tf.Tensor) -> tf.Tensor:
         if self._objective == "kl":
-            # Softmax doesn't mind the shift, but its rounding does: the top class's gradient is
+            # The shift doesn't change softmax, but its rounding: the top class's gradient is
             # now minus the sum of the others', where 1 - 1 would be noise larger than they are.
             top = tf.argmax(self._reference, axis=-1)
             shifted = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]

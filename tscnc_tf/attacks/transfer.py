@@ -17,11 +17,11 @@ class Transfer(Attack):
     """Adversarial examples that are found on one model, for another one to be judged by.
 
     The attack runs on `source`, whatever model it is called with; the ball and the bounds are those
-    of the attack inside. This is how to measure again what has no gradient, such as a network that
-    was exported or quantised: let it face what was found on the network that it was made from.
+    of the attack inside. It measures a model without a gradient, such as an exported or
+    quantised network, on adversarial examples of the network that it was made from.
 
-    An adversary who attacks the model itself may find more, so the accuracy that is left is an
-    upper bound of the robust accuracy; nor is it better than the gradient of `source`.
+    An attack on the model itself may find more, so the accuracy that is left is an upper bound of
+    the robust accuracy; it is only as reliable as the gradient of `source`.
 
     Args:
         source: the model that is attacked: of either Keras, or any callable from x to logits.
@@ -81,7 +81,7 @@ class Transfer(Attack):
 
     @property
     def uses_gradient(self) -> bool:
-        """False: the model that it is called with is not even looked at."""
+        """False: it does not use the model that it is called with."""
         return False
 
     @property
@@ -90,7 +90,7 @@ class Transfer(Attack):
         return f"{self.attack.name} from {self._source_name}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what the attack inside says of itself, and the name of the source besides."""
+        """Return the description of the attack inside, and the name of the source."""
         return self.attack.describe() | {"name": self.name, "source": self._source_name}
 
     @property

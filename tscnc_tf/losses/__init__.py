@@ -1,10 +1,10 @@
-"""What adversaries ascend and what robust training descends.
+"""Objectives of adversaries, and losses of robust training.
 
 The functions take labels first: integers of shape `(batch,)` or `(batch, 1)`, or one-hot or soft
 labels of shape `(batch, classes)`. They compute in float32 at least, whatever the dtype of the
 logits, and return one value per example, of shape `(batch,)`.
 
-`TRADES`, `Madry`, `MART` and `RSLAD` say how a training step is made of them.
+`TRADES`, `Madry`, `MART` and `RSLAD` define the loss of a training step by them.
 """
 
 from tscnc_tf.losses.distillation import RSLAD

@@ -1,4 +1,4 @@
-"""Losses by which a robust network teaches a smaller one."""
+"""Distillation of a robust network into a smaller one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of robust training: what the adversary ascends and what the training step descends."""
+"""Losses of robust training: the objective of the adversary and the loss of the step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RobustLoss(_configs.Configurable, abc.ABC):
 
     Attributes:
         objective: what the loss's own adversary ascends, "cross_entropy" or "kl".
-        start: where that adversary starts: "uniform" in the ball, or "gaussian", a hair beside x.
+        start: where that adversary starts: "uniform" in the ball, or "gaussian", x + 0.001 N(0, 1).
         uses_clean: whether the clean batch takes part in the training forward pass.
         adds_clean_loss: whether cross-entropy on the clean batch is added to the robust term.
     """
@@ -46,8 +46,8 @@ class RobustLoss(_configs.Configurable, abc.ABC):
     def reference(self, x: tf.Tensor) -> tf.Tensor | None:  # noqa: ARG002
         """Return logits that stand for the network's own clean ones, None if there are none.
 
-        A training step asks once, outside of the attack. The adversary of objective "kl" leads
-        away from them, and `robust` is given them as `reference_logits`.
+        A training step asks once, outside of the attack. The adversary of objective "kl" maximizes
+        the divergence from them, and `robust` is given them as `reference_logits`.
 
         Args:
             x: the clean batch.
@@ -120,7 +120,7 @@ class Madry(RobustLoss):
 @final
 @dataclasses.dataclass(frozen=True)
 class MART(RobustLoss):
-    r"""MART: adversarial training that minds the examples which are misclassified anyway.
+    r"""MART: adversarial training that weights the KL divergence by the error on the clean example.
 
     .. math:: \mathrm{BCE}(y, p(x')) + \beta\,\mathrm{KL}(p(x) \| p(x'))\,(1 - p_y(x)), \qquad
         \mathrm{BCE}(y, p) = -\log p_y - \log(1 - \max_{k\ne y} p_k)

@@ -80,8 +80,8 @@ def kl_divergence(reference_logits: Any, logits: Any) -> tf.Tensor:
     if not reference.shape[1:].is_compatible_with(logits.shape[1:]):
         raise ValueError(
             "reference_logits must be for the same classes as logits, got shapes "
-            f"{reference.shape} and {logits.shape}: a teacher must know the classes of the network "
-            "that it teaches, and no others."
+            f"{reference.shape} and {logits.shape}: teacher and student must have "
+            "the same classes."
         )
     log_p = tf.nn.log_softmax(tf.cast(reference, logits.dtype))
     log_q = tf.nn.log_softmax(logits)
@@ -93,8 +93,8 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
 
     With :math:`p = \mathrm{softmax}(z)` it is :math:`\log((1 - p_y)/p_y)`, so that cross-entropy is
     `softplus(log_odds)`: both rank all inputs alike and their gradients point the same way. But the
-    gradient of cross-entropy carries the factor :math:`1 - p_y`, which rounds to 0 on an example
-    that the network is sure of, where this one never vanishes.
+    gradient of cross-entropy has the factor :math:`1 - p_y`, which rounds to 0 on an example
+    that the network is certain of, where this one does not vanish.
 
     Soft labels q, of shape `(batch, classes)`, say how far each class is one of the example's own:
 
@@ -103,7 +103,7 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
 
     so smoothing changes nothing (m stays what it is), and of a mixture in equal parts it is the
     log-odds of being neither class. (Cross-entropy would not do: with q it is least where p is q,
-    and grows as p gets surer than that, so to ascend it would help a network that is sure.) Where
+    and grows as p gets more certain than that, so ascent would raise the confidence.) Where
     all entries are equal, y is the first class.
 
     Args:
@@ -134,7 +134,7 @@ def _soft_log_odds(rows: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     width = tf.reduce_max(rows, axis=-1, keepdims=True) - smallest
     first = tf.one_hot(tf.zeros_like(width[:, 0], tf.int64), tf.shape(rows)[1], dtype=rows.dtype)
     share = tf.where(width > 0, tf.math.divide_no_nan(rows - smallest, width), first)
-    # The value doesn't mind this shift, but the gradient's rounding does: the top class's is now
+    # The shift doesn't change the value, but the gradient's rounding: the top class's is now
     # minus the sum of the others', where 1 - 1 would be noise larger than they are.
     top = tf.argmax(logits, axis=-1)
     logits = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]

@@ -1,4 +1,4 @@
-"""What comes into training: an attack, a loss, batches and arrays."""
+"""Checks of what training is given: an attack, a loss, batches and arrays."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def as_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
     x = tf.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
     if not tf.is_tensor(x):
         raise TypeError(
-            f"x must be one tensor per batch, got a {type(x).__name__}: what is attacked is one "
+            f"x must be one tensor per batch, got a {type(x).__name__}: an attack changes one "
             "input. Wrap the model into one that takes one tensor."
         )
     _checks.require_floats(x)

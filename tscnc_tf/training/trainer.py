@@ -52,15 +52,15 @@ class AdversarialTraining(flavours.Trainer, _Base):
     (what the robust loss adds, its factor included), `penalty`, `clean_accuracy` and
     `adversarial_accuracy`, and the metrics given to `compile`, which see the clean batch. With
     TRADES `loss = clean_loss + robust_loss + penalty`; with the others the clean loss is shown, but
-    no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; what to
-    report is `evaluate_robustness`. Callbacks that watch an accuracy here, such as EarlyStopping
-    or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, are given `mode="max"`: Keras 3
-    does not know which way is up for a mean, and raises an error without. (tf_keras takes it from
-    the name.)
+    no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; results
+    to report are those of `evaluate_robustness`. Callbacks that watch an accuracy here, such as
+    EarlyStopping or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, are given
+    `mode="max"`: Keras 3 can not tell whether a mean is to be minimized or maximized, and raises an
+    error without. (tf_keras takes it from the name.)
 
     Each batch is checked, in front of what XLA compiles, and a ValueError says what is wrong with
     it: inputs outside of the attack's bounds, labels out of range, soft labels that don't sum to 1.
-    In the first batch the networks' outputs are looked at as well (not under a distribution
+    In the first batch the networks' outputs are checked as well (not under a distribution
     strategy): probabilities are refused. Labels are integers of any dtype, one-hot or soft; of soft
     ones the losses take the rows as they are, the accuracies the largest entry, and the adversary
     what `losses.log_odds` says, which smoothing doesn't change.
@@ -252,8 +252,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def _build(self) -> None:
         """Let the optimizer make its variables.
 
-        In a step it would do so behind the checks, and be left with what has no value by one that
-        fails.
+        In a step they would be made after the checks, and have no value if a check fails.
         """
         with self.distribute_strategy.scope():
             optimizers.build(self.optimizer, self.model.trainable_variables)
@@ -312,8 +311,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def jit_compile(self) -> bool:
         """Whether XLA compiles the steps, but for the checks of a batch, which go before.
 
-        XLA drops checks. So Keras is told no while it makes the steps, and what follows the checks
-        is compiled here. (With several replicas Keras compiles the whole, and nothing is checked.)
+        XLA drops checks. So Keras is told that XLA is off while it makes the steps, and what
+        follows the checks is compiled here. (With several replicas Keras compiles the whole, and
+        nothing is checked.)
         """
         return self._wants_xla and not self._checks_before_xla
 
@@ -418,8 +418,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:
         """Return the clean logits in inference mode, if anything in this step needs them."""
-        leads_away = self._adversary.objective == "kl" and reference is None
-        needed = leads_away or not self.robust_loss.uses_clean
+        needs_reference = self._adversary.objective == "kl" and reference is None
+        needed = needs_reference or not self.robust_loss.uses_clean
         return self._inference(x) if needed else None
 
     def _perturb(self, x: Any, y: Any, seed: tf.Tensor, clean: Any, reference: Any) -> tf.Tensor:

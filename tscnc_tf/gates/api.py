@@ -1,4 +1,4 @@
-"""Put gates into a model that exists already, and multiply them into its weights in the end."""
+"""Put gates into a model that exists already, and multiply them into its weights at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import cloning, flavours, gated, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.models import listed, selector
-from tscnc_tf.gates.groups import kind_of
-from tscnc_tf.gates.layer import Gated
+from tscnc_tf.gates.layer import Gated, kind_of
 
 
 def add_gates(
@@ -31,10 +30,10 @@ def add_gates(
 ) -> Any:
     r"""Return a copy of a model with gates on the filters and input units of its layers.
 
-    Each chosen convolution or dense layer is put into a `Gated`, which bears its name; weights are
-    the same. Outputs are not: gates begin partly open (at a `drop_rate` of 0.3 they are about 0.74
-    at inference), which the training that follows makes up for. With the defaults the penalty of a
-    layer is :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
+    Each chosen convolution or dense layer is put into a `Gated` of its name; weights are the same.
+    Outputs are not: gates begin partly open (at a `drop_rate` of 0.3 they are about 0.74 at
+    inference), so the model must be trained afterwards. With the defaults the penalty of a layer is
+    :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
 
     Train the copy as any model. What is closed by then is cut by `fold`. To prune single weights as
     well, add the gates first, then call `prune`: a pruned model takes no gates. Keras' `quantize`
@@ -170,8 +169,8 @@ class _Gating(cloning.Rebuilder):
         self._options = options
         self._seed = _checks.integer("seed", seed, minimum=0)
         self._calls = kernel_layers.calls(model)
-        # Who chooses a layer chooses the layers inside it. The model itself is not asked: "not the
-        # last layer" holds for it, too.
+        # A chosen layer includes the layers inside it. The model itself is not tested: a predicate
+        # such as "not the last layer" holds for it, too.
         self._chosen = {
             id(inner)
             for part in kernel_layers.flatten(model)
