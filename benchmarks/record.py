@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from benchmarks.measure import Ratio, Summary, Timing
+from benchmarks.measure import Ratio, Timing
 from tscnc_tf import _files, _reports
 
 _DISTRIBUTIONS = (
@@ -84,7 +84,12 @@ def environment() -> dict[str, Any]:
 def write(options: Options, name: str, values: dict[str, Any]) -> pathlib.Path:
     """Write `<name>.json` into the output folder; summaries become dictionaries."""
     path = options.output / f"{name}.json"
-    whole = {"benchmark": name, "smoke": options.smoke, **environment(), **_plain(values)}
+    whole = {
+        "benchmark": name,
+        "smoke": options.smoke,
+        **environment(),
+        **_reports.jsonable(values),
+    }
     _files.write_text(path, json.dumps(whole, indent=2) + "\n")
     return path
 
@@ -124,14 +129,6 @@ def spread(ratio: Ratio) -> str:
         f"of the fastest rounds {ratio.of_fastest:.3f}, of single rounds {rounds.median:.3f} "
         f"(quartiles {rounds.lower_quartile:.3f} to {rounds.upper_quartile:.3f})"
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Summary | Timing | Ratio):
-        return value.as_dict()
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _processor() -> str:

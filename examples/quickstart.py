@@ -16,10 +16,6 @@ import json
 import pathlib
 import shutil
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tf_keras
 from rich.box import SIMPLE_HEAD
@@ -116,12 +112,7 @@ def judge(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
         served, x, y, attacks=JUDGES, batch_size=256, seed=seed, progress=False
     )
     conditions = tscnc.inspection.condition_numbers(model)
-    return {
-        "export": export,
-        "robustness": robustness,
-        "conditions": conditions,
-        "singular_values": tscnc.inspection.singular_values(model),
-    }
+    return {"export": export, "robustness": robustness, "conditions": conditions}
 
 
 def show(results: dict, console: Console) -> None:
@@ -149,20 +140,8 @@ def show(results: dict, console: Console) -> None:
 
 def draw(results: dict, path: pathlib.Path) -> None:
     """Draw the singular values of every kernel, one panel a layer."""
-    names = list(next(iter(results.values()))["singular_values"])
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3.2), sharey=True)
-    for axis, name in zip(axes, names, strict=True):
-        for label, result in results.items():
-            values = np.maximum(result["singular_values"][name], 1e-6)
-            style = "-" if label.startswith("TSCNC") else ":"
-            axis.plot(values, style, marker=".", markersize=3, label=label)
-        axis.set(title=name, xlabel="index", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("singular value (1e-6: zero)")
-    axes[-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    (label, first), *others = ((name, result["conditions"]) for name, result in results.items())
+    first.plot(label=label, others=dict(others)).savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from tscnc_tf._keras import flavours
+from tscnc_tf._keras import flavours, tfmot, wrappers
 
 FLAVOURS = {"tf_keras": tf_keras, "keras": keras}
 
@@ -56,6 +56,14 @@ def conv_model(library=tf_keras, classes=3):
     x = layers.ReLU()(x)
     x = layers.GlobalAveragePooling2D()(x)
     return library.Model(inputs, layers.Dense(classes, name="logits")(x))
+
+
+def with_wrapper_masks(model, rng, share=0.5):
+    """Wrap a tf_keras model by tfmot, and set masks that the (dense) weights don't follow yet."""
+    wrapped = tfmot().sparsity.keras.prune_low_magnitude(model)
+    for _, mask in wrappers.pruned_variables(wrapped):
+        mask.assign((rng.uniform(size=mask.shape) >= share).astype(np.float32))
+    return wrapped
 
 
 def blobs(count=96, inputs=6, classes=3, seed=0):

@@ -19,9 +19,9 @@ import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS
 
-from tscnc_tf import _files, _keras, attacks, export, inspection, losses, training
+from tscnc_tf import _files, _keras, _probe, attacks, export, inspection, losses, training
 from tscnc_tf._keras import wrappers
-from tscnc_tf.export import checked, manifest, probes, readiness, saving
+from tscnc_tf.export import checked, manifest, readiness, saving
 
 layers = tf_keras.layers
 tfmots = _keras.tfmot().sparsity.keras
@@ -859,9 +859,11 @@ def test_names_that_no_argument_can_have(tmp_path, name, keyword):
 
 def test_the_tolerance_follows_the_largest_logit():
     model = dense()
-    assert probes.tolerance(model, [np.array([0.5])]) == pytest.approx(1e-4)
-    assert probes.tolerance(model, [np.array([3.0]), np.array([-20.0])]) == pytest.approx(2e-3)
-    assert probes.difference([np.zeros((2, 3))], [np.zeros((2, 1))]) == np.inf
+    assert _probe.tolerance(model, [np.array([0.5])], float32=1e-4) == pytest.approx(1e-4)
+    assert _probe.tolerance(
+        model, [np.array([3.0]), np.array([-20.0])], float32=1e-4
+    ) == pytest.approx(2e-3)
+    assert _probe.difference([np.zeros((2, 3))], [np.zeros((2, 1))]) == np.inf
 
 
 # Loading

@@ -21,6 +21,7 @@ FLOORS = {
     "_files": 0,
     "_extras": 0,
     "_plots": 1,
+    "_probe": 1,
     "_timing": 1,
     "functional": 1,
     "losses": 1,

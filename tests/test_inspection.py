@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import with_wrapper_masks
 
 from tscnc_tf import _checks, _reports, inspection, pruning
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
@@ -33,14 +34,6 @@ def with_spectrum(rng, shape, spectrum):
     middle = np.zeros(shape)
     np.fill_diagonal(middle, spectrum)
     return left @ middle @ right
-
-
-def pruned(model, rng, share=0.5):
-    """Wrap a tf_keras model, and set masks that the (dense) weights don't follow yet."""
-    wrapped = tfmot().sparsity.keras.prune_low_magnitude(model)
-    for _, mask in wrappers.pruned_variables(wrapped):
-        mask.assign((rng.uniform(size=mask.shape) >= share).astype(np.float32))
-    return wrapped
 
 
 def masked_arrays(model):
@@ -76,7 +69,7 @@ def test_sparsity_of_a_pruned_model_is_that_of_weight_times_mask(rng):
         ]
     )
     plain = inspection.sparsity(model)
-    wrapped = pruned(model, rng)
+    wrapped = with_wrapper_masks(model, rng)
     report = inspection.sparsity(wrapped)
     zeros = {r.name: r.zeros for r in report.rows}
     expected = [int(np.sum(array == 0)) for array in masked_arrays(wrapped)]
@@ -144,7 +137,7 @@ def test_sparsity_speaks_of_the_masked_weights_if_there_are_any(rng):
 
 
 def test_inspection_leaves_the_model_as_it_is(rng):
-    model = pruned(dense_model(tf_keras, rng.normal(size=(5, 4))), rng)
+    model = with_wrapper_masks(dense_model(tf_keras, rng.normal(size=(5, 4))), rng)
     before = [w.copy() for w in model.get_weights()]
     inspection.sparsity(model)
     inspection.condition_numbers(model, operator=True)
@@ -285,7 +278,7 @@ def test_a_pruned_model_is_measured_under_its_masks(rng):
             tf_keras.layers.Dense(5, name="last"),
         ]
     )
-    model = pruned(model, rng, 0.7)
+    model = with_wrapper_masks(model, rng, 0.7)
     conv, last = (a.reshape(-1, a.shape[-1]) for a in masked_arrays(model))
     found = inspection.singular_values(model)
     for name, array in (("conv", conv), ("last", last)):

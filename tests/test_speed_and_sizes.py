@@ -12,12 +12,11 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLAVOURS, conv_model, dense_model, images
+from helpers import FLAVOURS, conv_model, dense_model, images, with_wrapper_masks
 
 from tscnc_tf import _timing, inspection
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
-from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, weights
-from tscnc_tf.inspection.speed import check, inputs, products
+from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, speed, weights
 
 both = pytest.mark.parametrize("k", list(FLAVOURS.values()), ids=list(FLAVOURS))
 ITEM = 4  # bytes of a float32
@@ -41,14 +40,6 @@ def one_layer(layer, shape, rng, sparsity=0.8):
     if layer.use_bias:
         layer.bias.assign(rng.normal(size=layer.bias.shape))
     return model
-
-
-def pruned(model, rng, share=0.8):
-    """Wrap a tf_keras model, and set masks that the (dense) weights don't follow yet."""
-    wrapped = tfmot().sparsity.keras.prune_low_magnitude(model)
-    for _, mask in wrappers.pruned_variables(wrapped):
-        mask.assign((rng.uniform(size=mask.shape) >= share).astype(np.float32))
-    return wrapped
 
 
 def snapshot(model):
@@ -163,7 +154,7 @@ def test_what_counts_of_a_pruned_weight_is_its_product_with_the_mask(rng):
             tf_keras.layers.Dense(2, name="last"),
         ]
     )
-    wrapped = pruned(model, rng)
+    wrapped = with_wrapper_masks(model, rng, 0.8)
     before = snapshot(wrapped)
     report = inspection.sizes(wrapped)
     acting = [w.numpy() * m.numpy() + 0.0 for w, m in wrappers.pruned_variables(wrapped)]
@@ -300,11 +291,11 @@ def test_the_sparse_product_is_the_layers_own_output(k, case, rng):
     name, options, shape = LAYERS[case]
     layer = getattr(k.layers, name)(**options)
     (weight,) = weights.kernels(one_layer(layer, shape, rng, 0.7))
-    assert products.obstacle(weight) == ""
+    assert speed._obstacle(weight) == ""
     x = tf.constant(rng.normal(size=(3, *shape)).astype(np.float32))
     expected = layer(x)
     assert np.ptp(expected) > 0.1
-    found = products.products(weight)
+    found = speed._products(weight)
     assert set(found) == OPERATIONS
     for product in found.values():
         outputs = tf.function(product)(x)
@@ -315,7 +306,7 @@ def test_the_sparse_product_is_the_layers_own_output(k, case, rng):
 def test_a_kernel_of_nothing_but_zeros_gives_the_bias(rng):
     layer = tf_keras.layers.Dense(5)
     (weight,) = weights.kernels(one_layer(layer, (4,), rng, 1.0))
-    for product in products.products(weight).values():
+    for product in speed._products(weight).values():
         np.testing.assert_array_equal(product(tf.ones((2, 4))), [layer.bias.numpy()] * 2)
 
 
@@ -323,7 +314,7 @@ def test_a_kernel_of_nothing_but_zeros_gives_the_bias(rng):
 def test_half_precision_is_multiplied_by_what_takes_it(k, rng):
     layer = k.layers.Dense(5, dtype="bfloat16")
     (weight,) = weights.kernels(one_layer(layer, (4,), rng))
-    ((name, product),) = products.products(weight).items()
+    ((name, product),) = speed._products(weight).items()
     assert name == "tf.sparse.sparse_dense_matmul"
     outputs = product(tf.ones((2, 4), tf.bfloat16))
     assert outputs.dtype == tf.bfloat16
@@ -350,13 +341,13 @@ def test_half_precision_is_multiplied_by_what_takes_it(k, rng):
 def test_layers_without_a_sparse_kernel(k, name, options, shape, reason, rng):
     model = one_layer(getattr(k.layers, name)(**options), shape, rng)
     for weight in weights.kernels(model):
-        assert products.obstacle(weight).startswith("no sparse kernel in TensorFlow")
-        assert products.obstacle(weight).endswith(reason)
+        assert speed._obstacle(weight).startswith("no sparse kernel in TensorFlow")
+        assert speed._obstacle(weight).endswith(reason)
 
 
 def test_few_zeros_are_not_worth_a_try(rng):
     (weight,) = weights.kernels(one_layer(tf_keras.layers.Dense(5), (4,), rng, 0.25))
-    assert products.obstacle(weight) == "a sparse product is not tried at 25 % zeros"
+    assert speed._obstacle(weight) == "a sparse product is not tried at 25 % zeros"
 
 
 # --- structure ------------------------------------------------------------------------------------
@@ -598,7 +589,7 @@ def test_what_is_timed_without_zeros_has_none_and_all_comes_back(k, rng, monkeyp
 
 
 def test_wrapped_layers_are_timed_with_their_masks_applied(rng):
-    model = pruned(dense_model(), rng)
+    model = with_wrapper_masks(dense_model(), rng, 0.8)
     for _ in range(2):
         report = inspection.speed_check(model, batch_size=2, rounds=1)
         assert [r.name for r in report.rows] == ["hidden", "logits"]
@@ -628,7 +619,7 @@ def test_a_subclassed_model_needs_inputs_and_its_wrappers_do_not_disturb(rng, mo
     model(np.ones((1, 4)))
     for _, mask in wrappers.pruned_variables(model):
         mask.assign(np.eye(4, 5))
-    with pytest.raises(ValueError, match=r"subclassed model \(Subclassed\).* pass x="):
+    with pytest.raises(ValueError, match=r"subclassed model \(Subclassed\).* Pass x="):
         inspection.speed_check(model)
     shares, interleaved = [], _timing.interleaved
 
@@ -680,7 +671,7 @@ def test_an_operation_that_fails_is_not_the_end(rng, monkeypatch):
     def fail(x):
         raise tf.errors.ResourceExhaustedError(None, None, "no memory")
 
-    monkeypatch.setattr(check.products, "products", lambda weight: {"tf.none": fail})
+    monkeypatch.setattr(speed, "_products", lambda weight: {"tf.none": fail})
     report = inspection.speed_check(
         one_layer(tf_keras.layers.Dense(5), (4,), rng), batch_size=2, rounds=1
     )
@@ -701,10 +692,10 @@ def test_several_inputs_by_their_structure(k):
 
 def test_a_batch_is_cut_or_repeated():
     x = np.arange(3.0)[:, np.newaxis]
-    np.testing.assert_array_equal(inputs.fitted(x, 2), [[0.0], [1.0]])
-    np.testing.assert_array_equal(inputs.fitted(x, 5)[:, 0], [0.0, 1.0, 2.0, 0.0, 1.0])
-    assert inputs.fitted(x, 2).dtype == tf.float32
-    assert inputs.fitted(np.ones((2, 3), np.int32), 2).dtype == tf.int32
+    np.testing.assert_array_equal(speed._fitted(x, 2), [[0.0], [1.0]])
+    np.testing.assert_array_equal(speed._fitted(x, 5)[:, 0], [0.0, 1.0, 2.0, 0.0, 1.0])
+    assert speed._fitted(x, 2).dtype == tf.float32
+    assert speed._fitted(np.ones((2, 3), np.int32), 2).dtype == tf.int32
 
 
 def test_a_model_made_under_a_distribution_strategy(rng):
@@ -722,7 +713,7 @@ def any_size(k):
 
 @both
 def test_inputs_that_cannot_be_drawn_are_asked_for(k):
-    with pytest.raises(ValueError, match=r"shape \(None, None, None, 1\) .* pass x="):
+    with pytest.raises(ValueError, match=r"float32 \(any, any, any, 1\).* Pass x="):
         inspection.speed_check(any_size(k))
     report = inspection.speed_check(any_size(k), images(4)[0], batch_size=4, rounds=1)
     assert report.rows[0].input_shape == (4, 8, 8, 1)

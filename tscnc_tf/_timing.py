@@ -102,14 +102,14 @@ def interleaved(functions: Mapping[str, Timed], rounds: int) -> dict[str, list[f
 
     A change of the machine's load affects all of them in the same rounds. Before the timed rounds
     come `WARM_UP` others, in which graphs are traced and memory is allocated. Python's garbage
-    collector is paused, as in `timeit`.
+    collector is paused.
 
     Args:
         functions: what to time, by name.
         rounds: the number of rounds that are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for index in range(WARM_UP + rounds):
             for name, (run, prepare) in functions.items():
                 prepare()
@@ -185,7 +185,8 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Collect Python's garbage, then pause its collector, as `timeit` does."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -212,3 +212,41 @@ def _positions(optimizer: Any) -> dict[Any, int]:
 def key(variable: Any) -> Any:
     """Return what tells a variable from all others, in whichever guise it comes."""
     return getattr(tensor_variable(variable), "_unique_id", None)
+
+
+def _update_directly(variable: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(variable, *args)
+
+
+def reset_companions(
+    optimizer: Any,
+    variable: Any,
+    value: Any,
+    past: Any = True,
+    update: Callable[..., Any] = _update_directly,
+) -> None:
+    """Set what an optimizer keeps for a weight to what it is before any step.
+
+    Args:
+        optimizer: of either Keras.
+        variable: the weight.
+        value: from which moving averages of the weight start.
+        past: whether the optimizer has taken steps, so that there is something to reset; a scalar,
+            possibly a tensor.
+        update: changes a variable, as `strategy.extended.update`.
+    """
+    averaged = average(optimizer, variable)
+    for companion in companions(optimizer, variable):
+        if companion is averaged:
+            update(tensor_variable(companion), _assign, args=(tensor_variable(value),))
+        else:
+            update(tensor_variable(companion), _reset, args=(past,))
+
+
+def _assign(variable: Any, value: Any) -> Any:
+    return variable.assign(value)
+
+
+def _reset(variable: Any, past: Any) -> Any:
+    value = tf.convert_to_tensor(variable)
+    return variable.assign(tf.where(past, tf.zeros_like(value), value))

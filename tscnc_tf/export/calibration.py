@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf.export import probes, readiness
+from tscnc_tf import _probe
+from tscnc_tf.export import readiness
 
 MOST = 4096  # examples that are read of what doesn't say how many it has
 
@@ -37,7 +38,7 @@ def examples(model: Any, calibration: Any) -> Any:
         )
     readiness.require_exportable(model)
     if not _is_iterable_of_batches(model, calibration):
-        return probes.prepare(model, calibration, "calibration")[1]
+        return _probe.prepare(model, calibration, "calibration")[1]
     return _gathered(model, calibration)
 
 
@@ -47,7 +48,7 @@ def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
     if not isinstance(calibration, list | tuple):
         return True
     # A list is the inputs of a model that has several, or one batch as nested lists.
-    specs = probes.known_inputs(model)
+    specs = _probe.input_specs(model)
     return isinstance(specs, tf.TensorSpec) and all(
         isinstance(each, tuple) or (isinstance(each, _Array) and np.ndim(each) == specs.shape.rank)
         for each in calibration
@@ -69,9 +70,9 @@ def _gathered(model: Any, batches: Iterable[Any]) -> Any:
         x = _x(element)
         try:
             if specs is None:
-                specs, batch = probes.prepare(model, x, "calibration")
+                specs, batch = _probe.prepare(model, x, "calibration")
             else:
-                batch = probes.fit("calibration", specs, x)
+                batch = _probe.fit("calibration", specs, x)
         except ValueError as error:
             raise ValueError(
                 f"{error} Each element of calibration is a batch, as of dataset.batch(32), or a "

@@ -6,10 +6,9 @@ import types
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
-from tscnc_tf import _checks, _reports, inspection
-from tscnc_tf.export import probes, readiness
+from tscnc_tf import _checks, _probe, _reports, inspection
+from tscnc_tf.export import readiness
 
 
 class Checked(NamedTuple):
@@ -40,7 +39,7 @@ class Checked(NamedTuple):
     @property
     def examples(self) -> int:
         """The number of examples in the probe."""
-        return int(tf.nest.flatten(self.batch)[0].shape[0])
+        return _probe.examples(self.batch)
 
 
 def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
@@ -52,7 +51,7 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
     if expected_sparsity is not None:
         expected_sparsity = _checks.sparsity("expected_sparsity", expected_sparsity)
     library = readiness.require_exportable(model)
-    specs, batch = probes.prepare(model, probe)
+    specs, batch = _probe.prepare(model, probe)
     with readiness.scope(model):
         readiness.require_finite(model)
         stripped = readiness.strip(model)
@@ -60,10 +59,10 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         ideal = inspection.sizes(model, gzip=False).ideal_sparse_bytes
         if expected_sparsity is not None:
             readiness.require_sparsity(weights, expected_sparsity)
-        logits = probes.logits(lambda x: stripped(x, training=False), batch)
-        allowed = probes.tolerance(stripped, logits)
+        logits = _probe.outputs(lambda x: stripped(x, training=False), batch)
+        allowed = _probe.tolerance(stripped, logits, float32=1e-4)
         if stripped is not model:
-            before = probes.logits(lambda x: model(x, training=False), batch)
+            before = _probe.outputs(lambda x: model(x, training=False), batch)
             require_same("the model with its pruning wrappers or gates", before, logits, allowed)
     return Checked(
         library, stripped, weights, ideal, expected_sparsity, specs, batch, logits, allowed
@@ -74,7 +73,7 @@ def require_same(
     what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
 ) -> float:
     """Return how far two lists of logits are apart; raise a ValueError if that is too far."""
-    apart = probes.difference(left, right)
+    apart = _probe.difference(left, right)
     if apart > allowed:
         raise ValueError(
             f"On the probe batch, the logits of {what} differ from those of the stripped model by "

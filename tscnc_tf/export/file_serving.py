@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf.export import probes
+from tscnc_tf import _probe
 from tscnc_tf.export.report import ExportedTensor
 
 __all__ = ["ServedFile"]
@@ -95,7 +95,7 @@ class ServedFile(abc.ABC):
         """Return the outputs in their order for inputs in theirs."""
         arrays = {
             tensor.name: np.ascontiguousarray(
-                probes.fit(f"inputs {tensor.name!r}", _spec(tensor), value)
+                _probe.fit(f"inputs {tensor.name!r}", _spec(tensor), value)
             )
             for tensor, value in zip(self._inputs, values, strict=True)
         }

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _files, inspection
-from tscnc_tf.export import checked, constants, probes, readiness
+from tscnc_tf import _checks, _files, _probe, inspection
+from tscnc_tf.export import checked, constants, readiness
 from tscnc_tf.export.file_report import ExportedKernel, FileExportReport
 from tscnc_tf.export.file_serving import ServedFile
 from tscnc_tf.inspection import weights
@@ -89,17 +89,17 @@ def export(
     exact = form.precision == "float32"
     with _files.new_file("path", goal, replacement) as draft:
         with readiness.scope(model):
-            originals = probes.logits(lambda arrays: serve(*arrays), batch)
+            originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
             form.write(ready, serve, signature, draft)
         content = draft.read_bytes()
         kernels = _kernels(form.name, model, ready.weights, form.read(draft))
         served = form.load(draft)
         allowed = ready.tolerance if exact else float("inf")
         what = f"the {form.name} file"
-        outputs = probes.logits(served, named)
+        outputs = _probe.outputs(served, named)
         apart = checked.require_same(what, outputs, originals, allowed)
         # A converter that has frozen the number of examples would show with another one.
-        single = probes.logits(served, {name: array[:1] for name, array in named.items()})
+        single = _probe.outputs(served, {name: array[:1] for name, array in named.items()})
         checked.require_same(what, single, [array[:1] for array in originals], allowed)
         return FileExportReport(
             path=str(goal),

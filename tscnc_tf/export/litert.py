@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _extras
-from tscnc_tf.export import checked, formats, probes, saving
+from tscnc_tf import _checks, _extras, _probe
+from tscnc_tf.export import checked, formats, saving
 from tscnc_tf.export.calibration import examples
 from tscnc_tf.export.constants import Constant
 from tscnc_tf.export.file_report import FileExportReport
@@ -105,7 +105,7 @@ def export_litert(
         calibration = examples(model, calibration)
         settings["calibration_examples"] = len(tf.nest.flatten(calibration)[0])
         if probe is None:
-            probe = tf.nest.map_structure(lambda array: array[: probes.EXAMPLES], calibration)
+            probe = tf.nest.map_structure(lambda array: array[: _probe.EXAMPLES], calibration)
     elif calibration is not None:
         raise ValueError("calibration is for precision='int8' only: float32 needs none.")
     form = formats.Format(

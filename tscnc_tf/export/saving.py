@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _files, _keras
-from tscnc_tf.export import checked, manifest, probes, readiness
+from tscnc_tf import _checks, _files, _keras, _probe
+from tscnc_tf.export import checked, manifest, readiness
 from tscnc_tf.export.report import ExportedTensor, ExportReport
 
 __all__ = ["export_saved_model"]
@@ -94,7 +94,7 @@ def export_saved_model(
             _write(ready.library, ready.stripped, ready.specs, draft)
         loaded = tf.saved_model.load(str(draft))
         _require_same_variables(model, ready.stripped, loaded)
-        served = probes.logits(loaded.serve, ready.batch)
+        served = _probe.outputs(loaded.serve, ready.batch)
         apart = checked.require_same(
             "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf import _files
-from tscnc_tf.export import manifest, probes
+from tscnc_tf import _files, _probe
+from tscnc_tf.export import manifest
 from tscnc_tf.export.report import ExportReport
 
 __all__ = ["ServedModel", "load_saved_model"]
@@ -59,7 +59,7 @@ class ServedModel:
         Raises:
             ValueError: `inputs` is of another structure than the model takes.
         """
-        leaves = probes.leaves("inputs", self._specs, inputs)
+        leaves = _probe.leaves("inputs", self._specs, inputs)
         specs = tf.nest.flatten(self._specs)
         tensors = [_as(leaf, spec.dtype) for leaf, spec in zip(leaves, specs, strict=True)]
         outputs = self._loaded.serve(tf.nest.pack_sequence_as(self._specs, tensors))

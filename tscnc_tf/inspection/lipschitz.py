@@ -251,9 +251,9 @@ def lipschitz_upper_bound(model: Any) -> float:
 
     Example:
         >>> import numpy as np, tf_keras, tscnc_tf.inspection
-        >>> layers = [tf_keras.layers.Dense(2, "relu", input_shape=(2,)), tf_keras.layers.Dense(1)]
-        >>> model = tf_keras.Sequential(layers)
-        >>> model.set_weights([np.diag([3.0, 1.0]), np.zeros(2), np.array([[0.0], [2.0]]), [0.0]])
+        >>> first = tf_keras.layers.Dense(2, "relu", use_bias=False, input_shape=(2,))
+        >>> model = tf_keras.Sequential([first, tf_keras.layers.Dense(1, use_bias=False)])
+        >>> model.set_weights([np.diag([3.0, 1.0]), np.array([[0.0], [2.0]])])
         >>> tscnc_tf.inspection.lipschitz_upper_bound(model)  # 3 · 2
         6.0
     """

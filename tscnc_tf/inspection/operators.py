@@ -1,4 +1,4 @@
-"""Singular values of a convolution as the linear map between images that it is."""
+"""Singular values of convolutions as linear maps between images."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def operator_singular_values(
 ) -> np.ndarray:
     r"""Return the singular values of a convolution with stride 1 and circular padding.
 
-    The kernel as a matrix tells how the filters relate to each other; the operator tells what the
-    layer does to an image. Its singular values are those of the transfer matrices
+    The kernel as a matrix tells how the filters relate to each other; the operator is the map from
+    images to images. Its singular values are those of the transfer matrices
 
     .. math:: \hat K(f) = \sum_t K_t \, e^{-2\pi i \langle f / N,\, t \rangle}
 
@@ -89,10 +89,10 @@ def operator_singular_values(
 
 
 def extremes(kernel: layers.Kernel, values: np.ndarray, model: Any) -> tuple[float, float] | None:
-    """Return the largest and the smallest singular value of a layer's operator, if it has one here.
+    """Return the largest and the smallest singular value of a layer's operator.
 
-    None for what is no convolution with stride 1 and no dilation, and where the layer's input has
-    no known size.
+    None for all but convolutions with stride 1 and without dilation, and where the layer's input
+    has no known size.
 
     Args:
         kernel: the kernel, as found in `model`.

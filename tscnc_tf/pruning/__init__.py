@@ -1,14 +1,14 @@
 """Verbs on models: attach regularizers, prune, keep zeros, strip; and the engine behind them."""
 
+from tscnc_tf.pruning.api import freeze_mask, prune, prune_now, prune_scope, strip
 from tscnc_tf.pruning.budgets import condition_budgets
 from tscnc_tf.pruning.compaction import Compaction, compact
-from tscnc_tf.pruning.criteria import Magnitude
-from tscnc_tf.pruning.engine import Pruner
+from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.regularize import add_regularizers
-from tscnc_tf.pruning.scores import ScorePruner
+from tscnc_tf.pruning.score_pruner import ScorePruner
+from tscnc_tf.pruning.selection import Magnitude
 from tscnc_tf.pruning.status import PruningReport, report
 from tscnc_tf.pruning.structures import NM, Block, Filters, Unstructured
-from tscnc_tf.pruning.verbs import freeze_mask, prune, prune_now, prune_scope, strip
 
 __all__ = [
     "Block",

@@ -10,10 +10,9 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, functional
 from tscnc_tf._keras.flavours import tensor_variable
-from tscnc_tf.pruning import plans
-from tscnc_tf.pruning.choice import Choice
+from tscnc_tf.pruning.selection import Selection
 from tscnc_tf.pruning.structures import Filters, Unstructured
-from tscnc_tf.pruning.targets import Target, candidates
+from tscnc_tf.pruning.targets import Target, candidates, require_model
 
 __all__ = ["condition_budgets"]
 
@@ -75,12 +74,11 @@ def condition_budgets(
         >>> model = tscnc.prune_now(
         ...     model, 0.9, scope=budgets, structure=tscnc.pruning.Unstructured(min_per_filter=1))
     """
-    plans.require_model(model)
+    require_model(model)
     sparsity = _checks.number("sparsity", sparsity, above=0.0, below=1.0)
     structure = Unstructured(min_per_filter)
     lowest = _checks.number("lowest", lowest, above=0.0, maximum=1.0)
-    selection = plans.checked_selection(weights, min_rank)
-    found = candidates(model, layers, *selection, Filters().reason)
+    found = candidates(model, layers, weights, min_rank, Filters().reason)
     targets = [target for target, reason in found if not reason]
     if not targets:
         reasons = {target.name: reason for target, reason in found}
@@ -130,7 +128,7 @@ class _Measure:
     def __init__(self, target: Target, structure: Unstructured) -> None:
         self._target = target
         self._floor = min(structure.min_per_filter * (target.outputs or 0), target.size)
-        self._choice = Choice([target], None, structure, "layer", 1, 0.0)
+        self._selection = Selection([target], None, structure, "layer", 1, 0.0)
         self._weight = tf.convert_to_tensor(tensor_variable(target.variable))
         if not bool(tf.reduce_all(tf.math.is_finite(self._weight))):
             raise ValueError(
@@ -148,7 +146,7 @@ class _Measure:
     def cost(self, count: int) -> float:
         """Return log κ where so many weights are kept."""
         target, alive = self._target, [tf.ones(self._target.shape, tf.bool)]
-        (mask,) = self._choice.masks(1.0 - count / target.size, alive)
+        (mask,) = self._selection.masks(1.0 - count / target.size, alive)
         kernel = tf.where(mask, self._weight, tf.zeros_like(self._weight))
         return _log_condition(functional.matrices(kernel, target.layout, target.channel_groups))
 

@@ -10,7 +10,7 @@ import numpy as np
 from tscnc_tf import _keras, _plots, _reports
 from tscnc_tf._keras import adapted, masks, wrappers
 from tscnc_tf.inspection import weights as acting
-from tscnc_tf.pruning import wrap
+from tscnc_tf.pruning import tfmot_engine
 from tscnc_tf.pruning.targets import FROZEN, candidates
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def report(model: Any) -> PruningReport:
         unfit = unfit or ("not chosen" if id(target.variable) in trained else FROZEN)
         reason = reasons.get(id(target.variable)) or unfit
         if is_wrapped and not is_pruned:
-            reason = wrap.reason(model, target.layer)
+            reason = tfmot_engine.reason(model, target.layer)
         values = read(target.variable)
         rows.append(
             WeightStatus(

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tscnc_tf import _keras, _reports, functional
-from tscnc_tf._keras import adapted, models
+from tscnc_tf import _checks, _keras, _reports, functional
+from tscnc_tf._keras import adapted, flavours, masks, models, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.models import listed, selector
 
@@ -78,27 +78,55 @@ class Candidate(NamedTuple):
     reason: str
 
 
+class Candidates(list[Candidate]):
+    """The weights of a model, with the decision on each: which are pruned, and why others not."""
+
+
+def require_model(model: Any) -> None:
+    """Raise unless a model is one of either Keras, built, and not pruned yet."""
+    _keras.library("model", model)
+    _keras.require_built("model", model)
+    require_unpruned("model", model)
+
+
+def require_unpruned(name: str, model: Any) -> None:
+    """Raise a ValueError if a model, or one inside it, is pruned already, by whichever engine."""
+    if isinstance(model, flavours.Trainer):
+        raise ValueError(
+            f"{name} must be the network itself, not the trainer: prune trainer.model."
+        )
+    if wrappers.wrapped_layers(model) or masks.pruners(model):
+        raise ValueError(f"{name} {model.name!r} is pruned already: strip it first.")
+
+
 def candidates(
     model: Any,
     layers: Any = None,
     weights: str | None = None,
     min_rank: int = 2,
     unfit: Callable[[Target], str] = lambda _: "",
-) -> list[Candidate]:
-    """Return all weights of rank 2 or more of a model, with what speaks against pruning them.
+) -> Candidates:
+    """Return all weights of rank 2 or more of a model, with the reason not to prune each.
 
     Args:
         model: a built model of either Keras.
-        layers: which layers, see `selection.selector`; None for every layer that has kernels. Of a
+        layers: which layers, see `models.selector`; None for every layer that has kernels. Of a
             layer that is chosen, all weights of the rank asked for are taken, but biases.
+            `Candidates`, such as those of a saved pruner, are returned as they are.
         weights: a pattern for the names of weights, such as "*kernel"; None for all but biases.
         min_rank: the smallest rank of a weight to prune.
         unfit: returns why a weight does not suit the structure asked for, or an empty text.
 
     Raises:
-        ValueError: `layers` chooses no layer that has weights to prune, or there is something in it
-            that fits no layer.
+        TypeError: `layers`, `weights` or `min_rank` is of a wrong kind.
+        ValueError: `layers` chooses no layer that has weights to prune, an element of it fits no
+            layer, or `min_rank` is below 1.
     """
+    if isinstance(layers, Candidates):
+        return layers
+    if weights is not None and not isinstance(weights, str):
+        raise TypeError(f"weights must be a name pattern such as '*kernel', got {weights!r}.")
+    _checks.integer("min_rank", min_rank, minimum=1)
     able = _able(model) if layers is not None else []
     chosen = selector("layers", layers, model, able)
     found = []
@@ -141,7 +169,7 @@ def _able(model: Any) -> list[Any]:
     ]
 
 
-def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
+def found_again(model: Any, weights: list[dict[str, Any]]) -> Candidates:
     """Return the weights of a model, those to prune found by their paths.
 
     Args:
@@ -168,17 +196,18 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> list[Candidate]:
         else:
             pruned[id(target.variable)] = dataclasses.replace(target, name=weight["name"])
     if lacking:
-        others = [(path, target.shape) for path, target in by_path.items()]
+        held = [(path, target.shape) for path, target in by_path.items()]
         raise ValueError(
             f"model {model.name!r} does not have the weights that were pruned: it lacks {lacking}, "
-            f"by path and shape; it has {others}."
+            f"by path and shape; it has {held}."
         )
     chosen = [Candidate(target, "") for target in pruned.values()]
     rest = [each for each in every if id(each.target.variable) not in pruned]
-    return chosen + [Candidate(target, reason or "not chosen") for target, reason in rest]
+    others = [Candidate(target, reason or "not chosen") for target, reason in rest]
+    return Candidates([*chosen, *others])
 
 
-def _named(found: list[Candidate]) -> list[Candidate]:
+def _named(found: list[Candidate]) -> Candidates:
     """Shorten names to that of the layer where it has one such weight; keep all names apart."""
     beside = [adapted.is_companion(target.layer, target.variable) for target, _ in found]
     counts: dict[int, int] = {}
@@ -189,10 +218,10 @@ def _named(found: list[Candidate]) -> list[Candidate]:
         single = counts[id(target.layer)] == 1 and "/" in target.name and not is_companion
         names.append(target.name.rpartition("/")[0] if single else target.name)
     unique = _reports.unique(names)
-    return [
+    return Candidates(
         Candidate(dataclasses.replace(target, name=name), reason)
         for name, (target, reason) in zip(unique, found, strict=True)
-    ]
+    )
 
 
 def _reading(layer: Any, variable: Any) -> tuple[str, int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tscnc_tf import _checks, _keras, _reports, _timing
-from tscnc_tf.pruning.compaction import probes
+from tscnc_tf import _checks, _keras, _probe, _reports, _timing
 
 NOTES = 20  # so many of the kept filters are told of in the table; a residual network has hundreds
 
@@ -144,7 +143,7 @@ class Compaction(_reports.Report):
             2
         """
         rounds = _checks.integer("rounds", rounds, minimum=1)
-        batch = probes.prepare(self.original, batch, "batch")
+        _, batch = _probe.prepare(self.original, batch, "batch")
         before, after = _keras.inference(self.original), _keras.inference(self.model)
         return _timing.latency(before, after, batch, rounds)
 

@@ -7,13 +7,9 @@ import math
 import types
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
-
-from tscnc_tf import _keras
+from tscnc_tf import _checks, _keras, _probe
 from tscnc_tf._keras import flavours, gated, masks, wrappers
-from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf.pruning.compaction import channels, flops, probes
+from tscnc_tf.pruning.compaction import channels, flops
 from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
 from tscnc_tf.pruning.compaction.layers import Reader
 from tscnc_tf.pruning.compaction.operations import Barrier, Edit, Sized, Step
@@ -99,9 +95,12 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
             "compact(tscnc_tf.gates.fold(model))."
         )
     masks.apply(model)
-    batch = probes.prepare(model, probe)
-    before = probes.outputs(model, batch)
-    allowed = probes.tolerance(tolerance, list(kernel_layers.flatten(model)), before)
+    _, batch = _probe.prepare(model, probe)
+    before = _probe.outputs(lambda x: model(x, training=False), batch)
+    if tolerance is None:
+        allowed = _probe.tolerance(model, before, float32=1e-5)
+    else:
+        allowed = _checks.number("tolerance", tolerance, minimum=0.0) * _probe.scale(before)
     graph, operations = _read(library, model)
     verdict = channels.judge(graph, operations)
     edits: dict[Any, Edit] = {}
@@ -111,7 +110,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
             before_it = edits.get(layer, Edit({}, {}))
             edits[layer] = Edit(before_it.config | edit.config, before_it.weights | edit.weights)
     copy, layers = rebuild(library, model, edits, graph.unrolled, verdict.keeps)
-    difference = _difference(before, probes.outputs(copy, batch))
+    difference = _probe.difference(before, _probe.outputs(lambda x: copy(x, training=False), batch))
     if difference > allowed:
         raise RuntimeError(
             f"The compacted model {model.name!r} gives logits that differ by {difference:.3g} from "
@@ -130,7 +129,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         left_alone=_left_alone(operations),
         max_logit_difference=difference,
         logit_tolerance=allowed,
-        probe_examples=int(tf.nest.flatten(batch)[0].shape[0]),
+        probe_examples=_probe.examples(batch),
     )
 
 
@@ -143,12 +142,6 @@ def _read(library: types.ModuleType, model: Any) -> tuple[Graph, list[Step]]:
     shared = {weight for weight, count in holders.items() if count > 1}
     reader = Reader(library, graph.opaque, shared)
     return graph, [operation for call in graph.calls for operation in reader.read(call)]
-
-
-def _difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
-    if [array.shape for array in left] != [array.shape for array in right]:
-        return math.inf
-    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(left, right, strict=True))
 
 
 def _rows(

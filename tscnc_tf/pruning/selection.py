@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,15 +10,35 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _reports
+from tscnc_tf import _checks, _configs, _keras, _reports
 from tscnc_tf._keras.flavours import tensor_variable
-from tscnc_tf.pruning.criteria import Magnitude
 from tscnc_tf.pruning.scopes import fitting, scope_for
 from tscnc_tf.pruning.structures import NM, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
 
 
-class Choice:
+@_keras.register
+@dataclasses.dataclass(frozen=True)
+class Magnitude(_configs.Configurable):
+    """The magnitude of a weight: `|w|`.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import tscnc_tf as tscnc
+        >>> tscnc.pruning.Magnitude()(tf.constant([-2.0, 1.0])).numpy().tolist()
+        [2.0, 1.0]
+
+    Reference:
+        Han et al. 2015, arXiv 1506.02626.
+    """
+
+    def __call__(self, weight: tf.Tensor) -> tf.Tensor:
+        """Return the scores of a weight tensor, float32 or wider."""
+        weight = weight if weight.dtype == tf.float64 else tf.cast(weight, tf.float32)
+        return tf.abs(weight)
+
+
+class Selection:
     """Chooses weights to keep; see `Pruner` for the arguments.
 
     Args:
@@ -54,13 +75,13 @@ class Choice:
         self._scope = scope_for(scope, self.targets, sparsity, self.min_weights)
         self.structure.require(self._scope)
 
-    def only(self, indices: Sequence[int]) -> Choice:
+    def only(self, indices: Sequence[int]) -> Selection:
         """Return the choice among some of the targets: scopes share out what these keep."""
         if len(indices) == len(self.targets):
             return self
         targets = [self.targets[index] for index in indices]
         scope = self.scope if isinstance(self.scope, str) else fitting(self.scope, targets)
-        return Choice(
+        return Selection(
             targets, self.criterion, self.structure, scope, self.min_weights, self._sparsity
         )
 

@@ -15,11 +15,18 @@ from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import tensor_variable, update_everywhere
 from tscnc_tf.functional import scheduling
-from tscnc_tf.pruning import plans, updates
-from tscnc_tf.pruning.choice import Choice
 from tscnc_tf.pruning.scopes import fitting
+from tscnc_tf.pruning.selection import Selection
 from tscnc_tf.pruning.structures import Structure, unfit
-from tscnc_tf.pruning.targets import FROZEN, Candidate, Target, candidates, found_again
+from tscnc_tf.pruning.targets import (
+    FROZEN,
+    Candidate,
+    Candidates,
+    Target,
+    candidates,
+    found_again,
+    require_model,
+)
 
 __all__ = ["Pruner"]
 
@@ -118,32 +125,37 @@ class Pruner:
         scope: str | Mapping[str, float] = "layer",
         min_weights: int = 1,
     ) -> None:
-        plans.require_model(model)
-        plans.require_schedule(schedule)
-        selection = plans.checked_selection(weights, min_rank)
-        found = candidates(model, layers, *selection, unfit(structure, layers))
-        choice = {"criterion": criterion, "structure": structure, "scope": scope}
-        self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
-        self._require_trained()
-        self._warn_of_starving()
+        require_model(model)
+        require_schedule(schedule)
+        found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
+        self._set_up(
+            model,
+            schedule,
+            found,
+            criterion=criterion,
+            structure=structure,
+            scope=scope,
+            min_weights=min_weights,
+        )
+        if found is not layers:  # else the pruner is restored, and nothing is new
+            self._require_trained()
+            self._warn_of_starving()
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
         """Return a frozen pruner of a model whose masks are False where a kernel is zero now."""
-        plans.require_model(model)
+        require_model(model)
         found = candidates(model, layers)
         variables = [tensor_variable(target.variable) for target, reason in found if not reason]
-        kept = [tf.not_equal(variable, 0) for variable in variables]
-        choice = {"criterion": None, "structure": None, "scope": "layer", "min_weights": 1}
-        return Pruner.of_masks(model, found, kept, 0.0, choice)
+        return Pruner.of_masks(model, found, [tf.not_equal(each, 0) for each in variables], 0.0)
 
     @staticmethod
     def of_masks(
         model: Any,
-        found: list[Candidate],
+        found: Candidates,
         kept: Sequence[Any],
         sparsity: float,
-        choice: dict[str, Any],
+        **options: Any,
     ) -> Pruner:
         """Return a frozen pruner of a model.
 
@@ -152,20 +164,25 @@ class Pruner:
             found: its weights, and why some of them are not pruned.
             kept: masks of those that are, in their order; True where a weight is kept.
             sparsity: that was asked for.
-            choice: how the masks were chosen.
+            **options: how the masks were chosen: `structure`, `scope`, `min_weights`.
         """
         from tscnc_tf import schedules
 
-        pruner = Pruner.__new__(Pruner)
-        pruner._set_up(model, schedules.OneShot(sparsity), found, choice)
+        pruner = Pruner(model, schedules.OneShot(sparsity), layers=found, **options)
         for variable, mask in zip(pruner.state.masks, kept, strict=True):
             variable.assign(mask)
         pruner.freeze()
         return pruner
 
-    def _set_up(
-        self, model: Any, schedule: Any, found: list[Candidate], choice: dict[str, Any]
-    ) -> None:
+    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
+        """Attach the pruner to its model.
+
+        Args:
+            model: the model.
+            schedule: the schedule.
+            found: its weights, and why some of them are not pruned.
+            **options: those of `Selection`.
+        """
         self.model = model
         self.schedule = schedule
         self.targets = [target for target, reason in found if not reason]
@@ -173,7 +190,7 @@ class Pruner:
         if not self.targets:
             raise ValueError(self._nothing_to_prune())
         self._asked = scheduling.final_sparsity(schedule)
-        self._choice = Choice(self.targets, sparsity=self._asked, **choice)
+        self._selection = Selection(self.targets, sparsity=self._asked, **options)
         self.target_sparsity = self.structure.reachable(self._asked)
         self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
         self._optimizer: Any = None
@@ -221,7 +238,7 @@ class Pruner:
         active = self._active()
         judged = [[each[index] for index in active] for each in scores]
         try:
-            self._choice.only(active).warn_of_starving(self.target_sparsity, *judged)
+            self._selection.only(active).warn_of_starving(self.target_sparsity, *judged)
         except UserWarning:
             self.detach()
             raise
@@ -229,7 +246,7 @@ class Pruner:
     @property
     def structure(self) -> Structure:
         """The structure that was asked for."""
-        return self._choice.structure
+        return self._selection.structure
 
     @property
     def skipped(self) -> tuple[Candidate, ...]:
@@ -300,8 +317,8 @@ class Pruner:
             mask: its mask.
             own: the constraint of its layer, None for none; it sees the masked weight.
         """
-        weight = updates.kept(weight, mask)
-        return weight if own is None else updates.kept(own(weight), mask)
+        weight = kept(weight, mask)
+        return weight if own is None else kept(own(weight), mask)
 
     @tf.autograph.experimental.do_not_convert
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
@@ -457,7 +474,7 @@ class Pruner:
 
         tf.cond(due, renew, lambda: None)
         for variable, value in ((self.state.step, now), (self.state.seen, count)):
-            strategy.extended.update(tensor_variable(variable), updates.assign, args=(value,))
+            strategy.extended.update(tensor_variable(variable), assign, args=(value,))
         if not is_constrained:
             self._mask_weights(strategy)
         self._mask_companions(strategy, optimizer)
@@ -471,13 +488,13 @@ class Pruner:
         active = self._active()
         if active:
             alive, judged = self._ranked(active)
-            chosen = self._choice.only(active).masks(sparsity, alive, judged)
+            chosen = self._selection.only(active).masks(sparsity, alive, judged)
             for index, mask in zip(active, chosen, strict=True):
                 variable = self.state.masks[index]
-                strategy.extended.update(variable, updates.assign, args=(mask,))
+                strategy.extended.update(variable, assign, args=(mask,))
         left_out = ~self._among(active)
         variable = tensor_variable(self.state.left_out)
-        strategy.extended.update(variable, updates.assign, args=(left_out,))
+        strategy.extended.update(variable, assign, args=(left_out,))
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
         """Return which entries may be kept, and what the criterion judges; None for weights."""
@@ -490,7 +507,7 @@ class Pruner:
     def _mask_weights(self, strategy: Any) -> None:
         for target, mask in self._masked(self._held()):
             variable = tensor_variable(target.variable)
-            strategy.extended.update(variable, updates.keep, args=(mask,))
+            strategy.extended.update(variable, keep, args=(mask,))
 
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
@@ -498,26 +515,26 @@ class Pruner:
         kept = optimizers.companions_of(optimizer, [target.variable for target, _ in pairs])
         for (_, mask), companions in zip(pairs, kept, strict=True):
             for variable in companions:
-                strategy.extended.update(tensor_variable(variable), updates.keep, args=(mask,))
+                strategy.extended.update(tensor_variable(variable), keep, args=(mask,))
 
     def get_config(self) -> dict[str, Any]:
         """Return what brings the pruner back, given the same model; masks are saved beside it."""
         return {
-            "schedule": plans.serialize_schedule(self.schedule, self.model),
-            "criterion": plans.serialize(self._choice.criterion, self.model),
+            "schedule": serialize_schedule(self.schedule, self.model),
+            "criterion": serialize(self._selection.criterion, self.model),
             **self._shared_config(),
         }
 
     def _shared_config(self) -> dict[str, Any]:
-        scope = self._choice.scope
+        scope = self._selection.scope
         where, held = kernel_layers.weight_paths(self.model), set(self._held())
         left_out = tensor_variable(self.state.left_out).numpy()
         targets = [self.targets[index] for index in sorted(held)]
         return {
             "class_name": type(self).__name__,
-            "structure": plans.serialize(self.structure, self.model),
+            "structure": serialize(self.structure, self.model),
             "scope": scope if isinstance(scope, str) else fitting(scope, targets),
-            "min_weights": self._choice.min_weights,
+            "min_weights": self._selection.min_weights,
             "weights": [
                 {
                     "path": where[id(target.variable)],
@@ -540,31 +557,114 @@ class Pruner:
         Raises:
             ValueError: the model lacks a weight that was pruned.
         """
-        pruner = cls.__new__(cls)
-        choice = {
-            "criterion": plans.deserialize(config["criterion"], model),
-            "structure": plans.deserialize(config["structure"], model),
+        schedule = deserialize_schedule(config["schedule"], model)
+        criterion = deserialize(config["criterion"], model)
+        pruner = cls(model, schedule, criterion=criterion, **cls._shared_options(config, model))
+        pruner._restore_left_out(config)
+        return pruner
+
+    @staticmethod
+    def _shared_options(config: dict[str, Any], model: Any) -> dict[str, Any]:
+        """Return the arguments of the constructor that `_shared_config` describes."""
+        return {
+            "layers": found_again(model, config["weights"]),
+            "structure": deserialize(config["structure"], model),
             "scope": config["scope"],
             "min_weights": config["min_weights"],
         }
-        schedule = plans.deserialize_schedule(config["schedule"], model)
-        pruner._set_up_again(model, schedule, config["weights"], choice)
-        return pruner
 
-    def _set_up_again(
-        self, model: Any, schedule: Any, weights: list[dict[str, Any]], choice: dict[str, Any]
-    ) -> None:
-        self._set_up(model, schedule, found_again(model, weights), choice)
-        left_out = [weight.get("left_out", False) for weight in weights]
+    def _restore_left_out(self, config: dict[str, Any]) -> None:
+        left_out = [weight.get("left_out", False) for weight in config["weights"]]
         tensor_variable(self.state.left_out).assign(left_out)
 
     def __repr__(self) -> str:
         return (
-            f"Pruner({self.model.name!r}, {self.schedule!r}, criterion={self._choice.criterion!r}, "
-            f"structure={self.structure!r}, scope={self._choice.scope!r}, "
-            f"min_weights={self._choice.min_weights})"
+            f"Pruner({self.model.name!r}, {self.schedule!r}, "
+            f"criterion={self._selection.criterion!r}, structure={self.structure!r}, "
+            f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights})"
         )
 
 
 def _go_on(finalize: Callable[[], Any]) -> Any:
     return finalize()
+
+
+def require_schedule(schedule: Any) -> None:
+    """Raise unless `schedule(step)` returns whether to prune, and a sparsity in [0, 1)."""
+    if not callable(schedule):
+        raise TypeError(
+            "schedule must be a PruningSchedule, such as tscnc_tf.schedules.CosineSparsity, or a "
+            f"callable from a step to (whether to prune, sparsity), got {schedule!r}."
+        )
+    try:
+        due, sparsity = schedule(tf.constant(1, tf.int64))
+        _ = bool(due), float(sparsity)
+        signature = [tf.TensorSpec((), tf.int64)]
+        tf.function(schedule.__call__, signature, autograph=False).get_concrete_function()
+    except Exception as error:
+        raise TypeError(
+            "schedule must return (whether to prune, sparsity) for a step, by TensorFlow "
+            "operations, "
+            f"tf.where and not if, as it is compiled; {schedule!r} fails: {error}"
+        ) from error
+    final = scheduling.final_sparsity(schedule)
+    if not 0.0 <= final < 1.0:
+        raise ValueError(
+            f"schedule must lead to a sparsity in [0, 1), the fraction of zeros; {schedule!r} "
+            f"leads to {final:g}."
+        )
+
+
+def serialize_schedule(schedule: Any, model: Any) -> dict[str, Any]:
+    """Return a schedule as JSON values.
+
+    Raises:
+        ValueError: it is a lambda, which has no name to find it by.
+    """
+    from tscnc_tf import schedules
+
+    if isinstance(schedule, schedules.PruningSchedule):
+        return {"schedule": schedule.get_config()}
+    return {"callable": serialize(schedule, model)}
+
+
+def deserialize_schedule(config: dict[str, Any], model: Any) -> Any:
+    """Return the schedule that `serialize_schedule` was given."""
+    if "schedule" not in config:
+        return deserialize(config["callable"], model)
+    from tscnc_tf import schedules
+
+    return schedules.deserialize(config["schedule"])
+
+
+def serialize(obj: Any, model: Any) -> Any:
+    """Return an object as its model's Keras serializes it."""
+    if getattr(obj, "__name__", "") == "<lambda>":
+        raise ValueError(
+            f"{obj!r} can't be saved with model {model.name!r}, as a lambda has no name: write it "
+            "as a function, and register it with keras.saving.register_keras_serializable."
+        )
+    return _keras.library("model", model).saving.serialize_keras_object(obj)
+
+
+def deserialize(config: Any, model: Any) -> Any:
+    """Return the object that `serialize` was given."""
+    return _keras.library("model", model).saving.deserialize_keras_object(config)
+
+
+def assign(variable: Any, value: Any) -> Any:
+    """Set a variable to a value."""
+    return variable.assign(value)
+
+
+def keep(variable: Any, mask: Any) -> Any:
+    """Set a variable to zero where its mask is False."""
+    return variable.assign(kept(variable, mask))
+
+
+def kept(value: Any, mask: Any) -> tf.Tensor:
+    """Return values, and zero where their mask is False."""
+    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
+    # `tf.where`, which is slower, as it looks for shapes to broadcast.
+    value = tf.convert_to_tensor(value)
+    return tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))

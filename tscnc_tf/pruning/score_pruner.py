@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
+from tscnc_tf._keras import adapted, optimizers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
-from tscnc_tf.pruning import engine, importance, plans, updates
+from tscnc_tf.pruning import structures
+from tscnc_tf.pruning.pruner import Pruner, assign, kept
 from tscnc_tf.pruning.structures import Structure
-from tscnc_tf.pruning.targets import Candidate, Target, candidates
+from tscnc_tf.pruning.targets import Candidates, Target, candidates, require_model
 
 __all__ = ["ScorePruner"]
 
+_ALSO_TRAIN = ("normalization", "all", "none")
+
 
 @_keras.register
-class ScorePruner(engine.Pruner):
+class ScorePruner(Pruner):
     r"""Learns which weights to keep, by a score for each, while the weights stay as they are.
 
     Of each kernel :math:`w` the k weights with the largest :math:`|s|` act, and the others are
@@ -114,31 +120,37 @@ class ScorePruner(engine.Pruner):
         scope: str | Mapping[str, float] = "layer",
         min_weights: int = 1,
     ) -> None:
-        plans.require_model(model)
-        importance.require_no_lora(kernel_layers.flatten(model))
-        selection = plans.checked_selection(weights, min_rank)
-        found = candidates(model, layers, *selection, importance.unfit(structure, layers))
-        for target, reason in found:
+        require_model(model)
+        _require_no_lora(kernel_layers.flatten(model))
+        found = candidates(model, layers, weights, min_rank, _unfit(structure, layers))
+        is_new = found is not layers  # else the pruner is restored
+        for target, reason in found if is_new else ():
             if not reason:
-                importance.require_rankable(target, f"model {model.name!r}")
-        choice = {"criterion": None, "structure": structure, "scope": scope}
-        schedule = importance.Every(
+                _require_rankable(target, f"model {model.name!r}")
+        schedule = Every(
             _checks.sparsity("sparsity", sparsity),
             _checks.integer("frequency", frequency, minimum=1),
         )
-        self.also_train = _checks.one_of("also_train", also_train, importance.OTHERS)
-        self._set_up(model, schedule, found, {**choice, "min_weights": min_weights})
-        self._require_trained()
-        self._warn_of_starving(self.state.scores)
+        self.also_train = _checks.one_of("also_train", also_train, _ALSO_TRAIN)
+        self._set_up(
+            model,
+            schedule,
+            found,
+            criterion=None,
+            structure=structure,
+            scope=scope,
+            min_weights=min_weights,
+        )
+        if is_new:
+            self._require_trained()
+            self._warn_of_starving(self.state.scores)
         self.choose()
 
-    def _set_up(
-        self, model: Any, schedule: Any, found: list[Candidate], choice: dict[str, Any]
-    ) -> None:
+    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers
         self._is_used = False
         self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
-        super()._set_up(model, schedule, found, choice)
+        super()._set_up(model, schedule, found, **options)
         self._take_weights()
 
     def begin(self) -> None:
@@ -154,7 +166,7 @@ class ScorePruner(engine.Pruner):
         for target, dense, score in self.triples():
             weight = tf.convert_to_tensor(tensor_variable(target.variable))
             dense.assign(weight)
-            score.assign(importance.initial_scores(weight, target))
+            score.assign(_initial_scores(weight, target))
 
     def _new_state(self, dtypes: list[str] | None = None) -> Any:  # noqa: ARG002
         return super()._new_state(
@@ -182,7 +194,7 @@ class ScorePruner(engine.Pruner):
         Raises:
             ValueError: LoRA was enabled in a layer whose scores are to be trained.
         """
-        importance.require_no_lora(target.layer for target in self.targets)
+        _require_no_lora(target.layer for target in self.targets)
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
             stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
@@ -228,8 +240,8 @@ class ScorePruner(engine.Pruner):
             self._is_used = True
             optimizers.build(optimizer, [variable for _, variable in pairs])
             factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self.triples()}
-            others = importance.frozen_others(self.model, self.also_train) - set(factors)
-            trained = importance.score_gradients(pairs, factors, others)
+            others = _frozen_others(self.model, self.also_train) - set(factors)
+            trained = _score_gradients(pairs, factors, others)
             update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
             self._steps_under_way += 1
             try:
@@ -261,15 +273,13 @@ class ScorePruner(engine.Pruner):
 
         def begin() -> None:
             for target, _, score in self.triples():
-                updates.begin_companions(
-                    optimizer, target.variable, score, strategy.extended.update, past
+                optimizers.reset_companions(
+                    optimizer, target.variable, score, past, strategy.extended.update
                 )
 
         tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
         for target, _, score in self.triples():
-            strategy.extended.update(
-                tensor_variable(target.variable), updates.assign, args=(score,)
-            )
+            strategy.extended.update(tensor_variable(target.variable), assign, args=(score,))
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Any) -> Any:  # noqa: ARG002
         """Return what an optimizer's step has made of scores.
@@ -329,11 +339,11 @@ class ScorePruner(engine.Pruner):
         news = [
             (target, dense, score)
             for index, (target, dense, score) in zip(self._held(), self.triples(), strict=True)
-            if tf.reduce_any(tensor_variable(target.variable) != updates.kept(dense, every[index]))
+            if tf.reduce_any(tensor_variable(target.variable) != kept(dense, every[index]))
         ]
         try:
             for target, _, _ in news:
-                importance.require_rankable(target, "the weights that were set")
+                _require_rankable(target, "the weights that were set")
         except ValueError:
             self.apply()  # nothing has been set
             raise
@@ -342,7 +352,7 @@ class ScorePruner(engine.Pruner):
             alive = tf.not_equal(given, 0)
             least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
             below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
-            score.assign(importance.initial_scores(tf.where(alive, given, below), target))
+            score.assign(_initial_scores(tf.where(alive, given, below), target))
             dense.assign(tf.where(alive, given, dense))
         if news:
             self.choose()
@@ -357,20 +367,20 @@ class ScorePruner(engine.Pruner):
         super().freeze()
         model, kept = self.model, [mask.numpy() for mask in self.state.masks]
         self._known.update(optimizers.held(self.model))
-        choice = {
-            "criterion": None,
-            "structure": self.structure,
-            "scope": self._choice.scope,
-            "min_weights": self._choice.min_weights,
-        }
         self.detach()
-        pruner = engine.Pruner.of_masks(model, self._found, kept, self.schedule.sparsity, choice)
+        pruner = Pruner.of_masks(
+            model,
+            self._found,
+            kept,
+            self.schedule.sparsity,
+            structure=self.structure,
+            scope=self._selection.scope,
+            min_weights=self._selection.min_weights,
+        )
         tensor_variable(pruner.state.step).assign(self.steps)
         for optimizer in self._known:
             for target in self.targets:
-                updates.begin_companions(
-                    optimizer, target.variable, target.variable, updates.at_once, True
-                )
+                optimizers.reset_companions(optimizer, target.variable, target.variable)
 
     def finalize(self) -> None:
         """End the stage, as `freeze` does."""
@@ -391,7 +401,7 @@ class ScorePruner(engine.Pruner):
     def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
         for target, _, score in self.triples():
             variable = tensor_variable(target.variable)
-            strategy.extended.update(score, updates.assign, args=(variable,))
+            strategy.extended.update(score, assign, args=(variable,))
         super()._update(strategy, optimizer, is_constrained)
         self._mask_weights(strategy)
 
@@ -404,7 +414,7 @@ class ScorePruner(engine.Pruner):
         dense, every = self.state.dense, self.state.masks
         for index in self._held():
             variable = tensor_variable(self.targets[index].variable)
-            strategy.extended.update(variable, updates.act, args=(dense[index], every[index]))
+            strategy.extended.update(variable, _act, args=(dense[index], every[index]))
 
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Leave what an optimizer keeps for scores as it is: what is pruned may come back."""
@@ -425,16 +435,14 @@ class ScorePruner(engine.Pruner):
         Raises:
             ValueError: the model lacks a weight that was pruned.
         """
-        pruner = cls.__new__(cls)
-        pruner.also_train = config["also_train"]
-        choice = {
-            "criterion": None,
-            "structure": plans.deserialize(config["structure"], model),
-            "scope": config["scope"],
-            "min_weights": config["min_weights"],
-        }
-        schedule = importance.Every(config["sparsity"], config["frequency"])
-        pruner._set_up_again(model, schedule, config["weights"], choice)
+        pruner = cls(
+            model,
+            config["sparsity"],
+            frequency=config["frequency"],
+            also_train=config["also_train"],
+            **cls._shared_options(config, model),
+        )
+        pruner._restore_left_out(config)
         pruner.choose()
         return pruner
 
@@ -442,6 +450,107 @@ class ScorePruner(engine.Pruner):
         return (
             f"ScorePruner({self.model.name!r}, {self.schedule.sparsity:g}, "
             f"frequency={self.frequency}, also_train={self.also_train!r}, "
-            f"structure={self.structure!r}, scope={self._choice.scope!r}, "
-            f"min_weights={self._choice.min_weights})"
+            f"structure={self.structure!r}, scope={self._selection.scope!r}, "
+            f"min_weights={self._selection.min_weights})"
         )
+
+
+def _initial_scores(weight: tf.Tensor, target: Target) -> tf.Tensor:
+    """Return the scores that a weight begins with: sqrt(6 / fan-in) · w / max|w|."""
+    if target.layout:
+        _, positions, inputs, _ = target.canonical_shape
+        fan_in = positions * inputs
+    else:  # as Keras' initializers have it
+        fan_in = math.prod(target.shape[:-1])
+    largest = tf.reduce_max(tf.abs(weight))
+    return tf.math.divide_no_nan(weight, largest) * tf.cast(math.sqrt(6.0 / fan_in), weight.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """The schedule of one sparsity throughout; masks are chosen every so many steps."""
+
+    sparsity: float
+    frequency: int
+
+    def __call__(self, step: Any) -> tuple[tf.Tensor, float]:
+        """Return whether to choose the masks anew at this step, and the sparsity."""
+        return tf.equal((tf.cast(step, tf.int64) - 1) % self.frequency, 0), self.sparsity
+
+
+def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
+    """Return what tells why a weight can't be pruned by scores, in a structure."""
+    otherwise = structures.unfit(structure, layers)
+
+    def reason(target: Target) -> str:
+        constraint = getattr(target.variable, "constraint", None)
+        if constraint is not None:
+            return (
+                f"its constraint {type(constraint).__name__} would act on the scores, which are "
+                "what is trained"
+            )
+        return otherwise(target)
+
+    return reason
+
+
+def _require_no_lora(layers: Iterable[Any]) -> None:
+    """Raise a ValueError if one of some layers has LoRA enabled, whose kernels get no gradients."""
+    if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
+        raise ValueError(
+            "method='scores' needs layers without LoRA, which freezes their kernels and trains "
+            f"two factors in their place; it is enabled in {', '.join(names)}. save_weights writes "
+            "the sums: load them into a model without LoRA, and prune that one."
+        )
+
+
+def _require_rankable(target: Target, where: str) -> None:
+    """Raise a ValueError if a kernel is all zero, or holds what is no number."""
+    largest = float(np.max(np.abs(tensor_variable(target.variable).numpy())))  # NaN if there is any
+    if not 0.0 < largest < math.inf:
+        raise ValueError(
+            f"{where}: kernel {target.name!r} has max|w| = {largest:g}, so there is nothing to "
+            "rank its weights by. Scores are for a network that has been trained: train or load "
+            "it first, or leave this kernel out by layers=."
+        )
+
+
+def _score_gradients(
+    pairs: optimizers.Pairs, factors: dict[Any, tuple[Any, Any]], frozen: set[Any]
+) -> optimizers.Pairs:
+    r"""Return the pairs to train scores by: gradients of kernels as those of their scores.
+
+    .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
+
+    Args:
+        pairs: of a gradient and a weight, those of kernels as they act.
+        factors: (dense weights, scores) of each kernel, by the keys of the kernels.
+        frozen: keys of other weights, which are left out.
+    """
+    result = []
+    for gradient, variable in pairs:
+        key = optimizers.key(variable)
+        if key in frozen:
+            continue
+        if key in factors and gradient is not None:
+            dense, score = factors[key]
+            gradient = tf.convert_to_tensor(gradient) * dense * tf.sign(score)
+        result.append((gradient, variable))
+    return result
+
+
+def _frozen_others(model: Any, also_train: str) -> set[Any]:
+    """Return the keys of a model's weights that are frozen while scores are trained."""
+    if also_train == "all":
+        return set()
+    trained: set[Any] = set()
+    if also_train == "normalization":
+        for layer in kernel_layers.flatten(model):
+            if kernel_layers.is_normalization(layer):
+                trained |= {optimizers.key(variable) for variable in layer.trainable_variables}
+    return {optimizers.key(variable) for variable in model.trainable_variables} - trained
+
+
+def _act(variable: Any, dense: Any, mask: Any) -> Any:
+    """Set a variable to dense weights, and to zero where their mask is False."""
+    return variable.assign(kept(dense, mask))

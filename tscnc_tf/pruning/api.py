@@ -6,10 +6,10 @@ from typing import Any
 
 from tscnc_tf import _checks, _keras, gates
 from tscnc_tf._keras import masks, wrappers
-from tscnc_tf.pruning import wrap
-from tscnc_tf.pruning.engine import Pruner
-from tscnc_tf.pruning.plans import require_unpruned
-from tscnc_tf.pruning.scores import ScorePruner
+from tscnc_tf.pruning import tfmot_engine
+from tscnc_tf.pruning.pruner import Pruner
+from tscnc_tf.pruning.score_pruner import ScorePruner
+from tscnc_tf.pruning.targets import require_unpruned
 
 ENGINES = ("tfmot", "masks")
 METHODS = ("magnitude", "scores")
@@ -97,7 +97,7 @@ def prune(
             f"engine must be 'masks' for the Keras 3 model {model.name!r}: tfmot's wrappers take "
             "tf_keras models only."
         )
-    return wrap.wrap(model, schedule, layers, options)
+    return tfmot_engine.wrap(model, schedule, layers, options)
 
 
 def _prune_by_scores(
@@ -228,7 +228,7 @@ def strip(model: Any) -> Any:
     for pruner in masks.pruners(model):
         pruner.apply(getattr(pruner.model, "optimizer", None))
         pruner.detach()
-    return gates.fold(wrap.unwrap(model) if wrappers.wrapped_layers(model) else model)
+    return gates.fold(tfmot_engine.unwrap(model) if wrappers.wrapped_layers(model) else model)
 
 
 def prune_scope() -> Any:

@@ -1,0 +1,235 @@
+"""Probe batches: what a model takes, a batch to run it on, how far its outputs may differ."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _keras
+from tscnc_tf._keras import layers as model_layers
+from tscnc_tf._keras import models
+
+EXAMPLES = 8
+
+
+def input_specs(model: Any) -> Any:
+    """Return a graph model's inputs as TensorSpecs, in its own structure; None if not known."""
+    if not _keras.is_graph_model(model):
+        return None
+    return tf.nest.map_structure(
+        lambda symbol: tf.TensorSpec(symbol.shape, symbol.dtype, name=_identifier(symbol.name)),
+        models.symbols(model),
+    )
+
+
+def prepare(model: Any, values: Any, name: str = "probe") -> tuple[Any, Any]:
+    """Return a model's inputs as TensorSpecs, and a batch of the same structure.
+
+    The specs leave the number of examples open, whatever the model says: a Sequential model without
+    an input layer keeps the size of the first batch as if it were part of its input shape.
+
+    Args:
+        model: a built Keras model. The specs of a subclassed model are taken from `values`.
+        values: a batch given by the user, or None for one that is drawn, see `draw`.
+        name: the name of the argument that `values` is, for error messages.
+
+    Raises:
+        ValueError: the batch does not fit the model, or none can be drawn for it.
+    """
+    specs = input_specs(model)
+    if values is None:
+        values = draw(model, name=name)
+    specs = tf.nest.map_structure(_of_any_size, _specs_of(values) if specs is None else specs)
+    return specs, fit(name, specs, values)
+
+
+def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = "probe") -> Any:
+    """Return a batch drawn from U[0, 1), as arrays in the structure of the model's inputs.
+
+    Args:
+        model: a Keras model.
+        examples: the number of examples; None for the number that the model names, or `EXAMPLES`.
+        seed: of the generator.
+        name: the name of the argument by which the user can pass a batch, for error messages.
+
+    Raises:
+        ValueError: the shapes of the model's inputs are not known, or an input is no float.
+    """
+    way_out = f"Pass {name}=, a batch of inputs as the model takes them."
+    specs = input_specs(model)
+    if specs is None:
+        raise ValueError(
+            f"model {model.name!r} is a subclassed model ({type(model).__name__}), so the shape of "
+            f"its inputs is not known. {way_out}"
+        )
+    generator = np.random.default_rng(seed)
+
+    def drawn(spec: tf.TensorSpec) -> np.ndarray:
+        count = examples or (spec.shape[0] if spec.shape.rank else None) or EXAMPLES
+        values = models.draw(spec, count, generator)
+        if values is None:
+            raise ValueError(
+                f"model {model.name!r} has an input {_describe(spec)}, and no batch can be drawn "
+                f"for it: only floats of known shape can. {way_out}"
+            )
+        return values
+
+    return tf.nest.map_structure(drawn, specs)
+
+
+def fit(name: str, specs: Any, values: Any) -> Any:
+    """Return a batch given by the user as arrays of the dtypes that the model takes.
+
+    Args:
+        name: the name of the argument that `values` is, for error messages.
+        specs: the model's inputs, as `input_specs` or `prepare` returns them.
+        values: the batch.
+
+    Raises:
+        ValueError: the batch does not fit the model.
+    """
+    pairs = zip(leaves(name, specs, values), tf.nest.flatten(specs), strict=True)
+    return tf.nest.pack_sequence_as(specs, [_fit(name, *pair) for pair in pairs])
+
+
+def leaves(name: str, specs: Any, values: Any) -> list[Any]:
+    """Return what `values` holds for each of `specs`, in the order of `tf.nest.flatten(specs)`.
+
+    Args:
+        name: the name of the argument that `values` is, for the error message.
+        specs: a TensorSpec, or lists and dicts of them.
+        values: the same structure of arrays or tensors; a tuple stands for a list.
+
+    Raises:
+        ValueError: `values` is of another structure.
+    """
+    if isinstance(specs, tf.TensorSpec):
+        return [values]
+    if isinstance(specs, dict):
+        fits, keys = isinstance(values, dict) and set(values) == set(specs), sorted(specs)
+    else:
+        fits = isinstance(values, list | tuple) and len(values) == len(specs)
+        keys = list(range(len(specs)))
+    if not fits:
+        raise ValueError(
+            f"{name} must be of the structure of the model's inputs, {_describe(specs)}, got "
+            f"{_describe(values)}."
+        )
+    return [leaf for key in keys for leaf in leaves(name, specs[key], values[key])]
+
+
+def examples(batch: Any) -> int:
+    """Return the number of examples in a batch: the length of its first array."""
+    return int(tf.nest.flatten(batch)[0].shape[0])
+
+
+def outputs(function: Any, batch: Any) -> list[np.ndarray]:
+    """Return a function's outputs for a batch as a flat list of float64 arrays.
+
+    Raises:
+        ValueError: one is not finite, so that nothing can be compared with it.
+    """
+    arrays = [np.asarray(output).astype(np.float64) for output in tf.nest.flatten(function(batch))]
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(
+            "The model's logits on the probe batch hold NaN or infinity, so nothing can be "
+            "compared with them. Repair the model, or pass another probe=."
+        )
+    return arrays
+
+
+def difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
+    """Return the largest absolute difference between two lists of outputs; inf if shapes differ."""
+    if [array.shape for array in left] != [array.shape for array in right]:
+        return float("inf")
+    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(left, right, strict=True))
+
+
+def tolerance(model: Any, expected: list[np.ndarray], *, float32: float) -> float:
+    """Return by how much two computations of the same outputs may differ.
+
+    It is relative to the largest output, if that is above 1, and depends on the arithmetic:
+    `float32` as given; 1e-2 where a GPU multiplies in TensorFloat-32, which has 10 bits; 5e-2 if a
+    layer computes in 16 bits.
+
+    Args:
+        model: a Keras model.
+        expected: its outputs.
+        float32: the relative tolerance if all layers compute in float32.
+    """
+    dtypes = {getattr(layer, "compute_dtype", None) for layer in model_layers.flatten(model)}
+    on_gpu = bool(tf.config.get_visible_devices("GPU"))
+    if dtypes & {"float16", "bfloat16"}:
+        relative = 5e-2
+    elif on_gpu and tf.config.experimental.tensor_float_32_execution_enabled():
+        relative = 1e-2
+    else:
+        relative = float32
+    return relative * scale(expected)
+
+
+def scale(expected: list[np.ndarray]) -> float:
+    """Return the largest absolute value of some outputs, at least 1."""
+    return max(1.0, *(float(np.abs(array).max(initial=0.0)) for array in expected))
+
+
+def _of_any_size(spec: tf.TensorSpec) -> tf.TensorSpec:
+    """Return a spec with the number of examples left open."""
+    if not spec.shape.rank:
+        return spec
+    return tf.TensorSpec((None, *spec.shape[1:]), spec.dtype, name=spec.name)
+
+
+def _identifier(name: str) -> str:
+    """Return `name` as a valid name of a function's argument, as which a signature uses it."""
+    name = re.sub(r"\W", "_", name)
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _specs_of(values: Any) -> Any:
+    """Return TensorSpecs of arrays; float64, NumPy's default, becomes float32."""
+
+    def spec(leaf: Any, name: str | None = None) -> tf.TensorSpec:
+        array = np.asarray(leaf)
+        dtype = tf.float32 if array.dtype == np.float64 else tf.as_dtype(array.dtype)
+        return tf.TensorSpec(array.shape, dtype, name=name)
+
+    if tf.nest.is_nested(values):
+        return tf.nest.map_structure(spec, values)
+    return spec(values, "inputs")
+
+
+def _fit(name: str, leaf: Any, spec: tf.TensorSpec) -> np.ndarray:
+    try:
+        array = np.asarray(leaf)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be {_describe(spec)}, got a {type(leaf).__name__} whose parts differ in "
+            "shape. Of a pair (x, y), pass x."
+        ) from error
+    wanted = np.dtype(spec.dtype.as_numpy_dtype)
+    if not spec.shape.is_compatible_with(array.shape) or array.shape[:1] == (0,):
+        raise ValueError(f"{name} must be {_describe(spec)}, got an array of shape {array.shape}.")
+    if not np.can_cast(array.dtype, wanted, "same_kind"):
+        raise ValueError(f"{name} must be {_describe(spec)}, got an array of {array.dtype}.")
+    array = array.astype(wanted)
+    if spec.dtype.is_floating and not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got an array with NaN or infinity.")
+    return array
+
+
+def _describe(structure: Any) -> str:
+    """Return a structure of arrays or TensorSpecs as text: dtypes and shapes."""
+    if isinstance(structure, dict):
+        return "{" + ", ".join(f"{k!r}: {_describe(v)}" for k, v in structure.items()) + "}"
+    if isinstance(structure, list | tuple):
+        return "[" + ", ".join(map(_describe, structure)) + "]"
+    if isinstance(structure, tf.TensorSpec):
+        sizes = ", ".join("any" if size is None else str(size) for size in structure.shape)
+        return f"{structure.dtype.name} ({sizes})"
+    array = np.asarray(structure)
+    return f"{array.dtype} {array.shape}"

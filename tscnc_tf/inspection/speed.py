@@ -1,0 +1,601 @@
+"""Whether zeros make a model faster: layers timed with zeros, without, and as sparse products."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras, _probe, _reports, _timing
+from tscnc_tf._keras import keras, tf_keras, wrappers
+from tscnc_tf._timing import Timed, Times, compiled
+from tscnc_tf.inspection import weights
+
+ABOUT = 1.1  # medians within this ratio, with overlapping quartiles, are about the same
+LEAST_SPARSITY = 0.5  # with fewer zeros a sparse product is much slower than the dense one
+NO_FASTER = "no faster: dense kernels multiply zeros at the same speed"
+WHAT_HELPS = (
+    "What does help: tscnc.pruning.compact takes dead filters out, which leaves smaller dense "
+    "kernels; a runtime that knows the pattern gains by 2:4 (NVIDIA's sparse tensor cores) or by "
+    "blocks (LiteRT). Zeros without a pattern save bytes, not time: tscnc.inspection.sizes."
+)
+
+_DENSE = (keras.layers.Dense, tf_keras.layers.Dense)
+_CONVOLUTIONS = tuple(
+    getattr(library.layers, name)
+    for library in (keras, tf_keras)
+    for name in ("Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D")
+)
+_Product = Callable[[tf.Tensor], tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelStructure(_reports.Record):
+    """The patterns of the zeros of one kernel.
+
+    Blocks lie on a grid in the matrix (inputs × outputs) of each position, as tfmot's `block_size`
+    counts them. Zeros at random places form whole blocks of 16, too: at a sparsity s, a share of
+    s^15 of them (86 % at 99 %), which a block format uses all the same.
+
+    Attributes:
+        filters: the number of output channels.
+        dead_filters: how many of them have only zero weights.
+        inputs: the number of input channels.
+        dead_inputs: how many of them are read by zero weights only.
+        two_of_four: the share of groups of four successive inputs (of one output, at one position)
+            with at least two zeros; 1 is the pattern 2:4 that NVIDIA's sparse tensor cores take.
+            None where there are fewer than four inputs.
+        blocks_4x4: the share of the zeros that lie in all-zero blocks of 4 inputs and 4 outputs; 1
+            is a block-sparse kernel. None without zeros, or where a block is larger than the
+            matrix.
+        blocks_1x16: likewise with blocks of one input and 16 outputs.
+        blocks_16x1: likewise with blocks of 16 inputs and one output, as LiteRT's sparse fully
+            connected kernel takes them.
+    """
+
+    filters: int
+    dead_filters: int
+    inputs: int
+    dead_inputs: int
+    two_of_four: float | None
+    blocks_4x4: float | None
+    blocks_1x16: float | None
+    blocks_16x1: float | None
+
+    @classmethod
+    def of(cls, kernel: np.ndarray) -> KernelStructure:
+        """Return the structure of a kernel `(groups, positions, inputs, outputs)`."""
+        zero = kernel == 0
+        dead_filters, dead_inputs = zero.all(axis=(1, 2)), zero.all(axis=(1, 3))
+        two_of_four = None
+        if zero.shape[2] >= 4:
+            two_of_four = float(np.mean(_blocks(zero, 4, 1).sum(axis=(3, 5)) >= 2))
+        return cls(
+            filters=dead_filters.size,
+            dead_filters=int(dead_filters.sum()),
+            inputs=dead_inputs.size,
+            dead_inputs=int(dead_inputs.sum()),
+            two_of_four=two_of_four,
+            blocks_4x4=_share_in_blocks(zero, 4, 4),
+            blocks_1x16=_share_in_blocks(zero, 1, 16),
+            blocks_16x1=_share_in_blocks(zero, 16, 1),
+        )
+
+    @property
+    def shares(self) -> tuple[float | None, ...]:
+        """The shares of 2:4, 4×4, 1×16 and 16×1."""
+        return self.two_of_four, self.blocks_4x4, self.blocks_1x16, self.blocks_16x1
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The complete patterns and the dead channels, in words; empty if there are none."""
+        dead = [(self.dead_filters, self.filters, "filters")]
+        dead += [(self.dead_inputs, self.inputs, "inputs")]
+        patterns = ["2:4 along the inputs"]
+        patterns += [f"all zeros in {block} blocks" for block in ("4×4", "1×16", "16×1")]
+        return (
+            *(f"{few} of {count} {what} dead" for few, count, what in dead if few),
+            *(text for text, share in zip(patterns, self.shares, strict=True) if share == 1.0),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpeed(_reports.Record):
+    """The times of one kernel's layer, each that of a call of a compiled function.
+
+    Attributes:
+        name: the layer's name, and which of its kernels, where there are several.
+        kind: the layer's class.
+        shape: of the kernel.
+        sparsity: the fraction of zeros in it.
+        input_shape: what the layer was timed on; None if it could not be called by itself.
+        structure: the patterns of the zeros.
+        call: an empty compiled function: what TensorFlow takes for no computation at all.
+        as_is: the layer with its zeros.
+        filled: the layer with random weights that are not zero.
+        sparse: the same outputs from a sparse kernel; None if there is an obstacle.
+        sparse_operation: the operation that multiplied, the fastest of those tried.
+        obstacle: why there are no times, or no sparse ones.
+    """
+
+    _derived = ("zeros_ratio", "sparse_ratio", "verdict")
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    sparsity: float
+    input_shape: tuple[int, ...] | None
+    structure: KernelStructure
+    call: Times | None = None
+    as_is: Times | None = None
+    filled: Times | None = None
+    sparse: Times | None = None
+    sparse_operation: str = ""
+    obstacle: str = ""
+
+    @property
+    def zeros_ratio(self) -> float | None:
+        """The median with zeros over that without: 1 where zeros change nothing."""
+        return _ratio(self.as_is, self.filled)
+
+    @property
+    def sparse_ratio(self) -> float | None:
+        """The median of the sparse product over that of the layer: above 1, sparse is slower."""
+        return _ratio(self.sparse, self.as_is)
+
+    @property
+    def verdict(self) -> str:
+        """What the figures say, in words."""
+        if self.as_is is None or self.filled is None:
+            return f"not timed: {self.obstacle}"
+        zeros = _compare_zeros(self.as_is, self.filled) if self.sparsity else "it has no zeros"
+        return f"{zeros}; {self._compare_sparse(self.as_is)}"
+
+    def _compare_sparse(self, as_is: Times) -> str:
+        if self.sparse is None:
+            return self.obstacle
+        if self.call and max(self.sparse.median, as_is.median) < 2 * self.call.median:
+            return "too small to tell whether sparse would be faster: most of it is the call"
+        here = f"here at {100 * self.sparsity:.4g} % zeros"
+        compared = _compare(self.sparse, as_is)
+        if not self.sparse.overlaps(as_is):
+            return f"sparse would be {compared} {here}"
+        if 1 / ABOUT < self.sparse.median / as_is.median < ABOUT:
+            return f"sparse would be about as fast {here}"
+        return f"too unsteady to tell: by the medians sparse would be {compared} {here}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedReport(_reports.Report):
+    """The times of a model and of its layers; `print` it for a table.
+
+    Attributes:
+        rows: one per kernel, in the model's order.
+        as_is: the whole model with its zeros.
+        filled: the whole model with random weights that are not zero.
+        device: where it was computed, as TensorFlow names it.
+        batch_size: the number of examples in each call.
+        rounds: how often each time was taken.
+        seed: of the inputs, and of the random weights.
+    """
+
+    _derived = ("zeros_ratio", "verdict")
+
+    rows: tuple[LayerSpeed, ...]
+    as_is: Times
+    filled: Times
+    device: str
+    batch_size: int
+    rounds: int
+    seed: int
+
+    @property
+    def zeros_ratio(self) -> float:
+        """The model's median with zeros over that without: 1 where zeros change nothing."""
+        return self.as_is.median / self.filled.median
+
+    @property
+    def verdict(self) -> str:
+        """What the figures of the whole model say, in words."""
+        return _compare_zeros(self.as_is, self.filled)
+
+    def _table(self) -> _reports.Table:
+        def milliseconds(times: Times | None) -> str:
+            return "–" if times is None else f"{1e3 * times.median:.3g}"
+
+        columns = ("kernel", "layer", "zeros", "as it is", "no zeros", "sparse", "sparse/as is")
+        patterns = ("dead filters", "dead inputs", "2:4", "4×4", "1×16", "16×1")
+        rows = [
+            (
+                row.name,
+                row.kind,
+                _reports.percent(row.sparsity),
+                *map(milliseconds, (row.as_is, row.filled, row.sparse)),
+                "–" if row.sparse_ratio is None else f"{row.sparse_ratio:.2f}",
+                f"{row.structure.dead_filters}/{row.structure.filters}",
+                f"{row.structure.dead_inputs}/{row.structure.inputs}",
+                *("–" if part is None else f"{100 * part:.0f} %" for part in row.structure.shares),
+            )
+            for row in self.rows
+        ]
+        structures = [(row.name, ", ".join(row.structure.words)) for row in self.rows]
+        times = (milliseconds(self.as_is), milliseconds(self.filled))
+        return _reports.Table(
+            f"Milliseconds per batch of {self.batch_size} on {self.device}, medians of "
+            f"{self.rounds} rounds; and the patterns of the zeros",
+            (*columns, *patterns),
+            rows,
+            ("whole model", "", "", *times, *[""] * 8),
+            [
+                *(f"{row.name}: {row.verdict}." for row in self.rows),
+                *(f"{name}: {words}." for name, words in structures if words),
+                f"Whole model, with zeros {self.as_is}, without {self.filled}: {self.verdict}.",
+                WHAT_HELPS,
+            ],
+        )
+
+
+def speed_check(
+    model: Any, x: Any = None, *, batch_size: int = 32, rounds: int = 30, seed: int = 0
+) -> SpeedReport:
+    r"""Return how long a model and its layers take, and whether their zeros make them faster.
+
+    They don't, in TensorFlow: its dense kernels multiply zeros like all else. This measures it on
+    the device at hand. Each layer with a kernel is timed
+
+    * as it is, the zeros in its dense kernel;
+    * with random weights that are not zero, in the same kernel;
+    * as a product with a sparse kernel that gives the same outputs, bias and activation included:
+      by `tf.sparse.sparse_dense_matmul` or `tf.raw_ops.SparseMatrixMatMul`, whichever is faster. A
+      convolution then multiplies the patches of its image (`tf.image.extract_patches`). There are
+      such products for Dense, Conv1D, Conv2D and the depthwise ones, grouped and dilated or not.
+
+    and the whole model in the first two ways. All are compiled by `tf.function` (not XLA, which
+    has no sparse kernels), and run in turn, A B C A B C ..., in one process, after a warm-up;
+    reported are medians and quartiles by the wall clock. A call alone takes TensorFlow a fraction
+    of a millisecond, so layers of about that size can't be told apart. Layers are given normally
+    distributed inputs. A layer that is called several times is timed on its first input's shape.
+
+    While it is timed, the model's kernels are exchanged, and put back bit by bit, also after an
+    error; so don't use the model from another thread meanwhile. Masks are applied, as by any call.
+
+    Args:
+        model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
+        x: a batch of inputs in the structure that the model takes, cut or repeated to
+            `batch_size`. None draws floats from U[0, 1) of the shape that the model names.
+        batch_size: the number of examples in a call; results depend on it.
+        rounds: how often each time is taken.
+        seed: of all that is drawn.
+
+    Returns:
+        A `SpeedReport`: `print` it. `report.rows[0].verdict` is a sentence, and
+        `report.rows[0].sparse_ratio` the sparse product's median over the layer's. Times differ
+        from run to run; compare those of one report.
+
+    Raises:
+        TypeError: `model` is not a Keras model, or an argument is of a wrong type.
+        ValueError: it is not built or has no kernels, an argument is out of range, or `x` is
+            needed, because the shape of the inputs isn't known or they are not floats.
+
+    Reference:
+        Gale et al. 2020, "Sparse GPU kernels for deep learning", arXiv 2006.10901; Mishra et al.
+        2021, "Accelerating sparse deep neural networks", arXiv 2104.08378 (2:4).
+
+    Example:
+        >>> import numpy as np, tf_keras, tscnc_tf.inspection
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(64, input_shape=(64,), name="last")])
+        >>> model.set_weights([np.eye(64), np.zeros(64)])
+        >>> report = tscnc_tf.inspection.speed_check(model, batch_size=8, rounds=5)
+        >>> row = report.rows[0]
+        >>> row.sparse_ratio == row.sparse.median / row.as_is.median
+        True
+        >>> row.structure.two_of_four
+        1.0
+    """
+    _keras.library("model", model)
+    _keras.require_built("model", model)
+    batch_size = _checks.integer("batch_size", batch_size, minimum=1)
+    rounds = _checks.integer("rounds", rounds, minimum=1)
+    seed = _checks.integer("seed", seed, minimum=0)
+    if x is None:
+        drawn = _probe.draw(model, batch_size, seed=seed, name="x")
+        batch = tf.nest.map_structure(tf.constant, drawn)
+    else:
+        batch = _fitted(x, batch_size)
+    network = _keras.inference(model)  # applies the masks
+    found = weights.kernels(model)
+    if not found:
+        raise ValueError(f"model {model.name!r} has no kernels: there are no layers to time.")
+    shapes = _input_shapes([weight.kernel.layer for weight in found], lambda: network(batch))
+    rows = [
+        _layer_speed(model, weight, shapes.get(id(weight.kernel.layer)), rounds, seed)
+        for weight in found
+    ]
+
+    variables = [weight.variable for weight in (*found, *weights.others(model))]
+    masks = [mask for _, mask in wrappers.pruned_variables(model)]
+    run = compiled(network, batch)
+    with _exchanged(model, variables, seed, masks) as (restore, fill):
+        times = _timed({"as_is": Timed(run, restore), "filled": Timed(run, fill)}, rounds)
+    device = _timing.device(tf.nest.flatten(run())[0])
+    return SpeedReport(
+        tuple(rows), times["as_is"], times["filled"], device, batch_size, rounds, seed
+    )
+
+
+def _layer_speed(
+    model: Any,
+    weight: weights.KernelWeight,
+    input_shape: tuple[int, ...] | None,
+    rounds: int,
+    seed: int,
+) -> LayerSpeed:
+    """Return the times of the layer of a kernel, on inputs of a shape."""
+    layer, operation = weight.kernel.layer, ""
+    times: dict[str, Times] = {}
+    obstacle = "it is not called with one tensor of known shape"
+    if input_shape is not None:
+        x = tf.cast(tf.random.stateless_normal(input_shape, (seed, 0)), layer.compute_dtype)
+        dense = compiled(layer, x)
+        operation, sparse, obstacle = _fastest_product(weight, x, dense())
+        with _exchanged(model, [weight.variable], seed) as (restore, fill):
+            functions = {
+                "call": Timed(compiled(lambda batch: batch[:1], x)),
+                "as_is": Timed(dense, restore),
+                "filled": Timed(dense, fill),
+            }
+            if sparse is not None:
+                functions["sparse"] = Timed(sparse)
+            times = _timed(functions, rounds)
+    return LayerSpeed(
+        name=weight.name,
+        kind=type(layer).__name__,
+        shape=weight.values.shape,
+        sparsity=float(np.mean(weight.values == 0)),
+        input_shape=input_shape,
+        structure=KernelStructure.of(weight.canonical()),
+        **times,
+        sparse_operation=operation,
+        obstacle=obstacle,
+    )
+
+
+def _timed(functions: dict[str, Timed], rounds: int) -> dict[str, Times]:
+    found = _timing.interleaved(functions, rounds)
+    return {name: Times.of(seconds) for name, seconds in found.items()}
+
+
+@contextlib.contextmanager
+def _exchanged(
+    model: Any, variables: list[Any], seed: int, masks: Sequence[Any] = ()
+) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Yield functions that restore variables and that fill them with random non-zero values.
+
+    They are restored at the end. Masks are filled with ones.
+    """
+    generator = np.random.default_rng(seed)
+    changed = [*variables, *masks]
+    originals = [np.array(tf.convert_to_tensor(variable)) for variable in changed]
+    filled = [np.ones_like(original) for original in originals]
+    for values in filled[: len(variables)]:
+        scale = (values.size / values.shape[-1]) ** -0.5  # keeps the size of the signal
+        values[...] = scale * generator.standard_normal(values.shape)
+        values[values == 0] = scale
+    strategy = getattr(model, "distribute_strategy", None)
+
+    def assign(values: list[np.ndarray]) -> None:
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            for variable, value in zip(changed, values, strict=True):
+                variable.assign(value)
+
+    try:
+        yield lambda: assign(originals), lambda: assign(filled)
+    finally:
+        assign(originals)
+
+
+def _fastest_product(
+    weight: weights.KernelWeight, x: tf.Tensor, expected: tf.Tensor
+) -> tuple[str, Callable[[], Any] | None, str]:
+    """Return the fastest sparse product's operation and itself; or "", None, and why there is none.
+
+    Each is compared with the layer's own output first: a layer may compute more than its product.
+    """
+    if obstacle := _obstacle(weight):
+        return "", None, obstacle
+    allowed = 1e-2 if x.dtype in (tf.float32, tf.float64) else 1e-1  # a GPU rounds to 10 bits
+    allowed *= max(1.0, float(tf.reduce_max(tf.abs(expected))))
+    found: list[tuple[float, str, Callable[[], Any]]] = []
+    for name, function in _products(weight).items():
+        try:
+            run = compiled(function, x)
+            if not float(tf.reduce_max(tf.abs(run() - expected))) <= allowed:
+                kind = type(weight.kernel.layer).__name__
+                return "", None, f"{kind} computes something else than the product with its kernel"
+            found.append((_timing.fastest_call(run), name, run))
+        except tf.errors.OpError as error:  # no such operation for this device, or no memory
+            obstacle = f"{name} fails here: {type(error).__name__}"
+    if not found:
+        return "", None, obstacle
+    _, name, run = min(found, key=lambda each: each[0])
+    return name, run, ""
+
+
+def _obstacle(weight: weights.KernelWeight) -> str:
+    """Return why a kernel's layer has no sparse product to compare with, or an empty text."""
+    layer, layout = weight.kernel.layer, weight.kernel.spec.layout
+    kind = f"no sparse kernel in TensorFlow for {type(layer).__name__}"
+    if not isinstance(layer, (*_DENSE, *_CONVOLUTIONS)) or layout == "transposed":
+        return kind
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return f"{kind} with channels first"
+    zeros = float(np.mean(weight.values == 0))
+    if zeros < LEAST_SPARSITY:
+        return f"a sparse product is not tried at {100 * zeros:.3g} % zeros"
+    return ""
+
+
+def _products(weight: weights.KernelWeight) -> dict[str, _Product]:
+    """Return functions that compute a layer's output, by the operation that multiplies.
+
+    A convolution becomes one product of matrices: of its kernel and the patches of the image. A
+    grouped or depthwise kernel then is a matrix of blocks along the diagonal.
+
+    Args:
+        weight: the kernel of a layer without an `_obstacle`.
+    """
+    layer = weight.kernel.layer
+    dtype = tf.as_dtype(layer.compute_dtype)
+    matrix = _sparse_matrix(weight.canonical(), dtype)
+
+    def by_coordinates(rows: tf.Tensor) -> tf.Tensor:
+        return tf.transpose(tf.sparse.sparse_dense_matmul(matrix, rows, adjoint_b=True))
+
+    multiply = {"tf.sparse.sparse_dense_matmul": by_coordinates}
+    if dtype in (tf.float32, tf.float64):  # the only ones it takes
+
+        @tf.function  # a function's result keeps its shape when a graph captures it
+        def convert() -> tf.Tensor:
+            return tf.raw_ops.SparseTensorToCSRSparseMatrix(
+                indices=matrix.indices, values=matrix.values, dense_shape=matrix.dense_shape
+            )
+
+        compressed = convert()
+
+        def by_compressed_rows(rows: tf.Tensor) -> tf.Tensor:
+            return tf.raw_ops.SparseMatrixMatMul(
+                a=compressed, b=rows, transpose_b=True, transpose_output=True
+            )
+
+        multiply["tf.raw_ops.SparseMatrixMatMul"] = by_compressed_rows
+
+    def whole(product: _Product) -> _Product:
+        def compute(x: tf.Tensor) -> tf.Tensor:
+            inputs = x if isinstance(layer, _DENSE) else _patches(layer, x)
+            outputs = product(tf.reshape(inputs, (-1, inputs.shape[-1])))
+            outputs = tf.reshape(outputs, (*inputs.shape[:-1], matrix.shape[0]))
+            if layer.use_bias:
+                outputs = tf.nn.bias_add(outputs, tf.cast(layer.bias, dtype))
+            return outputs if layer.activation is None else layer.activation(outputs)
+
+        return compute
+
+    return {name: whole(product) for name, product in multiply.items()}
+
+
+def _sparse_matrix(kernel: np.ndarray, dtype: tf.DType) -> tf.SparseTensor:
+    """Return `(groups, positions, inputs, outputs)` as a matrix (all outputs × all inputs)."""
+    groups, positions, inputs, outputs = kernel.shape
+    group, position, channel, output = np.nonzero(kernel)
+    row = group * outputs + output
+    column = (position * groups + group) * inputs + channel
+    order = np.lexsort((column, row))
+    return tf.SparseTensor(
+        np.stack([row, column], axis=1)[order].astype(np.int64),
+        tf.cast(kernel[kernel != 0][order], dtype),
+        (groups * outputs, positions * groups * inputs),
+    )
+
+
+def _patches(layer: Any, x: tf.Tensor) -> tf.Tensor:
+    """Return the patches `(batch, *positions, patch)` that a convolution multiplies."""
+    sizes, strides, rates = layer.kernel_size, layer.strides, layer.dilation_rate
+    is_1d = len(sizes) == 1
+    if is_1d:
+        if layer.padding == "causal":
+            x = tf.pad(x, ((0, 0), ((sizes[0] - 1) * rates[0], 0), (0, 0)))
+        x = x[:, tf.newaxis]
+        sizes, strides, rates = ((1, *number) for number in (sizes, strides, rates))
+    if tuple(sizes) == (1, 1):
+        patches = x[:, :: strides[0], :: strides[1]]
+    else:
+        padding = "SAME" if layer.padding == "same" else "VALID"
+        patches = tf.image.extract_patches(
+            x, (1, *sizes, 1), (1, *strides, 1), (1, *rates, 1), padding
+        )
+    return tf.squeeze(patches, axis=1) if is_1d else patches
+
+
+def _fitted(x: Any, batch_size: int) -> Any:
+    """Return `batch_size` examples of a batch, by cutting or repeating it, as tensors."""
+
+    def fit(leaf: Any) -> tf.Tensor:
+        array = np.asarray(leaf)
+        if array.ndim == 0 or len(array) == 0:
+            raise ValueError(
+                f"x must be a batch of at least one example, (examples, ...), got an array of "
+                f"shape {array.shape}."
+            )
+        array = array.astype(np.float32) if array.dtype == np.float64 else array
+        return tf.constant(array[np.arange(batch_size) % len(array)])
+
+    return tf.nest.map_structure(fit, x) if tf.nest.is_nested(x) else fit(x)
+
+
+def _input_shapes(layers: Iterable[Any], run: Callable[[], Any]) -> dict[int, tuple[int, ...]]:
+    """Run a model once, and return the shape of the first input of each layer, by its id.
+
+    Layers that were not called, or with more than one tensor, are left out.
+    """
+    shapes: dict[int, tuple[int, ...]] = {}
+
+    def recorder(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            leaves = [leaf for leaf in tf.nest.flatten((args, kwargs)) if tf.is_tensor(leaf)]
+            if len(leaves) == 1 and leaves[0].shape.is_fully_defined():
+                shapes.setdefault(id(layer), tuple(leaves[0].shape))
+            return call(*args, **kwargs)
+
+        return record
+
+    with contextlib.ExitStack() as stack:
+        for layer in {id(layer): layer for layer in layers}.values():
+            attributes = vars(layer)  # written to directly: Keras tracks what is set
+            own = {"call": attributes["call"]} if "call" in attributes else {}
+            stack.callback(attributes.update, own)
+            stack.callback(attributes.pop, "call")
+            attributes["call"] = recorder(layer, layer.call)
+        run()
+    return shapes
+
+
+def _blocks(zero: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the last two axes as blocks, `(..., down, height, across, width)`.
+
+    What is missing at the edges counts as zero, as runtimes pad it.
+    """
+    missing = (-zero.shape[2] % height, -zero.shape[3] % width)
+    pads = ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))
+    padded = np.pad(zero, pads, constant_values=True)
+    down, across = padded.shape[2] // height, padded.shape[3] // width
+    return padded.reshape(*padded.shape[:2], down, height, across, width)
+
+
+def _share_in_blocks(zero: np.ndarray, height: int, width: int) -> float | None:
+    """Return the share of the zeros that lie in all-zero blocks."""
+    inputs, outputs = zero.shape[2:]
+    count = int(zero.sum())
+    if not count or inputs < height or outputs < width:
+        return None
+    dead = _blocks(zero, height, width).all(axis=(3, 5))
+    inside = dead.repeat(height, axis=2).repeat(width, axis=3)[:, :, :inputs, :outputs]
+    return int(inside.sum()) / count
+
+
+def _ratio(above: Times | None, below: Times | None) -> float | None:
+    return None if above is None or below is None else above.median / below.median
+
+
+def _compare(one: Times, other: Times) -> str:
+    ratio = one.median / other.median
+    return f"{ratio:.2g}x slower" if ratio >= 1 else f"{1 / ratio:.2g}x faster"
+
+
+def _compare_zeros(as_is: Times, filled: Times) -> str:
+    if as_is.median < filled.median and not as_is.overlaps(filled):
+        return f"{_compare(as_is, filled)} than without zeros"
+    return NO_FASTER
