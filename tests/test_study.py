@@ -194,6 +194,15 @@ def test_a_damaged_result_is_named(plan, tmp_path):
         work.require_current(plan.runs(), store)
 
 
+def test_results_of_another_plan_are_refused(tmp_path, plan):
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    table.write(store.table, [content(next(plan.runs()))])
+    work.require_current(plan.runs(), store)
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(ValueError, match=r"is by another plan: train\.epochs was 1, not 2; prune"):
+        work.require_current(Plan.read(tmp_path / "tiny.yaml").runs(), store)
+
+
 def test_results_of_runs_are_entered_into_the_table(plan, tmp_path):
     store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
     runs = list(plan.runs())

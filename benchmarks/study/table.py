@@ -48,7 +48,8 @@ class Store:
         found = read(self.table)
         files = self.fresh.glob("*/*.json")
         found += [read_json(file, "Remove it, and run the study again.") for file in files]
-        return dict(sorted((tuple(row[name] for name in PLACE), row) for row in found))
+        by_place = {tuple(row[name] for name in PLACE): row for row in found}
+        return {place: by_place[place] for place in sorted(by_place)}
 
     def add(self, run: Run, content: Mapping[str, Any]) -> None:
         """Write the result of a run into a file of its own."""

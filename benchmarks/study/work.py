@@ -37,10 +37,11 @@ def require_current(runs: Iterable[Run], store: Store) -> None:
         if place(run) in found:
             stored = found[place(run)]["recipe"]
             dataset = {"data.dataset": stored["data"]["dataset"]}
-            mine = run.recipe.override(dataset).to_dict()
+            mine = run.recipe.override(dataset)
+            if stored == jsonable(mine.to_dict()):
+                continue
             # Through a recipe, so that what it has gained since has its default.
-            theirs = stored if stored == jsonable(mine) else Recipe.from_dict(stored).to_dict()
-            if changed := differences(theirs, jsonable(mine)):
+            if changed := differences(Recipe.from_dict(stored).to_dict(), mine.to_dict()):
                 raise ValueError(
                     f"{run.name} in {store.table} is by another plan: {'; '.join(changed)}. Remove "
                     f"the rows (and files in {store.fresh}) that the plan's change has made "
