@@ -1,7 +1,7 @@
-"""The parts by themselves: regularizers, masks and attack in a training loop of your own.
+"""Regularizers, pruning and an attack in a training loop of your own, with tf_keras.
 
-`AdversarialTraining` is what most people want; this is for those who write their steps themselves.
-One compiled function per step, one training-mode forward pass, and a schedule that counts steps.
+`AdversarialTraining` does this for you. Here each step is a compiled function with one forward pass
+in training mode, and a schedule that counts steps.
 
     python examples/custom_training_loop.py [--epochs 20] [--seed 0]
 """
@@ -69,7 +69,7 @@ def main() -> None:
         optimizer.minimize(value, model.trainable_variables, tape=tape)
         return value
 
-    # Outside `fit` the callbacks are told what happens, as Keras would tell them.
+    # Outside of `fit` the callbacks have to be called.
     model.optimizer = optimizer
     callbacks = tscnc.callbacks.pruning_callbacks(log_kernels=True)
     for callback in callbacks:

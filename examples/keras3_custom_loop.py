@@ -1,9 +1,9 @@
 """A training loop of your own in Keras 3: a subclassed model, a pruner, fine-tuning with its zeros.
 
-`Pruner` works on the variables of any model: nothing is wrapped, so the loop and the model stay as
-they are but for one line after each optimizer step. Here the weights compete over the whole network
-(`scope="global"`) by a schedule that is a plain function; then the masks are frozen and the network
-is trained on, and what is zero stays zero.
+`Pruner` works on the variables of any model without wrapping anything, so that the loop needs one
+more line after each optimizer step. Here the weights of the whole network are ranked together
+(`scope="global"`), by a schedule that is a plain function; then the masks are frozen, and the
+weights that are left are fine-tuned.
 
     python examples/keras3_custom_loop.py [--epochs 20] [--seed 0]
 """
@@ -22,7 +22,7 @@ import tscnc_tf as tscnc
 
 
 class Residual(keras.layers.Layer):
-    """x + relu(x·A)·B: a layer that no list of prunable layers knows."""
+    """x + relu(x·A)·B: a layer of your own."""
 
     def __init__(self, units: int, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -77,7 +77,7 @@ def main() -> None:
     ramp = 2 * args.epochs // 3 * len(batches)  # steps; the last third is fine-tuning
 
     def schedule(step):
-        """Any function of a step will do: whether to choose the weights anew, and the sparsity."""
+        """Return whether the masks are renewed in this step, and the sparsity."""
         progress = tf.minimum(tf.cast(step, tf.float32) / ramp, 1.0)
         return (step % 5 == 0) | (step == ramp), 0.9 * (1.0 - (1.0 - progress) ** 3)
 
@@ -90,7 +90,7 @@ def main() -> None:
 
     @tf.function
     def train_step(x, y):
-        # Its own randomness at every step; the attack runs the model in inference mode by itself.
+        # A seed for each step; the attack runs the model in inference mode.
         seed = tf.stack([args.seed, tf.cast(optimizer.iterations.value, tf.int32)])
         x_adversarial = attack(model, x, y, seed=seed)
         with tf.GradientTape() as tape:
@@ -98,7 +98,7 @@ def main() -> None:
             value = tf.reduce_mean(loss.robust(y, None, logits)) + tf.add_n(model.losses)
         gradients = tape.gradient(value, model.trainable_variables)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
-        pruner.step(optimizer)  # the one line: masks the weights, and Adam's moments
+        pruner.step(optimizer)  # masks the weights, and Adam's moments
         return value
 
     for epoch in range(args.epochs):

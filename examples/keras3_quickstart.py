@@ -1,14 +1,14 @@
-"""A Keras 3 model, made small and robust in two ways, down to the file for a small device.
+"""Two ways to prune a robust Keras 3 model, down to the LiteRT file for a small device.
 
 A convolutional network is trained adversarially on scikit-learn's bundled digits, under the
-constraints of TSCNC. From there it goes two ways, each pruned while it is trained on:
+constraints of TSCNC. It is then pruned in two ways during further training:
 
 * single weights, 95 % of them: the network keeps its shape, and its file compresses well;
-* whole filters, two thirds of them, which `compact` then takes out: a smaller network, which is
-  faster anywhere.
+* whole filters, two thirds of them, which `compact` then removes: a smaller network, which is
+  faster on any device.
 
-Each is exported to LiteRT, and the file is what is judged: on images that no training has seen, on
-the adversarial examples that were found on the network that it was made from.
+Each is exported to LiteRT. The files are evaluated on test images, and on the adversarial examples
+that PGD finds on the network that was exported.
 
     python examples/keras3_quickstart.py                 # about 3 minutes on 2 cores
     python examples/keras3_quickstart.py --output DIR --seed 1
@@ -30,7 +30,7 @@ from sklearn.model_selection import train_test_split
 import tscnc_tf as tscnc
 
 ATTACK = tscnc.attacks.PGD(epsilon=0.1, step_size=0.05, steps=3)
-JUDGE = tscnc.attacks.PGD(epsilon=0.1, step_size=0.02, steps=20)
+TEST_ATTACK = tscnc.attacks.PGD(epsilon=0.1, step_size=0.02, steps=20)
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 
 
@@ -46,7 +46,7 @@ def network() -> keras.Model:
 
 
 def train(model: keras.Model, x, y, epochs: int, args) -> None:
-    """Train a network adversarially; if it is being pruned, the callbacks see to that."""
+    """Train a network adversarially; the callbacks prune a model that is to be pruned."""
     steps = epochs * -(-len(x) // args.batch_size)
     rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
     trainer = tscnc.AdversarialTraining(
@@ -91,7 +91,7 @@ def main() -> None:
     weights = dense.get_weights()
 
     def pruned(sparsity: float, structure) -> keras.Model:
-        """The trained network, pruned while it is trained on; the stem and the classifier stay."""
+        """The trained network, its inner convolutions pruned during further training."""
         model = tscnc.pruning.add_regularizers(network(), CONSTRAINTS)
         model.set_weights(weights)
         schedule = tscnc.schedules.CosineSparsity.from_epochs(
@@ -116,7 +116,7 @@ def main() -> None:
         path = args.output / f"{name.replace(' ', '_').replace('%', 'percent')}.tflite"
         path.unlink(missing_ok=True)  # of an earlier run
         export = tscnc.export_litert(model, path, probe=x_test[:8])
-        attack = tscnc.attacks.Transfer(source=model, attack=JUDGE)
+        attack = tscnc.attacks.Transfer(source=model, attack=TEST_ATTACK)
         robustness = tscnc.evaluate_robustness(
             tscnc.load_litert(path), x_test, y_test, attacks=attack, seed=args.seed, progress=False
         )
@@ -133,7 +133,7 @@ def main() -> None:
     console.print(table)
     print(compaction.measure_latency(x_test, rounds=5 if args.smoke else 50), end="\n\n")
     console.print(
-        f"robust: {JUDGE.name}, found on the network, judged on the file, with its 95 % interval; "
+        f"robust: {TEST_ATTACK.name}, found on the network, with the 95 % interval of the file; "
         f"{len(x_test)} test images, seed {args.seed}, one training run a row. "
         f"The files are in {args.output}"
     )

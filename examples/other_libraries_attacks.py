@@ -1,8 +1,7 @@
-"""Judge a network by attacks of other libraries: CleverHans and ART.
+"""Evaluate a network by attacks of CleverHans and of the Adversarial Robustness Toolbox (ART).
 
-ART is the Adversarial Robustness Toolbox.
-Any callable `(model, x, y) -> x_adv` is an attack. Wrapped in `attacks.Custom`, which declares its
-ball, it is also checked that it stays inside.
+Any callable `(model, x, y) -> x_adv` is an attack. `attacks.Custom` declares its ball, so that the
+evaluation also checks that its outputs stay inside.
 
     pip install adversarial-robustness-toolbox
     python examples/other_libraries_attacks.py [--epochs 20] [--seed 0]
@@ -86,12 +85,12 @@ def main() -> None:
     trainer.fit(x, y, batch_size=64, epochs=args.epochs, verbose=0)
 
     custom = tscnc.attacks.Custom
-    judges = [
+    attacks = [
         attack,
         custom(function=cleverhans_pgd, epsilon=EPSILON, name="CleverHans PGD-20"),
         custom(function=art_apgd, epsilon=EPSILON, name="ART Auto-PGD"),
     ]
-    print(tscnc.evaluate_robustness(model, x_test, y_test, attacks=judges, seed=args.seed))
+    print(tscnc.evaluate_robustness(model, x_test, y_test, attacks=attacks, seed=args.seed))
 
 
 if __name__ == "__main__":

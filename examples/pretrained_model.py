@@ -1,4 +1,4 @@
-"""Constrain and prune a network that exists already: one of tf_keras.applications.
+"""Constrain and prune an existing network of tf_keras.applications.
 
 `add_regularizers` rebuilds the layers of a trained model with a regularizer on their kernels; the
 weights and the outputs stay the same, bit for bit. Then the network is fine-tuned while it is
@@ -76,8 +76,8 @@ def main() -> None:
         callbacks=tscnc.callbacks.pruning_callbacks(),
     )
     print(tscnc.inspection.sparsity(pruned))
-    judges = [attack, tscnc.attacks.PGD(epsilon="8/255", steps=2 if args.smoke else 10)]
-    print(tscnc.evaluate_robustness(pruned, x_test, y_test, attacks=judges))
+    attacks = [attack, tscnc.attacks.PGD(epsilon="8/255", steps=2 if args.smoke else 10)]
+    print(tscnc.evaluate_robustness(pruned, x_test, y_test, attacks=attacks))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""From a small network to pruned, robust SavedModels, on real handwritten digits, in minutes.
+"""Adversarial training, pruning, export and evaluation of a small network, in minutes.
 
 A network is trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
 once as it is and once under the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
-while it is trained on. What comes out is exported, loaded back, and judged on images that no
-training has seen, the way a user of the file would judge it.
+during further training, exported as a SavedModel, loaded again and evaluated on test images.
 
     python examples/quickstart.py                 # about 3 minutes on 2 cores
     python examples/quickstart.py --output DIR --seed 1
@@ -29,7 +28,7 @@ import tscnc_tf as tscnc
 
 EPSILON = 0.1  # of a grey scale from 0 to 1
 ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.05, steps=3)
-JUDGES = [
+TEST_ATTACKS = [
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, restarts=2),
     tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.02, steps=20, objective="margin"),
 ]
@@ -71,7 +70,7 @@ class Advance(tf_keras.callbacks.Callback):
 
 
 def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
-    """Train a network adversarially; the callbacks serve a pruned one and leave others alone."""
+    """Train a network adversarially; the callbacks prune a model that is to be pruned."""
     trainer = tscnc.AdversarialTraining(
         model, attack=ATTACK, loss=tscnc.losses.TRADES(beta=3.0), seed=args.seed
     )
@@ -88,10 +87,10 @@ def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
 
 
 def pruned(model: tf_keras.Model, sparsity: float, x, args) -> tf_keras.Model:
-    """Wrap a network's inner convolutions so that training prunes them.
+    """Return the network so that training prunes its inner convolutions.
 
-    99 % zeros would leave the stem 3 weights for 32 filters, and the last layer 6 for 10 classes;
-    so these two stay dense, as is usual.
+    The first and the last layer stay dense, as usual: 99 % zeros would leave the stem 3 weights for
+    32 filters, and the last layer 6 for 10 classes.
     """
     schedule = tscnc.schedules.CosineSparsity.from_epochs(
         0.0, sparsity, 0, 0.6 * args.epochs, steps_per_epoch=steps_per_epoch(x, args), frequency=5
@@ -104,19 +103,19 @@ def steps_per_epoch(x, args) -> int:
     return -(-len(x) // args.batch_size)
 
 
-def judge(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
-    """Export a model, load it back, and measure the file that a user would get."""
+def evaluate(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
+    """Export a model, and evaluate the SavedModel that comes out."""
     export = tscnc.export_saved_model(model, path, expected_sparsity=sparsity, probe=x[:8])
     served = tscnc.load_saved_model(path)
     robustness = tscnc.evaluate_robustness(
-        served, x, y, attacks=JUDGES, batch_size=256, seed=seed, progress=False
+        served, x, y, attacks=TEST_ATTACKS, batch_size=256, seed=seed, progress=False
     )
     conditions = tscnc.inspection.condition_numbers(model)
     return {"export": export, "robustness": robustness, "conditions": conditions}
 
 
 def show(results: dict, console: Console) -> None:
-    """Print the one table."""
+    """Print the table."""
     table = Table(
         title="What is left after pruning", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -185,7 +184,7 @@ def main() -> None:
                 path = args.output / f"{kind}_{100 * sparsity:.0f}"
                 shutil.rmtree(path, ignore_errors=True)  # of an earlier run
                 name = f"{kind} {sparsity:.0%}"
-                results[name] = judge(model, path, x_test, y_test, sparsity, args.seed)
+                results[name] = evaluate(model, path, x_test, y_test, sparsity, args.seed)
 
     show(results, console)
     draw(results, args.output / "singular_values.png")
@@ -193,7 +192,7 @@ def main() -> None:
     (args.output / "robustness.json").write_text(json.dumps(figures, indent=2))
     console.print(
         f"zeros: of the three inner convolutions. dead: filters. robust: linf, epsilon "
-        f"{EPSILON:g}, the worst of {' and '.join(attack.name for attack in JUDGES)}, with its "
+        f"{EPSILON:g}, worst of {' and '.join(attack.name for attack in TEST_ATTACKS)}, with its "
         f"95 % interval; {len(x_test)} test images, seed {args.seed}, one training run a row."
     )
     console.print(f"SavedModels, singular_values.png and robustness.json are in {args.output}")

@@ -1,18 +1,18 @@
-"""The argument of TSCNC, seen: what pruning does to a network's kernels, and what becomes of it.
+"""What pruning does to a network's kernels and to its robustness, measured level by level.
 
-Two networks are pruned level by level up to 99.9 % zeros, by magnitude: once as they are, and once
-trained on at each level. Measured are spectral norms and what they bound, condition numbers, stable
-ranks, dead filters; the empirical local Lipschitz constant, and the accuracy, clean and under
-attack. What is proven of these, and what is not, is in docs/theory.md.
+Two networks are pruned level by level up to 99.9 % zeros, by magnitude: once without training, and
+once trained on at each level. Measured are spectral norms and what they bound, condition numbers,
+stable ranks, dead filters; the empirical local Lipschitz constant, and the accuracy, clean and
+under attack. docs/theory.md says what is proven about these, and what is not.
 
-By itself it trains two networks on scikit-learn's bundled digits (1,797 images of 8x8 pixels), from
-the same seed, one without the constraints and one with them; and that for three seeds:
+By default it trains two networks on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
+from the same seed, one without the constraints and one with them; and that for three seeds:
 
     python examples/theory.py                 # about 4 minutes on 2 cores
     python examples/theory.py --seeds 1 --finetune 0 --output DIR
 
-Or it takes yours, in `.keras` files of either Keras, with images and labels of a test, the arrays
-`x` and `y`; and `x_train` and `y_train`, if they are to be trained on:
+Or it takes networks of yours, in `.keras` files of either Keras, with test images and labels, the
+arrays `x` and `y`, and with `x_train` and `y_train`, if they are to be trained on:
 
     python examples/theory.py --model plain.keras --other constrained.keras --data images.npz
 """
@@ -106,7 +106,7 @@ def upper_bound(model, x) -> float:
 
 
 def measured(model, data, seed: int, args) -> dict:
-    """What there is to see of a network as it is now."""
+    """The figures of a network in its present state."""
     attack = tscnc.attacks.PGD(epsilon=args.epsilon, step_size=args.epsilon / 5, steps=20)
     x, y, many = data["x"], data["y"], {"batch_size": 512, "seed": seed}
     with unwarned():
@@ -131,7 +131,7 @@ def measured(model, data, seed: int, args) -> dict:
 
 @contextlib.contextmanager
 def unwarned():
-    """Without warnings of what is to be seen: filters that die, gradients that are zero then."""
+    """Without warnings about the effects that are measured: dead filters and zero gradients."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "At a sparsity of")
         warnings.simplefilter("ignore", tscnc.EvaluationWarning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 import tf_keras
 
@@ -115,6 +117,26 @@ def training_itself(library, part):
 def python_blocks(markdown):
     """Return the blocks of Python code of a document, in their order."""
     return re.findall(r"^```python\n(.*?)^```$", markdown, re.MULTILINE | re.DOTALL)
+
+
+def names(folder):
+    """Return the names of what is in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def interrupted(owner, name, late):
+    """Expect a KeyboardInterrupt, raised in a function of `owner` before or after its work."""
+    original = getattr(owner, name)
+
+    def fails(*args, **kwargs):
+        if late:
+            original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, fails)
+        yield
 
 
 def fresh_process(code, *arguments, env=None, cwd=None):

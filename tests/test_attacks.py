@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import inspect
 import json
+import pickle
 import weakref
 
 import keras
@@ -19,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tscnc_tf import losses
-from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer, _compiled
-from tscnc_tf.attacks._ascent import Ascent
+from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer
+from tscnc_tf.attacks.pgd import Ascent
 from tscnc_tf.functional import balls
 
 SHAPE, CLASSES, BATCH = (4, 4, 2), 3, 7
@@ -175,14 +177,14 @@ def test_admission_of_bad_inputs(make, batch):
     attack, model = make(), linear(np.ones(32, "float32"))
     x3 = x[:3]
     for arguments, words in [
-        ((tf.cast(x * 255, tf.uint8), y), r"float dtype, got uint8.*tf.float32\) / 255"),
-        ((x * 255, y), r"inside the attack's bounds \(0.0, 1.0\), got values from .* to 25"),
+        ((tf.cast(x * 255, tf.uint8), y), r"float dtype, got uint8.*x / 255"),
+        ((x * 255, y), r"within bounds=\(0.0, 1.0\), got values from .* to 25"),
         ((x[:0], y[:0]), "x must not be empty"),
         ((x * np.nan, y), "x must be finite"),
         ((x[:, 0, 0, 0], y), "a batch axis and one more"),
         ((x, y[:5]), "one label per example of x, 7, got 5"),
-        ((x, tf.cast(y, tf.float32)), "must be integers, got float32"),
-        ((x, y[:, None, None]), "integers of shape"),
+        ((x, tf.cast(y, tf.float32)), "must hold integers .*, got float32"),
+        ((x, y[:, None, None]), r"integers \(class indices\) of shape"),
         ((x3, tf.constant([[0.2, 0.2]] * 3)), "rows that are >= 0 and sum to 1.* 0.4 to 0.4"),
         ((x3, tf.constant([[1.2, -0.2]] * 3)), "sum to 1, got a smallest entry of -0.2"),
     ]:
@@ -597,12 +599,12 @@ def test_errors_about_the_model(batch):
     for model, words in [
         (lambda x: tf.one_hot(tf.cast(x[:, 0, 0, 0] > 0.5, tf.int32), 3), "not differentiable"),
         (lambda x: tf.numpy_function(lambda a: a, [x], tf.float32)[:, 0, 0], "not differentiable"),
-        (lambda x: x, r"logits of shape \(batch, classes\), got \(None, 4, 4, 2\)"),
+        (lambda x: x, r"logits of shape \(batch, classes\), got \(7, 4, 4, 2\)"),
         (lambda x: {"logits": x[:, 0, 0]}, r"logits of shape \(batch, classes\), got dict"),
         (lambda x: tf.reshape(x, (-1, 32))[:, :1], "at least 2 classes"),
     ]:
         with pytest.raises(ValueError, match=words):
-            attack(model, x, y)
+            attack(model, x, y % 2)
     with pytest.raises(ValueError, match="got dict"):
         PGD(epsilon=0.1, objective="kl")(lambda x: {"logits": x[:, 0, 0]}, x)
     with pytest.raises(ValueError, match="at least 3 classes"):
@@ -619,27 +621,65 @@ def test_several_inputs_are_refused(make, collect, batch):
         make()(network(), collect([x, x]), y)
 
 
-def test_the_functions_of_a_models_last_attacks_are_kept(batch):
-    """A sweep over epsilon leaves a bounded number behind, the last ones by use."""
+def test_a_function_is_attacked_as_it_is_now(batch):
+    """A call compiles nothing of a function; a bound attack is as a tf.function is."""
     x, y = batch
-    model, traces = network(), []
+    weights = np.linspace(-1.0, 1.0, 32).astype("float32")
+    used, calls = [weights], []
 
     def logits(x):
-        traces.append(x)
-        return model(x, training=False)
+        calls.append(x.shape[0])
+        return linear(used[0])(x)
 
-    def new_traces(epsilon):
-        before = len(traces)
-        FGSM(epsilon=epsilon)(logits, x, y)
-        return len(traces) - before
+    attack = FGSM(epsilon=0.1)
+    bound = attack.bind(logits)
+    before = attack(logits, x, y % 2)
+    np.testing.assert_array_equal(bound(x, y % 2), before)
+    used[0] = -weights
+    np.testing.assert_array_equal(attack(logits, x, y % 2), attack(linear(-weights), x, y % 2))
+    np.testing.assert_array_equal(bound(x, y % 2), before)
+    assert np.any(attack(logits, x, y % 2) != before)
 
-    sweep = [0.01 * k for k in range(1, 12)]
-    assert all(new_traces(epsilon) > 0 for epsilon in sweep)
-    assert len(_compiled._COMPILED[logits]) == 8
-    assert new_traces(sweep[3]) == 0, "one of the last eight"
-    assert new_traces(sweep[0]) > 0, "this one went"
-    assert new_traces(sweep[3]) == 0
-    assert new_traces(sweep[4]) > 0, "the longest unused went for it"
+
+@pytest.mark.parametrize("library", [keras, tf_keras])
+def test_a_changed_layer_of_a_model_is_seen(library, batch):
+    x, y = batch
+    model, attack = network(library), PGD(epsilon=0.1, steps=2)
+    before = attack(model, x, y)
+    model.layers[0].activation = library.activations.tanh
+    after = attack(model, x, y)
+    assert np.any(after != before)
+    np.testing.assert_array_equal(after, PGD(epsilon=0.1, steps=2)(model, x, y))
+
+
+@pytest.mark.parametrize("kind", ["keras", "tf_keras", "branching"])
+def test_an_attack_holds_what_it_compiles_for_a_model(kind, batch, monkeypatch):
+    """Calls on other batches, and training in between, compile nothing more; a copy holds none."""
+    x, y = batch
+    model = {"keras": lambda: network(keras), "tf_keras": network, "branching": Branching}[kind]()
+    model(x)
+    library = keras if kind == "keras" else tf_keras
+    attack, traces = PGD(epsilon=0.1, steps=2), []
+    original = PGD.perturb
+
+    def counted(*args, **kwargs):
+        traces.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(PGD, "perturb", counted)
+    attack(model, x, y)
+    assert len(traces) == 1
+    attack(model, x[:2], y[:2], seed=9)
+    assert len(traces) == 1
+    if kind != "branching":
+        model.compile("sgd", library.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(x, y, verbose=0)
+        attack(model, x, y)
+        assert len(traces) == 1
+    copies = [copy.deepcopy(attack), pickle.loads(pickle.dumps(attack)), copy.copy(attack)]
+    assert all(each == attack and vars(each) == dataclasses.asdict(attack) for each in copies)
+    attack(model, x, tf.one_hot(y, CLASSES))
+    assert len(traces) == 2
 
 
 def test_errors_about_the_labels(batch):
@@ -747,15 +787,21 @@ def test_one_trace_for_every_batch_size(batch):
         return model(x)
 
     attack = PGD(epsilon=0.1, steps=3)
-    attack(counted, x, y % 2)
+    bound = attack.bind(counted)
+    bound(x, y % 2)
     assert set(calls) == {None}
     traced = len(calls)
-    attack(counted, x[:2], y[:2] % 2)
-    attack(counted, x, y % 2, seed=9)
-    PGD(epsilon=0.1, steps=3)(counted, x, y % 2)
+    bound(x[:2], y[:2] % 2)
+    np.testing.assert_array_equal(bound(x, y % 2, seed=9), attack(model, x, y % 2, seed=9))
     assert len(calls) == traced
-    attack(counted, x, tf.one_hot(y % 2, 2))
+    bound(x, tf.one_hot(y % 2, 2))
     assert len(calls) > traced
+    compiled = tf.function(counted, reduce_retracing=True)
+    attack(compiled, x, y % 2)
+    attack(compiled, x[:2], y[:2] % 2)
+    traced = len(calls)
+    attack(compiled, x[:5], y[:5] % 2, seed=9)
+    assert len(calls) == traced
 
 
 def with_xla(attack, model, x, y):

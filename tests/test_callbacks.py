@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import blobs, dense_model
+from helpers import FLAVOURS, blobs, dense_model
 
 from tscnc_tf import callbacks, pruning, schedules
 
@@ -99,3 +99,25 @@ def test_a_log_dir_without_tensorboard_is_refused(monkeypatch, tmp_path):
 def test_a_bad_frequency_is_named(frequency, error):
     with pytest.raises(error, match="frequency"):
         callbacks.pruning_callbacks(condition_frequency=frequency)
+
+
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_a_pruned_part_is_looked_at_once_an_epoch_and_not_in_each_batch(library, monkeypatch):
+    inner, inputs = dense_model(library), library.Input((6,))
+    pruner = pruning.Pruner(inner, schedules.CosineSparsity(0.0, 0.5, 1, 6, frequency=1))
+    model = library.Model(inputs, inner(inputs))
+    model.compile(library.optimizers.Adam(), "mse")
+    made = []
+    own = pruner.step_function
+    monkeypatch.setattr(pruner, "step_function", lambda each: made.append(each) or own(each))
+    x, y = blobs(24)
+    model.fit(
+        *(x, np.eye(3)[y]),
+        batch_size=4,
+        epochs=2,
+        verbose=0,
+        callbacks=callbacks.pruning_callbacks(),
+    )
+    assert made == [model.optimizer] * 2
+    assert pruner.steps == 12
+    assert pruning.report(model).sparsity == pytest.approx(0.5, abs=0.02)

@@ -820,12 +820,14 @@ def test_pruning_wrappers_have_to_be_stripped_first():
 
 @both
 def test_a_wrong_model_is_never_returned(library, monkeypatch):
-    from tscnc_tf.pruning.compaction import weighted
+    from tscnc_tf.pruning.compaction import operations
 
     model = cnn(library)
     kill(model, "first", [1])
     model.get_layer("norm").beta.assign(np.full(4, 3.0, "float32"))
-    monkeypatch.setattr(weighted.Linear, "_folded", lambda self, *_: np.zeros(self.reads.shape[1]))
+    monkeypatch.setattr(
+        operations.Linear, "_folded", lambda self, *_: np.zeros(self.reads.shape[1])
+    )
     with pytest.raises(RuntimeError, match=r"differ by .* where .* is allowed"):
         compact(model)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import itertools
 import pathlib
 import re
 
@@ -446,34 +445,33 @@ def stripped(model):
 FUNCTIONS = [regularized, open_gates, folded, compacted, stripped]
 
 
-COMBINATIONS = [
-    (flavour, build, function)
-    for (flavour, build), function in itertools.product(CASES, FUNCTIONS)
-    if function is not stripped or flavour == "tf_keras"  # tfmot's wrappers take no others
-]
-
-
-@pytest.mark.parametrize(("flavour", "build", "function"), COMBINATIONS)
-def test_a_copy_has_all_that_the_model_has(flavour, build, function, tmp_path):
+@pytest.mark.parametrize(("flavour", "build"), CASES)
+def test_copies_have_all_that_the_model_has(flavour, build, tmp_path):
     library = FLAVOURS[flavour]
     model, x = build(library, tmp_path) if build is loaded else build(library)
     before = state(model, x)
-    copy, same = function(model, x) if function is compacted else function(model)
-    exact = function not in (open_gates, folded)
-    np.testing.assert_allclose(outputs(copy, x), outputs(same, x), atol=0 if exact else 1e-5)
-    assert state(model, x) == before, "the model itself is changed"
-    assert copy.name == model.name
-    assert getattr(copy, "optimizer", None) is None
-    if build is of_a_class:
-        assert type(copy) is type(model)
-    if function not in (open_gates, stripped):
-        assert flags(copy) == flags(model)
-    if function is not folded:
-        assert trained(copy.trainable_weights) == trained(model.trainable_weights)
-    assert len(copy.trainable_weights) - len(model.trainable_weights) == (function is open_gates)
-    if function is not stripped:
-        mine = {id(weight) for weight in model.weights}
-        assert not mine & {id(weight) for weight in copy.weights}
+    for function in FUNCTIONS:
+        if function is stripped and library is keras:
+            continue  # tfmot's wrappers take models of tf_keras only
+        what = function.__name__
+        copy, same = function(model, x) if function is compacted else function(model)
+        exact = function not in (open_gates, folded)
+        expected = outputs(same, x)
+        np.testing.assert_allclose(outputs(copy, x), expected, atol=0 if exact else 1e-5)
+        assert state(model, x) == before, f"the model itself is changed by {what}"
+        assert copy.name == model.name, what
+        assert getattr(copy, "optimizer", None) is None, what
+        if build is of_a_class:
+            assert type(copy) is type(model), what
+        if function not in (open_gates, stripped):
+            assert flags(copy) == flags(model), what
+        if function is not folded:
+            assert trained(copy.trainable_weights) == trained(model.trainable_weights), what
+        more = len(copy.trainable_weights) - len(model.trainable_weights)
+        assert more == (function is open_gates), what
+        if function is not stripped:
+            mine = {id(weight) for weight in model.weights}
+            assert not mine & {id(weight) for weight in copy.weights}, what
 
 
 # --- where a copy would lose something ------------------------------------------------------------

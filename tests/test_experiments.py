@@ -578,14 +578,36 @@ def test_killed_in_each_stage_and_started_again_it_ends_with_the_same_weights(fi
     require_same(tmp_path / "killed", finished)
 
 
-def test_killed_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(tmp_path):
+class StoppedError(Exception):
+    """What a test stops a run by."""
+
+
+def stop_after(monkeypatch, owner, name, when):
+    """Let a function raise after it has done its work, if its arguments say so."""
+    original = getattr(owner, name)
+
+    def stopping(*arguments, **keywords):
+        original(*arguments, **keywords)
+        if when(*arguments):
+            raise StoppedError
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
+    tmp_path, monkeypatch
+):
     gated = recipe(
         **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
         **{"prune.epochs": 1, "finetune.epochs": 1},
     )
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
-    run_killed(gated, tmp_path / "killed", "1-train/state-1")
-    require_same(tmp_path / "killed", whole)
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        stop_after(patch, folders, "write_state", lambda _, epochs, *rest: epochs == 1)
+        tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
+    assert not folders.is_complete(tmp_path / "stopped" / "1-train")
+    tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
+    require_same(tmp_path / "stopped", whole)
 
 
 # Files that are not what was written
@@ -741,22 +763,6 @@ def test_what_was_written_before_there_were_digests_is_read(copied, tmp_path, li
         pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"),
     ):
         tscnc.experiments.open_stage(stage)
-
-
-class StoppedError(Exception):
-    """What a test stops a run by."""
-
-
-def stop_after(monkeypatch, owner, name, when):
-    """Let a function raise after it has done its work, if its arguments say so."""
-    original = getattr(owner, name)
-
-    def stopping(*arguments, **keywords):
-        original(*arguments, **keywords)
-        if when(*arguments):
-            raise StoppedError
-
-    monkeypatch.setattr(owner, name, stopping)
 
 
 @pytest.fixture(scope="module")

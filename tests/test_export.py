@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import FLAVOURS
+from helpers import FLAVOURS, interrupted, names
 
 from tscnc_tf import _files, _keras, _probe, attacks, export, inspection, losses, training
 from tscnc_tf._keras import wrappers
-from tscnc_tf.export import checked, manifest, readiness, saving
+from tscnc_tf.export import manifest, preflight, saved_model
 
 layers = tf_keras.layers
 tfmots = _keras.tfmot().sparsity.keras
@@ -100,10 +100,6 @@ def copy(exported, tmp_path):
 @pytest.fixture
 def images(rng):
     return rng.random((6, 16, 16, 1), np.float32)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def read(folder):
@@ -393,11 +389,11 @@ def test_an_empty_folder_and_a_damaged_export_are_replaced(tmp_path, file):
 
 
 FAILING = {
-    "checking": lambda: (checked, "check"),
-    "writing": lambda: (saving, "_write"),
+    "checking": lambda: (preflight, "check"),
+    "writing": lambda: (saved_model, "_write"),
     "loading": lambda: (tf.saved_model, "load"),
-    "comparing variables": lambda: (saving, "_require_same_variables"),
-    "comparing logits": lambda: (checked, "require_same"),
+    "comparing variables": lambda: (saved_model, "_require_same_variables"),
+    "comparing logits": lambda: (preflight, "require_same"),
     "hashing": lambda: (manifest, "file_facts"),
     "compressing": lambda: (manifest, "gzip_size"),
     "describing": lambda: (manifest, "write"),
@@ -408,21 +404,10 @@ FAILING = {
 
 @pytest.mark.parametrize("step", FAILING)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_whatever_fails_the_old_export_or_the_new_one_is_there(
-    tmp_path, monkeypatch, step, late, exported
-):
+def test_whatever_fails_the_old_export_or_the_new_one_is_there(tmp_path, step, late, exported):
     folder = pathlib.Path(shutil.copytree(exported[1], tmp_path / "model"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    place = FAILING[step]()
-    original = getattr(*place)
-
-    def fails(*args, **kwargs):
-        if late:
-            original(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*place, fails)
+    with interrupted(*FAILING[step](), late):
         export.export_saved_model(network(tf_keras, 2.0), folder, overwrite=True)
     assert names(tmp_path) == ["model"]
     if (step, late) == ("putting", True):
@@ -564,10 +549,10 @@ def test_the_zeros_asked_for_are_those_that_tfmot_makes(size, sparsity):
         row = inspection.WeightSparsity("kernel", (size,), size, zeros, True)
         return inspection.SparsityReport((row,), size, zeros)
 
-    readiness.require_sparsity(report(zeros), sparsity)
+    preflight.require_sparsity(report(zeros), sparsity)
     if zeros:
         with pytest.raises(ValueError, match=f"{zeros:,} are needed"):
-            readiness.require_sparsity(report(zeros - 1), sparsity)
+            preflight.require_sparsity(report(zeros - 1), sparsity)
 
 
 @pytest.mark.parametrize(
@@ -674,15 +659,15 @@ def test_a_mask_that_was_not_applied_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_savedmodel_that_differs_from_the_model_is_noticed(tmp_path, monkeypatch):
-    write = saving._write
+    write = saved_model._write
 
-    def other(library, model, specs, folder):
-        before = model.get_weights()
-        model.set_weights([*before[:-1], before[-1] + 1e-7])
-        write(library, model, specs, folder)
-        model.set_weights(before)
+    def other(ready, folder):
+        before = ready.stripped.get_weights()
+        ready.stripped.set_weights([*before[:-1], before[-1] + 1e-7])
+        write(ready, folder)
+        ready.stripped.set_weights(before)
 
-    monkeypatch.setattr(saving, "_write", other)
+    monkeypatch.setattr(saved_model, "_write", other)
     with pytest.raises(ValueError, match=r"loaded again, differs from the model in last/bias:0"):
         export.export_saved_model(dense(0.5), tmp_path / "model")
     assert names(tmp_path) == []
@@ -690,8 +675,10 @@ def test_a_savedmodel_that_differs_from_the_model_is_noticed(tmp_path, monkeypat
 
 def test_a_wrapper_left_in_the_savedmodel_is_noticed(tmp_path, monkeypatch):
     model = dense(0.5)
-    write = saving._write
-    monkeypatch.setattr(saving, "_write", lambda lib, stripped, *rest: write(lib, model, *rest))
+    write = saved_model._write
+    monkeypatch.setattr(
+        saved_model, "_write", lambda ready, folder: write(ready._replace(stripped=model), folder)
+    )
     with pytest.raises(ValueError, match=r"differs from the model in .*first/mask:0"):
         export.export_saved_model(model, tmp_path / "model")
     assert names(tmp_path) == []

@@ -23,7 +23,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
-from helpers import FLAVOURS, fresh_process, images
+from helpers import FLAVOURS, fresh_process, images, interrupted, names
 
 from tscnc_tf import (
     EvaluationWarning,
@@ -35,7 +35,7 @@ from tscnc_tf import (
     inspection,
     pruning,
 )
-from tscnc_tf.export import calibration, checked, constants, formats, litert
+from tscnc_tf.export import calibration, constants, litert, preflight, writer
 from tscnc_tf.export import onnx as export_onnx_module
 
 tfmots = _keras.tfmot().sparsity.keras
@@ -43,6 +43,7 @@ SHAPE = (8, 8, 1)
 CLASSES = 3
 EXPORTS = {"litert": export.export_litert, "onnx": export.export_onnx}
 LOADS = {"litert": export.load_litert, "onnx": export.load_onnx}
+MODULES = {"litert": litert, "onnx": export_onnx_module}
 every_format = pytest.mark.parametrize("form", EXPORTS)
 every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 
@@ -132,10 +133,6 @@ def small(library=tf_keras, units=6):
             library.layers.Dense(3, name="last"),
         ]
     )
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def weights_in(path, form):
@@ -693,11 +690,11 @@ def test_what_is_no_file_of_the_format_is_not_replaced(tmp_path, form, exported)
 
 
 FAILING = {
-    "checking": lambda form: (checked, "check"),
+    "checking": lambda form: (preflight, "check"),
     "writing": lambda form: (form, "_write"),
     "reading": lambda form: (form, "_constants"),
     "loading": lambda form: (form, f"load_{form.__name__.rpartition('.')[2]}"),
-    "comparing": lambda form: (checked, "require_same"),
+    "comparing": lambda form: (preflight, "require_same"),
     "compressing": lambda form: (gzip, "compress"),
     "flushing": lambda form: (_files, "_flush"),
     "putting": lambda form: (pathlib.Path, "replace"),
@@ -707,21 +704,10 @@ FAILING = {
 @every_format
 @pytest.mark.parametrize("step", FAILING)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_whatever_fails_the_old_file_or_the_new_one_is_there(
-    tmp_path, monkeypatch, form, step, late, exported
-):
+def test_whatever_fails_the_old_file_or_the_new_one_is_there(tmp_path, form, step, late, exported):
     (tmp_path / "file").write_bytes(exported(keras, form)[1].read_bytes())
     before = (tmp_path / "file").read_bytes()
-    place = FAILING[step]({"litert": litert, "onnx": export_onnx_module}[form])
-    original = getattr(*place)
-
-    def fails(*args, **kwargs):
-        if late:
-            original(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*place, fails)
+    with interrupted(*FAILING[step](MODULES[form]), late):
         EXPORTS[form](constant(keras, 2.0), tmp_path / "file", overwrite=True)
     assert names(tmp_path) == ["file"]
     if (step, late) == ("putting", True):
@@ -732,14 +718,14 @@ def test_whatever_fails_the_old_file_or_the_new_one_is_there(
 
 @every_format
 def test_a_file_that_differs_is_noticed(tmp_path, form, monkeypatch):
-    endpoint = formats.endpoint
+    endpoint = writer.endpoint
 
     def other(model, specs):
         serve, signature = endpoint(model, specs)
         calls = itertools.chain([0.0], itertools.repeat(1e-2))
         return lambda *x: {k: v + next(calls) for k, v in serve(*x).items()}, signature
 
-    monkeypatch.setattr(formats, "endpoint", other)
+    monkeypatch.setattr(writer, "endpoint", other)
     with pytest.raises(ValueError, match=r"the logits of the \w+ file differ .* up to 0\.01"):
         EXPORTS[form](small(), tmp_path / "file")
     assert names(tmp_path) == []
@@ -749,7 +735,7 @@ def test_a_file_that_differs_is_noticed(tmp_path, form, monkeypatch):
 def test_zeros_that_are_lost_are_noticed(tmp_path, form, monkeypatch):
     model = small()
     randomize(model, 0.5)
-    module = {"litert": litert, "onnx": export_onnx_module}[form]
+    module = MODULES[form]
     read = module._constants
 
     def filled(path):

@@ -10,12 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import names
 
 from tscnc_tf import _files
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_new_directory_appears_when_the_block_ends(tmp_path):
@@ -410,7 +407,7 @@ def test_a_full_disk_is_named_by_the_path(tmp_path, monkeypatch, kind, number):
         else:
             put(kind, goal, "text")
     assert str(caught.value) == f"[Errno {number}] {os.strerror(number)}: {str(goal)!r}"
-    assert "Make room" in caught.value.__notes__[0]
+    assert "Free some space" in caught.value.__notes__[0]
     assert names(tmp_path) == []
 
 

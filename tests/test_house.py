@@ -1,4 +1,4 @@
-"""The house rules: imports go down, one door to each Keras, every public name documented."""
+"""Rules of the package: imports go down, one module imports Keras, public names are documented."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from helpers import fresh_process
 import tscnc_tf
 
 PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
-FLOORS = {
+LAYERS = {
     "_keras": 0,
-    "_asserts": 0,
     "_checks": 0,
     "_configs": 0,
     "_reports": 0,
@@ -41,11 +40,15 @@ FLOORS = {
     "__init__": 6,
     "__main__": 6,
 }
+KERAS = (
+    *("__init__", "adapted", "layers", "flavours", "optimizers"),
+    *("wrappers", "gated", "models", "cloning", "masks"),
+)
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path):
+def package_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -63,25 +66,36 @@ def imports(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    here = room(path)
+    here = package_of(path)
     for name in imports(path):
         if not name.startswith("tscnc_tf."):
             continue
         there = name.split(".")[1]
-        if there in FLOORS and there != here:
-            assert FLOORS[there] < FLOORS[here], f"{here} must not import {there}"
+        if there in LAYERS and there != here:
+            assert LAYERS[there] < LAYERS[here], f"{here} must not import {there}"
 
 
-def test_every_room_has_a_floor():
-    assert {room(path) for path in FILES} == set(FLOORS)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "_keras").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_down_among_the_modules_for_keras(path):
+    """Those inside of functions aside, in `inference`, which the package itself offers."""
+    below = KERAS[: KERAS.index(path.stem)]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("tscnc_tf._keras"):
+            _, _, module = node.module.partition("tscnc_tf._keras.")
+            found = {module or alias.name for alias in node.names}
+            assert not {name for name in found if name in KERAS} - set(below)
+
+
+def test_every_package_has_a_layer():
+    assert {package_of(path) for path in FILES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_there_is_one_door_to_each_keras(path):
+def test_one_package_imports_each_keras(path):
     assert "tf.keras" not in path.read_text().replace("`tf.keras`", "").replace(
         "_ = tf.keras.layers", ""
     )
-    if room(path) != "_keras":
+    if package_of(path) != "_keras":
         assert not FRAGILE & {name.split(".")[0] for name in imports(path)}
 
 

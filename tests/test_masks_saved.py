@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -15,6 +17,7 @@ from helpers import FLAVOURS, conv_model, dense_model, fresh_process, images
 
 import tscnc_tf
 from tscnc_tf import export, pruning, schedules
+from tscnc_tf._keras import masks as masking
 from tscnc_tf.pruning import NM, Block, Filters, Unstructured
 
 
@@ -254,7 +257,7 @@ def test_subclassed_models_come_back_with_their_masks(library, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_pruned_part_comes_back_in_its_whole_and_in_a_clone(library, tmp_path):
+def test_a_pruned_part_comes_back_in_its_whole_and_a_clone_is_plain(library, tmp_path):
     first, inputs = library.Input((6,)), library.Input((6,))
     layers = library.layers
     inner = library.Model(first, layers.Dense(4)(layers.Dense(8)(first)))
@@ -264,9 +267,25 @@ def test_a_pruned_part_comes_back_in_its_whole_and_in_a_clone(library, tmp_path)
     other = library.models.load_model(tmp_path / "whole.keras")
     assert [row.sparsity for row in pruning.report(other).pruned] == [0.5, 0.5]
     clone = library.models.clone_model(inner)
-    # One Keras clones by constructor, the other by configuration. Both begin anew.
-    assert getattr(clone, "pruner", None) is not inner.pruner
-    assert all(mask.all() for mask in (masks(clone) if hasattr(clone, "pruner") else ()))
+    assert not hasattr(clone, "pruner")
+    assert all(weight.constraint is None for weight in clone.weights)
+
+
+def test_a_deep_copy_of_a_pruned_layer_is_plain(library):
+    model = pruning.prune_now(dense_model(library), 0.5)
+    layer = copy.deepcopy(model.layers[-1])
+    twin = library.Sequential([library.Input((8,)), layer])
+    if library is tf_keras:  # Keras 3 copies the configuration alone
+        twin.set_weights(model.layers[-1].get_weights())
+        assert np.count_nonzero(twin.get_weights()[0] == 0.0) == 12
+    twin.compile("sgd", "mse")
+    twin.fit(np.ones((4, 8)), np.ones((4, 3)), verbose=0)
+    assert not np.any(twin.get_weights()[0] == 0.0)
+    assert np.count_nonzero(model.get_weights()[2] == 0.0) == 12
+    assert not [row for row in pruning.report(twin).rows if row.pruned]
+    pruning.prune(twin, method="scores", sparsity=0.75)  # refuses layers with constraints
+    pruning.strip(twin)
+    assert not any(masking.own_constraint(weight) for weight in twin.weights)
 
 
 def test_a_stripped_model_is_as_if_it_had_never_been_pruned(library, tmp_path):
@@ -291,6 +310,28 @@ def test_other_formats_have_no_place_for_masks_and_say_so(library, tmp_path):
         with pytest.raises(ValueError, match=r"must end in \.keras.*Strip the model first"):
             model.save(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("outer", ["sequential", "functional"])
+def test_the_legacy_format_refuses_a_pruned_part(outer, library, tmp_path):
+    inner, inputs = pruning.prune_now(dense_model(library), 0.5), library.Input((6,))
+    is_functional = outer == "functional"
+    model = (
+        library.Model(inputs, inner(inputs))
+        if is_functional
+        else library.Sequential([inputs, inner])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the format is an old one
+        with pytest.raises(
+            (ValueError, NotImplementedError), match=r"legacy \.h5 .* no place for its masks"
+        ):
+            library.models.save_model(model, tmp_path / "model.h5")
+    if not is_functional and library is tf_keras:  # whose SavedModels hold no masks
+        model.save(tmp_path / "folder", save_format="tf")
+        loaded = tf_keras.models.load_model(tmp_path / "folder")
+        x = np.ones((2, 6), "float32")
+        np.testing.assert_allclose(loaded(x), model(x), rtol=1e-6)
 
 
 def test_what_has_no_name_can_not_be_saved_and_says_so(library, tmp_path):

@@ -1,6 +1,9 @@
-"""The verbs on models: what is touched, what is kept, and what is refused."""
+"""The functions that prune models: what is changed, what is kept, and what is refused."""
 
 from __future__ import annotations
+
+import inspect
+import typing
 
 import keras
 import numpy as np
@@ -634,3 +637,20 @@ def test_only_layers_that_can_be_chosen_are_listed(flavour):
     with pytest.raises(ValueError, match=r"those that have one are \['lstm'\] \(did you mean"):
         pruning.add_regularizers(recurrent, TSCNC, layers="lsmt")
     assert pruning.add_regularizers(recurrent, TSCNC, layers="lstm").losses
+
+
+def test_type_checkers_know_the_options_of_each_engine_and_method():
+    callables = (pruning.Pruner, tfmots.prune_low_magnitude, pruning.ScorePruner)
+    by_position = {"self", "model", "schedule", "to_prune", "pruning_schedule", "layers", "kwargs"}
+    overloads = typing.get_overloads(pruning.prune)
+    for function, overload in zip(callables, overloads, strict=True):
+        hints = typing.get_type_hints(overload, include_extras=True)
+        (options,) = typing.get_args(hints["options"])
+        known = inspect.signature(function).parameters.keys() - by_position
+        assert typing.get_type_hints(options).keys() == known
+    engines = [typing.get_type_hints(overload)["engine"] for overload in overloads]
+    assert [typing.get_args(typing.get_args(each)[0]) for each in engines] == [
+        ("masks",),
+        ("tfmot",),
+        ("masks",),
+    ]

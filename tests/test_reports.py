@@ -98,8 +98,10 @@ def test_a_record_is_its_fields_and_what_it_derives_without_what_it_omits():
     expected = {"rows": [{"value": "inf", "shape": [2, 3]}], "double": 2}
     assert record.to_dict() == expected
     assert json.loads(json.dumps(_reports.jsonable({"x": record}))) == {"x": expected}
-    with pytest.raises(NotImplementedError):
-        str(record)
+    cells = [cell for tag, cell in Cells(record.rows[0]._repr_html_()).found if tag == "td"]
+    assert cells == ["value", "inf", "shape", "[2, 3]"]
+    assert str(record.rows[0]) == "Inner(value=inf, shape=(2, 3))"
+    assert str(record).startswith("Outer\n")
 
 
 def test_versions_of_what_is_installed_and_of_what_is_not():

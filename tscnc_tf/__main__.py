@@ -2,4 +2,5 @@
 
 from tscnc_cli import main
 
-main(prog_name="tscnc")
+if __name__ == "__main__":
+    main(prog_name="tscnc")

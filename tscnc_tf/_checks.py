@@ -1,7 +1,9 @@
-"""Argument checks shared by every constructor.
+"""Argument checks: numbers, names, bounds, inputs and labels.
 
 Each function returns the normalised value, or raises an error that names the argument, the value
-and what would have been accepted. They look at Python values only, never at tensors in a graph.
+and what would have been accepted. What tensors hold is checked by `require`: an error at once in
+eager code, an assertion in a graph. XLA drops assertions, so such a check belongs in front of what
+XLA compiles.
 """
 
 from __future__ import annotations
@@ -14,8 +16,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*")
+# The text of `require` in an assertion's error: it begins with the name of an argument.
+_FAILED = re.compile(r"assertion failed: \[((?:x|y|model|teacher) must .*)\]\s*$", re.MULTILINE)
+
+
+class DtypeError(TypeError, ValueError):
+    """A tensor or array is of a wrong dtype.
+
+    It is a TypeError, and a ValueError as well, which attacks and losses promise to raise.
+    """
 
 
 def number(
@@ -108,32 +120,6 @@ def bounds(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def slack(bounds: tuple[float, float]) -> float:
-    """Return by how much a float32 value may miss the bounds and still count as inside.
-
-    It is relative to their size alone: a bound such as 2.64 is not a float32, and one of 1e-6 must
-    not grow to twice itself.
-    """
-    return 1e-6 * max(abs(bounds[0]), abs(bounds[1]))
-
-
-def one_array(name: str, value: Any) -> None:
-    """Raise a TypeError for a collection of arrays or tensors, as models of several inputs take."""
-    if isinstance(value, Mapping | set):
-        found, parts = f"a {type(value).__name__}", len(value)
-    elif isinstance(value, list | tuple) and any(np.ndim(part) > 1 for part in value[:2]):
-        if all(isinstance(part, list | tuple) for part in value):
-            return  # numbers in lists
-        found, parts = f"a {type(value).__name__} of arrays", len(value)
-    else:
-        return
-    raise TypeError(
-        f"{name} must be one array or tensor of inputs, got {found} ({parts} of them): wrap "
-        "a model of several inputs into a function of one tensor; examples in a list become one "
-        "array by np.stack."
-    )
-
-
 def distance(name: str, value: Any) -> float:
     """Return an epsilon or a step size as a float > 0; it may be written as a fraction, "8/255"."""
     if isinstance(value, str):
@@ -165,33 +151,218 @@ def as_written(value: float | str) -> str:
     return str(kind(value))
 
 
+def require(condition: Any, text: str, *values: Any) -> list[tf.Operation]:
+    """Raise a ValueError unless a condition holds.
+
+    Args:
+        condition: a boolean, or a tensor of one.
+        text: begins with "x must", "y must", "model must" or "teacher must", and has a "{}" for
+            each of the values.
+        *values: numbers, or tensors of one.
+
+    Returns:
+        In a graph, the operation that checks, for what must not run before; else nothing.
+    """
+    if not tf.executing_eagerly():
+        pieces = text.split("{}")
+        data = [part for pair in zip(pieces, values, strict=False) for part in pair] + pieces[-1:]
+        return [tf.debugging.Assert(condition, data)]
+    if not bool(condition):
+        raise ValueError(text.format(*(f"{float(value):g}" for value in values)))
+    return []
+
+
+def as_value_error(error: tf.errors.InvalidArgumentError) -> ValueError | None:
+    """Return the error that `require` raises in eager code, None for an error of another kind."""
+    found = _FAILED.search(error.message)
+    return ValueError(found[1].replace("] [", "").replace("\\'", "'")) if found else None
+
+
+def one_array(name: str, value: Any) -> None:
+    """Raise a TypeError for None and for collections of arrays or tensors."""
+    if value is None:
+        raise TypeError(f"{name} must be one array or tensor of inputs, got None.")
+    if isinstance(value, Mapping | set):
+        found, parts = f"a {type(value).__name__}", len(value)
+    elif isinstance(value, list | tuple) and any(np.ndim(part) > 1 for part in value[:2]):
+        if all(isinstance(part, list | tuple) for part in value):
+            return  # numbers in lists
+        found, parts = f"a {type(value).__name__} of arrays", len(value)
+    else:
+        return
+    raise TypeError(
+        f"{name} must be one array or tensor of inputs, got {found} ({parts} of them): wrap "
+        "a model of several inputs into a function of one tensor; examples in a list become one "
+        "array by np.stack."
+    )
+
+
+def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
+    """Return inputs `(batch, ...)` as a tensor of their own float dtype, all within the bounds.
+
+    Raises:
+        TypeError: x is not one array of floats.
+        ValueError: x is not a batch, is empty, not finite, or leaves the bounds.
+    """
+    one_array("x", x)
+    x = tf.convert_to_tensor(x)
+    require_floats(x)
+    require_batch(x.shape)
+    if x.shape.num_elements() == 0:
+        raise ValueError(f"x must not be empty, got shape {x.shape}.")
+    values = _widened(x)
+    finite = tf.reduce_all(tf.math.is_finite(values), axis=range(1, values.shape.rank))
+    if not bool(tf.reduce_all(finite)):
+        bad = len(finite) - int(tf.math.count_nonzero(finite))
+        raise ValueError(f"x must be finite, got NaN or infinity in {bad} of {len(x)} examples.")
+    require_within(values, bounds)
+    return x
+
+
+def require_floats(x: tf.Tensor) -> None:
+    """Raise a DtypeError unless the inputs are floats."""
+    if not x.dtype.is_floating:
+        raise DtypeError(
+            f"x must be of a float dtype, got {x.dtype.name}: integers can't be perturbed by less "
+            "than 1. Images of bytes become floats in [0, 1] by x / 255; or cast them, and set "
+            "bounds=(0, 255)."
+        )
+
+
+def require_batch(shape: tf.TensorShape) -> None:
+    """Raise a ValueError unless the shape is known to have a batch axis and one more at least."""
+    if shape.rank is None or shape.rank < 2:
+        raise ValueError(
+            f"x must be a batch, of a batch axis and one more at least, got shape {shape}. One "
+            "example is a batch as x[None]."
+        )
+
+
+def within(smallest: Any, largest: Any, bounds: tuple[float, float]) -> Any:
+    """Tell whether float32 values are inside the bounds, up to rounding; NaN is not.
+
+    The tolerance is relative to the size of the bounds alone: a bound such as 2.64 is not a
+    float32, and one of 1e-6 must not grow to twice itself.
+    """
+    slack = 1e-6 * max(abs(bounds[0]), abs(bounds[1]))
+    return (smallest >= bounds[0] - slack) & (largest <= bounds[1] + slack)
+
+
+def require_within(x: Any, bounds: tuple[float, float]) -> list[tf.Operation]:
+    """Raise a ValueError unless float inputs lie within the bounds; `require` in a graph."""
+    smallest, largest = tf.reduce_min(x), tf.reduce_max(x)
+    return require(
+        within(smallest, largest, bounds),
+        f"x must lie within bounds={bounds}, got values from {{}} to {{}}: rescale x, or pass the "
+        "bounds of the data as they are (with normalisation by mean and deviation in the model, so "
+        "that epsilon keeps its meaning).",
+        smallest,
+        largest,
+    )
+
+
+def holds_indices(name: str, labels: Any) -> bool:
+    """Tell labels that are class indices, `(batch,)` or `(batch, 1)`, from rows `(batch, classes)`.
+
+    Args:
+        name: of the argument.
+        labels: an array or tensor; only its shape and dtype are looked at.
+
+    Raises:
+        ValueError: the labels are of neither shape.
+        DtypeError: they have the shape of class indices, and are no integers.
+    """
+    shape, dtype = tf.TensorShape(labels.shape), tf.as_dtype(labels.dtype)
+    if shape.rank not in (1, 2):
+        raise ValueError(
+            f"{name} must be integers (class indices) of shape (batch,) or (batch, 1), or one-hot "
+            f"of shape (batch, classes), got {dtype.name} of shape {shape}."
+        )
+    if shape.rank == 2 and shape[1] != 1:
+        return False
+    if not dtype.is_integer:
+        raise DtypeError(
+            f"{name} must hold integers (class indices) if its shape is {shape}, got {dtype.name}: "
+            "cast class indices to int32, or pass one-hot labels of shape (batch, classes)."
+        )
+    return True
+
+
 def class_indices(name: str, value: Any) -> tuple[np.ndarray, int | None]:
     """Return labels as class indices `(n,)` of int64, and the width of one-hot labels, else None.
 
-    Integers `(n,)` or `(n, 1)` and one-hot rows `(n, classes)` are labels.
+    Integers `(n,)` or `(n, 1)` and one-hot rows `(n, classes)` are labels; soft labels are not.
     """
     array = np.asarray(value)
-    if array.ndim == 2 and array.shape[1] > 1:
-        if array.dtype == object or not np.all(np.isin(array, (0, 1))):
-            raise ValueError(
-                f"{name} of shape (examples, classes) must be one-hot, got other values than 0 and "
-                f"1. Soft labels have no accuracy: pass np.argmax({name}, axis=1)."
-            )
-        if not np.all(array.sum(axis=1, dtype=np.int64) == 1):
-            raise ValueError(f"{name} must be one-hot: exactly one 1 in each row.")
-        return np.argmax(array, axis=1).astype(np.int64), array.shape[1]
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
+    if holds_indices(name, array):
+        if array.size and array.min() < 0:
+            raise ValueError(f"{name} must hold class indices >= 0, got {array.min()}.")
+        return array.reshape(-1).astype(np.int64), None
+    if array.dtype == object or not np.all(np.isin(array, (0, 1))):
         raise ValueError(
-            f"{name} must be class indices of shape (examples,) or (examples, 1), or one-hot of "
-            f"shape (examples, classes), got shape {array.shape}."
+            f"{name} of shape (examples, classes) must be one-hot, got other values than 0 and "
+            f"1. Soft labels have no accuracy: pass np.argmax({name}, axis=1)."
         )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(
-            f"{name} must hold integers (class indices), got {array.dtype}. If these are class "
-            f"indices, pass {name}.astype(int); probabilities are no labels."
+    if not np.all(array.sum(axis=1, dtype=np.int64) == 1):
+        raise ValueError(f"{name} must be one-hot: exactly one 1 in each row.")
+    return np.argmax(array, axis=1).astype(np.int64), array.shape[1]
+
+
+def labels(y: Any, batch: int) -> tf.Tensor:
+    """Return labels as int32 of shape `(batch,)`, or as float rows of shape `(batch, classes)`.
+
+    Raises:
+        ValueError: y is neither, or of another length than x.
+    """
+    y = tf.convert_to_tensor(y)
+    are_indices = holds_indices("y", y)
+    if y.shape[0] != batch:
+        raise ValueError(f"y must have one label per example of x, {batch}, got {y.shape[0]}.")
+    if not are_indices:
+        require_classes(y, None)
+        return _widened(y)
+    indices = tf.cast(tf.reshape(y, (-1,)), tf.int64)
+    smallest, largest = int(tf.reduce_min(indices)), int(tf.reduce_max(indices))
+    if smallest < 0 or largest > tf.int32.max:
+        raise ValueError(
+            f"y must hold class indices >= 0, got labels from {smallest} to {largest}."
         )
-    if array.size and array.min() < 0:
-        raise ValueError(f"{name} must hold class indices >= 0, got {array.min()}.")
-    return array.astype(np.int64), None
+    return tf.cast(indices, tf.int32)
+
+
+def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
+    """Raise a ValueError unless labels belong to so many classes; `require` in a graph.
+
+    Args:
+        y: class indices, or rows, of which it is asked that they are >= 0 and sum to 1.
+        classes: None where that is not known.
+    """
+    if holds_indices("y", y):
+        if classes is None:
+            return []
+        indices = tf.cast(y, tf.int64)
+        smallest, largest = tf.reduce_min(indices), tf.reduce_max(indices)
+        return require(
+            (smallest >= 0) & (largest < classes),
+            f"y must be in 0 ... {classes - 1}, for the model has {classes} outputs, got labels "
+            "from {} to {}.",
+            smallest,
+            largest,
+        )
+    rows = _widened(y)
+    smallest, sums = tf.reduce_min(rows), tf.reduce_sum(rows, axis=-1)
+    least, most = tf.reduce_min(sums), tf.reduce_max(sums)
+    return require(
+        (smallest >= 0) & (least > 1 - 1e-3) & (most < 1 + 1e-3),
+        "y must hold one-hot or soft labels if its shape is (batch, classes), rows that are >= 0 "
+        "and sum to 1, got a smallest entry of {} and sums from {} to {}. Class indices have the "
+        "shape (batch,).",
+        smallest,
+        least,
+        most,
+    )
+
+
+def _widened(values: Any) -> tf.Tensor:
+    """Return a tensor in float32 at least."""
+    return values if values.dtype == tf.float64 else tf.cast(values, tf.float32)

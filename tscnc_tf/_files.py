@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half-written: under a hidden name beside the goal, then renamed.
+"""Atomic writing of files and folders: under a hidden name beside the goal, then renamed.
 
 A process that is killed on the way leaves its draft, `.<name>.<8 hex digits>`, beside the goal, and
 the goal itself as it was. What is renamed has reached the disk before, so that holds for a power
@@ -106,7 +106,7 @@ def new_directory(
                     _flush(pathlib.Path(folder, file))
                 _flush_folder(pathlib.Path(folder))
             while not _put(draft, free_path(name, goal, replacement)):
-                pass  # somebody was faster: what is there now may be replaced or not
+                pass  # another process was faster: check again what is there
             _flush_folder(goal.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -142,7 +142,7 @@ def new_file(
         try:
             os.link(draft, goal)  # which, unlike a renaming, replaces nothing
         except OSError:
-            free_path(name, goal)  # somebody was faster
+            free_path(name, goal)  # another process was faster
             draft.rename(goal)  # there are file systems without links
 
 
@@ -220,7 +220,7 @@ def _naming(goal: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
         if number is None:
             raise
         named = OSError(number, os.strerror(number), str(goal))
-        named.add_note("What was at the path before is as it was. Make room, and call again.")
+        named.add_note("What was at the path before is as it was. Free some space, and call again.")
         raise named from error
 
 
@@ -246,7 +246,7 @@ def _put(draft: pathlib.Path, goal: pathlib.Path) -> bool:
         restore(goal)
         raise
     if done:
-        aside.rename(draft)  # from here on nobody restores it
+        aside.rename(draft)  # no longer found by `restore`
     return done
 
 
@@ -282,7 +282,7 @@ def _aside(goal: pathlib.Path) -> pathlib.Path:
 
 
 def _draft(goal: pathlib.Path) -> pathlib.Path:
-    """Return a name beside `goal` that nobody else uses (shortened: a file name has a limit).
+    """Return a name beside `goal` that no other process uses (shortened: a file name has a limit).
 
     Not by `tempfile`: its files are private to the user, while ours shall have the mode that the
     user's umask gives.

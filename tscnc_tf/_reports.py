@@ -104,23 +104,21 @@ class Record:
         names = [name for name in (*names, *self._derived) if name not in self._omitted]
         return jsonable({name: getattr(self, name) for name in names})
 
-
-class Report(Record):
-    """A record that is shown as a table: as text by `str`, as HTML in a notebook.
-
-    Subclasses implement `_table`.
-    """
-
     def _table(self) -> Table:
-        """Return the report as a table."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        return str(self._table())
+        """Return the record as a table; by default a row for each figure."""
+        rows = [(name, str(value)) for name, value in self.to_dict().items()]
+        return Table(type(self).__name__, ("figure", "value"), rows)
 
     def _repr_html_(self) -> str:
         """Return the table as HTML, which notebooks show."""
         return self._table()._repr_html_()
+
+
+class Report(Record):
+    """A record whose text is its table; subclasses implement `_table`."""
+
+    def __str__(self) -> str:
+        return str(self._table())
 
 
 def jsonable(value: Any) -> Any:

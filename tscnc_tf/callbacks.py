@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: all that pruning needs, and loggers of what becomes of kernels and gates."""
+"""Callbacks for `fit`: those that pruning needs, and loggers of kernels and gates."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def pruning_callbacks(
 class UpdatePruning(flavours.Callback):
     """Prune in `fit`, whichever engine does it; and say if training is too short for the schedule.
 
-    A model with a `Pruner` prunes in its training step already. This callback does it where that
-    step is not the one that runs: for a model inside another one. Likewise it lets the optimizer of
-    the other one train the scores of a `ScorePruner`.
+    A model with a `Pruner` prunes in its training step already. This callback prunes where another
+    step runs: for a model inside another one. Likewise it lets the optimizer of the other one train
+    the scores of a `ScorePruner`.
 
     A model in tfmot's wrappers needs it. It does what tfmot's `UpdatePruningStep` does, without
     which the wrappers refuse to train, and applies the masks after every batch: tfmot applies them
@@ -74,6 +74,7 @@ class UpdatePruning(flavours.Callback):
         self._tfmots: Any = None
         self._apply: Any = None
         self._pruners: list[Any] = []
+        self._steps: dict[Any, tuple[Any, Callable[[], None]]] = {}
         self._training = contextlib.ExitStack()
         self._ahead = False
 
@@ -118,14 +119,14 @@ class UpdatePruning(flavours.Callback):
         if not all(pruner.is_attached for pruner in self._pruners):
             self._find_pruners()
         for pruner in self._pruners:
-            optimizer = self._optimizer_of(pruner)
+            optimizer, step = self._step_of(pruner)
             if pruner.is_behind(optimizer):
-                pruner.step(optimizer)
+                step()
 
     def _find_pruners(self) -> None:
-        """Find what prunes the model now, and let steps of the model that it is new to begin anew.
+        """Find the pruners of the model, and let it compile its steps again where one is new.
 
-        Those may have been compiled before it was pruned, stripped or frozen.
+        The steps may have been compiled before the model was pruned, stripped or frozen.
         """
         found = masks.pruners(self.model)
         flavours.register_trainer(self.model, *(pruner.model for pruner in found))
@@ -133,6 +134,21 @@ class UpdatePruning(flavours.Callback):
             held = optimizers.held(self.model)
             self._training.enter_context(masks.training(self.model, *held))
         self._pruners = found
+        self._steps = {}
+
+    def _step_of(self, pruner: Any) -> tuple[Any, Callable[[], None]]:
+        """Return the optimizer that trains the weights of a pruner, and the step to take after it.
+
+        Both are kept until the next epoch, or until the model holds another optimizer.
+        """
+        known = self._steps.get(pruner)
+        if known and any(each is known[0] for each in optimizers.held(self.model)):
+            return known
+        optimizer = self._optimizer_of(pruner)
+        step = optimizer, pruner.step_function(optimizer)
+        if optimizers.trains(optimizer, [target.variable for target in pruner.targets]):
+            self._steps[pruner] = step
+        return step
 
     def _optimizer_of(self, pruner: Any) -> Any:
         """Return the optimizer that trains the weights of a pruner."""

@@ -264,7 +264,7 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         return cls(schedule, max_condition_number, end_step, measure)
 
     def update(self, condition_number: float, step: int) -> None:
-        """Take note of a condition number, measured after optimizer step `step`."""
+        """Set the condition number, measured after optimizer step `step`."""
         is_open = condition_number <= self.max_condition_number
         if self.is_open and not is_open:
             self._held_sparsity.assign(self.schedule(step)[1])

@@ -1,7 +1,7 @@
-"""The one door to Keras 3, tf_keras and tensorflow-model-optimization (tfmot).
+"""Compatibility with Keras 3, tf_keras and tensorflow-model-optimization (tfmot).
 
-No other module imports `keras`, `tf_keras` or `tensorflow_model_optimization`. Which of the two
-Kerases a model belongs to is seen from its classes, never asked for.
+No other module imports `keras`, `tf_keras` or `tensorflow_model_optimization`. The library of a
+model is found from its classes, never an argument.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 class Regularizer(tf_keras.regularizers.Regularizer, keras.regularizers.Regularizer):
-    """Base of regularizers that both Kerases take, save and load.
+    """Base of regularizers that both Kerases accept, save and load.
 
     A plain callable would do for `.keras` files; the legacy `.h5` format of tf_keras only takes
     subclasses of its own base class.

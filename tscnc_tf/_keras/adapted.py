@@ -86,7 +86,7 @@ def require_plain(layer: Any, what: str) -> None:
 
     Args:
         layer: of either Keras.
-        what: what is to act on the kernel, for the error.
+        what: what acts on the kernel, for the error.
     """
     if has_lora(layer):
         way_out = (
@@ -147,8 +147,7 @@ def acting(layer: Any) -> np.ndarray:
 
 def _dequantized(layer: Any) -> np.ndarray:
     """Return the kernel that the integers and scales of a Dense or EinsumDense stand for."""
-    plain = object.__new__(type(layer))  # a view, whose `kernel` is without LoRA
-    vars(plain).update({**vars(layer), "lora_enabled": False})
+    plain = view(layer, lora_enabled=False)
     integers, scale = _array(plain.kernel), _array(layer.kernel_scale)
     if layer.quantization_mode == "int8":
         if isinstance(layer, keras.layers.EinsumDense):
@@ -160,6 +159,19 @@ def _dequantized(layer: Any) -> np.ndarray:
         return (matrix / scale).reshape(integers.shape)
     groups = _array(layer.g_idx).astype(int)
     return ((matrix - _array(zero)[groups]) * scale[groups]).reshape(integers.shape)
+
+
+def view(layer: Any, **replaced: Any) -> Any:
+    """Return a layer that shares all attributes with another one but those replaced.
+
+    It is a shallow copy, made without the constructor, which would make new variables: `copy.copy`
+    does not serve, as Keras 3's layers define it by their configuration. The layer is not touched,
+    so replicas and threads may compute with views of their own at the same time. Only what reads
+    attributes, such as `call`, is meant to be used.
+    """
+    copy = object.__new__(type(layer))
+    vars(copy).update({**vars(layer), **replaced})
+    return copy
 
 
 def _attribute(layer: Any) -> str:

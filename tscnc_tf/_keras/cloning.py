@@ -1,9 +1,9 @@
 """Building models anew, in both Kerases: the one way in which this package copies a model.
 
-A copy is made layer by layer from the layers' configurations. What a configuration lacks is carried
-over from the old objects themselves, attribute by attribute: functions, layers inside of layers,
-weights, what preprocessing layers have adapted to, and what is to be trained. No weight is found by
-its place in a list: tf_keras orders `get_weights()` by what is trained.
+A copy is made layer by layer from the layers' configurations. What a configuration lacks is copied
+from the old objects themselves, attribute by attribute: functions, layers inside of layers,
+weights, the state of preprocessing layers, and the `trainable` flags. No weight is found by its
+position in a list: tf_keras orders `get_weights()` by trainability.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rebuilder:
     # The hooks
 
     def replacement(self, layer: Any) -> Any:
-        """Return what is to stand in the graph for a layer, or operation: as a rule, its copy."""
+        """Return what replaces a layer, or operation, in the graph; by default its copy."""
         return self.copied(layer)
 
     def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
@@ -75,7 +75,7 @@ class Rebuilder:
         """Return a copy of a layer that has all but its weights; or the layer, to be shared."""
         return self._from_config(layer)
 
-    # What the hooks are called by, and may call
+    # Called by users and by hooks
 
     def rebuild(self, model: Any) -> Any:
         """Return the copy of a built Sequential or functional model.
@@ -229,10 +229,10 @@ class Rebuilder:
             )
         return type(layer).from_config(layer.get_config()).output
 
-    # What the old model holds beside its configuration
+    # Weights, flags and other state
 
     def _complete(self, model: Any, copy: Any) -> None:
-        """Give the copy the weights and all else that the layers hold, and what is trained."""
+        """Copy weights, other state and `trainable` flags."""
         self.pairs = self._paired([(model, copy), *self._made])
         flags = [(new, old.trainable) for old, new in self.pairs]
         pairs: dict[int, _Pair] = {}  # of variables, by the ids of the new ones
@@ -388,7 +388,7 @@ def _same_lambda(layer: Any) -> Any:
 
 
 def _named(library: types.ModuleType, layer: Any) -> dict[str, Any]:
-    """Return what is to be found by name while a layer is made from its configuration."""
+    """Return the custom objects, by name, that a layer's configuration may refer to."""
     found: dict[str, Any] = {_GIVEN: _Given}
     if isinstance(layer, library.layers.Bidirectional):  # it serializes its layer once more
         parts = list(layers.flatten(layer))
@@ -415,7 +415,7 @@ def _has_graph(library: types.ModuleType, model: Any) -> bool:
 
 
 # Keras' own lists of what attributes hold as well; and the states of recurrent layers, which are no
-# weights: the copy begins anew.
+# weights: the copy starts with fresh ones.
 _SKIPPED = {
     *("states", "_states"),
     *("_layers", "_metrics", "_losses", "_trainable_variables", "_non_trainable_variables"),
@@ -511,7 +511,7 @@ def _by_name(old: Any, new: Any, found: set[int], taken: set[int]) -> Iterator[_
 
 
 def _adapt(library: types.ModuleType, old: Any, new: Any) -> None:
-    """Give a layer what another one has learned by `adapt`, or been given, beside its weights."""
+    """Copy the state of a layer beside its weights, such as that set by `adapt`."""
     kinds = library.layers
     if isinstance(old, kinds.StringLookup | kinds.IntegerLookup):
         vocabulary = old.get_vocabulary()
@@ -528,7 +528,7 @@ def _adapt(library: types.ModuleType, old: Any, new: Any) -> None:
 
 
 def _load_own(old: Any, new: Any) -> None:
-    """Carry over what a class of the user's saves by methods of its own, as `.keras` files do."""
+    """Copy what a custom class saves by methods of its own, as `.keras` files do."""
     if _is_users(type(old).save_own_variables):
         store: dict[str, Any] = {}
         old.save_own_variables(store)

@@ -1,8 +1,4 @@
-"""What differs between the two Kerases in training, in one place each.
-
-A class that is to be a model, layer or callback of either Keras is written once, without a Keras
-base; `in_library` derives it from the base of one of them.
-"""
+"""Training, callbacks, classes and variables, where the two Kerases differ."""
 
 from __future__ import annotations
 
@@ -14,21 +10,40 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import keras, layers, tf_keras
+from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras
 
-_DERIVED: dict[tuple[Any, Any], Any] = {}
 _TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def in_library(cls: Any, base: Any) -> Any:
-    """Return the subclass of both `cls` and a class of one of the Kerases, the same each time."""
-    if issubclass(cls, base):
-        return cls
-    if (cls, base) in _DERIVED:
-        return _DERIVED[cls, base]
-    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    derived = type(base)(cls.__name__, (cls, base), {**namespace, "__doc__": cls.__doc__})
-    return _DERIVED.setdefault((cls, base), derived)
+def subclass_of_library(cls: type, public: type, kind: type) -> type:
+    """Return the class to make where `cls` was called and `kind` is `public` in one of the Kerases.
+
+    Raises:
+        TypeError: `cls` is a user's subclass of `public`, and not of `kind`.
+    """
+    if cls is public:
+        return kind
+    if not issubclass(cls, kind):
+        raise TypeError(
+            f"{cls.__name__} derives from {public.__name__}, which is of no Keras by itself: "
+            f"derive it from {kind.__module__}.{kind.__qualname__} for this one."
+        )
+    return cls
+
+
+def registered_as(name: str) -> Callable[[type], type]:
+    """Return a decorator of a class that is one of two, of both Kerases, known by one name.
+
+    It registers the class by that name in its Keras, and sets `__name__` to it, by which Keras
+    names layers, and weights in `.keras` files. The class's `__qualname__`, by which pickles find
+    it, stays its own.
+    """
+
+    def decorate(cls: type) -> type:
+        cls.__name__ = name
+        return library_of(cls).saving.register_keras_serializable(PACKAGE)(cls)
+
+    return decorate
 
 
 def library_of(cls: type) -> types.ModuleType:
@@ -37,7 +52,7 @@ def library_of(cls: type) -> types.ModuleType:
 
 
 class Trainer:
-    """Marks models that train another one, which is what is to be pruned or exported."""
+    """Marks models that train another one; the other one is pruned and exported."""
 
 
 class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
@@ -50,7 +65,7 @@ class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
         tf_keras.callbacks.Callback.__init__(self)
 
     def set_model(self, model: Any) -> None:
-        """Take note of the model, as Keras tells it."""
+        """Set the model; called by Keras."""
         self.model = model
 
 
@@ -90,7 +105,7 @@ def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManag
 
 
 def register_trainer(trainer: Any, *models: Any) -> None:
-    """Take note of a model that trains others, or parts of them, by compiled steps of its own.
+    """Register a model that trains others, or parts of them, in its own compiled steps.
 
     What it has compiled before it was known as such, it compiles anew.
     """

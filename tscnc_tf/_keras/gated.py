@@ -1,4 +1,4 @@
-"""Layers that put gates on the weights of others, and what all rooms need to know of them."""
+"""The interface of layers that put gates on the weights of others, and functions that use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import layers
+from tscnc_tf._keras import adapted, layers
 
 
 class GatedLayer(abc.ABC):
@@ -70,8 +70,7 @@ def names(model: Any) -> dict[int, str]:
 def with_values(layer: Any, values: dict[int, Any]) -> Any:
     """Return a view of a layer that computes with tensors in place of some of its variables.
 
-    The view shares all else with the layer, which is not touched: replicas and threads may compute
-    with values of their own at the same time. Only its `call` is meant to be used.
+    It shares all else with the layer; see `adapted.view`.
 
     Args:
         layer: a built layer of either Keras.
@@ -87,6 +86,5 @@ def with_values(layer: Any, values: dict[int, Any]) -> Any:
             f"{len(missing)} of the weights that were to have gates themselves, but with what it "
             "makes of them, as with LoRA or quantization: bring it into its plain form first."
         )
-    view = object.__new__(type(layer))
-    vars(view).update({name: values.get(id(value), value) for name, value in attributes.items()})
-    return view
+    held = {name: value for name, value in attributes.items() if id(value) in values}
+    return adapted.view(layer, **{name: values[id(value)] for name, value in held.items()})

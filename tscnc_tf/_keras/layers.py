@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import operator
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tscnc_tf._keras import adapted, flavour, is_graph_model, keras, tf_keras
+
+# The names of the classes of convolutions, in both Kerases.
+CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
+TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
+DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
+SEPARABLE = ("SeparableConv1D", "SeparableConv2D")
 
 
 class KernelSpec(NamedTuple):
@@ -127,6 +136,31 @@ def parts(layer: Any) -> Iterator[Any]:
         yield from layer.layers
     elif isinstance(layer, keras.layers.Layer):  # an operation of a graph has no parts
         yield from layer._layers
+
+
+def state(model: Any) -> list[Any]:
+    """Return what shows, by `is_same_state`, that a model changed otherwise than in its weights.
+
+    That is, of each layer, the attributes that are variables, callables or plain Python values; but
+    not of Sequential and functional models, whose own attributes are those of their training. A
+    state keeps neither layers nor variables alive.
+    """
+    found: list[Any] = []
+    for layer in flatten(model):
+        found.append(weakref.ref(layer))  # the same object each time, as long as the layer lives
+        for name, value in () if is_graph_model(layer) else vars(layer).items():
+            if value is None or isinstance(value, bool | int | float | str):
+                found += [name, value]
+            elif callable(value) or isinstance(value, tf.Variable | keras.Variable):
+                with contextlib.suppress(TypeError):  # functions of C, such as a ufunc
+                    value = weakref.ref(value)
+                found += [name, value]
+    return found
+
+
+def is_same_state(before: list[Any], after: list[Any]) -> bool:
+    """Tell whether two states hold the same objects."""
+    return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
 def calls(model: Any) -> collections.Counter[int]:

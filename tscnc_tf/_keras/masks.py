@@ -17,24 +17,27 @@ The masks are no weights of the model: `get_weights`, `count_params` and the sum
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from tf_keras.src.mixed_precision.autocast_variable import AutoCastVariable
+from tf_keras.src.saving.serialization_lib import in_tf_saved_model_scope
 
 from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras, wrappers
 from tscnc_tf._keras.flavours import (
     depending_on_batch,
-    in_library,
+    is_variable,
     library_of,
     reset_functions,
     tensor_variable,
 )
+from tscnc_tf._keras.optimizers import key
 
 PRUNER = "_attached_pruner"  # where the object of a model holds its pruner
-_Base: Any = object  # a model or layer of either Keras; `in_library` puts it there
+_Base: Any = object  # a model or layer of either Keras; `_derived` replaces it
 
 
 class AttachedPruner(Protocol):
@@ -52,16 +55,16 @@ class AttachedPruner(Protocol):
         """Return the pairs (weight, mask) of the weights that are pruned now."""
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
-        """Return what a weight is to be after an optimizer step, by its mask and own constraint."""
+        """Return the value of a weight after an optimizer step, by its mask and own constraint."""
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which an optimizer is to train the weights."""
+        """Return the context in which an optimizer trains the weights."""
 
     def on_train_begin(self, optimizer: Any) -> None:
-        """Take note of the optimizer that is about to train."""
+        """Prepare for training by an optimizer; called before its steps are compiled."""
 
     def register_optimizer(self, optimizer: Any) -> None:
-        """Take note of an optimizer that may keep something for the weights."""
+        """Register an optimizer that may keep slots or averages for the weights."""
 
     def reset_step_count(self, optimizer: Any = None) -> None:
         """Count the steps of an optimizer from where it is now."""
@@ -72,6 +75,9 @@ class AttachedPruner(Protocol):
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Count a step of an optimizer, and renew the masks where that is due."""
 
+    def step_function(self, optimizer: Any) -> Callable[[], None]:
+        """Return `step` for an optimizer, to be called many times outside of any graph."""
+
     def apply(self, optimizer: Any = None) -> None:
         """Set what is pruned to zero: in weights, and in what an optimizer keeps for them."""
 
@@ -79,47 +85,68 @@ class AttachedPruner(Protocol):
         """Act on weights that were set from outside."""
 
     def get_config(self) -> dict[str, Any]:
-        """Return what brings the pruner back, given the same model."""
+        """Return the configuration from which the pruner is restored, given the same model."""
 
 
 class MaskConstraint:
     """The constraint of a variable that has a mask.
 
+    A deep copy of a `tf.Variable` has the constraint of the original. For the copy it is the
+    variable's own constraint, without the mask.
+
     Args:
         pruner: whose mask it is.
         mask: True where the weight is kept.
-        own: the constraint that the variable had before, which acts as well; None for none.
+        variable: the variable.
     """
 
-    def __init__(self, pruner: AttachedPruner, mask: Any, own: Callable[[Any], Any] | None) -> None:
+    def __init__(self, pruner: AttachedPruner, mask: Any, variable: Any) -> None:
         self.pruner = pruner
         self.mask = mask
-        self.own = own
+        self.own = own_constraint(variable)  # which acts as well; None for none
+        self._keys = {key(each) for each in (variable, *_replicas(variable))}
+
+    def is_of(self, variable: Any) -> bool:
+        """Tell whether the mask belongs to a variable, and not to one that this is a copy of."""
+        return key(variable) in self._keys
 
     def __call__(self, weight: Any) -> tf.Tensor:
-        """Return what the weight is to be after an optimizer step."""
-        return self.pruner.constrain(tf.convert_to_tensor(weight), self.mask, self.own)
+        """Return the value of the weight after an optimizer step."""
+        value = tf.convert_to_tensor(weight)
+        if is_variable(weight) and not self.is_of(weight):
+            return value if self.own is None else self.own(value)
+        return self.pruner.constrain(value, self.mask, self.own)
+
+
+def own_constraint(variable: Any) -> Any:
+    """Return the constraint of a variable other than a mask, None for none."""
+    constraint = variable.constraint
+    return constraint.own if isinstance(constraint, MaskConstraint) else constraint
 
 
 def constrain(variable: Any, pruner: AttachedPruner, mask: Any) -> None:
     """Give a variable of either Keras a mask, beside the constraint that it has."""
-    _set_constraint(variable, MaskConstraint(pruner, mask, variable.constraint))
+    _set_constraint(variable, MaskConstraint(pruner, mask, variable))
 
 
 def release(variable: Any) -> None:
     """Give a variable back the constraint that it had before its mask."""
-    if isinstance(variable.constraint, MaskConstraint):
-        _set_constraint(variable, variable.constraint.own)
+    _set_constraint(variable, own_constraint(variable))
 
 
 def _set_constraint(variable: Any, constraint: Any) -> None:
     if isinstance(variable, keras.Variable):
         variable.constraint = constraint
         return
-    inner = variable._variable if isinstance(variable, AutoCastVariable) else variable
-    replicas = inner.values if isinstance(inner, tf.distribute.DistributedValues) else [inner]
-    for each in replicas:  # tf.Variable takes it in its constructor only
+    for each in _replicas(variable):  # tf.Variable takes it in its constructor only
         each._constraint = constraint
+
+
+def _replicas(variable: Any) -> Sequence[Any]:
+    """Return the variables on the devices that a variable stands for, one without a strategy."""
+    inner = tensor_variable(variable)
+    inner = inner._variable if isinstance(inner, AutoCastVariable) else inner
+    return inner.values if isinstance(inner, tf.distribute.DistributedValues) else [inner]
 
 
 def pruners(model: Any) -> list[Any]:
@@ -130,7 +157,7 @@ def pruners(model: Any) -> list[Any]:
     found = [vars(layer)[PRUNER] for layer in layers.flatten(model) if PRUNER in vars(layer)]
     for variable in model.weights:
         constraint = getattr(variable, "constraint", None)  # a look-up table has none
-        if isinstance(constraint, MaskConstraint):
+        if isinstance(constraint, MaskConstraint) and constraint.is_of(variable):
             found.append(constraint.pruner)
     return list({id(pruner): pruner for pruner in found}.values())
 
@@ -157,7 +184,7 @@ def apply(model: Any, optimizer: Any = None) -> None:
 
 @contextlib.contextmanager
 def training(model: Any, *optimizers: Any) -> Iterator[None]:
-    """Let every pruner of `model` see to how optimizers train it, as long as this lasts."""
+    """Enter the training context of every pruner of `model`, for each optimizer."""
     with contextlib.ExitStack() as stack:
         for pruner in pruners(model):
             for optimizer in optimizers:
@@ -166,14 +193,14 @@ def training(model: Any, *optimizers: Any) -> Iterator[None]:
 
 
 def after_step(model: Any, optimizer: Any) -> None:
-    """Let all masks of `model` act on what an optimizer's step, and nothing else, has changed."""
+    """Apply and renew the masks of `model` after an optimizer step, which alone changed weights."""
     wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
         pruner.step(optimizer, is_constrained=True)
 
 
 def names(model: Any) -> dict[int, str]:
-    """Return what belongs to pruning and not to the network: names by the variables' ids."""
+    """Return the names of variables that belong to pruning, not to the network, by their ids."""
     found: dict[int, str] = {}
     for wrapper in wrappers.wrapped_layers(model):
         inner = {id(variable) for variable in wrapper.layer.weights}
@@ -184,7 +211,7 @@ def names(model: Any) -> dict[int, str]:
 
 
 class MaskedModel(_Base):
-    """What the class of a model with a pruner adds to its own class."""
+    """Mixin of the class of a model that has a pruner; `attach` derives a class from both."""
 
     _plain: Any  # the model's own class
 
@@ -221,7 +248,7 @@ class MaskedModel(_Base):
         return history
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Configure training, by an optimizer that begins to count."""
+        """Configure training; steps are counted from the optimizer's current count."""
         super().compile(*args, **kwargs)
         self.pruner.reset_step_count(self.optimizer)
 
@@ -295,12 +322,13 @@ class MaskedModel(_Base):
             ValueError: it is asked for by the legacy `.h5` format.
         """
         library = library_of(type(self))
+        refusal = (
+            f"model {self.name!r} is being pruned, and the legacy .h5 format has no place for its "
+            "masks: save it as .keras, or strip it first."
+        )
         by_tf_keras = getattr(self, "use_legacy_config", False)
         if by_tf_keras or global_state.get_global_attribute("use_legacy_config", False):
-            raise ValueError(
-                f"model {self.name!r} is being pruned, and the legacy .h5 format has no place for "
-                "its masks: save it as .keras, or strip it first."
-            )
+            raise ValueError(refusal)
         self.pruner.on_weights_set()
         masked, self.__class__ = type(self), self._plain
         try:
@@ -308,7 +336,11 @@ class MaskedModel(_Base):
         finally:
             self.__class__ = masked
         plain.pop("compile_config", None)  # it is in the outer configuration
-        return {"model": plain, "pruner": self.pruner.get_config()}
+        return {"model": plain, "pruner": _ModernConfig(self.pruner.get_config(), refusal)}
+
+    # tf_keras' clone_model calls the constructor of models whose configuration is Keras' own. So it
+    # does here, and a clone is a plain model, as in Keras 3.
+    get_config._is_default = True  # type: ignore[attr-defined]
 
     def get_build_config(self) -> None:
         """Return nothing: the configuration inside has it."""
@@ -331,6 +363,32 @@ class MaskedModel(_Base):
         if save_type == "checkpoint":
             children = {**children, "pruning_state": self.pruning_state}
         return children
+
+
+class _ModernConfig(dict[str, Any]):
+    """A part of a configuration that the legacy serialization of tf_keras refuses to write.
+
+    A Sequential does not tell the models in it which format their configuration is asked for. Only
+    the legacy serialization asks a dictionary for a configuration.
+
+    Args:
+        values: of the dictionary.
+        refusal: the message of the error.
+    """
+
+    def __init__(self, values: dict[str, Any], refusal: str) -> None:
+        super().__init__(values)
+        self._refusal = refusal
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the dictionary for a SavedModel, which is written by this serialization, too.
+
+        Raises:
+            NotImplementedError: the format is `.h5`.
+        """
+        if in_tf_saved_model_scope():
+            return dict(self)
+        raise NotImplementedError(self._refusal)
 
 
 class PruningState(_Base):
@@ -476,19 +534,26 @@ class ScoringState(PruningState):
         return [tensor_variable(getattr(self, f"score_{i}")) for i in range(self._count)]
 
 
+@functools.cache
+def _derived(mixin: Any, base: Any) -> Any:
+    """Return the subclass of a mixin and a class of one of the Kerases, the same each time."""
+    names = {"__module__": mixin.__module__, "__qualname__": mixin.__qualname__}
+    return type(base)(mixin.__name__, (mixin, base), {**names, "__doc__": mixin.__doc__})
+
+
 def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> Any:
     """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes.
 
     Args:
-        model: what is to be pruned.
+        model: the model to prune.
         dtypes: of the pruned weights, if their scores are to be trained.
         **arguments: those of `PruningState`.
     """
     layer = library_of(type(model)).layers.Layer
     with model.distribute_strategy.scope():
         if dtypes is None:
-            return in_library(PruningState, layer)(**arguments)
-        return in_library(ScoringState, layer)(**arguments, dtypes=dtypes)
+            return _derived(PruningState, layer)(**arguments)
+        return _derived(ScoringState, layer)(**arguments, dtypes=dtypes)
 
 
 def attach(model: Any, pruner: AttachedPruner) -> None:
@@ -497,13 +562,13 @@ def attach(model: Any, pruner: AttachedPruner) -> None:
     Raises:
         ValueError: the model has an attribute `pruner` of its own.
     """
-    plain = type(model)
+    plain: Any = type(model)
     if hasattr(model, "pruner"):
         raise ValueError(
             f"model {model.name!r} has an attribute 'pruner' of its own, which is where its Pruner "
-            "is to be found: give it another name."
+            "is found: give it another name."
         )
-    masked: Any = in_library(MaskedModel, plain)
+    masked: Any = _derived(MaskedModel, plain)
     masked._plain = plain
     masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
     _register(masked, library_of(plain))
@@ -534,4 +599,4 @@ def _register(cls: type, library: Any) -> None:
 
 
 for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
-    _register(in_library(MaskedModel, _base), library_of(_base))
+    _register(_derived(MaskedModel, _base), library_of(_base))

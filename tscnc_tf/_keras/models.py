@@ -162,7 +162,7 @@ def are_probabilities(outputs: Any) -> tf.Tensor:
 
 
 def about_probabilities(name: str) -> str:
-    """Return what is to be said of a model whose outputs are probabilities."""
+    """Return the error message for a model whose outputs are probabilities."""
     return (
         f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
         "each row sums to 1. Attacks need logits: a softmax that is certain has no gradient left, "
@@ -280,9 +280,9 @@ def owned(
 ) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
     """Yield (path of names, layer, weight, whether chosen) for each weight of rank 2 or more.
 
-    The path begins below the innermost model. Who chooses a layer chooses the layers inside it; but
-    the model itself is asked about for its own weights only: a predicate such as "not the last
-    layer" holds for it, too, and means no less than all.
+    The path begins below the innermost model. To choose a layer is to choose the layers inside it.
+    The exception is the model itself, for which only its own weights are chosen: a predicate such
+    as "not the last layer" holds for it, too, and would choose all.
     """
     seen: set[int] = set()
 

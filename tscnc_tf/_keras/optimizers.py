@@ -118,19 +118,19 @@ def intercept(
     on_step: Callable[[Any, Pairs, Callable[[Pairs], Any]], Any],
     on_finalize: Callable[[Callable[[], Any]], Any],
 ) -> Iterator[None]:
-    """Put functions between a model's training and an optimizer, as long as this lasts.
+    """Call functions in place of an optimizer's step and finalization, within this context.
 
-    Keras' own training step takes the gradient and hands it to the optimizer in one go. So this is
-    where to step in between, whatever the model's `train_step` is.
+    Keras' own training step computes the gradients and calls the optimizer in one statement. This
+    intercepts the call, whatever the model's `train_step` is.
 
     Args:
-        optimizer: of either Keras; that it is intercepted is seen in the object only, not in its
-            class, its configuration or its variables.
-        on_step: `on_step(optimizer, pairs, take)` is called for each step with the pairs (gradient,
-            weight), and has `take(pairs)` take it. A function that is there already is not called
-            twice.
-        on_finalize: `on_finalize(finalize)` is called when training ends, and has `finalize()` put
-            averages in place of weights.
+        optimizer: of either Keras; two methods of the object are replaced, while its class,
+            configuration and variables stay as they are.
+        on_step: `on_step(optimizer, pairs, step)` is called for each step with the pairs (gradient,
+            weight); it calls `step(pairs)`, the optimizer's own step. A function that is registered
+            already is not called twice.
+        on_finalize: `on_finalize(finalize)` is called when training ends; it calls `finalize()`,
+            which replaces weights by their averages.
     """
     users = _INTERCEPTED.setdefault(optimizer, {})
     if on_step not in users:

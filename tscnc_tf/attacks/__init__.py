@@ -5,10 +5,9 @@ library, and `Transfer` one that is run on another model. All keep to a ball aro
 inputs' bounds.
 """
 
-from tscnc_tf.attacks._base import Attack
-from tscnc_tf.attacks._gradient import GradientAttack
+from tscnc_tf.attacks.base import Attack
 from tscnc_tf.attacks.custom import Custom
-from tscnc_tf.attacks.gradient import FGSM, PGD
+from tscnc_tf.attacks.pgd import FGSM, PGD, GradientAttack
 from tscnc_tf.attacks.transfer import Transfer
 
 __all__ = ["Attack", "Custom", "FGSM", "GradientAttack", "PGD", "Transfer"]

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import tensorflow as tf
 
-from tscnc_tf.attacks._base import Attack
+from tscnc_tf.attacks.base import Attack
 
 
 @final

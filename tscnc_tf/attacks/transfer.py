@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self, final
 
 import tensorflow as tf
 
-from tscnc_tf.attacks._base import Attack
+from tscnc_tf.attacks.base import Attack
 
 
 @final
@@ -99,3 +100,7 @@ class Transfer(Attack):
 
     def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         return self.attack(self.source, x, y, seed=seed)
+
+    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:  # noqa: ARG002
+        run = self.attack.bind(self.source)
+        return lambda x, y, seed: run(x, y, seed=seed)

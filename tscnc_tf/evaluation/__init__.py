@@ -1,6 +1,6 @@
-"""Robust accuracy: the worst case over attacks, and reasons to doubt it."""
+"""Robust accuracy: the worst case over attacks, and diagnostics of the evaluation."""
 
-from tscnc_tf.evaluation.doubts import EvaluationWarning
+from tscnc_tf.evaluation.diagnostics import EvaluationWarning
 from tscnc_tf.evaluation.report import (
     AttackResult,
     RobustnessReport,

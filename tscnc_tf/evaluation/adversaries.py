@@ -1,4 +1,4 @@
-"""The attacks of an evaluation: the names under which they run, and whether they kept the rules."""
+"""The attacks of an evaluation: their names, and checks of what they return."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _reports
 from tscnc_tf import attacks as attacks_
+
+
+class Source(NamedTuple):
+    """The model that a `Transfer` runs on.
+
+    Attributes:
+        model: the model.
+        name: its name.
+        by_gradient: whether its gradient may be followed.
+    """
+
+    model: Any
+    name: str
+    by_gradient: bool
 
 
 class Adversary(NamedTuple):
@@ -32,23 +46,23 @@ class Adversary(NamedTuple):
 
     @property
     def uses_gradient(self) -> bool:
-        """Whether it may follow the gradient of the model; of a plain callable nobody knows."""
+        """Whether it may follow the gradient of the model; a plain callable may."""
         return not isinstance(self.attack, attacks_.Attack) or self.attack.uses_gradient
 
     @property
-    def transfer(self) -> attacks_.Transfer | None:
-        """The attack, if it runs on another model than is evaluated."""
-        return self.attack if isinstance(self.attack, attacks_.Transfer) else None
+    def source(self) -> Source | None:
+        """The model that the attack runs on, if that is another one than is evaluated."""
+        if not isinstance(self.attack, attacks_.Transfer):
+            return None
+        inner = self.attack.attack
+        return Source(self.attack.source, self.description["source"], inner.uses_gradient)
 
-    @property
-    def source(self) -> str | None:
-        """The name of the model that the attack runs on, if that is another one than evaluated."""
-        return self.description.get("source")
-
-    def run(self, model: Any, x: np.ndarray, y: np.ndarray, seed: tuple[int, int]) -> Any:
-        """Return the adversarial examples of one batch."""
-        options = {"seed": seed} if isinstance(self.attack, attacks_.Attack) else {}
-        return self.attack(model, tf.constant(x), tf.constant(y), **options)
+    def on(self, model: Any) -> Callable[[np.ndarray, np.ndarray, tuple[int, int]], Any]:
+        """Return the attack on a model, a function of a batch (x, y) and a seed."""
+        if isinstance(self.attack, attacks_.Attack):
+            bound = self.attack.bind(model)
+            return lambda x, y, seed: bound(tf.constant(x), tf.constant(y), seed=seed)
+        return lambda x, y, seed: self.attack(model, tf.constant(x), tf.constant(y))  # noqa: ARG005
 
 
 def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
@@ -89,7 +103,7 @@ def checked(
         ValueError: its shape is not that of `x`, it is not finite, or it leaves the bounds or the
             ball that the attack declares.
     """
-    said = f"attack {adversary.name!r}"
+    attack = f"attack {adversary.name!r}"
     try:
         found = np.asarray(result)
         is_float = tf.as_dtype(found.dtype).is_floating
@@ -97,20 +111,18 @@ def checked(
         is_float = False
     if not is_float:
         raise TypeError(
-            f"{said} must return a tensor of floats like x, got {type(result).__name__}."
+            f"{attack} must return a tensor of floats like x, got {type(result).__name__}."
         )
     if found.shape != x.shape:
         raise ValueError(
-            f"{said} must return inputs of the shape of x, {x.shape}, got {found.shape}."
+            f"{attack} must return inputs of the shape of x, {x.shape}, got {found.shape}."
         )
     found = found.astype(np.float32)
     if not np.all(np.isfinite(found)):
-        raise ValueError(f"{said} returned NaN or infinity: look at its loss and step size.")
-    low, high = bounds
-    slack = _checks.slack(bounds)
-    if found.min() < low - slack or found.max() > high + slack:
+        raise ValueError(f"{attack} returned NaN or infinity: look at its loss and step size.")
+    if not _checks.within(found.min(), found.max(), bounds):
         raise ValueError(
-            f"{said} left bounds={bounds}: its values go from {found.min():g} to "
+            f"{attack} left bounds={bounds}: its values go from {found.min():g} to "
             f"{found.max():g}. Give it the same bounds as the evaluation, or clip its result."
         )
     delta = (found.astype(np.float64) - x).reshape(len(x), -1)
@@ -124,9 +136,9 @@ def checked(
     rounding = max(1e-6, float(np.finfo(np.float32).eps) * max(map(abs, bounds)))
     if epsilon is not None and norm in moved and moved[norm] > epsilon * (1 + 1e-4) + rounding:
         raise ValueError(
-            f"{said} left its ball: it moved an input by {moved[norm]:.6g} in {norm}, and declares "
-            f"epsilon={adversary.description.get('epsilon', epsilon)} ({epsilon:.6g}). Project its "
-            "result onto the ball, or declare the epsilon that it uses."
+            f"{attack} left its ball: it moved an input by {moved[norm]:.6g} in {norm}, and "
+            f"declares epsilon={adversary.description.get('epsilon', epsilon)} ({epsilon:.6g}). "
+            "Project its result onto the ball, or declare the epsilon that it uses."
         )
     return found, moved
 
@@ -149,7 +161,8 @@ def _require_attack(attack: Any, bounds: tuple[float, float]) -> None:
     if own != bounds:
         raise ValueError(
             f"attack {_name(attack)!r} has bounds={own}, the evaluation bounds={bounds}: narrower "
-            "ones make an attack weak, wider ones make it cheat. Give both the bounds of the data."
+            "ones make an attack weaker, and with wider ones it leaves the data. Give both the "
+            "bounds of the data."
         )
 
 

@@ -26,7 +26,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     .. math:: \frac{1}{1 + z^2/n} \left(\hat p + \frac{z^2}{2n} \pm
         z \sqrt{\frac{\hat p (1 - \hat p)}{n} + \frac{z^2}{4 n^2}}\right)
 
-    Unlike the textbook interval it stays inside [0, 1] and is of use at 0 and at 100 %.
+    Unlike the textbook interval it stays inside [0, 1] and is not empty at 0 and at 100 %.
 
     Args:
         successes: how many trials succeeded, >= 0.
@@ -51,7 +51,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     share, spread = successes / trials, Z95**2 / trials
     half = Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
-    # At the ends the exact value is 0 or 1; rounding must not leave it there by a hair.
+    # At the ends the exact value is 0 or 1; rounding must not miss that.
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
 
 
@@ -87,7 +87,7 @@ class AttackResult:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the accuracy."""
-        return wilson_interval(int(np.sum(self.correct)), len(self.correct))
+        return _interval(self.correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and the attack's description as JSON values."""
@@ -108,8 +108,8 @@ class RobustnessReport(_reports.Report):
         seed: batch i of each attack drew from the pair (seed, i).
         batch_size: examples per batch.
         bounds: the smallest and the largest value of an input.
-        warnings: reasons to doubt the figures, found before any attack was run.
-        notes: remarks on the figures, found afterwards.
+        warnings: diagnostics of the model, from before the attacks were run.
+        notes: diagnostics of the results.
         versions: of the libraries.
         seconds: how long the evaluation took.
     """
@@ -138,7 +138,7 @@ class RobustnessReport(_reports.Report):
     @property
     def clean_interval(self) -> tuple[float, float]:
         """The 95 % interval of the clean accuracy."""
-        return wilson_interval(int(np.sum(self.clean_correct)), self.examples)
+        return _interval(self.clean_correct)
 
     @property
     def robust_correct(self) -> np.ndarray:
@@ -155,7 +155,7 @@ class RobustnessReport(_reports.Report):
     @property
     def robust_interval(self) -> tuple[float, float]:
         """The 95 % interval of the robust accuracy."""
-        return wilson_interval(int(np.sum(self.robust_correct)), self.examples)
+        return _interval(self.robust_correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, without the single examples."""
@@ -200,6 +200,10 @@ class RobustnessReport(_reports.Report):
         )
 
 
+def _interval(correct: np.ndarray) -> tuple[float, float]:
+    return wilson_interval(int(np.sum(correct)), len(correct))
+
+
 def plot_robustness(
     evaluations: Mapping[str, Mapping[float, RobustnessReport | Mapping[str, Any]]],
 ) -> Figure:
@@ -237,13 +241,9 @@ def plot_robustness(
 
 def _figures(correct: np.ndarray) -> dict[str, Any]:
     count = int(np.sum(correct))
-    return {
-        "accuracy": count / len(correct),
-        "correct": count,
-        "interval": wilson_interval(count, len(correct)),
-    }
+    return {"accuracy": count / len(correct), "correct": count, "interval": _interval(correct)}
 
 
 def _cells(correct: np.ndarray) -> list[str]:
-    low, high = wilson_interval(int(np.sum(correct)), len(correct))
+    low, high = _interval(correct)
     return [_reports.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]

@@ -1,21 +1,22 @@
-"""The run of an evaluation: examine the model, run the attacks, check them, count."""
+"""Robust accuracy: examine the model, run the attacks, check what they return, count."""
 
 from __future__ import annotations
 
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from rich.console import Console
 from rich.progress import Progress
 
 from tscnc_tf import _checks, _reports
-from tscnc_tf.attacks import _compiled
-from tscnc_tf.evaluation import data, doubts, subject
-from tscnc_tf.evaluation.adversaries import Adversary, adversaries, checked
+from tscnc_tf.evaluation import diagnostics
+from tscnc_tf.evaluation.adversaries import Adversary, Source, adversaries, checked
+from tscnc_tf.evaluation.model_under_test import ModelUnderTest
 from tscnc_tf.evaluation.report import AttackResult, RobustnessReport
 
 
@@ -30,7 +31,7 @@ def evaluate_robustness(
     bounds: tuple[float, float] = (0.0, 1.0),
     progress: bool = True,
 ) -> RobustnessReport:
-    r"""Return the accuracy of a model, clean and under attack, and reasons to doubt it.
+    r"""Return the accuracy of a model, clean and under attack, with diagnostics.
 
     Robust accuracy is that of the worst case, taken example by example: an example counts if the
     model is right on it and under every attack,
@@ -38,9 +39,9 @@ def evaluate_robustness(
     .. math:: \frac1n \sum_i \prod_{x' \in \{x_i, x'_{i1}, x'_{i2}, \dots\}}
         [\operatorname{argmax} f(x') = y_i]
 
-    It is an upper bound of the true one: a better attack may lower it. So the evaluation refuses
-    what can't be right, and says what makes it doubtful: outputs that are no logits, attacks that
-    leave their ball, an output that changes from call to call, gradients that are zero.
+    It is an upper bound of the true one: a better attack may lower it. Outputs that are no logits,
+    and attacks that leave their ball or the bounds, are errors; an output that changes from call to
+    call, or a gradient that is zero, is a warning.
 
     Args:
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can
@@ -97,24 +98,30 @@ def evaluate_robustness(
     bounds = _checks.bounds("bounds", bounds)
     progress = _checks.boolean("progress", progress)
     opponents = adversaries(attacks, bounds)
-    sources = _sources(opponents)
-    for attacked in (model, *(source.model for source in sources)):
-        _compiled.forget(attacked)  # it may have changed since it was attacked last
-    inputs, labels, width = data.examples(x, y, bounds)
-    batches = list(_batches(inputs, labels, batch_size))
-    examined = subject.Subject(model, batches[0][0])
-    data.require_known_classes(labels, width, examined.classes)
+    inputs, labels, width = _examples(x, y, bounds)
+    batches = [
+        (inputs[start : start + batch_size], labels[start : start + batch_size])
+        for start in range(0, len(inputs), batch_size)
+    ]
+    examined = ModelUnderTest(model, batches[0][0])
+    _checks.require_classes(labels, examined.classes)
+    if width not in (None, examined.classes):
+        raise ValueError(
+            f"y is one-hot of {width} classes, but the model returns {examined.classes} logits per "
+            "example."
+        )
 
     by_gradient = any(opponent.uses_gradient for opponent in opponents)
-    logits, warned = _examine(examined, batches, by_gradient)
+    logits, warned = examined.examine(batches, by_gradient)
     clean = np.argmax(logits, axis=1) == labels
-    for source in sources:
-        said = f"source {source.name!r} of a Transfer"
-        other = subject.Subject(source.model, batches[0][0], said)
-        _, doubted = _examine(other, batches, source.by_gradient, said)
-        warned += [f"{said}: {text}" for text in doubted]
+    for source in _sources(opponents):
+        role = f"source {source.name!r} of a Transfer"
+        _, texts = ModelUnderTest(source.model, batches[0][0], role).examine(
+            batches, source.by_gradient
+        )
+        warned += [f"{role}: {text}" for text in texts]
     for text in warned:
-        warnings.warn(text, doubts.EvaluationWarning, stacklevel=2)
+        warnings.warn(text, diagnostics.EvaluationWarning, stacklevel=2)
 
     console = Console(stderr=True)
     shown = progress and console.is_terminal
@@ -134,59 +141,75 @@ def evaluate_robustness(
         batch_size=batch_size,
         bounds=bounds,
         warnings=tuple(warned),
-        notes=tuple(doubts.after(clean, opponents, results)),
+        notes=tuple(diagnostics.of_results(clean, opponents, results)),
         versions=_reports.versions(),
         seconds=time.perf_counter() - begin,
     )
 
 
-def _batches(
-    inputs: np.ndarray, labels: np.ndarray, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(inputs), size):
-        yield inputs[start : start + size], labels[start : start + size]
+def _examples(
+    x: Any, y: Any, bounds: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Return inputs `(n, ...)`, class indices `(n,)`, and the width of one-hot labels, else None.
+
+    Args:
+        x: inputs, or a batched `tf.data.Dataset` of pairs (inputs, labels).
+        y: labels: integers `(n,)` or `(n, 1)`, or one-hot `(n, classes)`; None with a dataset.
+        bounds: the smallest and the largest value of an input.
+
+    Raises:
+        TypeError: inputs are no floats, labels are no integers, or a dataset holds no pairs.
+        ValueError: something about the values or shapes is wrong; the message says what.
+    """
+    if isinstance(x, tf.data.Dataset):
+        if y is not None:
+            raise ValueError("y must be None when x is a dataset: its labels are in the dataset.")
+        x, y = _materialised(x)
+    elif y is None:
+        raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
+    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32)
+    labels, width = _checks.class_indices("y", y)
+    if len(labels) != len(inputs):
+        raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
+    return inputs, labels, width
 
 
-class _Source(NamedTuple):
-    """A model that adversarial examples are found on, for another one to be judged by."""
+def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    spec = dataset.element_spec
+    if not isinstance(spec, tuple) or len(spec) != 2:
+        raise TypeError(f"x must be a dataset of pairs (inputs, labels), got elements {spec}.")
+    if not isinstance(spec[0], tf.TensorSpec):
+        raise TypeError(
+            f"x must be a dataset of one tensor of inputs and one of labels, got inputs {spec[0]}: "
+            "what is attacked is one input. Wrap a model of several inputs into a function of one "
+            "tensor."
+        )
+    if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        raise ValueError("x is a dataset without an end: limit it with dataset.take(batches).")
+    if getattr(spec[1], "shape", tf.TensorShape(None)).rank == 0:
+        raise ValueError("x must be a dataset of batches: use dataset.batch(batch_size).")
+    batches = [(np.asarray(inputs), np.asarray(labels)) for inputs, labels in dataset]
+    if not batches:
+        raise ValueError("x is empty: the dataset has no batches.")
+    inputs, labels = zip(*batches, strict=True)
+    return np.concatenate(inputs), np.concatenate(labels)
 
-    model: Any
-    name: str
-    by_gradient: bool
 
-
-def _sources(opponents: list[Adversary]) -> list[_Source]:
-    found: dict[int, _Source] = {}
-    for opponent in opponents:
-        if (transfer := opponent.transfer) is not None:
-            model, by_gradient = transfer.source, transfer.attack.uses_gradient
-            if id(model) in found:
-                by_gradient |= found[id(model)].by_gradient
-            found[id(model)] = _Source(model, str(opponent.source), by_gradient)
+def _sources(opponents: list[Adversary]) -> list[Source]:
+    """Return the models that attacks run on other than the one evaluated, each once."""
+    found: dict[int, Source] = {}
+    for source in filter(None, (opponent.source for opponent in opponents)):
+        known = found.get(id(source.model), source)
+        found[id(source.model)] = known._replace(
+            by_gradient=known.by_gradient or source.by_gradient
+        )
     return list(found.values())
-
-
-def _examine(
-    examined: subject.Subject,
-    batches: list[tuple[np.ndarray, np.ndarray]],
-    by_gradient: bool,
-    role: str = "model",
-) -> tuple[np.ndarray, list[str]]:
-    """Return the logits of a model, and the reasons to doubt the attacks on it."""
-    repeatable = examined.is_repeatable(batches[0][0])
-    examined.compile()
-    found = zip(*(examined.examine(*batch) for batch in batches), strict=True)
-    logits, is_zero, is_nan = map(np.concatenate, found)
-    subject.require_logits(logits, role)
-    unit_interval = subject.within_unit_interval(logits)
-    doubted = doubts.before(repeatable, unit_interval, is_zero & by_gradient, is_nan & by_gradient)
-    return logits, doubted
 
 
 def _attack(
     opponent: Adversary,
     model: Any,
-    examined: subject.Subject,
+    examined: ModelUnderTest,
     batches: list[tuple[np.ndarray, np.ndarray]],
     seed: int,
     bounds: tuple[float, float],
@@ -194,9 +217,10 @@ def _attack(
 ) -> AttackResult:
     """Run one attack on all batches and check what it returns."""
     begin, correct = time.perf_counter(), []
+    run = opponent.on(model)
     farthest: dict[str, float] = {}
     for index, (x, y) in enumerate(batches):
-        found, moved = checked(opponent, x, opponent.run(model, x, y, (seed, index)), bounds)
+        found, moved = checked(opponent, x, run(x, y, (seed, index)), bounds)
         farthest = {norm: max(moved[norm], farthest.get(norm, 0.0)) for norm in moved}
         logits = examined.logits(found)
         if not np.all(np.isfinite(logits)):

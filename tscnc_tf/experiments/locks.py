@@ -1,7 +1,7 @@
 """A folder for one process at a time.
 
-The lock is the system's (flock, on Windows LockFile): it goes with the process that holds it,
-however that ends, so that a file `.lock` that was left behind blocks nobody.
+The lock is the system's (flock, on Windows LockFile): it ends with the process that holds it, so
+that a file `.lock` that was left behind locks nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ LOCK, HOLDER = ".lock", ".lock.json"
 
 @contextlib.contextmanager
 def exclusive(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made if there is none, during the block.
+    """Lock a folder, which is made if it is missing, during the block.
 
-    A folder in it is another one, with a lock of its own.
+    Folders in it have locks of their own.
 
     Args:
-        folder: of an experiment, or of whatever one process is to write at a time.
+        folder: of an experiment, or another one that a single process is to write.
 
     Raises:
         ImportError: filelock is not installed.
-        RuntimeError: another process, or another thread of this one, holds the folder; the error
-            says who, where, and since when.
+        RuntimeError: another process, or another thread of this one, holds the lock; the message
+            gives the process, the host and the time.
     """
     library = _extras.require_extra("filelock", "experiments")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def exclusive(folder: pathlib.Path) -> Iterator[None]:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files of the lock of a folder, whether they are there or not."""
+    """Return the paths of the files of a folder's lock."""
     return [folder / LOCK, folder / HOLDER]
 
 
@@ -65,5 +65,5 @@ def _holder(folder: pathlib.Path) -> str:
     try:
         known = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         return f"process {known['pid']} on {known['host']} since {known['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it begins, or ends, at this moment
+    except (OSError, ValueError, KeyError, TypeError):  # it is being written or removed
         return "another process"

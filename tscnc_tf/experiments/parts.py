@@ -118,11 +118,15 @@ PartSize = Annotated[float, _part_size]
 Decay = Annotated[str, _one_of("steps", "cosine", "constant")]
 
 
+# The types of the fields of a dataclass, by name; with include_extras=True, checks included.
+hints: Callable[..., dict[str, Any]] = functools.cache(get_type_hints)
+
+
 class Checked:
     """A frozen dataclass that checks its values by the annotations of its fields."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
+        for name, hint in hints(type(self), include_extras=True).items():
             if get_origin(hint) is Annotated:
                 check = get_args(hint)[1]
                 object.__setattr__(self, name, check(name, getattr(self, name)))

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
 from tscnc_tf import _extras
 from tscnc_tf.experiments.parts import (
@@ -24,6 +24,7 @@ from tscnc_tf.experiments.parts import (
     Pruning,
     Sparsity,
     Training,
+    hints,
 )
 
 SHIPPED = pathlib.Path(__file__).parent / "recipes"
@@ -79,7 +80,7 @@ class Recipe(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for part, kind in get_type_hints(type(self)).items():
+        for part, kind in hints(type(self)).items():
             value = getattr(self, part)
             if dataclasses.is_dataclass(kind) and type(value) is not kind:
                 raise TypeError(
@@ -305,12 +306,11 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
             f"{prefix.rstrip('.') or 'a recipe'} must be names with values, got {values!r}."
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(_unknown(f"{prefix}{name}", [f"{prefix}{known}" for known in fields]))
-        kind = hints[name]
+        kind = hints(cls)[name]
         if dataclasses.is_dataclass(kind):
             arguments[name] = _build(kind, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:

@@ -1,21 +1,25 @@
-"""Ship a pruned model: a checked SavedModel with a manifest, or a file of LiteRT or ONNX.
+"""Export of a pruned model: a SavedModel with a manifest, or a file of LiteRT or ONNX.
 
-`export_saved_model` takes the pruning wrappers off, checks what it writes, and puts a manifest
-beside the graph; `load_saved_model` checks the folder against the manifest and returns a callable.
-The folder itself is a plain SavedModel: TF-Serving and `tf.saved_model.load` need nothing of ours.
+`export_saved_model` takes the pruning wrappers off, checks what it writes, and adds a manifest to
+the folder; `load_saved_model` checks the folder against the manifest and returns a callable. The
+folder is a plain SavedModel: TF-Serving and `tf.saved_model.load` do not need this package.
 
-`export_litert` and `export_onnx` write one file with the same care, and see to it that every zero
-of every kernel is in it; `load_litert` and `load_onnx` return a callable. They need the extras
-`litert` and `onnx`.
+`export_litert` and `export_onnx` write one file with the same checks, and check in addition that
+every zero of every kernel is in it; `load_litert` and `load_onnx` return a callable. They need the
+extras `litert` and `onnx`.
 """
 
-from tscnc_tf.export.file_report import ExportedKernel, FileExportReport
-from tscnc_tf.export.file_serving import ServedFile
 from tscnc_tf.export.litert import export_litert, load_litert
 from tscnc_tf.export.onnx import export_onnx, load_onnx
-from tscnc_tf.export.report import ExportedTensor, ExportedVariable, ExportReport
-from tscnc_tf.export.saving import export_saved_model
-from tscnc_tf.export.serving import ServedModel, load_saved_model
+from tscnc_tf.export.report import (
+    ExportedKernel,
+    ExportedTensor,
+    ExportedVariable,
+    ExportReport,
+    FileExportReport,
+)
+from tscnc_tf.export.saved_model import ServedModel, export_saved_model, load_saved_model
+from tscnc_tf.export.served_file import ServedFile
 
 __all__ = [
     "export_litert",

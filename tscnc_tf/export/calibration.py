@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _probe
-from tscnc_tf.export import readiness
+from tscnc_tf.export import preflight
 
 MOST = 4096  # examples that are read of what doesn't say how many it has
 
@@ -36,7 +36,7 @@ def examples(model: Any, calibration: Any) -> Any:
             "calibration is missing: precision='int8' takes the ranges of the activations from a "
             "batch of typical inputs. Pass some hundred examples of the training set."
         )
-    readiness.require_exportable(model)
+    preflight.require_exportable(model)
     if not _is_iterable_of_batches(model, calibration):
         return _probe.prepare(model, calibration, "calibration")[1]
     return _gathered(model, calibration)

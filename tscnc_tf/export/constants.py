@@ -1,8 +1,8 @@
-"""Whether the zeros of a model's kernels are in a written file, which has its own layout.
+"""Which constant of a written file holds which kernel of the model, and whether it has its zeros.
 
-A converter transposes kernels, merges their axes, multiplies them by what a BatchNorm scales with,
-and gives them other names. So a kernel's tensor in the file is found by its zeros: it is the one
-that, in some order of the axes, is zero wherever the kernel is.
+A converter transposes kernels, merges their axes, multiplies the scales of BatchNorms into them,
+and renames them. So a kernel's constant is found by its zeros: it is the one that, in some order of
+the axes, is zero wherever the kernel is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What is looked at first: most that does not fit differs there.
+# The entries that are compared first: most constants that do not fit differ there.
 _HEAD = 4096
 
 
@@ -23,7 +23,7 @@ class Constant(NamedTuple):
     Attributes:
         name: as the file calls it.
         values: as they are stored, floats or integers.
-        zero_points: the integers that stand for 0.0, empty for floats.
+        zero_points: the integers that represent 0.0, empty for floats.
     """
 
     name: str
@@ -39,9 +39,10 @@ class Constant(NamedTuple):
 def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[Constant | None]:
     """Return for each kernel the constant that holds it, or None.
 
-    Of several that have the zeros in place, it is the one most like the kernel, preferably one that
-    holds no other kernel. Where a converter has put a kernel's blocks into another order (as for
-    the gates of a recurrent layer) the place of each zero is lost; then their number must do.
+    Of several that have the zeros in place, it is the one most similar to the kernel, if possible
+    one that holds no other kernel. Where a converter has reordered the blocks of a kernel (as for
+    the gates of a recurrent layer), the place of each zero is not known, and only their number is
+    compared.
     """
     by_size: dict[int, list[Constant]] = {}
     for constant in constants:
@@ -50,20 +51,20 @@ def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[C
     found: list[Constant | None] = []
     for kernel in kernels:
         near = by_size.get(kernel.size, [])
-        likeness = {id(constant): _likeness(kernel, constant.values) for constant in near}
-        fitting = [constant for constant in near if likeness[id(constant)] is not None]
+        similarity = {id(constant): _similarity(kernel, constant.values) for constant in near}
+        fitting = [constant for constant in near if similarity[id(constant)] is not None]
         if not fitting:
             zeros = kernel.size - np.count_nonzero(kernel)
             fitting = [constant for constant in near if constant.zeros >= zeros > 0]
         free = [constant for constant in fitting if id(constant) not in taken] or fitting
-        best = max(free, key=lambda constant: likeness[id(constant)] or 0.0, default=None)
+        best = max(free, key=lambda constant: similarity[id(constant)] or 0.0, default=None)
         taken.add(id(best))
         found.append(best)
     return found
 
 
-def _likeness(kernel: np.ndarray, values: np.ndarray) -> float | None:
-    """Return how like a kernel some values are, from 0 to 1; None if they lack zeros of it.
+def _similarity(kernel: np.ndarray, values: np.ndarray) -> float | None:
+    """Return the similarity of a kernel and some values, in [0, 1]; None if zeros are missing.
 
     It is the cosine of the angle between them, in the order of axes that has the zeros in place.
     """

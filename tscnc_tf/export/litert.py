@@ -16,12 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _extras, _probe
-from tscnc_tf.export import checked, formats, saving
+from tscnc_tf.export import preflight, writer
 from tscnc_tf.export.calibration import examples
 from tscnc_tf.export.constants import Constant
-from tscnc_tf.export.file_report import FileExportReport
-from tscnc_tf.export.file_serving import ServedFile, require_file
-from tscnc_tf.export.report import ExportedTensor
+from tscnc_tf.export.report import ExportedTensor, FileExportReport
+from tscnc_tf.export.served_file import ServedFile, require_file
 
 __all__ = ["export_litert", "load_litert"]
 
@@ -42,7 +41,7 @@ def export_litert(
 ) -> FileExportReport:
     """Write a model as a LiteRT file (`.tflite`), checked before and after.
 
-    The model is made ready and checked as by `export_saved_model`. The file is written under a
+    The model is stripped and checked as by `export_saved_model`. The file is written under a
     hidden name beside `path`, loaded from there by the LiteRT interpreter, and checked: every zero
     of every kernel is a zero in the file, in its place, and the logits are those of the model.
     Only then it appears at `path`, and replaces what was there.
@@ -108,7 +107,7 @@ def export_litert(
             probe = tf.nest.map_structure(lambda array: array[: _probe.EXAMPLES], calibration)
     elif calibration is not None:
         raise ValueError("calibration is for precision='int8' only: float32 needs none.")
-    form = formats.Format(
+    form = writer.Format(
         name="LiteRT",
         precision=precision,
         write=functools.partial(_write, calibration=calibration),
@@ -118,7 +117,7 @@ def export_litert(
         settings=settings,
         distributions=("ai-edge-litert",),
     )
-    return formats.export(
+    return writer.export_file(
         model,
         path,
         form,
@@ -168,7 +167,7 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
 
 
 class _LiteRT(ServedFile):
-    """A LiteRT file. An interpreter serves one caller at a time."""
+    """A LiteRT file. An interpreter runs one call at a time, hence the lock."""
 
     def __init__(self, path: pathlib.Path, runner: Any) -> None:
         super().__init__(
@@ -193,7 +192,7 @@ def _tensors(details: dict[str, Any]) -> list[ExportedTensor]:
 
 
 def _write(
-    ready: checked.Checked,
+    ready: preflight.Checked,
     serve: Callable[..., Any],
     signature: list[tf.TensorSpec],
     path: pathlib.Path,
@@ -201,7 +200,7 @@ def _write(
 ) -> None:
     """Write a LiteRT file, by way of a SavedModel: only so it has a signature."""
     with tempfile.TemporaryDirectory() as folder:
-        saving.write_endpoint(ready.library, ready.stripped, serve, signature, pathlib.Path(folder))
+        writer.write_saved_model(ready, serve, signature, pathlib.Path(folder))
         converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[_SIGNATURE])
         if calibration is not None:
             converter.optimizations = [tf.lite.Optimize.DEFAULT]

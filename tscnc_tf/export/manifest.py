@@ -1,7 +1,7 @@
-"""The manifest: an export's report as a JSON file in its folder, sealed, and checked on loading.
+"""The manifest: an export's report as a JSON file in its folder, with digests, checked on loading.
 
-The digests find damage: a broken download, a file of another export, a figure edited by hand. They
-are no signature: whoever means to deceive can compute them, too.
+The digests detect damage: a broken download, a file of another export, a figure edited by hand.
+They are no signature: they do not protect against deliberate manipulation.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _extras
-from tscnc_tf.export import checked, formats
+from tscnc_tf.export import preflight, writer
 from tscnc_tf.export.constants import Constant
-from tscnc_tf.export.file_report import FileExportReport
-from tscnc_tf.export.file_serving import ServedFile, require_file
-from tscnc_tf.export.report import ExportedTensor
+from tscnc_tf.export.report import ExportedTensor, FileExportReport
+from tscnc_tf.export.served_file import ServedFile, require_file
 
 __all__ = ["export_onnx", "load_onnx"]
 
@@ -36,7 +35,7 @@ def export_onnx(
 ) -> FileExportReport:
     """Write a model as an ONNX file, checked before and after.
 
-    The model is made ready and checked as by `export_saved_model`, and converted by tf2onnx. The
+    The model is stripped and checked as by `export_saved_model`, and converted by tf2onnx. The
     file is written under a hidden name beside `path`, loaded from there by ONNX Runtime, and
     checked: it is valid, every zero of every kernel is a zero in the file, in its place, and the
     logits are those of the model. Only then it appears at `path`, and replaces what was there. The
@@ -51,7 +50,7 @@ def export_onnx(
         expected_sparsity: as for `export_saved_model`.
         probe: as for `export_saved_model`.
         opset: the version of ONNX's operations, from 13 to what tf2onnx knows (18); None for the
-            one that tf2onnx prefers (15).
+            default of tf2onnx (15).
         overwrite: whether a file of this format at `path` is replaced. It stays until the new one
             is written and checked, and is replaced in one step; nothing else is replaced but an
             empty file. If `path` is a link, it is the file that it leads to.
@@ -83,7 +82,7 @@ def export_onnx(
     newest = max(known.OPSET_TO_IR_VERSION)
     if _checks.integer("opset", opset, minimum=_OLDEST_OPSET) > newest:
         raise ValueError(f"opset must be <= {newest}, the newest of tf2onnx, got {opset}.")
-    form = formats.Format(
+    form = writer.Format(
         name="ONNX",
         precision="float32",
         write=functools.partial(_write, opset=opset),
@@ -93,7 +92,7 @@ def export_onnx(
         settings={"opset": opset},
         distributions=("onnx", "tf2onnx", "onnxruntime"),
     )
-    return formats.export(
+    return writer.export_file(
         model,
         path,
         form,
@@ -137,7 +136,7 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
 
 
 class _ONNX(ServedFile):
-    """An ONNX file. A session serves many callers."""
+    """An ONNX file. A session runs calls concurrently."""
 
     def __init__(self, path: pathlib.Path, session: Any) -> None:
         super().__init__(path, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
@@ -160,7 +159,7 @@ def _tensors(arguments: Any) -> list[ExportedTensor]:
 
 
 def _write(
-    ready: checked.Checked,  # noqa: ARG001 - the endpoint is enough here
+    ready: preflight.Checked,  # noqa: ARG001 - the endpoint is enough here
     serve: Callable[..., Any],
     signature: list[tf.TensorSpec],
     path: pathlib.Path,

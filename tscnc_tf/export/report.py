@@ -1,4 +1,4 @@
-"""What is said of an export: one frozen dataclass, shown as a table, written as the manifest."""
+"""The reports of exports: to a SavedModel, whose report is its manifest, and to a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any, Self
 from tscnc_tf import _reports
 from tscnc_tf.inspection import SparsityReport, WeightSparsity
 
-__all__ = ["ExportReport", "ExportedTensor", "ExportedVariable"]
+__all__ = [
+    "ExportReport",
+    "ExportedKernel",
+    "ExportedTensor",
+    "ExportedVariable",
+    "FileExportReport",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportedTensor:
+class ExportedTensor(_reports.Record):
     """One input or output of the `serving_default` signature.
 
     Attributes:
@@ -32,7 +38,7 @@ class ExportedTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportedVariable:
+class ExportedVariable(_reports.Record):
     """One variable of the SavedModel; its place in the report is its place in `variables` there.
 
     Attributes:
@@ -49,7 +55,75 @@ class ExportedVariable:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportReport(_reports.Report):
+class ExportedKernel(_reports.Record):
+    """One kernel, or another pruned weight, and the tensor that holds it in the file.
+
+    Attributes:
+        name: as `inspection.sparsity` calls it.
+        tensor: the name of the tensor in the file; None for a weight without zeros that the
+            converter has split.
+        shape: the shape of the tensor, which is in the format's own layout.
+        dtype: the name of its dtype.
+        weights: the number of entries.
+        model_zeros: how many of them are zero in the model.
+        zeros: how many of them are zero in the file. At least as many: small weights may be
+            rounded to zero, and the zeros of a BatchNorm may have been multiplied in.
+    """
+
+    _derived = ("sparsity",)
+
+    name: str
+    tensor: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    model_zeros: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the file."""
+        return self.zeros / self.weights
+
+
+class _Export(_reports.Report):
+    """What both reports share: the notes below the table."""
+
+    expected_sparsity: float | None
+    inputs: tuple[ExportedTensor, ...]
+    outputs: tuple[ExportedTensor, ...]
+    max_logit_difference: float
+    probe_examples: int
+    gzip_bytes: int
+    ideal_sparse_bytes: int | None
+    versions: Mapping[str, str]
+
+    def _notes(self, size: int, comparison: str, *more: str) -> list[str]:
+        """Return the notes.
+
+        Args:
+            size: of what was written, in bytes.
+            comparison: what follows the largest difference of logits.
+            more: further notes, put before the versions.
+        """
+        asked, ideal = self.expected_sparsity, ""
+        if self.ideal_sparse_bytes is not None:
+            ideal = f"; the weights alone, ideally sparse, {_reports.size(self.ideal_sparse_bytes)}"
+        made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return [
+            f"Expected sparsity: {'none' if asked is None else _reports.percent(asked)}.",
+            f"Size: {_reports.size(size)}, gzipped {_reports.size(self.gzip_bytes)}{ideal}.",
+            f"Inputs: {'; '.join(map(str, self.inputs))}.",
+            f"Outputs: {'; '.join(map(str, self.outputs))}.",
+            f"Largest logit difference on {self.probe_examples} examples: "
+            f"{_reports.significant(self.max_logit_difference)} {comparison}.",
+            *more,
+            f"Made with {made_with}.",
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport(_Export):
     """What was exported: zeros kernel by kernel, sizes, signature, versions. `str()` is a table.
 
     Attributes:
@@ -57,15 +131,15 @@ class ExportReport(_reports.Report):
         weights: the zeros of each kernel and of the whole model, as `inspection.sparsity` gives
             them for the model that was exported.
         variables: all variables of the SavedModel.
-        expected_sparsity: what the export was held to, or None.
+        expected_sparsity: the sparsity that was required, or None.
         inputs, outputs: the tensors of the `serving_default` signature.
         max_logit_difference: the largest absolute difference between the logits of the model and
             those of the written SavedModel, over the probe batch.
         logit_tolerance: the largest difference that would have passed.
         probe_examples: the number of examples in the probe batch.
         saved_model_bytes: the size of all files of the SavedModel, without the manifest.
-        gzip_bytes: the size of the same files as one .tar.gz (level 9, without time stamps). This
-            is where zeros pay off, in a download; the SavedModel itself stores each of them.
+        gzip_bytes: the size of the same files as one .tar.gz (level 9, without time stamps). Zeros
+            make this size smaller; the SavedModel itself stores each of them.
         ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
             dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
             SavedModel is that small. None for an export made before this was counted.
@@ -105,33 +179,11 @@ class ExportReport(_reports.Report):
         """The fraction of zeros among all weights, biases and normalisation included."""
         return self.weights.model_sparsity
 
-    @property
-    def _ideal_sparse(self) -> str:
-        if self.ideal_sparse_bytes is None:
-            return ""
-        return f"; the weights alone, ideally sparse, {_reports.size(self.ideal_sparse_bytes)}"
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything in the report as plain values, ready for JSON."""
-        weights = self.weights.to_dict()
-        kernels = weights.pop("rows")
-        return {
-            "path": self.path,
-            **weights,
-            "expected_sparsity": self.expected_sparsity,
-            "kernels": kernels,
-            "variables": [_plain(variable) for variable in self.variables],
-            "inputs": [_plain(tensor) for tensor in self.inputs],
-            "outputs": [_plain(tensor) for tensor in self.outputs],
-            "max_logit_difference": self.max_logit_difference,
-            "logit_tolerance": self.logit_tolerance,
-            "probe_examples": self.probe_examples,
-            "saved_model_bytes": self.saved_model_bytes,
-            "gzip_bytes": self.gzip_bytes,
-            "ideal_sparse_bytes": self.ideal_sparse_bytes,
-            "files": {name: dict(facts) for name, facts in self.files.items()},
-            "versions": dict(self.versions),
-        }
+        content = super().to_dict()
+        weights = content.pop("weights")
+        return {"kernels": weights.pop("rows"), **weights, **content}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -141,34 +193,34 @@ class ExportReport(_reports.Report):
             ValueError: a value is missing or of another kind.
         """
         try:
-            return cls(
-                weights=SparsityReport(
+            parsed: dict[str, Any] = {
+                "weights": SparsityReport(
                     rows=_rows(WeightSparsity, values["kernels"]),
                     model_weights=values["model_weights"],
                     model_zeros=values["model_zeros"],
                 ),
-                variables=_rows(ExportedVariable, values["variables"]),
-                inputs=_rows(ExportedTensor, values["inputs"]),
-                outputs=_rows(ExportedTensor, values["outputs"]),
-                files={name: dict(facts) for name, facts in values["files"].items()},
-                versions=dict(values["versions"]),
-                ideal_sparse_bytes=values.get("ideal_sparse_bytes"),
-                **{name: values[name] for name in _SIMPLE},
-            )
+                "variables": _rows(ExportedVariable, values["variables"]),
+                "inputs": _rows(ExportedTensor, values["inputs"]),
+                "outputs": _rows(ExportedTensor, values["outputs"]),
+                "files": {name: dict(facts) for name, facts in values["files"].items()},
+                "versions": dict(values["versions"]),
+                "ideal_sparse_bytes": values.get("ideal_sparse_bytes"),  # missing in old manifests
+            }
+            names = [field.name for field in dataclasses.fields(cls)]
+            return cls(**{name: values[name] for name in names if name not in parsed}, **parsed)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"This is no export report: {error!r}.") from error
 
     def _table(self) -> _reports.Table:
         prunable = self.weights.prunable
-        counts = [sum(row.weights for row in prunable), sum(row.zeros for row in prunable)]
-        asked = self.expected_sparsity
+        allowed = _reports.significant(self.logit_tolerance)
         return _reports.Table(
             f"SavedModel {self.path}",
             ("kernel", "shape", "weights", "zeros", "sparsity", "pruned"),
             [
                 (
                     row.name,
-                    "×".join(map(str, row.shape)),
+                    _reports.shape(row.shape),
                     f"{row.weights:,}",
                     f"{row.zeros:,}",
                     _reports.percent(row.sparsity),
@@ -179,42 +231,107 @@ class ExportReport(_reports.Report):
             (
                 "all that is pruned" if prunable[0].masked else "all kernels",
                 "",
-                *(f"{count:,}" for count in counts),
+                f"{self.weights.prunable_weights:,}",
+                f"{self.weights.prunable_zeros:,}",
                 _reports.percent(self.sparsity),
                 "",
             ),
             [
-                f"Whole model: {self.weights.model_zeros:,} of {self.weights.model_weights:,} "
-                f"weights are zero, {_reports.percent(self.model_sparsity)}.",
-                f"Expected sparsity: {'none' if asked is None else _reports.percent(asked)}.",
-                f"Size: {_reports.size(self.saved_model_bytes)}, "
-                f"gzipped {_reports.size(self.gzip_bytes)}"
-                f"{self._ideal_sparse}.",
-                f"Inputs: {'; '.join(map(str, self.inputs))}.",
-                f"Outputs: {'; '.join(map(str, self.outputs))}.",
-                f"Largest logit difference on {self.probe_examples} examples: "
-                f"{_reports.significant(self.max_logit_difference)} "
-                f"(allowed: {_reports.significant(self.logit_tolerance)}).",
-                "Made with "
-                + ", ".join(f"{name} {version}" for name, version in self.versions.items())
-                + ".",
+                _reports.whole_model(self.weights.model_weights, self.weights.model_zeros),
+                *self._notes(self.saved_model_bytes, f"(allowed: {allowed})"),
             ],
         )
 
 
-_SIMPLE = (
-    "path",
-    "expected_sparsity",
-    "max_logit_difference",
-    "logit_tolerance",
-    "probe_examples",
-    "saved_model_bytes",
-    "gzip_bytes",
-)
+@dataclasses.dataclass(frozen=True)
+class FileExportReport(_Export):
+    """What was exported to a file: zeros, sizes, signature, versions. `str()` is a table.
 
+    Attributes:
+        path: the file, absolute.
+        format: "LiteRT" or "ONNX".
+        precision: of the weights and sums, "float32" or "int8".
+        weights: the zeros of the model that was exported.
+        kernels: the zeros of the file, kernel by kernel.
+        expected_sparsity: the sparsity that was required, or None.
+        inputs, outputs: the tensors that the file takes and returns.
+        max_logit_difference: the largest absolute difference between the logits of the model and
+            those of the written file, over the probe batch.
+        logit_tolerance: the largest difference that would have passed; None for int8, where any is
+            allowed.
+        same_class: the share of the probe's examples for which model and file return the same
+            class; None for several outputs.
+        probe_examples: the number of examples in the probe batch.
+        file_bytes: the size of the file.
+        gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
+        ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
+            dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
+            file of these formats is that small. None for int8: it counts floats.
+        sha256: its digest.
+        settings: what else it was made with: the number of calibration examples, the opset.
+        versions: of the libraries that made the export; "unknown" if not installed as a package.
+    """
 
-def _plain(row: ExportedTensor | ExportedVariable) -> dict[str, Any]:
-    return {**dataclasses.asdict(row), "shape": list(row.shape)}
+    _derived = ("sparsity",)
+
+    path: str
+    format: str
+    precision: str
+    weights: SparsityReport
+    kernels: tuple[ExportedKernel, ...]
+    expected_sparsity: float | None
+    inputs: tuple[ExportedTensor, ...]
+    outputs: tuple[ExportedTensor, ...]
+    max_logit_difference: float
+    logit_tolerance: float | None
+    same_class: float | None
+    probe_examples: int
+    file_bytes: int
+    gzip_bytes: int
+    ideal_sparse_bytes: int | None
+    sha256: str
+    settings: Mapping[str, int]
+    versions: Mapping[str, str]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros among the kernels in the file."""
+        return sum(row.zeros for row in self.kernels) / sum(row.weights for row in self.kernels)
+
+    def _table(self) -> _reports.Table:
+        allowed = "any" if self.logit_tolerance is None else f"{self.logit_tolerance:.3g}"
+        same = "" if self.same_class is None else f"; same class: {100 * self.same_class:.1f} %"
+        counts = [
+            sum(getattr(row, name) for row in self.kernels)
+            for name in ("weights", "model_zeros", "zeros")
+        ]
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return _reports.Table(
+            f"{self.format} ({self.precision}) {self.path}",
+            ("kernel", "shape in the file", "dtype", "weights", "zeros", "in the file", "sparsity"),
+            [
+                (
+                    row.name,
+                    _reports.shape(row.shape),
+                    row.dtype,
+                    f"{row.weights:,}",
+                    f"{row.model_zeros:,}",
+                    f"{row.zeros:,}",
+                    _reports.percent(row.sparsity),
+                )
+                for row in self.kernels
+            ],
+            (
+                *("all kernels", "", ""),
+                *(f"{count:,}" for count in counts),
+                _reports.percent(self.sparsity),
+            ),
+            self._notes(
+                self.file_bytes,
+                f"(allowed: {allowed}){same}",
+                *([f"Settings: {settings}."] if settings else []),
+            ),
+        )
 
 
 def _rows(kind: type, rows: list[dict[str, Any]]) -> tuple[Any, ...]:

@@ -102,7 +102,7 @@ def authors_penalty(matrix: Any, nu: float = 1e-5) -> tf.Tensor:
     size = matrix.shape[-1]
     gram = _gram(matrix)
     mean = tf.linalg.trace(gram)[..., tf.newaxis, tf.newaxis] / size
-    # The floor keeps the factorisation of a zero matrix defined; its determinant is 0 all the same.
+    # The lower bound keeps the factorisation of a zero matrix defined; its determinant stays 0.
     lifted = gram + (_SINGULAR * mean + _ZERO**2) * tf.eye(size, dtype=tf.float64)
     log_det = _log_det(lifted) - size * math.log(size)
     value = tf.square(math.log(nu) + tf.math.softplus(log_det - math.log(nu)))

@@ -44,10 +44,10 @@ def largest(scores: Any, count: Any) -> tf.Tensor:
     count = tf.clip_by_value(tf.cast(count, tf.int32), 0, tf.size(ranks))
     threshold = _nth_largest(ranks, tf.maximum(count, 1))
     above, level = ranks > threshold, tf.equal(ranks, threshold)
-    room = count - _count(above)
+    left = count - _count(above)
     chosen = tf.cond(
-        _count(level) > room,
-        lambda: level & (tf.cumsum(tf.cast(level, tf.int32)) <= room),
+        _count(level) > left,
+        lambda: level & (tf.cumsum(tf.cast(level, tf.int32)) <= left),
         lambda: level,
     )
     return (above | chosen) & (count > 0)

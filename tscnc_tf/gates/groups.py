@@ -11,12 +11,11 @@ import tensorflow as tf
 from tscnc_tf import _keras
 from tscnc_tf._keras import layers as kernel_layers
 
-# The classes are called so in both Kerases.
 _CONVOLUTIONS = (
-    *("Conv1D", "Conv2D", "Conv3D"),
-    *("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
-    *("DepthwiseConv1D", "DepthwiseConv2D"),
-    *("SeparableConv1D", "SeparableConv2D"),
+    *kernel_layers.CONVOLUTIONS,
+    *kernel_layers.TRANSPOSED,
+    *kernel_layers.DEPTHWISE,
+    *kernel_layers.SEPARABLE,
 )
 
 

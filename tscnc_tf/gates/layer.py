@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
-from tscnc_tf._keras import adapted, flavours, gated, wrappers
+from tscnc_tf._keras import adapted, flavours, gated, keras, tf_keras, wrappers
 from tscnc_tf.functional.gates import uniform
 from tscnc_tf.gates.groups import Groups, groups_of, kind_of
 
@@ -19,7 +19,7 @@ __all__ = ["Gated"]
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
 _INITIAL_DEVIATION = 0.01
 
-_Base: Any = object  # the Wrapper of either Keras; `flavours.in_library` puts it there
+_Base: Any = object  # The subclasses at the end of this file put Keras' Wrapper in its place.
 
 
 class Gated(gated.GatedLayer, _Base):
@@ -95,12 +95,16 @@ class Gated(gated.GatedLayer, _Base):
     """
 
     def __new__(cls, layer: Any, **kwargs: Any) -> Any:  # noqa: ARG004
-        """Return a layer of the Keras that `layer` is of."""
-        library = _keras.keras if _keras.flavour(layer) == "keras" else _keras.tf_keras
-        if not isinstance(layer, library.layers.Layer):
+        """Return a layer of the Keras that `layer` is of.
+
+        Users know one name for two classes. Which of them is meant is only known from the layer, so
+        the choice is made here, where Python chooses the class of a new object. What follows is the
+        usual construction: `__init__` runs on the chosen class.
+        """
+        if not isinstance(layer, keras.layers.Layer | tf_keras.layers.Layer):
             raise TypeError(f"layer must be a layer of Keras 3 or tf_keras, got {layer!r}.")
-        made = flavours.in_library(cls, library.layers.Wrapper)
-        return super().__new__(made)
+        kind = Keras3Gated if isinstance(layer, keras.layers.Layer) else TfKerasGated
+        return super().__new__(flavours.subclass_of_library(cls, Gated, kind))
 
     def __init__(
         self,
@@ -273,7 +277,11 @@ def _clipped(log_alpha: Any) -> tf.Tensor:
     return tf.clip_by_value(tf.convert_to_tensor(log_alpha), *LOG_ALPHA_RANGE)
 
 
-for _module in (_keras.keras, _keras.tf_keras):  # so that saved models of either are found
-    _module.saving.register_keras_serializable(_keras.PACKAGE)(
-        flavours.in_library(Gated, _module.layers.Wrapper)
-    )
+@flavours.registered_as("Gated")
+class Keras3Gated(Gated, keras.layers.Wrapper):
+    """`Gated` around a Keras 3 layer."""
+
+
+@flavours.registered_as("Gated")
+class TfKerasGated(Gated, tf_keras.layers.Wrapper):
+    """`Gated` around a tf_keras layer."""

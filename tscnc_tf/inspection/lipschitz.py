@@ -14,7 +14,7 @@ from tscnc_tf import _checks, _keras, _reports, functional
 from tscnc_tf._keras import adapted, gated, keras, tf_keras, wrappers
 from tscnc_tf._keras.models import origin
 from tscnc_tf.inspection import weights
-from tscnc_tf.inspection.inputs import as_inputs, one_tensor
+from tscnc_tf.inspection.inputs import one_tensor
 from tscnc_tf.inspection.operators import operator_singular_values
 
 
@@ -153,7 +153,7 @@ def local_lipschitz(
             f"epsilon must be >= {least:.2g} within bounds {bounds}, got {written}: in so small a "
             "ball outputs differ by the rounding of float32."
         )
-    inputs = as_inputs(x, bounds)
+    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32)
     start, step = _ascent(_keras.inference(model), inputs.shape[1:], epsilon_value, size, bounds)
     found = []
     for index, first in enumerate(range(0, len(inputs), batch_size)):

@@ -6,6 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _checks
+
 
 def one_hot(labels: Any, num_classes: int | tf.Tensor) -> tf.Tensor:
     """Return labels of any form as one row per example, `(batch, num_classes)`.
@@ -26,18 +28,11 @@ def one_hot(labels: Any, num_classes: int | tf.Tensor) -> tf.Tensor:
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     labels = tf.convert_to_tensor(labels)
-    rank = labels.shape.rank
-    is_column = rank == 2 and labels.shape[1] == 1
-    if rank == 1 or is_column:
-        if not labels.dtype.is_integer:
-            raise ValueError(
-                f"labels of shape {labels.shape} must be integers, got {labels.dtype.name}: cast "
-                "class indices to int32, or pass one-hot labels of shape (batch, classes)."
-            )
+    if _checks.holds_indices("labels", labels):
         if labels.dtype not in (tf.int32, tf.int64):  # tf.one_hot takes few others
             labels = tf.cast(labels, tf.int64)
         return tf.one_hot(tf.reshape(labels, (-1,)), num_classes, dtype=tf.float32)
-    if rank == 2 and _agree(labels.shape[1], num_classes):
+    if _agree(labels.shape[1], num_classes):
         return tf.cast(labels, tf.float64 if labels.dtype == tf.float64 else tf.float32)
     raise ValueError(
         "labels must be integers of shape (batch,) or (batch, 1), or one-hot of shape (batch, "
@@ -127,7 +122,7 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
     labels, logits = tf.convert_to_tensor(labels), lifted(logits)
     true, others = _split(labels, logits)
     odds = tf.reduce_logsumexp(others, axis=-1) - true
-    if labels.shape.rank == 1 or labels.shape[1] == 1:
+    if _checks.holds_indices("labels", labels):
         return odds
     rows = _rows(labels, logits)
     is_hard = tf.equal(tf.reduce_max(rows, axis=-1), 1.0)

@@ -1,20 +1,87 @@
-"""Prune a model, while it is trained or at once; keep its zeros; take the pruning off again."""
+"""The functions that prune a model, keep its zeros, and remove the pruning from it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Required, TypedDict, Unpack, overload
+
+import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, gates
 from tscnc_tf._keras import masks, wrappers
 from tscnc_tf.pruning import tfmot_engine
 from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.score_pruner import ScorePruner
+from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import require_unpruned
 
 ENGINES = ("tfmot", "masks")
 METHODS = ("magnitude", "scores")
 
 
+class _SelectionOptions(TypedDict, total=False):
+    """Options of both methods of the masks engine."""
+
+    weights: str | None
+    min_rank: int
+    structure: Structure | None
+    scope: str | Mapping[str, float]
+    min_weights: int
+
+
+class MaskOptions(_SelectionOptions, total=False):
+    """Options of `Pruner`, for type checkers and editors."""
+
+    criterion: Callable[[tf.Tensor], tf.Tensor] | None
+
+
+class ScoreOptions(_SelectionOptions, total=False):
+    """Options of `ScorePruner`, for type checkers and editors."""
+
+    sparsity: Required[float]
+    frequency: int
+    also_train: Literal["normalization", "all", "none"]
+
+
+class TfmotOptions(TypedDict, total=False):
+    """Options of `tfmot.sparsity.keras.prune_low_magnitude`, for type checkers and editors."""
+
+    block_size: tuple[int, int]
+    block_pooling_type: Literal["AVG", "MAX"]
+    pruning_policy: Any
+    sparsity_m_by_n: tuple[int, int] | None
+
+
+@overload
+def prune(
+    model: Any,
+    schedule: Any,
+    *,
+    layers: Any = None,
+    engine: Literal["masks"] | None = None,
+    method: Literal["magnitude"] = "magnitude",
+    **options: Unpack[MaskOptions],
+) -> Any: ...
+@overload
+def prune(
+    model: Any,
+    schedule: Any,
+    *,
+    layers: Any = None,
+    engine: Literal["tfmot"] | None = None,
+    method: Literal["magnitude"] = "magnitude",
+    **options: Unpack[TfmotOptions],
+) -> Any: ...
+@overload
+def prune(
+    model: Any,
+    schedule: None = None,
+    *,
+    layers: Any = None,
+    engine: Literal["masks"] | None = None,
+    method: Literal["scores"],
+    **options: Unpack[ScoreOptions],
+) -> Any: ...
 def prune(
     model: Any,
     schedule: Any = None,
@@ -118,7 +185,9 @@ def _prune_by_scores(
     return model
 
 
-def prune_now(model: Any, sparsity: float, *, layers: Any = None, **options: Any) -> Any:
+def prune_now(
+    model: Any, sparsity: float, *, layers: Any = None, **options: Unpack[MaskOptions]
+) -> Any:
     """Prune a model at once, without training; what is kept stays as it is, bit for bit.
 
     The model keeps its masks, frozen: if it is trained on, what is zero stays zero.

@@ -63,7 +63,7 @@ def condition_budgets(
     Raises:
         TypeError: an argument is of a wrong kind.
         ValueError: an argument is out of range, nothing is left to prune, a kernel is not finite,
-            or the floors alone are more than what the sparsity leaves.
+            or the minima alone are more than what the sparsity leaves.
 
     Example:
         >>> import keras
@@ -122,12 +122,12 @@ class _Measure:
 
     Args:
         target: the weight.
-        structure: with the floor of its filters.
+        structure: with the minimum per filter.
     """
 
     def __init__(self, target: Target, structure: Unstructured) -> None:
         self._target = target
-        self._floor = min(structure.min_per_filter * (target.outputs or 0), target.size)
+        self._minimum = min(structure.min_per_filter * (target.outputs or 0), target.size)
         self._selection = Selection([target], None, structure, "layer", 1, 0.0)
         self._weight = tf.convert_to_tensor(tensor_variable(target.variable))
         if not bool(tf.reduce_all(tf.math.is_finite(self._weight))):
@@ -139,7 +139,7 @@ class _Measure:
     def curve(self, lowest: float) -> _Curve:
         """Return what is measured from a density on."""
         size = self._target.size
-        first = max(1, self._floor, math.ceil(lowest * size))
+        first = max(1, self._minimum, math.ceil(lowest * size))
         counts = np.unique(np.round(np.geomspace(first, size, _LEVELS)).astype(int)).tolist()
         return _Curve(counts, [self.cost(count) for count in counts])
 
@@ -161,7 +161,7 @@ def _log_condition(matrices: tf.Tensor) -> float:
 
 
 def _above(counts: list[int], curves: list[_Curve]) -> bool:
-    """Tell whether numbers of weights reach the floors of all layers."""
+    """Tell whether numbers of weights reach the minima of all layers."""
     return all(count >= curve.counts[0] for count, curve in zip(counts, curves, strict=True))
 
 

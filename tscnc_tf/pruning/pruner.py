@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -52,7 +53,7 @@ class Pruner:
     **Masks are renewed** by `step`, which is called after each optimizer step, inside the compiled
     step, by the model's own `fit` and by `AdversarialTraining`. A training loop of your own calls
     it. Where the model is a part of another one that is trained, where its layers are, or where it
-    has a `make_train_function` of its own, `callbacks.pruning_callbacks()` see to it. Masks, step
+    has a `make_train_function` of its own, `callbacks.pruning_callbacks()` call it. Masks, step
     and schedule are saved with the model: in `.keras` files, in weight files, and in TensorFlow's
     checkpoints. `strip` takes the pruner off again.
 
@@ -64,8 +65,8 @@ class Pruner:
 
     Steps are counted by the optimizer's `iterations`: not by forward passes, so that a layer that
     is called twice counts once. A step that only accumulates gradients does not count, nor does one
-    that a loss scale skips, where the optimizer does not count it (Keras 3). An optimizer that
-    begins anew goes on where the last one stopped.
+    that a loss scale skips, where the optimizer does not count it (Keras 3). With a new optimizer
+    the count continues where that of the last one stopped.
 
     Args:
         model: a built model of either Keras, subclassed ones too.
@@ -80,7 +81,7 @@ class Pruner:
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
             `Magnitude()` if None.
-        structure: `Unstructured()`, also with a floor for every filter, `NM(2, 4)`, `Block(rows,
+        structure: `Unstructured()`, also with a minimum per filter, `NM(2, 4)`, `Block(rows,
             columns)` or `Filters()`.
         scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
             sparsity), "global" (all compete by their scores), "erk" (Erdős–Rényi-Kernel: small
@@ -139,7 +140,7 @@ class Pruner:
         )
         if found is not layers:  # else the pruner is restored, and nothing is new
             self._require_trained()
-            self._warn_of_starving()
+            self._warn_of_dead_outputs()
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
@@ -233,12 +234,12 @@ class Pruner:
         """Whether the pruner is still that of its model."""
         return vars(self.model).get(masks.PRUNER) is self
 
-    def _warn_of_starving(self, *scores: Any) -> None:
-        """Warn of what would be left with too little; where that is an error, nothing is done."""
+    def _warn_of_dead_outputs(self, *scores: Any) -> None:
+        """Warn of weights that would keep too little; if that is an error, nothing is changed."""
         active = self._active()
         judged = [[each[index] for index in active] for each in scores]
         try:
-            self._selection.only(active).warn_of_starving(self.target_sparsity, *judged)
+            self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, *judged)
         except UserWarning:
             self.detach()
             raise
@@ -310,7 +311,7 @@ class Pruner:
         return [index for index in held if optimizers.key(self.targets[index].variable) in trained]
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
-        """Return what a weight is to be after an optimizer step: zero where its mask is False.
+        """Return the value of a weight after an optimizer step: zero where its mask is False.
 
         Args:
             weight: its value.
@@ -336,26 +337,43 @@ class Pruner:
         optimizer = self.own_optimizer() if optimizer is None else optimizer
         self._step(optimizer, is_constrained and optimizer is not None)
 
+    def step_function(self, optimizer: Any) -> Callable[[], None]:
+        """Return `step` for an optimizer, to be called many times outside of any graph.
+
+        What `step` finds out in Python at each call is found out once: which weights are trained,
+        and what the optimizer keeps for them.
+        """
+        compiled = self._compiled_step(optimizer, False)
+
+        def step() -> None:
+            self._reset_if_new(optimizer)
+            compiled()
+
+        return step
+
     def _step(self, optimizer: Any, is_constrained: bool) -> None:
         """Count a step, renew the masks where that is due, and let them act."""
+        if tf.executing_eagerly():
+            self._reset_if_new(optimizer)
+            self._compiled_step(optimizer, is_constrained)()
+        else:
+            self._act(optimizer, is_constrained)
 
-        def act() -> None:
-            update_everywhere(
-                self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
-            )
+    def _act(self, optimizer: Any, is_constrained: bool) -> None:
+        update_everywhere(
+            self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
+        )
 
-        if not tf.executing_eagerly():
-            act()
-            return
-        self._meet(optimizer)
+    def _compiled_step(self, optimizer: Any, is_constrained: bool) -> Callable[[], None]:
         # What an optimizer keeps for each weight is there only once it has begun.
         kept = (id(variable) for variable in self._companions(optimizer))
         key = (id(optimizer), is_constrained, tuple(self._active()), *kept)
         if key not in self._compiled:
             if len(self._compiled) == _KEPT_STEPS:
                 self._compiled.pop(next(iter(self._compiled)))
+            act = functools.partial(self._act, optimizer, is_constrained)
             self._compiled[key] = tf.function(act, autograph=False)
-        self._compiled[key]()
+        return self._compiled[key]
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which an optimizer is to train the model.
@@ -369,12 +387,12 @@ class Pruner:
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
             if optimizers.is_legacy(each):
-                stack.enter_context(optimizers.intercept(each, self._densify, _go_on))
+                stack.enter_context(optimizers.intercept(each, self._densify, _finalize))
         return stack
 
-    def _densify(self, optimizer: Any, pairs: optimizers.Pairs, take: Any) -> Any:  # noqa: ARG002
+    def _densify(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:  # noqa: ARG002
         ours = {optimizers.key(target.variable) for target in self.targets}
-        return take(
+        return step(
             [
                 (tf.convert_to_tensor(gradient), variable)
                 if isinstance(gradient, tf.IndexedSlices) and optimizers.key(variable) in ours
@@ -384,23 +402,23 @@ class Pruner:
         )
 
     def register_optimizer(self, optimizer: Any) -> None:
-        """Take note of an optimizer that may keep something for the weights; here nothing to do."""
+        """Register an optimizer that may keep something for the weights; here nothing to do."""
 
     def on_train_begin(self, optimizer: Any) -> None:
-        """Take note of the optimizer that is about to train, before its compiled steps.
+        """Prepare for training by an optimizer; called before its steps are compiled.
 
-        It begins anew, unless it is the last one, or has been brought back with this pruner from
-        where both were stopped. (To configure an optimizer is not to train with it: a model may be
+        The step count is reset, unless the optimizer is the last one, or was restored together with
+        this pruner. (To compile a model with an optimizer is not to train with it: a model may be
         evaluated by another trainer in between.)
         """
         known = self._optimizer is not None
         begun = int(tensor_variable(self.state.seen).numpy()) >= 0
         if begun and not known and self.is_behind(optimizer):
             self.reset_step_count(optimizer)
-        self._meet(optimizer)
+        self._reset_if_new(optimizer)
 
-    def _meet(self, optimizer: Any) -> None:
-        """Begin anew if, from one call to the next, another optimizer has taken over."""
+    def _reset_if_new(self, optimizer: Any) -> None:
+        """Reset the step count if the optimizer is another one than in the last call."""
         known = self._optimizer is not None
         if known and optimizer is not None and self._optimizer() is not optimizer:
             self.reset_step_count(optimizer)
@@ -411,11 +429,11 @@ class Pruner:
         return optimizers.trainer_of(self.model, [target.variable for target in self.targets])
 
     def reset_step_count(self, optimizer: Any = None) -> None:  # noqa: ARG002
-        """Take note that another optimizer takes over, whose steps so far were not counted."""
+        """Count the steps of an optimizer from its current count: it is new to this pruner."""
         tensor_variable(self.state.seen).assign(-1)
 
     def skip_steps(self, optimizer: Any) -> None:
-        """Take what an optimizer has counted since the last step for none of its steps.
+        """Ignore what an optimizer has counted since the last step.
 
         At the end of a dataset of unknown length a compiled step that gets no data may count.
         """
@@ -464,7 +482,7 @@ class Pruner:
         now = before + taken
         due, sparsity = scheduling.due_between(self.schedule, before, now)
         active = self._among(self._active())
-        # Who was frozen when masks were renewed, and is not now, is pruned now.
+        # Weights that were frozen when masks were renewed, and are not now, are pruned now.
         due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)
         due &= ~tf.identity(tensor_variable(self.state.frozen))
 
@@ -518,7 +536,7 @@ class Pruner:
                 strategy.extended.update(tensor_variable(variable), keep, args=(mask,))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what brings the pruner back, given the same model; masks are saved beside it."""
+        """Return the configuration from which the pruner is restored; masks are saved beside it."""
         return {
             "schedule": serialize_schedule(self.schedule, self.model),
             "criterion": serialize(self._selection.criterion, self.model),
@@ -585,7 +603,7 @@ class Pruner:
         )
 
 
-def _go_on(finalize: Callable[[], Any]) -> Any:
+def _finalize(finalize: Callable[[], Any]) -> Any:
     return finalize()
 
 

@@ -31,8 +31,8 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
         regularizer: a regularizer of `tscnc_tf.regularizers`, or any other `kernel -> penalty`.
         layers: which layers: a layer class or a tuple of them, a layer of the model, a name pattern
             such as "conv*", a predicate `layer -> bool`, or a list of these; None for all that
-            have a kernel. Who chooses a layer chooses the layers inside it. What is in a list and
-            fits no layer of the model is an error.
+            have a kernel. To choose a layer is to choose the layers inside it. An element of a list
+            that fits no layer of the model is an error.
 
     Returns:
         A new, uncompiled model of the same Keras. The old one is not changed.
@@ -106,7 +106,7 @@ class _Rebuilding(cloning.Rebuilder):
         self.regularizer = regularizer
         self.constrained = 0
         self._graph = list(_layers(library, model))
-        # Who chooses a layer chooses the layers inside it.
+        # To choose a layer is to choose the layers inside it.
         self._taken = {
             id(inner)
             for layer in self._graph

@@ -1,4 +1,4 @@
-"""How the weights that are kept are shared out among the layers."""
+"""How the weights that are kept are distributed among the layers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Units(NamedTuple):
         scores: a float vector, one per unit.
         size: the number of weights in each unit; a vector where they differ.
         weights: the number of all weights.
-        floor: how many weights are kept whatever the sparsity: the units that score +inf.
+        minimum: how many weights are kept whatever the sparsity: the units that score +inf.
     """
 
     scores: tf.Tensor
     size: int | np.ndarray
     weights: int
-    floor: int = 0
+    minimum: int = 0
 
 
 class Scope(abc.ABC):
@@ -47,16 +47,16 @@ class Scope(abc.ABC):
 
     def _best(self, units: Units, count: Any) -> tf.Tensor:
         """Return a mask of the units with the largest scores, `count` weights in all."""
-        floor = max(units.floor, min(self.min_weights, units.weights))
-        count = tf.maximum(tf.cast(count, tf.int32), floor)
+        minimum = max(units.minimum, min(self.min_weights, units.weights))
+        count = tf.maximum(tf.cast(count, tf.int32), minimum)
         if isinstance(units.size, int):
             number = tf.round(tf.cast(count, tf.float32) / units.size)
-            fewest = math.ceil(floor / units.size)
+            fewest = math.ceil(minimum / units.size)
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
             return functional.largest(units.scores, exact)
-        # Units are taken as long as they fit; the floor is reached, if by a unit too many.
-        reach = floor + int(np.max(units.size)) - 1
+        # Units are taken as long as they fit; the minimum is reached, if by a unit too many.
+        reach = minimum + int(np.max(units.size)) - 1
         return functional.largest_within(units.scores, units.size, tf.maximum(count, reach))
 
 
@@ -96,7 +96,7 @@ class Global(Scope):
         else:
             sizes = [np.broadcast_to(u.size, n) for u, n in zip(units, lengths, strict=True)]
             mask = functional.largest_within(scores, np.concatenate(sizes), count)
-        # The floors hold also where all of them together are more than the sparsity leaves.
+        # The minima hold also where all of them together are more than the sparsity leaves.
         return tf.split(mask | tf.equal(scores, np.inf), lengths)
 
 

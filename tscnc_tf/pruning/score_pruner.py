@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import adapted, optimizers
+from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
 from tscnc_tf.pruning import structures
@@ -52,11 +53,11 @@ class ScorePruner(Pruner):
     weight decay (of scores) and moving averages (of scores; where Keras puts these in place of the
     weights, they become the scores, and the masks are chosen by them). Penalties on kernels, such
     as `TSCNC`, are part of the loss. A loop of your own calls `apply_gradients` of this pruner in
-    place of the optimizer's; for a model inside another one, `callbacks.pruning_callbacks()` see to
+    place of the optimizer's; for a model inside another one, `callbacks.pruning_callbacks()` do
     it. Weights that are set or loaded from outside (`set_weights`, `load_weights`) become the dense
-    ones, and their scores begin anew. Keras' `SwapEMAWeights` is of no use here: it would put
-    scores in place of weights. Where the stage is begun by a callback of `fit` and the optimizer
-    has averages, `use_ema=True`, give `callbacks.pruning_callbacks()`, too.
+    ones, and their scores are initialised again. Keras' `SwapEMAWeights` does not work here: it
+    would put scores in place of weights. Where the stage is begun by a callback of `fit` and the
+    optimizer has averages, `use_ema=True`, give `callbacks.pruning_callbacks()`, too.
 
     After the stage, `pruning.freeze_mask(model)` ends it: the mask stays for good, the weights
     :math:`w \odot m` are trained again, and the model's pruner is a frozen `Pruner`. Compile the
@@ -143,7 +144,7 @@ class ScorePruner(Pruner):
         )
         if is_new:
             self._require_trained()
-            self._warn_of_starving(self.state.scores)
+            self._warn_of_dead_outputs(self.state.scores)
         self.choose()
 
     def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
@@ -217,7 +218,7 @@ class ScorePruner(Pruner):
         with self.training(optimizer):
             return optimizer.apply_gradients(gradients_and_variables)
 
-    def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, take: Any) -> Any:
+    def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:
         """Let an optimizer take its step on scores.
 
         While it acts, the kernels' variables hold the scores: so all that it keeps for them
@@ -226,16 +227,16 @@ class ScorePruner(Pruner):
         Args:
             optimizer: of either Keras.
             pairs: of gradients and weights, those of kernels as they act.
-            take: has the optimizer take its step on pairs.
+            step: the optimizer's own step, `step(pairs)`.
         """
         kernels = {optimizers.key(target.variable) for target, _, _ in self.triples()}
         is_ours = any(optimizers.key(variable) in kernels for _, variable in pairs)
         if not (self.is_attached and is_ours):
-            return take(pairs)
+            return step(pairs)
         # A step without data, at the end of a dataset, would leave the scores in the kernels.
         with depending_on([gradient for gradient, _ in pairs if gradient is not None]):
             if tf.executing_eagerly():
-                self._meet(optimizer)
+                self._reset_if_new(optimizer)
             self._known.add(optimizer)
             self._is_used = True
             optimizers.build(optimizer, [variable for _, variable in pairs])
@@ -245,7 +246,7 @@ class ScorePruner(Pruner):
             update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
             self._steps_under_way += 1
             try:
-                result = take(trained)
+                result = step(trained)
             except BaseException:  # an interrupt, too
                 if tf.executing_eagerly():
                     self.apply()  # the kernels hold scores at this moment
@@ -316,45 +317,49 @@ class ScorePruner(Pruner):
         if missed:
             raise RuntimeError(self._missed())
 
+    def step_function(self, optimizer: Any) -> Callable[[], None]:
+        """Return `step` for an optimizer, to be called many times."""
+        return functools.partial(self.step, optimizer)
+
     def reset_step_count(self, optimizer: Any = None) -> None:
-        """Take note that another optimizer takes over, whose steps so far were not counted."""
+        """Count the steps of an optimizer from its current count: it is new to this pruner."""
         super().reset_step_count(optimizer)
         self.register_optimizer(optimizer)
 
     def register_optimizer(self, optimizer: Any) -> None:
-        """Take note of an optimizer that may keep something for the scores, to be forgotten."""
+        """Register an optimizer that may keep something for the scores, which `freeze` resets."""
         if optimizers.is_optimizer(optimizer):
             self._known.add(optimizer)
 
     def on_weights_set(self) -> None:
-        """Take weights that were set from outside for the dense ones; their scores begin anew.
+        """Use weights that were set from outside as dense ones, and initialise their scores again.
 
         Where they are zero, the dense weights stay what they were, and rank last. What is as the
-        pruner has it is no news.
+        pruner has it is unchanged.
 
         Raises:
             ValueError: a kernel is all zero or not finite.
         """
         every = self.state.masks
-        news = [
+        changed = [
             (target, dense, score)
             for index, (target, dense, score) in zip(self._held(), self.triples(), strict=True)
             if tf.reduce_any(tensor_variable(target.variable) != kept(dense, every[index]))
         ]
         try:
-            for target, _, _ in news:
+            for target, _, _ in changed:
                 _require_rankable(target, "the weights that were set")
         except ValueError:
             self.apply()  # nothing has been set
             raise
-        for target, dense, score in news:
+        for target, dense, score in changed:
             given = tf.convert_to_tensor(tensor_variable(target.variable))
             alive = tf.not_equal(given, 0)
             least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
             below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
             score.assign(_initial_scores(tf.where(alive, given, below), target))
             dense.assign(tf.where(alive, given, dense))
-        if news:
+        if changed:
             self.choose()
 
     def freeze(self) -> None:
@@ -483,7 +488,7 @@ def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
     otherwise = structures.unfit(structure, layers)
 
     def reason(target: Target) -> str:
-        constraint = getattr(target.variable, "constraint", None)
+        constraint = masks.own_constraint(target.variable)
         if constraint is not None:
             return (
                 f"its constraint {type(constraint).__name__} would act on the scores, which are "

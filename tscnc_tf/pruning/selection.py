@@ -1,4 +1,4 @@
-"""Which weights of a model to keep: a criterion, a structure and a scope, together."""
+"""Selects the weights to keep, by a criterion, a structure and a scope."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class Magnitude(_configs.Configurable):
 
 
 class Selection:
-    """Chooses weights to keep; see `Pruner` for the arguments.
+    """Selects the weights to keep; see `Pruner` for the arguments.
 
     Args:
         targets: the weights that are pruned.
-        criterion: what weights are worth, None for magnitude.
-        structure: which go together, None for single weights.
-        scope: how what is kept is shared out.
+        criterion: returns the scores of weights, None for magnitude.
+        structure: which weights are kept or pruned together, None for single weights.
+        scope: how the kept weights are distributed among the layers.
         min_weights: what every weight tensor keeps at least.
-        sparsity: the sparsity that is led to in the end.
+        sparsity: the final sparsity.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Selection:
             )
         return score
 
-    def warn_of_starving(self, sparsity: float, judged: Sequence[Any] | None = None) -> None:
+    def warn_of_dead_outputs(self, sparsity: float, judged: Sequence[Any] | None = None) -> None:
         """Warn of weight tensors that keep fewer weights than outputs, or all, in the end.
 
         And of outputs of the model that will not depend on its inputs, where weights go by several.

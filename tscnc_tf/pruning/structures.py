@@ -1,4 +1,4 @@
-"""Which weights are kept or go together: single ones, blocks, filters, n of every m.
+"""Which weights are kept or pruned together: single ones, blocks, filters, n of every m.
 
 A structure turns the scores of a weight tensor into those of its units, and a mask of units back
 into a mask of weights. A unit's score is the mean of its weights' scores.
@@ -81,9 +81,9 @@ class Unstructured(_Ranked):
 
     A filter (all weights that lead to one output channel or unit) that loses its last weight is
     dead: its output no longer depends on the input, and the condition number of the kernel is
-    infinite. With a floor no filter dies, at any sparsity: the largest weights of each are kept
-    first, and the others compete for what is left. Where the sparsity leaves fewer weights than
-    all the floors together, that many are kept, and no more.
+    infinite. With a minimum per filter no filter dies, at any sparsity: the largest weights of each
+    are kept first, and the others compete for what is left. Where the sparsity leaves fewer weights
+    than all the minima together, that many are kept, and no more.
 
     Args:
         min_per_filter: how many weights every filter keeps at least (all, if it has fewer), >= 0.
@@ -289,7 +289,7 @@ class NM(Structure):
         return [self._mask(*pair, kept) for pair in zip(scores, targets, strict=True)]
 
     def require(self, scope: Scope) -> None:
-        """Raise a ValueError unless every layer goes by itself, and without a floor."""
+        """Raise a ValueError unless the scope is per layer, and without a minimum."""
         if not scope.is_per_layer or scope.min_weights > 1:
             raise ValueError(
                 f"scope must be 'layer' and min_weights 1 with structure={self!r}, which fixes how "

@@ -1,4 +1,4 @@
-"""The tfmot engine: prune by tfmot's wrappers around layers, and take them off again."""
+"""The tfmot engine: prunes by tfmot's wrappers around layers, and removes them."""
 
 from __future__ import annotations
 

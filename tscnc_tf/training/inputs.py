@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import attacks, losses
-from tscnc_tf.attacks import _inputs
+from tscnc_tf import _checks, attacks, losses
 
 
 def require_attack(attack: Any) -> None:
@@ -33,7 +32,7 @@ def require_loss(loss: Any) -> None:
         )
 
 
-def as_batch(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[tf.Tensor, tf.Tensor]:
+def as_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the inputs and labels of a batch as tensors, having looked at their forms.
 
     Labels of the smaller integer dtypes, which not all of TensorFlow takes, become int64.
@@ -44,11 +43,7 @@ def as_batch(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[tf.Tensor, tf
             f"x must be one tensor per batch, got a {type(x).__name__}: what is attacked is one "
             "input. Wrap the model into one that takes one tensor."
         )
-    if not x.dtype.is_floating:
-        raise TypeError(
-            f"x must hold floats (adversarial examples need a gradient), got {x.dtype.name}: cast "
-            f"images to float and scale them to the attack's bounds {bounds}."
-        )
+    _checks.require_floats(x)
     if y is None:
         raise ValueError("y must be given: adversarial training is supervised.")
     y = tf.convert_to_tensor(y) if isinstance(y, np.ndarray) else y
@@ -58,26 +53,9 @@ def as_batch(x: Any, y: Any, bounds: tuple[float, float]) -> tuple[tf.Tensor, tf
             f"y must be one tensor of labels per batch, of shape (batch,) or (batch, classes), got "
             f"{form}."
         )
-    if y.dtype.is_integer and y.dtype not in (tf.int32, tf.int64):
+    if _checks.holds_indices("y", y) and y.dtype not in (tf.int32, tf.int64):
         y = tf.cast(y, tf.int64)
     return x, y
-
-
-def require_values(
-    x: Any, y: Any, bounds: tuple[float, float], classes: int | None
-) -> list[tf.Operation]:
-    """Raise a ValueError unless a batch is valid; in a graph, return what checks it.
-
-    Args:
-        x: inputs.
-        y: labels.
-        bounds: of the attack.
-        classes: the number of logits, None if it is not known.
-    """
-    checks = _inputs.require_inside(x, bounds)
-    if y.dtype.is_integer or not _inputs.are_indices(y):  # else the loss says what is wrong
-        checks += _inputs.require_classes(y, classes)
-    return checks
 
 
 def correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -92,9 +70,9 @@ def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | Non
     if isinstance(x, np.ndarray):
         if not len(x):
             raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
-        _inputs.require_inside((x.min(), x.max()), bounds)
+        _checks.require_within(x, bounds)
     if isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
-        _inputs.require_classes(y.astype(np.int64), classes)
+        _checks.require_classes(y, classes)
 
 
 class FirstBatch:

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import tensorflow as tf
 
-from tscnc_tf import _asserts, _checks, _keras, attacks, losses, regularizers
-from tscnc_tf._keras import flavours, masks, models, optimizers, wrappers
+from tscnc_tf import _checks, _keras, attacks, losses, regularizers
+from tscnc_tf._keras import flavours, keras, masks, models, optimizers, tf_keras, wrappers
 from tscnc_tf.training import inputs
 
 __all__ = ["AdversarialTraining"]
@@ -29,7 +29,7 @@ for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MAR
     _keras.register(_part)
 
 
-_Base: Any = object  # a model class of either Keras; `flavours.in_library` puts it there
+_Base: Any = object  # The subclasses at the end of this file put a Keras model in its place.
 
 
 class AdversarialTraining(flavours.Trainer, _Base):
@@ -102,9 +102,14 @@ class AdversarialTraining(flavours.Trainer, _Base):
     _is_at_work = False  # whether Keras makes, traces or runs a step
 
     def __new__(cls, model: Any, **kwargs: Any) -> Any:  # noqa: ARG004
-        """Return a trainer of the Keras that `model` is of."""
-        made = flavours.in_library(cls, _keras.library("model", model).Model)
-        return super().__new__(made)
+        """Return a trainer of the Keras that `model` is of.
+
+        Users know one name for two classes. Which of them is meant is only known from the model, so
+        the choice is made here, where Python chooses the class of a new object. What follows is the
+        usual construction: `__init__` runs on the chosen class.
+        """
+        kind = {keras: Keras3Trainer, tf_keras: TfKerasTrainer}[_keras.library("model", model)]
+        return super().__new__(flavours.subclass_of_library(cls, AdversarialTraining, kind))
 
     def __init__(
         self,
@@ -284,7 +289,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 try:
                     logs = function(*args)
                 except tf.errors.InvalidArgumentError as error:
-                    found = _asserts.as_value_error(error)
+                    found = _checks.as_value_error(error)
                     if found is None:
                         raise
                     raise found from None
@@ -380,11 +385,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Take a step on a batch, once it is found to be sound."""
         unpack = flavours.library_of(type(self)).utils.unpack_x_y_sample_weight
         x, y, sample_weight = unpack(data)
-        bounds = self.attack.bounds
-        x, y = inputs.as_batch(x, y, bounds)
+        x, y = inputs.as_batch(x, y)
         if self._classes is None:
             self._classes = models.traced_classes("model", self._inference, x)
-        checks = inputs.require_values(x, y, bounds, self._classes) + self._require_logits(x)
+        checks = _checks.require_within(x, self.attack.bounds)
+        checks += _checks.require_classes(y, self._classes) + self._require_logits(x)
         # Nothing is changed by a batch that is not sound.
         with flavours.depending_on_batch(self, data), flavours.depending_on(checks):
             return self._compiled(step)(x, y, sample_weight)
@@ -408,7 +413,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         are_wrong = tf.cond(self._first_batch.flag, look, lambda: [nothing] * len(networks))
         checks = []
         for name, is_wrong in zip(networks, are_wrong, strict=True):
-            checks += _asserts.require(~is_wrong, models.about_probabilities(name))
+            checks += _checks.require(~is_wrong, models.about_probabilities(name))
         return checks
 
     def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:
@@ -505,7 +510,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return cls(**config)
 
 
-for _module in (_keras.keras, _keras.tf_keras):  # so that saved trainers of either are found
-    _module.saving.register_keras_serializable(_keras.PACKAGE)(
-        flavours.in_library(AdversarialTraining, _module.Model)
-    )
+@flavours.registered_as("AdversarialTraining")
+class Keras3Trainer(AdversarialTraining, keras.Model):
+    """`AdversarialTraining` of a Keras 3 model."""
+
+
+@flavours.registered_as("AdversarialTraining")
+class TfKerasTrainer(AdversarialTraining, tf_keras.Model):
+    """`AdversarialTraining` of a tf_keras model."""

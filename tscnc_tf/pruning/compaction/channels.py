@@ -1,4 +1,4 @@
-"""Which channels of a network can go: constants forwards, needs backwards, ties between."""
+"""Which channels of a network can be removed: constants forwards, needs backwards, ties."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from collections.abc import Iterable
 import numpy as np
 
 from tscnc_tf.pruning.compaction.graph import Call, Graph, Tensor
-from tscnc_tf.pruning.compaction.operations import Channels, Fate, Operation, Step
-from tscnc_tf.pruning.compaction.weighted import Depthwise, Linear
+from tscnc_tf.pruning.compaction.operations import (
+    ChannelPlan,
+    Channels,
+    Depthwise,
+    Linear,
+    Operation,
+    Step,
+)
 
 AT_LEAST_ONE = "Keras has no layers without any filter"
 
 
 @dataclasses.dataclass(eq=False)
-class Verdict(Fate):
-    """What becomes of the channels of each tensor, and why not more of them go.
+class ChannelAnalysis(ChannelPlan):
+    """Which channels of each tensor stay, and why no more of them can be removed.
 
     Attributes:
         obstacles: for each producing call, how many of its channels are dead and stay, by reasons.
@@ -26,7 +32,7 @@ class Verdict(Fate):
     obstacles: dict[Call, dict[str, int]]
 
 
-def judge(graph: Graph, operations: list[Step]) -> Verdict:
+def analyse(graph: Graph, operations: list[Step]) -> ChannelAnalysis:
     """Return which channels stay. Of the operations, each comes after those that it reads.
 
     A channel goes if nothing that stays depends on its value: a later kernel has only zeros for it,
@@ -34,15 +40,15 @@ def judge(graph: Graph, operations: list[Step]) -> Verdict:
     the chain of layers is in which one death brings another: needs are followed from the outputs
     backwards, so that the largest set of channels that only serve each other is found at once.
     """
-    analysis = _Analysis(graph, operations)
-    analysis.find_constants()
-    analysis.find_needs()
-    analysis.find_held()
-    keeps = {tensor: held > 0 for tensor, held in analysis.held.items()}
-    return Verdict(analysis.constants, keeps, analysis.obstacles())
+    facts = _Propagation(graph, operations)
+    facts.find_constants()
+    facts.find_needs()
+    facts.find_held()
+    keeps = {tensor: held > 0 for tensor, held in facts.held.items()}
+    return ChannelAnalysis(facts.constants, keeps, facts.obstacles())
 
 
-class _Analysis:
+class _Propagation:
     """The facts, tensor by tensor; `reasons` and `held` are indices into `texts`, 0 for none.
 
     Attributes:
@@ -98,8 +104,8 @@ class _Analysis:
             after = self.reasons[operation.output]
             for position, source, target in operation.ties():
                 behind = np.zeros_like(self.reasons[operation.inputs[position]])
-                told = np.flatnonzero(after[target])[::-1]  # backwards, so that the first remains
-                behind[source[told]] = after[target[told]]
+                known = np.flatnonzero(after[target])[::-1]  # backwards, so that the first remains
+                behind[source[known]] = after[target[known]]
                 self._explain(operation.inputs[position], behind)
 
     def _require(self, tensors: list[Tensor], reason: str) -> None:
@@ -130,8 +136,8 @@ class _Analysis:
         self._spread()
         for held in self.held.values():
             if held.size and not held.any():
-                # A Keras layer needs a filter to exist. One channel does no harm: nobody needs its
-                # value, or it is a constant that its readers keep their weights for.
+                # A Keras layer needs at least one filter. One channel is harmless: its value is not
+                # needed, or it is a constant for which the layers that read it keep their weights.
                 held[0] = self._text(AT_LEAST_ONE)
                 self._spread()
 
@@ -161,7 +167,7 @@ class _Analysis:
         return changed
 
     def obstacles(self) -> dict[Call, dict[str, int]]:
-        """Return why filters stay whose output is constant, or needed by nobody."""
+        """Return why filters stay whose output is constant or not needed."""
         inner = {o.inputs[0] for o in self.operations if o.inputs[0] not in o.call.inputs}
         inner = {o.inputs[0] for o in self.operations if isinstance(o, Linear)} & inner
         found: dict[Call, dict[str, int]] = {}

@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import math
 import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf.pruning.compaction import vocabulary
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.compaction.graph import Call, Tensor
 from tscnc_tf.pruning.compaction.operations import (
     Barrier,
     Combination,
     Concatenation,
+    Depthwise,
     Elementwise,
+    Linear,
+    Normalisation,
     Operation,
     Rearrangement,
     Step,
 )
-from tscnc_tf.pruning.compaction.vocabulary import (
-    bias_of,
-    border_reason,
-    evaluated,
-    name_of,
-    sees_no_border,
-    values,
+
+# Names of layers, in both Kerases.
+_ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU", "Activation")
+_DROPOUT = ("Dropout", "SpatialDropout", "GaussianDropout", "GaussianNoise", "AlphaDropout")
+_MOVING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "UpSampling", "Cropping")
+_KEEPING = (*_DROPOUT, *_MOVING, "Identity", "RepeatVector")
+_COMBINING: dict[str, dict[str, Any]] = {
+    "Add": {"function": np.add},
+    "Subtract": {"function": np.subtract},
+    "Average": {"function": np.add, "mean": True},
+    "Maximum": {"function": np.maximum},
+    "Minimum": {"function": np.minimum},
+    "Multiply": {"function": np.multiply, "absorbs": True},
+}
+# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras makes layers of.
+_ARITHMETIC = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
+    "math.multiply": "Multiply",
+    "math.maximum": "Maximum",
+    "math.minimum": "Minimum",
+}
+_FUNCTIONS = {"Negative", "Divide", "TrueDivide", "Relu", "ReLU", "Relu6", "ReLU6"} | {
+    *("Sigmoid", "HardSigmoid", "Silu", "HardSilu", "Tanh"),
+    *("math.negative", "math.divide", "math.truediv", "nn.relu", "nn.relu6", "math.sigmoid"),
+    *("nn.silu", "math.tanh"),
+}
+_ELEMENTWISE = (
+    *("linear", "relu", "relu6", "leaky_relu", "elu", "selu", "gelu", "silu", "swish", "celu"),
+    *("mish", "sigmoid", "hard_sigmoid", "hard_silu", "hard_swish", "tanh", "hard_tanh"),
+    *("softplus", "softsign", "exponential", "log_sigmoid", "squareplus", "tanh_shrink"),
 )
-from tscnc_tf.pruning.compaction.weighted import Depthwise, Linear, Normalisation
+_TF_ELEMENTWISE = (
+    *(tf.nn.relu, tf.nn.relu6, tf.nn.leaky_relu, tf.nn.elu, tf.nn.selu, tf.nn.gelu, tf.nn.silu),
+    *(tf.nn.softplus, tf.nn.sigmoid, tf.nn.tanh, tf.identity),
+)
+_OPERATIONS = ("keras.src.ops.numpy", "keras.src.ops.nn", "keras.src.activations")
 
 
 class Reader:
@@ -44,8 +75,8 @@ class Reader:
         self.library = library
         self.opaque = opaque
         self.shared = shared
-        self._elementwise = {id(function) for function in vocabulary.TF_ELEMENTWISE}
-        for name in vocabulary.ELEMENTWISE:
+        self._elementwise = {id(function) for function in _TF_ELEMENTWISE}
+        for name in _ELEMENTWISE:
             if function := getattr(library.activations, name, None):
                 self._elementwise.add(id(function))
 
@@ -61,7 +92,7 @@ class Reader:
             return [Barrier(call, call.inputs, call.outputs, reason)]
 
     def _unclear(self, call: Call) -> str:
-        """Return why a call is none to look into, or an empty text."""
+        """Return why a call can not be analysed, or an empty text."""
         layer = call.layer
         if id(layer) in self.opaque:
             return self.opaque[id(layer)]
@@ -84,7 +115,7 @@ class Reader:
             return self._function(call)  # a class of the same name is not the layer that we know
         if not call.is_plain:
             raise _NotUnderstoodError("is called with more than its inputs")
-        if name in vocabulary.COMBINING:
+        if name in _COMBINING:
             return [self._combination(call, name)]
         if name == "Concatenate":
             return [self._concatenation(call)]
@@ -92,15 +123,15 @@ class Reader:
             raise _NotUnderstoodError("is not understood")
         if name == "Dense":
             return self._dense(call)
-        if name in vocabulary.CONVOLUTIONS or name in vocabulary.TRANSPOSED:
-            return self._convolution(call, transposed=name in vocabulary.TRANSPOSED)
-        if name in vocabulary.DEPTHWISE:
+        if name in kernel_layers.CONVOLUTIONS or name in kernel_layers.TRANSPOSED:
+            return self._convolution(call, transposed=name in kernel_layers.TRANSPOSED)
+        if name in kernel_layers.DEPTHWISE:
             return self._depthwise(call)
-        if name in vocabulary.SEPARABLE:
+        if name in kernel_layers.SEPARABLE:
             return self._separable(call)
         if name == "BatchNormalization":
             return [self._normalisation(call)]
-        if name in vocabulary.ACTIVATIONS:
+        if name in _ACTIVATIONS:
             return [self._activation(call)]
         if name == "Rescaling":
             return [self._rescaling(call)]
@@ -118,7 +149,7 @@ class Reader:
             raise _NotUnderstoodError(f"is a convolution of {layer.groups} groups")
         if getattr(layer, "lora_enabled", False):
             raise _NotUnderstoodError("has a low-rank addition")
-        folds = sees_no_border(call)
+        folds = _needs_no_padding(call)
         if transposed:  # its windows overlap differently at the border, whatever the padding
             folds = {*layer.kernel_size, *layer.strides} == {1}
         return self._activated(
@@ -135,39 +166,39 @@ class Reader:
                     call,
                     call.inputs,
                     [_like(call.outputs[0])],
-                    border_reason(call),
+                    _border_reason(call),
                     attribute,
-                    values(getattr(call.layer, attribute)),
-                    bias_of(call.layer),
-                    sees_no_border(call),
+                    _values(getattr(call.layer, attribute)),
+                    _bias_of(call.layer),
+                    _needs_no_padding(call),
                 )
             ],
         )
 
     def _separable(self, call: Call) -> list[Step]:
         layer = call.layer
-        kernel = values(layer.depthwise_kernel)
+        kernel = _values(layer.depthwise_kernel)
         between = _like(call.outputs[0], kernel.shape[-2] * kernel.shape[-1])
         first = Depthwise(
             call,
             call.inputs,
             [between],
-            border_reason(call),
+            _border_reason(call),
             "depthwise_kernel",
             kernel,
             None,
-            sees_no_border(call),
+            _needs_no_padding(call),
         )
         second = self._linear(call, [between], size="filters", attribute="pointwise_kernel")
         return self._activated(call, [first, second])
 
     def _linear(self, call: Call, inputs: list[Tensor], **options: Any) -> Linear:
         attribute = options.pop("attribute", "kernel")
-        kernel = values(getattr(call.layer, attribute))
+        kernel = _values(getattr(call.layer, attribute))
         output = _like(call.outputs[0])
-        bias = bias_of(call.layer)
+        bias = _bias_of(call.layer)
         return Linear(
-            call, inputs, [output], border_reason(call), attribute, kernel, bias, **options
+            call, inputs, [output], _border_reason(call), attribute, kernel, bias, **options
         )
 
     def _activated(self, call: Call, operations: list[Step]) -> list[Step]:
@@ -178,22 +209,22 @@ class Reader:
             operations[-1].outputs = outputs
             return operations
         if id(function) in self._elementwise:
-            evaluate = evaluated(function, call)
+            evaluate = _evaluated(function, call)
             return [*operations, Elementwise(call, inner, outputs, function=evaluate)]
-        reason = f"{call.name!r} has the activation {name_of(function)}, which may mix channels"
+        reason = f"{call.name!r} has the activation {_name_of(function)}, which may mix channels"
         return [*operations, Barrier(call, inner, outputs, reason)]
 
     def _activation(self, call: Call) -> Operation:
         function = getattr(call.layer, "activation", None)
         if function is not None and id(function) not in self._elementwise:
-            raise _NotUnderstoodError(f"is {name_of(function)}, which may mix channels")
-        evaluate = evaluated(call.apply, call)
+            raise _NotUnderstoodError(f"is {_name_of(function)}, which may mix channels")
+        evaluate = _evaluated(call.apply, call)
         return Elementwise(call, call.inputs, call.outputs, function=evaluate)
 
     def _rescaling(self, call: Call) -> Operation:
         if np.ndim(call.layer.scale) or np.ndim(call.layer.offset):
             raise _NotUnderstoodError("scales each channel differently")
-        evaluate = evaluated(call.apply, call)
+        evaluate = _evaluated(call.apply, call)
         return Elementwise(call, call.inputs, call.outputs, function=evaluate)
 
     def _normalisation(self, call: Call) -> Operation:
@@ -205,7 +236,7 @@ class Reader:
             raise _NotUnderstoodError("renormalises")
         names = ["moving_mean", "moving_variance"]
         names += ["gamma"] * bool(layer.scale) + ["beta"] * bool(layer.center)
-        weights = {name: values(getattr(layer, name)) for name in names}
+        weights = {name: _values(getattr(layer, name)) for name in names}
         return Normalisation(call, call.inputs, call.outputs, "", weights, layer.epsilon)
 
     def _rearrangement(self, call: Call, name: str) -> Operation:
@@ -224,7 +255,7 @@ class Reader:
             return Rearrangement(
                 call, call.inputs, call.outputs, "", places, shape_argument=argument
             )
-        if name.startswith(vocabulary.KEEPING) and same:
+        if name.startswith(_KEEPING) and same:
             return Rearrangement(call, call.inputs, call.outputs)
         raise _NotUnderstoodError("is not understood")
 
@@ -234,7 +265,7 @@ class Reader:
         if call.inputs[0].channels != call.outputs[0].channels:
             raise _NotUnderstoodError("is not understood")
         reason = f"at {call.name!r} another branch still uses the channel"
-        return Combination(call, call.inputs, call.outputs, reason, **vocabulary.COMBINING[name])
+        return Combination(call, call.inputs, call.outputs, reason, **_COMBINING[name])
 
     def _concatenation(self, call: Call) -> Operation:
         if call.layer.axis not in (-1, len(call.inputs[0].shape) - 1):
@@ -244,24 +275,20 @@ class Reader:
     def _function(self, call: Call) -> list[Step]:
         """Read one of Keras 3's operations, or a TensorFlow function in a tf_keras layer."""
         kind = type(call.layer)
-        if kind.__module__.startswith(vocabulary.OPERATIONS):
+        if kind.__module__.startswith(_OPERATIONS):
             name = kind.__name__
         elif kind.__name__ == "TFOpLambda" and _keras.flavour(call.layer) == "tf_keras":
             name = call.layer.symbol or ""
         else:
             raise _NotUnderstoodError("is not understood")
-        combining = vocabulary.ARITHMETIC.get(name, name)
-        if combining in vocabulary.COMBINING and len(call.inputs) == 2:
+        combining = _ARITHMETIC.get(name, name)
+        if combining in _COMBINING and len(call.inputs) == 2:
             return [self._combination(call, combining)]
         scalars = tf.nest.flatten((call.args, list(call.kwargs.values())))
         numbers = sum(isinstance(value, int | float) for value in scalars)
         simple = numbers + sum(value is None for value in scalars) + 1 == len(scalars)
-        if (
-            len(call.inputs) == 1
-            and simple
-            and (combining in vocabulary.COMBINING or name in vocabulary.FUNCTIONS)
-        ):
-            evaluate = evaluated(call.apply, call)
+        if len(call.inputs) == 1 and simple and (combining in _COMBINING or name in _FUNCTIONS):
+            evaluate = _evaluated(call.apply, call)
             return [Elementwise(call, call.inputs, call.outputs, function=evaluate)]
         raise _NotUnderstoodError("is not understood")
 
@@ -273,3 +300,87 @@ class _NotUnderstoodError(Exception):
 def _like(tensor: Tensor, channels: int | None = None) -> Tensor:
     """Return a tensor inside a layer, of the shape of its output, or of other channels."""
     return Tensor((*tensor.shape[:-1], channels or tensor.channels), tensor.dtype)
+
+
+def count_flops(call: Call, layer: Any) -> int | None:
+    """Return 2 · (entries of the kernels) · (positions) for one example; None if not counted.
+
+    Args:
+        call: where the layer, or the one that it stands for, is used. Only its places are looked
+            at, which are the same before and after.
+        layer: the layer whose kernels count.
+    """
+    name = type(layer).__name__
+    convolutions = (*kernel_layers.CONVOLUTIONS, *kernel_layers.DEPTHWISE, *kernel_layers.SEPARABLE)
+    if name in convolutions:
+        positions = call.outputs[0].positions
+    elif name == "Dense" or name in kernel_layers.TRANSPOSED:
+        positions = call.inputs[0].positions
+    else:
+        return None
+    if positions is None or getattr(layer, "data_format", None) == "channels_first":
+        return None
+    kernels = ("kernel", "depthwise_kernel", "pointwise_kernel")
+    present = [getattr(layer, kernel, None) for kernel in kernels]
+    entries = {id(kernel): math.prod(kernel.shape) for kernel in present if kernel is not None}
+    return 2 * sum(entries.values()) * positions
+
+
+def _values(variable: Any) -> np.ndarray:
+    """Return the entries of a variable of either Keras, in its own dtype."""
+    return np.asarray(variable.numpy())
+
+
+def _bias_of(layer: Any) -> np.ndarray | None:
+    """Return the bias of a layer, or None if it has none."""
+    return _values(layer.bias) if layer.use_bias else None
+
+
+def _needs_no_padding(call: Call) -> bool:
+    """Tell whether no window of a convolution reaches over the border, where zeros would be.
+
+    With padding="same" and stride s, an axis of n gets max((⌈n / s⌉ - 1) s + k - n, 0) zeros in
+    all, k being the size of the (dilated) kernel.
+    """
+    layer = call.layer
+    if layer.padding == "valid":
+        return True
+    sizes = call.inputs[0].shape[1:-1]
+    for size, taps, stride, dilation in zip(
+        sizes,
+        np.atleast_1d(layer.kernel_size).tolist(),
+        np.atleast_1d(layer.strides).tolist(),
+        np.atleast_1d(layer.dilation_rate).tolist(),
+        strict=True,
+    ):
+        reach = (taps - 1) * dilation + 1
+        if reach == 1:
+            continue
+        if layer.padding != "same" or size is None:
+            return False
+        if (-(-size // stride) - 1) * stride + reach > size:
+            return False
+    return True
+
+
+def _border_reason(call: Call) -> str:
+    """Return what keeps a constant from being folded through a layer, where something does."""
+    if type(call.layer).__name__ in kernel_layers.TRANSPOSED:
+        return f"{call.name!r} adds up fewer windows at its border, so a constant is none after it"
+    padding = getattr(call.layer, "padding", "valid")
+    return f"{call.name!r} pads a constant with zeros (padding={padding!r})"
+
+
+def _evaluated(function: Callable[[Any], Any], call: Call) -> Callable[[np.ndarray], np.ndarray]:
+    """Return an element-wise function on NumPy vectors; it computes in the dtype of the layer."""
+
+    def evaluate(constants: np.ndarray) -> np.ndarray:
+        row = tf.cast(tf.constant(constants[None]), call.outputs[0].dtype)
+        return np.asarray(tf.cast(function(row), tf.float64))[0]
+
+    return evaluate
+
+
+def _name_of(function: Any) -> str:
+    """Return the name of an activation function, for messages."""
+    return getattr(function, "__name__", type(function).__name__)

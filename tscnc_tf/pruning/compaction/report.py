@@ -1,4 +1,4 @@
-"""What compacting a model has done: one frozen dataclass, shown as a table."""
+"""The report of a compaction: layers before and after, what stays and why, latency."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from tscnc_tf import _checks, _keras, _probe, _reports, _timing
 
-NOTES = 20  # so many of the kept filters are told of in the table; a residual network has hundreds
+NOTES = 20  # rows of `kept` below the table; a residual network has hundreds
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerChange:
+class LayerChange(_reports.Record):
     """One layer with weights, before and after.
 
     Attributes:
@@ -41,13 +41,13 @@ class LayerChange:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """Filters of a layer that do nothing for the result and stay nevertheless.
+class Kept(_reports.Record):
+    """Filters of a layer that have no effect on the result and stay nevertheless.
 
     Attributes:
         layer: the layer's name.
         channels: how many of its filters.
-        reason: what they are needed for.
+        reason: why they stay.
     """
 
     layer: str
@@ -56,7 +56,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftAlone:
+class LeftAlone(_reports.Record):
     """A layer that is not understood: the channels that it reads and makes all stay.
 
     Attributes:
@@ -88,6 +88,9 @@ class Compaction(_reports.Report):
         logit_tolerance: the largest difference that would have passed.
         probe_examples: the number of examples in the probe batch.
     """
+
+    _derived = ("parameters_before", "parameters_after", "flops_before", "flops_after")
+    _omitted = ("model", "original")
 
     model: Any = dataclasses.field(repr=False)
     original: Any = dataclasses.field(repr=False)
@@ -146,19 +149,6 @@ class Compaction(_reports.Report):
         _, batch = _probe.prepare(self.original, batch, "batch")
         before, after = _keras.inference(self.original), _keras.inference(self.model)
         return _timing.latency(before, after, batch, rounds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values, without the models."""
-        names = ("max_logit_difference", "logit_tolerance", "probe_examples")
-        totals = ("parameters_before", "parameters_after", "flops_before", "flops_after")
-        return _reports.jsonable(
-            {
-                **{name: getattr(self, name) for name in (*totals, *names)},
-                "layers": [dataclasses.asdict(row) for row in self.layers],
-                "kept": [dataclasses.asdict(row) for row in self.kept],
-                "left_alone": [dataclasses.asdict(row) for row in self.left_alone],
-            }
-        )
 
     def _table(self) -> _reports.Table:
         notes = ["FLOPs: two per multiply-add, one example; convolutions and dense layers only."]

@@ -1,17 +1,95 @@
-"""What is made sure of before anything is written."""
+"""The checks of a model before it is exported, and of its logits afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras, _reports, gates, inspection, pruning, training
+from tscnc_tf import _checks, _keras, _probe, _reports, gates, inspection, pruning, training
 from tscnc_tf._keras import layers, masks, wrappers
 from tscnc_tf.export import manifest
+
+
+class Checked(NamedTuple):
+    """A model that has passed the checks, and what the written one is compared with.
+
+    Attributes:
+        library: the Keras that it is made of.
+        stripped: the model with its masks applied, and without pruning wrappers and gates.
+        weights: its zeros.
+        ideal_sparse_bytes: the size of the weights, each in the smallest sparse format.
+        expected_sparsity: the sparsity that was required, or None.
+        specs: its inputs as TensorSpecs, for any number of examples.
+        batch: the probe, of the structure of `specs`.
+        logits: the outputs for the probe, a flat list.
+        tolerance: the largest difference that the logits of the written model may have.
+    """
+
+    library: types.ModuleType
+    stripped: Any
+    weights: inspection.SparsityReport
+    ideal_sparse_bytes: int
+    expected_sparsity: float | None
+    specs: Any
+    batch: Any
+    logits: list[np.ndarray]
+    tolerance: float
+
+    @property
+    def examples(self) -> int:
+        """The number of examples in the probe."""
+        return _probe.examples(self.batch)
+
+    def versions(self, *distributions: str) -> dict[str, str]:
+        """Return the versions of what makes an export, with those of further distributions."""
+        return _reports.versions(
+            "tscnc_tf", "tensorflow", self.library.__name__, "numpy", *distributions
+        )
+
+
+def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
+    """Apply a model's masks, strip it, and return what an export needs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `export_saved_model`.
+    """
+    if expected_sparsity is not None:
+        expected_sparsity = _checks.sparsity("expected_sparsity", expected_sparsity)
+    library = require_exportable(model)
+    specs, batch = _probe.prepare(model, probe)
+    with scope(model):
+        require_finite(model)
+        stripped = strip(model)
+        weights = inspection.sparsity(model)
+        ideal = inspection.sizes(model, gzip=False).ideal_sparse_bytes
+        if expected_sparsity is not None:
+            require_sparsity(weights, expected_sparsity)
+        logits = _probe.outputs(lambda x: stripped(x, training=False), batch)
+        allowed = _probe.tolerance(stripped, logits, float32=1e-4)
+        if stripped is not model:
+            before = _probe.outputs(lambda x: model(x, training=False), batch)
+            require_same("the model with its pruning wrappers or gates", before, logits, allowed)
+    return Checked(
+        library, stripped, weights, ideal, expected_sparsity, specs, batch, logits, allowed
+    )
+
+
+def require_same(
+    what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
+) -> float:
+    """Return the largest difference of two lists of logits; raise a ValueError above `allowed`."""
+    apart = _probe.difference(left, right)
+    if apart > allowed:
+        raise ValueError(
+            f"On the probe batch, the logits of {what} differ from those of the stripped model by "
+            f"up to {apart:.3g}, and {allowed:.3g} is allowed. A layer that is random in inference "
+            "mode, keeps a state between calls, or reads Python variables would do this."
+        )
+    return apart
 
 
 def require_exportable(model: Any) -> types.ModuleType:
@@ -65,7 +143,7 @@ def require_finite(model: Any) -> None:
 
 
 def strip(model: Any) -> Any:
-    """Return the model with masks applied, gates folded and no wrappers; look whether it is so.
+    """Return the model with masks applied, gates folded and no wrappers, and check that it is so.
 
     Raises:
         ValueError: a weight under a mask is not zero, or a wrapper could not be taken out.

@@ -1,4 +1,4 @@
-"""The verb: remove from a network what pruning has made dead."""
+"""`compact`: remove from a network the channels that pruning has made dead."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from tscnc_tf import _checks, _keras, _probe
 from tscnc_tf._keras import flavours, gated, masks, wrappers
-from tscnc_tf.pruning.compaction import channels, flops
+from tscnc_tf.pruning.compaction import channels
 from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
-from tscnc_tf.pruning.compaction.layers import Reader
+from tscnc_tf.pruning.compaction.layers import Reader, count_flops
 from tscnc_tf.pruning.compaction.operations import Barrier, Edit, Sized, Step
 from tscnc_tf.pruning.compaction.rebuild import rebuild
 from tscnc_tf.pruning.compaction.report import Compaction, Kept, LayerChange, LeftAlone
@@ -29,8 +29,8 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     .. math:: b'_o = b_o + \sum_{i \in D} c_i \sum_t w_{tio}.
 
     Removed are (1) filters and units whose output is a constant, whatever the input, and (2) those
-    whose output nobody reads, because all weights for it are zero; and whatever becomes dead
-    thereby, to the end. Constants are followed through BatchNorm (in inference mode), element-wise
+    whose output is not read, because all weights for it are zero; and whatever becomes dead
+    thereby, and so on. Constants are followed through BatchNorm (in inference mode), element-wise
     activations, pooling, flattening, additions, products and concatenations, and a layer without a
     bias gets one if it needs it. A channel that is added to others (a residual network) goes only
     if every branch can lose it.
@@ -102,14 +102,14 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     else:
         allowed = _checks.number("tolerance", tolerance, minimum=0.0) * _probe.scale(before)
     graph, operations = _read(library, model)
-    verdict = channels.judge(graph, operations)
+    analysis = channels.analyse(graph, operations)
     edits: dict[Any, Edit] = {}
     for operation in operations:
         if isinstance(operation, Sized):
-            edit, layer = operation.edit(verdict), operation.call.layer
+            edit, layer = operation.edit(analysis), operation.call.layer
             before_it = edits.get(layer, Edit({}, {}))
             edits[layer] = Edit(before_it.config | edit.config, before_it.weights | edit.weights)
-    copy, layers = rebuild(library, model, edits, graph.unrolled, verdict.keeps)
+    copy, layers = rebuild(library, model, edits, graph.unrolled, analysis.keeps)
     difference = _probe.difference(before, _probe.outputs(lambda x: copy(x, training=False), batch))
     if difference > allowed:
         raise RuntimeError(
@@ -120,10 +120,10 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     return Compaction(
         model=copy,
         original=model,
-        layers=_rows(graph, verdict, layers),
+        layers=_rows(graph, analysis, layers),
         kept=tuple(
             Kept(call.name, count, reason)
-            for call, reasons in verdict.obstacles.items()
+            for call, reasons in analysis.obstacles.items()
             for reason, count in reasons.items()
         ),
         left_alone=_left_alone(operations),
@@ -145,7 +145,7 @@ def _read(library: types.ModuleType, model: Any) -> tuple[Graph, list[Step]]:
 
 
 def _rows(
-    graph: Graph, verdict: channels.Verdict, layers: dict[int, Any]
+    graph: Graph, analysis: channels.ChannelAnalysis, layers: dict[int, Any]
 ) -> tuple[LayerChange, ...]:
     """Return what has become of each layer that has weights, in the order of the model."""
     calls: dict[Any, list[Call]] = {}
@@ -160,7 +160,7 @@ def _rows(
                 name=uses[0].name,
                 kind=type(layer).__name__,
                 filters_before=made.channels or None,
-                filters_after=int(verdict.keeps[made].sum()) or None,
+                filters_after=int(analysis.keeps[made].sum()) or None,
                 parameters_before=_parameters(layer),
                 parameters_after=_parameters(new),
                 flops_before=_flops(uses, layer),
@@ -177,7 +177,7 @@ def _parameters(layer: Any) -> int:
 
 
 def _flops(uses: list[Call], layer: Any) -> int | None:
-    counts = [count for call in uses if (count := flops.count(call, layer)) is not None]
+    counts = [count for call in uses if (count := count_flops(call, layer)) is not None]
     return sum(counts) if len(counts) == len(uses) else None
 
 

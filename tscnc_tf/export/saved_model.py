@@ -1,22 +1,19 @@
-"""From a trained model to a checked SavedModel."""
+"""SavedModel: the export with a manifest, and the exported model as a function."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-import types
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _files, _keras, _probe
-from tscnc_tf.export import checked, manifest, readiness
+from tscnc_tf import _files, _probe
+from tscnc_tf.export import manifest, preflight, writer
 from tscnc_tf.export.report import ExportedTensor, ExportReport
 
-__all__ = ["export_saved_model"]
+__all__ = ["ServedModel", "export_saved_model", "load_saved_model"]
 
 _GRAPH = "saved_model.pb"
 _PARTS = {_GRAPH, "fingerprint.pb", "keras_metadata.pb", "variables", "assets", manifest.NAME}
@@ -86,16 +83,20 @@ def export_saved_model(
         >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
         [('last', (4, 3), 0)]
     """
-    replacement = _files.Replacement(_checks.boolean("overwrite", overwrite), _require_saved_model)
-    goal = _files.free_path("path", path, replacement)
-    ready = checked.check(model, expected_sparsity, probe)
-    with _files.new_directory("path", goal, replacement) as draft:
-        with readiness.scope(model):
-            _write(ready.library, ready.stripped, ready.specs, draft)
+    with writer.checked_draft(
+        model,
+        path,
+        _SAVED_MODEL,
+        expected_sparsity=expected_sparsity,
+        probe=probe,
+        overwrite=overwrite,
+    ) as (ready, goal, draft):
+        with preflight.scope(model):
+            _write(ready, draft)
         loaded = tf.saved_model.load(str(draft))
         _require_same_variables(model, ready.stripped, loaded)
         served = _probe.outputs(loaded.serve, ready.batch)
-        apart = checked.require_same(
+        apart = preflight.require_same(
             "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
         )
         files = manifest.file_facts(draft)
@@ -114,35 +115,132 @@ def export_saved_model(
             gzip_bytes=manifest.gzip_size(draft),
             ideal_sparse_bytes=ready.ideal_sparse_bytes,
             files=files,
-            versions=checked.versions(ready.library),
+            versions=ready.versions(),
         )
         manifest.write(draft, report)
     return report
 
 
-def _require_saved_model(path: pathlib.Path) -> None:
-    """Raise a FileExistsError unless all that would be lost at a path is a SavedModel."""
+class ServedModel:
+    """An exported model, loaded: `served(x)` returns its logits in float32.
+
+    It can be the `model` of every attack and evaluation: gradients with respect to `x` flow through
+    it. It has no Keras layers and can't be trained.
+
+    Args:
+        loaded: what `tf.saved_model.load` returned.
+        report: what its manifest says.
+
+    Example:
+        See `load_saved_model`.
+    """
+
+    def __init__(self, loaded: Any, report: ExportReport) -> None:
+        self._loaded = loaded  # keeps the variables alive
+        self._report = report
+        (specs,), _ = loaded.serve.concrete_functions[0].structured_input_signature
+        self._specs = specs
+
+    @property
+    def report(self) -> ExportReport:
+        """What is known of the export, as `export_saved_model` returned it."""
+        return self._report
+
+    @property
+    def signatures(self) -> Any:
+        """The signatures by name, `serve` and `serving_default`: functions of keyword tensors."""
+        return self._loaded.signatures
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return the logits for a batch.
+
+        Args:
+            inputs: tensor or array of shape (examples, ...), floats of any precision where the
+                model takes floats; a list or dict of them if the model has several inputs.
+
+        Returns:
+            A float32 tensor of shape (examples, classes), or the structure of tensors that the
+            model returns; what is no float keeps its dtype.
+
+        Raises:
+            ValueError: `inputs` is of another structure than the model takes.
+        """
+        leaves = _probe.leaves("inputs", self._specs, inputs)
+        specs = tf.nest.flatten(self._specs)
+        tensors = [_as(leaf, spec.dtype) for leaf, spec in zip(leaves, specs, strict=True)]
+        outputs = self._loaded.serve(tf.nest.pack_sequence_as(self._specs, tensors))
+        return tf.nest.map_structure(lambda output: _as(output, tf.float32), outputs)
+
+    def __repr__(self) -> str:
+        return f"ServedModel({self._report.path!r}, sparsity={self._report.sparsity:.4f})"
+
+
+def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
+    """Load what `export_saved_model` wrote, after checking that it still is what was written.
+
+    Checked are the manifest itself, the size and SHA-256 digest of each file, and in the variables
+    as loaded that all are finite and have as many zeros as when they were exported. This finds
+    damage and mix-ups; it does not protect against deliberate manipulation. As with every
+    SavedModel: it is a program, load it only from where you would take a program.
+
+    Args:
+        path: the folder that `export_saved_model` made; it may have been moved since.
+
+    Returns:
+        A `ServedModel`: call it on a batch.
+
+    Raises:
+        FileNotFoundError: there is no folder at `path`.
+        ValueError: there is no manifest, or something differs from it; the error names what.
+
+    Example:
+        >>> import os, tempfile, tf_keras
+        >>> from tscnc_tf import export
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
+        >>> folder = os.path.join(tempfile.mkdtemp(), "tiny")
+        >>> _ = export.export_saved_model(model, folder)
+        >>> served = export.load_saved_model(folder)
+        >>> served([[0.0, 0.0, 0.0, 0.0]]).numpy().tolist()
+        [[0.0, 0.0, 0.0]]
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    _files.restore(folder.resolve())
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path must be a folder with an exported model, got {folder}.")
+    while True:
+        identity = _identity(folder)
+        try:
+            served = _load(folder)
+        except Exception:
+            if _identity(folder) == identity:
+                raise
+        else:
+            if _identity(folder) == identity:
+                return served
+        # An export has replaced the folder meanwhile: the files that were read are of two models.
+
+
+def _is_no_saved_model(path: pathlib.Path) -> str:
+    """Return what is at a path if that is more than a SavedModel, else an empty text."""
     found = {file.name for file in path.iterdir()} if path.is_dir() else None
     if found is None:
-        what = "no folder"
-    elif others := sorted(found - _PARTS):
-        what = f"a folder with {others[0]!r}, which is no part of a SavedModel"
-    elif found and not found & {_GRAPH, manifest.NAME}:
-        what = f"a folder without {_GRAPH}"
-    else:
-        return
-    raise FileExistsError(
-        f"path is {what}: {path}. overwrite=True replaces a SavedModel, and nothing else: remove "
-        "it yourself, or choose another path."
-    )
+        return "no folder"
+    if others := sorted(found - _PARTS):
+        return f"a folder with {others[0]!r}, which is no part of a SavedModel"
+    if found and not found & {_GRAPH, manifest.NAME}:
+        return f"a folder without {_GRAPH}"
+    return ""
+
+
+_SAVED_MODEL = writer.Kind("a SavedModel", _files.new_directory, _is_no_saved_model)
 
 
 def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:
     """Raise unless a loaded SavedModel has the variables of the stripped model, bit by bit."""
-    theirs = set(readiness.wrapper_variables(model).values())
+    theirs = set(preflight.wrapper_variables(model).values())
     reachable = tf.train.TrackableView(loaded).descendants()
     faults = [v.name for v in reachable if isinstance(v, tf.Variable) and v.name in theirs]
-    originals, restored = readiness.variables(stripped), manifest.variables(loaded)
+    originals, restored = preflight.variables(stripped), manifest.variables(loaded)
     if len(restored) != len(originals):
         faults.append(f"{len(restored)} instead of {len(originals)} variables")
     for before, after in zip(originals, restored, strict=False):
@@ -154,52 +252,13 @@ def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:
         )
 
 
-def write_endpoint(
-    library: types.ModuleType,
-    model: Any,
-    serve: Callable[..., Any],
-    signature: list[Any],
-    folder: pathlib.Path,
-) -> None:
-    """Write a SavedModel with the endpoint `serve`, a function of the model.
-
-    Args:
-        library: the Keras that the model is made of.
-        model: what the function uses.
-        serve: the function.
-        signature: the specs of its arguments.
-        folder: where to.
-    """
-    archive = library.export.ExportArchive()
-    archive.track(model)
-    archive.add_endpoint("serve", serve, signature)
-    if library is _keras.keras:
-        archive.write_out(str(folder), verbose=False)
-    else:
-        with _silent_tf_keras():
-            archive.write_out(str(folder))
-
-
-def _write(library: types.ModuleType, model: Any, specs: Any, folder: pathlib.Path) -> None:
+def _write(ready: preflight.Checked, folder: pathlib.Path) -> None:
     """Write what `model.export` writes, but in inference mode whatever the model's default is."""
 
     def serve(inputs: Any) -> Any:
-        return model(inputs, training=False)
+        return ready.stripped(inputs, training=False)
 
-    write_endpoint(library, model, serve, [specs], folder)
-
-
-@contextlib.contextmanager
-def _silent_tf_keras() -> Iterator[None]:
-    """Keep tf_keras from printing, in this thread, as far as it has a switch for that."""
-    utils = _keras.tf_keras.utils
-    was_enabled = utils.is_interactive_logging_enabled()
-    utils.disable_interactive_logging()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            utils.enable_interactive_logging()
+    writer.write_saved_model(ready, serve, [ready.specs], folder)
 
 
 def _tensors(signature: dict[str, Any]) -> tuple[ExportedTensor, ...]:
@@ -207,3 +266,25 @@ def _tensors(signature: dict[str, Any]) -> tuple[ExportedTensor, ...]:
         ExportedTensor(name, tuple(spec.shape.as_list()), spec.dtype.name)
         for name, spec in sorted(signature.items())
     )
+
+
+def _load(folder: pathlib.Path) -> ServedModel:
+    report = manifest.read(folder)
+    loaded = tf.saved_model.load(str(folder))
+    manifest.check_variables(report, loaded)
+    return ServedModel(loaded, report)
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one that takes its place; None if there is none."""
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _as(value: Any, dtype: tf.DType) -> tf.Tensor:
+    """Return a tensor, in `dtype` if both are floats: another precision is no mistake."""
+    tensor = tf.convert_to_tensor(value, dtype_hint=dtype)
+    return tf.cast(tensor, dtype) if tensor.dtype.is_floating and dtype.is_floating else tensor

@@ -1,4 +1,4 @@
-"""What an expert would doubt about the figures, in words."""
+"""Diagnostics of an evaluation: signs that its robust accuracy is too high, as texts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import numpy as np
 from tscnc_tf.evaluation.adversaries import Adversary
 from tscnc_tf.evaluation.report import AttackResult, wilson_interval
 
-# Differences below this share of the examples, and intervals narrower than this on either side,
-# are not worth a remark.
+# Below this difference of accuracies, or this half width of an interval, there is no remark.
 _NOTABLE_GAIN = 0.01
 _WIDE = 0.05
 
 
 class EvaluationWarning(UserWarning):
-    """A reason not to trust a robustness evaluation, found while it was made."""
+    """A sign, found during an evaluation, that its robust accuracy may be too high."""
 
 
-def before(
+def of_model(
     repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray, nan_gradients: np.ndarray
 ) -> list[str]:
-    """Return the reasons to distrust any attack on a model.
+    """Return what makes any attack on a model unreliable.
 
     Args:
         repeatable: whether the model returns the same for the same input.
@@ -34,32 +33,31 @@ def before(
     found = []
     if not repeatable:
         found.append(
-            "The model's output changes from call to call. Attacks climb a surface that moves, and "
-            "an example counts as robust by luck: make the model deterministic, or attack the mean "
-            "over its randomness (expectation over transformation)."
+            "The model's output changes from call to call, and so does the objective of an attack: "
+            "an example may count as robust by chance. Make the model deterministic, or attack the "
+            "mean over its randomness (expectation over transformation)."
         )
     if unit_interval:
         found.append(
             "All outputs of the model are in [0, 1], though its rows do not sum to 1: they look "
             "like probabilities, as of a sigmoid per class. Attacks need logits: a sigmoid that is "
-            "certain has no gradient left, and makes a model look robust. Leave out the last "
+            "saturated has no gradient left, and makes a model look robust. Leave out the last "
             "activation (activation=None), or pass the part of the model before it. If these are "
             "logits, the model is hardly trained, or something holds them in [0, 1]."
         )
     if np.any(zero_gradients):
         found.append(
             f"The input gradient that attacks ascend is exactly zero for {_share(zero_gradients)}. "
-            "Attacks by gradients can't move there, which looks like robustness and is none "
-            "(gradient masking): look for saturated, quantised or dead layers, and add an attack "
+            "Attacks by gradients can't move there, which is gradient masking and no robustness: "
+            "look for saturated, quantised or dead layers, and add an attack "
             "that needs no gradient, by attacks.Custom from another library."
         )
     if np.any(nan_gradients):
         found.append(
             f"The input gradient that attacks ascend is not a number for {_share(nan_gradients)}. "
-            "Attacks by gradients stay where they are, which looks like robustness and is none: "
-            "look for a square root, a norm or a division at 0, whose slope is infinite though its "
-            "value is sound, and add an attack that needs no gradient, by attacks.Custom from "
-            "another library."
+            "Attacks by gradients do not move there, which is no robustness: look for a square "
+            "root, a norm or a division at 0, whose derivative is infinite though its value is "
+            "finite, and add an attack that needs no gradient, by attacks.Custom."
         )
     return found
 
@@ -69,10 +67,10 @@ def _share(chosen: np.ndarray) -> str:
     return f"{np.sum(chosen)} of {len(chosen)} examples ({100 * np.mean(chosen):.2f} %)"
 
 
-def after(
+def of_results(
     clean: np.ndarray, attacks: Sequence[Adversary], results: Mapping[str, AttackResult]
 ) -> list[str]:
-    """Return what the results themselves give reason to doubt.
+    """Return remarks on the results of the attacks.
 
     Args:
         clean: per example, whether the model is right on it.
@@ -92,25 +90,25 @@ def after(
                 f"{name}: it fooled the model on no example. Check its epsilon, steps and bounds "
                 "before calling the model robust."
             )
+    sources = {attack.source.name for attack in attacks if attack.source}
     if all(attack.source for attack in attacks):
-        sources = ", ".join(sorted({str(attack.source) for attack in attacks}))
         found.append(
-            "No attack looked at this model: all adversarial examples were found on another "
-            f"({sources}). One who attacks the model itself may find more."
+            "No attack ran on this model: all adversarial examples were found on another "
+            f"({', '.join(sorted(sources))}). An attack on the model itself may find more."
         )
-    found += [_inversion(*pair, results) for pair in itertools.permutations(attacks, 2)]
+    found += [_order(*pair, results) for pair in itertools.permutations(attacks, 2)]
     robust = np.logical_and.reduce([clean, *(result.correct for result in results.values())])
     low, high = wilson_interval(int(np.sum(robust)), len(robust))
     if high - low > 2 * _WIDE:
         found.append(
-            f"{len(robust)} examples are few: the worst case is only known to lie between "
-            f"{100 * low:.1f} and {100 * high:.1f} %. 1000 examples tell it to about ±3 points."
+            f"{len(robust)} examples: the worst case is only known to lie between "
+            f"{100 * low:.1f} and {100 * high:.1f} %. With 1000 examples it is known to ±3 points."
         )
     return [text for text in found if text]
 
 
-def _inversion(weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]) -> str:
-    """Return a remark if the attack that ought to be the weaker one of two fools more examples."""
+def _order(weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]) -> str:
+    """Return a remark if the weaker attack of two, by epsilon or steps, fools more examples."""
     small, large = weak.epsilon, strong.epsilon
     if small is None or large is None or small > large:
         return ""

@@ -1,8 +1,9 @@
-"""The model under evaluation: its logits, compiled, and what there is to doubt about it."""
+"""The model under test: its logits, compiled, and diagnostics of its outputs and gradients."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,18 @@ import tensorflow as tf
 
 from tscnc_tf import _keras, losses
 from tscnc_tf._keras import models
-from tscnc_tf.attacks import _ascent
+from tscnc_tf.attacks import pgd
+from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.inspection.inputs import one_tensor
 
 
-class Subject:
-    """A model as an evaluation sees it: float32 logits in inference mode, for batches of any size.
+class ModelUnderTest:
+    """A model as an evaluation runs it: float32 logits in inference mode, for batches of any size.
 
     Args:
         model: any callable `x -> logits`.
-        x: a batch, to look at what the model returns.
-        role: what it is called in errors.
+        x: a batch, to check what the model returns.
+        role: the name of the model in errors.
 
     Raises:
         TypeError: the model is not callable, or does not return one tensor.
@@ -30,7 +32,9 @@ class Subject:
     def __init__(self, model: Any, x: np.ndarray, role: str = "model") -> None:
         self._eager = _keras.inference(model)
         self._role = role
-        self.name = str(getattr(model, "name", None) or _type_name(model))
+        self.name = str(
+            getattr(model, "name", None) or getattr(model, "__name__", type(model).__name__)
+        )
         shape = tuple(one_tensor(self._eager(tf.constant(x))).shape)
         if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
             raise ValueError(
@@ -42,51 +46,71 @@ class Subject:
         batch = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
         labels = tf.TensorSpec((None,), tf.int64)
         self._logits = tf.function(self._call, input_signature=[batch])
-        self._examine = tf.function(self._call_and_gradient, input_signature=[batch, labels])
+        self._examined = tf.function(self._call_and_gradient, input_signature=[batch, labels])
 
-    def compile(self) -> None:
-        """Trace the model; an error of that gets a note that says what is asked of the model."""
+    def examine(
+        self, batches: Sequence[tuple[np.ndarray, np.ndarray]], by_gradient: bool
+    ) -> tuple[np.ndarray, list[str]]:
+        """Return the logits of all examples, and diagnostics of attacks on the model.
+
+        Args:
+            batches: of inputs and class indices.
+            by_gradient: whether an attack may follow the gradient of the model.
+
+        Raises:
+            ValueError: some logits are not finite, or all of them are probabilities.
+        """
+        repeatable = self._is_repeatable(batches[0][0])
         try:
             self._logits.get_concrete_function()
-            self._examine.get_concrete_function()
+            self._examined.get_concrete_function()
         except Exception as error:
             error.add_note(
                 f"The {self._role} is compiled by tf.function: only TensorFlow may run in it."
             )
             raise
+        parts = (self._examined(*map(tf.constant, batch)) for batch in batches)
+        logits, is_zero, is_nan = (
+            np.concatenate([tensor.numpy() for tensor in tensors])
+            for tensors in zip(*parts, strict=True)
+        )
+        finite = np.all(np.isfinite(logits), axis=1)
+        if not np.all(finite):
+            raise ValueError(
+                f"{self._role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} "
+                "examples."
+            )
+        if bool(models.are_probabilities(logits)):
+            raise ValueError(models.about_probabilities(self._role))
+        unit_interval = np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6
+        return logits, diagnostics.of_model(
+            repeatable, bool(unit_interval), is_zero & by_gradient, is_nan & by_gradient
+        )
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits of a batch, `(batch, classes)`."""
         return self._logits(tf.constant(x)).numpy()
 
-    def examine(
-        self, x: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the logits, and per example whether the input gradient is zero, and whether NaN.
-
-        The gradient is that of the log-odds, which attacks ascend: zero throughout, or not a number
-        somewhere.
-        """
-        found = self._examine(tf.constant(x), tf.constant(labels))
-        logits, is_zero, is_nan = (tensor.numpy() for tensor in found)
-        return logits, is_zero, is_nan
-
-    def is_repeatable(self, x: np.ndarray) -> bool:
+    def _is_repeatable(self, x: np.ndarray) -> bool:
         """Tell whether two calls of the model on one batch return the same, up to rounding."""
-        # Not compiled: tracing would freeze what a model draws in Python.
+        # Not compiled: what a model draws in Python is drawn once, when it is traced.
         first, second = (one_tensor(self._eager(tf.constant(x))).numpy() for _ in range(2))
         size = np.max(np.abs(first), where=np.isfinite(first), initial=0.0)
         return bool(np.allclose(first, second, rtol=0.0, atol=1e-4 * size, equal_nan=True))
 
     def _call(self, x: tf.Tensor) -> tf.Tensor:
-        # What runs outside of TensorFlow's sight has no known shape.
+        # The shape of what runs outside of TensorFlow (py_function) is not known.
         return tf.ensure_shape(one_tensor(self._eager(x)), (None, self.classes))
 
     def _call_and_gradient(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Return the logits, and per example whether its gradient is zero, and whether it has NaN.
+
+        The gradient is that of the log-odds at the input, which attacks ascend.
+        """
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits = self._call(x)
-        slope = _ascent.slope(functools.partial(losses.log_odds, labels), logits)
+        slope = pgd.slope(functools.partial(losses.log_odds, labels), logits)
         try:
             gradient = tape.gradient(logits, x, slope, unconnected_gradients="zero")
         except LookupError:  # an operation without a gradient
@@ -94,23 +118,3 @@ class Subject:
         axes = list(range(1, x.shape.rank))
         is_zero = tf.reduce_all(tf.equal(gradient, 0.0), axis=axes)
         return logits, is_zero, tf.reduce_any(tf.math.is_nan(gradient), axis=axes)
-
-
-def require_logits(logits: np.ndarray, role: str = "model") -> None:
-    """Raise a ValueError if outputs are not finite, or are probabilities."""
-    finite = np.all(np.isfinite(logits), axis=1)
-    if not np.all(finite):
-        raise ValueError(
-            f"{role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} examples."
-        )
-    if bool(models.are_probabilities(logits)):
-        raise ValueError(models.about_probabilities(role))
-
-
-def within_unit_interval(logits: np.ndarray) -> bool:
-    """Tell whether all outputs lie in [0, 1], up to rounding, as probabilities do."""
-    return bool(np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6)
-
-
-def _type_name(model: Any) -> str:
-    return getattr(model, "__name__", type(model).__name__)

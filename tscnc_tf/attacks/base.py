@@ -1,16 +1,18 @@
-"""What all attacks have in common: a ball, bounds, a name, and checked inputs."""
+"""The base of all attacks: a ball, bounds, a name, checked inputs and a seed."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _configs
-from tscnc_tf.attacks import _inputs
 from tscnc_tf.functional.balls import NORMS
 
 
@@ -45,9 +47,11 @@ class Attack(_configs.Configurable, abc.ABC):
         """Return adversarial examples for `x`, inside the ball and the bounds.
 
         Called eagerly, the inputs are checked; called while a graph is traced, only their shapes.
-        What is compiled at the first call is kept for the next ones: of each model, for the eight
-        attacks and forms of inputs that were used last. So a function that refers to other weights
-        later is still attacked as it was. (`evaluate_robustness` compiles it anew.)
+
+        On a Keras model an attack by gradients runs compiled. This object holds what it compiled
+        for the calls that follow, as long as the model lives, and compiles again when a layer has
+        changed otherwise than in its weights. Any other callable runs as it is, step by step: make
+        it a `tf.function`, or use `bind`, to run it compiled.
 
         Args:
             model: a Keras model of either flavour, run in inference mode, or any callable from x
@@ -65,17 +69,43 @@ class Attack(_configs.Configurable, abc.ABC):
         Raises:
             ValueError: the inputs are not of the form above, or the attack can't use the model.
         """
+        return self._checked(functools.partial(self._generate, model), x, y, seed)
+
+    def bind(self, model: Any) -> Callable[..., tf.Tensor]:
+        """Return this attack on one model, a function `(x, y=None, *, seed=0) -> x_adv`.
+
+        It does what a call of the attack does. But an attack by gradients compiles any model, not
+        only those of Keras, at the first batch of each shape (but for the batch axis) and dtype. It
+        is compiled as it is then: as with every `tf.function`, only what the model keeps in
+        variables is read again in later calls. What is compiled lives as long as the result.
+
+        Args:
+            model: as in a call; what TensorFlow can compile.
+        """
+        generate = self._compiled(model)
+
+        def bound(x: Any, y: Any = None, *, seed: Any = 0) -> tf.Tensor:
+            return self._checked(generate, x, y, seed)
+
+        return bound
+
+    def _checked(self, generate: Callable[..., tf.Tensor], x: Any, y: Any, seed: Any) -> tf.Tensor:
+        """Return what `generate` makes of checked inputs."""
         if tf.executing_eagerly():
-            x = _inputs.examples(x, self.bounds)
-            y = None if y is None else _inputs.labels(y, x.shape[0])
+            x = _checks.inputs(x, self.bounds)
+            y = None if y is None else _checks.labels(y, x.shape[0])
         else:
             x = tf.convert_to_tensor(x)
         self._check_size(x.shape)
-        return self._generate(model, x, y, _inputs.seed_pair(seed))
+        return generate(x, y, seed_pair(seed))
 
     @abc.abstractmethod
     def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         """Return adversarial examples for checked inputs."""
+
+    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
+        """Return `_generate` for one model, compiled if need be, as a function of (x, y, seed)."""
+        return functools.partial(self._generate, model)
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:  # noqa: ARG002
         """Return this attack with what it leaves open (None) filled in.
@@ -130,8 +160,7 @@ class Attack(_configs.Configurable, abc.ABC):
 
     def _check_size(self, shape: tf.TensorShape) -> None:
         """Raise unless an input of this shape can be attacked."""
-        if shape.rank is None or shape.rank < 2:
-            raise ValueError(f"x must have a batch axis and one more at least, got shape {shape}.")
+        _checks.require_batch(shape)
         size = shape[1:].num_elements()
         if self.norm == "l2" and size is not None:
             self._check_radius(self._width * math.sqrt(size), "the diagonal of the box of bounds")
@@ -154,3 +183,24 @@ def distance_field(name: str, value: Any) -> float | str:
     """Return a checked distance as it was written; a NumPy number becomes one of Python's."""
     number = _checks.distance(name, value)
     return value if isinstance(value, (str, int)) else number
+
+
+def seed_pair(seed: Any) -> tf.Tensor:
+    """Return a seed, an integer or a pair of them (or a tensor of either), as two int32."""
+    wrong = f"seed must be an integer or a pair of integers, got {seed!r}."
+    if tf.is_tensor(seed):
+        if seed.shape.as_list() not in ([], [2]) or not seed.dtype.is_integer:
+            raise ValueError(wrong)
+        seed = tf.cast(seed, tf.int32)
+        return tf.stack([0, seed]) if seed.shape.rank == 0 else seed
+    parts = (seed,) if np.ndim(seed) == 0 else tuple(seed)
+    if len(parts) not in (1, 2):
+        raise ValueError(wrong)
+    words = [_checks.integer("seed", part, minimum=-(2**63)) for part in parts]
+    high, low = (words[0] >> 32, words[0]) if len(words) == 1 else words
+    return tf.constant([_int32(high), _int32(low)], dtype=tf.int32)
+
+
+def _int32(value: int) -> int:
+    """Return the lower 32 bits of an integer, read with their sign."""
+    return (value + 2**31) % 2**32 - 2**31

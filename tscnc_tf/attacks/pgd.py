@@ -1,0 +1,588 @@
+"""Attacks by gradient steps, each projected back into the ball: FGSM and PGD, and their loop."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, final
+
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras, losses
+from tscnc_tf._keras import layers
+from tscnc_tf.attacks.base import Attack, distance_field
+from tscnc_tf.functional import balls
+
+OBJECTIVES = ("cross_entropy", "kl", "margin", "dlr")
+STARTS = ("none", "uniform", "gaussian")
+_COMPILED = "_compiled_by_model"  # the attribute of an attack that holds what it has compiled
+
+# Up to here the loop's steps are unrolled in the graph of a training step; see `_climb`.
+_UNROLLED_STEPS = 10
+
+
+class Plan(NamedTuple):
+    """The numbers that an attack's loop runs by, with nothing left open."""
+
+    start: str
+    steps: int
+    step_size: float
+    restarts: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientAttack(Attack):
+    """Base of attacks that follow a gradient: steepest steps, each projected back into the ball.
+
+    Subclasses implement `_plan`, and may override `_climb`.
+
+    Args:
+        targeted: whether y are classes to reach; the objective is then descended.
+        objective: what to ascend; None is open to `with_defaults`, and "cross_entropy" alone.
+    """
+
+    targeted: bool = False
+    objective: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.boolean("targeted", self.targeted)
+        _checks.one_of("objective", self.objective, (None, *OBJECTIVES))
+        if self.objective == "kl" and self.targeted:
+            raise ValueError(
+                "objective='kl' can't be targeted: it moves away from the clean output, to no "
+                "class in particular. Use objective='cross_entropy' or 'margin'."
+            )
+
+    @property
+    @abc.abstractmethod
+    def _plan(self) -> Plan:
+        """The numbers that the loop runs by."""
+
+    def perturb(
+        self,
+        logits_fn: Callable[[tf.Tensor], tf.Tensor],
+        x: tf.Tensor,
+        y: Any,
+        seed: tf.Tensor,
+        clean_logits: Any = None,
+        unroll: int = _UNROLLED_STEPS,
+    ) -> tf.Tensor:
+        """Return adversarial examples: the pure graph of the attack, for a training step.
+
+        Values are not checked. It compiles with `jit_compile=True`.
+
+        Args:
+            logits_fn: from x to logits, in inference mode.
+            x: `(batch, ...)`, of a known rank and a float dtype.
+            y: labels of any form; may be None for objective "kl".
+            seed: two integers, int32.
+            clean_logits: the logits at x in inference mode, if they are known already, or those
+                of another network in their place; only objective "kl" looks at them.
+            unroll: the largest number of steps that is unrolled rather than looped.
+
+        Returns:
+            A tensor of the shape and dtype of `x`, a constant to gradients.
+
+        Raises:
+            ValueError: y is missing, or the model has no gradient in x.
+        """
+        self._check_size(x.shape)
+        self.check_labels(y)
+        # Half precision can't hold steps of 1/255 near 1; the network still gets what it expects.
+        anchor = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+        ascent = Ascent(
+            logits_fn,
+            x,
+            labels=y,
+            objective=self._objective,
+            targeted=self.targeted,
+            clean_logits=clean_logits,
+        )
+
+        def attempt(index: Any) -> tf.Tensor:
+            start = self._start(anchor, tf.random.fold_in(seed, index, alg="philox"))
+            return self._climb(ascent, anchor, start, unroll)
+
+        adversarial = self._best_of(attempt, ascent)
+        settled = balls.settle(x, adversarial, self.epsilon_value, self.norm)
+        low, high = self.bounds
+        return tf.stop_gradient(tf.clip_by_value(settled, low, high))
+
+    def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:
+        """Return this attack with the fields that are None filled in.
+
+        A default that this attack can't use is passed over: "kl" has no gradient at x, so it fits
+        neither an attack that starts there nor a targeted one.
+        """
+        _checks.one_of("objective", objective, (None, *OBJECTIVES))
+        _checks.one_of("start", start, (None, *STARTS))
+        chosen = self._with_start(start)
+        if self.objective is not None or objective is None:
+            return chosen
+        if objective == "kl" and (self.targeted or chosen._plan.start == "none"):
+            return chosen
+        return dataclasses.replace(chosen, objective=objective)
+
+    def _with_start(self, start: str | None) -> Self:  # noqa: ARG002
+        """Return this attack with its start filled in, if it leaves that open."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of the attack, with nothing left open."""
+        plan = self._plan
+        return super().describe() | {
+            "step_size": _checks.as_written(plan.step_size),
+            "step_size_value": plan.step_size,
+            "steps": plan.steps,
+            "restarts": plan.restarts,
+            "objective": self._objective,
+            "targeted": self.targeted,
+            "start": plan.start,
+        }
+
+    @property
+    def name(self) -> str:
+        """A short name for tables, such as "PGD-10 linf 8/255" or "PGD-50x5 l2 0.5 margin"."""
+        extra = [] if self._objective == "cross_entropy" else [self._objective]
+        return " ".join([self._kind, self._ball, *extra, *(["targeted"] if self.targeted else [])])
+
+    @property
+    def _kind(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _objective(self) -> str:
+        return self.objective or "cross_entropy"
+
+    def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+        self.check_labels(y)
+        if tf.executing_eagerly() and _keras.flavour(model) is not None:
+            return self._run_compiled(model, x, y, seed)
+        classes: list[int | None] = []
+        result = self.perturb(_noting_classes(_keras.inference(model), classes), x, y, seed)
+        if tf.executing_eagerly() and y is not None:
+            _checks.require_classes(y, classes[0])
+        return result
+
+    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
+        _keras.inference(model)  # raises for what is no model
+        return _Compiled(self, lambda: model)
+
+    def _run_compiled(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+        """Run what this attack has compiled for a Keras model, anew if a layer has changed."""
+        known = vars(self).setdefault(_COMPILED, weakref.WeakKeyDictionary())
+        run, state = known.get(model, (None, None))
+        if run is None or not layers.is_same_state(state, layers.state(model)):
+            run = _Compiled(self, weakref.ref(model))
+            result = run(x, y, seed)
+            known[model] = run, layers.state(model)  # with what a first call sets in the model
+            return result
+        return run(x, y, seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of this attack holds: its fields."""
+        return {name: value for name, value in vars(self).items() if name != _COMPILED}
+
+    def check_labels(self, y: Any) -> None:
+        """Raise a ValueError if the labels that the objective needs are missing."""
+        if y is not None or self._objective == "kl":
+            return
+        if self.targeted:
+            raise ValueError("y is missing: a targeted attack needs the classes to reach.")
+        raise ValueError(
+            f"y is missing: objective={self._objective!r} needs the labels. Without labels, use "
+            "objective='kl', which moves away from the clean output, or pass the predicted classes."
+        )
+
+    def _start(self, anchor: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Return where an attempt starts, inside the ball and the bounds."""
+        kind = self._plan.start
+        if kind == "uniform":
+            offset = balls.random_start(
+                tf.shape(anchor), self.epsilon_value, self.norm, seed, anchor.dtype
+            )
+        elif kind == "gaussian":
+            # 0.001 for inputs in [0, 1], and the same share of any other width.
+            noise = balls.normal(tf.shape(anchor), seed, anchor.dtype)
+            offset = (0.001 * self._width) * noise
+        else:
+            offset = tf.zeros_like(anchor)
+        return self._feasible(anchor, anchor + tf.ensure_shape(offset, anchor.shape))
+
+    def _climb(self, ascent: Ascent, anchor: tf.Tensor, start: tf.Tensor, unroll: int) -> tf.Tensor:
+        """Return where the attempt that starts at `start` ends.
+
+        Measured on the CPU with small convolutional networks and ten steps, a loop takes as long
+        as unrolled steps or a few per cent longer in a plain graph, but two to three times as long
+        under XLA. Unrolled, though, the graph grows with the steps, and so does the time to trace
+        and compile it; hence the limit, at the ten steps of adversarial training.
+        """
+        plan = self._plan
+
+        def step(point: tf.Tensor) -> tf.Tensor:
+            direction = balls.steepest_ascent(ascent.gradient(point), self.norm)
+            return self._feasible(anchor, point + plan.step_size * direction)
+
+        if plan.steps <= unroll:
+            for _ in range(plan.steps):
+                start = step(start)
+            return start
+        return tf.while_loop(
+            lambda count, point: count < plan.steps,  # noqa: ARG005
+            lambda count, point: (count + 1, step(point)),
+            (0, start),
+            maximum_iterations=plan.steps,
+            parallel_iterations=1,
+        )[1]
+
+    def _feasible(self, anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
+        """Return the point moved into the bounds, then into the ball.
+
+        The second goes straight towards the anchor, which lies inside the bounds itself, so the
+        result is inside of both (but for the last bit, which `perturb` sees to).
+        """
+        inside = tf.clip_by_value(point, *self.bounds)
+        return anchor + balls.project(inside - anchor, self.epsilon_value, self.norm)
+
+    def _best_of(self, attempt: Callable[[Any], tf.Tensor], ascent: Ascent) -> tf.Tensor:
+        """Return, per example, the best of all attempts: one that fools, then the largest score."""
+        restarts = self._plan.restarts
+        first = attempt(0)
+        if restarts == 1:
+            return first
+
+        def judged(point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            logits = ascent.logits(point)
+            return point, ascent.is_fooled(logits), ascent.score(logits)
+
+        def better(
+            index: Any, point: tf.Tensor, fooled: tf.Tensor, score: tf.Tensor
+        ) -> tuple[Any, tf.Tensor, tf.Tensor, tf.Tensor]:
+            new_point, new_fooled, new_score = judged(attempt(index))
+            gains = (new_fooled & ~fooled) | ((new_fooled == fooled) & (new_score > score))
+            column = gains[(slice(None), *[tf.newaxis] * (point.shape.rank - 1))]
+            return (
+                index + 1,
+                tf.ensure_shape(tf.where(column, new_point, point), point.shape),
+                tf.where(gains, new_fooled, fooled),
+                tf.where(gains, new_score, score),
+            )
+
+        return tf.while_loop(
+            lambda index, *_: index < restarts,
+            better,
+            (1, *judged(first)),
+            maximum_iterations=restarts - 1,
+            parallel_iterations=1,
+        )[1]
+
+
+class _Compiled:
+    """An attack on one model as a graph for every batch size.
+
+    Each form of inputs, their shapes but for the batch axis and their dtypes, has a graph.
+
+    Args:
+        attack: its `perturb` is compiled.
+        recall: returns the model, which need not be kept alive by this object.
+    """
+
+    def __init__(self, attack: GradientAttack, recall: Callable[[], Any]) -> None:
+        self._attack = attack
+        self._recall = recall
+        self._function = tf.function(self._run)
+        self._classes: list[int | None] = []
+
+    def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
+        """Run; the labels are checked against the number of classes, which tracing has found."""
+        _keras.inference(self._recall())  # builds its view without wrappers outside of the graph
+        self._attack.check_labels(y)
+        tensors = (x, seed) if y is None else (x, seed, y)
+        forms = [(None, *x.shape[1:]), (2,)] + ([] if y is None else [(None, *y.shape[1:])])
+        specs = tuple(tf.TensorSpec(s, t.dtype) for s, t in zip(forms, tensors, strict=True))
+        concrete = self._function.get_concrete_function(specs)
+        if y is not None:
+            _checks.require_classes(y, self._classes[0])
+        return concrete(tensors)
+
+    def _run(self, tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
+        logits_fn = _noting_classes(_keras.inference(self._recall()), self._classes)
+        x, seed, *labels = tensors
+        y = labels[0] if labels else None
+        # A loop's graph is built in a sixth of the time of unrolled steps, and may run only once.
+        return self._attack.perturb(logits_fn, x, y, seed, unroll=1)
+
+
+def _noting_classes(
+    logits_fn: Callable[[tf.Tensor], Any], found: list[int | None]
+) -> Callable[[tf.Tensor], Any]:
+    """Return a function of logits that adds their number, None if not known, to a list."""
+
+    def noting(x: tf.Tensor) -> Any:
+        logits = logits_fn(x)
+        found.append(logits.shape[-1] if tf.is_tensor(logits) else None)
+        return logits
+
+    return noting
+
+
+class Ascent:
+    """The score that an attack climbs on one batch, as a function of logits.
+
+    Args:
+        logits_fn: from x to logits, in inference mode.
+        x: the clean inputs, in the dtype that `logits_fn` takes.
+        labels: labels of any form; None where the objective needs none.
+        objective: one of `OBJECTIVES`.
+        targeted: whether the labels are classes to reach; the objective is then descended.
+        clean_logits: what "kl" moves away from; if it is None, the logits at x, computed here.
+    """
+
+    def __init__(
+        self,
+        logits_fn: Callable[[tf.Tensor], Any],
+        x: tf.Tensor,
+        *,
+        labels: Any,
+        objective: str,
+        targeted: bool,
+        clean_logits: Any = None,
+    ) -> None:
+        self._logits_fn = logits_fn
+        self._dtype = x.dtype
+        self._objective = objective
+        self._targeted = targeted
+        self._labels = None if labels is None else tf.convert_to_tensor(labels)
+        if objective == "kl":
+            clean_logits = self.logits(x) if clean_logits is None else _wide(clean_logits)
+            self._reference = tf.stop_gradient(clean_logits)
+
+    def logits(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the network's logits in float32 at least."""
+        logits = self._logits_fn(tf.cast(x, self._dtype))
+        if not tf.is_tensor(logits) or logits.shape.rank not in (None, 2):
+            shape = logits.shape if tf.is_tensor(logits) else type(logits).__name__
+            raise ValueError(
+                f"model must return one tensor of logits of shape (batch, classes), got {shape}: "
+                "wrap it in a function that does."
+            )
+        return tf.ensure_shape(_wide(logits), (None, None))  # the rank may have been unknown
+
+    def score(self, logits: tf.Tensor) -> tf.Tensor:
+        """Return what is climbed, per example: the objective, negated for a targeted attack."""
+        value = self._value(logits)
+        return -value if self._targeted else value
+
+    def is_fooled(self, logits: tf.Tensor) -> tf.Tensor:
+        """Tell for each example whether the attack has reached its end."""
+        prediction = tf.argmax(logits, axis=-1)
+        if self._labels is None:
+            return prediction != tf.argmax(self._reference, axis=-1)
+        classes = tf.argmax(losses.one_hot(self._labels, _classes(logits)), axis=-1)
+        return prediction == classes if self._targeted else prediction != classes
+
+    def gradient(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the gradient of the score at x, up to a positive factor per example.
+
+        Raises:
+            ValueError: the model's output does not depend on x in a differentiable way.
+        """
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            logits = self.logits(x)
+        try:
+            gradient = tape.gradient(logits, x, output_gradients=slope(self.score, logits))
+        except LookupError as error:  # an operation without a gradient, such as py_function's kin
+            raise ValueError(f"{_NOT_DIFFERENTIABLE} ({error})") from error
+        if gradient is None:
+            raise ValueError(_NOT_DIFFERENTIABLE)
+        gradient = tf.ensure_shape(gradient, x.shape)
+        # float16 may overflow on its way back: such an entry stays where it is, or counts as the
+        # largest number, instead of turning the whole example, and then the weights trained on it,
+        # to NaN.
+        gradient = tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
+        return tf.clip_by_value(gradient, gradient.dtype.min, gradient.dtype.max)
+
+    def _value(self, logits: tf.Tensor) -> tf.Tensor:
+        if self._objective == "kl":
+            # Softmax doesn't mind the shift, but its rounding does: the top class's gradient is
+            # now minus the sum of the others', where 1 - 1 would be noise larger than they are.
+            top = tf.argmax(self._reference, axis=-1)
+            shifted = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]
+            return losses.kl_divergence(self._reference, shifted)
+        if self._labels is None:
+            raise ValueError(f"labels must not be None for objective={self._objective!r}.")
+        if self._objective == "margin":
+            return losses.margin(self._labels, logits)
+        if self._objective == "dlr":
+            return losses.dlr(self._labels, logits)
+        # Cross-entropy. Its log-odds climb the same way, and do not saturate.
+        return losses.log_odds(self._labels, logits)
+
+
+def slope(score: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:
+    """Return a score's gradient at the logits, its largest entry scaled to 1 per example.
+
+    A positive factor per example changes neither the sign step nor the normalised one. But at its
+    own scale the gradient of a well-fitted example would be lost in a float16 network.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(logits)
+        value = score(logits)
+    gradient = tape.gradient(value, logits)
+    return tf.math.divide_no_nan(gradient, tf.reduce_max(tf.abs(gradient), axis=-1, keepdims=True))
+
+
+_NOT_DIFFERENTIABLE = (
+    "model is not differentiable in x, so there is no gradient to follow: pass a model that is "
+    "TensorFlow operations from end to end, or an attack that needs no gradient."
+)
+
+
+def _wide(logits: Any) -> tf.Tensor:
+    return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
+
+
+def _classes(logits: tf.Tensor) -> Any:
+    return tf.shape(logits)[1] if logits.shape[1] is None else logits.shape[1]
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FGSM(GradientAttack):
+    r"""The fast gradient method: one step of length epsilon from x.
+
+    .. math:: x' = x + \epsilon\,\mathrm{sign}(g) \ (\text{linf}), \qquad
+        x' = x + \epsilon\, g / \|g\|_2 \ (\text{l2}), \qquad g = \nabla_x L(x, y)
+
+    clipped to the bounds.
+
+    Args:
+        epsilon: the radius, a number or a fraction such as "8/255".
+        norm: "linf" or "l2".
+        targeted: whether y are classes to reach; the objective L is then descended.
+        bounds: the smallest and the largest value that an input may take.
+        objective: "cross_entropy", "margin" or "dlr"; None is open to `with_defaults`, and
+            "cross_entropy" alone. ("kl" has no gradient at x.)
+
+    Raises:
+        ValueError: an argument is none of those above.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> network = tf.constant([[1.0, -1.0], [0.0, 2.0]])
+        >>> attack = FGSM(epsilon=0.25)
+        >>> attack(lambda x: x @ network, [[0.5, 0.5]], [0]).numpy().tolist()
+        [[0.25, 0.75]]
+
+    Reference:
+        Goodfellow et al. 2015, arXiv 1412.6572, section 4.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective == "kl":
+            raise ValueError(
+                "objective='kl' has no gradient at x, where FGSM takes its only step: use "
+                "PGD(steps=1, objective='kl'), which starts beside x, or another objective."
+            )
+
+    @property
+    def _plan(self) -> Plan:
+        return Plan(start="none", steps=1, step_size=self.epsilon_value, restarts=1)
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PGD(GradientAttack):
+    r"""Projected gradient ascent in the ball.
+
+    .. math:: x'_{t+1} = \Pi\left(x'_t + \alpha\,s(\nabla_x L(x'_t, y))\right)
+
+    with s the sign (linf) or the gradient of length 1 (l2), and :math:`\Pi` the projection into the
+    bounds, then into the ball.
+
+    Args:
+        epsilon: the radius, a number or a fraction such as "8/255".
+        step_size: the length of a step, written likewise; None for 2.5 epsilon / steps.
+        steps: the number of steps, >= 1.
+        norm: "linf" or "l2".
+        targeted: whether y are classes to reach; the objective L is then descended.
+        restarts: the number of attempts, >= 1; per example, one that fools the model is kept
+            first, then the one with the largest objective.
+        objective: "cross_entropy", "kl" (away from the clean output, as TRADES' adversary),
+            "margin" or "dlr"; None is open to `with_defaults`, and "cross_entropy" alone.
+        start: "none" (at x), "uniform" (in the ball) or "gaussian" (x + 0.001 N(0, 1), for inputs
+            in [0, 1]); None is open to `with_defaults`, and "uniform" alone.
+        bounds: the smallest and the largest value that an input may take.
+
+    Raises:
+        ValueError: an argument is none of those above; or restarts would all be alike, or
+            objective "kl" has no gradient, with start "none".
+
+    Example:
+        >>> import tensorflow as tf
+        >>> network = tf.constant([[1.0, -1.0], [0.0, 2.0]])
+        >>> attack = PGD(epsilon="8/255", steps=10)
+        >>> attack.name
+        'PGD-10 linf 8/255'
+        >>> x = tf.constant([[0.5, 0.5]])
+        >>> adversarial = attack(lambda x: x @ network, x, [0], seed=1)
+        >>> [round(float(entry), 4) for entry in (adversarial - x)[0]]
+        [-0.0314, 0.0314]
+
+    Reference:
+        Madry et al. 2018, arXiv 1706.06083, section 2.1.
+    """
+
+    step_size: float | str | None = None
+    steps: int = 10
+    restarts: int = 1
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("steps", _checks.integer("steps", self.steps, minimum=1))
+        self._set("restarts", _checks.integer("restarts", self.restarts, minimum=1))
+        _checks.one_of("start", self.start, (None, *STARTS))
+        if self.step_size is not None:
+            self._set("step_size", distance_field("step_size", self.step_size))
+            if self._plan.step_size > 2 * self.epsilon_value:
+                raise ValueError(
+                    "step_size must be at most 2 * epsilon, the width of the ball, "
+                    f"{2 * self.epsilon_value:g}, got {self.step_size!r}. None takes "
+                    "2.5 * epsilon / steps."
+                )
+        if self.start == "none" and self.objective == "kl":
+            raise ValueError(
+                "objective='kl' has no gradient at x: use start='gaussian' or 'uniform' with it."
+            )
+        if self.start == "none" and self.restarts > 1:
+            raise ValueError(
+                f"restarts={self.restarts} attempts are all the same with start='none': use "
+                "start='uniform', or restarts=1."
+            )
+
+    @property
+    def _plan(self) -> Plan:
+        default = 2.5 * self.epsilon_value / self.steps
+        step_size = (
+            default if self.step_size is None else _checks.distance("step_size", self.step_size)
+        )
+        return Plan(self.start or "uniform", self.steps, step_size, self.restarts)
+
+    @property
+    def _kind(self) -> str:
+        return f"PGD-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+    def _with_start(self, start: str | None) -> Self:
+        if self.start is not None or start is None or (start == "none" and self._needs_start):
+            return self
+        return dataclasses.replace(self, start=start)
+
+    @property
+    def _needs_start(self) -> bool:
+        return self.restarts > 1 or self.objective == "kl"
