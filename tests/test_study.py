@@ -20,10 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import accelerator
-from benchmarks.study import accelerate, choosing, report, results, work
+from benchmarks.study import accelerate, choosing, report, results, table, work
 from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.results import Cell, Layer, Result
+from benchmarks.study.table import Store
 from tscnc_tf.experiments import locks, stages
 
 TINY = """
@@ -158,31 +159,79 @@ def test_a_plan_that_is_none_is_refused(tmp_path, old, new, message):
 
 
 def test_one_process_at_a_time_works_on_a_group_and_on_the_choices(plan, tmp_path):
-    scratch, found = tmp_path / "scratch", tmp_path / "results"
+    scratch, store = tmp_path / "scratch", Store(tmp_path / "tiny.csv", tmp_path / "fresh")
     group = next(plan.runs()).group
     with (
         locks.exclusive(scratch / ".locks" / group),
         pytest.raises(RuntimeError, match=f"none-seed0 is in use by process {os.getpid()} on"),
     ):
-        work.work(plan, found, scratch, group)
+        work.work(plan, store, scratch, group)
     with (
-        locks.exclusive(found / "choices"),
+        locks.exclusive(scratch / "choices"),
         pytest.raises(RuntimeError, match="choices is in use by process"),
     ):
-        choosing.choose(plan, ["digits"], found / "choices", scratch)
+        choosing.choose(plan, ["digits"], tmp_path / "choices.csv", scratch)
     assert not (scratch / "digits").exists()
 
 
+def content(run, **values):
+    values = {"recipe": work.portable(run, {"name": "digits"}), "clean": 0.5, **values}
+    return {**dict(zip(table.PLACE, table.place(run), strict=True)), **values}
+
+
 def test_a_damaged_result_is_named(plan, tmp_path):
-    path = work.result_path(tmp_path, next(plan.runs()))
-    path.parent.mkdir()
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    run = next(plan.runs())
+    store.add(run, {})
+    (path,) = store.fresh.glob("*/*.json")
     path.write_text("{")
-    for read in (
-        lambda: work.require_current(plan.runs(), tmp_path),
-        lambda: results.read(tmp_path),
-    ):
-        with pytest.raises(ValueError, match=rf"{path} is damaged.*Remove it, and run the study"):
-            read()
+    with pytest.raises(ValueError, match=rf"{path} is damaged.*Remove it, and run the study"):
+        work.require_current(plan.runs(), store)
+    path.unlink()
+    table.write(store.table, [content(run)])
+    store.table.write_text(store.table.read_text().rpartition(",")[0] + "\n")
+    with pytest.raises(ValueError, match=rf"{store.table} is damaged in line 2.*Restore it"):
+        work.require_current(plan.runs(), store)
+
+
+def test_results_of_another_plan_are_refused(tmp_path, plan):
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    table.write(store.table, [content(next(plan.runs()))])
+    work.require_current(plan.runs(), store)
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(ValueError, match=r"is by another plan: train\.epochs was 1, not 2; prune"):
+        work.require_current(Plan.read(tmp_path / "tiny.yaml").runs(), store)
+
+
+def test_results_of_runs_are_entered_into_the_table(plan, tmp_path):
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    runs = list(plan.runs())
+    store.enter()  # there is nothing
+    assert not store.table.exists()
+    for run in (runs[1], runs[0], runs[4]):
+        store.add(run, content(run))
+        before = store.read()
+        store.enter()
+        assert store.read() == before
+        assert before[table.place(run)] == json.loads(json.dumps(content(run)))
+        assert not list(store.fresh.glob("*/*.json"))
+    assert store.missing(runs) == [runs[2], runs[3], runs[5]]
+    assert list(store.read()) == sorted(store.read())
+
+
+def test_a_table_holds_any_values(tmp_path):
+    rows = [
+        {"a": 0.1, "b": {"c": True, "d": {"e": None, "f": float("inf")}}, "z": {}},
+        {"a": 1, "b": {"d": {"e": "1"}, "new": [1, "x,y", {"k": 'quo"ted'}]}, "text": "4/255"},
+        {"a": "", "b": {"c": "true", "d": 'two\nlines, "quoted"'}, "text": "κ", "z": {"y": []}},
+        {"a": -1e-300, "text": "null", "b": {"c": "NaN", "d": "[", "g": "{}"}},
+    ]
+    table.write(tmp_path / "any.csv", rows)
+    found, same = (json.dumps(r, sort_keys=True) for r in (table.read(tmp_path / "any.csv"), rows))
+    assert found == same
+    with pytest.raises(ValueError, match="keys must have no ':' for a table, got 'a:b'"):
+        table.write(tmp_path / "other.csv", [{"a:b": 1}])
+    assert table.read(tmp_path / "other.csv") == []
 
 
 @pytest.mark.parametrize(
@@ -323,19 +372,20 @@ def test_tables_are_put_between_their_marks(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cpu", "accelerator"])
-def test_the_document_shows_the_results_that_are_there(name):
-    work.require_current(Plan.read(HERE / f"{name}.yaml").runs(), RESULTS / name)
-    found = results.read(RESULTS / name)
+def test_the_document_shows_the_results_that_are_there(name, tmp_path):
+    plan, store = Plan.read(HERE / f"{name}.yaml"), Store(RESULTS / f"{name}.csv", tmp_path)
+    work.require_current(plan.runs(), store)
+    found = [Result.of(content) for content in store.read().values()]
     text = DOCUMENT.read_text(encoding="utf-8")
     if found:
-        assert report.tables(found, list(Plan.read(HERE / f"{name}.yaml").arms)) in text
+        assert report.tables(found, list(plan.arms)) in text
     else:
         assert f"<!-- begin: {name} -->\n<!-- end: {name} -->" in text
 
 
 def test_the_factors_are_those_that_the_validation_set_chose():
     plan = Plan.read(HERE / "cpu.yaml")
-    chosen = choosing.best(plan, RESULTS / "cpu" / "choices")
+    chosen = choosing.best(plan, RESULTS / "cpu-choices.csv")
     constraint, sparse = "constraints.condition_factor", "constraints.sparsity_factor"
     for setting, arms in chosen.items():
         settled = plan.settled[setting]
@@ -360,22 +410,24 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
     folders = ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "scratch")]
     options = ["--plan", str(path), *folders, "--workers", "2"]
     assert main(["run", *options]) == 0, list((tmp_path / "scratch").rglob("*.log"))
-    files = sorted((tmp_path / "results" / "tiny" / "digits").glob("*.json"))
-    assert [file.stem for file in files] == [
-        f"{arm}-magnitude-80-seed0" for arm in ("cnc", "later", "none")
+    store = Store(tmp_path / "results" / "tiny.csv", tmp_path / "scratch" / "tiny" / "results")
+    assert list(store.read()) == [
+        ("digits", arm, "magnitude", 0.8, 0) for arm in ("cnc", "later", "none")
     ]
-    contents = {file.stem.partition("-")[0]: json.loads(file.read_text()) for file in files}
+    rows = table.read(store.table)
+    contents = {row["arm"]: row for row in rows}
     none = contents["none"]
     assert none["examples"] == 32
     assert none["recipe"]["data"]["dataset"] == "digits"
-    assert [row["name"] for row in none["kernels"] if not row["pruned"]] == ["stem", "logits"]
+    dense = [name for name, row in none["kernels"].items() if not row["pruned"]]
+    assert dense == ["stem", "logits"]
     assert 0 <= none["robust"] <= none["clean"] <= 1
     # The two share a dense network, and part in the third stage.
     assert contents["cnc"]["validation"]["train"] == contents["later"]["validation"]["train"]
     assert contents["cnc"]["kernels"] != contents["later"]["kernels"]
     assert not list((tmp_path / "scratch" / "tiny").glob("digits/*"))  # tidied up
-    (tmp_path / "results" / "tiny" / "digits" / "none-magnitude-80-seed0.json").unlink()
-    missing = work.missing(Plan.read(path).runs(), tmp_path / "results" / "tiny")
+    table.write(store.table, [row for row in rows if row["arm"] != "none"])
+    missing = store.missing(Plan.read(path).runs())
     assert [run.name for run in missing] == ["none-magnitude-80-seed0"]
     assert main(["run", *options, "--minutes", "0"]) == 75
     assert "More is to do" in capsys.readouterr().out
@@ -487,10 +539,12 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
     done = subprocess.run(command, check=False, capture_output=True, **options_of_run)
     assert done.returncode == 0, done.stderr
     assert main(["collect", *options]) == 0
+    store = Store(tmp_path / "results" / "accelerated.csv", folder / "results")
+    contents = store.read()
+    assert not store.fresh.exists() or not list(store.fresh.glob("*/*"))
     for arm, method in pairs:
         name = f"{arm}-{method}-80-seed0"
-        file = tmp_path / "results" / "accelerated" / "images" / f"{name}.json"
-        content = json.loads(file.read_text())
+        content = contents[("images", arm, method, 0.8, 0)]
         run = folder / "images" / name / "run"
         test = json.loads((run / "result.json").read_text())["test"]
         assert (content["clean"], content["robust"]) == (
@@ -503,8 +557,8 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
         model = accelerate.network_of(same, run)
         xs, ys = stages.dataset(same.recipe).arrays("test")
         assert np.mean(np.argmax(model.predict(xs, verbose=0), 1) == ys) == content["clean"]
-        for row in content["kernels"]:
-            kernel = model.get_layer(row["name"]).get_weights()[0]
+        for layer, row in content["kernels"].items():
+            kernel = model.get_layer(layer).get_weights()[0]
             kept = kernel.size - round(0.8 * kernel.size) if row["pruned"] else kernel.size
             assert np.count_nonzero(kernel) == kept
     # What is pruned has begun with the network that the gated one is at inference.

@@ -11,8 +11,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from benchmarks.study import accelerate, choosing, report, results, work
+from benchmarks.study import accelerate, choosing, report, work
 from benchmarks.study.plan import HERE, Plan
+from benchmarks.study.results import Result
+from benchmarks.study.table import Store
 
 RESULTS = HERE.parent / "results" / "study"
 DOCUMENT = HERE.parents[1] / "docs" / "study.md"
@@ -37,44 +39,44 @@ def main(arguments: list[str] | None = None) -> int:
     settings = options.settings or list(plan.settings)
     if unknown := [name for name in settings if name not in plan.settings]:
         parser.error(f"--settings must be among {list(plan.settings)}, got {unknown[0]!r}.")
-    folder = options.results / plan.name
+    scratch = options.scratch / plan.name
+    store = Store(options.results / f"{plan.name}.csv", scratch / "results")
     console = Console()
-    work.require_current(plan.runs(), folder)
+    work.require_current(plan.runs(), store)
     if options.what == "report":
-        _report(plan, folder, options, console)
+        _report(plan, store, options, console)
         return 0
     if options.what in ("export", "collect"):
-        accelerated = options.scratch / plan.name
         if options.what == "export":
-            accelerate.export(plan, accelerated)
-            console.print(f"{accelerated}: python runner/run_all.py . --minutes 9, where JAX is")
+            accelerate.export(plan, scratch)
+            console.print(f"{scratch}: python runner/run_all.py . --minutes 9, where JAX is")
         else:
-            console.print(accelerate.collect(plan, accelerated, folder))
+            console.print(accelerate.collect(plan, scratch, store))
         return 0
     if options.what == "choose":
-        choosing.choose(plan, settings, folder / "choices", options.scratch / plan.name)
-        console.print(choosing.best(plan, folder / "choices"))
+        choices = options.results / f"{plan.name}-choices.csv"
+        choosing.choose(plan, settings, choices, scratch)
+        console.print(choosing.best(plan, choices))
         return 0
-    scratch = options.scratch / plan.name
-    job = work.Job(path, files, folder, scratch, options.workers, options.minutes, settings)
-    failed = work.supervise(job)
-    console.print(
-        report.tables(results.read(folder), list(plan.arms)), markup=False, soft_wrap=True
-    )
+    job = work.Job(path, files, store, scratch, options.workers, options.minutes, settings)
+    try:
+        failed = work.supervise(job)
+    finally:
+        store.enter()
+    found = [Result.of(content) for content in store.read().values()]
+    console.print(report.tables(found, list(plan.arms)), markup=False, soft_wrap=True)
     if failed:
         console.print(f"Failed: {', '.join(failed)}; the logs are in {scratch}.")
         return 1
-    more = any(run.setting in settings for run in work.missing(plan.runs(), folder))
+    more = any(run.setting in settings for run in store.missing(plan.runs()))
     console.print("More is to do: run the same command again." if more else "All done.")
     return 75 if more else 0
 
 
-def _report(
-    plan: Plan, folder: pathlib.Path, options: argparse.Namespace, console: Console
-) -> None:
-    found = results.read(folder)
+def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Console) -> None:
+    found = [Result.of(content) for content in store.read().values()]
     if not found:
-        sys.exit(f"{folder} holds no results yet: python -m benchmarks.study run")
+        sys.exit(f"{store.table} holds no results yet: python -m benchmarks.study run")
     text = report.tables(found, list(plan.arms))
     console.print(text, markup=False, soft_wrap=True)
     if options.write:

@@ -21,6 +21,7 @@ from benchmarks import accelerator
 from benchmarks.accelerator.runner import prepare
 from benchmarks.study import work
 from benchmarks.study.plan import Plan, Run
+from benchmarks.study.table import PLACE, Store, place
 from tscnc_tf import _files, datasets, inspection
 from tscnc_tf._keras import flavours, gated
 from tscnc_tf._keras.models import selector
@@ -81,7 +82,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
         _require_recipe(place / run.name, work.portable(run, data.metadata))
 
 
-def collect(plan: Plan, folder: pathlib.Path, results: pathlib.Path) -> list[str]:
+def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
     """Write the results of the runs that are finished as the study keeps them; return their names.
 
     Accuracies are those that the accelerator found; the kernels are looked at here.
@@ -90,16 +91,16 @@ def collect(plan: Plan, folder: pathlib.Path, results: pathlib.Path) -> list[str
         ValueError: an arm was made by another recipe, or on other data.
     """
     found = []
-    for run in plan.runs():
+    for run in store.missing(plan.runs()):
         done = folder / run.setting / run.name / "run" / "result.json"
-        if done.is_file() and not work.result_path(results, run).is_file():
+        if done.is_file():
             data = stages.dataset(run.recipe)
             _require_data(folder / run.setting / f"data-seed{run.seed}", data)
             _require_recipe(folder / run.setting / run.name, work.portable(run, data.metadata))
             content = folders.read_json(done, "Bring it from the accelerator again.")
-            text = json.dumps(_result(run, content, done.parent), indent=1, ensure_ascii=False)
-            _files.write_text(work.result_path(results, run), f"{text}\n")
+            store.add(run, _result(run, content, done.parent))
             found.append(run.name)
+    store.enter()
     return found
 
 
@@ -254,7 +255,7 @@ def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[
     lipschitz = inspection.local_lipschitz(model, x, stages.epsilon(run.recipe), seed=run.seed)
     test = content["test"]
     return {
-        **work.place(run),
+        **dict(zip(PLACE, place(run), strict=True)),
         "clean": test["clean_accuracy"],
         "robust": test["attacked_accuracy"],
         "examples": test["examples"],
@@ -262,7 +263,7 @@ def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[
         "attacks": {test["attack"]["name"]: test["attacked_accuracy"]},
         "lipschitz": lipschitz.mean,
         "zeros": inspection.sparsity(model).sparsity,
-        "kernels": work.kernel_rows(inspection.condition_numbers(model).to_dict(), pruned),
+        "kernels": work.kernels(inspection.condition_numbers(model).to_dict(), pruned),
         "validation": {line["stage"]: line["validation"] for line in content["chosen"]},
         "recipe": work.portable(run, data.metadata),
         "data": data.metadata,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
+from collections.abc import Mapping
 
-from benchmarks.study import work
+from benchmarks.study import table, work
 from benchmarks.study.plan import Plan, Run
-from tscnc_tf import _files, experiments
+from tscnc_tf import experiments
 from tscnc_tf.experiments import locks
 
 SEED = 1000  # none that the study itself uses
 
 
-def choose(plan: Plan, settings: list[str], results: pathlib.Path, scratch: pathlib.Path) -> None:
+def choose(plan: Plan, settings: list[str], path: pathlib.Path, scratch: pathlib.Path) -> None:
     """Try every value of the plan's choices, and note what came of it.
 
     What is compared is the accuracy under PGD on the validation set after fine-tuning, at the
@@ -23,42 +23,55 @@ def choose(plan: Plan, settings: list[str], results: pathlib.Path, scratch: path
     Args:
         plan: the study.
         settings: in which settings.
-        results: the folder for the trials, a file each setting.
+        path: the table (CSV) for the trials.
         scratch: the folder for the experiments.
 
     Raises:
-        RuntimeError: another process notes trials in `results`.
+        RuntimeError: another process makes choices in `scratch`.
     """
-    with locks.exclusive(results):
+    scratch = scratch / "choices"
+    with locks.exclusive(scratch):
+        trials = _trials(path)
         for setting in settings:
-            _choose(plan, setting, results / f"{setting}.json", scratch / "choices")
+            for arm, choice in plan.choices.items():
+                for value in choice["values"]:
+                    if value not in trials.get((setting, arm), {}):
+                        run = _trial(plan, setting, arm, {choice["name"]: value})
+                        robust = _try(run, scratch / f"{arm}-{value}")
+                        trials.setdefault((setting, arm), {})[value] = robust
+                        _write(path, trials)
 
 
-def _choose(plan: Plan, setting: str, path: pathlib.Path, scratch: pathlib.Path) -> None:
-    trials = _trials(path)
-    for arm, choice in plan.choices.items():
-        for value in choice["values"]:
-            if str(value) not in trials.setdefault(arm, {}):
-                run = _trial(plan, setting, arm, {choice["name"]: value})
-                trials[arm][str(value)] = _try(run, scratch / f"{arm}-{value}")
-                _files.write_text(path, f"{json.dumps(trials, indent=1)}\n")
-
-
-def _trials(path: pathlib.Path) -> dict[str, dict[str, float]]:
-    return work.read_result(path) if path.is_file() else {}
-
-
-def best(plan: Plan, results: pathlib.Path) -> dict[str, dict[str, float]]:
+def best(plan: Plan, path: pathlib.Path) -> dict[str, dict[str, float]]:
     """Return the best value by setting and arm, where all have been tried; of equals the least."""
-    found: dict[str, dict[str, float]] = {}
-    for setting in plan.settings:
-        trials = _trials(results / f"{setting}.json")
-        found[setting] = {
-            arm: float(max(sorted(scores, key=float), key=scores.__getitem__))
-            for arm, scores in trials.items()
-            if len(scores) == len(plan.choices[arm]["values"])
+    trials = _trials(path)
+    return {
+        setting: {
+            arm: max(sorted(scores), key=scores.__getitem__)
+            for arm, choice in plan.choices.items()
+            if len(scores := trials.get((setting, arm), {})) == len(choice["values"])
         }
+        for setting in plan.settings
+    }
+
+
+def _trials(path: pathlib.Path) -> dict[tuple[str, str], dict[float, float]]:
+    """Return robust accuracies by setting and arm, then by value."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for row in table.read(path):
+        found.setdefault((row["setting"], row["arm"]), {})[row["value"]] = row["robust"]
     return found
+
+
+def _write(path: pathlib.Path, trials: Mapping[tuple[str, str], Mapping[float, float]]) -> None:
+    table.write(
+        path,
+        (
+            {"setting": setting, "arm": arm, "value": value, "robust": robust}
+            for (setting, arm), scores in trials.items()
+            for value, robust in scores.items()
+        ),
+    )
 
 
 def _trial(plan: Plan, setting: str, arm: str, changes: dict[str, float]) -> Run:

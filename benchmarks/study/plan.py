@@ -106,25 +106,26 @@ class Plan:
         """Yield all runs: seed by seed, so that what is there is balanced at any time."""
         for seed in self.seeds:
             for setting in self.settings:
+                recipes = {arm: self._recipe(setting, arm, seed, {}) for arm in self.arms}
                 for arm in self.arms:
-                    yield from self.runs_of(setting, arm, seed)
+                    yield from self._runs(setting, arm, recipes)
 
     def runs_of(
         self, setting: str, arm: str, seed: int, changes: Mapping[str, Any] | None = None
     ) -> Iterator[Run]:
         """Yield the runs of one arm, which begin with the same dense network."""
-        recipe = self._recipe(setting, arm, seed, changes or {})
+        recipes = {each: self._recipe(setting, each, seed, changes or {}) for each in self.arms}
+        yield from self._runs(setting, arm, recipes)
+
+    def _runs(self, setting: str, arm: str, recipes: Mapping[str, Recipe]) -> Iterator[Run]:
+        recipe = recipes[arm]
         first = recipe.first_stage()
-        dense = next(
-            each
-            for each in self.arms
-            if self._recipe(setting, each, seed, changes or {}).first_stage() == first
-        )
+        dense = next(each for each, other in recipes.items() if other.first_stage() == first)
         for method in self.methods:
             for sparsity in self.only.get(arm, self.sparsities):
                 values = {"prune.method": method, "sparsity": sparsity}
                 changed = recipe.override(values)
-                yield Run(setting, arm, method, sparsity, seed, changed, dense)
+                yield Run(setting, arm, method, sparsity, recipe.seed, changed, dense)
 
     def _recipe(self, setting: str, arm: str, seed: int, changes: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.from_dict(self.settings[setting]).baseline()

@@ -5,14 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-
-from tscnc_tf.experiments import folders
 
 BASE = "none"  # the arm that others are held against
 
@@ -43,10 +40,10 @@ class Layer(NamedTuple):
     dead: int
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Layer:
-        """Read a row of what a run has written."""
+    def of(cls, name: str, row: Mapping[str, Any]) -> Layer:
+        """Read the figures of a kernel from what a run has written."""
         return cls(
-            row["name"],
+            name,
             float(row["condition_number"]),
             float(row["effective_condition_number"]),
             float(row["stable_rank"]) / row["filters"],
@@ -86,7 +83,9 @@ class Result:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:
         """Read what a run has written."""
-        layers = tuple(Layer.of(row) for row in content["kernels"] if row["pruned"])
+        layers = tuple(
+            Layer.of(name, row) for name, row in content["kernels"].items() if row["pruned"]
+        )
         return cls(
             Cell(content["setting"], content["method"], content["sparsity"]),
             content["arm"],
@@ -101,13 +100,6 @@ class Result:
             layers,
             tuple(f"{name} {version}" for name, version in content["versions"].items()),
         )
-
-
-def read(folder: pathlib.Path) -> list[Result]:
-    """Return all results in a folder, in the order of their names."""
-    files = sorted(folder.glob("*/*-seed*.json"))
-    way_out = "Remove it, and run the study again."
-    return [Result.of(folders.read_json(file, way_out)) for file in files]
 
 
 def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, dict[int, Result]]]:

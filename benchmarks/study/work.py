@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.study.plan import Plan, Run
-from tscnc_tf import _files, experiments
-from tscnc_tf._reports import versions
+from benchmarks.study.table import PLACE, Store, place
+from tscnc_tf import experiments
+from tscnc_tf._reports import jsonable, versions
 from tscnc_tf.experiments import Recipe, locks
 from tscnc_tf.experiments.folders import read_json
 from tscnc_tf.experiments.recipe import differences
@@ -25,37 +26,26 @@ from tscnc_tf.experiments.recipe import differences
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def result_path(results: pathlib.Path, run: Run) -> pathlib.Path:
-    """Return where the result of a run stands."""
-    return results / run.setting / f"{run.name}.json"
-
-
-def read_result(path: pathlib.Path) -> dict[str, Any]:
-    """Return what is in the file of a result; one that is damaged is named."""
-    return read_json(path, "Remove it, and run the study again.")
-
-
-def missing(runs: Iterable[Run], results: pathlib.Path) -> list[Run]:
-    """Return those of some runs that have no result yet, in their order."""
-    return [run for run in runs if not result_path(results, run).is_file()]
-
-
-def require_current(runs: Iterable[Run], results: pathlib.Path) -> None:
+def require_current(runs: Iterable[Run], store: Store) -> None:
     """Make sure that the results are those of the plan as it is, and of none that it has been.
 
     Raises:
         ValueError: a result is by another recipe; the differences are said.
     """
+    found = store.read()
     for run in runs:
-        path = result_path(results, run)
-        if path.is_file():
-            stored = read_result(path)["recipe"]
-            theirs = Recipe.from_dict(stored)
-            mine = run.recipe.override({"data.dataset": theirs.data.dataset})
-            if changed := differences(theirs.to_dict(), mine.to_dict()):
+        if place(run) in found:
+            stored = found[place(run)]["recipe"]
+            dataset = {"data.dataset": stored["data"]["dataset"]}
+            mine = run.recipe.override(dataset)
+            if stored == jsonable(mine.to_dict()):
+                continue
+            # Through a recipe, so that what it has gained since has its default.
+            if changed := differences(Recipe.from_dict(stored).to_dict(), mine.to_dict()):
                 raise ValueError(
-                    f"{path} is by another plan: {'; '.join(changed)}. Remove what the plan's "
-                    "change has made invalid, and run it again."
+                    f"{run.name} in {store.table} is by another plan: {'; '.join(changed)}. Remove "
+                    f"the rows (and files in {store.fresh}) that the plan's change has made "
+                    "invalid, and run it again."
                 )
 
 
@@ -66,7 +56,7 @@ class Job:
     Attributes:
         plan: the path of the plan.
         files: where data of the plan are, by their names there.
-        results: the folder for the results.
+        store: for the results.
         scratch: the folder for the experiments themselves, which are removed when they are done.
         workers: how many processes.
         minutes: no group is begun after that.
@@ -75,7 +65,7 @@ class Job:
 
     plan: pathlib.Path
     files: Mapping[str, str]
-    results: pathlib.Path
+    store: Store
     scratch: pathlib.Path
     workers: int
     minutes: float
@@ -92,13 +82,13 @@ def supervise(job: Job) -> list[str]:
     plan = Plan.read(job.plan, job.files)
     runs = [run for run in plan.runs() if run.setting in job.settings]
     begin, running = time.monotonic(), {}
-    tried: set[str] = set()
+    waiting = list(dict.fromkeys(run.group for run in job.store.missing(runs)))
     failed = []
     while True:
         for group, process in list(running.items()):
             if process.poll() is not None:
                 del running[group]
-                left = len(missing(runs, job.results))
+                left = len(job.store.missing(runs))
                 elapsed = (time.monotonic() - begin) / 60
                 how = "ended"
                 if process.returncode:
@@ -106,11 +96,8 @@ def supervise(job: Job) -> list[str]:
                     failed.append(group)
                 console.print(f"{elapsed:6.1f} min  {group} {how}, {left} runs left")
         in_time = time.monotonic() - begin < 60 * job.minutes
-        waiting = [run.group for run in missing(runs, job.results)]
-        waiting = [group for group in dict.fromkeys(waiting) if group not in tried]
         while in_time and waiting and len(running) < job.workers:
             group = waiting.pop(0)
-            tried.add(group)
             running[group] = _start(job, group)
         if not running:
             return failed
@@ -126,7 +113,8 @@ def _start(job: Job, group: str) -> subprocess.Popen[bytes]:
         "TF_NUM_INTRAOP_THREADS": threads,
         "TF_NUM_INTEROP_THREADS": threads,
     }
-    arguments = [job.plan, json.dumps(dict(job.files)), job.results, job.scratch, group]
+    where = (job.store.table, job.store.fresh, job.scratch)
+    arguments = [job.plan, json.dumps(dict(job.files)), *where, group]
     command = [sys.executable, "-m", "benchmarks.study.work", *map(str, arguments)]
     log = _log(job, group)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -139,34 +127,27 @@ def _log(job: Job, group: str) -> pathlib.Path:
     return job.scratch / f"{group.replace('/', '-')}.log"
 
 
-def work(plan: Plan, results: pathlib.Path, scratch: pathlib.Path, group: str) -> None:
+def work(plan: Plan, store: Store, scratch: pathlib.Path, group: str) -> None:
     """Run what is missing of one group: one dense network, pruned in every way of the plan.
 
     Raises:
         RuntimeError: another process works on the group.
     """
     with locks.exclusive(scratch / ".locks" / group):
-        _work([run for run in plan.runs() if run.group == group], results, scratch)
+        _work([run for run in plan.runs() if run.group == group], store, scratch)
 
 
-def _work(runs: Sequence[Run], results: pathlib.Path, scratch: pathlib.Path) -> None:
+def _work(runs: Sequence[Run], store: Store, scratch: pathlib.Path) -> None:
     folders = {run.name: scratch / run.setting / run.name for run in runs}
-    for run in missing(runs, results):
+    for run in store.missing(runs):
         begin = time.monotonic()
         trained = (folder / "1-train" for folder in folders.values())
         dense = next((stage for stage in trained if (stage / "manifest.json").is_file()), None)
         experiments.run(run.recipe, folders[run.name], dense=dense, progress=False)
         content = {**summary(run, folders[run.name]), "seconds": time.monotonic() - begin}
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        _files.write_text(result_path(results, run), f"{text}\n")
+        store.add(run, content)
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def place(run: Run) -> dict[str, Any]:
-    """Return where a run stands in the study."""
-    names = ("setting", "arm", "method", "sparsity", "seed")
-    return {name: getattr(run, name) for name in names}
 
 
 def portable(run: Run, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,20 +155,20 @@ def portable(run: Run, data: Mapping[str, Any]) -> dict[str, Any]:
     return run.recipe.override({"data.dataset": data["name"]}).to_dict()
 
 
-def kernel_rows(conditions: Mapping[str, Any], pruned: Set[str]) -> list[dict[str, Any]]:
-    """Return what a study keeps of a report on condition numbers."""
-    shown = ("name", "sigma_max", "condition_number", "effective_condition_number")
+def kernels(conditions: Mapping[str, Any], pruned: Set[str]) -> dict[str, dict[str, Any]]:
+    """Return what a study keeps of a report on condition numbers, by the names of kernels."""
+    shown = ("sigma_max", "condition_number", "effective_condition_number")
     shown += ("stable_rank", "filters", "dead_filters")
-    return [
-        {name: row[name] for name in shown} | {"pruned": row["name"] in pruned}
+    return {
+        row["name"]: {name: row[name] for name in shown} | {"pruned": row["name"] in pruned}
         for row in conditions["rows"]
-    ]
+    }
 
 
 def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Return what a study keeps of an experiment."""
     judged = folder / "4-evaluate"
-    report, kernels, lipschitz, zeros = (
+    report, conditions, lipschitz, zeros = (
         read_json(judged / f"{name}.json", f"Remove {judged}, and run the study again.")
         for name in ("report", "kernels", "lipschitz", "sparsity")
     )
@@ -201,7 +182,7 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     }
     data = stages["train"].manifest["data"]
     return {
-        **place(run),
+        **dict(zip(PLACE, place(run), strict=True)),
         "clean": report["clean"]["accuracy"],
         "robust": report["robust"]["accuracy"],
         "examples": report["examples"],
@@ -210,7 +191,7 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         "notes": [*report["warnings"], *report["notes"]],
         "lipschitz": lipschitz["mean"],
         "zeros": zeros["sparsity"],
-        "kernels": kernel_rows(kernels, set(stages["prune"].masks)),
+        "kernels": kernels(conditions, set(stages["prune"].masks)),
         "validation": {
             stage: {
                 "epoch": row["epoch"],
@@ -229,4 +210,5 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     _plan = Plan.read(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))
-    work(_plan, pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), sys.argv[5])
+    _table, _fresh, _scratch = map(pathlib.Path, sys.argv[3:6])
+    work(_plan, Store(_table, _fresh), _scratch, sys.argv[6])

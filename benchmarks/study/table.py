@@ -1,0 +1,151 @@
+"""The table of a study: a CSV file with a row per run, which holds all that is kept of it.
+
+A run's result is a dictionary of dictionaries. A column is the path to a value in it, joined by
+colons (`recipe:train:epochs`); a cell is the value as JSON, strings without quotes where they
+can't be mistaken for something else; a run that lacks the value has an empty cell. So nothing is
+lost, and what has changed shows row by row.
+
+Several processes run a study, so that each run first leaves a JSON file of its own; `Store.enter`
+moves what is there into the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from benchmarks.study.plan import Run
+from tscnc_tf import _files
+from tscnc_tf.experiments.folders import read_json
+
+PLACE = ("setting", "arm", "method", "sparsity", "seed")  # where a run stands in a study
+SEPARATOR = ":"
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The results of a study.
+
+    Attributes:
+        table: the CSV file, which git keeps.
+        fresh: the folder of the files of runs that have not been entered into the table yet.
+    """
+
+    table: pathlib.Path
+    fresh: pathlib.Path
+
+    def read(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Return all results by where they stand (`PLACE`), in that order.
+
+        Raises:
+            ValueError: the table or a file is damaged.
+        """
+        found = read(self.table)
+        files = self.fresh.glob("*/*.json")
+        found += [read_json(file, "Remove it, and run the study again.") for file in files]
+        by_place = {tuple(row[name] for name in PLACE): row for row in found}
+        return {place: by_place[place] for place in sorted(by_place)}
+
+    def add(self, run: Run, content: Mapping[str, Any]) -> None:
+        """Write the result of a run into a file of its own."""
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        _files.write_text(self.fresh / run.setting / f"{run.name}.json", f"{text}\n")
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """Return those of some runs that have no result yet, in their order."""
+        found = self.read()
+        return [run for run in runs if place(run) not in found]
+
+    def enter(self) -> None:
+        """Move the results that stand in files of their own into the table."""
+        if files := list(self.fresh.glob("*/*.json")):
+            write(self.table, self.read().values())
+            for file in files:
+                file.unlink()
+
+
+def place(run: Run) -> tuple[Any, ...]:
+    """Return where a run stands in the study."""
+    return tuple(getattr(run, name) for name in PLACE)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the rows of a table as dictionaries, none if there is no such file.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            return [_nested(row) for row in reader]
+        except (csv.Error, UnicodeDecodeError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged in line {reader.line_num}: {error}. Restore it (from git, "
+                "say), or remove it and run the study again."
+            ) from error
+
+
+def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table in one piece, replacing what was there.
+
+    Raises:
+        ValueError: a key has a colon.
+    """
+    flat = [dict(_flat(row, "")) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(flat), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    _files.write_text(path, text.getvalue())
+
+
+def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return all columns, those of one group (what stands before the first colon) side by side."""
+    groups: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name in row:
+            groups.setdefault(name.partition(SEPARATOR)[0], {})[name] = None
+    return [name for group in groups.values() for name in group]
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if SEPARATOR in key:
+            raise ValueError(f"keys must have no {SEPARATOR!r} for a table, got {key!r}.")
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}{SEPARATOR}")
+        else:
+            yield prefix + key, _encode(value)
+
+
+def _nested(row: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, cell in row.items():
+        if cell != "":
+            *groups, key = name.split(SEPARATOR)
+            place = found
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[key] = _decode(cell)
+    return found
+
+
+def _encode(value: Any) -> str:
+    if isinstance(value, str) and value and _decode(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _decode(cell: str) -> Any:
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
