@@ -1,11 +1,11 @@
 # make demo: install into .venv and run the quick start.   make test: the whole test suite.
-# make docs: build the documentation site into docs/_build/html.
+# make docs: build the documentation site into docs/_build/html.   make package: build and try a wheel.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs package bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
@@ -23,13 +23,22 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+# Build both distributions without warnings, and try the wheel where there is nothing else.
+package: $(INSTALLED)
+	rm -rf build dist
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m build > build.log 2>&1 || { cat build.log; false; }
+	@! grep -iE "warning|deprecat" build.log
+	@rm build.log
+	$(BIN)/twine check --strict dist/*
+	sh .ci/try-wheel $(BIN)/python dist/*.whl
+
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv outputs build *.egg-info docs/_build docs/api/generated
+	rm -rf .venv outputs build dist *.egg-info docs/_build docs/api/generated
 
-$(INSTALLED): setup.py
+$(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs,examples,test]"

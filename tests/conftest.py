@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import TINY
+
+import tscnc_tf as tscnc
 
 # The same examples in every run; and a first call, which TensorFlow compiles, may take its time.
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
@@ -32,3 +35,11 @@ def seeded():
 def rng():
     """A seeded NumPy generator."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a complete experiment by the recipe `helpers.TINY`; not to be changed."""
+    folder = tmp_path_factory.mktemp("experiment") / "tiny"
+    tscnc.experiments.run(tscnc.experiments.Recipe.from_dict(TINY), folder, progress=False)
+    return folder

@@ -16,6 +16,20 @@ from tscnc_tf._keras import flavours
 
 FLAVOURS = {"tf_keras": tf_keras, "keras": keras}
 
+# The recipe of the fixture `finished`, an experiment of seconds.
+TINY = {
+    "name": "tiny",
+    "sparsity": 0.9,
+    "data": {"dataset": "digits", "train_examples": 192, "test_examples": 48},
+    "network": {"architecture": "small-cnn", "options": {"width": 4}},
+    "adversary": {"epsilon": 0.1, "step_size": 0.05, "steps": 1},
+    "constraints": {"sparsity_factor": 1e-5, "condition_factor": 0.1},
+    "train": {"epochs": 2, "batch_size": 64},
+    "prune": {"epochs": 4, "batch_size": 64},
+    "finetune": {"epochs": 2, "batch_size": 64},
+    "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
+}
+
 
 def dense_model(library=tf_keras, inputs=6, classes=3, **options):
     """A built network of two dense layers that returns logits."""

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -22,28 +21,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from helpers import TINY
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masks
-from tscnc_tf._reports import jsonable
 from tscnc_tf.experiments import folders, locks, stages
-from tscnc_tf.experiments.recipe import Recipe
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "examples" / "recipes"
-TINY = {
-    "name": "tiny",
-    "sparsity": 0.9,
-    "data": {"dataset": "digits", "train_examples": 192, "test_examples": 48},
-    "network": {"architecture": "small-cnn", "options": {"width": 4}},
-    "adversary": {"epsilon": 0.1, "step_size": 0.05, "steps": 1},
-    "constraints": {"sparsity_factor": 1e-5, "condition_factor": 0.1},
-    "train": {"epochs": 2, "batch_size": 64},
-    "prune": {"epochs": 4, "batch_size": 64},
-    "finetune": {"epochs": 2, "batch_size": 64},
-    "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
-}
-
+from tscnc_tf.experiments.recipe import SHIPPED, Recipe
 
 # Recipes
 
@@ -79,7 +62,7 @@ def test_parts_of_a_recipe_are_no_dicts(part):
     ("content", "kind", "words"),
     [
         (b"base: 3", TypeError, "base must be the name of a file or a list of them, got 3"),
-        (b"name: \xff", ValueError, "mine.yaml is not YAML: it is no text in UTF-8"),
+        (b"name: \xff", ValueError, "mine.yaml is not YAML: it is not text in UTF-8"),
         (b"base: none.yaml", FileNotFoundError, "none.yaml"),
         (b"", ValueError, "mine.yaml is empty, or was cut off"),
         (b"# nothing", ValueError, "mine.yaml is empty, or was cut off"),
@@ -210,49 +193,51 @@ def test_files_are_based_on_files(tmp_path):
         Recipe.from_yaml(tmp_path / "low.yaml")
 
 
-GRID = [
-    f"{data}-{network}-{zeros}"
-    for data in ("cifar10", "cifar100", "tiny-imagenet")
-    for network in ("vgg-16", "resnet-18", "wrn-28-4")
-    for zeros in (90, 95, 99)
-]
-
-
 def test_without_pyyaml_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r"pip install \"tscnc_tf\[experiments\]\""):
         tscnc.experiments.parse("a: 1", "text")
 
 
-@pytest.mark.parametrize("folder", ["", "cpu"])
-def test_there_is_a_recipe_for_each_setting_of_the_paper(folder):
-    found = {path.stem: Recipe.from_yaml(path) for path in (RECIPES / folder).glob("*-9?.yaml")}
-    assert sorted(found) == sorted(GRID)
-    for stem, recipe in found.items():
-        data, _, rest = stem.replace("tiny-imagenet", "tiny_imagenet").partition("-")
-        network, _, zeros = rest.rpartition("-")
-        assert recipe.data.dataset == data.replace("_", "-")
-        assert recipe.sparsity == int(zeros) / 100
-        assert recipe.name == (f"cpu-{stem}" if folder else stem)
-        if folder:
-            assert recipe.train.epochs < 10
-        else:
-            assert recipe.network.architecture == network
-            assert recipe.train == Recipe().train
-
-
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "tiny-imagenet"])
 @pytest.mark.parametrize("network", ["vgg-16", "resnet-18", "wrn-28-4"])
-def test_the_networks_of_the_cpu_sized_recipes_are_narrow_relatives(network):
-    recipe = Recipe.from_yaml(RECIPES / "cpu" / f"cifar10-{network}-99.yaml")
+def test_the_shipped_recipes_take_every_setting_of_the_paper(data, network):
+    for name, epochs in (("paper", 200), ("cpu", 8)):
+        changes = {"data.dataset": data, "network.architecture": network, "sparsity": 0.95}
+        recipe = Recipe.from_yaml(name).override(changes)
+        assert (recipe.train.epochs, recipe.sparsity) == (epochs, 0.95)
+        same = {"train.epochs": 200, "train.batch_size": 128}
+        assert recipe.override(same).train == Recipe().train
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "size", "full"),
+    [
+        ("vgg-16", {"width": 16}, [32, 32], 15_249_354),
+        ("resnet-18", {"width": 16}, [16, 16], 11_173_962),
+        ("wide-resnet", {"depth": 10, "width": 1}, [16, 16], 5_849_050),
+    ],
+)
+def test_the_cpu_sized_recipe_takes_narrow_relatives_of_the_networks(network, options, size, full):
+    changes = {"network.architecture": network, "network.options": options}
+    recipe = Recipe.from_yaml("cpu").override({**changes, "data.image_size": size})
     shape = (*recipe.data.image_size, 3)
     model = stages.network(recipe, FakeData(shape))
     assert model.output_shape == (None, 10)
-    full = {"vgg-16": 15_249_354, "resnet-18": 11_173_962, "wrn-28-4": 5_849_050}[network]
     assert model.count_params() < full / 10
-    options = {**recipe.network.options, "breadth": 3}
-    wrong = recipe.override({"network.options": options})
+    wrong = recipe.override({"network.options": {**options, "breadth": 3}})
     with pytest.raises(ValueError, match=r"network\.options={.*'breadth': 3}: .*'breadth'"):
         stages.network(wrong, FakeData(shape))
+
+
+def test_shipped_recipes_go_by_name_also_as_a_base_and_files_by_path(tmp_path, monkeypatch):
+    (tmp_path / "smoke").write_text("seed: 5\n")
+    (tmp_path / "mine.yaml").write_text("base: [smoke, ./smoke]\n")
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.from_yaml("smoke").override({"seed": 5}) == Recipe.from_yaml("mine.yaml")
+    assert Recipe.from_yaml("./smoke") == Recipe(seed=5)
+    assert Recipe.from_yaml(pathlib.Path("smoke")) == Recipe(seed=5)
+    assert Recipe.from_yaml("smoke").name == "smoke"
 
 
 class FakeData:
@@ -277,7 +262,7 @@ def leaves(values, prefix=""):
 
 def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
     """All of them are in the file, so that nobody has to look for one in the code."""
-    written = dict(leaves(yaml.safe_load((RECIPES / "paper.yaml").read_text())))
+    written = dict(leaves(yaml.safe_load((SHIPPED / "paper.yaml").read_text())))
     known = dict(Recipe.leaves())
     each_settings = {"name", "data.dataset", "network.architecture"}
     left_out = {"data.folder", "data.train_examples", "data.test_examples", "network.options"}
@@ -286,7 +271,7 @@ def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
     }
     compiler = {f"{stage}.jit_compile" for stage in ("train", "prune", "finetune")}
     assert set(known) - set(written) == (each_settings | left_out | not_for_its_choices | compiler)
-    recipe = json.loads(json.dumps(Recipe.from_yaml(RECIPES / "paper.yaml").to_dict()))
+    recipe = json.loads(json.dumps(Recipe.from_yaml("paper").to_dict()))
     default = json.loads(json.dumps(Recipe().to_dict()))
     gates, none = recipe.pop("gates"), default.pop("gates")
     assert recipe == default
@@ -294,14 +279,6 @@ def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
 
 
 # Experiments
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a tiny experiment that has run to its end."""
-    folder = tmp_path_factory.mktemp("experiment") / "tiny"
-    tscnc.experiments.run(Recipe.from_dict(TINY), folder, progress=False)
-    return folder
 
 
 def test_each_stage_leaves_what_the_next_or_a_user_can_open(finished):
@@ -974,40 +951,3 @@ def test_what_a_full_disk_refuses_is_named(tmp_path, library, kind, rng):
     assert not list(tmp_path.iterdir())
     write()
     assert goal.exists()
-
-
-# The command line
-
-
-@pytest.fixture(scope="module")
-def paper():
-    """The module of the example."""
-    return runpy.run_path(str(ROOT / "examples" / "paper.py"))
-
-
-def test_every_value_can_be_given_on_the_command_line(paper):
-    method = Recipe.from_yaml(RECIPES / "paper.yaml")
-    assert paper["recipe_of"](paper["parser"]().parse_args([])) == method
-    for name, default in Recipe.leaves():
-        text = json.dumps(jsonable(default))
-        parsed = paper["parser"]().parse_args([f"--{name}", text])
-        assert paper["recipe_of"](parsed) == method.override({name: default}), name
-    words = "--dataset mine.npz --arch wrn-28-4 --sparsity 0.95 --train.learning_rate 1e-3"
-    words += " --prune.layers [stage_1*,stage_2*] --baseline --evaluate.epsilon 4/255"
-    recipe = paper["recipe_of"](paper["parser"]().parse_args(words.split()))
-    assert recipe.data.dataset == "mine.npz"
-    assert recipe.network.architecture == "wrn-28-4"
-    assert (recipe.sparsity, recipe.train.learning_rate) == (0.95, 0.001)
-    assert recipe.prune.layers == ["stage_1*", "stage_2*"]
-    assert paper["recipe_of"](paper["parser"]().parse_args(["--prune.layers", "*conv*"])) == (
-        method.override({"prune.layers": "*conv*"})
-    )
-    assert recipe.evaluate.epsilon == "4/255"
-    assert recipe.constraints.condition_factor == 0.0
-
-
-def test_the_command_line_comes_after_the_file(paper):
-    words = [str(RECIPES / "smoke.yaml"), "--train.epochs", "9"]
-    recipe = paper["recipe_of"](paper["parser"]().parse_args(words))
-    assert recipe.train.epochs == 9
-    assert recipe.data.dataset == "digits"

@@ -20,6 +20,7 @@ FLOORS = {
     "_reports": 0,
     "_files": 0,
     "_extras": 0,
+    "_plots": 1,
     "_timing": 1,
     "functional": 1,
     "losses": 1,
@@ -37,6 +38,7 @@ FLOORS = {
     "applications": 4,
     "experiments": 5,
     "__init__": 6,
+    "__main__": 6,
 }
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -44,12 +44,7 @@ class Table:
     notes: Iterable[str] = ()
 
     def __str__(self) -> str:
-        table = RichTable(
-            title=self.title,
-            title_justify="left",
-            box=rich.box.SIMPLE_HEAD,
-            show_footer=self.footer is not None,
-        )
+        table = RichTable(box=rich.box.SIMPLE_HEAD, show_footer=self.footer is not None)
         for index, heading in enumerate(self.columns):
             table.add_column(
                 heading,
@@ -61,6 +56,7 @@ class Table:
             table.add_row(*row)
         stream = io.StringIO()
         console = Console(file=stream, width=200, color_system=None, markup=False, highlight=False)
+        console.print(self.title, soft_wrap=True)  # rich would wrap a table's title to its width
         console.print(table)
         for note in self.notes:
             console.print(note)
@@ -211,6 +207,11 @@ def shape(sizes: Iterable[int]) -> str:
     return "×".join(map(str, sizes))
 
 
-def whole_model(zeros: int, weights: int) -> str:
+def sparsity_cells(weights: int, zeros: int) -> tuple[str, str, str]:
+    """Return the cells of the columns "weights", "zeros" and "sparsity"."""
+    return f"{weights:,}", f"{zeros:,}", percent(zeros / weights)
+
+
+def whole_model(weights: int, zeros: int) -> str:
     """Return the note on the zeros of a whole model."""
     return f"Whole model: {zeros:,} of {weights:,} weights are zero, {percent(zeros / weights)}."

@@ -210,7 +210,7 @@ def _follow(model: Any, which: int | None) -> tuple[dict[int, Any], bool]:
     def back(tensor: Any) -> dict[int, Any]:
         nonlocal ends_at_input
         if id(tensor) not in known:
-            layer, inputs, position = _origin(tensor)
+            layer, inputs, position = origin(tensor)
             made, passes = _made_by(layer, position) if inputs else ({}, True)
             ends_at_input |= not inputs
             known[id(tensor)] = made | (_joined(layer, map(back, inputs)) if passes else {})
@@ -222,7 +222,7 @@ def _follow(model: Any, which: int | None) -> tuple[dict[int, Any], bool]:
     return found, ends_at_input
 
 
-def _origin(tensor: Any) -> tuple[Any, list[Any], int]:
+def origin(tensor: Any) -> tuple[Any, list[Any], int]:
     """Return what made a symbolic tensor, out of which others, and at which position."""
     history = tensor._keras_history
     if flavour(tensor) == "tf_keras":

@@ -1,7 +1,12 @@
 """Robust accuracy: the worst case over attacks, and reasons to doubt it."""
 
 from tscnc_tf.evaluation.doubts import EvaluationWarning
-from tscnc_tf.evaluation.report import AttackResult, RobustnessReport, wilson_interval
+from tscnc_tf.evaluation.report import (
+    AttackResult,
+    RobustnessReport,
+    plot_robustness,
+    wilson_interval,
+)
 from tscnc_tf.evaluation.run import evaluate_robustness
 
 __all__ = [
@@ -9,5 +14,6 @@ __all__ = [
     "EvaluationWarning",
     "RobustnessReport",
     "evaluate_robustness",
+    "plot_robustness",
     "wilson_interval",
 ]

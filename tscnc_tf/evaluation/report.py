@@ -7,12 +7,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tscnc_tf import _checks, _files, _reports
+from tscnc_tf import _checks, _files, _plots, _reports
 from tscnc_tf._reports import Z95, jsonable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NOT_DECLARED = "not declared"
 
@@ -195,6 +198,41 @@ class RobustnessReport(_reports.Report):
             ["worst case", *_cells(self.robust_correct), "", "", "", "", *always],
             [*(f"Warning: {text}" for text in self.warnings), *self.notes],
         )
+
+
+def plot_robustness(
+    evaluations: Mapping[str, Mapping[float, RobustnessReport | Mapping[str, Any]]],
+) -> Figure:
+    """Return a figure of accuracy, robust and clean, against sparsity.
+
+    Robust accuracy is a line with its 95 % interval, clean accuracy a dashed one.
+
+    Args:
+        evaluations: by a name for the legend, and by sparsity, reports of `evaluate_robustness` or
+            what their `to_dict()` returned, read from JSON for example.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> reports = {0.9: first, 0.99: second}  # doctest: +SKIP
+        >>> figure = tscnc.evaluation.plot_robustness({"TSCNC": reports})  # doctest: +SKIP
+        >>> figure.savefig("robustness.png")  # doctest: +SKIP
+    """
+
+    def point(sparsity: float, report: RobustnessReport | Mapping[str, Any]) -> _plots.Point:
+        found = report.to_dict() if isinstance(report, RobustnessReport) else report
+        low, high = found["robust"]["interval"]
+        clean, robust = found["clean"]["accuracy"], found["robust"]["accuracy"]
+        return _plots.Point(sparsity, clean, robust, low, high)
+
+    return _plots.robustness(
+        {
+            name: [point(sparsity, report) for sparsity, report in by_sparsity.items()]
+            for name, by_sparsity in evaluations.items()
+        }
+    )
 
 
 def _figures(correct: np.ndarray) -> dict[str, Any]:

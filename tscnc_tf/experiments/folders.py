@@ -34,17 +34,20 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _keras
+from tscnc_tf import _files, _keras, _plots, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
 from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
 from tscnc_tf.export import manifest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEPS = ("train", "prune", "finetune", "evaluate")
 MANIFEST = "manifest.json"
@@ -227,9 +230,9 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_model(path: pathlib.Path, model: Any) -> None:
-    """Write a .keras file in one piece, replacing what was there."""
+    """Write a .keras or .h5 file in one piece, replacing what was there."""
     with _files.replaced(path) as draft:
-        whole = draft.with_name(f"{draft.name}.keras")  # Keras goes by the ending
+        whole = draft.with_name(f"{draft.name}{path.suffix or '.keras'}")  # Keras reads the suffix
         try:
             model.save(whole)
             whole.rename(draft)
@@ -299,12 +302,12 @@ def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageOutput:
-    """What a stage has put out.
+class StageOutput(_reports.Report):
+    """What a stage has written; printed, a table of its epochs.
 
     Attributes:
-        folder: where it is.
-        manifest: recipe, data, versions, the epoch chosen, size and digest of each file.
+        folder: of the stage.
+        manifest: recipe, data, versions, the chosen epoch, size and digest of each file.
         metrics: a dict for each epoch.
     """
 
@@ -314,32 +317,76 @@ class StageOutput:
 
     @functools.cached_property
     def model(self) -> Any:
-        """The best epoch's network; of the evaluation, the one that was judged."""
+        """The network of the best epoch; for the evaluation, the one that was evaluated."""
         return self._load(MODEL)
 
     @functools.cached_property
     def last(self) -> Any:
-        """The last epoch's network."""
+        """The network of the last epoch."""
         return self._load(LAST)
 
     @property
     def masks(self) -> Mapping[str, np.ndarray]:
         """By weight, which entries are kept; empty for a dense network."""
-        file = self._of_training / MASKS
+        file = self._training_folder / MASKS
         if not file.is_file():
             return {}
         _require_as_recorded(file.parent, file.name)
         return read_arrays(file)
 
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """The metrics of the epoch whose network is `model`; empty for the evaluation."""
+        epoch = self.manifest.get("chosen_epoch")
+        return {} if epoch is None else self.metrics[epoch - 1]
+
+    def plot(self) -> Figure:
+        """Return a figure of the metrics of training by epoch: losses, accuracies, and the others.
+
+        Raises:
+            ValueError: the stage has no metrics, as that of the evaluation.
+            ImportError: matplotlib is not installed.
+        """
+        if not self.metrics:
+            raise ValueError(f"stage {self.folder} has no metrics of epochs to draw.")
+        return _plots.curves(self.metrics)
+
+    def _table(self) -> _reports.Table:
+        title = f"{self.folder.parent.name}, {self.folder.name}"
+        if not self.metrics:
+            report = read_json(self.folder / "report.json", _way_out(self.folder / "report.json"))
+            rows = [
+                [name, _reports.percent(report[name]["accuracy"])] for name in ("clean", "robust")
+            ]
+            return _reports.Table(title, ["test set", "accuracy"], rows)
+        return _reports.Table(
+            title,
+            ["epoch", "zeros", "clean", "robust", "worst κ", "dead filters"],
+            [
+                [
+                    f"{row['epoch']}",
+                    _reports.percent(row["sparsity"]),
+                    _reports.percent(row["validation_accuracy"]),
+                    _reports.percent(row["validation_robust_accuracy"]),
+                    _reports.significant(float(row["condition_number"])),
+                    f"{row['dead_filters']:.0f}",
+                ]
+                for row in self.metrics
+            ],
+            notes=[
+                f"Epoch {self.chosen['epoch']} was chosen, by the accuracies on the validation set."
+            ],
+        )
+
     def _load(self, name: str) -> Any:
-        _require_as_recorded(self._of_training, name)
-        return load_model(self._of_training / name, self.manifest["recipe"])
+        _require_as_recorded(self._training_folder, name)
+        return load_model(self._training_folder / name, self.manifest["recipe"])
 
     @property
-    def _of_training(self) -> pathlib.Path:
-        """The folder with the networks: the evaluation judges those of the stage before it."""
-        judged = self.manifest["stage"] == "evaluate"
-        return stage_folder(self.folder.parent, "finetune") if judged else self.folder
+    def _training_folder(self) -> pathlib.Path:
+        """The folder with the networks: the evaluation has those of the stage before it."""
+        evaluated = self.manifest["stage"] == "evaluate"
+        return stage_folder(self.folder.parent, "finetune") if evaluated else self.folder
 
 
 def open_stage(folder: str | pathlib.Path) -> StageOutput:

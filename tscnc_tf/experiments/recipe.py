@@ -1,4 +1,4 @@
-"""Recipes: all that decides how an experiment comes out, as one value that is checked at once."""
+"""Recipes: every setting of an experiment in one value, checked when it is built."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from tscnc_tf.experiments.parts import (
     Training,
 )
 
+SHIPPED = pathlib.Path(__file__).parent / "recipes"
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    r"""All that decides how an experiment comes out: the data, the network, the three stages.
+    r"""Every setting of an experiment: the data, the network and the stages.
 
-    The defaults are the figures of the TSCNC paper's authors, where they are known: :math:`\epsilon
+    The defaults are the values of the TSCNC paper's authors where they are known: :math:`\epsilon
     = 8/255`, PGD-10 with steps of 0.0069, SGD at 0.1 with Nesterov momentum 0.9, batches of 128,
     200 epochs with the learning rate times 0.2 after 30, 60 and 80 % of them (60, 120 and 160),
     weight averages of 0.99; then 20 epochs of pruning by scores, as in HYDRA, and fine-tuning at
@@ -35,21 +37,24 @@ class Recipe:
     fine-tuning) the defaults are this package's own.
 
     Args:
-        name: what this setting is called; it may name a folder, so / and \ are no part of it.
-        seed: of everything that is drawn: splits, first weights, batches, augmentation, attacks.
+        name: the name of the experiment, which must be usable as the name of a folder.
+        seed: seed of everything that is random: splits, initial weights, batches, augmentation,
+            attacks.
         sparsity: fraction of zeros among the weights that are pruned, in [0, 1).
-        data, network, adversary, constraints, gates: what all stages share.
-        train, prune, finetune: the three stages.
-        evaluate: the last word, on the test set.
+        data, network, adversary, constraints, gates: settings that all stages share.
+        train, prune, finetune: the three stages of training.
+        evaluate: the evaluation on the test set.
 
     Raises:
-        TypeError, ValueError: a value is of a wrong kind or out of range; its name is said.
+        TypeError, ValueError: a value is of a wrong type or out of range; the message names it.
 
     Example:
         >>> recipe = Recipe.from_dict({"sparsity": 0.95, "train": {"epochs": 3}})
         >>> recipe.override({"train.learning_rate": 0.05}).train
         ... # doctest: +ELLIPSIS
         Training(epochs=3, batch_size=128, learning_rate=0.05, ...)
+        >>> Recipe.from_yaml("paper").gates.layers
+        'stage_*'
 
     Reference:
         TSCNC, arXiv 2503.20454; HYDRA, arXiv 2002.10509; TRADES, arXiv 1901.08573.
@@ -87,11 +92,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a recipe from nested dicts, as they stand in a YAML file; what lacks is default.
+        """Build a recipe from nested dicts; values that are not given keep their defaults.
 
         Raises:
-            ValueError: a name is not known; the nearest one is offered.
-            TypeError, ValueError: a value is of a wrong kind or out of range.
+            ValueError: a name is unknown; the message suggests the nearest one.
+            TypeError, ValueError: a value is of a wrong type or out of range.
         """
         return _build(cls, values, "")
 
@@ -99,18 +104,23 @@ class Recipe:
     def from_yaml(cls, path: str | pathlib.Path) -> Self:
         """Read a recipe from a YAML file.
 
-        `base:` in it names another file, or a list of them, beside it, whose values come first; a
-        later one overrides the earlier.
+        The entry `base` names a recipe, or a list of them, whose values come first; later ones
+        override earlier ones. A path in it is relative to the file.
+
+        Args:
+            path: the file, or one of the names of the recipes of this package: "paper" (the values
+                of the method's authors, with constraints and gates), "cpu" (the same, reduced to
+                minutes on two cores), "smoke" (seconds). A file of such a name is "./paper".
 
         Raises:
             ImportError: PyYAML is not installed.
-            OSError: there is no such file, or it can't be read.
-            ValueError: it is no YAML, empty or not that of a recipe, a name stands in one place
-                twice, or files are based on each other.
+            OSError: the file is missing or can't be read.
+            ValueError: the file is not YAML, empty or not a recipe, it sets a name twice, or files
+                are based on each other.
         """
-        path = pathlib.Path(path)
-        values = _read(path, ())
-        with errors_begin(f"{path}: "):
+        file = _located(path, pathlib.Path())
+        values = _read(file, ())
+        with errors_begin(f"{file}: "):
             return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,27 +131,27 @@ class Recipe:
         """Return the recipe with other values, by their dotted names, such as "train.epochs".
 
         Raises:
-            ValueError: a name is not known; the nearest one is offered.
-            TypeError, ValueError: a value is of a wrong kind or out of range.
+            ValueError: a name is unknown; the message suggests the nearest one.
+            TypeError, ValueError: a value is of a wrong type or out of range.
         """
         nested = self.to_dict()
         for name, value in values.items():
-            *way, last = name.split(".")
-            inner = nested
-            for key in way:
-                inner = inner.get(key) if isinstance(inner, dict) else None  # type: ignore[assignment]
+            *sections, last = name.split(".")
+            inner: Any = nested
+            for section in sections:
+                inner = inner.get(section) if isinstance(inner, dict) else None
             if not isinstance(inner, dict):
                 raise ValueError(_unknown(name, [known for known, _ in self.leaves()]))
             inner[last] = value
         return type(self).from_dict(nested)
 
     def baseline(self) -> Self:
-        """Return the recipe without constraints and gates, and otherwise the same."""
+        """Return the same recipe without constraints and gates."""
         none = {"constraints.sparsity_factor": 0.0, "constraints.condition_factor": 0.0}
         return self.override({**none, "gates.sparsity_factor": 0.0})
 
     def first_stage(self) -> dict[str, Any]:
-        """Return what the first stage depends on: equal for recipes that can share one."""
+        """Return what the first stage depends on; recipes in which it is equal can share it."""
         values = self.to_dict()
         constraints, gates = values["constraints"], values["gates"]
         if "train" not in constraints.pop("stages"):
@@ -156,22 +166,28 @@ class Recipe:
     @classmethod
     def leaves(cls) -> Iterator[tuple[str, Any]]:
         """Yield the dotted name of each value, and its default."""
-        yield from _leaves(cls(), "")
+        for field in dataclasses.fields(cls):
+            value = getattr(cls(), field.name)
+            if dataclasses.is_dataclass(value):
+                for inner in dataclasses.fields(value):
+                    yield f"{field.name}.{inner.name}", getattr(value, inner.name)
+            else:
+                yield field.name, value
 
 
 @contextlib.contextmanager
 def errors_begin(words: str) -> Iterator[None]:
-    """Let errors in what the user gave begin with these words: what it was given for."""
+    """Put words in front of the message of an error in the user's input."""
     kinds = (FileNotFoundError, TypeError, ValueError)
     try:
         yield
-    except kinds as error:  # or one of a subclass, which may take other arguments
+    except kinds as error:  # a subclass may take other arguments
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{words}{error}") from error
 
 
 def differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
-    """Return in words what differs between two recipes, or parts of them, as nested dicts."""
+    """Return a line for each value in which two recipes, as nested dicts, differ."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         return [
             line
@@ -182,18 +198,17 @@ def differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
 
 
 def parse(text: str, where: str) -> Any:
-    """Return what a piece of YAML says.
+    """Parse YAML into dicts, lists, numbers, strings, booleans and None.
+
+    Nothing in the text is executed or imported.
 
     Args:
         text: YAML.
-        where: what the text is, for the error message.
-
-    Returns:
-        Dicts, lists, numbers, texts, truth values, None.
+        where: the name of the text, for the error message.
 
     Raises:
         ImportError: PyYAML is not installed.
-        ValueError: the text is no YAML, or a name is given twice in one place.
+        ValueError: the text is not YAML, or a mapping has a name twice.
 
     Example:
         >>> parse("{train: {epochs: 3}}", "text")
@@ -203,7 +218,7 @@ def parse(text: str, where: str) -> Any:
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # of a date that there is not, for one
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: of a date that does not exist
         raise ValueError(f"{where} is not YAML: {error}") from error
     for name, first, second in _repeated(yaml, tree, "", set()):
         raise ValueError(
@@ -213,17 +228,17 @@ def parse(text: str, where: str) -> Any:
 
 
 def read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    """Return the values of a YAML file that holds names with values.
+    """Return the content of a YAML file that holds a mapping.
 
     Raises:
         ImportError: PyYAML is not installed.
-        OSError: there is no such file, or it can't be read.
-        ValueError: it is no such file.
+        OSError: the file is missing or can't be read.
+        ValueError: the file holds something else.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not YAML: it is no text in UTF-8 ({error}).") from error
+        raise ValueError(f"{path} is not YAML: it is not text in UTF-8 ({error}).") from error
     values = parse(text, str(path))
     if values is None:
         raise ValueError(f"{path} is empty, or was cut off: it must hold names with values.")
@@ -233,8 +248,8 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _repeated(yaml: Any, node: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:
-    """Yield each name that stands twice in one mapping, and the lines: YAML takes the last."""
-    if id(node) in seen:  # an alias: it has been looked at
+    """Yield each name that a mapping holds twice, with both lines; PyYAML takes the last."""
+    if id(node) in seen:  # an alias of a node above
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -251,8 +266,15 @@ def _repeated(yaml: Any, node: Any, prefix: str, seen: set[int]) -> Iterator[tup
             yield from _repeated(yaml, inner, f"{name}.", seen)
 
 
+def _located(path: str | pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Return the file of a recipe: one of this package by its name, or one relative to a folder."""
+    shipped = SHIPPED / f"{path}.yaml"
+    is_name = isinstance(path, str) and path == shipped.stem and shipped.is_file()
+    return shipped if is_name else folder / path
+
+
 def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]:
-    """Return the values of a file over those of the files that it is based on."""
+    """Return the values of a file, on top of those of the files that it is based on."""
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path} is based on itself, by {[str(file) for file in above]}.")
@@ -265,7 +287,7 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
         )
     result: dict[str, Any] = {}
     for base in bases:
-        result = _merged(result, _read(path.parent / base, (*above, path)))
+        result = _merged(result, _read(_located(base, path.parent), (*above, path)))
     return _merged(result, values)
 
 
@@ -296,7 +318,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Return a float for what YAML 1.1 takes for text, such as 1e-5; other values as they are."""
+    """Return a number that YAML 1.1 reads as a string, such as 1e-5, as a float."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -307,12 +329,3 @@ def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     offer = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
     return f"{name} is not a value of a recipe: {offer}"
-
-
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(value):
-        inner = getattr(value, field.name)
-        if dataclasses.is_dataclass(inner):
-            yield from _leaves(inner, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", inner

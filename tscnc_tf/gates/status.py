@@ -12,7 +12,7 @@ from tscnc_tf._keras import gated
 
 
 @dataclasses.dataclass(frozen=True)
-class GateStatus:
+class GateStatus(_reports.Record):
     """The gates of one layer.
 
     Attributes:
@@ -25,6 +25,8 @@ class GateStatus:
         open_gates: how many are above zero at inference.
         mean_gate: their mean at inference.
     """
+
+    _derived = ("expected_l0", "open_share")
 
     name: str
     kind: str
@@ -45,11 +47,6 @@ class GateStatus:
         """The share of gates that are above zero at inference."""
         return self.open_gates / self.gates
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
-        derived = {"expected_l0": self.expected_l0, "open_share": self.open_share}
-        return dataclasses.asdict(self) | derived
-
 
 @dataclasses.dataclass(frozen=True)
 class GateReport(_reports.Report):
@@ -58,6 +55,8 @@ class GateReport(_reports.Report):
     Attributes:
         rows: one per gated layer.
     """
+
+    _derived = ("gates", "expected_open", "expected_l0", "open_gates", "open_share", "mean_gate")
 
     rows: tuple[GateStatus, ...]
 
@@ -90,18 +89,6 @@ class GateReport(_reports.Report):
     def mean_gate(self) -> float:
         """The mean of all gates at inference."""
         return sum(row.mean_gate * row.gates for row in self.rows) / self.gates
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {
-            "gates": self.gates,
-            "expected_open": self.expected_open,
-            "expected_l0": self.expected_l0,
-            "open_gates": self.open_gates,
-            "open_share": self.open_share,
-            "mean_gate": self.mean_gate,
-            "rows": [row.to_dict() for row in self.rows],
-        }
 
     def _table(self) -> _reports.Table:
         weights = sum(row.weights for row in self.rows)

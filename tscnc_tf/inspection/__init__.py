@@ -1,7 +1,11 @@
 """Reading a model without changing it: zeros, sizes, speed, spectra, Lipschitz estimates."""
 
 from tscnc_tf._timing import Times
-from tscnc_tf.inspection.lipschitz import LipschitzReport, local_lipschitz
+from tscnc_tf.inspection.lipschitz import (
+    LipschitzReport,
+    lipschitz_upper_bound,
+    local_lipschitz,
+)
 from tscnc_tf.inspection.operators import operator_singular_values
 from tscnc_tf.inspection.sizes import KernelSize, SizeReport, sizes
 from tscnc_tf.inspection.spectra import (
@@ -31,6 +35,7 @@ __all__ = [
     "Times",
     "WeightSparsity",
     "condition_numbers",
+    "lipschitz_upper_bound",
     "local_lipschitz",
     "operator_singular_values",
     "singular_values",

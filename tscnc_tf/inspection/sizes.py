@@ -15,15 +15,14 @@ from tscnc_tf import _checks, _reports
 from tscnc_tf.inspection import weights
 
 NOTE = (
-    "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: it "
-    "stores each zero like any other number, in full width and uncompressed, and the optimizer's "
-    "state beside the weights, if there is one. Compress the file; what is ideally sparse needs a "
-    "format of its own, and a reader for it."
+    "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: each "
+    "zero is stored in full width, uncompressed, and so is the optimizer's state, if there is one. "
+    "Compress the file, or use a sparse format of its own with a reader for it."
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelSize:
+class KernelSize(_reports.Record):
     """The bytes of one kernel, or of another weight that is pruned or can be, in several formats.
 
     Attributes:
@@ -42,6 +41,8 @@ class KernelSize:
             less for zeros in places that are independent of each other; gzip may, where they make a
             pattern or the values repeat. H is the binary entropy.
     """
+
+    _derived = ("sparsity", "ratio", "ideal_sparse_bytes", "ideal_format")
 
     name: str
     shape: tuple[int, ...]
@@ -75,12 +76,6 @@ class KernelSize:
         """How many times smaller than dense the ideal sparse size is."""
         return self.dense_bytes / self.ideal_sparse_bytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
-        derived = {"sparsity": self.sparsity, "ratio": self.ratio}
-        ideal = {"ideal_sparse_bytes": self.ideal_sparse_bytes, "ideal_format": self.ideal_format}
-        return _reports.jsonable(dataclasses.asdict(self) | derived | ideal)
-
 
 @dataclasses.dataclass(frozen=True)
 class SizeReport(_reports.Report):
@@ -92,6 +87,8 @@ class SizeReport(_reports.Report):
         other_bytes: their size; they are dense in every format.
         gzip_bytes: of all weights in one gzip stream (level 9); None if not asked for.
     """
+
+    _derived = ("dense_bytes", "ideal_sparse_bytes", "limit_bytes", "ratio", "gzip_ratio")
 
     rows: tuple[KernelSize, ...]
     other_weights: int
@@ -123,40 +120,38 @@ class SizeReport(_reports.Report):
         """How many times smaller than dense the gzip stream is."""
         return None if self.gzip_bytes is None else self.dense_bytes / self.gzip_bytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        names = ("dense_bytes", "ideal_sparse_bytes", "limit_bytes", "ratio", "gzip_ratio")
-        figures = dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
-        return _reports.jsonable(figures | {"rows": [row.to_dict() for row in self.rows]})
-
     def _table(self) -> _reports.Table:
+        size = _reports.size
+        packed = "" if self.gzip_ratio is None else f"gzip {_times(self.gzip_ratio)}, "
         columns = ["weight", "shape", "dtype", "zeros", "dense", "gzip", "bitmap", "CSR"]
         rows = [
             (
                 row.name,
-                "×".join(map(str, row.shape)),
+                _reports.shape(row.shape),
                 row.dtype,
                 _reports.percent(row.sparsity),
-                *map(_size, (row.dense_bytes, row.gzip_bytes, row.bitmap_bytes, row.csr_bytes)),
-                f"{_size(row.ideal_sparse_bytes)} ({row.ideal_format})",
+                *map(size, (row.dense_bytes, row.gzip_bytes, row.bitmap_bytes, row.csr_bytes)),
+                f"{size(row.ideal_sparse_bytes)} ({row.ideal_format})",
                 _times(row.ratio),
-                _size(row.limit_bytes),
+                size(row.limit_bytes),
             )
             for row in self.rows
         ]
-        other, packed = _size(self.other_bytes), self.gzip_ratio
-        rows.append(("all else", f"{self.other_weights}", "", "", other, *[""] * 3, other, "", ""))
-        sizes = [_size(size) for size in (self.dense_bytes, self.gzip_bytes)]
-        ideal = (_size(self.ideal_sparse_bytes), _times(self.ratio), _size(self.limit_bytes))
+        other = size(self.other_bytes)
+        rows.append(("others", f"{self.other_weights}", "", "", other, *[""] * 3, other, "", ""))
         return _reports.Table(
             "Bytes of the weights",
             [*columns, "ideal sparse", "ratio", "limit"],
             rows,
-            ("whole model", *[""] * 3, *sizes, "", "", *ideal),
+            (
+                *("whole model", "", "", ""),
+                *(size(self.dense_bytes), size(self.gzip_bytes), "", ""),
+                *(size(self.ideal_sparse_bytes), _times(self.ratio), size(self.limit_bytes)),
+            ),
             [
-                f"Smaller than dense: {'' if packed is None else f'gzip {_times(packed)}, '}"
-                f"ideal sparse {_times(self.ratio)}; if only the values were stored and the "
-                f"entropy of the zeros' places, {_times(self.dense_bytes / self.limit_bytes)}.",
+                f"Smaller than dense: {packed}ideal sparse {_times(self.ratio)}; if only the "
+                "values were stored and the entropy of the zeros' places, "
+                f"{_times(self.dense_bytes / self.limit_bytes)}.",
                 NOTE,
             ],
         )
@@ -204,11 +199,8 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
         >>> report.dense_bytes, report.ideal_sparse_bytes  # 64 and 8 floats; 64 bits, 16 floats
         (288, 72)
     """
-    weights.require_inspectable(model)
     _checks.boolean("gzip", gzip)
-    found = weights.listed(model)
-    names = _reports.unique(weight.name for weight in found)
-    rows = {id(w.variable): _row(n, w, gzip) for n, w in zip(names, found, strict=True)}
+    rows = {id(weight.variable): _row(weight, gzip) for weight in weights.listed(model)}
     arrays = [(v, _stored(values, v)) for v, values in weights.all_weights(model)]
     others = [values for variable, values in arrays if id(variable) not in rows]
     return SizeReport(
@@ -219,7 +211,7 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     )
 
 
-def _row(name: str, weight: weights.Weight, gzip: bool) -> KernelSize:
+def _row(weight: weights.Weight, gzip: bool) -> KernelSize:
     stored = _stored(weight.values, weight.variable)
     count, nonzeros = weight.values.size, int(np.count_nonzero(weight.values))
     item = stored.nbytes / count  # of int4 two fit into a byte
@@ -232,7 +224,7 @@ def _row(name: str, weight: weights.Weight, gzip: bool) -> KernelSize:
     share = nonzeros / count
     entropy = -sum(q * math.log2(q) for q in (share, 1.0 - share) if q)
     return KernelSize(
-        name=name,
+        name=weight.name,
         shape=weight.values.shape,
         dtype=stored.dtype.name if stored.size == count else f"packed {stored.dtype.name}",
         weights=count,
@@ -270,10 +262,6 @@ def _gzip_bytes(arrays: Iterable[np.ndarray]) -> int:
     """Return the length of arrays, one after the other, as a gzip stream without a file name."""
     stream = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     return sum(len(stream.compress(array.tobytes())) for array in arrays) + len(stream.flush())
-
-
-def _size(count: int | None) -> str:
-    return "–" if count is None else _reports.size(count)
 
 
 def _times(ratio: float) -> str:

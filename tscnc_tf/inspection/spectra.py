@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tscnc_tf import _checks, _reports
+from tscnc_tf import _checks, _plots, _reports
 from tscnc_tf.inspection import operators, weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelCondition:
+class KernelCondition(_reports.Record):
     r"""The spectrum of one kernel, read as a matrix.
 
     A grouped or depthwise kernel is several matrices. The two condition numbers are then the
@@ -25,7 +29,7 @@ class KernelCondition:
         shape: of the matrix, `(p, n)` with `p >= n`.
         groups: the number of matrices.
         sigma_max: the largest singular value: worst-case absolute amplification.
-        sigma_min: the smallest one.
+        sigma_min: the smallest singular value.
         condition_number: `sigma_max / sigma_min`, worst-case relative amplification; inf if the
             rank is below n.
         effective_condition_number: `sigma_max` over the smallest singular value above
@@ -34,11 +38,14 @@ class KernelCondition:
             precision of the SVD itself.
         stable_rank: `||M||_F^2 / sigma_max^2`; 0 for a zero matrix.
         filters: the number of output channels.
-        dead_filters: how many of them have no weight other than zero.
+        dead_filters: how many of them have only zero weights.
         operator_sigma_max: the largest singular value of the convolution as a map between images,
-            where it was asked for and is known.
-        operator_sigma_min: the smallest one of that map.
+            where it was asked for and is defined.
+        operator_sigma_min: the smallest singular value of that map.
+        singular_values: as the function `singular_values` returns them; not in `to_dict()`.
     """
+
+    _omitted = ("singular_values",)
 
     name: str
     shape: tuple[int, int]
@@ -53,10 +60,9 @@ class KernelCondition:
     dead_filters: int
     operator_sigma_max: float | None = None
     operator_sigma_min: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON values; infinity as "inf"."""
-        return _reports.jsonable(dataclasses.asdict(self))
+    singular_values: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.empty(0), repr=False, compare=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,7 @@ class ConditionReport(_reports.Report):
 
     @property
     def worst(self) -> KernelCondition:
-        """The kernel with the largest condition number; of several, the worst effective one."""
+        """The kernel with the largest condition number; ties go by the effective one."""
         return max(self.rows, key=lambda r: (r.condition_number, r.effective_condition_number))
 
     @property
@@ -81,21 +87,38 @@ class ConditionReport(_reports.Report):
 
     @property
     def dead_filters(self) -> int:
-        """The number of filters without any weight other than zero, in all kernels."""
+        """The number of filters with only zero weights, in all kernels."""
         return sum(row.dead_filters for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values; infinity as "inf"."""
-        return {
+        figures = {
             "worst": self.worst.name,
-            "worst_condition_number": _reports.jsonable(self.worst.condition_number),
+            "worst_condition_number": self.worst.condition_number,
             "worst_effective": self.worst_effective.name,
-            "worst_effective_condition_number": _reports.jsonable(
-                self.worst_effective.effective_condition_number
-            ),
+            "worst_effective_condition_number": self.worst_effective.effective_condition_number,
             "dead_filters": self.dead_filters,
-            "rows": [row.to_dict() for row in self.rows],
         }
+        return _reports.jsonable(figures) | super().to_dict()
+
+    def plot(
+        self, *, label: str = "this", others: Mapping[str, ConditionReport] | None = None
+    ) -> Figure:
+        """Return a figure of the singular values of each kernel, in descending order.
+
+        Args:
+            label: the name of this report in the legend, if there are others.
+            others: reports to draw beside it, by their names in the legend.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return _plots.spectra(
+            {
+                name: {row.name: row.singular_values for row in report.rows}
+                for name, report in {label: self, **(others or {})}.items()
+            }
+        )
 
     def _table(self) -> _reports.Table:
         number = _reports.significant
@@ -103,7 +126,7 @@ class ConditionReport(_reports.Report):
         columns.append("dead filters")
         rows = []
         for row in self.rows:
-            shape = f"{row.shape[0]}×{row.shape[1]}"
+            shape = _reports.shape(row.shape)
             rows.append(
                 [
                     row.name,
@@ -158,8 +181,8 @@ def condition_numbers(model: Any, *, operator: bool = False) -> ConditionReport:
         A `ConditionReport`; `report.worst.condition_number` is the largest.
 
     Raises:
-        TypeError: `model` is no Keras model.
-        ValueError: it has no weights yet, no kernels, or weights that are not finite.
+        TypeError: `model` is not a Keras model.
+        ValueError: it is not built, has no kernels, or has weights that are not finite.
 
     Example:
         >>> import numpy as np, tf_keras, tscnc_tf.inspection
@@ -170,9 +193,16 @@ def condition_numbers(model: Any, *, operator: bool = False) -> ConditionReport:
     """
     _checks.boolean("operator", operator)
     rows = []
-    for weight, stack, spectra in _decomposed(model):
+    for weight in weights.kernels(model):
+        if not np.all(np.isfinite(weight.values)):
+            raise ValueError(
+                f"kernel {weight.name!r} of model {model.name!r} holds NaN or infinity, so it has "
+                "no singular values: the model has diverged."
+            )
         extremes = operators.extremes(weight.kernel, weight.values, model) if operator else None
-        rows.append(_row(weight, stack.shape, spectra, extremes or (None, None)))
+        rows.append(_row(weight, *(extremes or (None, None))))
+    if not rows:
+        raise ValueError(f"model {model.name!r} has no kernels: there is no matrix to decompose.")
     return ConditionReport(tuple(rows))
 
 
@@ -188,55 +218,39 @@ def singular_values(model: Any) -> dict[str, np.ndarray]:
 
     Raises:
         TypeError, ValueError: as `condition_numbers`.
+
+    Example:
+        >>> import numpy as np, tf_keras, tscnc_tf.inspection
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(2,), name="last")])
+        >>> model.set_weights([np.diag([4.0, 0.5]), np.zeros(2)])
+        >>> tscnc_tf.inspection.singular_values(model)
+        {'last': array([4. , 0.5])}
     """
-    return {
-        weight.name: spectra[0] if len(spectra) == 1 else spectra
-        for weight, _, spectra in _decomposed(model)
-    }
-
-
-def _decomposed(model: Any) -> list[tuple[weights.KernelWeight, np.ndarray, np.ndarray]]:
-    """Return each kernel, its matrices `(groups, p, n)` and their singular values `(groups, n)`."""
-    weights.require_inspectable(model)
-    result = []
-    for weight in weights.kernels(model):
-        if not np.all(np.isfinite(weight.values)):
-            raise ValueError(
-                f"kernel {weight.name!r} of model {model.name!r} holds NaN or infinity: the model "
-                "has diverged, and has no singular values."
-            )
-        stack = weight.matrices()
-        result.append((weight, stack, np.linalg.svd(stack, compute_uv=False)))
-    if not result:
-        raise ValueError(
-            f"model {model.name!r} has no kernels: there is no matrix in it to decompose."
-        )
-    return result
+    return {row.name: row.singular_values for row in condition_numbers(model).rows}
 
 
 def _row(
-    weight: weights.KernelWeight,
-    shape: tuple[int, ...],
-    spectra: np.ndarray,
-    operator: tuple[float | None, float | None],
+    weight: weights.KernelWeight, operator_max: float | None, operator_min: float | None
 ) -> KernelCondition:
-    single = max(shape[1:]) * float(np.finfo(np.float32).eps)
-    double = max(shape[1:]) * float(np.finfo(np.float64).eps)
+    stack = weight.matrices()
+    groups, *shape = stack.shape
+    spectra = np.linalg.svd(stack, compute_uv=False)
+    single, double = (max(shape) * float(np.finfo(kind).eps) for kind in (np.float32, np.float64))
     figures = []
     for spectrum in spectra:
         largest = float(spectrum[0])
         rank = int(np.sum(spectrum > largest * double))
-        alive = spectrum[spectrum > largest * single]
+        resolved = spectrum[spectrum > largest * single]
         condition = largest / float(spectrum[-1]) if rank == len(spectrum) else math.inf
-        effective = largest / float(alive[-1]) if alive.size else math.inf
+        effective = largest / float(resolved[-1]) if resolved.size else math.inf
         figures.append((condition, effective, rank, spectrum))
     condition, _, rank, spectrum = max(figures, key=lambda figure: figure[:2])
     largest = float(spectrum[0])
     alive = np.any(weight.canonical() != 0, axis=(1, 2))
     return KernelCondition(
         name=weight.name,
-        shape=(shape[1], shape[2]),
-        groups=shape[0],
+        shape=tuple(shape),
+        groups=groups,
         sigma_max=largest,
         sigma_min=float(spectrum[-1]),
         condition_number=condition,
@@ -245,6 +259,7 @@ def _row(
         stable_rank=float(np.sum((spectrum / largest) ** 2)) if largest > 0 else 0.0,
         filters=alive.size,
         dead_filters=int(np.sum(~alive)),
-        operator_sigma_max=operator[0],
-        operator_sigma_min=operator[1],
+        operator_sigma_max=operator_max,
+        operator_sigma_min=operator_min,
+        singular_values=spectra[0] if groups == 1 else spectra,
     )

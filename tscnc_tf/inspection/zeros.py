@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tscnc_tf import _reports
+from tscnc_tf import _plots, _reports
 from tscnc_tf.inspection import weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightSparsity:
+class WeightSparsity(_reports.Record):
     """The zeros of one kernel, or of another weight that is pruned or can be.
 
     Attributes:
@@ -22,6 +25,8 @@ class WeightSparsity:
         zeros: how many of them are zero.
         masked: whether a pruning mask holds zeros in place.
     """
+
+    _derived = ("sparsity",)
 
     name: str
     shape: tuple[int, ...]
@@ -34,22 +39,20 @@ class WeightSparsity:
         """The fraction of zeros."""
         return self.zeros / self.weights
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
-        return _reports.jsonable(dataclasses.asdict(self) | {"sparsity": self.sparsity})
-
 
 @dataclasses.dataclass(frozen=True)
 class SparsityReport(_reports.Report):
     """The zeros of a model, weight by weight; `print` it for a table.
 
     Attributes:
-        rows: one per kernel, then one per other weight that is pruned, or would be if nothing else
-            were said: kernels of attention, weights of layers of your own.
-        model_weights: the number of all weights: biases and normalisation included, the wrappers'
-            masks and counters not.
+        rows: one per kernel, then one per other weight that is pruned or would be by default:
+            kernels of attention, weights of user-defined layers.
+        model_weights: the number of all weights: biases and normalisation included, masks and
+            counters of pruning wrappers not.
         model_zeros: how many of those are zero. A bias that still has its initial value counts.
     """
+
+    _derived = ("sparsity", "prunable_weights", "prunable_zeros", "model_sparsity")
 
     rows: tuple[WeightSparsity, ...]
     model_weights: int
@@ -61,70 +64,75 @@ class SparsityReport(_reports.Report):
         return tuple(row for row in self.rows if row.masked) or self.rows
 
     @property
+    def prunable_weights(self) -> int:
+        """The number of entries of the prunable weights."""
+        return sum(row.weights for row in self.prunable)
+
+    @property
+    def prunable_zeros(self) -> int:
+        """How many of them are zero."""
+        return sum(row.zeros for row in self.prunable)
+
+    @property
     def sparsity(self) -> float:
         """The fraction of zeros among the prunable weights."""
-        return sum(row.zeros for row in self.prunable) / sum(row.weights for row in self.prunable)
+        return self.prunable_zeros / self.prunable_weights
 
     @property
     def model_sparsity(self) -> float:
         """The fraction of zeros among all weights of the model."""
         return self.model_zeros / self.model_weights
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {
-            "sparsity": self.sparsity,
-            "prunable_weights": sum(row.weights for row in self.prunable),
-            "prunable_zeros": sum(row.zeros for row in self.prunable),
-            "model_sparsity": self.model_sparsity,
-            "model_weights": self.model_weights,
-            "model_zeros": self.model_zeros,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+    def plot(self) -> Figure:
+        """Return a figure of the fraction of zeros of each weight.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return _plots.zeros({row.name: row.sparsity for row in self.rows}, self.sparsity)
 
     def _table(self) -> _reports.Table:
-        count, zeros = sum(r.weights for r in self.prunable), sum(r.zeros for r in self.prunable)
         return _reports.Table(
             "Sparsity (fraction of zeros)",
             ("weight", "shape", "weights", "zeros", "sparsity", "mask"),
             [
                 (
                     row.name,
-                    "×".join(map(str, row.shape)),
-                    f"{row.weights}",
-                    f"{row.zeros}",
-                    _reports.percent(row.sparsity),
+                    _reports.shape(row.shape),
+                    *_reports.sparsity_cells(row.weights, row.zeros),
                     "yes" if row.masked else "no",
                 )
                 for row in self.rows
             ],
-            ("prunable weights", "", f"{count}", f"{zeros}", _reports.percent(self.sparsity), ""),
-            [
-                f"Whole model: {self.model_zeros} of {self.model_weights} weights are zero, "
-                f"{_reports.percent(self.model_sparsity)}."
-            ],
+            (
+                "prunable weights",
+                "",
+                *_reports.sparsity_cells(self.prunable_weights, self.prunable_zeros),
+                "",
+            ),
+            [_reports.whole_model(self.model_weights, self.model_zeros)],
         )
 
 
 def sparsity(model: Any) -> SparsityReport:
     r"""Return how many weights of a model are zero: :math:`\#\{w_i = 0\} / \#\{w_i\}`.
 
-    Sparsity is the fraction of **zeros**, never the fraction that is kept. Of a pruned weight, what
-    is counted is `weight * mask`: right after an optimizer's step the variable itself is dense,
-    until the next forward pass applies the mask. Of a Keras 3 layer with LoRA it is the sum that
-    the layer computes with, and of a quantized one what its integers stand for; LoRA's factors,
-    scales and statistics are no weights of their own.
+    Sparsity is the fraction of **zeros**, never the fraction that is kept. For a pruned weight
+    `weight * mask` is counted: right after an optimizer's step the variable itself is dense, until
+    the next forward pass applies the mask. For a Keras 3 layer with LoRA it is the sum that the
+    layer computes with, and for a quantized layer the numbers that its integers stand for; LoRA's
+    factors, scales and statistics are not counted as weights.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
 
     Returns:
         A `SparsityReport`. Its `sparsity` is that of the weights that carry masks, or of all rows
-        if none does; its `model_sparsity` is that of everything, biases included.
+        if none does; its `model_sparsity` is that of all weights, biases included.
 
     Raises:
-        TypeError: `model` is no Keras model.
-        ValueError: it has no weights yet, or neither kernels nor pruned weights.
+        TypeError: `model` is not a Keras model.
+        ValueError: it is not built, or has neither kernels nor pruned weights.
 
     Example:
         >>> import numpy as np, tf_keras, tscnc_tf.inspection
@@ -133,25 +141,14 @@ def sparsity(model: Any) -> SparsityReport:
         >>> tscnc_tf.inspection.sparsity(model).sparsity
         0.75
     """
-    weights.require_inspectable(model)
-    found = weights.listed(model)
-    names = _reports.unique(weight.name for weight in found)
-    model_weights, model_zeros = weights.totals(model)
-    return SparsityReport(
-        rows=tuple(
-            WeightSparsity(
-                name=name,
-                shape=weight.values.shape,
-                weights=weight.values.size,
-                zeros=_zeros(weight.values),
-                masked=weight.masked,
-            )
-            for name, weight in zip(names, found, strict=True)
-        ),
-        model_weights=model_weights,
-        model_zeros=model_zeros,
+    rows = tuple(
+        WeightSparsity(
+            name=weight.name,
+            shape=weight.values.shape,
+            weights=weight.values.size,
+            zeros=weight.values.size - int(np.count_nonzero(weight.values)),
+            masked=weight.masked,
+        )
+        for weight in weights.listed(model)
     )
-
-
-def _zeros(values: np.ndarray) -> int:
-    return int(values.size - np.count_nonzero(values))
+    return SparsityReport(rows, *weights.totals(model))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tscnc_tf import _keras, _reports
+from tscnc_tf import _keras, _plots, _reports
 from tscnc_tf._keras import adapted, masks, wrappers
 from tscnc_tf.inspection import weights as acting
 from tscnc_tf.pruning import wrap
 from tscnc_tf.pruning.targets import FROZEN, candidates
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclasses.dataclass(frozen=True)
-class WeightStatus:
+class WeightStatus(_reports.Record):
     """One weight tensor of rank 2 or more: whether it is pruned, and if not, why.
 
     Attributes:
@@ -27,6 +30,8 @@ class WeightStatus:
         pruned: whether it has a mask.
         reason: why it has none; empty if it has one.
     """
+
+    _derived = ("sparsity",)
 
     name: str
     kind: str
@@ -54,6 +59,8 @@ class PruningReport(_reports.Report):
         model_zeros: how many of them are zero.
     """
 
+    _derived = ("sparsity", "model_sparsity")
+
     rows: tuple[WeightStatus, ...]
     model_weights: int
     model_zeros: int
@@ -79,18 +86,13 @@ class PruningReport(_reports.Report):
         """The fraction of zeros among all weights of the model."""
         return self.model_zeros / self.model_weights
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {
-            "sparsity": self.sparsity,
-            "model_sparsity": self.model_sparsity,
-            "model_weights": self.model_weights,
-            "model_zeros": self.model_zeros,
-            "rows": [
-                {**dataclasses.asdict(row), "shape": list(row.shape), "sparsity": row.sparsity}
-                for row in self.rows
-            ],
-        }
+    def plot(self) -> Figure:
+        """Return a figure of the fraction of zeros of each weight.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return _plots.zeros({row.name: row.sparsity for row in self.rows}, self.sparsity)
 
     def _table(self) -> _reports.Table:
         count, zeros = (sum(getattr(row, n) for row in self.pruned) for n in ("weights", "zeros"))
@@ -101,10 +103,8 @@ class PruningReport(_reports.Report):
                 (
                     row.name,
                     row.kind,
-                    "×".join(map(str, row.shape)),
-                    f"{row.weights:,}",
-                    f"{row.zeros:,}",
-                    _reports.percent(row.sparsity),
+                    _reports.shape(row.shape),
+                    *_reports.sparsity_cells(row.weights, row.zeros),
                     "yes" if row.pruned else "no",
                     row.reason,
                 )
@@ -114,10 +114,7 @@ class PruningReport(_reports.Report):
                 *("all pruned weights", "", "", f"{count:,}", f"{zeros:,}"),
                 *(_reports.percent(self.sparsity), "", ""),
             ),
-            [
-                f"Whole model: {self.model_zeros:,} of {self.model_weights:,} weights are zero, "
-                f"{_reports.percent(self.model_sparsity)}."
-            ],
+            [_reports.whole_model(self.model_weights, self.model_zeros)],
         )
 
 
@@ -141,7 +138,7 @@ def report(model: Any) -> PruningReport:
     """
     _keras.library("model", model)
     _keras.require_built("model", model)
-    by_variable, read = acting.masks(model), acting.reader(model)
+    read = acting.Reader(model)
     is_wrapped = bool(wrappers.wrapped_layers(model))
     reasons = {
         id(target.variable): reason
@@ -151,7 +148,7 @@ def report(model: Any) -> PruningReport:
     trained = {id(variable) for variable in model.trainable_variables}
     rows = []
     for target, unfit in candidates(model):
-        is_pruned = id(target.variable) in by_variable
+        is_pruned = id(target.variable) in read.masked
         if adapted.is_companion(target.layer, target.variable) and not is_pruned:
             continue
         unfit = unfit or ("not chosen" if id(target.variable) in trained else FROZEN)

@@ -1,0 +1,298 @@
+"""The command line: what it prints where, its exit codes, and that it is the public API."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import click.testing
+import numpy as np
+import pytest
+from helpers import FLAVOURS, conv_model, images
+
+import tscnc_cli
+import tscnc_tf as tscnc
+from tscnc_tf._reports import jsonable
+from tscnc_tf.experiments import Recipe
+
+MODELS = ["keras.keras", "tf_keras.keras", "tf_keras.h5"]
+
+
+def call(*words):
+    """Call the command in this process; return its exit code, stdout and stderr."""
+    result = click.testing.CliRunner().invoke(tscnc_cli.main, [str(word) for word in words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def as_json(*words):
+    code, out, err = call(*words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with models of both Kerases, and their data."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name in MODELS:
+        tscnc_cli._save(conv_model(FLAVOURS[name.partition(".")[0]]), folder / name)
+    (x, y), (x_test, y_test) = images(96), images(24, seed=1)
+    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    return folder
+
+
+def load(path):
+    return tscnc_cli._load(path)
+
+
+# Streams and exit codes
+
+
+def test_help_is_fast_and_the_module_is_a_command():
+    """No TensorFlow for help, usage errors and the version; in a process of its own."""
+    code = (
+        "import sys, click.testing, tscnc_cli\n"
+        "for words in (['--help'], ['prune', '--help'], ['--version'], ['prune'], ['nothing']):\n"
+        "    result = click.testing.CliRunner().invoke(tscnc_cli.main, words)\n"
+        "    print(result.exit_code)\n"
+        "assert not {'tensorflow', 'keras', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.split() == ["0", "0", "0", "2", "2"], done.stderr
+
+
+def test_stdout_holds_json_alone_in_a_process_of_its_own(here):
+    command = [sys.executable, "-m", "tscnc_tf", "inspect", here / "keras.keras", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {"sparsity", "condition_numbers", "sizes"}
+
+
+def test_what_libraries_print_goes_to_stderr(capfd, here, monkeypatch):
+    def loud(model):
+        sys.stdout.write("in Python\n")
+        os.write(1, b"below Python\n")
+        return inspect(model)
+
+    inspect = tscnc.inspection.sparsity
+    monkeypatch.setattr(tscnc.inspection, "sparsity", loud)
+    tscnc_cli.main(["inspect", str(here / "keras.keras"), "--json"], standalone_mode=False)
+    out, err = capfd.readouterr()
+    assert "in Python" in err
+    assert "below Python" in err
+    assert set(json.loads(out)) == {"sparsity", "condition_numbers", "sizes"}
+
+
+@pytest.mark.parametrize("name", ["run", "evaluate", "inspect", "prune", "compact", "export"])
+def test_every_command_has_help_with_an_example(name):
+    code, out, _ = call(name, "--help")
+    assert code == 0
+    assert f"\n  tscnc {name} " in out
+    assert "--json" in out
+
+
+def test_the_version_is_that_of_the_package():
+    assert call("--version") == (0, f"tscnc, version {tscnc.__version__}\n", "")
+
+
+EXPORT = ["export", "HERE/keras.keras", "--output", "x", "--format"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["evaluate", "none.keras", "digits"], 2, "'none.keras' does not exist"),
+        (["evaluate", "HERE/keras.keras", "digits", "--epsilon", "8/0"], 2, "epsilon must be a"),
+        (["evaluate", "HERE/keras.keras", "digits", "--epsilon", "x"], 2, "neither a number nor"),
+        (["evaluate", "HERE/keras.keras", "nothing"], 1, "there is nothing at that path"),
+        (["evaluate", "HERE/data.npz", "digits"], 1, "data.npz is not a model in a .keras or"),
+        (["inspect", "HERE"], 1, "ValueError: "),
+        (["prune", "HERE/keras.keras", "--sparsity", "1", "--output", "x.keras"], 2, "0<=x<1"),
+        (["prune", "HERE/keras.keras", "--sparsity", "0.5", "--output", "x"], 2, "must end in .k"),
+        (
+            ["prune", "HERE/keras.keras", "--sparsity", "0.5", "--output", "HERE/tf_keras.h5"],
+            1,
+            "tf_keras.h5 exists already: pass --overwrite",
+        ),
+        (
+            ["export", "HERE/keras.keras", "--format", "onnx", "--output", "HERE/data.npz"],
+            1,
+            "data.npz exists already: pass --overwrite",
+        ),
+        (
+            [*EXPORT, "onnx", "--precision", "int8"],
+            2,
+            "are for --format litert only",
+        ),
+        (
+            [*EXPORT, "litert", "--precision", "int8"],
+            2,
+            "need each other",
+        ),
+        (["run", "smoke"], 2, "Missing option '--output'"),
+        (["run", "smoke", "--output", "x", "--train.epoch", "3"], 2, "--train.epochs"),
+        (["run", "smoke", "--output", "x", "--train.epochs", "0"], 2, "train.epochs must be >= 1"),
+        (["run", "smoke", "--output", "x", "--train.epochs", "[0"], 2, "--train.epochs is not Y"),
+        (["run", "nothing.yaml", "--output", "x"], 1, "nothing.yaml"),
+        (["run", "smoke", "--output", "x", "--prune.layers", "no_*"], 1, "ValueError: prune: "),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(here, monkeypatch, tmp_path, words, code, message):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(*(word.replace("HERE", str(here)) for word in words))
+    assert (got, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert code == 2 or err.startswith("Error: ")
+    assert code == 2 or err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# Commands
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_pruned_compacted_inspected_and_exported(here, tmp_path, name):
+    suffix = name.rpartition(".")[2]
+    pruned, small = tmp_path / f"pruned.{suffix}", tmp_path / f"small.{suffix}"
+    options = ["--sparsity", 0.5, "--filters", "--layers", "conv*", "--output", pruned]
+    report = as_json("prune", here / name, *options)
+    assert {row["name"]: row["zeros"] for row in report["rows"]} == {"conv": 27, "logits": 0}
+    assert report["path"] == str(pruned)
+    assert call("prune", here / name, *options)[0] == 1
+    assert call("prune", here / name, *options, "--overwrite")[0] == 0
+    smaller = as_json("compact", pruned, "--output", small)
+    assert smaller["parameters_after"] < smaller["parameters_before"]
+    x = images(4)[0]
+    np.testing.assert_allclose(load(small)(x), load(pruned)(x), atol=1e-5)
+    shown = as_json("inspect", pruned)
+    assert shown["sparsity"] == tscnc.inspection.sparsity(load(pruned)).to_dict()
+    assert shown["condition_numbers"]["dead_filters"] == 3
+    code, text, _ = call("inspect", small)
+    assert code == 0
+    assert text.rstrip("\n") == "\n\n".join(
+        str(report(load(small)))
+        for report in (
+            tscnc.inspection.sparsity,
+            tscnc.inspection.condition_numbers,
+            tscnc.inspection.sizes,
+        )
+    )
+    served = as_json("export", small, "--format", "saved_model", "--output", tmp_path / "served")
+    assert as_json("inspect", tmp_path / "served") == served
+    np.testing.assert_allclose(load(tmp_path / "served")(x), load(small)(x), atol=1e-5)
+
+
+def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, tmp_path):
+    model, data = here / "keras.keras", here / "data.npz"
+    exports = {
+        tmp_path / "m.onnx": ["--format", "onnx"],
+        tmp_path / "m.tflite": ["--format", "litert", "--precision", "int8", "--calibration", data],
+    }
+    attack = ["--epsilon", "0.1", "--steps", 2, "--restarts", 1]
+    for path, options in exports.items():
+        as_json("export", model, *options, "--output", path)
+        report = as_json("evaluate", path, data, "--source", model, *attack)
+        assert report["examples"] == 24
+        assert "PGD-2 linf 0.1 from" in report["attacks"][0]["name"]
+
+
+def test_an_evaluation_is_that_of_evaluate_robustness(here, tmp_path):
+    model, data = here / "tf_keras.keras", here / "data.npz"
+    file = tmp_path / "report.json"
+    words = ["--attack", "pgd", "--attack", "fgsm", "--epsilon", "8/255", "--steps", 3]
+    words += ["--restarts", 2, "--step-size", 0.02, "--objective", "margin", "--examples", 20]
+    report = as_json("evaluate", model, data, *words, "--seed", 3, "--output", file)
+    x, y = tscnc.datasets.load(data).arrays("test")
+    ball = {"epsilon": "8/255", "objective": "margin"}
+    again = tscnc.evaluate_robustness(
+        load(model),
+        x[:20],
+        y[:20],
+        [
+            tscnc.attacks.PGD(**ball, steps=3, restarts=2, step_size=0.02),
+            tscnc.attacks.FGSM(**ball),
+        ],
+        seed=3,
+    ).to_dict()
+    assert report == json.loads(file.read_text())
+    for each in (report, again, *report["attacks"], *again["attacks"]):
+        del each["seconds"]
+    assert report == again
+    code, _, err = call("evaluate", model, data, "--output", file)
+    assert (code, "report.json exists already" in err) == (1, True)
+
+
+def test_a_run_continues_and_shows_what_came_out(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    words = [tmp_path / "mine.yaml", "--output", folder, "--train.batch-size", 64]
+    found = as_json("run", *words)
+    assert found["folder"] == str(folder)
+    assert found["report"] == json.loads((folder / "4-evaluate" / "report.json").read_text())
+    stages = {name: tscnc.experiments.open_stage(folder / name) for name in found["stages"]}
+    assert list(stages) == ["1-train", "2-prune", "3-finetune"]
+    for name, stage in stages.items():
+        assert found["stages"][name] == jsonable(stage.chosen)
+        assert stage.chosen["epoch"] == stage.manifest["chosen_epoch"]
+    code, text, _ = call("run", *words)
+    assert code == 0
+    for shown in (*stages.values(), (folder / "4-evaluate" / "report.txt").read_text()):
+        assert str(shown) in text
+    code, _, err = call("run", *words, "--seed", 1)
+    assert (code, "by another recipe" in err) == (1, True)
+    zeros = as_json("inspect", folder / "3-finetune")["sparsity"]
+    assert zeros == tscnc.inspection.sparsity(stages["3-finetune"].model).to_dict()
+
+
+# Recipes
+
+
+def recipe_of(*words):
+    """Return the recipe that the flags of `run` make."""
+    words = [str(word) for word in words]
+    above = click.Context(tscnc_cli.main, **tscnc_cli.main.context_settings)
+    with tscnc_cli.run.make_context("run", [*words, "--output", "x"], parent=above) as context:
+        values = dict(context.params)
+    for name in ("as_json", "output", "dense"):
+        del values[name]
+    return tscnc_cli._recipe(values.pop("recipe"), values.pop("baseline"), values)
+
+
+def test_every_value_of_a_recipe_has_a_flag():
+    method = Recipe.from_yaml("paper")
+    assert recipe_of("paper") == method
+    for name, default in Recipe.leaves():
+        text = json.dumps(jsonable(default))
+        assert recipe_of("paper", f"--{name}", text) == method.override({name: default}), name
+
+
+def test_flags_override_the_recipe(tmp_path):
+    words = "--dataset mine.npz --architecture wrn-28-4 --sparsity 0.95 --train.learning-rate 1e-3"
+    words += " --prune.layers [stage_1*,stage_2*] --baseline --evaluate.epsilon 4/255"
+    recipe = recipe_of("paper", *words.split())
+    assert recipe.data.dataset == "mine.npz"
+    assert recipe.network.architecture == "wrn-28-4"
+    assert (recipe.sparsity, recipe.train.learning_rate) == (0.95, 0.001)
+    assert recipe.prune.layers == ["stage_1*", "stage_2*"]
+    assert recipe.evaluate.epsilon == "4/255"
+    assert recipe.constraints.condition_factor == 0.0
+    pattern = recipe_of("paper", "--prune.layers", "*conv*")
+    assert pattern == Recipe.from_yaml("paper").override({"prune.layers": "*conv*"})
+    (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {batch_size: 7}\n")
+    mine = recipe_of(tmp_path / "mine.yaml", "--train.epochs", "9")
+    assert (mine.train.epochs, mine.train.batch_size, mine.data.dataset) == (9, 7, "digits")
+
+
+def test_every_flag_is_described():
+    code, out, _ = call("run", "--help")
+    assert code == 0
+    for option in tscnc_cli._recipe_flags():
+        assert len(option.help.partition("  [")[0]) > 8, option.name
+        assert option.opts[0] in out

@@ -1,0 +1,520 @@
+"""The command line, `tscnc`: a thin layer over the public functions of `tscnc_tf`.
+
+The result is printed on stdout, as text or (`--json`) as one JSON document; progress and what the
+libraries print go to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
+
+This module lies beside the package, which it imports when a command runs: importing TensorFlow
+takes seconds, and `tscnc --help` shall not wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import re
+import sys
+import types
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_type_hints
+
+import click
+
+Result = tuple[Mapping[str, Any], Any]  # for --json; for people, by str()
+
+FILE = click.Path(path_type=pathlib.Path)
+EXISTING = click.Path(exists=True, path_type=pathlib.Path)
+SPLITS = click.Choice(["train", "validation", "test"])
+KERAS_FILES = (".keras", ".h5")
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "token_normalize_func": lambda token: token.replace("_", "-"),  # --image_size, --image-size
+    }
+)
+@click.version_option(package_name="tscnc_tf", prog_name="tscnc")
+def main() -> None:
+    """Robust pruning of neural networks: train, prune, evaluate and export them.
+
+    MODEL is a .keras or .h5 file of Keras 3 or tf_keras, a stage of an experiment such as
+    runs/first/3-finetune, a SavedModel, or a .tflite or .onnx file (see each command).
+
+    DATA is the name of a dataset ("digits", "cifar10", ...), an .npz file or a folder of images,
+    see tscnc_tf.datasets.load.
+
+    \b
+    tscnc run smoke --output runs/smoke
+    tscnc evaluate runs/smoke/3-finetune digits --epsilon 0.1
+    """
+
+
+def _command(**settings: Any) -> Callable[[Callable[..., Result]], click.Command]:
+    """Make a command of a function that returns its result as JSON values and as text."""
+
+    def decorate(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def invoke(as_json: bool, **options: Any) -> None:
+            with _one_line_errors(), contextlib.redirect_stdout(sys.stderr), _redirected(1, 2):
+                _package()
+                values, text = function(**options)
+                if as_json:
+                    from tscnc_tf._reports import jsonable
+
+                    text = json.dumps(jsonable(values), indent=2, ensure_ascii=False)
+            click.echo(text)
+
+        option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+        return main.command(**settings)(option(invoke))
+
+    return decorate
+
+
+class _Distance(click.ParamType):
+    """A number, or a fraction such as 8/255, which reports then show as it was written."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return a float, or the fraction as text; `attacks` checks it."""
+        if isinstance(value, str) and "/" not in value:
+            try:
+                return float(value)
+            except ValueError:
+                self.fail(f"{value!r} is neither a number nor a fraction like 8/255.", param, ctx)
+        return value
+
+
+class _RunCommand(click.Command):
+    """A command with a flag for every value of a recipe, which are looked up when it is called."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters of the function, then those of the recipe."""
+        return [*super().get_params(ctx), *_recipe_flags()]
+
+
+@functools.cache
+def _recipe_flags() -> list[click.Option]:
+    """Return `--section.name` for every value of a recipe; `--name` too, where that is unique."""
+    Recipe = _package().experiments.Recipe  # noqa: N806
+    described = _documented_arguments(Recipe)
+    for section, kind in get_type_hints(Recipe).items():
+        inner = _documented_arguments(kind)
+        described |= {f"{section}.{name}": text for name, text in inner.items()}
+    leaves = dict(Recipe.leaves())
+    last = [name.rpartition(".")[2] for name in leaves]
+    flags = []
+    for (name, default), short in zip(leaves.items(), last, strict=True):
+        is_unique = last.count(short) == 1 and name != short
+        help_text = f"{described[name]}  [{json.dumps(default)}]"
+        names = [name.replace(".", "__"), f"--{name}", *([f"--{short}"] if is_unique else [])]
+        flags.append(click.Option(names, metavar="VALUE", help=help_text))
+    return flags
+
+
+def _documented_arguments(cls: type) -> dict[str, str]:
+    """Return what the docstrings of a class and its bases say of the arguments."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+        for entry in re.split(r"\n(?=    \S)", text):
+            names, _, description = " ".join(entry.split()).partition(": ")
+            found |= dict.fromkeys(names.split(", "), description)
+    return found
+
+
+@_command(cls=_RunCommand, options_metavar="--output FOLDER [OPTIONS]")
+@click.argument("recipe")
+@click.option(
+    "--output", required=True, type=FILE, help="Folder of the experiment, new or to be resumed."
+)
+@click.option("--dense", type=EXISTING, help="The 1-train of another experiment to start from.")
+@click.option("--baseline", is_flag=True, help="Without constraints and gates.")
+def run(
+    recipe: str,
+    output: pathlib.Path,
+    dense: pathlib.Path | None,
+    baseline: bool,
+    **values: str | None,
+) -> Result:
+    """Train, prune, fine-tune and evaluate a network by a RECIPE.
+
+    RECIPE is "paper" (the values of the method's authors), "cpu" (minutes on two cores), "smoke"
+    (seconds) or a YAML file. Every value of a recipe has a flag. A run that was stopped continues
+    when the same command is called again.
+
+    \b
+    tscnc run paper --dataset cifar10 --architecture resnet-18 --sparsity 0.99 --output runs/first
+    tscnc run mine.yaml --train.epochs 10 --prune.method magnitude --output runs/second
+    """
+    tscnc = _package()
+    folder = tscnc.experiments.run(
+        _recipe(recipe, baseline, values), output, dense=dense, progress=True
+    )
+    stages = {
+        name: tscnc.experiments.open_stage(folder / name)
+        for name in ("1-train", "2-prune", "3-finetune")
+    }
+    evaluation = folder / "4-evaluate"
+    report = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
+    text = (evaluation / "report.txt").read_text(encoding="utf-8").rstrip()
+    chosen = {name: stage.chosen for name, stage in stages.items()}
+    return {"folder": folder, "stages": chosen, "report": report}, "\n\n".join(
+        [*map(str, stages.values()), text, f"Everything is in {folder}."]
+    )
+
+
+@_command()
+@click.argument("model", type=EXISTING)
+@click.argument("data")
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    type=click.Choice(["pgd", "fgsm"]),
+    default=["pgd"],
+    help="Repeat it for several; the worst case counts.",
+)
+@click.option(
+    "--epsilon", type=_Distance(), default="8/255", show_default=True, help="Radius of the ball."
+)
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of PGD.")
+@click.option("--step-size", type=_Distance(), help="Of PGD; 2.5 epsilon / steps by default.")
+@click.option("--restarts", type=click.IntRange(1), default=5, show_default=True, help="Of PGD.")
+@click.option(
+    "--objective",
+    type=click.Choice(["cross_entropy", "margin", "dlr"]),
+    default="cross_entropy",
+    show_default=True,
+)
+@click.option(
+    "--source",
+    type=EXISTING,
+    help="The model on which adversarial examples are searched, for a MODEL without gradient.",
+)
+@click.option("--split", type=SPLITS, default="test", show_default=True)
+@click.option("--examples", type=click.IntRange(1), help="Only the first ones.")
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--output", type=FILE, help="A JSON file for the report.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at --output.")
+def evaluate(
+    model: pathlib.Path,
+    data: str,
+    attacks: tuple[str, ...],
+    epsilon: float | str,
+    norm: str,
+    steps: int,
+    step_size: float | str | None,
+    restarts: int,
+    objective: str,
+    source: pathlib.Path | None,
+    split: str,
+    examples: int | None,
+    batch_size: int,
+    seed: int,
+    output: pathlib.Path | None,
+    overwrite: bool,
+) -> Result:
+    """Measure the accuracy of MODEL on DATA, clean and under attack.
+
+    A MODEL without gradient (.tflite, .onnx) needs --source: its adversarial examples are those of
+    another model.
+
+    \b
+    tscnc evaluate model.keras cifar10 --epsilon 8/255 --steps 50 --restarts 5
+    tscnc evaluate model.tflite cifar10 --source model.keras --examples 1000
+    """
+    tscnc = _package()
+
+    ball: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "objective": objective}
+    iterated: dict[str, Any] = {"steps": steps, "step_size": step_size, "restarts": restarts}
+    try:
+        made: list[Any] = [
+            tscnc.attacks.PGD(**ball, **iterated) if name == "pgd" else tscnc.attacks.FGSM(**ball)
+            for name in attacks
+        ]
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    _require_free(output, overwrite)
+    if source is not None:
+        made = [tscnc.attacks.Transfer(source=_load(source), attack=attack) for attack in made]
+    x, y = _arrays(data, split)
+    report = tscnc.evaluate_robustness(
+        _load(model), x[:examples], y[:examples], made, batch_size=batch_size, seed=seed
+    )
+    if output is not None:
+        report.save(output)
+    return report.to_dict(), report
+
+
+@_command(name="inspect")
+@click.argument("model", type=EXISTING)
+def inspect_model(model: pathlib.Path) -> Result:
+    """Show the zeros, condition numbers, dead filters and sizes of MODEL.
+
+    MODEL is a Keras model, or a SavedModel written by this package, of which the zeros and sizes
+    are shown that its manifest records.
+
+    \b
+    tscnc inspect model.keras
+    tscnc inspect runs/first/3-finetune --json
+    """
+    from tscnc_tf import export, inspection
+
+    loaded = _load(model)
+    if isinstance(loaded, export.ServedModel):
+        return loaded.report.to_dict(), loaded.report
+    reports = {
+        "sparsity": inspection.sparsity(loaded),
+        "condition_numbers": inspection.condition_numbers(loaded),
+        "sizes": inspection.sizes(loaded),
+    }
+    return (
+        {name: report.to_dict() for name, report in reports.items()},
+        "\n\n".join(map(str, reports.values())),
+    )
+
+
+@_command()
+@click.argument("model", type=EXISTING)
+@click.option(
+    "--sparsity",
+    required=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Fraction of zeros.",
+)
+@click.option("--output", required=True, type=FILE, help="A .keras or .h5 file.")
+@click.option("--layers", multiple=True, help="Pattern of layers' names; may be repeated.")
+@click.option(
+    "--scope",
+    type=click.Choice(["layer", "global", "erk"]),
+    default="layer",
+    show_default=True,
+    help="Whether each layer has this sparsity, or all of them together.",
+)
+@click.option("--filters", is_flag=True, help="Prune whole filters, which `compact` removes.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at --output.")
+def prune(
+    model: pathlib.Path,
+    sparsity: float,
+    output: pathlib.Path,
+    layers: tuple[str, ...],
+    scope: str,
+    filters: bool,
+    overwrite: bool,
+) -> Result:
+    """Set the smallest weights of MODEL to zero, without training.
+
+    \b
+    tscnc prune model.keras --sparsity 0.9 --output pruned.keras
+    tscnc prune model.keras --sparsity 0.5 --filters --layers "conv*" --output pruned.keras
+    """
+    tscnc = _package()
+
+    _require_keras_file(output)
+    _require_free(output, overwrite)
+    structure = tscnc.pruning.Filters() if filters else tscnc.pruning.Unstructured()
+    pruned = tscnc.prune_now(
+        _load(model), sparsity, layers=list(layers) or None, scope=scope, structure=structure
+    )
+    stripped = tscnc.strip(pruned)
+    report = tscnc.inspection.sparsity(stripped)
+    _save(stripped, output)
+    return {**report.to_dict(), "path": output}, report
+
+
+@_command()
+@click.argument("model", type=EXISTING)
+@click.option("--output", required=True, type=FILE, help="A .keras or .h5 file.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at --output.")
+def compact(model: pathlib.Path, output: pathlib.Path, overwrite: bool) -> Result:
+    """Remove the dead filters of MODEL; its outputs stay the same.
+
+    \b
+    tscnc compact pruned.keras --output small.keras
+    """
+    from tscnc_tf import pruning
+
+    _require_keras_file(output)
+    _require_free(output, overwrite)
+    report = pruning.compact(_load(model))
+    _save(report.model, output)
+    return {**report.to_dict(), "path": output}, report
+
+
+@_command()
+@click.argument("model", type=EXISTING)
+@click.option(
+    "--format", "kind", required=True, type=click.Choice(["saved_model", "litert", "onnx"])
+)
+@click.option("--output", required=True, type=FILE, help="A folder (saved_model) or a file.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of litert.",
+)
+@click.option("--calibration", metavar="DATA", help="Whose training images int8 is calibrated on.")
+@click.option("--overwrite", is_flag=True, help="Replace an export at --output.")
+def export(
+    model: pathlib.Path,
+    kind: str,
+    output: pathlib.Path,
+    precision: str,
+    calibration: str | None,
+    overwrite: bool,
+) -> Result:
+    """Write MODEL as a SavedModel, a LiteRT or an ONNX file, checked against it.
+
+    \b
+    tscnc export model.keras --format saved_model --output served
+    tscnc export model.keras --format onnx --output model.onnx
+    tscnc export m.keras --format litert --precision int8 --calibration cifar10 --output m.tflite
+    """
+    tscnc = _package()
+
+    if kind != "litert" and (precision != "float32" or calibration):
+        raise click.UsageError("--precision and --calibration are for --format litert only.")
+    if (precision == "int8") != (calibration is not None):
+        raise click.UsageError("--precision int8 and --calibration need each other.")
+    _require_free(output, overwrite)
+    loaded = _load(model)
+    if kind == "litert":
+        inputs = None if calibration is None else _arrays(calibration, "train")[0][:512]
+        report: Any = tscnc.export_litert(
+            loaded, output, precision=precision, calibration=inputs, overwrite=overwrite
+        )
+    elif kind == "onnx":
+        report = tscnc.export_onnx(loaded, output, overwrite=overwrite)
+    else:
+        report = tscnc.export_saved_model(loaded, output, overwrite=overwrite)
+    return report.to_dict(), report
+
+
+def _recipe(name: str, baseline: bool, values: Mapping[str, str | None]) -> Any:
+    """Return a recipe with the values of the flags, as YAML."""
+    experiments = _package().experiments
+    recipe = experiments.Recipe.from_yaml(name)
+    try:
+        recipe = recipe.override(
+            {
+                # A pattern such as *conv* would be an alias in YAML.
+                flag.replace("__", "."): text
+                if text.startswith("*")
+                else experiments.parse(text, f"--{flag.replace('__', '.')}")
+                for flag, text in values.items()
+                if text is not None
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    return recipe.baseline() if baseline else recipe
+
+
+def _load(path: pathlib.Path) -> Any:
+    """Load a model of any kind."""
+    tscnc = _package()
+    from tscnc_tf.experiments import folders
+
+    if path.suffix == ".tflite":
+        return tscnc.load_litert(path)
+    if path.suffix == ".onnx":
+        return tscnc.load_onnx(path)
+    if (path / folders.MANIFEST).is_file():
+        return tscnc.experiments.open_stage(path).model
+    if path.is_dir():
+        return tscnc.load_saved_model(path)
+    return _load_keras(path)
+
+
+def _load_keras(path: pathlib.Path) -> Any:
+    """Load a .keras or .h5 file by the Keras that wrote it."""
+    import h5py
+
+    from tscnc_tf import _keras
+
+    try:
+        if path.suffix == ".h5":
+            with h5py.File(path) as file:
+                version = file.attrs["keras_version"]
+        else:
+            with zipfile.ZipFile(path) as archive:
+                version = json.loads(archive.read("metadata.json"))["keras_version"]
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a model in a .keras or .h5 file: {error}") from error
+    library = _keras.keras if str(version).startswith("3.") else _keras.tf_keras
+    return library.models.load_model(path, compile=False)
+
+
+def _save(model: Any, path: pathlib.Path) -> None:
+    """Write a Keras model in one piece."""
+    from tscnc_tf.experiments import folders
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
+        folders.write_model(path, model)
+
+
+def _require_keras_file(output: pathlib.Path) -> None:
+    if output.suffix not in KERAS_FILES:
+        raise click.BadParameter(f"{output} must end in {' or '.join(KERAS_FILES)}.")
+
+
+def _require_free(output: pathlib.Path | None, overwrite: bool) -> None:
+    if output is not None and os.path.lexists(output) and not overwrite:
+        raise click.ClickException(
+            f"{output} exists already: pass --overwrite, or choose another --output."
+        )
+
+
+def _arrays(data: str, split: str) -> tuple[Any, Any]:
+    """Return images and labels of a part of a dataset."""
+    from tscnc_tf import datasets
+
+    return datasets.load(data).arrays(split)
+
+
+@functools.cache
+def _package() -> types.ModuleType:
+    """Import tscnc_tf without the messages that TensorFlow writes on being imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with pathlib.Path(os.devnull).open("w") as nowhere, _redirected(2, nowhere.fileno()):
+        return importlib.import_module("tscnc_tf")
+
+
+@contextlib.contextmanager
+def _redirected(stream: int, goal: int) -> Iterator[None]:
+    """Send what is written to a stream (1: stdout, 2: stderr), in Python or below, elsewhere."""
+    python = sys.stdout if stream == 1 else sys.stderr
+    python.flush()
+    kept = os.dup(stream)
+    os.dup2(goal, stream)
+    try:
+        yield
+    finally:
+        python.flush()
+        os.dup2(kept, stream)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn an error into one line on stderr and exit code 1."""
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split()) or "no message"
+        raise click.ClickException(f"{type(error).__name__}: {words}") from error
