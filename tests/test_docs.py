@@ -6,16 +6,20 @@ import contextlib
 import doctest
 import importlib
 import io
+import json
 import pathlib
 import pkgutil
 import re
+import shlex
 import tempfile
 
+import click.testing
 import numpy as np
 import pytest
 import tensorflow as tf
 from sphinx.ext.autosummary import generate
 
+import tscnc_cli
 import tscnc_tf
 
 PACKAGE = pathlib.Path(tscnc_tf.__file__).parent
@@ -45,14 +49,17 @@ def test_the_examples_of_the_docstrings_run(path, tmp_path, monkeypatch, capsys)
     assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
 
 
-# A block of Python, and the block of text behind it, if there is one: what it prints.
-SHOWN = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+# A block of Python or of commands, and the block of text behind it, if there is one: its output.
+SHOWN = re.compile(
+    r"^```(python|console)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
+)
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def run_page(path, folder, *replacements):
-    """Run the Python blocks of a page in one namespace, compare what they print, return the names.
+    """Run the blocks of a page in one namespace, compare what they print, and return the names.
 
+    Of commands, those are run that begin with `$ tscnc`; their output is compared if it is shown.
     Words must be the same; numbers may differ by a tenth, as training rounds differently on other
     machines.
     """
@@ -61,14 +68,26 @@ def run_page(path, folder, *replacements):
         assert old in text
         text = text.replace(old, new)
     names = {"__name__": "page"}
-    for index, (code, expected) in enumerate(SHOWN.findall(text)):
-        source = folder / f"block_{index}.py"  # a file, where AutoGraph finds the code
-        source.write_text(code, encoding="utf-8")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, str(source), "exec"), names)
-        assert words(printed.getvalue()) == words(expected), f"{path.name}, block {index}"
-        assert numbers(printed.getvalue()) == pytest.approx(numbers(expected), rel=0.1), code
+    for index, (language, code, expected) in enumerate(SHOWN.findall(text)):
+        if language == "console":
+            printed = "".join(map(command_output, re.findall(r"^\$ tscnc (.*)", code, re.M)))
+            if not expected:
+                continue
+        else:
+            source = folder / f"block_{index}.py"  # a file, where AutoGraph finds the code
+            source.write_text(code, encoding="utf-8")
+            with contextlib.redirect_stdout(io.StringIO()) as stream:
+                exec(compile(code, str(source), "exec"), names)
+            printed = stream.getvalue()
+        assert words(printed) == words(expected), f"{path.name}, block {index}"
+        assert numbers(printed) == pytest.approx(numbers(expected), rel=0.1, abs=1e-4), code
     return names
+
+
+def command_output(line):
+    result = click.testing.CliRunner().invoke(tscnc_cli.main, shlex.split(line))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
 
 
 def words(text):
@@ -89,22 +108,31 @@ def test_the_quick_start_of_the_readme_runs(tmp_path, monkeypatch):
 GUIDES = [
     path
     for path in sorted((ROOT / "docs").glob("*.md"))
-    if SHOWN.search(path.read_text(encoding="utf-8")) and path.stem != "from-tfmot"
+    if "```python\n" in path.read_text(encoding="utf-8") and path.stem != "from-tfmot"
 ]
 
 
 def test_the_guides_are_found():
-    expected = {"adversarial-training", "evaluation", "export", "first-steps", "method", "pruning"}
-    assert {path.stem for path in GUIDES} == expected
+    assert {path.stem for path in GUIDES} == {
+        "adversarial-training",
+        "command-line",
+        "evaluation",
+        "export",
+        "first-steps",
+        "method",
+        "pruning",
+    }
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
 def test_the_guide_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     names = run_page(path, tmp_path)
     if path.stem == "adversarial-training":
         check_the_export(names, tmp_path)
+    if path.stem == "command-line":
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["attacks"][0]["name"] == "PGD-10 linf 0.05 from digits"
     if path.stem == "pruning":
         assert names["small"].parameters_after < names["small"].parameters_before
         assert (tmp_path / "sparse.keras").exists()
