@@ -1,6 +1,6 @@
 """tscnc_tf: networks that are both tiny and hard to fool, for Keras and TensorFlow.
 
-Families live in their modules, the verbs and the one model on top:
+Families live in their modules; the most used functions and the one model are at the top:
 
     import tscnc_tf as tscnc
 
