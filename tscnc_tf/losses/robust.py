@@ -158,5 +158,7 @@ class MART(RobustLoss):
         wrong = tf.where(is_true, 0.0, tf.nn.softmax(adversarial))
         largest_wrong = tf.reduce_max(wrong, axis=-1)
         boosted = cross_entropy(labels, adversarial) - tf.math.log(1.0001 - largest_wrong + 1e-12)
-        uncertainty = 1.0000001 - tf.reduce_sum(tf.where(is_true, tf.nn.softmax(clean), 0.0), axis=-1)
+        uncertainty = 1.0000001 - tf.reduce_sum(
+            tf.where(is_true, tf.nn.softmax(clean), 0.0), axis=-1
+        )
         return boosted + self.beta * kl_divergence(clean, adversarial) * uncertainty
