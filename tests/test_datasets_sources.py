@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras.src.utils import file_utils
 from PIL import Image
 
-from tscnc_tf.datasets import class_names, load, resizing, sources
+from tscnc_tf.datasets import load, resizing, sources
 
 
 def arrays(train=30, test=12, shape=(8, 8, 3), classes=3, seed=0):
@@ -516,8 +516,8 @@ def test_fashion_mnist_is_read_where_the_error_says_that_it_belongs(tmp_path, of
 
 
 def test_the_classes_of_cifar100_are_in_the_order_of_the_alphabet():
-    assert len(class_names.CIFAR100) == 100
-    assert list(class_names.CIFAR100) == sorted(class_names.CIFAR100)
+    assert len(sources.CIFAR100) == 100
+    assert list(sources.CIFAR100) == sorted(sources.CIFAR100)
 
 
 # Resizing

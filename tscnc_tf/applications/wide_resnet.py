@@ -56,93 +56,49 @@ def WideResNet(
 
 
 def WRN28x4(*, dropout_rate: float = 0.0, **options: Unpack[Options]) -> Any:
-    """Return WRN-28-4, 5,849,050 parameters for 10 classes.
+    """Return WRN-28-4, `WideResNet(28, 4)`: 5,849,050 parameters for 10 classes.
 
-    Args:
-        dropout_rate: see `WideResNet`, whose depth is 28 here, and whose width is 4.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError, ValueError: see `WideResNet`.
+    Arguments, result, errors and reference are those of `WideResNet`.
 
     Example:
         >>> WRN28x4(input_shape=(32, 32, 3), classes=10).name
         'wrn28x4'
-
-    Reference:
-        Zagoruyko & Komodakis 2016, arXiv 1605.07146.
     """
     return WideResNet(28, 4, dropout_rate=dropout_rate, **options)
 
 
 def WRN28x10(*, dropout_rate: float = 0.0, **options: Unpack[Options]) -> Any:
-    """Return WRN-28-10, 36,479,194 parameters for 10 classes.
+    """Return WRN-28-10, `WideResNet(28, 10)`: 36,479,194 parameters for 10 classes.
 
-    Args:
-        dropout_rate: see `WideResNet`, whose depth is 28 here, and whose width is 10.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError, ValueError: see `WideResNet`.
+    Arguments, result, errors and reference are those of `WideResNet`.
 
     Example:
         >>> WRN28x10(input_shape=(32, 32, 3), classes=10).name  # doctest: +SKIP
         'wrn28x10'
-
-    Reference:
-        Zagoruyko & Komodakis 2016, arXiv 1605.07146.
     """
     return WideResNet(28, 10, dropout_rate=dropout_rate, **options)
 
 
 def WRN34x10(*, dropout_rate: float = 0.0, **options: Unpack[Options]) -> Any:
-    """Return WRN-34-10, 46,160,474 parameters for 10 classes.
+    """Return WRN-34-10, `WideResNet(34, 10)`: 46,160,474 parameters for 10 classes.
 
-    Args:
-        dropout_rate: see `WideResNet`, whose depth is 34 here, and whose width is 10.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError, ValueError: see `WideResNet`.
+    Arguments, result, errors and reference are those of `WideResNet`.
 
     Example:
         >>> WRN34x10(input_shape=(32, 32, 3), classes=10).name  # doctest: +SKIP
         'wrn34x10'
-
-    Reference:
-        Zagoruyko & Komodakis 2016, arXiv 1605.07146.
     """
     return WideResNet(34, 10, dropout_rate=dropout_rate, **options)
 
 
 def WRN40x4(*, dropout_rate: float = 0.0, **options: Unpack[Options]) -> Any:
-    """Return WRN-40-4, 8,949,210 parameters for 10 classes.
+    """Return WRN-40-4, `WideResNet(40, 4)`: 8,949,210 parameters for 10 classes.
 
-    Args:
-        dropout_rate: see `WideResNet`, whose depth is 40 here, and whose width is 4.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError, ValueError: see `WideResNet`.
+    Arguments, result, errors and reference are those of `WideResNet`.
 
     Example:
         >>> WRN40x4(input_shape=(32, 32, 3), classes=10).name
         'wrn40x4'
-
-    Reference:
-        Zagoruyko & Komodakis 2016, arXiv 1605.07146.
     """
     return WideResNet(40, 4, dropout_rate=dropout_rate, **options)
 
