@@ -29,7 +29,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "inventories"]
 templates_path = ["_templates"]
-smartquotes = False  # x' is a name
+smartquotes_action = "De"  # dashes and ellipses; in x', the quote is a prime
 default_role = "py:obj"  # `name` is code, and a link where there is something to link to
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
@@ -89,8 +89,10 @@ def _public_names():
 
 def _short_name(app, env, node, contnode):
     """Link names that are not written in full: `pruning.compact`, `tscnc.prune`, `PGD`."""
-    name = node.get("reftarget", "").removeprefix("tscnc.")
-    target = f"tscnc_tf.{name}" if "." in name else PUBLIC.get(name)
+    name = node.get("reftarget", "").removeprefix("tscnc.").removeprefix("tscnc_tf.")
+    family, _, last = name.rpartition(".")
+    at_the_top = last in tscnc_tf.__all__ and family in ("", "evaluation", "export", "pruning")
+    target = PUBLIC.get(last) if at_the_top or not family else f"tscnc_tf.{name}"
     if target is None:
         return None
     python = env.domains.python_domain

@@ -1,4 +1,4 @@
-"""Verbs on models: attach regularizers, prune, keep zeros, strip; and the engine behind them."""
+"""Functions on models: attach regularizers, prune, keep zeros, strip; and the pruners."""
 
 from tscnc_tf.pruning.api import freeze_mask, prune, prune_now, prune_scope, strip
 from tscnc_tf.pruning.budgets import condition_budgets
