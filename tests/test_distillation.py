@@ -480,7 +480,7 @@ def test_errors_say_what_is_wrong(library):
         (
             lambda: fit(trainer_for(student, four), (x, y)),
             ValueError,
-            "for the same classes as logits, got shapes .*4.*3.*teacher and student must have the same classes",
+            "for the same classes as logits, got shapes .*4.*3.*teacher and student must have",
         ),
     ]
     for call, error, words in cases:

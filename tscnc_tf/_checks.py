@@ -206,7 +206,7 @@ def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
     """
     one_array("x", x)
     x = tf.convert_to_tensor(x)
-    require_floats(x)
+    require_floats(x.dtype)
     require_batch(x.shape)
     if x.shape.num_elements() == 0:
         raise ValueError(f"x must not be empty, got shape {x.shape}.")
@@ -219,11 +219,12 @@ def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
     return x
 
 
-def require_floats(x: tf.Tensor) -> None:
-    """Raise a DtypeError unless the inputs are floats."""
-    if not x.dtype.is_floating:
+def require_floats(dtype: Any) -> None:
+    """Raise a DtypeError unless `dtype`, that of the inputs, is one of floats."""
+    dtype = tf.as_dtype(dtype)
+    if not dtype.is_floating:
         raise DtypeError(
-            f"x must be of a float dtype, got {x.dtype.name}: integers can't be perturbed by less "
+            f"x must be of a float dtype, got {dtype.name}: integers can't be perturbed by less "
             "than 1. Images of bytes become floats in [0, 1] by x / 255; or cast them, and set "
             "bounds=(0, 255)."
         )

@@ -43,7 +43,7 @@ def as_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
             f"x must be one tensor per batch, got a {type(x).__name__}: an attack changes one "
             "input. Wrap the model into one that takes one tensor."
         )
-    _checks.require_floats(x)
+    _checks.require_floats(x.dtype)
     if y is None:
         raise ValueError("y must be given: adversarial training is supervised.")
     y = tf.convert_to_tensor(y) if isinstance(y, np.ndarray) else y
@@ -70,7 +70,8 @@ def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | Non
     if isinstance(x, np.ndarray):
         if not len(x):
             raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
-        _checks.require_within(x, bounds)
+        _checks.require_floats(x.dtype)
+        _checks.require_within(np.array([x.min(), x.max()]), bounds)
     if isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
         _checks.require_classes(y, classes)
 
