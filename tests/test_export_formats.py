@@ -575,8 +575,8 @@ def test_robust_accuracy_is_that_of_the_model(tmp_path, library, form):
     np.testing.assert_array_equal(found.correct, expected.correct)
     assert 0.05 < report.robust_accuracy < report.clean_accuracy - 0.05
     assert "PGD-10 linf 0.15 from net" in str(report)
-    assert any("No attack looked at this model" in note for note in report.notes)
-    assert not any("No attack looked" in note for note in original.notes)
+    assert any("No attack ran on this model" in note for note in report.notes)
+    assert not any("No attack ran" in note for note in original.notes)
 
 
 def test_an_attack_by_gradient_on_a_file_is_warned_of(exported):
@@ -597,7 +597,7 @@ def test_an_attack_by_gradient_on_a_file_is_warned_of(exported):
     for opponents in (idle, [transfer, idle], lambda model, x, y: x):
         with pytest.warns(EvaluationWarning, match="exactly zero for 16 of 16"):
             report = evaluate_robustness(flat, x, y, opponents)
-        assert not any("No attack looked" in note for note in report.notes)
+        assert not any("No attack ran" in note for note in report.notes)
     assert evaluate_robustness(flat, x, y, transfer).warnings == ()
 
 
