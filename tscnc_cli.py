@@ -155,14 +155,14 @@ def run(
     tscnc run mine.yaml --train.epochs 10 --prune.method magnitude --output runs/second
     """
     tscnc = _package()
+    from tscnc_tf.experiments import folders
+
     folder = tscnc.experiments.run(
         _recipe(recipe, baseline, values), output, dense=dense, progress=True
     )
-    stages = {
-        name: tscnc.experiments.open_stage(folder / name)
-        for name in ("1-train", "2-prune", "3-finetune")
-    }
-    evaluation = folder / "4-evaluate"
+    *trained, last = folders.STAGE_FOLDERS.values()
+    stages = {name: tscnc.experiments.open_stage(folder / name) for name in trained}
+    evaluation = folder / last
     report = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
     text = (evaluation / "report.txt").read_text(encoding="utf-8").rstrip()
     chosen = {name: stage.chosen for name, stage in stages.items()}

@@ -185,6 +185,8 @@ def test_the_report_as_table_and_as_json(exported):
     for text in ("conv", "3×3×1×8", "5,645", "90.28 %", "90.01 %", "whole model", *sizes):
         assert text.lower() in table.lower()
     assert "image (any, 16, 16, 1) float32" in table
+    zeros, weights = report.weights.model_zeros, report.weights.model_weights
+    assert f"Whole model: {zeros:,} of {weights:,} weights are zero" in table
     as_json = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert export.ExportReport.from_dict(as_json) == report
     content = read(exported[1])

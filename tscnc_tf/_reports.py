@@ -114,6 +114,25 @@ class Record:
         return self._table()._repr_html_()
 
 
+class WeightRecord(Record):
+    """A record of a tensor of weights.
+
+    Attributes:
+        weights: the number of entries.
+        zeros: how many of them are zero.
+    """
+
+    _derived = ("sparsity",)
+
+    weights: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros."""
+        return self.zeros / self.weights
+
+
 class Report(Record):
     """A record whose text is its table; subclasses implement `_table`."""
 

@@ -50,8 +50,9 @@ class Attack(_configs.Configurable, abc.ABC):
 
         On a Keras model an attack by gradients runs compiled. This object holds what it compiled
         for the calls that follow, as long as the model lives, and compiles again when a layer has
-        changed otherwise than in its weights. Any other callable runs as it is, step by step: make
-        it a `tf.function`, or use `bind`, to run it compiled.
+        changed otherwise than in its weights. What a layer's own `call` reads from Python globals
+        stays as it was when that was compiled, as in Keras. Any other callable runs as it is, step
+        by step: make it a `tf.function`, or use `bind`, to run it compiled.
 
         Args:
             model: a Keras model of either flavour, run in inference mode, or any callable from x

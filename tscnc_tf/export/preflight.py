@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _probe, _reports, gates, inspection, pruning, training
-from tscnc_tf._keras import layers, masks, wrappers
+from tscnc_tf._keras import flavours, layers, masks, wrappers
 from tscnc_tf.export import manifest
 
 
@@ -128,8 +128,7 @@ def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 def variables(model: Any) -> list[Any]:
     """Return a model's variables; tf_keras lists the vocabularies of text layers among them."""
-    kinds = (tf.Variable, _keras.keras.Variable)
-    return [variable for variable in model.variables if isinstance(variable, kinds)]
+    return [variable for variable in model.variables if flavours.is_variable(variable)]
 
 
 def require_finite(model: Any) -> None:

@@ -55,7 +55,7 @@ class ExportedVariable(_reports.Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportedKernel(_reports.Record):
+class ExportedKernel(_reports.WeightRecord):
     """One kernel, or another pruned weight, and the tensor that holds it in the file.
 
     Attributes:
@@ -70,8 +70,6 @@ class ExportedKernel(_reports.Record):
             rounded to zero, and the zeros of a BatchNorm may have been multiplied in.
     """
 
-    _derived = ("sparsity",)
-
     name: str
     tensor: str | None
     shape: tuple[int, ...]
@@ -79,11 +77,6 @@ class ExportedKernel(_reports.Record):
     weights: int
     model_zeros: int
     zeros: int
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of zeros in the file."""
-        return self.zeros / self.weights
 
 
 class _Export(_reports.Report):

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _files, _keras, _probe, inspection
+from tscnc_tf._keras import layers
 from tscnc_tf.export import constants, preflight
 from tscnc_tf.export.report import ExportedKernel, FileExportReport
 from tscnc_tf.export.served_file import ServedFile
@@ -249,7 +250,7 @@ def _require_float32(model: Any) -> None:
     """Raise a ValueError if a layer computes in another precision than float32."""
     others = {
         layer.name: layer.compute_dtype
-        for layer in model._flatten_layers()
+        for layer in layers.flatten(model)
         if getattr(layer, "compute_dtype", None) in ("float16", "bfloat16", "float64")
     }
     if others:

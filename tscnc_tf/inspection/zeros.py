@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightSparsity(_reports.Record):
+class WeightSparsity(_reports.WeightRecord):
     """The zeros of one kernel, or of another weight that is pruned or can be.
 
     Attributes:
@@ -26,22 +27,47 @@ class WeightSparsity(_reports.Record):
         masked: whether a pruning mask holds zeros in place.
     """
 
-    _derived = ("sparsity",)
-
     name: str
     shape: tuple[int, ...]
     weights: int
     zeros: int
     masked: bool
 
+
+class ByWeight(_reports.Report, abc.ABC):
+    """Base of reports on the zeros of a model, weight by weight.
+
+    Attributes:
+        rows: records with a name and a sparsity.
+        model_weights: the number of all weights of the model.
+        model_zeros: how many of them are zero.
+    """
+
+    rows: tuple[Any, ...]
+    model_weights: int
+    model_zeros: int
+
     @property
+    @abc.abstractmethod
     def sparsity(self) -> float:
-        """The fraction of zeros."""
-        return self.zeros / self.weights
+        """The fraction of zeros among the weights that are pruned together."""
+
+    @property
+    def model_sparsity(self) -> float:
+        """The fraction of zeros among all weights of the model."""
+        return self.model_zeros / self.model_weights
+
+    def plot(self) -> Figure:
+        """Return a figure of the fraction of zeros of each weight.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return _plots.zeros({row.name: row.sparsity for row in self.rows}, self.sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityReport(_reports.Report):
+class SparsityReport(ByWeight):
     """The zeros of a model, weight by weight; `print` it for a table.
 
     Attributes:
@@ -77,19 +103,6 @@ class SparsityReport(_reports.Report):
     def sparsity(self) -> float:
         """The fraction of zeros among the prunable weights."""
         return self.prunable_zeros / self.prunable_weights
-
-    @property
-    def model_sparsity(self) -> float:
-        """The fraction of zeros among all weights of the model."""
-        return self.model_zeros / self.model_weights
-
-    def plot(self) -> Figure:
-        """Return a figure of the fraction of zeros of each weight.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        return _plots.zeros({row.name: row.sparsity for row in self.rows}, self.sparsity)
 
     def _table(self) -> _reports.Table:
         return _reports.Table(

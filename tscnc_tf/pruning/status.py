@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _keras, _plots, _reports
+from tscnc_tf import _keras, _reports
 from tscnc_tf._keras import adapted, masks, wrappers
 from tscnc_tf.inspection import weights as acting
+from tscnc_tf.inspection.zeros import ByWeight
 from tscnc_tf.pruning import tfmot_engine
 from tscnc_tf.pruning.targets import FROZEN, candidates
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 @dataclasses.dataclass(frozen=True)
-class WeightStatus(_reports.Record):
+class WeightStatus(_reports.WeightRecord):
     """One weight tensor of rank 2 or more: whether it is pruned, and if not, why.
 
     Attributes:
@@ -31,8 +29,6 @@ class WeightStatus(_reports.Record):
         reason: why it has none; empty if it has one.
     """
 
-    _derived = ("sparsity",)
-
     name: str
     kind: str
     shape: tuple[int, ...]
@@ -41,14 +37,9 @@ class WeightStatus(_reports.Record):
     pruned: bool
     reason: str
 
-    @property
-    def sparsity(self) -> float:
-        """The fraction of zeros."""
-        return self.zeros / self.weights
-
 
 @dataclasses.dataclass(frozen=True)
-class PruningReport(_reports.Report):
+class PruningReport(ByWeight):
     """What of a model is pruned and what is not, weight by weight; `print` it for a table.
 
     Biases and other weights of rank 1 are not listed; they count for the whole model.
@@ -80,19 +71,6 @@ class PruningReport(_reports.Report):
         """The fraction of zeros among the weights that are pruned; 0 if none is."""
         count = sum(row.weights for row in self.pruned)
         return sum(row.zeros for row in self.pruned) / count if count else 0.0
-
-    @property
-    def model_sparsity(self) -> float:
-        """The fraction of zeros among all weights of the model."""
-        return self.model_zeros / self.model_weights
-
-    def plot(self) -> Figure:
-        """Return a figure of the fraction of zeros of each weight.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        return _plots.zeros({row.name: row.sparsity for row in self.rows}, self.sparsity)
 
     def _table(self) -> _reports.Table:
         count, zeros = (sum(getattr(row, n) for row in self.pruned) for n in ("weights", "zeros"))
