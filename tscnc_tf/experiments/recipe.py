@@ -169,8 +169,9 @@ class Recipe(Checked):
     @classmethod
     def leaves(cls) -> Iterator[tuple[str, Any]]:
         """Yield the dotted name of each value, and its default."""
+        defaults = cls()
         for field in dataclasses.fields(cls):
-            value = getattr(cls(), field.name)
+            value = getattr(defaults, field.name)
             if dataclasses.is_dataclass(value):
                 for inner in dataclasses.fields(value):
                     yield f"{field.name}.{inner.name}", getattr(value, inner.name)
