@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         expected_sparsity = _checks.sparsity("expected_sparsity", expected_sparsity)
     library = require_exportable(model)
     specs, batch = _probe.prepare(model, probe)
-    with scope(model):
+    with flavours.scope(model):
         require_finite(model)
         stripped = strip(model)
         weights = inspection.sparsity(model)
@@ -114,16 +113,6 @@ def require_exportable(model: Any) -> types.ModuleType:
             "or put each wrapper's `.layer` in the wrapper's place yourself."
         )
     return library
-
-
-def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the scope in which the model's variables can be read and assigned.
-
-    That matters for a tf_keras model that was made under a distribution strategy.
-    """
-    if isinstance(model, _keras.tf_keras.Model):
-        return model.distribute_strategy.scope()
-    return contextlib.nullcontext()
 
 
 def variables(model: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _files, _probe
+from tscnc_tf._keras import flavours
 from tscnc_tf.export import manifest, preflight, writer
 from tscnc_tf.export.report import ExportedTensor, ExportReport
 
@@ -91,7 +92,7 @@ def export_saved_model(
         probe=probe,
         overwrite=overwrite,
     ) as (ready, goal, draft):
-        with preflight.scope(model):
+        with flavours.scope(model):
             _write(ready, draft)
         loaded = tf.saved_model.load(str(draft))
         _require_same_variables(model, ready.stripped, loaded)

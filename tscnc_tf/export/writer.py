@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _files, _keras, _probe, inspection
-from tscnc_tf._keras import layers
+from tscnc_tf._keras import flavours, layers
 from tscnc_tf.export import constants, preflight
 from tscnc_tf.export.report import ExportedKernel, FileExportReport
 from tscnc_tf.export.served_file import ServedFile
@@ -169,7 +169,7 @@ def export_file(
         serve, signature = endpoint(ready.stripped, ready.specs)
         batch = tf.nest.flatten(ready.batch)
         named = {spec.name: array for spec, array in zip(signature, batch, strict=True)}
-        with preflight.scope(model):
+        with flavours.scope(model):
             originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
             form.write(ready, serve, signature, draft)
         content = draft.read_bytes()
