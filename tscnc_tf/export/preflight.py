@@ -17,6 +17,7 @@ class Checked(NamedTuple):
     """A model that has passed the checks, and what the written one is compared with.
 
     Attributes:
+        model: the model.
         library: the Keras that it is made of.
         stripped: the model with its masks applied, and without pruning wrappers and gates.
         weights: its zeros.
@@ -28,6 +29,7 @@ class Checked(NamedTuple):
         tolerance: the largest difference that the logits of the written model may have.
     """
 
+    model: Any
     library: types.ModuleType
     stripped: Any
     weights: inspection.SparsityReport
@@ -73,7 +75,8 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
             before = _probe.outputs(lambda x: model(x, training=False), batch)
             require_same("the model with its pruning wrappers or gates", before, logits, allowed)
     return Checked(
-        library, stripped, weights, ideal, expected_sparsity, specs, batch, logits, allowed
+        *(model, library, stripped, weights, ideal),
+        *(expected_sparsity, specs, batch, logits, allowed),
     )
 
 
@@ -150,7 +153,7 @@ def strip(model: Any) -> Any:
     # A pruner may stay where it is: it hides its masks from SavedModels.
     stripped = pruning.strip(model) if wrappers.wrapped_layers(model) else gates.fold(model)
     left = [layer.name for layer in wrappers.wrapped_layers(stripped)]
-    theirs = wrapper_variables(model)
+    theirs = masks.names(model)
     left += [_name(variable) for variable in variables(stripped) if id(variable) in theirs]
     if left:
         raise ValueError(
@@ -159,11 +162,6 @@ def strip(model: Any) -> Any:
             "wrapper's `.layer` in the wrapper's place yourself."
         )
     return stripped
-
-
-def wrapper_variables(model: Any) -> dict[int, str]:
-    """Return the names of masks, thresholds and step counters, by the variables' ids."""
-    return masks.names(model)
 
 
 def require_sparsity(weights: inspection.SparsityReport, expected: float) -> None:
