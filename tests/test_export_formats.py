@@ -43,7 +43,7 @@ SHAPE = (8, 8, 1)
 CLASSES = 3
 EXPORTS = {"litert": export.export_litert, "onnx": export.export_onnx}
 LOADS = {"litert": export.load_litert, "onnx": export.load_onnx}
-CLASSES = {"litert": litert.LiteRT, "onnx": export_onnx_module.ONNX}
+FORMS = {"litert": litert.LiteRT, "onnx": export_onnx_module.ONNX}
 every_format = pytest.mark.parametrize("form", EXPORTS)
 every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 
@@ -707,7 +707,7 @@ FAILING = {
 def test_whatever_fails_the_old_file_or_the_new_one_is_there(tmp_path, form, step, late, exported):
     (tmp_path / "file").write_bytes(exported(keras, form)[1].read_bytes())
     before = (tmp_path / "file").read_bytes()
-    with interrupted(*FAILING[step](CLASSES[form]), late):
+    with interrupted(*FAILING[step](FORMS[form]), late):
         EXPORTS[form](constant(keras, 2.0), tmp_path / "file", overwrite=True)
     assert names(tmp_path) == ["file"]
     if (step, late) == ("putting", True):
@@ -735,7 +735,7 @@ def test_a_file_that_differs_is_noticed(tmp_path, form, monkeypatch):
 def test_zeros_that_are_lost_are_noticed(tmp_path, form, monkeypatch):
     model = small()
     randomize(model, 0.5)
-    read = CLASSES[form].constants
+    read = FORMS[form].constants
 
     def filled(self, content):
         found = read(self, content)
@@ -743,7 +743,7 @@ def test_zeros_that_are_lost_are_noticed(tmp_path, form, monkeypatch):
         lost = np.where(np.cumsum(values == 0).reshape(values.shape) == 1, 1e-9, values)
         return [c._replace(values=lost) if c.values is values else c for c in found]
 
-    monkeypatch.setattr(CLASSES[form], "constants", filled)
+    monkeypatch.setattr(FORMS[form], "constants", filled)
     with pytest.raises(ValueError, match=r"lacks zeros of the model: first and its 12 zeros are"):
         EXPORTS[form](model, tmp_path / "file")
     assert names(tmp_path) == []
