@@ -21,6 +21,18 @@ from tscnc_tf.pruning.compaction.graph import Call, Tensor
 Channels = np.ndarray  # one value per channel: floats (constants, NaN: unknown) or booleans
 
 
+class ChannelPlan(NamedTuple):
+    """Which channels of each tensor stay.
+
+    Attributes:
+        constants: the value that each channel has for every input, or NaN.
+        keeps: which channels stay.
+    """
+
+    constants: dict[Tensor, Channels]
+    keeps: dict[Tensor, Channels]
+
+
 class Edit(NamedTuple):
     """What a layer is to have: entries of its configuration, weights by their attributes."""
 
@@ -58,13 +70,8 @@ class Step:
         """Yield which channels are one. Without ties, inputs and outputs part."""
         yield from ()
 
-    def edit(self, keeps: dict[Tensor, Channels], constants: dict[Tensor, Channels]) -> Edit:  # noqa: ARG002
-        """Return what the layer has without the channels that are not kept: all that changes.
-
-        Args:
-            keeps: which channels of each tensor stay.
-            constants: the value that each channel has for every input, or NaN.
-        """
+    def edit(self, plan: ChannelPlan) -> Edit:  # noqa: ARG002
+        """Return what the layer has without the channels that are not kept: all that changes."""
         return Edit({}, {})
 
 
@@ -151,9 +158,9 @@ class Rearrangement(Operation):
         """Yield each channel with all its places."""
         yield Tie(0, self._places, np.arange(self.output.channels))
 
-    def edit(self, keeps: dict[Tensor, Channels], constants: dict[Tensor, Channels]) -> Edit:
+    def edit(self, plan: ChannelPlan) -> Edit:
         """Return the smaller shape, if the layer names one."""
-        kept = keeps[self.output]
+        kept = plan.keeps[self.output]
         if not self.shape_argument or kept.all():
             return Edit({}, {})
         shape = list(self.call.layer.get_config()[self.shape_argument])
@@ -274,15 +281,15 @@ class Linear(_Weighted):
         """Yield nothing: inputs and filters go each by themselves."""
         yield from ()
 
-    def edit(self, keeps: dict[Tensor, Channels], constants: dict[Tensor, Channels]) -> Edit:
+    def edit(self, plan: ChannelPlan) -> Edit:
         """Return the rows and columns that stay, and the bias with what the others added."""
-        rows, columns = keeps[self.inputs[0]], keeps[self.output]
+        rows, columns = plan.keeps[self.inputs[0]], plan.keeps[self.output]
         kernel = self._forwards()[..., rows, :][..., columns]
         kernel = np.swapaxes(kernel, -1, -2) if self.transposed else kernel
         config: dict[str, Any] = {self.size: int(columns.sum())}
         weights = {self.attribute: kernel}
         # What is removed is unread, or constant; of a constant that stays nothing is to be added.
-        given = constants[self.inputs[0]]
+        given = plan.constants[self.inputs[0]]
         added = self._folded(given, ~rows & self.foldable(given))[columns]
         if self.bias is not None:
             bias = self.bias[columns]
@@ -322,9 +329,9 @@ class Depthwise(_Weighted):
         every = np.arange(self.output.channels)
         yield Tie(0, every // self.multiplier, every)
 
-    def edit(self, keeps: dict[Tensor, Channels], constants: dict[Tensor, Channels]) -> Edit:
+    def edit(self, plan: ChannelPlan) -> Edit:
         """Return the channels that stay, with their filters."""
-        kept = keeps[self.inputs[0]]
+        kept = plan.keeps[self.inputs[0]]
         weights = {self.attribute: self.kernel[..., kept, :]}
         if self.bias is not None:
             weights["bias"] = self.bias[np.repeat(kept, self.multiplier)]
@@ -354,7 +361,7 @@ class Normalisation(Operation):
         value = (given[0] - self._mean) * self._scale + self._offset
         return np.where(self._scale == 0, self._offset, value)
 
-    def edit(self, keeps: dict[Tensor, Channels], constants: dict[Tensor, Channels]) -> Edit:
+    def edit(self, plan: ChannelPlan) -> Edit:
         """Return the entries of the channels that stay."""
-        kept = keeps[self.inputs[0]]
+        kept = plan.keeps[self.inputs[0]]
         return Edit({}, {name: value[kept] for name, value in self.weights.items()})
