@@ -281,7 +281,6 @@ def test_files_that_name_weights_by_position_still_load(library, tmp_path):
                     assert weight.pop("path") == f"{weight['name']}/_kernel".replace(
                         "_kernel", "kernel" if library is tf_keras else "_kernel"
                     )
-                    del weight["left_out"]
                     weight["position"] = position
                 content = json.dumps(config)
             old.writestr(name, content)
