@@ -22,6 +22,7 @@ import tensorflow as tf
 import tf_keras
 
 __all__ = [
+    "LIBRARIES",
     "Regularizer",
     "flavour",
     "inference",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 PACKAGE = "tscnc_tf"
+LIBRARIES: dict[str, types.ModuleType] = {"keras": keras, "tf_keras": tf_keras}
 OWN = ("call", "train_step", "test_step", "predict_step")  # what a class may compute by itself
 _Class = TypeVar("_Class", bound=type)
 
