@@ -134,7 +134,7 @@ class FAB(Search):
         ascent: Ascent,
         examples: Examples,
         state: _State,
-        index: Any,
+        index: Any,  # noqa: ARG002
         draws: Draws,  # noqa: ARG002
     ) -> _State:
         x, point = examples.x, state.point
