@@ -20,8 +20,19 @@ from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tscnc_tf import losses
-from tscnc_tf.attacks import FGSM, PGD, Attack, Custom, GradientAttack, Transfer
+from tscnc_tf import attacks, losses
+from tscnc_tf.attacks import (
+    APGD,
+    FAB,
+    FGSM,
+    PGD,
+    Attack,
+    AutoAttack,
+    Custom,
+    GradientAttack,
+    Square,
+    Transfer,
+)
 from tscnc_tf.attacks.pgd import Ascent
 from tscnc_tf.functional import balls
 
@@ -86,6 +97,11 @@ def darker(model, x, y):
 ATTACKS = {
     FGSM: lambda **more: FGSM(**{"epsilon": "8/255", **more}),
     PGD: lambda **more: PGD(**{"epsilon": "8/255", "steps": 3, **more}),
+    APGD: lambda **more: APGD(**{"epsilon": "8/255", "steps": 3, **more}),
+    FAB: lambda **more: FAB(**{"epsilon": "8/255", "steps": 3, **more}),
+    Square: lambda **more: Square(**{"epsilon": "8/255", "queries": 5, **more}),
+    # In so large a ball no example is left for the attacks that take long.
+    AutoAttack: lambda **more: AutoAttack(**{"epsilon": 0.8, **more}),
     Custom: lambda **more: Custom(
         darker, **{"epsilon": 0.1 if more.get("norm") != "l2" else 0.1 * 32**0.5, **more}
     ),
@@ -104,6 +120,10 @@ def all_subclasses(cls):
 def test_the_list_of_attacks_is_complete():
     ours = {cls for cls in all_subclasses(Attack) if cls.__module__.startswith("tscnc_tf.")}
     assert {cls for cls in ours if not inspect.isabstract(cls)} == set(ATTACKS)
+    assert {getattr(attacks, name) for name in attacks.__all__} == {
+        *ATTACKS,
+        *(cls for cls in (Attack, GradientAttack)),
+    }
     assert all(not inspect.isabstract(cls) and not cls.__subclasses__() for cls in ATTACKS)
 
 
