@@ -3,6 +3,7 @@
 from tscnc_tf.evaluation.diagnostics import EvaluationWarning
 from tscnc_tf.evaluation.report import (
     AttackResult,
+    EnsemblePart,
     RobustnessReport,
     plot_robustness,
     wilson_interval,
@@ -11,6 +12,7 @@ from tscnc_tf.evaluation.run import evaluate_robustness
 
 __all__ = [
     "AttackResult",
+    "EnsemblePart",
     "EvaluationWarning",
     "RobustnessReport",
     "evaluate_robustness",

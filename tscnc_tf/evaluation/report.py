@@ -55,6 +55,23 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
 
 
+@dataclasses.dataclass(frozen=True)
+class EnsemblePart(_reports.Record):
+    """What one attack of an ensemble did.
+
+    Attributes:
+        name: of the attack.
+        examples: how many it was run on: those that the model was still right on.
+        fooled: on how many of them it fooled the model.
+        seconds: how long that took.
+    """
+
+    name: str
+    examples: int
+    fooled: int
+    seconds: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttackResult:
     """What one attack did.
@@ -63,9 +80,12 @@ class AttackResult:
         name: of the attack, unique within the report.
         description: what the attack says about itself: epsilon as written, norm, steps, and so on;
             empty for a plain callable.
-        correct: per example, whether the model is right under this attack.
+        correct: per example, whether the model is right under this attack. For an ensemble, whose
+            attacks are run on what is left only, that includes the clean input.
         largest_distance: the largest perturbation that was measured, by norm.
         seconds: how long the attack and its checks took.
+        tied: for how many examples the largest logit occurred twice under the attack.
+        stages: of an ensemble, what its attacks did, in their order.
     """
 
     name: str
@@ -73,6 +93,8 @@ class AttackResult:
     correct: np.ndarray
     largest_distance: Mapping[str, float]
     seconds: float
+    tied: int = 0
+    stages: tuple[EnsemblePart, ...] = ()
 
     @property
     def declared(self) -> bool:
@@ -94,6 +116,8 @@ class AttackResult:
         ball = {} if self.declared else {"epsilon": _NOT_DECLARED, "norm": _NOT_DECLARED}
         result = dict(self.description) | ball | _figures(self.correct)
         result["largest_distance"] = dict(self.largest_distance)
+        if self.stages:
+            result["attacks"] = self.stages
         return jsonable({"name": self.name} | result | {"seconds": self.seconds, "name": self.name})
 
 
@@ -108,10 +132,12 @@ class RobustnessReport(_reports.Report):
         seed: batch i of each attack drew from the pair (seed, i).
         batch_size: examples per batch.
         bounds: the smallest and the largest value of an input.
-        warnings: diagnostics of the model, from before the attacks were run.
-        notes: diagnostics of the results.
+        warnings: diagnostics, each a text that begins with its name: signs that the robust
+            accuracy is too high.
+        notes: remarks on the results.
         versions: of the libraries.
         seconds: how long the evaluation took.
+        digests: SHA-256 of the data, and of the model's weights if it shows them.
     """
 
     clean_correct: np.ndarray
@@ -124,6 +150,12 @@ class RobustnessReport(_reports.Report):
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     seconds: float
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The names of the diagnostics that raised a warning."""
+        return tuple(text.partition(": ")[0] for text in self.warnings)
 
     @property
     def examples(self) -> int:
@@ -172,6 +204,7 @@ class RobustnessReport(_reports.Report):
                 "warnings": self.warnings,
                 "notes": self.notes,
                 "versions": dict(self.versions),
+                "digests": dict(self.digests),
                 "seconds": self.seconds,
             }
         )
@@ -191,6 +224,7 @@ class RobustnessReport(_reports.Report):
             others = [known.get(key) for key in ("norm", "steps", "restarts")]
             cells = [str(epsilon), *("–" if value is None else str(value) for value in others)]
             rows.append([result.name, *_cells(result.correct), *cells, *always])
+            rows += [_part_cells(part, len(columns)) for part in result.stages]
         return _reports.Table(
             f"Robustness of {self.model}",
             columns,
@@ -242,6 +276,11 @@ def plot_robustness(
 def _figures(correct: np.ndarray) -> dict[str, Any]:
     count = int(np.sum(correct))
     return {"accuracy": count / len(correct), "correct": count, "interval": _interval(correct)}
+
+
+def _part_cells(part: EnsemblePart, columns: int) -> list[str]:
+    text = f"fooled {part.fooled} of {part.examples}"
+    return [f"· {part.name}", "", text, *[""] * (columns - 3)]
 
 
 def _cells(correct: np.ndarray) -> list[str]:
