@@ -1,4 +1,4 @@
-"""Robust accuracy: closed forms, worst cases, and every refusal and doubt on purpose."""
+"""Robust accuracy: closed forms, worst cases, and every refusal and every diagnostic."""
 
 from __future__ import annotations
 
@@ -378,7 +378,7 @@ def test_a_softmax_at_the_end_is_refused_in_both_kerases(k):
 
 
 @both
-def test_a_sigmoid_per_class_at_the_end_is_doubted_in_both_kerases(k):
+def test_a_sigmoid_per_class_at_the_end_is_diagnosed_in_both_kerases(k):
     with pytest.warns(EvaluationWarning, match=r"sigmoid per class.*activation=None") as caught:
         report = quiet(keras_model(k, activation="sigmoid"), X, Y, corner_attack())
     assert len(caught) == 1
@@ -386,7 +386,7 @@ def test_a_sigmoid_per_class_at_the_end_is_doubted_in_both_kerases(k):
     assert report.clean_accuracy == np.mean(np.all(margins() > 0, axis=1))
 
 
-def test_outputs_of_which_one_is_no_probability_are_not_doubted():
+def test_outputs_of_which_one_is_no_probability_are_not_diagnosed():
     def shifted(x, lowest):
         unit = tf.sigmoid(linear(x))
         return unit + (lowest - tf.reduce_min(unit))
@@ -497,10 +497,10 @@ def test_other_bounds():
     assert report.bounds == (-1.0, 1.0)
 
 
-# --- doubts ---------------------------------------------------------------------------------------
+# --- diagnostics ----------------------------------------------------------------------------------
 
 
-def test_a_sound_evaluation_has_no_doubts():
+def test_a_sound_evaluation_has_no_diagnostics():
     x, y = np.tile(X, (4, 1)), np.tile(Y, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -513,7 +513,7 @@ def test_a_sound_evaluation_has_no_doubts():
     assert report.warnings == report.notes == ()
 
 
-def test_a_model_that_changes_from_call_to_call_is_doubted():
+def test_a_model_that_changes_from_call_to_call_is_diagnosed():
     generator = np.random.default_rng(0)
 
     def noisy(x):
@@ -615,7 +615,7 @@ def test_the_source_of_a_transfer_is_looked_at_too():
     assert sound.warnings == ()
 
 
-def test_a_model_without_any_gradient_is_doubted():
+def test_a_model_without_any_gradient_is_diagnosed():
     @tf.custom_gradient
     def opaque(x):
         def gradient(*_):

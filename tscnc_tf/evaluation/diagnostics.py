@@ -232,6 +232,28 @@ def of_results(
     return found
 
 
+def of_ensembles(
+    opponents: Sequence[Adversary], results: Mapping[str, AttackResult]
+) -> list[Finding]:
+    """Return a finding for each ensemble of which a part could not be run."""
+    found = []
+    for each in opponents:
+        names = [part.name for part in each.parts]
+        run = [stage.name for stage in results[each.name].stages]
+        missing = [name for name in names if name not in run]
+        if missing:
+            found.append(
+                Finding(
+                    "no-gradient",
+                    f"The outputs of the model have no gradient in its inputs, so of {each.name} "
+                    f"only {', '.join(run)} was run, and not {', '.join(missing)}: what is left "
+                    "may be much too high. Attack the network that the model was made from too, "
+                    "by attacks.Transfer(source=..., attack=attacks.AutoAttack(...)).",
+                )
+            )
+    return found
+
+
 def remarks(
     clean: np.ndarray, opponents: Sequence[Adversary], results: Mapping[str, AttackResult]
 ) -> list[str]:

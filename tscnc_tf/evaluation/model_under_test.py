@@ -33,6 +33,11 @@ class ModelUnderTest:
         x: a batch, to check what the model returns.
         role: the name of the model in errors.
 
+    Attributes:
+        name: of the model.
+        classes: the number of its logits.
+        has_gradient: whether its outputs have a gradient in x at all, which `examine` finds.
+
     Raises:
         TypeError: the model is not callable, or does not return one tensor.
         ValueError: it does not return `(batch, classes)`.
@@ -53,6 +58,7 @@ class ModelUnderTest:
             )
         self.classes = shape[1]
         self._first = x
+        self.has_gradient = True
         batch = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
         labels = tf.TensorSpec((None,), tf.int64)
         self._logits = tf.function(self._call, input_signature=[batch])
@@ -132,8 +138,11 @@ class ModelUnderTest:
             logits = self._call(x)
         slope = pgd.slope(functools.partial(losses.log_odds, labels), logits)
         try:
-            gradient = tape.gradient(logits, x, slope, unconnected_gradients="zero")
+            gradient = tape.gradient(logits, x, slope)
         except LookupError:  # an operation without a gradient
+            gradient = None
+        if gradient is None:
+            self.has_gradient = False
             gradient = tf.zeros_like(x)
         axes = list(range(1, x.shape.rank))
         is_zero = tf.reduce_all(tf.equal(gradient, 0.0), axis=axes)

@@ -54,7 +54,8 @@ def evaluate_robustness(
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can
             compile: a Keras 3 or tf_keras model (run in inference mode), a loaded SavedModel,
             a loaded file of LiteRT or ONNX (without a gradient, so that attacks on it must be
-            `attacks.Square` or an `attacks.Transfer`), a function.
+            `attacks.Square` or an `attacks.Transfer`; of `attacks.AutoAttack` only Square is run),
+            a function.
         x: inputs `(examples, ...)`, floats within `bounds`, given to the model as float32; or a
             batched `tf.data.Dataset` of pairs (inputs, labels), which is read into memory.
         y: labels, integers `(examples,)` or `(examples, 1)`, or one-hot `(examples, classes)`; None
@@ -158,6 +159,7 @@ def evaluate_robustness(
     evaluation = _Evaluation(model, examined, (inputs, labels), clean, batch_size, seed, bounds)
     results = evaluation.run(opponents, state, progress=progress)
     findings = diagnostics.of_results(clean, opponents, results)
+    findings += diagnostics.of_ensembles(opponents, results)
     if diagnose:
         findings += evaluation.probe(opponents, results)
     for finding in findings:
@@ -311,7 +313,7 @@ class _Evaluation:
         known = [each for each in opponents if each.source is None and each.epsilon is not None]
         ball = next((each for each in known if each.uses_gradient), None)
         rows = np.flatnonzero(self._clean)
-        if ball is None or ball.epsilon is None or not len(rows):
+        if ball is None or ball.epsilon is None or not len(rows) or not self._examined.has_gradient:
             return []
         norm, radius = ball.description["norm"], ball.epsilon
         probe = probes.Probe(self._examined.call, norm, self._bounds)
@@ -333,7 +335,7 @@ class _Evaluation:
 
     def _attack(self, opponent: Adversary, state: EvaluationState, bar: Progress) -> AttackResult:
         """Run one attack, or the parts of an ensemble on what those before left."""
-        parts = opponent.parts or [opponent]
+        parts = self._parts(opponent)
         start = self._clean if opponent.parts else np.ones_like(self._clean)
         so_far = state.of(opponent.name, start)
         for part in parts[so_far.part :]:
@@ -370,6 +372,14 @@ class _Evaluation:
             tied=so_far.tied,
             stages=tuple(so_far.stages),
         )
+
+    def _parts(self, opponent: Adversary) -> list[Adversary]:
+        """Return the attacks to run: of an ensemble those that the model allows."""
+        if not opponent.parts:
+            return [opponent]
+        return [
+            part for part in opponent.parts if self._examined.has_gradient or not part.uses_gradient
+        ]
 
     def _count(
         self, part: Adversary, run: Any, index: int, chosen: np.ndarray, so_far: AttackProgress
