@@ -1,5 +1,6 @@
 """Robust accuracy: the worst case over attacks, and diagnostics of the evaluation."""
 
+from tscnc_tf.evaluation.curve import RobustnessCurve, robustness_curve
 from tscnc_tf.evaluation.diagnostics import EvaluationWarning
 from tscnc_tf.evaluation.report import (
     AttackResult,
@@ -14,8 +15,10 @@ __all__ = [
     "AttackResult",
     "EnsemblePart",
     "EvaluationWarning",
+    "RobustnessCurve",
     "RobustnessReport",
     "evaluate_robustness",
     "plot_robustness",
+    "robustness_curve",
     "wilson_interval",
 ]

@@ -109,7 +109,7 @@ class AttackResult:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the accuracy."""
-        return _interval(self.correct)
+        return interval(self.correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and the attack's description as JSON values."""
@@ -170,7 +170,7 @@ class RobustnessReport(_reports.Report):
     @property
     def clean_interval(self) -> tuple[float, float]:
         """The 95 % interval of the clean accuracy."""
-        return _interval(self.clean_correct)
+        return interval(self.clean_correct)
 
     @property
     def robust_correct(self) -> np.ndarray:
@@ -187,7 +187,7 @@ class RobustnessReport(_reports.Report):
     @property
     def robust_interval(self) -> tuple[float, float]:
         """The 95 % interval of the robust accuracy."""
-        return _interval(self.robust_correct)
+        return interval(self.robust_correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, without the single examples."""
@@ -217,24 +217,25 @@ class RobustnessReport(_reports.Report):
         columns = ["attack", "accuracy", "95 % interval", "ε", "norm", "steps", "restarts"]
         columns += ["examples", "seed"]
         always = [f"{self.examples}", f"{self.seed}"]
-        rows = [["none", *_cells(self.clean_correct), "–", "–", "–", "–", *always]]
+        rows = [["none", *accuracy_cells(self.clean_correct), "–", "–", "–", "–", *always]]
         for result in self.attacks.values():
             known = result.description
             epsilon = known["epsilon"] if result.declared else _NOT_DECLARED
             others = [known.get(key) for key in ("norm", "steps", "restarts")]
             cells = [str(epsilon), *("–" if value is None else str(value) for value in others)]
-            rows.append([result.name, *_cells(result.correct), *cells, *always])
+            rows.append([result.name, *accuracy_cells(result.correct), *cells, *always])
             rows += [_part_cells(part, len(columns)) for part in result.stages]
         return _reports.Table(
             f"Robustness of {self.model}",
             columns,
             rows,
-            ["worst case", *_cells(self.robust_correct), "", "", "", "", *always],
+            ["worst case", *accuracy_cells(self.robust_correct), "", "", "", "", *always],
             [*(f"Warning: {text}" for text in self.warnings), *self.notes],
         )
 
 
-def _interval(correct: np.ndarray) -> tuple[float, float]:
+def interval(correct: np.ndarray) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of the share of examples that are right."""
     return wilson_interval(int(np.sum(correct)), len(correct))
 
 
@@ -275,7 +276,7 @@ def plot_robustness(
 
 def _figures(correct: np.ndarray) -> dict[str, Any]:
     count = int(np.sum(correct))
-    return {"accuracy": count / len(correct), "correct": count, "interval": _interval(correct)}
+    return {"accuracy": count / len(correct), "correct": count, "interval": interval(correct)}
 
 
 def _part_cells(part: EnsemblePart, columns: int) -> list[str]:
@@ -283,6 +284,7 @@ def _part_cells(part: EnsemblePart, columns: int) -> list[str]:
     return [f"· {part.name}", "", text, *[""] * (columns - 3)]
 
 
-def _cells(correct: np.ndarray) -> list[str]:
-    low, high = _interval(correct)
+def accuracy_cells(correct: np.ndarray) -> list[str]:
+    """Return an accuracy and its 95 % interval as the cells of a table."""
+    low, high = interval(correct)
     return [_reports.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]

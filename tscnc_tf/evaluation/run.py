@@ -377,9 +377,14 @@ class _Evaluation:
         """Return the attacks to run: of an ensemble those that the model allows."""
         if not opponent.parts:
             return [opponent]
-        return [
-            part for part in opponent.parts if self._examined.has_gradient or not part.uses_gradient
-        ]
+        can_follow = self._examined.has_gradient
+        parts = [part for part in opponent.parts if can_follow or not part.uses_gradient]
+        if not parts:
+            raise ValueError(
+                f"{opponent.name} can't be run: the outputs of the model have no gradient in its "
+                "inputs. Use attacks.Square, or attacks.Transfer from a model that has one."
+            )
+        return parts
 
     def _count(
         self, part: Adversary, run: Any, index: int, chosen: np.ndarray, so_far: AttackProgress
