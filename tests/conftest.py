@@ -51,11 +51,13 @@ def dismantle_unreachable_graphs():
     Python does not collect the graph of a training step: TensorFlow's C++ objects, which its
     garbage collector can't look into, are part of the cycle. What such a graph calls stays as well.
     """
-    own = (ops.Operation, ops.SymbolicTensor)
     graphs = [each for each in gc.get_objects() if isinstance(each, func_graph.FuncGraph)]
-    while graphs:
-        graph = graphs.pop()
-        if all(isinstance(each, own) for each in gc.get_referrers(graph)):
+    own = (ops.Operation, ops.SymbolicTensor)
+    others = [each for each in gc.get_referrers(*graphs) if not isinstance(each, own)]
+    others = [each for each in others if each is not graphs]
+    held = {id(each) for each in gc.get_referents(*others)}
+    for graph in graphs:
+        if id(graph) not in held:
             func_graph.dismantle_func_graph(graph)
 
 
