@@ -11,7 +11,8 @@ class Configurable:
     """Mixin for frozen dataclasses whose fields are numbers, names and tuples of them.
 
     `cls.from_config(obj.get_config()) == obj`, also after a trip through JSON, where tuples turn
-    into lists: the constructor of the dataclass normalises them.
+    into lists: the constructor of the dataclass normalises them. Fields that the constructor
+    derives from others are left out.
     """
 
     def get_config(self) -> dict[str, Any]:
@@ -24,6 +25,7 @@ class Configurable:
         return {
             field.name: _json_value(f"{owner}.{field.name}", getattr(self, field.name))
             for field in dataclasses.fields(self)
+            if field.init
         }
 
     @classmethod

@@ -6,14 +6,19 @@ import abc
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _configs
+from tscnc_tf import _checks, _configs, _keras
+from tscnc_tf._keras import layers
+from tscnc_tf.functional import balls
 from tscnc_tf.functional.balls import NORMS
+
+_COMPILED = "_compiled_by_model"  # the attribute of an attack that holds what it has compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +37,14 @@ class Attack(_configs.Configurable, abc.ABC):
             above.
     """
 
+    norms: ClassVar[tuple[str, ...]] = NORMS
+
     epsilon: float | str
     norm: str = "linf"
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _checks.one_of("norm", self.norm, NORMS)
+        _checks.one_of("norm", self.norm, self.norms)
         self._set("bounds", _checks.bounds("bounds", self.bounds))
         self._set("epsilon", distance_field("epsilon", self.epsilon))
         if self.norm == "linf":
@@ -165,6 +172,8 @@ class Attack(_configs.Configurable, abc.ABC):
         size = shape[1:].num_elements()
         if self.norm == "l2" and size is not None:
             self._check_radius(self._width * math.sqrt(size), "the diagonal of the box of bounds")
+        if self.norm == "l1" and size is not None:
+            self._check_radius(self._width * size, "the l1 distance of the corners of bounds")
 
     def _check_radius(self, largest: float, what: str) -> None:
         # A float32 8/255 may be a last bit wider than the same fraction written out.
@@ -178,6 +187,60 @@ class Attack(_configs.Configurable, abc.ABC):
     def _set(self, field: str, value: Any) -> None:
         """Set a field of this frozen object; for constructors only."""
         object.__setattr__(self, field, value)
+
+
+class CompiledAttack(Attack):
+    """Base of attacks that run TensorFlow operations of their own around the model.
+
+    On a Keras model they hold what they have compiled, as long as the model lives.
+    """
+
+    def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+        self.check_labels(y)
+        if not tf.executing_eagerly() or _keras.flavour(model) is None:
+            return self._run(model, x, y, seed)
+        known = vars(self).setdefault(_COMPILED, weakref.WeakKeyDictionary())
+        run, state = known.get(model, (None, None))
+        if run is None or not layers.is_same_state(state, layers.state(model)):
+            run = self._graph(weakref.ref(model))
+            result = run(x, y, seed)
+            known[model] = run, layers.state(model)  # with what a first call sets in the model
+            return result
+        return run(x, y, seed)
+
+    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
+        _keras.inference(model)  # raises for what is no model
+        return self._graph(lambda: model)
+
+    @abc.abstractmethod
+    def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+        """Return adversarial examples, by operations that are not compiled here."""
+
+    @abc.abstractmethod
+    def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
+        """Return this attack, compiled, on one model: a function of (x, y, seed).
+
+        Args:
+            recall: returns the model, which need not be kept alive by the result.
+        """
+
+    def _feasible(self, anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
+        """Return the point moved into the bounds, then into the ball.
+
+        The second goes straight towards the anchor, which lies inside the bounds itself, so the
+        result is inside of both (but for the last bit, which `balls.settle` sees to).
+        """
+        inside = tf.clip_by_value(point, *self.bounds)
+        return anchor + balls.project(inside - anchor, self.epsilon_value, self.norm)
+
+    def check_labels(self, y: Any) -> None:
+        """Raise a ValueError if labels are missing."""
+        if y is None:
+            raise ValueError("y is missing: this attack needs the labels.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of this attack holds: its fields."""
+        return {name: value for name, value in vars(self).items() if name != _COMPILED}
 
 
 def distance_field(name: str, value: Any) -> float | str:

@@ -22,8 +22,12 @@ from tscnc_tf.functional import balls
 
 _ATTACKS = "cleverhans.tf2.attacks"
 _ORDERS = {"linf": math.inf, "l2": 2}  # the norms as CleverHans writes them
-# Arguments of CleverHans that are no options: epsilon, norm, bounds and the call set them.
-_RESERVED = ("model_fn", "x", "y", "eps", "norm", "clip_min", "clip_max", "batch_size")
+# Arguments of CleverHans that are no options: epsilon, norm, bounds and the call set them; and
+# "sanity_checks", which repeat what is checked here, and fail with NumPy 2.
+_RESERVED = (
+    *("model_fn", "x", "y", "eps", "norm", "clip_min", "clip_max"),
+    *("batch_size", "sanity_checks"),
+)
 _DISTANCES = ("eps_iter", "rand_minmax")  # options that may be written as fractions
 _REQUIRED = inspect.Parameter.empty
 
@@ -168,7 +172,7 @@ class CleverHans(Attack):
             "norm": _ORDERS[self.norm],
             "clip_min": low,
             "clip_max": high,
-            "sanity_checks": False,  # they repeat what is checked here
+            "sanity_checks": False,
         }
         known = _parameters(self.attack)
         options = {
@@ -195,8 +199,8 @@ class CleverHans(Attack):
         for name, value in self._given.items():
             if name in _RESERVED:
                 raise ValueError(
-                    f"options must not hold {name!r}, which is set by epsilon, norm, bounds and "
-                    "the call of the attack."
+                    f"options must not hold {name!r}: epsilon, norm, bounds and the call of the "
+                    "attack say what it is."
                 )
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self, final
 
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, losses
-from tscnc_tf._keras import layers
-from tscnc_tf.attacks.base import Attack, distance_field
+from tscnc_tf.attacks.base import CompiledAttack, distance_field
 from tscnc_tf.functional import balls
+from tscnc_tf.losses import terms
 
 OBJECTIVES = ("cross_entropy", "kl", "margin", "dlr")
 STARTS = ("none", "uniform", "gaussian")
-_COMPILED = "_compiled_by_model"  # the attribute of an attack that holds what it has compiled
 
 # Up to here the loop's steps are unrolled in the graph of a training step; see `_climb`.
 _UNROLLED_STEPS = 10
@@ -33,7 +31,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientAttack(Attack):
+class GradientAttack(CompiledAttack):
     """Base of attacks that follow a gradient: steepest steps, each projected back into the ball.
 
     Subclasses implement `_plan`, and may override `_climb`.
@@ -49,12 +47,17 @@ class GradientAttack(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.boolean("targeted", self.targeted)
-        _checks.one_of("objective", self.objective, (None, *OBJECTIVES))
+        _checks.one_of("objective", self.objective, self._objectives)
         if self.objective == "kl" and self.targeted:
             raise ValueError(
                 "objective='kl' can't be targeted: it moves away from the clean output, to no "
                 "class in particular. Use objective='cross_entropy' or 'margin'."
             )
+
+    @property
+    def _objectives(self) -> tuple[str | None, ...]:
+        """What `objective` may be."""
+        return (None, *OBJECTIVES)
 
     @property
     @abc.abstractmethod
@@ -92,7 +95,7 @@ class GradientAttack(Attack):
         self._check_size(x.shape)
         self.check_labels(y)
         # Half precision can't hold steps of 1/255 near 1; the network still gets what it expects.
-        anchor = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+        anchor = wide(x)
         ascent = Ascent(
             logits_fn,
             x,
@@ -157,34 +160,15 @@ class GradientAttack(Attack):
     def _objective(self) -> str:
         return self.objective or "cross_entropy"
 
-    def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
-        self.check_labels(y)
-        if tf.executing_eagerly() and _keras.flavour(model) is not None:
-            return self._run_compiled(model, x, y, seed)
+    def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         classes: list[int | None] = []
-        result = self.perturb(_noting_classes(_keras.inference(model), classes), x, y, seed)
+        result = self.perturb(noting_classes(_keras.inference(model), classes), x, y, seed)
         if tf.executing_eagerly() and y is not None:
             _checks.require_classes(y, classes[0])
         return result
 
-    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
-        _keras.inference(model)  # raises for what is no model
-        return _Compiled(self, lambda: model)
-
-    def _run_compiled(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
-        """Run what this attack has compiled for a Keras model, anew if a layer has changed."""
-        known = vars(self).setdefault(_COMPILED, weakref.WeakKeyDictionary())
-        run, state = known.get(model, (None, None))
-        if run is None or not layers.is_same_state(state, layers.state(model)):
-            run = _Compiled(self, weakref.ref(model))
-            result = run(x, y, seed)
-            known[model] = run, layers.state(model)  # with what a first call sets in the model
-            return result
-        return run(x, y, seed)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of this attack holds: its fields."""
-        return {name: value for name, value in vars(self).items() if name != _COMPILED}
+    def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
+        return _Compiled(self, recall)
 
     def check_labels(self, y: Any) -> None:
         """Raise a ValueError if the labels that the objective needs are missing."""
@@ -237,15 +221,6 @@ class GradientAttack(Attack):
             maximum_iterations=plan.steps,
             parallel_iterations=1,
         )[1]
-
-    def _feasible(self, anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
-        """Return the point moved into the bounds, then into the ball.
-
-        The second goes straight towards the anchor, which lies inside the bounds itself, so the
-        result is inside of both (but for the last bit, which `perturb` sees to).
-        """
-        inside = tf.clip_by_value(point, *self.bounds)
-        return anchor + balls.project(inside - anchor, self.epsilon_value, self.norm)
 
     def _best_of(self, attempt: Callable[[Any], tf.Tensor], ascent: Ascent) -> tf.Tensor:
         """Return, per example, the best of all attempts: one that fools, then the largest score."""
@@ -309,14 +284,14 @@ class _Compiled:
         return concrete(tensors)
 
     def _run(self, tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
-        logits_fn = _noting_classes(_keras.inference(self._recall()), self._classes)
+        logits_fn = noting_classes(_keras.inference(self._recall()), self._classes)
         x, seed, *labels = tensors
         y = labels[0] if labels else None
         # A loop's graph is built in a sixth of the time of unrolled steps, and may run only once.
         return self._attack.perturb(logits_fn, x, y, seed, unroll=1)
 
 
-def _noting_classes(
+def noting_classes(
     logits_fn: Callable[[tf.Tensor], Any], found: list[int | None]
 ) -> Callable[[tf.Tensor], Any]:
     """Return a function of logits that adds their number, None if not known, to a list."""
@@ -334,11 +309,13 @@ class Ascent:
 
     Args:
         logits_fn: from x to logits, in inference mode.
-        x: the clean inputs, in the dtype that `logits_fn` takes.
+        x: the clean inputs.
         labels: labels of any form; None where the objective needs none.
-        objective: one of `OBJECTIVES`.
+        objective: one of `OBJECTIVES`, or "targeted_dlr".
         targeted: whether the labels are classes to reach; the objective is then descended.
         clean_logits: what "kl" moves away from; if it is None, the logits at x, computed here.
+        targets: the classes, integers `(batch,)`, that "targeted_dlr" moves towards.
+        dtype: of the inputs that `logits_fn` takes; None for that of x.
     """
 
     def __init__(
@@ -350,14 +327,17 @@ class Ascent:
         objective: str,
         targeted: bool,
         clean_logits: Any = None,
+        targets: Any = None,
+        dtype: Any = None,
     ) -> None:
         self._logits_fn = logits_fn
-        self._dtype = x.dtype
+        self._dtype = dtype or x.dtype
         self._objective = objective
         self._targeted = targeted
         self._labels = None if labels is None else tf.convert_to_tensor(labels)
+        self.targets = targets
         if objective == "kl":
-            clean_logits = self.logits(x) if clean_logits is None else _wide(clean_logits)
+            clean_logits = self.logits(x) if clean_logits is None else wide(clean_logits)
             self._reference = tf.stop_gradient(clean_logits)
 
     def logits(self, x: tf.Tensor) -> tf.Tensor:
@@ -369,7 +349,7 @@ class Ascent:
                 f"model must return one tensor of logits of shape (batch, classes), got {shape}: "
                 "wrap it in a function that does."
             )
-        return tf.ensure_shape(_wide(logits), (None, None))  # the rank may have been unknown
+        return tf.ensure_shape(wide(logits), (None, None))  # the rank may have been unknown
 
     def score(self, logits: tf.Tensor) -> tf.Tensor:
         """Return what is climbed, per example: the objective, negated for a targeted attack."""
@@ -381,11 +361,25 @@ class Ascent:
         prediction = tf.argmax(logits, axis=-1)
         if self._labels is None:
             return prediction != tf.argmax(self._reference, axis=-1)
-        classes = tf.argmax(losses.one_hot(self._labels, _classes(logits)), axis=-1)
+        classes = tf.argmax(losses.one_hot(self._labels, classes_of(logits)), axis=-1)
         return prediction == classes if self._targeted else prediction != classes
 
     def gradient(self, x: tf.Tensor) -> tf.Tensor:
-        """Return the gradient of the score at x, up to a positive factor per example.
+        """Return the gradient of the score at x, as `logits_and_gradient` does."""
+        return self.logits_and_gradient(x)[1]
+
+    def logits_and_gradient(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the logits at x, and the gradient of the score up to a factor > 0 per example.
+
+        Raises:
+            ValueError: the model's output does not depend on x in a differentiable way.
+        """
+        return self.pull_back(x, lambda logits: slope(self.score, logits))
+
+    def pull_back(
+        self, x: tf.Tensor, weights: Callable[[tf.Tensor], tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the logits at x, and the gradient of their sum with weights that depend on them.
 
         Raises:
             ValueError: the model's output does not depend on x in a differentiable way.
@@ -394,7 +388,7 @@ class Ascent:
             tape.watch(x)
             logits = self.logits(x)
         try:
-            gradient = tape.gradient(logits, x, output_gradients=slope(self.score, logits))
+            gradient = tape.gradient(logits, x, output_gradients=weights(logits))
         except LookupError as error:  # an operation without a gradient, such as py_function's kin
             raise ValueError(f"{_NOT_DIFFERENTIABLE} ({error})") from error
         if gradient is None:
@@ -404,7 +398,11 @@ class Ascent:
         # largest number, instead of turning the whole example, and then the weights trained on it,
         # to NaN.
         gradient = tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
-        return tf.clip_by_value(gradient, gradient.dtype.min, gradient.dtype.max)
+        return logits, tf.clip_by_value(gradient, gradient.dtype.min, gradient.dtype.max)
+
+    def is_true_class(self, logits: tf.Tensor) -> tf.Tensor:
+        """Return a mask of the shape of `logits` with True at each example's class."""
+        return terms.is_true_class(self._labels, logits)
 
     def _value(self, logits: tf.Tensor) -> tf.Tensor:
         if self._objective == "kl":
@@ -419,6 +417,8 @@ class Ascent:
             return losses.margin(self._labels, logits)
         if self._objective == "dlr":
             return losses.dlr(self._labels, logits)
+        if self._objective == "targeted_dlr":
+            return losses.targeted_dlr(self._labels, self.targets, logits)
         # Cross-entropy. Its log-odds climb the same way, and do not saturate.
         return losses.log_odds(self._labels, logits)
 
@@ -442,11 +442,13 @@ _NOT_DIFFERENTIABLE = (
 )
 
 
-def _wide(logits: Any) -> tf.Tensor:
+def wide(logits: Any) -> tf.Tensor:
+    """Return a float tensor in float32 at least."""
     return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
-def _classes(logits: tf.Tensor) -> Any:
+def classes_of(logits: tf.Tensor) -> Any:
+    """Return the number of classes of logits, a tensor where it is not static."""
     return tf.shape(logits)[1] if logits.shape[1] is None else logits.shape[1]
 
 

@@ -77,12 +77,12 @@ def random_start(shape: Any, epsilon: float, norm: str, seed: Any, dtype: Any) -
         dtype: float32 or float64.
     """
     if norm == "linf":
-        return epsilon * _symmetric_uniform(shape, seed, dtype)
+        return epsilon * uniform(shape, seed, dtype)
     first, second = tf.unstack(tf.random.split(seed, 2, alg="philox"))
     direction = normal(shape, first, dtype)
     size = tf.cast(tf.reduce_prod(tf.shape(direction)[1:]), dtype)
     radius_shape = tf.concat([tf.shape(direction)[:1], tf.ones_like(tf.shape(direction)[1:])], 0)
-    radius = tf.abs(_symmetric_uniform(radius_shape, second, dtype))
+    radius = tf.abs(uniform(radius_shape, second, dtype))
     return steepest_ascent(direction, "l2") * epsilon * tf.pow(radius, 1.0 / size)
 
 
@@ -94,21 +94,28 @@ def normal(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
         seed: a pair of integers.
         dtype: float32 or float64.
     """
-    uniform = _symmetric_uniform(shape, seed, dtype)
-    return 2**0.5 * tf.math.erfinv(tf.clip_by_value(uniform, -1 + 2**-24, 1 - 2**-24))
+    draws = uniform(shape, seed, dtype)
+    return 2**0.5 * tf.math.erfinv(tf.clip_by_value(draws, -1 + 2**-24, 1 - 2**-24))
 
 
 def lengths(delta: Any, norm: str) -> tf.Tensor:
-    """Return the norm of each example's `delta`, shape `(batch,)`."""
+    """Return the norm of each example's `delta`, shape `(batch,)`; "l1" too."""
     if norm == "linf":
         return tf.reduce_max(tf.abs(delta), axis=_axes(delta))
+    if norm == "l1":
+        return tf.reduce_sum(tf.abs(delta), axis=_axes(delta))
     return tf.norm(tf.reshape(delta, (tf.shape(delta)[0], -1)), axis=-1)
 
 
-def _symmetric_uniform(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
+def uniform(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
     """Return draws from U(-1, 1), the same with XLA as without.
 
     TensorFlow's own floats are not: XLA makes them of other bits of the same integers.
+
+    Args:
+        shape: static or as a tensor.
+        seed: a pair of integers.
+        dtype: float32 or float64.
     """
     bits = tf.random.stateless_uniform(
         shape, seed, minval=None, maxval=None, dtype=tf.int32, alg="philox"

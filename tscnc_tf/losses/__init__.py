@@ -9,7 +9,15 @@ logits, and return one value per example, of shape `(batch,)`.
 
 from tscnc_tf.losses.distillation import RSLAD
 from tscnc_tf.losses.robust import MART, TRADES, Madry, RobustLoss
-from tscnc_tf.losses.terms import cross_entropy, dlr, kl_divergence, log_odds, margin, one_hot
+from tscnc_tf.losses.terms import (
+    cross_entropy,
+    dlr,
+    kl_divergence,
+    log_odds,
+    margin,
+    one_hot,
+    targeted_dlr,
+)
 
 __all__ = [
     "MART",
@@ -23,4 +31,5 @@ __all__ = [
     "log_odds",
     "margin",
     "one_hot",
+    "targeted_dlr",
 ]

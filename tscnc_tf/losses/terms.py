@@ -120,7 +120,7 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
         -2.0
     """
     labels, logits = tf.convert_to_tensor(labels), lifted(logits)
-    true, others = _split(labels, logits)
+    true, others = split(labels, logits)
     odds = tf.reduce_logsumexp(others, axis=-1) - true
     if _checks.holds_indices("labels", labels):
         return odds
@@ -166,7 +166,7 @@ def margin(labels: Any, logits: Any) -> tf.Tensor:
     Reference:
         Carlini & Wagner 2017, arXiv 1608.04644, objective f6 without its cut-off.
     """
-    true, others = _split(labels, lifted(logits))
+    true, others = split(labels, lifted(logits))
     return tf.reduce_max(others, axis=-1) - true
 
 
@@ -200,6 +200,39 @@ def dlr(labels: Any, logits: Any) -> tf.Tensor:
     return margin(labels, logits) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
+def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
+    r"""Return the difference of logits ratio towards a class t, per example.
+
+    .. math:: \mathrm{DLR}(y, t, z) =
+        -\frac{z_y - z_t}{z_{\pi_1} - \frac12 (z_{\pi_3} + z_{\pi_4})}
+
+    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits; of three classes, which have
+    no fourth logit, the denominator is that of `dlr`. It is positive where t leads y.
+
+    Args:
+        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        targets: the classes t, integers `(batch,)`.
+        logits: `(batch, classes)`, any float dtype, at least three classes.
+
+    Raises:
+        ValueError: there are fewer than three classes, logits are not a float tensor of rank 2, or
+            labels don't fit them.
+
+    Example:
+        >>> float(targeted_dlr([0], [2], [[3.0, 1.0, 2.0, 0.0]])[0])
+        -0.4
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690, section 4.
+    """
+    logits = lifted(logits, classes=3)
+    chosen = tf.gather(logits, tf.convert_to_tensor(targets), batch_dims=1)
+    true, _ = split(labels, logits)
+    sizes = tf.sort(logits, axis=-1, direction="DESCENDING")
+    lowest = tf.reduce_mean(sizes[:, 2:4], axis=-1)
+    return (chosen - true) / (sizes[:, 0] - lowest + 1e-12)
+
+
 def lifted(logits: Any, classes: int = 2) -> tf.Tensor:
     """Return logits in float32 at least, having checked their form."""
     logits = tf.convert_to_tensor(logits)
@@ -229,8 +262,8 @@ def is_true_class(labels: Any, logits: tf.Tensor) -> tf.Tensor:
     return positions == tf.argmax(rows, axis=-1)[:, tf.newaxis]
 
 
-def _split(labels: Any, logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the true class's logit `(batch,)`, and the logits with that one out of the running."""
+def split(labels: Any, logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the true class's logit `(batch,)`, and the logits with the lowest number there."""
     is_true = is_true_class(labels, logits)
     true = tf.reduce_sum(tf.where(is_true, logits, 0.0), axis=-1)
     return true, tf.where(is_true, logits.dtype.min, logits)

@@ -1,0 +1,116 @@
+"""AutoAttack: an ensemble of attacks, each on the examples that the ones before left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras
+from tscnc_tf.attacks.apgd import APGD
+from tscnc_tf.attacks.base import Attack
+from tscnc_tf.attacks.fab import FAB
+from tscnc_tf.attacks.square import Square
+
+VERSIONS = ("standard", "plus", "rand")
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoAttack(Attack):
+    """AutoAttack: four or more attacks, each run on the examples that the ones before left.
+
+    "standard": APGD by cross-entropy, APGD by the targeted difference of logits ratio, targeted
+    FAB (each with 100 steps, the latter two with 9 target classes) and Square with 5,000 queries.
+    "plus": APGD by cross-entropy and by the difference of logits ratio and untargeted FAB with 5
+    restarts each, Square, then the two targeted attacks. "rand", for models whose output changes
+    from call to call: APGD by both losses, with gradients that are means of 20.
+
+    It has nothing to tune. `evaluate_robustness` runs it batch by batch over all examples and
+    reports what each attack did.
+
+    Args:
+        epsilon: the radius, a number or a fraction such as "8/255".
+        norm: "linf" or "l2".
+        version: "standard", "plus" or "rand".
+        bounds: the smallest and the largest value that an input may take.
+
+    Raises:
+        ValueError: an argument is none of those above; or, when called, the model has two classes,
+            for which one of its losses is not defined, or the call is traced.
+
+    Example:
+        >>> attack = AutoAttack(epsilon="8/255")
+        >>> attack.name
+        'AutoAttack-standard linf 8/255'
+        >>> [part.name for part in attack.attacks][2:]
+        ['FAB-100 linf 8/255 targeted', 'Square-5000 linf 8/255']
+
+    Reference:
+        Croce & Hein 2020, arXiv 2003.01690.
+    """
+
+    version: str = "standard"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.one_of("version", self.version, VERSIONS)
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The attacks, in the order in which they are run."""
+        ball: dict[str, Any] = {"epsilon": self.epsilon, "norm": self.norm, "bounds": self.bounds}
+        targeted = APGD(loss="targeted_dlr", **ball), FAB(**ball)
+        if self.version == "rand":
+            return tuple(APGD(loss=loss, eot=20, **ball) for loss in ("ce", "dlr"))
+        if self.version == "standard":
+            return (APGD(loss="ce", **ball), *targeted, Square(**ball))
+        apgd = (APGD(loss=loss, restarts=5, **ball) for loss in ("ce", "dlr"))
+        untargeted = FAB(target_classes=None, restarts=5, **ball)
+        return (*apgd, untargeted, Square(**ball), *targeted)
+
+    @property
+    def name(self) -> str:
+        """A short name for tables, such as "AutoAttack-standard linf 8/255"."""
+        return f"AutoAttack-{self.version} {self._ball}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of the attack."""
+        return super().describe() | {
+            "version": self.version,
+            "attacks": [attack.name for attack in self.attacks],
+        }
+
+    def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+        return self._compiled(model)(x, y, seed)
+
+    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
+        logits_fn = _keras.inference(model)
+        runs = [attack.bind(model) for attack in self.attacks]
+
+        def run(x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+            if not tf.executing_eagerly():
+                raise ValueError(
+                    "AutoAttack drops examples as it goes, which a graph can't: call it outside of "
+                    "tf.function, or use one of its attacks there, such as APGD."
+                )
+            if y is None:
+                raise ValueError("y is missing: this attack needs the labels.")
+            found = x.numpy()
+            truth = _checks.class_indices("y", y)[0]
+            stands = np.ones(len(found), dtype=bool)
+            for index, attack in enumerate(runs):
+                rows = np.flatnonzero(stands)
+                if not len(rows):
+                    break
+                seeds = tf.random.fold_in(seed, index, alg="philox")
+                candidates = attack(tf.gather(x, rows), tf.gather(y, rows), seed=seeds)
+                found[rows] = candidates.numpy()
+                logits = logits_fn(candidates).numpy()
+                stands[rows] = np.argmax(logits, axis=1) == truth[rows]
+            return tf.constant(found)
+
+        return run
