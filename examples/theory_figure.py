@@ -1,4 +1,4 @@
-"""The figure and the table of what examples/theory.py has measured, from the file that it wrote.
+"""A figure and a table of the measurements of examples/theory.py, from the file that it writes.
 
 python examples/theory_figure.py                           # of docs/theory.json
 python examples/theory_figure.py outputs/theory/theory.json --output DIR
@@ -28,7 +28,7 @@ from rich.table import Table
 MEASURED = pathlib.Path(__file__).parent.parent / "docs" / "theory.json"
 COLOURS = ("#c0392b", "#1f77b4")
 LINES = ("-", "--")
-FLOOR = 1e-3  # where zero is drawn on a logarithmic axis
+LEAST = 1e-3  # smaller values are drawn here, as a logarithmic axis has no zero
 TABLED = (0.0, 0.9, 0.95, 0.99, 0.999)
 COLUMNS = {
     "Lipschitz": "lipschitz",
@@ -38,14 +38,14 @@ COLUMNS = {
     "effective": "effective",
     "dead": "dead_filters",
 }
-# Panels of a network: title, scale, the figure of the line, that of the dotted one.
+# Panels of a network: title, scale, key of the line, key of the dotted line.
 WHOLE = (
     ("accuracy under attack (dotted: without)", "linear", "robust", "clean"),
     ("local Lipschitz constant (dotted: its bound)", "log", "lipschitz", "bound"),
     ("worst κ (dots: ∞; dotted: effective κ)", "log", "condition_number", "effective"),
     ("dead filters", "linear", "dead_filters", None),
 )
-# Panels of a kernel.
+# Panels of a kernel: key, title, scale.
 KERNEL = {
     "sigma_max": ("σ max", "linear"),
     "condition_number": ("κ (dots: ∞)", "log"),
@@ -55,7 +55,7 @@ KERNEL = {
 
 
 class Runs:
-    """What was measured, by network and way of pruning.
+    """Measurements by network and way of pruning.
 
     Args:
         record: the content of `theory.json`.
@@ -69,14 +69,14 @@ class Runs:
         self._runs = record["runs"]
 
     def figures(self, name: str, way: str, key: str, layer: str | None = None) -> np.ndarray:
-        """A figure at each level, of the whole network or of one kernel, (seeds, levels, ...)."""
+        """Return a measurement of the network or of one kernel, of shape (seeds, levels, ...)."""
         runs = [run["steps"] for run in self._runs if (run["network"], run["way"]) == (name, way)]
         if layer is not None:
             runs = [[step["kernels"][layer] for step in steps] for steps in runs]
         return np.asarray([[step[key] for step in steps] for steps in runs], float)
 
     def range(self, name: str, way: str, key: str, layer: str | None) -> tuple[np.ndarray, ...]:
-        """The lowest and the highest of the seeds; of robust accuracy, of their 95 % intervals."""
+        """Return minimum and maximum over the seeds; of robust accuracy, of the 95 % intervals."""
         if key == "robust":
             ends = self.figures(name, way, "interval")
             return np.min(ends[..., 0], axis=0), np.max(ends[..., 1], axis=0)
@@ -85,7 +85,7 @@ class Runs:
 
 
 def table(runs: Runs) -> Table:
-    """Medians over the seeds; beside robust accuracy the hull of the seeds' 95 % intervals."""
+    """Return medians over the seeds; for robust accuracy the union of the 95 % intervals, too."""
     result = Table(
         title="Pruned by magnitude", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -109,7 +109,7 @@ def table(runs: Runs) -> Table:
 
 
 def draw(runs: Runs, path: pathlib.Path) -> None:
-    """Draw the networks as wholes, a row for each way of pruning, and a row for each kernel."""
+    """Draw a row of panels for each way of pruning, of whole networks, and one for each kernel."""
     count = len(runs.ways) + len(runs.layers) + 1
     figure, axes = plt.subplots(count, 4, figsize=(13, 2.6 * count))
     for row, way in zip(axes, runs.ways, strict=False):
@@ -130,7 +130,7 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # a third of the size
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # to a third of the size
 
 
 def panel(
@@ -141,10 +141,10 @@ def panel(
     shown: list[tuple[str, str, str]],
     layer: str | None = None,
 ) -> None:
-    """Draw figures of each network, triples (way, key, line): median and range over the seeds.
+    """Draw measurements of each network, (way, key, line): median and range over the seeds.
 
-    Zeros grow to the right, and each factor of what is kept has the same room. Where a figure is
-    infinite there is a dot above the panel, the fuller the more seeds.
+    The sparsity increases to the right, on a logarithmic axis of the density. A dot above the panel
+    marks an infinite value; its opacity is the fraction of the seeds that have one.
     """
     axis.set(xscale="log", yscale=scale, xlim=(1.15, 8e-4))
     axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001])
@@ -158,7 +158,7 @@ def panel(
                 dots(axis, runs, shares, 1.04 + 0.045 * rows, line, colour)
                 rows += 1
             middle, *edges = (
-                np.maximum(np.where(np.isfinite(values), values, np.nan), FLOOR)
+                np.maximum(np.where(np.isfinite(values), values, np.nan), LEAST)
                 for values in (np.median(every, axis=0), *runs.range(name, way, key, layer))
             )
             axis.plot(1 - runs.levels, middle, line, color=colour, linewidth=1.4)
@@ -176,7 +176,7 @@ def panel(
 
 
 def dots(axis, runs: Runs, shares: np.ndarray, height: float, line: str, colour: str) -> None:
-    """Mark above a panel where a figure is infinite, and for which share of the seeds."""
+    """Mark above a panel the levels with infinite values, by the fraction of such seeds."""
     for level, share in zip(runs.levels, shares, strict=True):
         axis.plot(
             1 - level,
@@ -192,7 +192,7 @@ def dots(axis, runs: Runs, shares: np.ndarray, height: float, line: str, colour:
 
 
 def legend(figure, runs: Runs, height: float) -> None:
-    """Say in the free corner what colours and lines mean."""
+    """Draw the legend of colours and lines in the free corner."""
     colours = zip(runs.names, COLOURS, strict=False)
     handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours]
     ways = zip(runs.ways, LINES, strict=False)
@@ -217,12 +217,12 @@ def legend(figure, runs: Runs, height: float) -> None:
 
 
 def wide_console() -> Console:
-    """A console with room for the table, also where there is no terminal to ask for its width."""
+    """Return a console that is wide enough for the table, also without a terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def save(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Let `write` make a file that nobody sees half-written."""
+    """Write a file by `write(draft)`, and rename the draft when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_stem(f".{path.stem}")
     write(draft)
@@ -235,7 +235,7 @@ def main() -> None:
     )
     parser.add_argument("measured", type=pathlib.Path, nargs="?", default=MEASURED)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("outputs/theory"))
-    parser.add_argument("--smoke", action="store_true", help="as without: it takes no time")
+    parser.add_argument("--smoke", action="store_true", help="no effect; all examples take it")
     args = parser.parse_args()
     runs = Runs(json.loads(args.measured.read_text()))
     console = wide_console()

@@ -369,7 +369,7 @@ def test_the_fingerprint_changes_with_a_single_value(field, data):
     assert dataclasses.replace(data, **{field: array}).fingerprint != data.fingerprint
 
 
-def test_the_fingerprint_knows_no_byte_order(data):
+def test_the_fingerprint_is_invariant_to_byte_order(data):
     swapped = dataclasses.replace(data, y_test=data.y_test.astype(">i8"))
     assert swapped.fingerprint == data.fingerprint
 

@@ -350,7 +350,7 @@ def test_pruning_by_scores_keeps_the_values_of_the_dense_weights(finished):
         np.testing.assert_array_equal(after, np.where(mask, before, 0))
 
 
-def test_the_last_word_is_that_of_evaluate_robustness_on_the_test_set(finished):
+def test_the_report_is_that_of_evaluate_robustness_on_the_test_set(finished):
     report = json.loads((finished / "4-evaluate" / "report.json").read_text())
     model = tscnc.experiments.open_stage(finished / "3-finetune").model
     x, y = stages.dataset(recipe()).arrays("test")
@@ -722,7 +722,7 @@ def test_an_output_names_its_damaged_file(copied, damage):
             tscnc.experiments.open_stage(stage)
 
 
-def test_a_damaged_dense_network_is_not_adopted(copied, tmp_path):
+def test_a_damaged_dense_network_is_not_copied(copied, tmp_path):
     dense = copied / "1-train"
     with (
         damaged(dense / "last.keras", "one bit"),

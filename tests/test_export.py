@@ -802,7 +802,7 @@ def test_nested_models_and_pruned_weights_that_are_no_kernels(tmp_path):
     np.testing.assert_allclose(served(probe.astype(np.int32)), model(probe), rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_is_given_more_room_and_served_as_float32(tmp_path, rng):
+def test_half_precision_has_a_larger_tolerance_and_is_served_as_float32(tmp_path, rng):
     tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
         model = dense(0.5)
@@ -898,7 +898,7 @@ def test_a_served_model_is_attacked_like_the_model(exported, images):
     np.testing.assert_allclose(x_adv, attack(model, images, np.arange(6) % 5), atol=1e-6)
 
 
-def test_a_moved_export_knows_where_it_is(exported, copy):
+def test_a_moved_export_has_its_new_path(exported, copy):
     report = export.load_saved_model(copy).report
     assert report == dataclasses.replace(exported[2], path=str(copy))
 

@@ -129,7 +129,7 @@ def test_a_name_of_any_length_that_the_system_takes(tmp_path):
     assert names(tmp_path) == ["n" * 255]
 
 
-def test_free_path_is_absolute_and_knows_home(tmp_path, monkeypatch):
+def test_free_path_is_absolute_and_expands_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert _files.free_path("path", "goal") == tmp_path / "goal"
@@ -137,7 +137,7 @@ def test_free_path_is_absolute_and_knows_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [None, 3, b"bytes"])
-def test_free_path_wants_a_path(path):
+def test_free_path_requires_a_path(path):
     with pytest.raises(TypeError, match=r"report must be a path, got .*"):
         _files.free_path("report", path)
 

@@ -343,7 +343,7 @@ def test_zeros_stay_where_they_are_through_export_loading_and_fine_tuning(librar
         np.testing.assert_array_equal((kernel.reshape(2, 4, -1) != 0).sum(axis=1), 2)
 
 
-def test_averages_from_before_pruning_bring_nothing_back(library):
+def test_averages_from_before_pruning_restore_no_pruned_weight(library):
     """PR #720: averages remember the weights as they were when they were not yet pruned."""
     sizes = [kernel.size for kernel in kernels(dense_model(library))]
     seen = []

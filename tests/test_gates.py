@@ -815,7 +815,7 @@ def test_tfmot_prunes_of_a_gated_layer_what_it_prunes_of_the_layer():
     assert names == ["separable/pointwise_kernel"]
 
 
-def test_schedules_that_are_gated_by_condition_hear_of_closed_filters(library, monkeypatch):
+def test_schedules_that_are_gated_by_condition_measure_closed_filters(library, monkeypatch):
     model = gates.add_gates(conv_model(library))
     gated_named(model, "conv").log_alpha.assign([-4.0, *[4.0] * 5])
     schedule = schedules.ConditionGated(schedules.OneShot(0.5), max_condition_number=1e6)

@@ -118,7 +118,7 @@ def test_what_was_pruned_is_counted_after_stripping_as_before(library):
     assert sizes[0].ideal_sparse_bytes == sizes[1].ideal_sparse_bytes < sizes[1].dense_bytes / 2
 
 
-def test_sparsity_speaks_of_the_masked_weights_if_there_are_any(rng):
+def test_sparsity_is_that_of_the_masked_weights_if_there_are_any(rng):
     prune = tfmot().sparsity.keras.prune_low_magnitude
     model = tf_keras.Sequential(
         [
@@ -204,7 +204,7 @@ def test_what_float32_cannot_resolve_is_finite_but_not_effective():
     assert row.rank == 3
 
 
-def test_a_zero_matrix_has_no_condition_to_speak_of():
+def test_a_zero_matrix_has_no_condition_number():
     [row] = inspection.condition_numbers(dense_model(keras, np.zeros((4, 3)))).rows
     assert row.condition_number == row.effective_condition_number == math.inf
     assert (row.rank, row.stable_rank, row.dead_filters) == (0, 0.0, 3)
@@ -689,7 +689,7 @@ def adapted_layer(kind, mode, lora, rng):
 @adapted
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("kind", ["dense", "einsum"])
-def test_reports_speak_of_the_kernel_that_acts(kind, mode, lora, rng):
+def test_reports_measure_the_kernel_that_acts(kind, mode, lora, rng):
     model = adapted_layer(kind, mode, lora, rng)
     acting = np.asarray(model(np.eye(6, dtype="float32")), np.float64)  # a row for each input
     zeros = int(np.sum(np.abs(acting) < 1e-7))

@@ -129,7 +129,7 @@ MIXED = 0.7 * HARD + 0.3 * np.eye(CLASSES)[(LABELS + 1) % CLASSES]
 
 @pytest.mark.parametrize("amount", [0.0, 1e-4, 0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("labels", [HARD, MIXED], ids=["hard", "mixed"])
-def test_log_odds_of_soft_labels_do_not_mind_smoothing(labels, amount, logits):
+def test_log_odds_of_soft_labels_are_invariant_to_smoothing(labels, amount, logits):
     odds = losses.log_odds(smoothed(labels, amount), logits)
     np.testing.assert_allclose(odds, np_soft_log_odds(labels, logits), rtol=1e-7)
     if labels is HARD:
@@ -284,7 +284,7 @@ def test_kl_is_zero_only_for_equal_distributions(logits, other_logits):
     assert np.all(losses.kl_divergence(logits, other_logits) > 0.01)
 
 
-def test_dlr_knows_no_scale(logits):
+def test_dlr_is_invariant_to_scale(logits):
     value = losses.dlr(LABELS, logits)
     np.testing.assert_allclose(losses.dlr(LABELS, 1000 * logits + 5), value, rtol=1e-9)
 
@@ -344,7 +344,7 @@ def test_losses_are_frozen_and_survive_json(loss):
     ],
     ids=repr,
 )
-def test_losses_say_what_their_adversary_does(loss, facts):
+def test_losses_define_the_objective_of_their_adversary(loss, facts):
     assert (loss.objective, loss.start, loss.uses_clean, loss.adds_clean_loss) == facts
 
 

@@ -281,7 +281,6 @@ def test_files_that_name_weights_by_position_still_load(library, tmp_path):
                     assert weight.pop("path") == f"{weight['name']}/_kernel".replace(
                         "_kernel", "kernel" if library is tf_keras else "_kernel"
                     )
-                    del weight["left_out"]
                     weight["position"] = position
                 content = json.dumps(config)
             old.writestr(name, content)
@@ -405,7 +404,7 @@ def test_what_is_frozen_when_a_step_is_taken_does_not_change(first, scope, libra
     assert statuses(model)["hidden"] == (True, "")
 
 
-def test_a_loop_of_ones_own_sees_what_is_frozen_at_each_step(library):
+def test_a_custom_loop_reads_what_is_frozen_at_each_step(library):
     model = dense_model(library)
     hidden = model.get_layer("hidden")
     pruner = pruning.Pruner(model, ramp())
@@ -608,7 +607,7 @@ for options in ({"schedule": tscnc.schedules.OneShot(0.5)}, {"method": "scores",
 """
 
 
-def test_loops_of_ones_own_say_nothing_of_autograph(tmp_path):
+def test_custom_loops_do_not_warn_of_autograph(tmp_path):
     (tmp_path / "loops.py").write_text(LOOPS)  # whose source AutoGraph can read
     command = [sys.executable, str(tmp_path / "loops.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -166,7 +166,7 @@ def test_a_step_before_the_optimizer_has_begun_leaves_no_slot_out(library):
         )
         pruner.step(optimizer)
     for target, mask in zip(pruner.targets, pruner.state.masks, strict=True):
-        kept = optimizers.companions(optimizer, target.variable)
+        (kept,) = optimizers.companions(optimizer, [target.variable])
         assert len(kept) == 2
         assert not any(np.any(np.asarray(slot)[~mask.numpy()]) for slot in kept)
 
@@ -180,7 +180,7 @@ def test_every_optimizer_that_takes_over_is_counted_from_its_first_step(library)
     assert zeros(model) == [24, 12]
 
 
-def test_resumed_training_is_looked_ahead_from_where_it_is(library):
+def test_resumed_training_is_planned_from_its_current_step(library):
     schedule = schedules.CosineSparsity(0.0, 0.75, 0, 50, frequency=1)
     model = compiled(dense_model(library), library)
     pruning.prune(model, schedule, engine="masks")

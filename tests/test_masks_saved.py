@@ -312,6 +312,27 @@ def test_other_formats_have_no_place_for_masks_and_say_so(library, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def assert_saved_with_masks(model, inner, library, tmp_path):
+    """The `.keras` format holds a model and the pruner of its part, whatever was refused before."""
+    x = np.linspace(-1, 1, 12, dtype="float32").reshape(2, 6)
+    for name, each in {"model": model, "inner": inner}.items():
+        each.save(tmp_path / f"{name}.keras")
+        loaded = library.models.load_model(tmp_path / f"{name}.keras")
+        np.testing.assert_array_equal(loaded(x), each(x))
+        part = loaded if each is inner else loaded.layers[-1]
+        assert part.pruner.frozen and len(part.pruner.masked_variables()) == 2
+
+
+def test_a_part_that_a_legacy_file_was_written_of_is_saved_with_its_masks(library, tmp_path):
+    inner, inputs = dense_model(library), library.Input((6,))
+    model = library.Model(inputs, inner(inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the format is an old one
+        library.models.save_model(model, tmp_path / "model.h5")
+    pruning.prune_now(inner, 0.5)
+    assert_saved_with_masks(model, inner, library, tmp_path)
+
+
 @pytest.mark.parametrize("outer", ["sequential", "functional"])
 def test_the_legacy_format_refuses_a_pruned_part(outer, library, tmp_path):
     inner, inputs = pruning.prune_now(dense_model(library), 0.5), library.Input((6,))
@@ -327,6 +348,7 @@ def test_the_legacy_format_refuses_a_pruned_part(outer, library, tmp_path):
             (ValueError, NotImplementedError), match=r"legacy \.h5 .* no place for its masks"
         ):
             library.models.save_model(model, tmp_path / "model.h5")
+    assert_saved_with_masks(model, inner, library, tmp_path)
     if not is_functional and library is tf_keras:  # whose SavedModels hold no masks
         model.save(tmp_path / "folder", save_format="tf")
         loaded = tf_keras.models.load_model(tmp_path / "folder")

@@ -3,10 +3,8 @@
 One class per constraint, configured by numbers and names only, so that each is saved with a model
 and comes back from `.keras` and `.h5` files wherever `tscnc_tf` has been imported.
 
-A regularizer sees the kernel and not its layer. Given by hand to a grouped, transposed or depthwise
-convolution, to EinsumDense or to attention, as in `kernel_regularizer=TSCNC(...)`, it must be told
-by `layout=` and `channel_groups=` how to read the kernel; `pruning.add_regularizers` does that by
-itself.
+A regularizer sees the kernel and not its layer: see `KernelRegularizer` for the layers for which it
+must be told how to read the kernel.
 """
 
 from __future__ import annotations
@@ -44,14 +42,14 @@ class KernelRegularizer(_keras.Regularizer):
             EinsumDense of the equation "abc,cde->abde". "attention" is for all kernels of a
             MultiHeadAttention or GroupQueryAttention: (in, heads, size) of query, key and value,
             (heads, size, out) of what makes its output.
-            To be given wherever the regularizer is put by hand on such a layer: the kernel alone
-            does not tell. `pruning.add_regularizers` sets it from the layer.
-        channel_groups: `groups` of a grouped convolution, likewise to be given by hand.
+        channel_groups: `groups` of a grouped convolution.
 
-    A kernel of rank 3 or more whose name says that its layer is an EinsumDense or a part of
-    attention is refused with the default layout, which would read another matrix. The name of an
-    EinsumDense that you have named yourself does not say so, nor does a tensor: there `layout` must
-    be given all the same. `AdversarialTraining`, which knows the layers, refuses them as well.
+    Both must be given where the regularizer is passed to such a layer by hand, as the kernel alone
+    does not tell; `pruning.add_regularizers` takes them from the layer. A kernel of rank 3 or more
+    whose name says that its layer is an EinsumDense or a part of attention is refused with the
+    default layout, which would read another matrix. The name of an EinsumDense that you have named
+    yourself does not say so, nor does a tensor: there `layout` must be given all the same.
+    `AdversarialTraining`, which knows the layers, refuses them as well.
     """
 
     def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
@@ -156,9 +154,7 @@ class TransformedL1(KernelRegularizer):
         a: a number > 0; small values count non-zeros, large ones approach the l1 norm.
         groups: None for single weights, "filter" for all that leads to one output channel, "input"
             for all that reads one input channel.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
-            on grouped, transposed or depthwise layers, EinsumDense or attention, they must be
-            given; `pruning.add_regularizers` sets them itself.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -215,8 +211,8 @@ class ConditionNumber(KernelRegularizer):
     * `"orthogonal"`: :math:`\|G n/\mathrm{tr}G - I\|_F^2`, soft orthogonality up to scale.
 
     A kernel that is read as several matrices (grouped and depthwise convolutions) costs their mean,
-    so that each layer weighs the same. Dead filters feel no pull and give none; see
-    `functional.log_ratio`.
+    so that each layer weighs the same. Dead filters have no gradient, and do not act on the others;
+    see `functional.log_ratio`.
 
     The factorisation costs about `p n² + n³` operations in float64 per step for a `(p, n)` matrix:
     next to nothing beside an adversarial step on convolutions, but not for a dense layer with
@@ -227,9 +223,7 @@ class ConditionNumber(KernelRegularizer):
         form: one of the three names above.
         ridge: for `log_ratio`, relative to the mean eigenvalue of G, >= 1e-12: eigenvalues far
             below it don't count.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
-            on grouped, transposed or depthwise layers, EinsumDense or attention, they must be
-            given; `pruning.add_regularizers` sets them itself.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -284,9 +278,7 @@ class TSCNC(KernelRegularizer):
         condition_factor: factor of the condition number constraint, >= 0.
         a, groups: see `TransformedL1`.
         form, ridge: see `ConditionNumber`.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`. Put by hand
-            on grouped, transposed or depthwise layers, EinsumDense or attention, they must be
-            given; `pruning.add_regularizers` sets them itself.
+        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -341,8 +333,8 @@ class RegularizerSum(_keras.Regularizer):
 
     Args:
         regularizers: a list of regularizers of one Keras, of this package, or names such as "l2".
-        library: "tf_keras" or "keras": where names are looked up. Seen from the regularizers where
-            one of them tells.
+        library: "tf_keras" or "keras", in which names are looked up; None for that of the
+            regularizers, or tf_keras if all are of this package or names.
 
     Raises:
         ValueError: the list is empty, or mixes both Kerases.
@@ -364,7 +356,7 @@ class RegularizerSum(_keras.Regularizer):
                 f"regularizers must be of one Keras, got {regularizers!r} of {sorted(told)}."
             )
         self.library = told.pop() if told else "tf_keras"
-        module = _keras.tf_keras if self.library == "tf_keras" else _keras.keras
+        module = _keras.LIBRARIES[self.library]
         self.regularizers = [
             part if _is_ours(part) else module.regularizers.get(part) for part in regularizers
         ]
@@ -387,14 +379,14 @@ class RegularizerSum(_keras.Regularizer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the parts as serialized by their Keras."""
-        module = _keras.tf_keras if self.library == "tf_keras" else _keras.keras
+        module = _keras.LIBRARIES[self.library]
         parts = [module.regularizers.serialize(part) for part in self.regularizers]
         return {"regularizers": parts, "library": self.library}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Build a sum from `get_config()`."""
-        module = _keras.tf_keras if config["library"] == "tf_keras" else _keras.keras
+        module = _keras.LIBRARIES[config["library"]]
         parts = [module.regularizers.deserialize(part) for part in config["regularizers"]]
         return cls(parts, config["library"])
 

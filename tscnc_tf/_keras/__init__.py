@@ -22,6 +22,7 @@ import tensorflow as tf
 import tf_keras
 
 __all__ = [
+    "LIBRARIES",
     "Regularizer",
     "flavour",
     "inference",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 PACKAGE = "tscnc_tf"
+LIBRARIES: dict[str, types.ModuleType] = {"keras": keras, "tf_keras": tf_keras}
 OWN = ("call", "train_step", "test_step", "predict_step")  # what a class may compute by itself
 _Class = TypeVar("_Class", bound=type)
 
@@ -99,7 +101,7 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
             "can't be exchanged from outside: build it as a Sequential or functional model, or do "
             f"in its constructor what is to be done to its layers. {way_out}".rstrip()
         )
-    kind = getattr(type(model), "_plain", type(model))  # what it is beneath a pruner
+    kind = plain_class(model)
     plain = next((each for each in (keras, tf_keras) if issubclass(kind, each.Sequential)), None)
     base = plain.Sequential if plain else functional_base(kind)
     own = [method for method in OWN if getattr(kind, method) is not getattr(base, method)]
@@ -115,6 +117,11 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
         f"({kind.__name__}), which a copy with other layers would not have: {out}. "
         f"{way_out}".rstrip()
     )
+
+
+def plain_class(model: Any) -> Any:
+    """Return the class of a model or layer; of a model that has a pruner, the one without."""
+    return getattr(type(model), "_plain", type(model))
 
 
 def functional_base(kind: Any) -> Any:

@@ -192,7 +192,7 @@ class Rebuilder:
     # Models
 
     def _model(self, model: Any, copy: Callable[[Any], Any]) -> Any:
-        kind = getattr(type(model), "_plain", type(model))  # what it is beneath a pruner
+        kind = _keras.plain_class(model)
         is_sequential = issubclass(kind, self.library.Sequential)
         if not _has_graph(self.library, model):
             return self._without_graph(model, copy)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tscnc_tf._keras import adapted, flavour, is_graph_model, keras, tf_keras
+from tscnc_tf._keras import adapted, flavour, is_graph_model, keras, plain_class, tf_keras
 
 # The names of the classes of convolutions, in both Kerases.
 CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
@@ -241,8 +241,7 @@ def weight_paths(model: Any) -> dict[int, str]:
 
 
 def _is_kerass_own(layer: Any) -> bool:
-    kind = getattr(type(layer), "_plain", type(layer))  # what it is beneath a pruner
-    return flavour(layer) == kind.__module__.partition(".")[0]
+    return flavour(layer) == plain_class(layer).__module__.partition(".")[0]
 
 
 def _named_parts(layer: Any, inside: list[Any], is_configured: bool) -> Iterator[tuple[str, Any]]:

@@ -37,18 +37,16 @@ from tscnc_tf._keras.flavours import (
 from tscnc_tf._keras.optimizers import key
 
 PRUNER = "_attached_pruner"  # where the object of a model holds its pruner
-_Base: Any = object  # a model or layer of either Keras; `_derived` replaces it
+_Base: Any = object  # a class of either Keras, which subclasses put in its place
 
 
 class AttachedPruner(Protocol):
-    """What this package asks of the pruner of a model; `pruning` implements it.
+    """What this module asks of the pruner of a model; `pruning.Pruner` implements it.
 
     Attributes:
-        model: the model that it was attached to.
         state: its variables, a layer of the model's Keras.
     """
 
-    model: Any
     state: Any
 
     def masked_variables(self) -> list[tuple[Any, Any]]:
@@ -60,23 +58,11 @@ class AttachedPruner(Protocol):
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which an optimizer trains the weights."""
 
-    def on_train_begin(self, optimizer: Any) -> None:
-        """Prepare for training by an optimizer; called before its steps are compiled."""
-
-    def register_optimizer(self, optimizer: Any) -> None:
-        """Register an optimizer that may keep slots or averages for the weights."""
-
     def reset_step_count(self, optimizer: Any = None) -> None:
         """Count the steps of an optimizer from where it is now."""
 
-    def is_behind(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer has taken steps that `step` has not been called for."""
-
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Count a step of an optimizer, and renew the masks where that is due."""
-
-    def step_function(self, optimizer: Any) -> Callable[[], None]:
-        """Return `step` for an optimizer, to be called many times outside of any graph."""
 
     def apply(self, optimizer: Any = None) -> None:
         """Set what is pruned to zero: in weights, and in what an optimizer keeps for them."""
@@ -254,11 +240,8 @@ class MaskedModel(_Base):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Configure training as a saved model was."""
-        masked, self.__class__ = type(self), self._plain  # Keras does it for models of its own only
-        try:
+        with _as_plain(self):  # Keras does it for models of its own only
             self.compile_from_config(config)
-        finally:
-            self.__class__ = masked
 
     def set_weights(self, weights: Any) -> None:
         """Set the weights, those that are pruned to zero."""
@@ -319,28 +302,32 @@ class MaskedModel(_Base):
         has been set from outside is masked here.
 
         Raises:
-            ValueError: it is asked for by the legacy `.h5` format.
+            ValueError: it is asked for by the legacy `.h5` format of Keras 3.
         """
-        library = library_of(type(self))
-        refusal = (
-            f"model {self.name!r} is being pruned, and the legacy .h5 format has no place for its "
-            "masks: save it as .keras, or strip it first."
-        )
-        by_tf_keras = getattr(self, "use_legacy_config", False)
-        if by_tf_keras or global_state.get_global_attribute("use_legacy_config", False):
-            raise ValueError(refusal)
+        if global_state.get_global_attribute("use_legacy_config", False):
+            raise ValueError(_refusal(self))
         self.pruner.on_weights_set()
-        masked, self.__class__ = type(self), self._plain
-        try:
-            plain = library.saving.serialize_keras_object(self)
-        finally:
-            self.__class__ = masked
+        with _as_plain(self):
+            plain = library_of(type(self)).saving.serialize_keras_object(self)
         plain.pop("compile_config", None)  # it is in the outer configuration
-        return {"model": plain, "pruner": _ModernConfig(self.pruner.get_config(), refusal)}
+        return {"model": plain, "pruner": _ModernConfig(self.pruner.get_config(), _refusal(self))}
 
     # tf_keras' clone_model calls the constructor of models whose configuration is Keras' own. So it
     # does here, and a clone is a plain model, as in Keras 3.
     get_config._is_default = True  # type: ignore[attr-defined]
+
+    @property
+    def use_legacy_config(self) -> bool:
+        """Whether the configuration is that of the legacy `.h5` format of tf_keras: it never is.
+
+        tf_keras sets this attribute before it writes such a file, and leaves it set on the models
+        inside the one that is saved.
+        """
+        return False
+
+    @use_legacy_config.setter
+    def use_legacy_config(self, value: bool) -> None:  # noqa: ARG002
+        raise ValueError(_refusal(self))
 
     def get_build_config(self) -> None:
         """Return nothing: the configuration inside has it."""
@@ -363,6 +350,23 @@ class MaskedModel(_Base):
         if save_type == "checkpoint":
             children = {**children, "pruning_state": self.pruning_state}
         return children
+
+
+@contextlib.contextmanager
+def _as_plain(model: Any) -> Iterator[None]:
+    """Make a masked model one of its own class during the block."""
+    masked, model.__class__ = type(model), model._plain
+    try:
+        yield
+    finally:
+        model.__class__ = masked
+
+
+def _refusal(model: Any) -> str:
+    return (
+        f"model {model.name!r} is being pruned, and the legacy .h5 format has no place for its "
+        "masks: save it as .keras, or strip it first."
+    )
 
 
 class _ModernConfig(dict[str, Any]):
@@ -402,61 +406,68 @@ class PruningState(_Base):
         seen: the optimizer's own count when the pruner last acted; -1 before that.
         frozen: whether the masks are to stay as they are.
         left_out: a vector, True for the weights that were frozen at the last renewal of the masks.
-        masks: one per pruned weight, True where the weight is kept.
+        masks: one TensorFlow variable per pruned weight, True where the weight is kept.
+        dense: the weights before pruning, likewise; none unless scores are trained.
+        scores: what the weights are worth, likewise.
 
     Args:
         shapes: of the pruned weights.
+        dtypes: of the pruned weights if their scores are trained, else empty.
         held: returns which of them the model holds, by their places.
         on_loaded: is called when the weight file of a dense model has been loaded.
     """
 
-    _KINDS: tuple[tuple[str, ...], ...] = (("mask",),)  # what a file has, one after the other
-
     def __init__(
         self,
         shapes: list[tuple[int, ...]],
+        dtypes: list[str],
         held: Callable[[], list[int]],
         on_loaded: Callable[[], None],
     ) -> None:
         super().__init__(name="pruning_state", dtype="float32", trainable=False)
-        self.__dict__.update(_held=held, _on_loaded=on_loaded)  # past Keras' own tracking
-        fixed: dict[str, Any] = {"shape": (), "trainable": False}
-        self.step = self.add_weight(name="step", dtype="int64", initializer="zeros", **fixed)
-        self.seen = self.add_weight(name="seen", dtype="int64", initializer="zeros", **fixed)
-        self.frozen = self.add_weight(name="frozen", dtype="bool", initializer="zeros", **fixed)
-        self.left_out = self.add_weight(
-            name="left_out",
-            shape=(len(shapes),),
-            dtype="bool",
-            initializer="zeros",
-            trainable=False,
-        )
-        self._count = len(shapes)
-        for index, shape in enumerate(shapes):
-            mask = self.add_weight(
-                name=f"mask_{index}", shape=shape, dtype="bool", initializer="ones", trainable=False
-            )
-            setattr(self, f"mask_{index}", mask)  # in a list, checkpoints would not find it
+        self._add("step", (), "int64")
+        self._add("seen", (), "int64")
+        self._add("frozen", (), "bool")
+        self._add("left_out", (len(shapes),), "bool")
         self.seen.assign(-1)
+        masks = [self._add(f"mask_{i}", shape, "bool", "ones") for i, shape in enumerate(shapes)]
+        scored = [
+            (self._add(f"dense_{i}", shapes[i], dtype), self._add(f"score_{i}", shapes[i], dtype))
+            for i, dtype in enumerate(dtypes)
+        ]
+        self.__dict__.update(  # past Keras' own tracking
+            masks=masks,
+            dense=[dense for dense, _ in scored],
+            scores=[score for _, score in scored],
+            _held=held,
+            _on_loaded=on_loaded,
+        )
         self.built = True
 
+    def _add(
+        self, name: str, shape: tuple[int, ...], dtype: str, initializer: str = "zeros"
+    ) -> Any:
+        """Make a variable; an attribute holds it, as checkpoints would not find it in a list."""
+        variable = self.add_weight(
+            name=name, shape=shape, dtype=dtype, initializer=initializer, trainable=False
+        )
+        setattr(self, name, variable)
+        return tensor_variable(variable)
+
     def _saved(self) -> list[Any]:
-        """Return the variables that a weight file has, in its order."""
+        """Return the variables that a weight file has before `left_out`, in its order."""
+        held = self._held()
+        scored = list(zip(self.dense, self.scores, strict=True))
         return [
             *(self.step, self.seen, self.frozen),
-            *(
-                getattr(self, f"{kind}_{index}")
-                for together in self._KINDS
-                for index in self._held()
-                for kind in together
-            ),
+            *(self.masks[index] for index in held),
+            *(variable for index in held if scored for variable in scored[index]),
         ]
 
     def save_own_variables(self, store: Any) -> None:
         """Write what belongs to the weights that the model holds."""
         values = [variable.numpy() for variable in self._saved()]
-        left_out = tensor_variable(self.left_out).numpy()[self._held()]
-        for position, value in enumerate([*values, left_out]):
+        for position, value in enumerate([*values, self.left_out.numpy()[self._held()]]):
             store[str(position)] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -478,82 +489,32 @@ class PruningState(_Base):
         for position, variable in enumerate(saved):
             variable.assign(store[str(position)])
         if count > len(saved):
-            left_out = tensor_variable(self.left_out).numpy()
+            left_out = self.left_out.numpy()
             left_out[self._held()] = store[str(len(saved))]
             self.left_out.assign(left_out)
 
-    @property
-    def masks(self) -> list[Any]:
-        """The masks, as TensorFlow variables."""
-        return [tensor_variable(getattr(self, f"mask_{i}")) for i in range(self._count)]
+
+class _Keras3State(PruningState, keras.layers.Layer):
+    """`PruningState` of a Keras 3 model."""
 
 
-class ScoringState(PruningState):
-    """The variables of a pruner that trains scores.
+class _TfKerasState(PruningState, tf_keras.layers.Layer):
+    """`PruningState` of a tf_keras model."""
 
-    Attributes:
-        dense: the weights before pruning, one per pruned weight.
-        scores: what they are worth, one per pruned weight.
 
-    Args:
-        shapes: of the pruned weights.
-        held: as in `PruningState`.
-        on_loaded: as in `PruningState`.
-        dtypes: of the pruned weights.
-    """
-
-    _KINDS = (("mask",), ("dense", "score"))
-
-    def __init__(
-        self,
-        shapes: list[tuple[int, ...]],
-        held: Callable[[], list[int]],
-        on_loaded: Callable[[], None],
-        dtypes: list[str],
-    ) -> None:
-        super().__init__(shapes, held, on_loaded)
-        for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-            for kind in ("dense", "score"):
-                variable = self.add_weight(
-                    name=f"{kind}_{index}",
-                    shape=shape,
-                    dtype=dtype,
-                    initializer="zeros",
-                    trainable=False,
-                )
-                setattr(self, f"{kind}_{index}", variable)
-
-    @property
-    def dense(self) -> list[Any]:
-        """The weights as they were before pruning, as TensorFlow variables."""
-        return [tensor_variable(getattr(self, f"dense_{i}")) for i in range(self._count)]
-
-    @property
-    def scores(self) -> list[Any]:
-        """What the weights are worth, as TensorFlow variables."""
-        return [tensor_variable(getattr(self, f"score_{i}")) for i in range(self._count)]
+def new_state(model: Any, **arguments: Any) -> PruningState:
+    """Return fresh variables for a pruner of `model`, given the arguments of `PruningState`."""
+    kind = _Keras3State if isinstance(model, keras.Model) else _TfKerasState
+    with model.distribute_strategy.scope():
+        return kind(**arguments)
 
 
 @functools.cache
-def _derived(mixin: Any, base: Any) -> Any:
-    """Return the subclass of a mixin and a class of one of the Kerases, the same each time."""
-    names = {"__module__": mixin.__module__, "__qualname__": mixin.__qualname__}
-    return type(base)(mixin.__name__, (mixin, base), {**names, "__doc__": mixin.__doc__})
-
-
-def new_state(model: Any, dtypes: list[str] | None = None, **arguments: Any) -> Any:
-    """Return fresh variables for a pruner of `model`; of weights and scores too, given dtypes.
-
-    Args:
-        model: the model to prune.
-        dtypes: of the pruned weights, if their scores are to be trained.
-        **arguments: those of `PruningState`.
-    """
-    layer = library_of(type(model)).layers.Layer
-    with model.distribute_strategy.scope():
-        if dtypes is None:
-            return _derived(PruningState, layer)(**arguments)
-        return _derived(ScoringState, layer)(**arguments, dtypes=dtypes)
+def _masked_class(plain: Any) -> Any:
+    """Return the class of masked models that derives from one of plain models."""
+    name = f"Masked{plain.__name__}"
+    names = {"__module__": __name__, "__doc__": MaskedModel.__doc__, "_plain": plain}
+    return type(plain)(name, (MaskedModel, plain), names)
 
 
 def attach(model: Any, pruner: AttachedPruner) -> None:
@@ -568,10 +529,9 @@ def attach(model: Any, pruner: AttachedPruner) -> None:
             f"model {model.name!r} has an attribute 'pruner' of its own, which is where its Pruner "
             "is found: give it another name."
         )
-    masked: Any = _derived(MaskedModel, plain)
-    masked._plain = plain
-    masked.__name__ = masked.__qualname__ = f"Masked{plain.__name__}"
+    masked = _masked_class(plain)
     _register(masked, library_of(plain))
+    vars(model).pop("use_legacy_config", None)  # left by tf_keras; see MaskedModel
     vars(model)[PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
     model.__class__ = masked
     reset_functions(model)  # they may have been compiled from the plain training step
@@ -599,4 +559,4 @@ def _register(cls: type, library: Any) -> None:
 
 
 for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
-    _register(_derived(MaskedModel, _base), library_of(_base))
+    _register(_masked_class(_base), library_of(_base))

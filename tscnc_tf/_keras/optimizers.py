@@ -22,26 +22,20 @@ def innermost(optimizer: Any) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def companions(optimizer: Any, *variables: Any) -> list[Any]:
-    """Return what an optimizer keeps for weights in their own shapes, weight by weight.
-
-    Args:
-        optimizer: an optimizer of either Keras, or None.
-        *variables: weights that it trains; for one that it does not know, nothing is returned.
-    """
-    return [kept for each in companions_of(optimizer, variables) for kept in each]
-
-
-def companions_of(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
+def companions(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
     """Return for each of some weights what an optimizer keeps for it in its own shape.
 
     Those are its slots (momentum, second moments), accumulated gradients and moving averages. All
     optimizers keep them in lists in the order of the trainable variables.
+
+    Args:
+        optimizer: an optimizer of either Keras, or None.
+        variables: weights that it trains; for one that it does not know, the list is empty.
     """
     if optimizer is None:
         return [[] for _ in variables]
     optimizer = innermost(optimizer)
-    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+    if is_legacy(optimizer):
         names = optimizer.get_slot_names()
         return [[optimizer.get_slot(variable, name) for name in names] for variable in variables]
     positions = _positions(optimizer)
@@ -73,7 +67,7 @@ def average(optimizer: Any, variable: Any) -> Any:
     """Return the moving average that an optimizer keeps of a weight, None if it keeps none."""
     averages = getattr(innermost(optimizer), "_model_variables_moving_average", None)
     known = {key(kept) for kept in averages or () if kept is not None}
-    kept = companions(optimizer, variable)
+    (kept,) = companions(optimizer, [variable])
     return next((companion for companion in kept if key(companion) in known), None)
 
 
@@ -105,18 +99,20 @@ def is_legacy(optimizer: Any) -> bool:
 
 def build(optimizer: Any, variables: list[Any]) -> None:
     """Let an optimizer make what it keeps for these weights, unless it has done so."""
-    is_legacy = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
     if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
         return
     with tf.init_scope():
-        (optimizer._create_all_weights if is_legacy else optimizer.build)(variables)
+        if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+            optimizer._create_all_weights(variables)
+        else:
+            optimizer.build(variables)
 
 
 @contextlib.contextmanager
 def intercept(
     optimizer: Any,
     on_step: Callable[[Any, Pairs, Callable[[Pairs], Any]], Any],
-    on_finalize: Callable[[Callable[[], Any]], Any],
+    on_finalize: Callable[[Callable[[], Any]], Any] | None = None,
 ) -> Iterator[None]:
     """Call functions in place of an optimizer's step and finalization, within this context.
 
@@ -130,7 +126,7 @@ def intercept(
             weight); it calls `step(pairs)`, the optimizer's own step. A function that is registered
             already is not called twice.
         on_finalize: `on_finalize(finalize)` is called when training ends; it calls `finalize()`,
-            which replaces weights by their averages.
+            which replaces weights by their averages. None for no interception of that.
     """
     users = _INTERCEPTED.setdefault(optimizer, {})
     if on_step not in users:
@@ -162,9 +158,10 @@ def _replace(optimizer: Any, on_step: Any, on_finalize: Any) -> Callable[[], Non
         return on_step(optimizer, pairs, lambda pairs: own_step(pairs, *args, **kwargs))
 
     replaced: dict[str, Any] = {name: apply if is_keras_3 else apply_gradients}
-    if own_end is not None:
-        end = own_end
-        replaced["finalize_variable_values"] = lambda var_list: on_finalize(lambda: end(var_list))
+    if own_end is not None and on_finalize is not None:
+        replaced["finalize_variable_values"] = lambda var_list: on_finalize(
+            lambda: own_end(var_list)
+        )
     before = {each: vars(optimizer)[each] for each in replaced if each in vars(optimizer)}
     vars(optimizer).update(replaced)  # past Keras' own tracking
 
@@ -214,33 +211,26 @@ def key(variable: Any) -> Any:
     return getattr(tensor_variable(variable), "_unique_id", None)
 
 
-def _update_directly(variable: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return function(variable, *args)
-
-
 def reset_companions(
-    optimizer: Any,
-    variable: Any,
-    value: Any,
-    past: Any = True,
-    update: Callable[..., Any] = _update_directly,
+    strategy: Any, optimizer: Any, variable: Any, value: Any, past: Any = True
 ) -> None:
     """Set what an optimizer keeps for a weight to what it is before any step.
 
     Args:
+        strategy: under which variables are changed; see `flavours.update_everywhere`.
         optimizer: of either Keras.
         variable: the weight.
         value: from which moving averages of the weight start.
         past: whether the optimizer has taken steps, so that there is something to reset; a scalar,
             possibly a tensor.
-        update: changes a variable, as `strategy.extended.update`.
     """
     averaged = average(optimizer, variable)
-    for companion in companions(optimizer, variable):
+    for companion in companions(optimizer, [variable])[0]:
+        variable = tensor_variable(companion)
         if companion is averaged:
-            update(tensor_variable(companion), _assign, args=(tensor_variable(value),))
+            strategy.extended.update(variable, _assign, args=(tensor_variable(value),))
         else:
-            update(tensor_variable(companion), _reset, args=(past,))
+            strategy.extended.update(variable, _reset, args=(past,))
 
 
 def _assign(variable: Any, value: Any) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
 from tscnc_tf import _checks, _keras
-
-_LIBRARIES: dict[str, types.ModuleType] = {"keras": _keras.keras, "tf_keras": _keras.tf_keras}
 
 
 class Options(TypedDict, total=False):
@@ -52,7 +49,7 @@ class Builder:
         name: str | None = None,
         seed: int | None = None,
     ) -> None:
-        self._library = _LIBRARIES[_checks.one_of("library", library, _LIBRARIES)]
+        self._library = _keras.LIBRARIES[_checks.one_of("library", library, _keras.LIBRARIES)]
         self.layers = self._library.layers
         self._classes = _checks.integer("classes", classes, minimum=2)
         shape = _image_shape(input_shape, smallest)

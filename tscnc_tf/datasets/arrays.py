@@ -1,29 +1,28 @@
-"""What sources bring, checked: pixels `(n, h, w, c)` of uint8 or float32, labels of int64."""
+"""Checks of the arrays of a source: pixels `(n, h, w, c)` of uint8 or float32, labels of int64."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from tscnc_tf import _checks
 
-# So many images are turned into wider numbers at a time.
-CHUNK = 1000
+CHUNK = 1000  # images that are converted to a wider dtype at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """What a source brings.
+    """The arrays of a source.
 
     Attributes:
-        x_train, y_train: as the source has them.
-        x_test, y_test: None where the source has no test part of its own.
-        class_names: in the order of the labels; None: the numbers themselves.
-        augmentation: what is usual for these images; None: seen from their channels.
+        x_train, y_train: images and labels.
+        x_test, y_test: None if the source has no test part of its own.
+        class_names: in the order of the labels; None for the numbers themselves.
+        augmentation: the usual one for these images; None for "crop" for grey ones, else
+            "crop_and_flip".
     """
 
     x_train: Any
@@ -50,7 +49,7 @@ def checked(raw: Raw) -> Raw:
         _require_same_kind(x_train, x_test)
     names = raw.class_names
     if names is None:
-        # A gap, said before a name is made for each of perhaps a billion numbers.
+        # Checked first, as a label may be a billion, and each number gets a name below.
         if y_train.max() >= len(y_train):
             raise ValueError(
                 f"y_train holds the label {y_train.max()}, with {len(y_train):,} images: number "
@@ -76,7 +75,7 @@ def as_floats(pixels: np.ndarray) -> np.ndarray:
 def statistics(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel, on the scale [0, 1].
 
-    Those of bytes are exact: counted first, and divided in the end.
+    Sums of bytes are exact, as they are taken of integers.
     """
     if pixels.dtype == np.uint8:
         pairs = [_moments(_histogram(pixels[..., c])) for c in range(pixels.shape[-1])]
@@ -89,21 +88,8 @@ def statistics(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(means.tolist()), tuple(np.sqrt(squares / count).tolist())
 
 
-def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Return the SHA-256 digest of named arrays: their names, dtypes, shapes and values.
-
-    The bytes are taken in little-endian order, so that every machine finds the same digest.
-    """
-    found = hashlib.sha256()
-    for name, array in arrays:
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        found.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
-        found.update(little.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
-
-
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield an array in parts of some length, in order."""
+    """Yield an array in parts of `CHUNK` entries, in order."""
     for start in range(0, len(array), CHUNK):
         yield array[start : start + CHUNK]
 
@@ -143,7 +129,7 @@ def _pixels(name: str, x: Any) -> np.ndarray:
 
 def _floats(name: str, array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):  # NaN fails it, too
+    if not (low >= 0.0 and high <= 1.0):  # also of NaN
         raise ValueError(
             f"{name} holds floats from {low:g} to {high:g}, and floats must lie in [0, 1]: divide "
             "them by what stands for white, or store 0 to 255 as uint8."
@@ -204,7 +190,7 @@ def _histogram(channel: np.ndarray) -> list[int]:
 
 
 def _moments(histogram: list[int]) -> tuple[float, float]:
-    """Return mean and standard deviation of bytes / 255, in whole numbers as long as may be."""
+    """Return mean and standard deviation of bytes / 255; all sums are exact, in integers."""
     count = sum(histogram)
     total = sum(value * times for value, times in enumerate(histogram))
     squares = sum(value * value * times for value, times in enumerate(histogram))

@@ -1,10 +1,10 @@
-"""Crops and flips of whole batches: one plan of numbers per example, drawn apart from their use."""
+"""Crops and flips of whole batches, by integers that are drawn for each example beforehand."""
 
 from __future__ import annotations
 
 import tensorflow as tf
 
-# What `augment=` may name, and whether it crops and flips.
+# The values of `augment=`: whether they crop, and whether they flip.
 AUGMENTATIONS = {
     "none": (False, False),
     "crop": (True, False),
@@ -22,7 +22,7 @@ def padding(augmentation: str, image_shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def plans(draws: tf.Tensor, padding: tuple[int, int], augmentation: str) -> tf.Tensor:
-    """Return what happens to each example: `(n, 3)` of int32.
+    """Return the crop and the flip of each example: `(n, 3)` of int32.
 
     The first two are the corner of the crop in the padded image, uniform in 0 to 2 padding; the
     third is 1 for a flipped image, in half of all cases, where the augmentation flips at all.
@@ -38,9 +38,9 @@ def plans(draws: tf.Tensor, padding: tuple[int, int], augmentation: str) -> tf.T
 
 
 def augmented(images: tf.Tensor, plans: tf.Tensor, padding: tuple[int, int]) -> tf.Tensor:
-    """Return a batch `(n, h, w, c)` cropped out of itself, padded by zeros, and flipped.
+    """Return a batch `(n, h, w, c)` padded by zeros, cropped to its size, and flipped.
 
-    Rows and columns are gathered, and a flip is no more than columns counted from the right.
+    Rows and columns are gathered; a flip gathers the columns from the right.
     """
     down, across = padding
     height, width = images.shape[1:3]

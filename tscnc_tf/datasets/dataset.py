@@ -1,4 +1,4 @@
-"""A data set in memory: training, validation and test part, and the ways to go through them."""
+"""A data set in memory: training, validation and test part, as arrays and as batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _files
 from tscnc_tf.datasets import arrays, pipeline, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
@@ -21,16 +21,16 @@ SPLITS = ("train", "validation", "test")
 class Dataset:
     """Images and labels in three disjoint parts; `tscnc_tf.datasets.load` makes it.
 
-    Pixels are kept as they came, bytes as uint8 (0 to 255) and floats as float32 in [0, 1]; what
-    its methods give is always float32 in [0, 1]. The arrays are read-only.
+    Pixels are kept as they are in the source, bytes as uint8 (0 to 255) and floats as float32 in
+    [0, 1]; its methods return float32 in [0, 1] in either case. The arrays are read-only.
 
     Attributes:
         x_train, x_validation, x_test: `(n, height, width, channels)`.
         y_train, y_validation, y_test: class indices `(n,)`, int64.
         class_names: in the order of the labels.
         name: of the set.
-        augmentation: what `training` does with images unless told otherwise.
-        provenance: what was done to the data since it was read, a line a step.
+        augmentation: the default of `training`.
+        provenance: how the data were processed since they were read, a line for each step.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -73,17 +73,16 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 digest of all arrays: the same pixels, labels and splits, and no others.
+        """The SHA-256 digest of all arrays: of pixels, labels and splits.
 
-        Equal on every machine. (Decoders of JPEG files may differ in the last bit, and so may the
-        fingerprint of images that were decoded on different machines: it tells.)
+        It is equal on every machine, except for JPEG files whose decoders differ in the last bit.
         """
         fields = [f"{kind}_{split}" for split in SPLITS for kind in ("x", "y")]
-        return arrays.digest((field, getattr(self, field)) for field in fields)
+        return _files.digest((field, getattr(self, field)) for field in fields)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a manifest should say about the data, as JSON can hold it."""
+        """What a manifest records of the data, as JSON values."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -119,24 +118,26 @@ class Dataset:
     ) -> tf.data.Dataset:
         """Return training batches: shuffled anew in every epoch, augmented, of one fixed shape.
 
-        What is at a place of an epoch depends on the seed, the number of the epoch and the place,
-        and on nothing else: a run that was stopped after epoch e and goes on with `first_epoch=e`
-        sees bit for bit what it would have seen. The last examples of an epoch's order that fill no
-        batch are left out; it is others in every epoch. `fit` has nothing left to shuffle, and
-        Keras 3 says so by a warning at any `tf.data` unless it is told `shuffle=False`.
+        A batch depends on the seed, the number of the epoch and its place there only: a run that
+        was stopped after epoch e and continues with `first_epoch=e` gets the same batches, bit for
+        bit.
+        The last examples of an epoch that fill no batch are left out, other ones in each epoch.
+        Give `fit` the argument `shuffle=False`, as Keras 3 warns of any `tf.data` without it.
 
-        The batches come from a copy of the training part, which goes when the dataset does.
+        The batches are gathered from a copy of the training part, which is freed with the dataset.
 
         A crop moves the image by up to 4 pixels of 32 (in proportion for other sizes, at least
-        1) in each direction, with black coming in; a flip mirrors half of the images left to right.
+        1) in each direction, with black at the border; a flip mirrors half of the images left to
+        right.
 
         Args:
             batch_size: how many examples a batch has.
             seed: of orders and augmentation, >= 0.
             augment: "crop", "flip", "crop_and_flip" or "none"; None: `self.augmentation`.
             first_epoch: the number of the epoch to begin with, counted from 0.
-            epochs: how many; None: without an end, and `fit` needs `steps_per_epoch=`. (Without it,
-                `fit` begins a dataset with an end anew in each of its own epochs: the same orders.)
+            epochs: how many; None for no end, with which `fit` needs `steps_per_epoch=`. (Without
+                it, `fit` iterates over a finite dataset from its beginning in each of its own
+                epochs, in the same orders.)
 
         Returns:
             A dataset of pairs x `(batch_size, height, width, channels)`, float32 in [0, 1], and
@@ -172,7 +173,7 @@ class Dataset:
         )
 
     def evaluation(self, split: str = "test", batch_size: int = 256) -> tf.data.Dataset:
-        """Return the batches of a part in order, nothing left out, nothing augmented.
+        """Return the batches of a part in order, all examples, without augmentation.
 
         Args:
             split: "test", "validation" or "train".
@@ -225,7 +226,7 @@ class Dataset:
         n_validation: int | None = None,
         seed: int = 0,
     ) -> Dataset:
-        """Return a smaller data set, in which every class keeps its share; for trying things out.
+        """Return a smaller data set, in which every class keeps its share.
 
         Args:
             n_train: how many examples of the training part to keep; None: all.

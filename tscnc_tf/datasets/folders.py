@@ -1,4 +1,4 @@
-"""Folders of images: one folder per class, or as tiny-imagenet lays them out."""
+"""Folders of images: a folder for each class, or as in tiny-imagenet."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _raw(
     names: tuple[str, ...],
     image_size: tuple[int, int] | None,
 ) -> Raw:
-    """Decode all in one go: colour in any image makes three channels of all."""
+    """Decode all images together: if any is in colour, all have three channels."""
     files = [file for file, _ in train + (test or [])]
     labels = [label for _, label in train + (test or [])]
     pixels = images.decoded(files, lambda index: str(files[index]), image_size)
@@ -100,7 +100,7 @@ def _folders(folder: pathlib.Path) -> list[str]:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the images below a class folder, in an order that no file system decides."""
+    """Return the images below a class folder, ordered by their paths."""
     files = [
         file
         for file in folder.rglob("*")

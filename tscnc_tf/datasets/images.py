@@ -64,6 +64,6 @@ def _read(item: pathlib.Path | bytes, name: str, look: Callable[[Any], Any]) -> 
     try:
         with pillow.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
             return look(image)
-    # What Pillow raises at broken files depends on their format.
+    # Pillow's errors for damaged files depend on their format.
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
         raise ValueError(f"{name} can't be read as an image: {error}") from error

@@ -47,12 +47,11 @@ def load(
             `"./mnist"`.
         validation: how many training images become the validation part: a fraction below 1, or a
             count. Of each class the same share; 0 for none.
-        test: the same for the test part, where the source has none of its own (digits, folders
-            without test images); cut before the validation part. Not looked at otherwise.
+        test: the same for the test part, if the source has none of its own (digits, folders
+            without test images), else ignored; it is cut before the validation part.
         seed: of the validation cut.
-        test_seed: of the test cut. It is a seed of its own, so that the test images stay the same
-            whatever `seed` an experiment has, and what was chosen with one seed has seen none of
-            those that another one is judged on.
+        test_seed: of the test cut; apart from `seed`, so that experiments with different seeds have
+            the same test images, and none has trained on those of another.
         folder: where the files of "svhn" and "tiny-imagenet" are.
         image_size: `(height, width)` to resize to, antialiased; None: as they are.
 
@@ -80,7 +79,7 @@ def load(
     """
     size = resizing.size(image_size)
     seed, test_seed = splits.seed(seed), splits.seed(test_seed, "test_seed")
-    splits.part_size("validation", validation, 0)  # what is wrong is said before anything is read
+    splits.part_size("validation", validation, 0)  # errors come before anything is read
     splits.part_size("test", test, 0)
     name, raw = _read(name_or_path, folder, size)
     raw = arrays.checked(raw)

@@ -53,7 +53,7 @@ def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
 def _entries(path: pathlib.Path) -> dict[str, Any]:
     known = {*ARRAYS, *PACKED, "class_names"}
     try:
-        # By a stream of ours: NumPy leaves its own open when a file is damaged.
+        # From a stream that is closed here: NumPy leaves its own open if a file is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {key: file[key] if key in known else None for key in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:

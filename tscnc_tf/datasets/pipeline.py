@@ -1,4 +1,4 @@
-"""Arrays as `tf.data`: training epochs that seed and number decide, and evaluation in order."""
+"""Arrays as `tf.data`: training epochs that depend on seed and number only, and evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tensorflow as tf
 from tscnc_tf.datasets import augmentation
 
 _FOREVER = np.iinfo(np.int64).max
-_AHEAD = 4  # batches
+_PREFETCHED = 4  # batches
 
 
 def training(
@@ -23,8 +23,8 @@ def training(
 ) -> tf.data.Dataset:
     """Return batches of fixed shape, epoch after epoch.
 
-    Everything random about an epoch is drawn at its start, from the seed and its number: an order
-    of all examples, and a plan for each place in it. What follows has nothing left to chance.
+    All random numbers of an epoch are drawn at its start, from the seed and its number: an order of
+    all examples, and an augmentation for each place in it. What follows is deterministic.
     """
     steps = len(x) // batch_size
     padding = augmentation.padding(augment, x.shape[1:])
@@ -55,11 +55,11 @@ def training(
     batches = tf.data.Dataset.range(first_epoch, end).flat_map(epoch)
     count = tf.data.INFINITE_CARDINALITY if epochs is None else steps * epochs
     batches = batches.apply(tf.data.experimental.assert_cardinality(count))
-    return _ahead(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
+    return _prefetched(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
 
 
 def evaluation(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
-    """Return all examples in order, the last batch as small as it comes."""
+    """Return all examples in order; the last batch may be smaller."""
     with tf.device("CPU:0"):
         pixels, labels = tf.constant(x), tf.constant(y)
 
@@ -67,18 +67,18 @@ def evaluation(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset
         return _scaled(tf.gather(pixels, places)), tf.gather(labels, places)
 
     batches = tf.data.Dataset.range(len(x)).batch(batch_size)
-    return _ahead(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
+    return _prefetched(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
 
 
-def _ahead(batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Return batches that are made while the model works.
+def _prefetched(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Return batches that are made while the model computes.
 
-    Untuned: the tuner sleeps between its looks, longer and longer, up to a minute, and who lets go
-    of an iterator may have to wait until it wakes up; `fit` would end that much later.
+    Autotuning is off: its thread sleeps for up to a minute, and the deletion of an iterator, at the
+    end of `fit`, waits for it.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
-    return batches.prefetch(_AHEAD).with_options(options)
+    return batches.prefetch(_PREFETCHED).with_options(options)
 
 
 def _scaled(images: tf.Tensor) -> tf.Tensor:

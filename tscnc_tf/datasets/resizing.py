@@ -1,4 +1,4 @@
-"""Images of another size, by NumPy alone: the same to the last bit on every machine."""
+"""Resizing of images by NumPy alone, bit for bit the same on every machine."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def resized(pixels: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
 def _along(values: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Return values with one axis resampled, in float64.
 
-    A sum of elementwise products in a fixed order, and no matrix product, whose order of summation
-    is the machine's own.
+    By a sum of elementwise products in a fixed order: that of a matrix product depends on the
+    machine.
     """
     places, weights = _taps(values.shape[axis], length)
     shape = [1] * values.ndim

@@ -1,4 +1,4 @@
-"""The data sets that have a name."""
+"""Readers of the data sets that are loaded by name."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class KerasSet(NamedTuple):
     """A data set of `keras.datasets`.
 
     Attributes:
-        files: where Keras fetches each file, and where below its home it looks for it.
+        files: where Keras stores each file, below its home, by the address that it is fetched from.
         class_names: in the order of the labels.
-        augmentation: what is usual.
+        augmentation: the usual one.
     """
 
     files: dict[str, str]
@@ -89,7 +89,7 @@ KERAS_SETS = {
 }
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 NAMES = ("digits", *KERAS_SETS, "svhn", "tiny-imagenet")
-# Sets that lie in a folder of the user's.
+# Those that are read from the argument `folder`.
 IN_FOLDERS = ("svhn", "tiny-imagenet")
 
 
@@ -153,12 +153,12 @@ def _svhn(folder: pathlib.Path | None) -> Raw:
 
 
 def _matlab(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return pixels `(n, h, w, c)` and labels of one of SVHN's files, which has n last."""
+    """Return pixels `(n, h, w, c)` and labels of one of SVHN's files, which hold `(h, w, c, n)`."""
     scipy = require_extra("scipy.io", "datasets")
     try:
         content = scipy.loadmat(path)
         pixels, labels = content["X"], content["y"].ravel()
-    except Exception as error:  # SciPy raises whatever its parser stumbles over
+    except Exception as error:  # SciPy's parser raises errors of many kinds
         raise ValueError(f"{path} is damaged, or not a file of SVHN: {error!r}.") from error
     if pixels.ndim != 4:
         raise ValueError(f"{path}: X must be of shape (32, 32, 3, n), got {pixels.shape}.")

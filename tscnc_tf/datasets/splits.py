@@ -1,4 +1,4 @@
-"""Which examples go where: stratified choices that a seed decides, the same on every machine."""
+"""Stratified splits and samples: for one seed the same on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tscnc_tf import _checks
 
 MAX_SEED = 2**63 - 1
-# One stream of random numbers for each purpose, so that no choice follows from another.
+# A stream of random numbers for each purpose, so that the choices are independent.
 TEST, VALIDATION, SUBSET_TRAIN, SUBSET_VALIDATION, SUBSET_TEST = range(5)
 
 
@@ -64,7 +64,7 @@ def sample(
         labels: of what is chosen from.
         size: how many.
         seed: of the choice.
-        stream: of the choice, so that it follows from no other one.
+        stream: of random numbers, one of the constants above.
         every_class: whether each class that there is must be in it.
 
     Raises:
@@ -79,7 +79,7 @@ def sample(
 
 def _draw(labels: np.ndarray, quotas: np.ndarray, seed: int, stream: int) -> np.ndarray:
     """Return so many examples of each class, drawn without replacement, as indices in order."""
-    # The raw numbers of a bit generator stay what they are from one NumPy to the next.
+    # The raw numbers of a bit generator are the same in every version of NumPy.
     keys = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(len(labels))
     order = np.argsort(keys, kind="stable")
     ordered = labels[order]

@@ -315,7 +315,7 @@ def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: it can't be loaded.
     """
-    library = _keras.keras if recipe["network"]["library"] == "keras" else _keras.tf_keras
+    library = _keras.LIBRARIES[recipe["network"]["library"]]
     with _reading(path):
         return library.models.load_model(path, compile=False)
 

@@ -73,7 +73,7 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
 
 def library(recipe: Recipe) -> types.ModuleType:
     """Return the Keras of a recipe."""
-    return _keras.keras if recipe.network.library == "keras" else _keras.tf_keras
+    return _keras.LIBRARIES[recipe.network.library]
 
 
 def steps(recipe: Recipe, stage: str, data: datasets.Dataset) -> int:

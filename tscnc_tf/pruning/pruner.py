@@ -138,9 +138,8 @@ class Pruner:
             scope=scope,
             min_weights=min_weights,
         )
-        if found is not layers:  # else the pruner is restored, and nothing is new
-            self._require_trained()
-            self._warn_of_dead_outputs()
+        if found is not layers:  # else the pruner is restored
+            self._check_new()
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
@@ -200,11 +199,20 @@ class Pruner:
         for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.constrain(target.variable, self, mask)
 
-    def _require_trained(self) -> None:
-        """Raise a ValueError if all that could be pruned is frozen; then nothing is done."""
-        if not self._active():
+    def _check_new(self) -> None:
+        """Raise a ValueError if all that could be pruned is frozen; warn of dead outputs.
+
+        Whatever is raised, the model is as it was then.
+        """
+        active = self._active()
+        try:
+            if not active:
+                raise ValueError(self._nothing_to_prune())
+            _, judged = self._ranked(active)
+            self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, judged)
+        except BaseException:  # an interrupt, too
             self.detach()
-            raise ValueError(self._nothing_to_prune())
+            raise
 
     def _nothing_to_prune(self) -> str:
         reasons = {target.name: reason or FROZEN for target, reason in self._found}
@@ -213,11 +221,11 @@ class Pruner:
             f"{reasons or 'it has none of rank 2 or more'}."
         )
 
-    def _new_state(self, dtypes: list[str] | None = None) -> Any:
+    def _new_state(self, dtypes: Sequence[str] = ()) -> Any:
         return masks.new_state(
             self.model,
-            dtypes,
             shapes=[target.shape for target in self.targets],
+            dtypes=dtypes,
             held=self._held,
             on_loaded=self.on_weights_set,
         )
@@ -233,16 +241,6 @@ class Pruner:
     def is_attached(self) -> bool:
         """Whether the pruner is still that of its model."""
         return vars(self.model).get(masks.PRUNER) is self
-
-    def _warn_of_dead_outputs(self, *scores: Any) -> None:
-        """Warn of weights that would keep too little; if that is an error, nothing is changed."""
-        active = self._active()
-        judged = [[each[index] for index in active] for each in scores]
-        try:
-            self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, *judged)
-        except UserWarning:
-            self.detach()
-            raise
 
     @property
     def structure(self) -> Structure:
@@ -267,12 +265,12 @@ class Pruner:
     @property
     def steps(self) -> int:
         """The number of optimizer steps that the pruner has seen."""
-        return int(tensor_variable(self.state.step).numpy())
+        return int(self.state.step.numpy())
 
     @property
     def frozen(self) -> bool:
         """Whether the masks stay as they are."""
-        return bool(tensor_variable(self.state.frozen).numpy())
+        return bool(self.state.frozen.numpy())
 
     def masked_targets(self) -> list[tuple[Target, Any]]:
         """Return (target, mask) for what is pruned now; masks are True where a weight is kept.
@@ -280,20 +278,16 @@ class Pruner:
         A weight that the model does not hold any more is not pruned, nor is one that has been
         frozen before it was.
         """
-        active, every = set(self._active()), self.state.masks
+        active = {id(self.targets[index]) for index in self._active()}
         return [
-            (self.targets[index], every[index])
-            for index in self._held()
-            if index in active or not np.all(every[index].numpy())
+            (target, mask)
+            for target, mask in self._held_pairs()
+            if id(target) in active or not np.all(mask.numpy())
         ]
 
     def masked_variables(self) -> list[tuple[Any, Any]]:
         """Return the pairs (weight, mask); masks are True where a weight is kept."""
         return [(target.variable, mask) for target, mask in self.masked_targets()]
-
-    def _masked(self, indices: list[int]) -> list[tuple[Target, Any]]:
-        every = self.state.masks
-        return [(self.targets[index], every[index]) for index in indices]
 
     def _held(self) -> list[int]:
         """Return the places of the targets that the model holds, as plain kernels."""
@@ -303,6 +297,10 @@ class Pruner:
             for index, target in enumerate(self.targets)
             if id(target.variable) in own and not adapted.reason(target.layer, target.variable)
         ]
+
+    def _held_pairs(self) -> list[tuple[Target, Any]]:
+        """Return (target, mask) for what the model holds."""
+        return [(self.targets[index], self.state.masks[index]) for index in self._held()]
 
     def _active(self) -> list[int]:
         """Return the places of those that are trained, and not frozen."""
@@ -366,8 +364,9 @@ class Pruner:
 
     def _compiled_step(self, optimizer: Any, is_constrained: bool) -> Callable[[], None]:
         # What an optimizer keeps for each weight is there only once it has begun.
-        kept = (id(variable) for variable in self._companions(optimizer))
-        key = (id(optimizer), is_constrained, tuple(self._active()), *kept)
+        kept = optimizers.companions(optimizer, [target.variable for target in self.targets])
+        ids = (id(variable) for companions in kept for variable in companions)
+        key = (id(optimizer), is_constrained, tuple(self._active()), *ids)
         if key not in self._compiled:
             if len(self._compiled) == _KEPT_STEPS:
                 self._compiled.pop(next(iter(self._compiled)))
@@ -387,7 +386,7 @@ class Pruner:
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
             if optimizers.is_legacy(each):
-                stack.enter_context(optimizers.intercept(each, self._densify, _finalize))
+                stack.enter_context(optimizers.intercept(each, self._densify))
         return stack
 
     def _densify(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:  # noqa: ARG002
@@ -411,9 +410,7 @@ class Pruner:
         this pruner. (To compile a model with an optimizer is not to train with it: a model may be
         evaluated by another trainer in between.)
         """
-        known = self._optimizer is not None
-        begun = int(tensor_variable(self.state.seen).numpy()) >= 0
-        if begun and not known and self.is_behind(optimizer):
+        if self._seen() >= 0 and self._optimizer is None and self.is_behind(optimizer):
             self.reset_step_count(optimizer)
         self._reset_if_new(optimizer)
 
@@ -430,23 +427,22 @@ class Pruner:
 
     def reset_step_count(self, optimizer: Any = None) -> None:  # noqa: ARG002
         """Count the steps of an optimizer from its current count: it is new to this pruner."""
-        tensor_variable(self.state.seen).assign(-1)
+        self.state.seen.assign(-1)
 
     def skip_steps(self, optimizer: Any) -> None:
         """Ignore what an optimizer has counted since the last step.
 
         At the end of a dataset of unknown length a compiled step that gets no data may count.
         """
-        if int(tensor_variable(self.state.seen).numpy()) >= 0:
-            tensor_variable(self.state.seen).assign(optimizers.iterations(optimizer))
+        if self._seen() >= 0:
+            self.state.seen.assign(optimizers.iterations(optimizer))
 
-    def _companions(self, optimizer: Any) -> list[Any]:
-        return optimizers.companions(optimizer, *(target.variable for target in self.targets))
+    def _seen(self) -> int:
+        return int(self.state.seen.numpy())
 
     def is_behind(self, optimizer: Any) -> bool:
         """Tell whether an optimizer has taken steps that `step` has not been called for."""
-        seen = int(tensor_variable(self.state.seen).numpy())
-        return seen != int(optimizers.iterations(optimizer))
+        return self._seen() != int(optimizers.iterations(optimizer))
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, optimizer: Any = None) -> None:
@@ -469,7 +465,7 @@ class Pruner:
 
     def freeze(self) -> None:
         """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""
-        tensor_variable(self.state.frozen).assign(True)
+        self.state.frozen.assign(True)
 
     def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
         before = tf.identity(tensor_variable(self.state.step))
@@ -523,14 +519,14 @@ class Pruner:
         self._mask_companions(strategy, optimizer)
 
     def _mask_weights(self, strategy: Any) -> None:
-        for target, mask in self._masked(self._held()):
+        for target, mask in self._held_pairs():
             variable = tensor_variable(target.variable)
             strategy.extended.update(variable, keep, args=(mask,))
 
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
-        pairs = self._masked(self._held())
-        kept = optimizers.companions_of(optimizer, [target.variable for target, _ in pairs])
+        pairs = self._held_pairs()
+        kept = optimizers.companions(optimizer, [target.variable for target, _ in pairs])
         for (_, mask), companions in zip(pairs, kept, strict=True):
             for variable in companions:
                 strategy.extended.update(tensor_variable(variable), keep, args=(mask,))
@@ -545,9 +541,8 @@ class Pruner:
 
     def _shared_config(self) -> dict[str, Any]:
         scope = self._selection.scope
-        where, held = kernel_layers.weight_paths(self.model), set(self._held())
-        left_out = tensor_variable(self.state.left_out).numpy()
-        targets = [self.targets[index] for index in sorted(held)]
+        where = kernel_layers.weight_paths(self.model)
+        targets = [target for target, _ in self._held_pairs()]
         return {
             "class_name": type(self).__name__,
             "structure": serialize(self.structure, self.model),
@@ -558,10 +553,8 @@ class Pruner:
                     "path": where[id(target.variable)],
                     "name": target.name,
                     "shape": list(target.shape),
-                    "left_out": bool(left_out[index]),
                 }
-                for index, target in enumerate(self.targets)
-                if index in held
+                for target in targets
             ],
         }
 
@@ -577,9 +570,7 @@ class Pruner:
         """
         schedule = deserialize_schedule(config["schedule"], model)
         criterion = deserialize(config["criterion"], model)
-        pruner = cls(model, schedule, criterion=criterion, **cls._shared_options(config, model))
-        pruner._restore_left_out(config)
-        return pruner
+        return cls(model, schedule, criterion=criterion, **cls._shared_options(config, model))
 
     @staticmethod
     def _shared_options(config: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -591,20 +582,12 @@ class Pruner:
             "min_weights": config["min_weights"],
         }
 
-    def _restore_left_out(self, config: dict[str, Any]) -> None:
-        left_out = [weight.get("left_out", False) for weight in config["weights"]]
-        tensor_variable(self.state.left_out).assign(left_out)
-
     def __repr__(self) -> str:
         return (
             f"Pruner({self.model.name!r}, {self.schedule!r}, "
             f"criterion={self._selection.criterion!r}, structure={self.structure!r}, "
             f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights})"
         )
-
-
-def _finalize(finalize: Callable[[], Any]) -> Any:
-    return finalize()
 
 
 def require_schedule(schedule: Any) -> None:

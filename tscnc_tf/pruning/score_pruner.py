@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -143,8 +143,7 @@ class ScorePruner(Pruner):
             min_weights=min_weights,
         )
         if is_new:
-            self._require_trained()
-            self._warn_of_dead_outputs(self.state.scores)
+            self._check_new()
         self.choose()
 
     def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
@@ -169,7 +168,7 @@ class ScorePruner(Pruner):
             dense.assign(weight)
             score.assign(_initial_scores(weight, target))
 
-    def _new_state(self, dtypes: list[str] | None = None) -> Any:  # noqa: ARG002
+    def _new_state(self, dtypes: Sequence[str] = ()) -> Any:  # noqa: ARG002
         return super()._new_state(
             [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
         )
@@ -274,9 +273,7 @@ class ScorePruner(Pruner):
 
         def begin() -> None:
             for target, _, score in self.triples():
-                optimizers.reset_companions(
-                    optimizer, target.variable, score, past, strategy.extended.update
-                )
+                optimizers.reset_companions(strategy, optimizer, target.variable, score, past)
 
         tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
         for target, _, score in self.triples():
@@ -340,11 +337,11 @@ class ScorePruner(Pruner):
         Raises:
             ValueError: a kernel is all zero or not finite.
         """
-        every = self.state.masks
+        pairs = zip(self._held_pairs(), self.triples(), strict=True)
         changed = [
             (target, dense, score)
-            for index, (target, dense, score) in zip(self._held(), self.triples(), strict=True)
-            if tf.reduce_any(tensor_variable(target.variable) != kept(dense, every[index]))
+            for (_, mask), (target, dense, score) in pairs
+            if tf.reduce_any(tensor_variable(target.variable) != kept(dense, mask))
         ]
         try:
             for target, _, _ in changed:
@@ -382,17 +379,19 @@ class ScorePruner(Pruner):
             scope=self._selection.scope,
             min_weights=self._selection.min_weights,
         )
-        tensor_variable(pruner.state.step).assign(self.steps)
-        for optimizer in self._known:
-            for target in self.targets:
-                optimizers.reset_companions(optimizer, target.variable, target.variable)
+        pruner.state.step.assign(self.steps)
+
+        def reset(strategy: Any) -> None:
+            for optimizer in self._known:
+                for target in self.targets:
+                    weight = target.variable
+                    optimizers.reset_companions(strategy, optimizer, weight, weight)
+
+        update_everywhere(model, reset)
 
     def finalize(self) -> None:
         """End the stage, as `freeze` does."""
         self.freeze()
-
-    def _seen(self) -> int:
-        return int(tensor_variable(self.state.seen).numpy())
 
     def choose(self) -> None:
         """Choose the weights to keep by the scores as they are, and let them act."""
@@ -411,15 +410,13 @@ class ScorePruner(Pruner):
         self._mask_weights(strategy)
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
-        scores = self.state.scores
         anything = [tf.ones(self.targets[index].shape, tf.bool) for index in indices]
-        return anything, [scores[index] for index in indices]
+        return anything, [self.state.scores[index] for index in indices]
 
     def _mask_weights(self, strategy: Any) -> None:
-        dense, every = self.state.dense, self.state.masks
-        for index in self._held():
-            variable = tensor_variable(self.targets[index].variable)
-            strategy.extended.update(variable, _act, args=(dense[index], every[index]))
+        for (_, mask), (target, dense, _) in zip(self._held_pairs(), self.triples(), strict=True):
+            variable = tensor_variable(target.variable)
+            strategy.extended.update(variable, _act, args=(dense, mask))
 
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Leave what an optimizer keeps for scores as it is: what is pruned may come back."""
@@ -440,16 +437,13 @@ class ScorePruner(Pruner):
         Raises:
             ValueError: the model lacks a weight that was pruned.
         """
-        pruner = cls(
+        return cls(
             model,
             config["sparsity"],
             frequency=config["frequency"],
             also_train=config["also_train"],
             **cls._shared_options(config, model),
         )
-        pruner._restore_left_out(config)
-        pruner.choose()
-        return pruner
 
     def __repr__(self) -> str:
         return (
