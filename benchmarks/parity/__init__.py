@@ -27,7 +27,9 @@ from tscnc_tf import _reports
 # attack; and the share of the examples that a witness breaks, and our "standard" does not.
 GOALS = {"standard": 0.002, "single": 0.005, "witness": 0.001}
 STANDARD = "standard"
+TIMED = ("adversarial", "linf")  # the network and norm of the comparison of times
 FOLDER = pathlib.Path("outputs/parity")
+ATTACKS = pathlib.Path(tscnc.attacks.__file__).parent
 _LIBRARIES = ("torch", "torchattacks", "foolbox", "adversarial-robustness-toolbox")
 
 
@@ -68,16 +70,16 @@ class Run:
 def run(options: record.Options) -> None:
     """Run both sides on all networks; write `parity.json`."""
     smoke = options.smoke
-    names = ["standard", "pruned 99 %"] if smoke else list(networks.NETWORKS)
-    training, data = networks.examples(64 if smoke else 1000)
-    budget = Budget(10, 100, 20) if smoke else Budget()
+    names = ["standard", "adversarial"] if smoke else list(networks.NETWORKS)
+    training, data = networks.examples(128 if smoke else 1000)
+    budget = Budget(50, 300, 50) if smoke else Budget()
     folder = options.output / "parity" if smoke else FOLDER
     found = []
     for name in names:
-        model = networks.trained(name, training, 2 if smoke else 60, folder)
+        model = networks.trained(name, training, 15 if smoke else 60, folder)
         for norm in EPSILONS:
-            with_art = not smoke and (name, norm) == ("adversarial", "linf")
-            compared = compare(model, data, norm, budget, folder, with_art=with_art)
+            timed = not smoke and (name, norm) == TIMED
+            compared = compare(model, data, norm, budget, folder, timed=timed)
             found.append({"network": name, "norm": norm, **compared})
             print(_line(found[-1]), flush=True)
     path = record.write(
@@ -93,40 +95,50 @@ def run(options: record.Options) -> None:
             "goals_met": {goal: all(each["goals_met"][goal] for each in found) for goal in GOALS},
         },
     )
-    columns = ("network", "norm", "attack", "ours", "reference", "difference", "CPU time, ours")
+    columns = ("network", "norm", "attack", "ours", "reference", "difference", "CPU", "CPU of it")
     record.show("Parity", columns, _rows(found), _notes(found), path)
 
 
-def ours(norm: str, budget: Budget) -> dict[str, Any]:
+def ours(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str, reference.Judged]:
     """Return the attacks of the package by the names of `reference.references`."""
-    common = {"epsilon": EPSILONS[norm], "norm": norm}
-    attacks = tscnc.attacks
+    ball = {"epsilon": EPSILONS[norm], "norm": norm}
+    attacks = {
+        "apgd-ce": tscnc.attacks.APGD(loss="ce", steps=budget.steps, **ball),
+        "apgd-t": tscnc.attacks.APGD(loss="targeted_dlr", steps=budget.steps, **ball),
+        "fab-t": tscnc.attacks.FAB(steps=budget.steps, **ball),
+        "square": tscnc.attacks.Square(queries=budget.queries, **ball),
+        STANDARD: tscnc.attacks.AutoAttack(**ball),
+    }
     return {
-        "apgd-ce": attacks.APGD(loss="ce", steps=budget.steps, **common),
-        "apgd-t": attacks.APGD(loss="targeted_dlr", steps=budget.steps, **common),
-        "fab-t": attacks.FAB(targeted=True, steps=budget.steps, **common),
-        "square": attacks.Square(queries=budget.queries, **common),
-        STANDARD: attacks.AutoAttack(version="standard", **common),
+        name: functools.partial(reference.judge, attack, model, data)
+        for name, attack in attacks.items()
     }
 
 
 def compare(
-    model: Any, data: Examples, norm: str, budget: Budget, folder: pathlib.Path, *, with_art: bool
+    model: Any, data: Examples, norm: str, budget: Budget, folder: pathlib.Path, *, timed: bool
 ) -> dict[str, Any]:
-    """Return what both sides and the witnesses did to one network, and which goals are met."""
-    theirs, seen = reference_runs(model, data, norm, budget, folder, with_art=with_art)
-    mine = {
-        name: Run.of(functools.partial(reference.judge, attack, model, data))
-        for name, attack in ours(norm, budget).items()
-    }
-    difference = {name: mine[name].accuracy - theirs[name].accuracy for name in mine}
+    """Return what both sides and the witnesses did to one network, and which goals are met.
+
+    With `timed`, "standard" of both sides, and ART's AutoAttack, are run one after the other.
+    """
+    setting = (model, data, norm, budget)
+    theirs = _runs(reference.references(*setting, timed=timed), folder / _hash(*setting))
+    seen = _runs(reference.witnesses(*setting, timed=timed), folder / _hash(*setting))
+    code = [path.read_text() for path in sorted(ATTACKS.glob("*.py"))]
+    mine = _runs(ours(*setting), folder / _hash(*setting, code))
+    left = np.logical_and.reduce([each.correct for each in theirs.values()])
+    accuracy = {name: each.accuracy for name, each in theirs.items()}
+    accuracy[STANDARD] = accuracy.get(STANDARD, float(np.mean(left)))
+    difference = {name: each.accuracy - accuracy[name] for name, each in mine.items()}
     broken = {
-        name: float(np.mean(mine[STANDARD].correct & ~witness.correct))
-        for name, witness in seen.items()
+        name: float(np.mean(mine[STANDARD].correct & ~each.correct)) for name, each in seen.items()
     }
     return {
+        "clean": float(np.mean(np.argmax(model(data.x, training=False), axis=1) == data.y)),
         "ours": {name: each.figures() for name, each in mine.items()},
-        "reference": {name: each.figures() for name, each in theirs.items()},
+        "reference": {STANDARD: {"accuracy": accuracy[STANDARD]}}
+        | {name: each.figures() for name, each in theirs.items()},
         "witnesses": {
             name: {**each.figures(), "broken": broken[name]} for name, each in seen.items()
         },
@@ -139,20 +151,8 @@ def compare(
     }
 
 
-def reference_runs(
-    model: Any, data: Examples, norm: str, budget: Budget, folder: pathlib.Path, *, with_art: bool
-) -> tuple[dict[str, Run], dict[str, Run]]:
-    """Return the runs of the reference and of the witnesses, from files where there are some."""
-    folder = folder / _hash(model, data, norm, budget)
-    theirs = reference.references(model, data, norm, budget)
-    seen = reference.witnesses(model, data, norm, budget)
-    if with_art:
-        seen["ART AutoAttack"] = functools.partial(reference.art, model, data, norm)
-    runs = [
-        {name: Run.kept(folder / f"{name}.npz", judged) for name, judged in part.items()}
-        for part in (theirs, seen)
-    ]
-    return runs[0], runs[1]
+def _runs(functions: dict[str, reference.Judged], folder: pathlib.Path) -> dict[str, Run]:
+    return {name: Run.kept(folder / f"{name}.npz", each) for name, each in functions.items()}
 
 
 def _hash(model: Any, data: Examples, *settings: Any) -> str:
@@ -180,7 +180,8 @@ def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             _reports.percent(mine["accuracy"]),
             _reports.percent(each["reference"][name]["accuracy"]),
             f"{100 * each['difference'][name]:+.1f} points",
-            f"{mine['cpu'] / each['reference'][name]['cpu']:.2f} of the reference's",
+            f"{mine['cpu']:.0f} s",
+            f"{each['reference'][name]['cpu']:.0f} s" if "cpu" in each["reference"][name] else "–",
         )
         for each in found
         for name, mine in each["ours"].items()
@@ -189,24 +190,21 @@ def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def _notes(found: list[dict[str, Any]]) -> list[str]:
     largest = {
-        "standard, largest difference, points": 100
-        * max(abs(each["difference"][STANDARD]) for each in found),
-        "any attack, ours over the reference, points": 100
-        * max(value for each in found for value in each["difference"].values()),
-        "broken by a witness alone, % of the examples": 100
-        * max(each["broken"] for all_ in found for each in all_["witnesses"].values()),
+        "standard, |ours - reference|": max(abs(each["difference"][STANDARD]) for each in found),
+        "any attack, ours - reference": max(max(each["difference"].values()) for each in found),
+        "broken by a witness, and not by ours": max(
+            witness["broken"] for each in found for witness in each["witnesses"].values()
+        ),
     }
     notes = [
-        f"{what}: {record.against(value, 100 * goal)}"
+        f"{what}, points: {record.against(100 * value, 100 * goal, 2)}"
         for (what, value), goal in zip(largest.items(), GOALS.values(), strict=True)
     ]
-    for clock in ("wall", "cpu"):
-        mine, theirs = (
-            sum(each[side][STANDARD][clock] for each in found) for side in ("ours", "reference")
-        )
-        notes.append(f"standard, {clock} seconds over torch's: {record.against(mine / theirs, 1)}")
-        for each in found:
-            if art := each["witnesses"].get("ART AutoAttack"):
-                ratio = each["ours"][STANDARD][clock] / art[clock]
-                notes.append(f"… and over ART's: {record.against(ratio, 1 / 3)}")
+    for each in found:
+        art = each["witnesses"].get("ART AutoAttack")
+        for clock in ("wall", "cpu") if art else ():
+            mine = each["ours"][STANDARD][clock]
+            torch = record.against(mine / each["reference"][STANDARD][clock], 1)
+            notes.append(f"standard, {clock} seconds over those in torch: {torch}")
+            notes.append(f"… over ART's AutoAttack: {record.against(mine / art[clock], 1 / 3)}")
     return notes

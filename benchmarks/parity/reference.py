@@ -19,8 +19,7 @@ from benchmarks.parity.networks import EPSILONS, Examples
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
-# From examples, norm and budget to what tells for each example whether the network is still right.
-Judged = Callable[[], np.ndarray]
+Judged = Callable[[], np.ndarray]  # tells for each example whether a network is right on it
 
 
 class Budget(NamedTuple):
@@ -83,19 +82,26 @@ def torch_logits(network: Any, x: np.ndarray) -> np.ndarray:
         return network(torch_images(x)).numpy()
 
 
-def references(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str, Judged]:
+def references(
+    model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool
+) -> dict[str, Judged]:
     """Return torchattacks' attacks on a network in torch, by name.
 
-    Each tells for each example whether the network is still right, as torch computes it.
+    Each is a function that tells for each example whether the network is right, as torch computes
+    it. With `timed` there is also "standard", one attack after the other on what is left; else
+    that is known from the others: what withstands all four.
     """
     import torch
     import torchattacks
 
     torch.set_num_threads(1)
     network = torch_network(model)
+    gap = np.max(np.abs(torch_logits(network, data.x) - model(data.x, training=False)))
+    if gap > 1e-4:
+        raise ValueError(f"the network in torch is another one: its logits differ by {gap:g}.")
     x, y = torch_images(data.x), torch.tensor(data.y.astype("int64"))
     common = {"norm": _NORMS[norm], "eps": EPSILONS[norm], "seed": 0}
-    parts = {
+    attacks = {
         "apgd-ce": torchattacks.APGD(network, loss="ce", steps=budget.steps, **common),
         "apgd-t": torchattacks.APGDT(network, steps=budget.steps, n_classes=10, **common),
         "fab-t": torchattacks.FAB(
@@ -103,7 +109,8 @@ def references(model: Any, data: Examples, norm: str, budget: Budget) -> dict[st
         ),
         "square": torchattacks.Square(network, n_queries=budget.queries, **common),
     }
-    attacks = parts | {"standard": torchattacks.MultiAttack(list(parts.values()))}
+    if timed:
+        attacks["standard"] = torchattacks.MultiAttack(list(attacks.values()))
 
     def judged(attack: Any) -> np.ndarray:
         found = attack(x, y).detach()
@@ -114,8 +121,10 @@ def references(model: Any, data: Examples, norm: str, budget: Budget) -> dict[st
     return {name: functools.partial(judged, attack) for name, attack in attacks.items()}
 
 
-def witnesses(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str, Judged]:
-    """Return attacks of foolbox (in torch) and CleverHans, by name, as `references` does."""
+def witnesses(
+    model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool
+) -> dict[str, Judged]:
+    """Return attacks of foolbox (in torch) and CleverHans, and with `timed` ART's, by name."""
     found: dict[str, Judged] = {}
     if norm == "l2":
         found |= _foolbox(model, data, norm, budget)
@@ -134,6 +143,8 @@ def witnesses(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str
         options={"eps_iter": step, "nb_iter": budget.witness_steps},
     )
     found["CleverHans MIM"] = functools.partial(judge, momentum, model, data)
+    if timed:
+        found["ART AutoAttack"] = functools.partial(_art, model, data, norm)
     return found
 
 
@@ -166,7 +177,7 @@ def _foolbox(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str,
     return {name: functools.partial(judged, attack) for name, attack in attacks.items()}
 
 
-def art(model: Any, data: Examples, norm: str) -> np.ndarray:
+def _art(model: Any, data: Examples, norm: str) -> np.ndarray:
     """Return for each example whether a network is right under ART's AutoAttack, as shipped."""
     from art.attacks.evasion import AutoAttack
     from art.estimators.classification import TensorFlowV2Classifier
