@@ -48,7 +48,7 @@ def test_each_attack_leaves_about_what_the_reference_leaves(found):
     for each in found:
         assert each["clean"] > 0.8
         left = {name: figures["accuracy"] for name, figures in each["ours"].items()}
-        assert left["standard"] == min(left.values()) < each["clean"]
+        assert left["standard"] <= min(left.values()) + 1 / EXAMPLES < each["clean"]
         for name in ("apgd-ce", "apgd-t", "fab-t"):
             assert abs(each["difference"][name]) <= 2 / EXAMPLES
         assert each["difference"]["square"] <= 5 / EXAMPLES  # which draws at random
