@@ -785,6 +785,28 @@ def test_inputs_whose_names_a_signature_takes_for_the_same(tmp_path, library, fo
     np.testing.assert_allclose(served, model([x[0], x[1]]), rtol=1e-5, atol=1e-6)
 
 
+@every_flavour
+@every_format
+def test_inputs_of_a_subclassed_model_have_the_names_by_which_it_takes_them(
+    tmp_path, library, form, rng
+):
+    class Net(library.Model):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = library.layers.Dense(3), library.layers.Dense(3)
+
+        def call(self, x):
+            return self.left(x["the left"]) - self.right(x["right"])
+
+    model, x = Net(), rng.random((2, 5, 4), np.float32)
+    given = {"the left": x[0], "right": x[1, :, :2]}
+    expected = model(given)
+    EXPORTS[form](model, tmp_path / "file", probe=given)
+    served = LOADS[form](tmp_path / "file")
+    logits = served({"the_left": x[0], "right": x[1, :, :2]})
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_zero_point_is_refused(tmp_path, monkeypatch):
     read = litert.LiteRT.constants
     monkeypatch.setattr(
