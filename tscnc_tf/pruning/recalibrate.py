@@ -64,9 +64,8 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
         >>> model = tscnc.prune_now(model, 0.5)
         >>> x = np.random.default_rng(0).normal(size=(256, 4)).astype("float32")
         >>> model = tscnc.pruning.recalibrate(model, x)
-        >>> outputs = model(x).numpy()
-        >>> bool(np.abs(outputs.mean()) < 1e-3), bool(np.abs(outputs.std() - 1) < 0.01)
-        (True, True)
+        >>> bool(np.abs(np.mean(model(x))) < 1e-3)
+        True
 
     Reference:
         For the statistics: arXiv 2502.15790; for the variances: arXiv 2605.21426.
