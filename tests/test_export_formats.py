@@ -591,7 +591,8 @@ def test_an_attack_by_gradient_on_a_file_is_warned_of(exported):
         evaluate_robustness(export.load_onnx(path), x, y, pgd)
 
     def flat(x):
-        return tf.round(4 * tf.reshape(x, (-1, 64))[:, :CLASSES]) + [0.0, 0.1, 0.2]  # no ties
+        no_ties = tf.constant([0.0, 0.1, 0.2])
+        return no_ties + tf.round(4 * tf.reshape(x, (-1, 64))[:, :CLASSES])
 
     transfer = attacks.Transfer(source=network(tf_keras), attack=pgd)
     idle = attacks.Custom(lambda model, x, y: x, epsilon=0.1)
