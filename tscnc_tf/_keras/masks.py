@@ -34,7 +34,7 @@ from tscnc_tf._keras.flavours import (
     reset_functions,
     tensor_variable,
 )
-from tscnc_tf._keras.optimizers import key
+from tscnc_tf._keras.optimizers import build, key
 
 PRUNER = "_attached_pruner"  # where the object of a model holds its pruner
 _Base: Any = object  # a class of either Keras, which subclasses put in its place
@@ -215,14 +215,28 @@ class MaskedModel(_Base):
         """The pruner's variables, as a layer: that is how weight files find them."""
         return self.pruner.state
 
+    def make_train_function(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile the training step, for which the optimizer makes its variables first.
+
+        A step in which variables are made is traced a second time by TensorFlow.
+        """
+        if self.optimizer is not None and self._has_step_of_keras:
+            with self.distribute_strategy.scope():
+                build(self.optimizer, self.trainable_variables)
+        return super().make_train_function(*args, **kwargs)
+
+    @property
+    def _has_step_of_keras(self) -> bool:
+        """Whether the training step is that of Keras, which alone changes weights in it."""
+        return self._plain.train_step is library_of(type(self)).Model.train_step
+
     def train_step(self, data: Any) -> Any:
         """Take the model's own training step, then let the pruner act on what it has changed."""
         with depending_on_batch(self, data):
             with self.pruner.training():
                 logs = super().train_step(data)
             # A step of the user's own may change weights after its optimizer has.
-            is_kerass = self._plain.train_step is library_of(type(self)).Model.train_step
-            self.pruner.step(is_constrained=is_kerass)
+            self.pruner.step(is_constrained=self._has_step_of_keras)
         return logs
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
