@@ -142,6 +142,16 @@ def test_the_guide_runs(path, tmp_path, monkeypatch):
         assert (tmp_path / "outputs" / "first" / "4-evaluate" / "saved_model").is_dir()
 
 
+def test_every_diagnostic_has_its_heading():
+    """A warning links to `docs/evaluation.md#name`."""
+    source = (PACKAGE / "evaluation" / "diagnostics.py").read_text(encoding="utf-8")
+    names = re.findall(r'Finding\(\s*"([a-z-]+)",', source)
+    assert len(names) == source.count("Finding(") - source.count("class Finding(")
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    diagnostics = page.partition("\n## Diagnostics\n")[2].partition("\n## ")[0]
+    assert set(re.findall("^### (.*)$", diagnostics, re.MULTILINE)) == set(names)
+
+
 def test_adversarial_training_is_the_same_in_tf_keras(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "adversarial-training.md"

@@ -160,6 +160,8 @@ class Recipe(Checked):
         if "train" not in constraints.pop("stages"):
             constraints = None
         gates = {**gates, "a": values["constraints"]["a"]} if gates["sparsity_factor"] else None
+        for of_the_test_set in ("attack", "steps", "restarts"):
+            del values["evaluate"][of_the_test_set]
         shared = ("seed", "data", "network", "adversary", "train", "evaluate")
         return {name: values[name] for name in shared} | {
             "constraints": constraints,
@@ -291,14 +293,15 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
         )
     result: dict[str, Any] = {}
     for base in bases:
-        result = _merged(result, _read(_located(base, path.parent), (*above, path)))
-    return _merged(result, values)
+        result = merged(result, _read(_located(base, path.parent), (*above, path)))
+    return merged(result, values)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
+    """Return nested dicts in which the values of `above` replace those of `below`."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -57,13 +57,19 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
     """Build every stage, with initial weights, so that errors come before the first epoch.
 
     Raises:
-        TypeError, ValueError: a stage can't be built, or there are no images to evaluate it on.
+        TypeError, ValueError: a stage can't be built, or can't be evaluated: there are no images,
+            or too few classes for the attack.
     """
     for part in ("validation", "test"):
         if not len(getattr(data, f"y_{part}")):
             raise ValueError(
                 f"data.{part} must leave images to evaluate on, got {getattr(recipe.data, part)!r}."
             )
+    if data.classes < 3 and recipe.evaluate.attack != "pgd":
+        raise ValueError(
+            f"evaluate.attack must be 'pgd' for data of {data.classes} classes, got "
+            f"{recipe.evaluate.attack!r}: the DLR loss of AutoAttack needs 3."
+        )
     model = network(recipe, data)
     for stage in STAGES:
         with errors_begin(f"{stage}: "), warnings.catch_warnings():
@@ -167,9 +173,13 @@ def epsilon(recipe: Recipe) -> Any:
     return recipe.adversary.epsilon if recipe.evaluate.epsilon is None else recipe.evaluate.epsilon
 
 
-def test_attacks(recipe: Recipe) -> list[attacks.PGD]:
+def test_attacks(recipe: Recipe) -> list[attacks.Attack]:
     """Return the attacks of the evaluation on the test set."""
     part = recipe.evaluate
+    if part.attack == "autoattack":
+        return [attacks.AutoAttack(epsilon=epsilon(recipe))]
+    if part.attack == "apgd":
+        return list(attacks.AutoAttack(epsilon=epsilon(recipe)).attacks[:2])
     return [
         attacks.PGD(
             epsilon=epsilon(recipe), steps=part.steps, restarts=part.restarts, objective=objective
