@@ -749,6 +749,42 @@ def test_zeros_that_are_lost_are_noticed(tmp_path, form, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_logits_of_other_shapes_are_refused_even_where_any_difference_is_allowed(
+    tmp_path, monkeypatch
+):
+    run = litert._ServedLiteRT._run
+    monkeypatch.setattr(
+        litert._ServedLiteRT,
+        "_run",
+        lambda *args: {name: array[:, :2] for name, array in run(*args).items()},
+    )
+    with pytest.raises(ValueError, match=r"LiteRT file are of the shapes \[\(2, 2\)\], and .*2, 3"):
+        export.export_litert(
+            small(), tmp_path / "file", precision="int8", calibration=np.ones((2, 4))
+        )
+    assert names(tmp_path) == []
+
+
+@every_format
+def test_one_logit_makes_no_classes(tmp_path, form):
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(4,))])
+    report = EXPORTS[form](model, tmp_path / "file")
+    assert report.same_class is None and "same class" not in str(report)
+
+
+@every_flavour
+@every_format
+def test_inputs_whose_names_a_signature_takes_for_the_same(tmp_path, library, form, rng):
+    first, second = library.Input((4,), name="a b"), library.Input((4,), name="a_b")
+    model = library.Model([first, second], library.layers.Subtract()([first, second]))
+    model = library.Model(model.inputs, library.layers.Dense(2)(model.outputs[0]))
+    report = EXPORTS[form](model, tmp_path / "file")
+    assert {tensor.name for tensor in report.inputs} == {"a_b", "a_b_1"}
+    x = rng.random((2, 5, 4), np.float32)
+    served = LOADS[form](tmp_path / "file")({"a_b": x[0], "a_b_1": x[1]})
+    np.testing.assert_allclose(served, model([x[0], x[1]]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_zero_point_is_refused(tmp_path, monkeypatch):
     read = litert.LiteRT.constants
     monkeypatch.setattr(

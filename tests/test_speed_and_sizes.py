@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from helpers import FLAVOURS, conv_model, dense_model, images, with_wrapper_masks
 
-from tscnc_tf import _timing, inspection
+from tscnc_tf import _timing, gates, inspection
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
 from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, speed, weights
 
@@ -657,6 +657,38 @@ def test_cells_of_recurrent_layers_are_not_timed_alone(k, rng):
 class Doubled(keras.layers.Dense):
     def call(self, x):
         return 2 * super().call(x) + 10
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_layer_is_timed_and_filled(mode, rng, monkeypatch):
+    model = one_layer(keras.layers.Dense(8), (8,), rng)
+    model.quantize(mode)
+    kernel, filled, interleaved = model.layers[-1]._kernel, [], _timing.interleaved
+    before = kernel.numpy().copy()
+
+    def spy(functions, rounds):
+        functions["filled"].prepare()
+        filled.append(kernel.numpy().copy())
+        return interleaved(functions, rounds)
+
+    monkeypatch.setattr(_timing, "interleaved", spy)
+    (found,) = inspection.speed_check(model, batch_size=2, rounds=1).rows
+    assert found.input_shape == (2, 8)
+    assert_timed(found.as_is)
+    for values in filled:  # two of int4 in a byte
+        assert (values & 15).all() and (mode == "int8" or (values >> 4 & 15).all())
+    np.testing.assert_array_equal(kernel.numpy(), before)
+
+
+@both
+def test_gates_are_to_be_folded_first(k, rng):
+    model = gates.add_gates(one_layer(k.layers.Dense(4), (4,), rng))
+    with pytest.raises(
+        ValueError, match=r"has gates: .* speed_check\(tscnc_tf\.gates\.fold\(model"
+    ):
+        inspection.speed_check(model)
+    assert_timed(inspection.speed_check(gates.fold(model), batch_size=2, rounds=1).as_is)
 
 
 def test_a_layer_that_computes_something_else_is_not_compared(rng):

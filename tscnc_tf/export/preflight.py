@@ -83,7 +83,17 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
 def require_same(
     what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
 ) -> float:
-    """Return the largest difference of two lists of logits; raise a ValueError above `allowed`."""
+    """Return the largest difference of two lists of logits.
+
+    Raises:
+        ValueError: it is above `allowed`, or the shapes differ, whatever is allowed.
+    """
+    shapes, wanted = ([array.shape for array in arrays] for arrays in (left, right))
+    if shapes != wanted:
+        raise ValueError(
+            f"On the probe batch, the logits of {what} are of the shapes {shapes}, and those of "
+            f"the stripped model {wanted}."
+        )
     apart = _probe.difference(left, right)
     if apart > allowed:
         raise ValueError(

@@ -227,7 +227,7 @@ class FileExportReport(_Export):
         logit_tolerance: the largest difference of logits that would have passed; None for int8,
             where any is allowed.
         same_class: the share of the probe's examples for which model and file return the same
-            class; None for several outputs.
+            class; None for several outputs, or one logit.
         file_bytes: the size of the file.
         gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
         ideal_sparse_bytes: as in `ExportReport`; None for int8: it counts floats.

@@ -165,11 +165,13 @@ def endpoint(
 
     It returns a dict: the model's own, or "output_0", "output_1" and so on.
     """
-    signature = []
+    signature: dict[str, tf.TensorSpec] = {}
     for index, spec in enumerate(tf.nest.flatten(specs)):
         name = spec.name or f"input_{index}"
         name = name if name[0].isalpha() else f"input_{name}"  # as every format takes it
-        signature.append(tf.TensorSpec(spec.shape, spec.dtype, name=name))
+        while name in signature:  # "a b" is "a_b", too
+            name += f"_{index}"
+        signature[name] = tf.TensorSpec(spec.shape, spec.dtype, name=name)
 
     def serve(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
         outputs = model(tf.nest.pack_sequence_as(specs, tensors), training=False)
@@ -178,7 +180,7 @@ def endpoint(
             outputs = {f"output_{index}": output for index, output in leaves}
         return {name: tf.identity(output) for name, output in outputs.items()}
 
-    return serve, signature
+    return serve, list(signature.values())
 
 
 def write_saved_model(
@@ -256,7 +258,7 @@ def _require_float32(model: Any) -> None:
 
 def _same_class(left: list[np.ndarray], right: list[np.ndarray]) -> float | None:
     """Return the share of examples with the same largest logit; None if that means nothing."""
-    if len(left) != 1 or left[0].ndim != 2:
+    if len(left) != 1 or left[0].ndim != 2 or left[0].shape[1] == 1:
         return None
     return float(np.mean(left[0].argmax(axis=1) == right[0].argmax(axis=1)))
 

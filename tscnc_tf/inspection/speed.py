@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _probe, _reports, _timing
-from tscnc_tf._keras import flavours, keras, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, keras, tf_keras, wrappers
 from tscnc_tf._timing import Timed, Times, compiled
 from tscnc_tf.inspection import weights
 from tscnc_tf.inspection.structure import KernelStructure
@@ -208,7 +208,7 @@ def speed_check(
 
     Raises:
         TypeError: `model` is not a Keras model, or an argument is of a wrong type.
-        ValueError: it is not built or has no kernels, an argument is out of range, or `x` is
+        ValueError: it is not built, has gates or no kernels, an argument is out of range, or `x` is
             needed, because the shape of the inputs isn't known or they are not floats.
 
     Reference:
@@ -228,6 +228,7 @@ def speed_check(
     """
     _keras.library("model", model)
     _keras.require_built("model", model)
+    gated.require_none(model, "speed_check")
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     rounds = _checks.integer("rounds", rounds, minimum=1)
     seed = _checks.integer("seed", seed, minimum=0)
@@ -301,6 +302,9 @@ def _times(
     originals = [np.array(tf.convert_to_tensor(variable)) for variable in changed]
     filled = [np.ones_like(original) for original in originals]
     for values in filled[: len(variables)]:
+        if np.issubdtype(values.dtype, np.integer):  # quantized: two of int4 in a byte, maybe
+            values[...] = 0x11 * generator.integers(1, 8, values.shape)
+            continue
         scale = (values.size / values.shape[-1]) ** -0.5  # keeps the size of the signal
         values[...] = scale * generator.standard_normal(values.shape)
         values[values == 0] = scale
@@ -446,10 +450,11 @@ def _input_shapes(layers: Iterable[Any], run: Callable[[], Any]) -> dict[int, tu
     with contextlib.ExitStack() as stack:
         for layer in {id(layer): layer for layer in layers}.values():
             attributes = vars(layer)  # written to directly: Keras tracks what is set
-            own = {"call": attributes["call"]} if "call" in attributes else {}
+            name = "quantized_call" if getattr(layer, "quantization_mode", None) else "call"
+            own = {name: attributes[name]} if name in attributes else {}
             stack.callback(attributes.update, own)
-            stack.callback(attributes.pop, "call")
-            attributes["call"] = functools.partial(recorded, layer, layer.call)
+            stack.callback(attributes.pop, name)
+            attributes[name] = functools.partial(recorded, layer, getattr(layer, name))
         run()
     return shapes
 

@@ -89,11 +89,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
             f"model {model.name!r} still has pruning wrappers: strip it first, "
             "compact(tscnc_tf.strip(model))."
         )
-    if gated.gated_layers(model):
-        raise ValueError(
-            f"model {model.name!r} still has gates: fold them into its weights first, "
-            "compact(tscnc_tf.gates.fold(model))."
-        )
+    gated.require_none(model, "compact")
     masks.apply(model)
     _, batch = _probe.prepare(model, probe)
     before = _probe.outputs(lambda x: model(x, training=False), batch)
