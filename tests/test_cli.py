@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import click.testing
 import numpy as np
@@ -216,18 +217,21 @@ def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, t
         assert report["examples"] == 24
         assert "PGD-2 linf 0.1 from" in report["attacks"][0]["name"]
     # Without a source, AutoAttack does what it can do without gradients.
-    with pytest.warns(tscnc.EvaluationWarning, match="no-gradient: "):
-        report = as_json("evaluate", path, data, "--epsilon", "0.9")
-    assert [part["name"] for part in report["attacks"][0]["attacks"]] == ["Square-5000 linf 0.9"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tscnc.EvaluationWarning)
+        report = as_json("evaluate", path, data, "--epsilon", "0.3", "--examples", 4)
+    assert [part["name"] for part in report["attacks"][0]["attacks"]] == ["Square-5000 linf 0.3"]
+    assert any(text.startswith("no-gradient: ") for text in report["warnings"])
 
 
 def test_an_evaluation_is_by_autoattack_and_goes_on(here, tmp_path):
     model, data, state = here / "keras.keras", here / "data.npz", tmp_path / "state.json"
-    words = ["evaluate", model, data, "--epsilon", "0.9", "--version", "plus", "--state", state]
+    words = ["evaluate", model, data, "--epsilon", "0.3", "--version", "rand", "--state", state]
+    words += ["--examples", 8]
     report = as_json(*words)
     x, y = tscnc.datasets.load(data).arrays("test")
-    attack = tscnc.attacks.AutoAttack(epsilon=0.9, version="plus")
-    again = tscnc.evaluate_robustness(load(model), x, y, attack).to_dict()
+    attack = tscnc.attacks.AutoAttack(epsilon=0.3, version="rand")
+    again = tscnc.evaluate_robustness(load(model), x[:8], y[:8], attack).to_dict()
     assert without_seconds(report) == without_seconds(again)
     before = state.read_bytes()
     assert without_seconds(as_json(*words)) == without_seconds(report)
@@ -237,12 +241,40 @@ def test_an_evaluation_is_by_autoattack_and_goes_on(here, tmp_path):
     assert "is of another evaluation" in err
 
 
-def test_the_faster_setting_is_the_first_two_attacks_of_autoattack(here):
-    words = ["--attack", "apgd", "--attack", "fgsm", "--epsilon", "0.9", "--norm", "linf"]
-    report = as_json("evaluate", here / "keras.keras", here / "data.npz", *words)
-    attacks = tscnc.attacks.AutoAttack(epsilon=0.9).attacks[:2]
-    names = [attack.name for attack in (*attacks, tscnc.attacks.FGSM(epsilon=0.9))]
-    assert [attack["name"] for attack in report["attacks"]] == names
+@pytest.mark.parametrize(
+    ("names", "options", "made"),
+    [
+        (["autoattack"], {}, [tscnc.attacks.AutoAttack(epsilon="8/255", norm="l2")]),
+        (
+            ["autoattack", "fgsm"],
+            {"version": "plus", "objective": "dlr"},
+            [
+                tscnc.attacks.AutoAttack(epsilon="8/255", norm="l2", version="plus"),
+                tscnc.attacks.FGSM(epsilon="8/255", norm="l2", objective="dlr"),
+            ],
+        ),
+        (
+            ["apgd"],
+            {},
+            [
+                tscnc.attacks.APGD(epsilon="8/255", norm="l2", loss=loss)
+                for loss in ("ce", "targeted_dlr")
+            ],
+        ),
+        (["pgd"], {}, [tscnc.attacks.PGD(epsilon="8/255", norm="l2", steps=50, restarts=5)]),
+    ],
+)
+def test_the_attacks_by_their_names(names, options, made):
+    assert tscnc_cli._attacks(tuple(names), "8/255", "l2", options) == made
+
+
+def test_without_options_the_attack_is_autoattack(here):
+    words = [str(here / "keras.keras"), "digits"]
+    with tscnc_cli.evaluate.make_context("evaluate", words) as context:
+        values = dict(context.params)
+    options = {name: values[name] for name in tscnc_cli._OWNERS}
+    made = tscnc_cli._attacks(values["attacks"], values["epsilon"], values["norm"], options)
+    assert made == [tscnc.attacks.AutoAttack(epsilon="8/255")]
 
 
 def without_seconds(values):

@@ -132,7 +132,7 @@ def test_the_guide_runs(path, tmp_path, monkeypatch):
         check_the_export(names, tmp_path)
     if path.stem == "command-line":
         report = json.loads((tmp_path / "report.json").read_text())
-        assert report["attacks"][0]["name"] == "PGD-10 linf 0.05 from digits"
+        assert report["attacks"][0]["name"] == "APGD-100 linf 0.05 from digits"
     if path.stem == "pruning":
         assert names["small"].parameters_after < names["small"].parameters_before
         assert (tmp_path / "sparse.keras").exists()

@@ -12,7 +12,7 @@ from tscnc_tf import attacks, evaluate_robustness, evaluation, experiments
 from tscnc_tf.experiments import locks, stages
 
 PLACE = ("setting", "network", "seed")
-ENSEMBLE = "autoattack"
+ENSEMBLE, VERSION = "autoattack", "standard"
 
 
 class Network(NamedTuple):
@@ -40,7 +40,11 @@ NETWORKS = (
 
 
 def judge(
-    plan: Plan, settings: Sequence[str], seeds: Sequence[int], path: pathlib.Path, scratch: Any
+    plan: Plan,
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    path: pathlib.Path,
+    scratch: pathlib.Path,
 ) -> None:
     """Train the sample of networks, and attack each by the study's PGD and by AutoAttack.
 
@@ -56,7 +60,7 @@ def judge(
     Raises:
         RuntimeError: another process works in `scratch`.
     """
-    scratch = pathlib.Path(scratch) / "flattery"
+    scratch = scratch / "flattery"
     with locks.exclusive(scratch):
         rows = {tuple(row[name] for name in PLACE): row for row in table.read(path)}
         for seed in seeds:
@@ -113,25 +117,24 @@ def _judged(run: Run, network: Network, scratch: pathlib.Path) -> dict[str, Any]
     folder = scratch / run.name
     trained = scratch.glob(f"{run.dense}-*-seed{run.seed}/1-train")
     dense = next((each for each in trained if (each / "manifest.json").is_file()), None)
-    if dense is not None and dense.parent == folder:
-        dense = None
     experiments.run(run.recipe, folder, dense=dense, progress=False)
     number = {"train": 1, "finetune": 3}[network.stage]
     model = experiments.open_stage(folder / f"{number}-{network.stage}").model
     pgd = {str(index): each for index, each in enumerate(stages.test_attacks(run.recipe))}
     x, y = stages.dataset(run.recipe).arrays("test")
+    ensemble = attacks.AutoAttack(epsilon=stages.epsilon(run.recipe), version=VERSION)
     found = evaluate_robustness(
         model,
         x,
         y,
-        {**pgd, ENSEMBLE: attacks.AutoAttack(epsilon=stages.epsilon(run.recipe))},
+        {**pgd, ENSEMBLE: ensemble},
         batch_size=run.recipe.evaluate.batch_size,
         seed=run.seed,
         diagnose=False,
         state_path=folder / f"{network.stage}-state.json",
         progress=False,
     )
-    ensemble = found.attacks[ENSEMBLE]
+    judged = found.attacks[ENSEMBLE]
     by_pgd = found.clean_correct.copy()
     for name in pgd:
         by_pgd &= found.attacks[name].correct
@@ -139,9 +142,9 @@ def _judged(run: Run, network: Network, scratch: pathlib.Path) -> dict[str, Any]
         "images": len(y),
         "clean": int(found.clean_correct.sum()),
         "pgd": int(by_pgd.sum()),
-        ENSEMBLE: int(ensemble.correct.sum()),
+        ENSEMBLE: int(judged.correct.sum()),
         "worst": int(found.robust_correct.sum()),
-        "fooled": {part.name: part.fooled for part in ensemble.stages},
+        "fooled": {part.name: part.fooled for part in judged.stages},
         "epsilon": stages.epsilon(run.recipe),
         "attacks": [each.name for each in pgd.values()],
         "warnings": list(found.warnings),
