@@ -24,7 +24,7 @@ ARCHITECTURES = {
 }
 STAGES = ("train", "prune", "finetune")
 ATTACKS = ("pgd", "apgd", "autoattack")
-SCOPES = ("layer", "global", "erk", "condition")
+SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
 LOSSES = ("trades", "madry", "mart")
 
 Check = Callable[[str, Any], Any]
