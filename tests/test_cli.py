@@ -224,14 +224,14 @@ def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, t
     assert any(text.startswith("no-gradient: ") for text in report["warnings"])
 
 
-def test_an_evaluation_is_by_autoattack_and_goes_on(here, tmp_path):
+def test_an_evaluation_goes_on_from_its_state(here, tmp_path):
     model, data, state = here / "keras.keras", here / "data.npz", tmp_path / "state.json"
-    words = ["evaluate", model, data, "--epsilon", "0.3", "--version", "rand", "--state", state]
+    words = ["evaluate", model, data, "--attack", "apgd", "--epsilon", "0.3", "--state", state]
     words += ["--examples", 8]
     report = as_json(*words)
     x, y = tscnc.datasets.load(data).arrays("test")
-    attack = tscnc.attacks.AutoAttack(epsilon=0.3, version="rand")
-    again = tscnc.evaluate_robustness(load(model), x[:8], y[:8], attack).to_dict()
+    attacks = tscnc.attacks.AutoAttack(epsilon=0.3).attacks[:2]
+    again = tscnc.evaluate_robustness(load(model), x[:8], y[:8], attacks).to_dict()
     assert without_seconds(report) == without_seconds(again)
     before = state.read_bytes()
     assert without_seconds(as_json(*words)) == without_seconds(report)
