@@ -65,8 +65,7 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
     with flavours.scope(model):
         require_finite(model)
         stripped = strip(model)
-        weights = inspection.sparsity(model)
-        ideal = inspection.sizes(model, gzip=False).ideal_sparse_bytes
+        weights, sizes = inspection.sparsity(model), inspection.sizes(model, gzip=False)
         if expected_sparsity is not None:
             require_sparsity(weights, expected_sparsity)
         logits = _probe.outputs(lambda x: stripped(x, training=False), batch)
@@ -75,8 +74,16 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
             before = _probe.outputs(lambda x: model(x, training=False), batch)
             require_same("the model with its pruning wrappers or gates", before, logits, allowed)
     return Checked(
-        *(model, library, stripped, weights, ideal),
-        *(expected_sparsity, specs, batch, logits, allowed),
+        model=model,
+        library=library,
+        stripped=stripped,
+        weights=weights,
+        ideal_sparse_bytes=sizes.ideal_sparse_bytes,
+        expected_sparsity=expected_sparsity,
+        specs=specs,
+        batch=batch,
+        logits=logits,
+        tolerance=allowed,
     )
 
 

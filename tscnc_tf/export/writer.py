@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -163,11 +164,15 @@ def endpoint(
 ) -> tuple[Callable[..., dict[str, tf.Tensor]], list[tf.TensorSpec]]:
     """Return a model in inference mode as a function of flat tensors, and their named specs.
 
-    It returns a dict: the model's own, or "output_0", "output_1" and so on.
+    A tensor without a name has that of its key if the model takes a dict, else "input_0" and so on.
+    The function returns a dict: the model's own, or "output_0", "output_1" and so on.
     """
+    flat = tf.nest.flatten(specs)  # a dict by its sorted keys
+    is_flat_dict = isinstance(specs, dict) and len(specs) == len(flat)
+    keys = sorted(specs) if is_flat_dict else [f"input_{index}" for index in range(len(flat))]
     signature: dict[str, tf.TensorSpec] = {}
-    for index, spec in enumerate(tf.nest.flatten(specs)):
-        name = spec.name or f"input_{index}"
+    for index, (key, spec) in enumerate(zip(keys, flat, strict=True)):
+        name = spec.name or re.sub(r"\W", "_", str(key))
         name = name if name[0].isalpha() else f"input_{name}"  # as every format takes it
         while name in signature:  # "a b" is "a_b", too
             name += f"_{index}"

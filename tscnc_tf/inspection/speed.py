@@ -243,12 +243,12 @@ def speed_check(
     if not found:
         raise ValueError(f"model {model.name!r} has no kernels: there are no layers to time.")
     shapes = _input_shapes([weight.kernel.layer for weight in found], lambda: network(batch))
-    time = functools.partial(_times, model, rounds, seed)
-    rows = [_layer_speed(w, shapes.get(id(w.kernel.layer)), seed, time) for w in found]
+    measure = functools.partial(_times, model, rounds, seed)
+    rows = [_layer_speed(w, shapes.get(id(w.kernel.layer)), seed, measure) for w in found]
     variables = [weight.variable for weight in (*found, *weights.others(model))]
     masks = [mask for _, mask in wrappers.pruned_variables(model)]
     run = compiled(network, batch)
-    times = time({"as_is": run}, variables, masks)
+    times = measure({"as_is": run}, variables, masks)
     device = _timing.device(tf.nest.flatten(run())[0])
     return SpeedReport(
         tuple(rows), times["as_is"], times["filled"], device, batch_size, rounds, seed
@@ -259,7 +259,7 @@ def _layer_speed(
     weight: weights.KernelWeight,
     input_shape: tuple[int, ...] | None,
     seed: int,
-    time: Callable[..., dict[str, Times]],
+    measure: Callable[..., dict[str, Times]],
 ) -> LayerSpeed:
     """Return the times of the layer of a kernel, on inputs of a shape."""
     layer, operation = weight.kernel.layer, ""
@@ -271,7 +271,7 @@ def _layer_speed(
         operation, sparse, obstacle = _fastest_product(weight, x, runs["as_is"]())
         if sparse is not None:
             runs["sparse"] = sparse
-        times = time(runs, [weight.variable])
+        times = measure(runs, [weight.variable])
     return LayerSpeed(
         name=weight.name,
         kind=type(layer).__name__,
