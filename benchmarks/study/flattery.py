@@ -12,7 +12,7 @@ from tscnc_tf import attacks, evaluate_robustness, evaluation, experiments
 from tscnc_tf.experiments import locks, stages
 
 PLACE = ("setting", "network", "seed")
-ENSEMBLE, VERSION = "autoattack", "standard"
+ENSEMBLE = "autoattack"
 
 
 class Network(NamedTuple):
@@ -122,12 +122,11 @@ def _judged(run: Run, network: Network, scratch: pathlib.Path) -> dict[str, Any]
     model = experiments.open_stage(folder / f"{number}-{network.stage}").model
     pgd = {str(index): each for index, each in enumerate(stages.test_attacks(run.recipe))}
     x, y = stages.dataset(run.recipe).arrays("test")
-    ensemble = attacks.AutoAttack(epsilon=stages.epsilon(run.recipe), version=VERSION)
     found = evaluate_robustness(
         model,
         x,
         y,
-        {**pgd, ENSEMBLE: ensemble},
+        {**pgd, ENSEMBLE: attacks.AutoAttack(epsilon=stages.epsilon(run.recipe))},
         batch_size=run.recipe.evaluate.batch_size,
         seed=run.seed,
         diagnose=False,
