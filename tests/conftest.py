@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
 from helpers import TINY
+from tensorflow.python.framework import func_graph, ops
 
 import tscnc_tf as tscnc
 
@@ -29,6 +32,33 @@ def seeded():
     """Seed every generator, and drop the global state that Keras keeps between models."""
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def released():
+    """Release the memory that the tests of a file have used, which adds up to gigabytes."""
+    yield
+    keras.backend.clear_session()
+    tf_keras.backend.clear_session()
+    gc.collect()
+    dismantle_unreachable_graphs()
+    gc.collect()
+
+
+def dismantle_unreachable_graphs():
+    """Take apart the graphs that only their own operations and tensors refer to.
+
+    Python does not collect the graph of a training step: TensorFlow's C++ objects, which its
+    garbage collector can't look into, are part of the cycle. What such a graph calls stays as well.
+    """
+    graphs = [each for each in gc.get_objects() if isinstance(each, func_graph.FuncGraph)]
+    own = (ops.Operation, ops.SymbolicTensor)
+    others = [each for each in gc.get_referrers(*graphs) if not isinstance(each, own)]
+    others = [each for each in others if each is not graphs]
+    held = {id(each) for each in gc.get_referents(*others)}
+    for graph in graphs:
+        if id(graph) not in held:
+            func_graph.dismantle_func_graph(graph)
 
 
 @pytest.fixture

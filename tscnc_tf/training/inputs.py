@@ -81,22 +81,16 @@ class FirstBatch:
 
     Attributes:
         is_over: whether there has been one that was found to be sound.
+        flag: a boolean variable, True as long as it is the first batch.
     """
 
     def __init__(self) -> None:
         self.is_over = False
-        self._flag: tf.Variable | None = None
-
-    @property
-    def flag(self) -> tf.Variable:
-        """A boolean variable, True as long as it is the first batch."""
-        if self._flag is None:
-            with tf.init_scope():
-                self._flag = tf.Variable(True, trainable=False, name="is_first_batch")
-        return self._flag
+        # A step that makes a variable while it is traced is traced a second time by TensorFlow.
+        with tf.init_scope():
+            self.flag = tf.Variable(True, trainable=False, name="is_first_batch")
 
     def end(self) -> None:
         """Take note that the first batch was found to be sound."""
         self.is_over = True
-        if self._flag is not None:
-            self._flag.assign(False)
+        self.flag.assign(False)
