@@ -255,7 +255,7 @@ def _newton(slopes: tf.Tensor, speeds: tf.Tensor, room: tf.Tensor, gap: tf.Tenso
     def step(root: tf.Tensor, changed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         is_full = root * speeds >= room
         left = gap - tf.reduce_sum(tf.where(is_full, slopes * room, 0.0), axis=1, keepdims=True)
-        speed = tf.reduce_sum(tf.where(is_full, 0.0, slopes * speeds), axis=1, keepdims=True)
+        speed = tf.reduce_sum(tf.where(~is_full, slopes * speeds, 0.0), axis=1, keepdims=True)
         new = tf.where(speed > 0, tf.math.divide_no_nan(left, speed), huge)
         new = tf.maximum(new, root)  # but for rounding it never falls
         return like(new, root), like(new > root, changed)

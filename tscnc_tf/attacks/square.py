@@ -182,7 +182,7 @@ class Square(Search):
         else:
             unused = tf.maximum(self.epsilon_value - self._length(delta), 0.0)
             budget = unused + x.shape[-1] * windows
-        rest = tf.where(source.inside, 0.0, delta)
+        rest = tf.where(~source.inside, delta, 0.0)
         return x + self._scaled(tf.where(to.inside, self._unit(shape, (1, 2)) * budget, rest))
 
     def _tiles(self, x: tf.Tensor, draws: Draws) -> tf.Tensor:

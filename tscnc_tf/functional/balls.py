@@ -96,7 +96,7 @@ def _shrunk(delta: tf.Tensor, room: tf.Tensor, epsilon: Any) -> tf.Tensor:
     )[0]
     parts = left(number)
     sums = tf.reduce_sum(parts, axis=axes, keepdims=True)
-    return tf.sign(delta) * parts * tf.minimum(1.0, tf.math.divide_no_nan(epsilon, sums))
+    return tf.sign(delta) * parts * tf.minimum(tf.math.divide_no_nan(epsilon, sums), 1.0)
 
 
 def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
