@@ -166,7 +166,7 @@ def test_a_step_before_the_optimizer_has_begun_leaves_no_slot_out(library):
         )
         pruner.step(optimizer)
     for target, mask in zip(pruner.targets, pruner.state.masks, strict=True):
-        kept = optimizers.companions(optimizer, target.variable)
+        (kept,) = optimizers.companions(optimizer, [target.variable])
         assert len(kept) == 2
         assert not any(np.any(np.asarray(slot)[~mask.numpy()]) for slot in kept)
 

@@ -725,7 +725,7 @@ def test_zeros_stay_zero_in_weights_slots_and_averages(name, library):
     model.fit(x, y, batch_size=16, epochs=2, verbose=0)
     slots = {"momentum": 1, "adam": 4, "ema overwrites": 1, "rmsprop": 3}[name]
     for target in model.pruner.targets:
-        kept = optimizers.companions(model.optimizer, target.variable)
+        (kept,) = optimizers.companions(model.optimizer, [target.variable])
         assert len(kept) >= slots
         for companion in kept:
             assert np.all(np.asarray(companion)[~before[target.name]] == 0), companion.name

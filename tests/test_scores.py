@@ -486,7 +486,7 @@ def test_adversarial_training_trains_scores_and_saves_them(library, tmp_path):
     again = library.models.load_model(tmp_path / "trainer.keras")
     pruning.freeze_mask(again.model)
     for target in again.model.pruner.targets:
-        kept = optimizers.companions(again.optimizer, target.variable)
+        (kept,) = optimizers.companions(again.optimizer, [target.variable])
         assert kept
         assert not any(np.any(np.asarray(slot)) for slot in kept), "momenta of scores are gone"
     zeros = [kernel == 0 for kernel in kernels(again.model)]

@@ -125,6 +125,9 @@ class Gated(gated.GatedLayer, _Base):
     inference, gates included. `prune` masks the kernel inside. Where the weights of the layer
     inside are frozen when the gates are added, so are the gates.
 
+    It is a layer of the Keras that `layer` is of. A subclass derives from the class for its Keras,
+    `gates.layer.Keras3Gated` or `TfKerasGated`.
+
     Args:
         layer: the layer to put gates on, built or not.
         drop_rate: the probability d with which a gate is drawn below one half to begin with, in

@@ -43,7 +43,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
     where the penalty is the sum of `model.losses`: the regularizers. Then the pruning masks are
     applied, so that the weights are as sparse after every step as their masks say.
 
-    It is a model of the Keras that `model` is of: a `keras.Model` or a `tf_keras.Model`.
+    It is a model of the Keras that `model` is of: a `keras.Model` or a `tf_keras.Model`. A subclass
+    derives from the class for its Keras, `training.trainer.Keras3Trainer` or `TfKerasTrainer`.
 
     The adversary runs the network in inference mode, on the bare layers without pruning wrappers:
     BatchNorm's moving averages are used and not moved, and the pruning step counts optimizer steps.
