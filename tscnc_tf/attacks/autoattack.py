@@ -110,10 +110,10 @@ class AutoAttack(Attack):
             if y is None:
                 raise ValueError("y is missing: this attack needs the labels.")
             classes = logits_fn(x[:1]).shape[-1]
-            if classes == 2:
+            if classes == 2 and self.version != "standard":
                 raise ValueError(
-                    "model must have 3 classes for AutoAttack, whose difference of logits ratio is "
-                    "not defined for 2: use APGD(loss='ce'), FAB and Square one after the other."
+                    f"version={self.version!r} needs 3 classes, for its difference of logits ratio "
+                    "is not defined for 2. Use version='standard'."
                 )
             found = x.numpy()
             truth = _checks.class_indices("y", y)[0]
