@@ -427,7 +427,7 @@ def test_square_comes_near_the_best_point_of_a_linear_model(norm, rng):
     gains = np.sum((attack.bind(model)(x, [0] * 6) - x) * w, axis=(1, 2, 3))
     best = epsilon * np.linalg.norm(w.ravel(), DUAL[norm])
     assert np.all(gains <= best * (1 + 1e-6))
-    assert np.all(gains >= {"linf": 0.99, "l2": 0.8, "l1": 0.5}[norm] * best)
+    assert np.all(gains >= {"linf": 0.99, "l2": 0.6, "l1": 0.4}[norm] * best)
 
 
 # --- FAB --------------------------------------------------------------------------------------
@@ -662,7 +662,7 @@ def test_two_classes():
     with pytest.raises(ValueError, match="loss='dlr' needs 3 classes, got a model of 2"):
         APGD(epsilon=0.1, loss="dlr")(model, x, y)
     for version in ("plus", "rand"):
-        with pytest.raises(ValueError, match="needs 3 classes.* Use version='standard'"):
+        with pytest.raises(ValueError, match=r"needs 3 classes.* Use version='standard'"):
             AutoAttack(epsilon=0.1, version=version)(model, x, y)
     for attack in (
         AutoAttack(epsilon=0.5),
