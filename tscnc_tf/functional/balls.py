@@ -41,9 +41,9 @@ def project_within_box(point: Any, center: Any, epsilon: Any, bounds: Any) -> tf
         bounds: the smallest and the largest value of an entry.
 
     Example:
-        >>> project_within_box([[0.9, 0.8]], [[0.5, 0.75]], 0.5, (0.0, 1.0)).numpy().tolist()
-        [[0.9, 0.8]]
-        >>> project_within_box([[1.5, 0.9]], [[0.5, 0.5]], 0.75, (0.0, 1.0)).numpy().tolist()
+        >>> project_within_box([[0.75, 0.875]], [[0.5, 0.75]], 0.5, (0.0, 1.0)).numpy().tolist()
+        [[0.75, 0.875]]
+        >>> project_within_box([[1.5, 0.875]], [[0.5, 0.5]], 0.75, (0.0, 1.0)).numpy().tolist()
         [[1.0, 0.75]]
 
     Reference:
