@@ -117,7 +117,7 @@ class APGD(Search, GradientAttack):
         >>> attack = APGD(epsilon="8/255", steps=20)
         >>> attack.name
         'APGD-20 linf 8/255'
-        >>> x = tf.constant([[0.5, 0.5]])
+        >>> x = tf.constant([[0.9, 0.5]])
         >>> adversarial = attack(lambda x: x @ network, x, [0], seed=1)
         >>> [round(float(entry), 4) for entry in (adversarial - x)[0]]
         [-0.0314, 0.0314]

@@ -79,8 +79,8 @@ class FAB(Search):
         'FAB-10 linf 0.25 targeted'
         >>> x = tf.constant([[0.9, 0.7]])
         >>> adversarial = attack(lambda x: x @ network, x, [0])
-        >>> [round(float(entry), 2) for entry in (adversarial - x)[0]]
-        [-0.11, 0.11]
+        >>> [round(float(entry), 3) for entry in (adversarial - x)[0]]
+        [-0.105, 0.105]
 
     Reference:
         Croce & Hein 2020, arXiv 1907.02044, algorithm 1; its targeted form: arXiv 2003.01690.
