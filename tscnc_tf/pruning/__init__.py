@@ -4,6 +4,7 @@ from tscnc_tf.pruning.api import freeze_mask, prune, prune_now, prune_scope, str
 from tscnc_tf.pruning.budgets import condition_budgets
 from tscnc_tf.pruning.compaction import Compaction, compact
 from tscnc_tf.pruning.pruner import Pruner
+from tscnc_tf.pruning.recalibrate import recalibrate
 from tscnc_tf.pruning.regularize import add_regularizers
 from tscnc_tf.pruning.score_pruner import ScorePruner
 from tscnc_tf.pruning.selection import Magnitude
@@ -27,6 +28,7 @@ __all__ = [
     "prune",
     "prune_now",
     "prune_scope",
+    "recalibrate",
     "report",
     "strip",
 ]
