@@ -387,6 +387,11 @@ def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callabl
     return lambda layer: any(holds(layer) for _, holds in parts)
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Tell whether a name is a pattern itself, or fits it, with `*`, `?` and `[...]` in it."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
 def listed(able: Iterable[Any], asked: Any = None) -> str:
     """Return the names of layers that can be chosen, for an error.
 
@@ -423,7 +428,7 @@ def _single(name: str, layers: Any) -> Callable[[Any], bool] | None:
         parts_of_it = list(kernel_layers.flatten(layers))
         return lambda layer: any(layer is part for part in parts_of_it)
     if isinstance(layers, str):
-        return lambda layer: fnmatch.fnmatchcase(layer.name, layers)
+        return lambda layer: fits(layer.name, layers)
     if callable(layers):
         return lambda layer: bool(layers(layer))
     raise TypeError(

@@ -85,8 +85,8 @@ class Pruner:
             columns)` or `Filters()`.
         scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
             sparsity), "global" (all compete by their scores), "erk" (Erdős–Rényi-Kernel: small
-            layers stay denser), or a dict of final sparsities by name pattern (the others follow
-            the schedule).
+            layers stay denser), or a dict of final sparsities by name pattern (of several patterns
+            that fit a weight the first one counts; weights that none fits follow the schedule).
         min_weights: the number of weights that every weight tensor keeps at least.
 
     Raises:

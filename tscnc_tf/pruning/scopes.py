@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, functional
+from tscnc_tf._keras.models import fits
 from tscnc_tf.pruning.targets import Target
 
 SCOPES = ("layer", "global", "erk")
@@ -136,7 +136,7 @@ def fitting(ratios: Mapping[str, float], targets: Sequence[Target]) -> dict[str,
     return {
         pattern: ratio
         for pattern, ratio in ratios.items()
-        if any(fnmatch.fnmatchcase(target.name, pattern) for target in targets)
+        if any(fits(target.name, pattern) for target in targets)
     }
 
 
@@ -150,12 +150,12 @@ def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: f
         )
     names = [target.name for target in targets]
     for pattern in ratios:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ValueError(f"scope has a pattern {pattern!r} that fits none of {names}.")
 
     def part(name: str) -> float:
-        fitting = [r for pattern, r in ratios.items() if fnmatch.fnmatchcase(name, pattern)]
-        return fitting[0] / final if fitting else 1.0
+        found = [ratio for pattern, ratio in ratios.items() if fits(name, pattern)]
+        return found[0] / final if found else 1.0
 
     parts = [part(name) for name in names]
     return lambda sparsity: [sparsity * share for share in parts]
