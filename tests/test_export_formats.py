@@ -43,7 +43,7 @@ SHAPE = (8, 8, 1)
 CLASSES = 3
 EXPORTS = {"litert": export.export_litert, "onnx": export.export_onnx}
 LOADS = {"litert": export.load_litert, "onnx": export.load_onnx}
-MODULES = {"litert": litert, "onnx": export_onnx_module}
+FORMS = {"litert": litert.LiteRT, "onnx": export_onnx_module.ONNX}
 every_format = pytest.mark.parametrize("form", EXPORTS)
 every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 
@@ -691,9 +691,9 @@ def test_what_is_no_file_of_the_format_is_not_replaced(tmp_path, form, exported)
 
 FAILING = {
     "checking": lambda form: (preflight, "check"),
-    "writing": lambda form: (form, "_write"),
-    "reading": lambda form: (form, "_constants"),
-    "loading": lambda form: (form, f"load_{form.__name__.rpartition('.')[2]}"),
+    "writing": lambda form: (form, "convert"),
+    "reading": lambda form: (form, "constants"),
+    "loading": lambda form: (export.ServedFile, "__init__"),
     "comparing": lambda form: (preflight, "require_same"),
     "compressing": lambda form: (gzip, "compress"),
     "flushing": lambda form: (_files, "_flush"),
@@ -707,7 +707,7 @@ FAILING = {
 def test_whatever_fails_the_old_file_or_the_new_one_is_there(tmp_path, form, step, late, exported):
     (tmp_path / "file").write_bytes(exported(keras, form)[1].read_bytes())
     before = (tmp_path / "file").read_bytes()
-    with interrupted(*FAILING[step](MODULES[form]), late):
+    with interrupted(*FAILING[step](FORMS[form]), late):
         EXPORTS[form](constant(keras, 2.0), tmp_path / "file", overwrite=True)
     assert names(tmp_path) == ["file"]
     if (step, late) == ("putting", True):
@@ -735,25 +735,62 @@ def test_a_file_that_differs_is_noticed(tmp_path, form, monkeypatch):
 def test_zeros_that_are_lost_are_noticed(tmp_path, form, monkeypatch):
     model = small()
     randomize(model, 0.5)
-    module = MODULES[form]
-    read = module._constants
+    read = FORMS[form].constants
 
-    def filled(path):
-        found = read(path)
+    def filled(self, content):
+        found = read(self, content)
         values = next(constant.values for constant in found if constant.values.size == 24)
         lost = np.where(np.cumsum(values == 0).reshape(values.shape) == 1, 1e-9, values)
         return [c._replace(values=lost) if c.values is values else c for c in found]
 
-    monkeypatch.setattr(module, "_constants", filled)
+    monkeypatch.setattr(FORMS[form], "constants", filled)
     with pytest.raises(ValueError, match=r"lacks zeros of the model: first and its 12 zeros are"):
         EXPORTS[form](model, tmp_path / "file")
     assert names(tmp_path) == []
 
 
-def test_a_zero_point_is_refused(tmp_path, monkeypatch):
-    read = litert._constants
+def test_logits_of_other_shapes_are_refused_even_where_any_difference_is_allowed(
+    tmp_path, monkeypatch
+):
+    run = litert._ServedLiteRT._run
     monkeypatch.setattr(
-        litert, "_constants", lambda path: [c._replace(zero_points=(0, 3)) for c in read(path)]
+        litert._ServedLiteRT,
+        "_run",
+        lambda *args: {name: array[:, :2] for name, array in run(*args).items()},
+    )
+    with pytest.raises(ValueError, match=r"LiteRT file are of the shapes \[\(2, 2\)\], and .*2, 3"):
+        export.export_litert(
+            small(), tmp_path / "file", precision="int8", calibration=np.ones((2, 4))
+        )
+    assert names(tmp_path) == []
+
+
+@every_format
+def test_one_logit_makes_no_classes(tmp_path, form):
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(4,))])
+    report = EXPORTS[form](model, tmp_path / "file")
+    assert report.same_class is None and "same class" not in str(report)
+
+
+@every_flavour
+@every_format
+def test_inputs_whose_names_a_signature_takes_for_the_same(tmp_path, library, form, rng):
+    first, second = library.Input((4,), name="a b"), library.Input((4,), name="a_b")
+    model = library.Model([first, second], library.layers.Subtract()([first, second]))
+    model = library.Model(model.inputs, library.layers.Dense(2)(model.outputs[0]))
+    report = EXPORTS[form](model, tmp_path / "file")
+    assert {tensor.name for tensor in report.inputs} == {"a_b", "a_b_1"}
+    x = rng.random((2, 5, 4), np.float32)
+    served = LOADS[form](tmp_path / "file")({"a_b": x[0], "a_b_1": x[1]})
+    np.testing.assert_allclose(served, model([x[0], x[1]]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_zero_point_is_refused(tmp_path, monkeypatch):
+    read = litert.LiteRT.constants
+    monkeypatch.setattr(
+        litert.LiteRT,
+        "constants",
+        lambda *args: [c._replace(zero_points=(0, 3)) for c in read(*args)],
     )
     with pytest.raises(ValueError, match=r"does not store 0\.0 as 0 but \(0, 3\)"):
         export.export_litert(
@@ -787,7 +824,7 @@ from tscnc_tf import export
 from tscnc_tf.export import litert, onnx
 def killed(*args):
     os.kill(os.getpid(), signal.SIGKILL)  # everything is written, and nothing renamed
-litert._constants = onnx._constants = killed
+litert.LiteRT.constants = onnx.ONNX.constants = killed
 model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,))])
 getattr(export, sys.argv[1])(model, sys.argv[2])
 """

@@ -148,6 +148,12 @@ def test_reports_of_all_kinds_are_shown_as_html(pruned, robustness):
             assert re.sub(r"\s", "", cell) in text
 
 
+def test_the_pruning_report_of_a_network_without_weights():
+    report = tscnc.pruning.report(keras.Sequential([keras.Input((2,)), keras.layers.ReLU()]))
+    assert report.rows == () and report.sparsity == report.model_sparsity == 0.0
+    assert "Whole model: 0 of 0 weights are zero, 0.00 %." in str(report)
+
+
 def lines(axes):
     """The data of the lines of a panel, by their labels."""
     return {line.get_label(): np.asarray(line.get_xydata()) for line in axes.lines}

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from helpers import FLAVOURS, conv_model, dense_model, images, with_wrapper_masks
 
-from tscnc_tf import _timing, inspection
+from tscnc_tf import _timing, gates, inspection
 from tscnc_tf._keras import keras, tf_keras, tfmot, wrappers
 from tscnc_tf.inspection import KernelStructure, LayerSpeed, SpeedReport, Times, speed, weights
 
@@ -584,7 +584,7 @@ def test_what_is_timed_without_zeros_has_none_and_all_comes_back(k, rng, monkeyp
     with pytest.raises(RuntimeError, match="stopped"):
         inspection.speed_check(model)
     share = round(0.8 * 54) / 54
-    assert seen == [("call", share), ("as_is", share), ("filled", 0.0), ("sparse", 0.0)]
+    assert seen == [("call", share), ("as_is", share), ("sparse", share), ("filled", 0.0)]
     assert_unchanged(model, before)
 
 
@@ -659,6 +659,38 @@ class Doubled(keras.layers.Dense):
         return 2 * super().call(x) + 10
 
 
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_layer_is_timed_and_filled(mode, rng, monkeypatch):
+    model = one_layer(keras.layers.Dense(8), (8,), rng)
+    model.quantize(mode)
+    kernel, filled, interleaved = model.layers[-1]._kernel, [], _timing.interleaved
+    before = kernel.numpy().copy()
+
+    def spy(functions, rounds):
+        functions["filled"].prepare()
+        filled.append(kernel.numpy().copy())
+        return interleaved(functions, rounds)
+
+    monkeypatch.setattr(_timing, "interleaved", spy)
+    (found,) = inspection.speed_check(model, batch_size=2, rounds=1).rows
+    assert found.input_shape == (2, 8)
+    assert_timed(found.as_is)
+    for values in filled:  # two of int4 in a byte
+        assert (values & 15).all() and (mode == "int8" or (values >> 4 & 15).all())
+    np.testing.assert_array_equal(kernel.numpy(), before)
+
+
+@both
+def test_gates_are_to_be_folded_first(k, rng):
+    model = gates.add_gates(one_layer(k.layers.Dense(4), (4,), rng))
+    with pytest.raises(
+        ValueError, match=r"has gates: .* speed_check\(tscnc_tf\.gates\.fold\(model"
+    ):
+        inspection.speed_check(model)
+    assert_timed(inspection.speed_check(gates.fold(model), batch_size=2, rounds=1).as_is)
+
+
 def test_a_layer_that_computes_something_else_is_not_compared(rng):
     report = inspection.speed_check(one_layer(Doubled(5), (4,), rng), rounds=1)
     assert report.rows[0].sparse is None
@@ -690,12 +722,26 @@ def test_several_inputs_by_their_structure(k):
     assert inspection.speed_check(model, x, batch_size=6, rounds=1).rows[0].input_shape == (6, 7)
 
 
-def test_a_batch_is_cut_or_repeated():
-    x = np.arange(3.0)[:, np.newaxis]
-    np.testing.assert_array_equal(speed._fitted(x, 2), [[0.0], [1.0]])
-    np.testing.assert_array_equal(speed._fitted(x, 5)[:, 0], [0.0, 1.0, 2.0, 0.0, 1.0])
-    assert speed._fitted(x, 2).dtype == tf.float32
-    assert speed._fitted(np.ones((2, 3), np.int32), 2).dtype == tf.int32
+@pytest.mark.parametrize(("batch_size", "rows"), [(2, [0, 1]), (5, [0, 1, 2, 0, 1])])
+def test_a_batch_is_cut_or_repeated(batch_size, rows, monkeypatch):
+    seen, compiled = [], speed.compiled
+
+    def spy(function, x):
+        seen.append(x)
+        return compiled(function, x)
+
+    monkeypatch.setattr(speed, "compiled", spy)
+    model = tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(1,))])
+    inspection.speed_check(model, np.arange(3.0)[:, np.newaxis], batch_size=batch_size, rounds=1)
+    assert seen[-1].dtype == tf.float32
+    np.testing.assert_array_equal(seen[-1][:, 0], rows)
+    layers = [tf_keras.layers.Embedding(3, 2, input_length=1), tf_keras.layers.Dense(2)]
+    tokens = tf_keras.Input((1,), dtype="int32")
+    model = tf_keras.Model(tokens, layers[1](layers[0](tokens)))
+    x = np.arange(3, dtype=np.int32)[:, np.newaxis]
+    inspection.speed_check(model, x, batch_size=batch_size, rounds=1)
+    assert seen[-1].dtype == tf.int32
+    np.testing.assert_array_equal(seen[-1][:, 0], rows)
 
 
 def test_a_model_made_under_a_distribution_strategy(rng):
@@ -729,7 +775,7 @@ def test_inputs_that_cannot_be_drawn_are_asked_for(k):
         ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ({"rounds": 1.5}, TypeError, "rounds must be an integer, got 1.5"),
         ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
-        ({"x": np.ones((0, 6))}, ValueError, r"x must be a batch .*shape \(0, 6\)"),
+        ({"x": np.ones((0, 6))}, ValueError, r"x must be float32 \(any, .*shape \(0, 6\)"),
     ],
 )
 def test_bad_arguments_of_the_check(options, kind, message):

@@ -166,6 +166,16 @@ def require_bound(model, rng):
     assert found <= math.sqrt(64 * 3) * bound
 
 
+@pytest.mark.parametrize("k", [keras, tf_keras])
+def test_an_input_that_never_varies_is_divided_by_keras_own_least_deviation(k):
+    layer = k.layers.Normalization()
+    layer.adapt(np.array([[0.0, 1.0], [0.0, 3.0]], np.float32))
+    model = k.Sequential([k.Input((2,)), layer])
+    steepest = np.ptp(model(np.array([[0.0, 2.0], [1e-3, 2.0]], np.float32))[:, 0]) / 1e-3
+    bound = tscnc.inspection.lipschitz_upper_bound(model)
+    assert bound == pytest.approx(1e7) and bound == pytest.approx(steepest, rel=1e-5)
+
+
 def test_t22_the_upper_bound_is_exact_for_one_layer_and_unknown_for_others():
     upper_bound, layers = tscnc.inspection.lipschitz_upper_bound, keras.layers
     matrix = np.arange(6.0).reshape(3, 2)

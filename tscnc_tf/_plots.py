@@ -22,9 +22,14 @@ SMALLEST = 1e-6  # singular values below are drawn here: the axis is logarithmic
 
 
 class Point(NamedTuple):
-    """The accuracies of one evaluation; the interval is that of the robust accuracy."""
+    """The accuracies of one evaluation; the interval is that of the robust accuracy.
 
-    sparsity: float
+    Attributes:
+        at: the position on the axis, such as a sparsity or a radius.
+        clean: the clean accuracy, likewise for the others.
+    """
+
+    at: float
     clean: float
     robust: float
     low: float
@@ -100,20 +105,23 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def robustness(results: Mapping[str, Iterable[Point]]) -> Figure:
-    """Draw robust accuracy with its interval, and clean accuracy dashed, against sparsity.
+def robustness(
+    results: Mapping[str, Iterable[Point]], axis: str = "sparsity (fraction of zeros)"
+) -> Figure:
+    """Draw robust accuracy with its interval, and clean accuracy dashed, against something.
 
     Args:
         results: the evaluations of each method, by its label.
+        axis: what their points are at.
     """
     figure = _figure(6.0, 4.0)
     axes = figure.subplots()
     for label, points in results.items():
-        sparsity, clean, robust, low, high = np.array(sorted(points)).T
-        (line,) = axes.plot(sparsity, robust, marker="o", label=f"{label}, robust")
-        axes.fill_between(sparsity, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.plot(sparsity, clean, "--", color=line.get_color(), label=f"{label}, clean")
-    axes.set(xlabel="sparsity (fraction of zeros)", ylabel="accuracy", ylim=(0, 1))
+        at, clean, robust, low, high = np.array(sorted(points)).T
+        (line,) = axes.plot(at, robust, marker="o", label=f"{label}, robust")
+        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.plot(at, clean, "--", color=line.get_color(), label=f"{label}, clean")
+    axes.set(xlabel=axis, ylabel="accuracy", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

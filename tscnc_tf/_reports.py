@@ -198,6 +198,11 @@ def versions(*distributions: str) -> dict[str, str]:
     return found
 
 
+def share(part: int, whole: int) -> float:
+    """Return a part as a fraction of the whole; 0 if there is nothing at all."""
+    return part / whole if whole else 0.0
+
+
 def percent(fraction: float) -> str:
     """Return a fraction as a percentage with two decimals: 0.95 as "95.00 %"."""
     return f"{100 * fraction:.2f} %"
@@ -226,9 +231,10 @@ def shape(sizes: Iterable[int]) -> str:
 
 def sparsity_cells(weights: int, zeros: int) -> tuple[str, str, str]:
     """Return the cells of the columns "weights", "zeros" and "sparsity"."""
-    return f"{weights:,}", f"{zeros:,}", percent(zeros / weights)
+    return f"{weights:,}", f"{zeros:,}", percent(share(zeros, weights))
 
 
 def whole_model(weights: int, zeros: int) -> str:
     """Return the note on the zeros of a whole model."""
-    return f"Whole model: {zeros:,} of {weights:,} weights are zero, {percent(zeros / weights)}."
+    fraction = percent(share(zeros, weights))
+    return f"Whole model: {zeros:,} of {weights:,} weights are zero, {fraction}."

@@ -170,6 +170,16 @@ def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
         context.merge_call(update)
 
 
+def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the scope in which the variables of a model can be read and assigned from outside.
+
+    That matters for a tf_keras model that was made under a distribution strategy.
+    """
+    if isinstance(model, tf_keras.Model):
+        return model.distribute_strategy.scope()
+    return contextlib.nullcontext()
+
+
 def is_variable(value: Any) -> bool:
     """Tell whether something is a variable of either Keras, or of TensorFlow."""
     return isinstance(value, keras.Variable | tf.Variable)

@@ -48,6 +48,15 @@ def factors(model: Any) -> dict[int, Any]:
     }
 
 
+def require_none(model: Any, function: str) -> None:
+    """Raise a ValueError if a model has gates, which a function does not look into."""
+    if gated_layers(model):
+        raise ValueError(
+            f"model {model.name!r} still has gates: fold them into its weights first, "
+            f"{function}(tscnc_tf.gates.fold(model))."
+        )
+
+
 def times(value: tf.Tensor, gates: tf.Tensor) -> tf.Tensor:
     """Return a weight times its gates, in the dtype of the weight."""
     return value * tf.cast(gates, value.dtype)

@@ -438,7 +438,7 @@ def slope(score: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tens
 
 _NOT_DIFFERENTIABLE = (
     "model is not differentiable in x, so there is no gradient to follow: pass a model that is "
-    "TensorFlow operations from end to end, or an attack that needs no gradient."
+    "TensorFlow operations from end to end, or an attack that needs no gradient, such as Square."
 )
 
 

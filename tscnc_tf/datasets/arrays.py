@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -87,19 +86,6 @@ def statistics(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
     means = sum(part.sum(axes, dtype=np.float64) for part in chunks(pixels)) / count
     squares = sum(((part - means) ** 2).sum(axes) for part in chunks(pixels))
     return tuple(means.tolist()), tuple(np.sqrt(squares / count).tolist())
-
-
-def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Return the SHA-256 digest of named arrays: their names, dtypes, shapes and values.
-
-    The bytes are taken in little-endian order, so that every machine finds the same digest.
-    """
-    found = hashlib.sha256()
-    for name, array in arrays:
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        found.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
-        found.update(little.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
 
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:

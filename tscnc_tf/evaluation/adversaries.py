@@ -57,6 +57,13 @@ class Adversary(NamedTuple):
         inner = self.attack.attack
         return Source(self.attack.source, self.description["source"], inner.uses_gradient)
 
+    @property
+    def parts(self) -> list[Adversary]:
+        """The attacks of an ensemble, each for the examples that those before left; else none."""
+        if not isinstance(self.attack, attacks_.AutoAttack):
+            return []
+        return [Adversary(part.name, part, part.describe()) for part in self.attack.attacks]
+
     def on(self, model: Any) -> Callable[[np.ndarray, np.ndarray, tuple[int, int]], Any]:
         """Return the attack on a model, a function of a batch (x, y) and a seed."""
         if isinstance(self.attack, attacks_.Attack):

@@ -1,9 +1,10 @@
-"""Diagnostics of an evaluation: signs that its robust accuracy is too high, as texts."""
+"""Diagnostics of an evaluation: signs that its robust accuracy is too high, by name."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,70 +14,250 @@ from tscnc_tf.evaluation.report import AttackResult, wilson_interval
 # Below this difference of accuracies, or this half width of an interval, there is no remark.
 _NOTABLE_GAIN = 0.01
 _WIDE = 0.05
+# The share, and the number, of examples that an attack without gradients may find alone.
+_BLACK_BOX_SHARE, _BLACK_BOX_NUMBER = 0.002, 3
+# The share of examples from which a property of the model's outputs is remarked on.
+_MANY = 0.1
+# What may be left of the accuracy in a ball as wide as the bounds, and by how much it may rise.
+_LEFT_AT_THE_TOP = 0.05
 
 
 class EvaluationWarning(UserWarning):
-    """A sign, found during an evaluation, that its robust accuracy may be too high."""
+    """A sign, found during an evaluation, that its robust accuracy may be too high.
+
+    Its text begins with a name, such as "zero-gradients", under which the guide to evaluation says
+    what to do about it.
+    """
 
 
-def of_model(
-    repeatable: bool, unit_interval: bool, zero_gradients: np.ndarray, nan_gradients: np.ndarray
-) -> list[str]:
-    """Return what makes any attack on a model unreliable.
+class Finding(NamedTuple):
+    """A sign that robust accuracy may be too high: its name, and a text with cause and remedy."""
 
-    Args:
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text} (docs/evaluation.md#{self.name})"
+
+
+class Outputs(NamedTuple):
+    """What is known of a model's outputs, from before the attacks.
+
+    Attributes:
         repeatable: whether the model returns the same for the same input.
         unit_interval: whether all its outputs lie in [0, 1].
         zero_gradients: per example, whether an attack would find its gradient exactly zero.
         nan_gradients: per example, whether it would find what is not a number.
+        saturated: per example, whether softmax would be 1 in float32 for a class, by far.
+        tied: per example, whether the largest logit occurs twice.
+        operations: the types of operations in its graph that have no useful gradient.
     """
+
+    repeatable: bool
+    unit_interval: bool
+    zero_gradients: np.ndarray
+    nan_gradients: np.ndarray
+    saturated: np.ndarray
+    tied: np.ndarray
+    operations: Sequence[str]
+
+
+def of_model(outputs: Outputs) -> list[Finding]:
+    """Return what makes any attack on a model unreliable."""
     found = []
-    if not repeatable:
+    if not outputs.repeatable:
         found.append(
-            "The model's output changes from call to call, and so does the objective of an attack: "
-            "an example may count as robust by chance. Make the model deterministic, or attack the "
-            "mean over its randomness (expectation over transformation)."
+            Finding(
+                "changing-outputs",
+                "The model's output changes from call to call, and so does the objective of an "
+                "attack: an example may count as robust by chance. Make the model deterministic, "
+                "attack the mean over its randomness (attacks.APGD with eot=20), or use "
+                "attacks.AutoAttack(version='rand').",
+            )
         )
-    if unit_interval:
+    if outputs.unit_interval:
         found.append(
-            "All outputs of the model are in [0, 1], though its rows do not sum to 1: they look "
-            "like probabilities, as of a sigmoid per class. Attacks need logits: a sigmoid that is "
-            "saturated has no gradient left, and makes a model look robust. Leave out the last "
-            "activation (activation=None), or pass the part of the model before it. If these are "
-            "logits, the model is hardly trained, or something holds them in [0, 1]."
+            Finding(
+                "probabilities",
+                "All outputs of the model are in [0, 1], though its rows do not sum to 1: they "
+                "look like probabilities, as of a sigmoid per class. Attacks need logits: a "
+                "sigmoid that is saturated has no gradient left, and makes a model look robust. "
+                "Leave out the last activation (activation=None), or pass the part of the model "
+                "before it. If these are logits, the model is hardly trained, or something holds "
+                "them in [0, 1].",
+            )
         )
-    if np.any(zero_gradients):
+    if np.any(outputs.zero_gradients):
         found.append(
-            f"The input gradient that attacks ascend is exactly zero for {_share(zero_gradients)}. "
-            "Attacks by gradients can't move there, which is gradient masking and no robustness: "
-            "look for saturated, quantised or dead layers, and add an attack "
-            "that needs no gradient, by attacks.Custom from another library."
+            Finding(
+                "zero-gradients",
+                "The input gradient that attacks ascend is exactly zero for "
+                f"{_share(outputs.zero_gradients)}. Attacks by gradients can't move there, which "
+                "is gradient masking and no robustness: look for saturated, quantised or dead "
+                "layers, and add an attack that needs no gradient, attacks.Square.",
+            )
         )
-    if np.any(nan_gradients):
+    if np.any(outputs.nan_gradients):
         found.append(
-            f"The input gradient that attacks ascend is not a number for {_share(nan_gradients)}. "
-            "Attacks by gradients do not move there, which is no robustness: look for a square "
-            "root, a norm or a division at 0, whose derivative is infinite though its value is "
-            "finite, and add an attack that needs no gradient, by attacks.Custom."
+            Finding(
+                "undefined-gradients",
+                "The input gradient that attacks ascend is not a number for "
+                f"{_share(outputs.nan_gradients)}. Attacks by gradients do not move there, which "
+                "is no robustness: look for a square root, a norm or a division at 0, whose "
+                "derivative is infinite though its value is finite, and add an attack that needs "
+                "no gradient, attacks.Square.",
+            )
+        )
+    if np.mean(outputs.saturated) > _MANY:
+        found.append(
+            Finding(
+                "saturated-logits",
+                f"The logits of {_share(outputs.saturated)} lie so far apart that softmax is 1 in "
+                "float32, and the gradient of cross-entropy 0: attacks of other libraries that "
+                "ascend it find nothing. Those of tscnc_tf.attacks ascend what does not saturate; "
+                "for others, divide the logits by a constant.",
+            )
+        )
+    if np.mean(outputs.tied) > _MANY:
+        found.append(_tied(outputs.tied, "clean"))
+    if outputs.operations:
+        found.append(
+            Finding(
+                "non-differentiable-operations",
+                f"The model's graph has operations of the type {', '.join(outputs.operations)}, "
+                "whose gradient is zero, missing or a stand-in: attacks by gradients may be led "
+                "astray. Add an attack that needs no gradient, attacks.Square, and attack the "
+                "model with these operations left out, by attacks.Transfer.",
+            )
         )
     return found
 
 
-def _share(chosen: np.ndarray) -> str:
-    """Return how many of all examples are chosen, in words."""
-    return f"{np.sum(chosen)} of {len(chosen)} examples ({100 * np.mean(chosen):.2f} %)"
+def of_ladder(accuracies: Mapping[float, float], steps: Mapping[int, float]) -> list[Finding]:
+    """Return what a ladder of growing balls and more steps says of a model.
+
+    Args:
+        accuracies: what a short attack leaves, by radius; the last ball is all that there is
+            within the bounds.
+        steps: what it leaves in the first ball, by the number of steps.
+    """
+    radii, left = zip(*sorted(accuracies.items()), strict=True)
+    rises = [after - before for before, after in itertools.pairwise(left)]
+    found = []
+    if left[-1] > _LEFT_AT_THE_TOP:
+        found.append(
+            f"in a ball of radius {radii[-1]:.3g}, which holds every input within the bounds, an "
+            f"attack by gradients leaves {100 * left[-1]:.1f} %, where nothing can be left"
+        )
+    if max(rises, default=0.0) > _LEFT_AT_THE_TOP:
+        steps_up = ", ".join(f"{100 * value:.1f}" for value in left)
+        found.append(
+            f"larger balls do not make the model weaker: from epsilon={radii[0]:.3g} to "
+            f"{radii[-1]:.3g} an attack leaves {steps_up} %"
+        )
+    (few, before), (many, after) = min(steps.items()), max(steps.items())
+    if after - before > _LEFT_AT_THE_TOP:
+        found.append(
+            f"{many} steps leave {100 * after:.1f} %, and {few} of them {100 * before:.1f} %"
+        )
+    return [
+        Finding(
+            "ladder",
+            f"On the gradients of this model an attack does not get where it must: {text}. That is "
+            "gradient masking: look for operations that stop or mislead the gradient, and trust "
+            "attacks without gradients (attacks.Square) and transferred ones more.",
+        )
+        for text in found
+    ]
+
+
+def of_transfer(fooled: int, examples: int) -> list[Finding]:
+    """Return a finding if adversarial examples of a plain network fool the model after all.
+
+    Args:
+        fooled: how many examples they fool that no attack did.
+        examples: the number of examples of the evaluation.
+    """
+    if not _is_notable(fooled, examples):
+        return []
+    return [
+        Finding(
+            "transfer-wins",
+            f"Adversarial examples of a small network, trained on the same inputs for this check, "
+            f"fool the model on {fooled} examples that every attack on the model itself left: its "
+            "gradients mislead. Attack it by attacks.Transfer from a plainly trained network too.",
+        )
+    ]
 
 
 def of_results(
-    clean: np.ndarray, attacks: Sequence[Adversary], results: Mapping[str, AttackResult]
-) -> list[str]:
-    """Return remarks on the results of the attacks.
+    clean: np.ndarray,
+    opponents: Sequence[Adversary],
+    results: Mapping[str, AttackResult],
+) -> list[Finding]:
+    """Return what the results of the attacks say of the model.
 
     Args:
         clean: per example, whether the model is right on it.
-        attacks: the attacks that were run.
+        opponents: the attacks that were run.
         results: what they did, by name.
     """
+    found = []
+    for name, result in results.items():
+        if result.accuracy - np.mean(clean) > _NOTABLE_GAIN:
+            found.append(
+                Finding(
+                    "above-clean",
+                    f"Under {name} the model is right more often ({100 * result.accuracy:.1f} %) "
+                    f"than on the inputs themselves ({100 * np.mean(clean):.1f} %): the attack "
+                    "works against itself, as it does on gradients that point the wrong way, or "
+                    "if it descends its loss. Look at both.",
+                )
+            )
+        if result.tied > _MANY * len(clean):
+            found.append(_tied(np.arange(len(clean)) < result.tied, f"under {name}"))
+        *before, last = result.stages or (None,)
+        if before and last is not None and "Square" in last.name:
+            found += _black_box(last.name, last.fooled, len(clean))
+    ours = [each for each in opponents if each.source is None]
+    by_gradient = [results[each.name].correct for each in ours if each.uses_gradient]
+    for each in opponents:
+        if by_gradient and (each.source is not None or not each.uses_gradient):
+            left = np.logical_and.reduce([clean, *by_gradient])
+            fooled = int(np.sum(left & ~results[each.name].correct))
+            found += _black_box(each.name, fooled, len(clean))
+    found += itertools.chain.from_iterable(
+        _order(*pair, results) for pair in itertools.permutations(opponents, 2)
+    )
+    return found
+
+
+def of_ensembles(
+    opponents: Sequence[Adversary], results: Mapping[str, AttackResult]
+) -> list[Finding]:
+    """Return a finding for each ensemble of which a part could not be run."""
+    found = []
+    for each in opponents:
+        names = [part.name for part in each.parts]
+        run = [stage.name for stage in results[each.name].stages]
+        missing = [name for name in names if name not in run]
+        if missing:
+            found.append(
+                Finding(
+                    "no-gradient",
+                    f"The outputs of the model have no gradient in its inputs, so of {each.name} "
+                    f"only {', '.join(run)} was run, and not {', '.join(missing)}: what is left "
+                    "may be much too high. Attack the network that the model was made from too, "
+                    "by attacks.Transfer(source=..., attack=attacks.AutoAttack(...)).",
+                )
+            )
+    return found
+
+
+def remarks(
+    clean: np.ndarray, opponents: Sequence[Adversary], results: Mapping[str, AttackResult]
+) -> list[str]:
+    """Return what a reader of the results should know, though it is no sign of a fault."""
     found = []
     for name, result in results.items():
         if not result.declared:
@@ -90,13 +271,12 @@ def of_results(
                 f"{name}: it fooled the model on no example. Check its epsilon, steps and bounds "
                 "before calling the model robust."
             )
-    sources = {attack.source.name for attack in attacks if attack.source}
-    if all(attack.source for attack in attacks):
+    sources = {each.source.name for each in opponents if each.source}
+    if all(each.source for each in opponents):
         found.append(
             "No attack ran on this model: all adversarial examples were found on another "
             f"({', '.join(sorted(sources))}). An attack on the model itself may find more."
         )
-    found += [_order(*pair, results) for pair in itertools.permutations(attacks, 2)]
     robust = np.logical_and.reduce([clean, *(result.correct for result in results.values())])
     low, high = wilson_interval(int(np.sum(robust)), len(robust))
     if high - low > 2 * _WIDE:
@@ -104,25 +284,61 @@ def of_results(
             f"{len(robust)} examples: the worst case is only known to lie between "
             f"{100 * low:.1f} and {100 * high:.1f} %. With 1000 examples it is known to ±3 points."
         )
-    return [text for text in found if text]
+    return found
 
 
-def _order(weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]) -> str:
-    """Return a remark if the weaker attack of two, by epsilon or steps, fools more examples."""
+def _share(chosen: np.ndarray) -> str:
+    """Return how many of all examples are chosen, in words."""
+    return f"{np.sum(chosen)} of {len(chosen)} examples ({100 * np.mean(chosen):.2f} %)"
+
+
+def _is_notable(fooled: int, examples: int) -> bool:
+    return fooled >= _BLACK_BOX_NUMBER and fooled > _BLACK_BOX_SHARE * examples
+
+
+def _tied(chosen: np.ndarray, where: str) -> Finding:
+    return Finding(
+        "tied-logits",
+        f"The largest logit occurs twice for {_share(chosen)}, {where}: the class is then a matter "
+        "of order and not of the model, and there is no gradient. A model that answers with equal "
+        "logits where it suspects an attack is not robust there, it refuses; count that apart.",
+    )
+
+
+def _black_box(name: str, fooled: int, examples: int) -> list[Finding]:
+    if not _is_notable(fooled, examples):
+        return []
+    return [
+        Finding(
+            "black-box-wins",
+            f"{name}, which does not use the gradient of the model, fools it on {fooled} of "
+            f"{examples} examples that every attack by its gradient left: these attacks are led "
+            "astray (gradient masking), or too weak. More queries may lower the accuracy further.",
+        )
+    ]
+
+
+def _order(
+    weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]
+) -> list[Finding]:
+    """Return a finding if the weaker attack of two, by epsilon or steps, fools more examples."""
     small, large = weak.epsilon, strong.epsilon
     if small is None or large is None or small > large:
-        return ""
+        return []
     if weak.description.get("norm") != strong.description.get("norm"):
-        return ""
+        return []
     one_step = weak.description.get("steps") == 1 and (strong.description.get("steps") or 0) > 1
     if small == large and not one_step:
-        return ""
+        return []
     ours, theirs = results[weak.name], results[strong.name]
     if theirs.accuracy - ours.accuracy <= _NOTABLE_GAIN:
-        return ""
+        return []
     reason = "with a smaller epsilon" if small < large else "with a single step"
-    return (
-        f"{weak.name} fools more examples {reason} ({100 * ours.accuracy:.1f} % are left) than "
-        f"{strong.name} ({100 * theirs.accuracy:.1f} %): a sign of gradient masking, or of a badly "
-        "tuned attack."
-    )
+    return [
+        Finding(
+            "weaker-attack-wins",
+            f"{weak.name} fools more examples {reason} ({100 * ours.accuracy:.1f} % are left) than "
+            f"{strong.name} ({100 * theirs.accuracy:.1f} %): a sign of gradient masking, or of a "
+            "badly tuned attack.",
+        )
+    ]

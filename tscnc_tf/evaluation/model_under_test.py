@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,15 @@ from tscnc_tf.attacks import pgd
 from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.inspection.inputs import one_tensor
 
+# Operations on floats whose gradient is zero, missing or a stand-in.
+_BREAKING = (
+    *("Round", "Rint", "Floor", "Ceil", "Sign", "FloorDiv", "Bucketize"),
+    *("QuantizeV2", "QuantizeAndDequantizeV2", "FakeQuantWithMinMaxVars"),
+    *("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVarsPerChannel", "PyFunc", "EagerPyFunc"),
+)
+# Log-odds from which softmax is 1 in float32, with something to spare.
+_SATURATED = 50.0
+
 
 class ModelUnderTest:
     """A model as an evaluation runs it: float32 logits in inference mode, for batches of any size.
@@ -23,6 +32,11 @@ class ModelUnderTest:
         model: any callable `x -> logits`.
         x: a batch, to check what the model returns.
         role: the name of the model in errors.
+
+    Attributes:
+        name: of the model.
+        classes: the number of its logits.
+        has_gradient: whether its outputs have a gradient in x at all, which `examine` finds.
 
     Raises:
         TypeError: the model is not callable, or does not return one tensor.
@@ -43,15 +57,17 @@ class ModelUnderTest:
                 "has the logits (0, z)."
             )
         self.classes = shape[1]
+        self._first = x
+        self.has_gradient = True
         batch = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
         labels = tf.TensorSpec((None,), tf.int64)
         self._logits = tf.function(self._call, input_signature=[batch])
         self._examined = tf.function(self._call_and_gradient, input_signature=[batch, labels])
 
     def examine(
-        self, batches: Sequence[tuple[np.ndarray, np.ndarray]], by_gradient: bool
-    ) -> tuple[np.ndarray, list[str]]:
-        """Return the logits of all examples, and diagnostics of attacks on the model.
+        self, batches: Iterator[tuple[np.ndarray, np.ndarray]], by_gradient: bool
+    ) -> tuple[np.ndarray, diagnostics.Outputs]:
+        """Return the logits of all examples, and what makes attacks on the model unreliable.
 
         Args:
             batches: of inputs and class indices.
@@ -60,9 +76,9 @@ class ModelUnderTest:
         Raises:
             ValueError: some logits are not finite, or all of them are probabilities.
         """
-        repeatable = self._is_repeatable(batches[0][0])
+        repeatable = self._is_repeatable(self._first)
         try:
-            self._logits.get_concrete_function()
+            graph = self._logits.get_concrete_function().graph
             self._examined.get_concrete_function()
         except Exception as error:
             error.add_note(
@@ -70,7 +86,7 @@ class ModelUnderTest:
             )
             raise
         parts = (self._examined(*map(tf.constant, batch)) for batch in batches)
-        logits, is_zero, is_nan = (
+        logits, is_zero, is_nan, is_saturated = (
             np.concatenate([tensor.numpy() for tensor in tensors])
             for tensors in zip(*parts, strict=True)
         )
@@ -82,10 +98,19 @@ class ModelUnderTest:
             )
         if bool(models.are_probabilities(logits)):
             raise ValueError(models.about_probabilities(self._role))
-        unit_interval = np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6
-        return logits, diagnostics.of_model(
-            repeatable, bool(unit_interval), is_zero & by_gradient, is_nan & by_gradient
+        return logits, diagnostics.Outputs(
+            repeatable=repeatable,
+            unit_interval=bool(np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6),
+            zero_gradients=is_zero & by_gradient,
+            nan_gradients=is_nan & by_gradient,
+            saturated=is_saturated & by_gradient,
+            tied=are_tied(logits),
+            operations=_breaking_operations(graph) if by_gradient else (),
         )
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the logits of a batch as TensorFlow operations."""
+        return self._call(x)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits of a batch, `(batch, classes)`."""
@@ -103,18 +128,40 @@ class ModelUnderTest:
         return tf.ensure_shape(one_tensor(self._eager(x)), (None, self.classes))
 
     def _call_and_gradient(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Return the logits, and per example whether its gradient is zero, and whether it has NaN.
+        """Return the logits, and per example if its gradient is zero, has NaN, and is saturated.
 
-        The gradient is that of the log-odds at the input, which attacks ascend.
+        The gradient is that of the log-odds at the input, which attacks ascend. It is saturated
+        where that of cross-entropy is zero in float32.
         """
         with tf.GradientTape() as tape:
             tape.watch(x)
             logits = self._call(x)
         slope = pgd.slope(functools.partial(losses.log_odds, labels), logits)
         try:
-            gradient = tape.gradient(logits, x, slope, unconnected_gradients="zero")
+            gradient = tape.gradient(logits, x, slope)
         except LookupError:  # an operation without a gradient
+            gradient = None
+        if gradient is None:
+            self.has_gradient = False
             gradient = tf.zeros_like(x)
         axes = list(range(1, x.shape.rank))
         is_zero = tf.reduce_all(tf.equal(gradient, 0.0), axis=axes)
-        return logits, is_zero, tf.reduce_any(tf.math.is_nan(gradient), axis=axes)
+        is_saturated = tf.abs(losses.log_odds(labels, logits)) > _SATURATED
+        return logits, is_zero, tf.reduce_any(tf.math.is_nan(gradient), axis=axes), is_saturated
+
+
+def are_tied(logits: np.ndarray) -> np.ndarray:
+    """Tell per example whether the largest logit occurs more than once."""
+    highest = np.max(logits, axis=1, keepdims=True)
+    return np.sum(logits == highest, axis=1) > 1
+
+
+def _breaking_operations(graph: Any) -> list[str]:
+    """Return the types in `_BREAKING` that a graph and the functions that it calls hold."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    integers = (tf.int32.as_datatype_enum, tf.int64.as_datatype_enum)
+    found = {
+        node.op for node in nodes if node.op in _BREAKING and node.attr["T"].type not in integers
+    }
+    return sorted(found)

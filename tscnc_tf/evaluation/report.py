@@ -55,6 +55,23 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
 
 
+@dataclasses.dataclass(frozen=True)
+class EnsemblePart(_reports.Record):
+    """What one attack of an ensemble did.
+
+    Attributes:
+        name: of the attack.
+        examples: how many it was run on: those that the model was still right on.
+        fooled: on how many of them it fooled the model.
+        seconds: how long that took.
+    """
+
+    name: str
+    examples: int
+    fooled: int
+    seconds: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttackResult:
     """What one attack did.
@@ -63,9 +80,12 @@ class AttackResult:
         name: of the attack, unique within the report.
         description: what the attack says about itself: epsilon as written, norm, steps, and so on;
             empty for a plain callable.
-        correct: per example, whether the model is right under this attack.
+        correct: per example, whether the model is right under this attack. For an ensemble, whose
+            attacks are run on what is left only, that includes the clean input.
         largest_distance: the largest perturbation that was measured, by norm.
         seconds: how long the attack and its checks took.
+        tied: for how many examples the largest logit occurred twice under the attack.
+        stages: of an ensemble, what its attacks did, in their order.
     """
 
     name: str
@@ -73,6 +93,8 @@ class AttackResult:
     correct: np.ndarray
     largest_distance: Mapping[str, float]
     seconds: float
+    tied: int = 0
+    stages: tuple[EnsemblePart, ...] = ()
 
     @property
     def declared(self) -> bool:
@@ -87,13 +109,15 @@ class AttackResult:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the accuracy."""
-        return _interval(self.correct)
+        return interval(self.correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and the attack's description as JSON values."""
         ball = {} if self.declared else {"epsilon": _NOT_DECLARED, "norm": _NOT_DECLARED}
         result = dict(self.description) | ball | _figures(self.correct)
         result["largest_distance"] = dict(self.largest_distance)
+        if self.stages:
+            result["attacks"] = self.stages
         return jsonable({"name": self.name} | result | {"seconds": self.seconds, "name": self.name})
 
 
@@ -108,10 +132,12 @@ class RobustnessReport(_reports.Report):
         seed: batch i of each attack drew from the pair (seed, i).
         batch_size: examples per batch.
         bounds: the smallest and the largest value of an input.
-        warnings: diagnostics of the model, from before the attacks were run.
-        notes: diagnostics of the results.
+        warnings: diagnostics, each a text that begins with its name: signs that the robust
+            accuracy is too high.
+        notes: remarks on the results.
         versions: of the libraries.
         seconds: how long the evaluation took.
+        digests: SHA-256 of the data, and of the model's weights if it shows them.
     """
 
     clean_correct: np.ndarray
@@ -124,6 +150,12 @@ class RobustnessReport(_reports.Report):
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     seconds: float
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The names of the diagnostics that raised a warning."""
+        return tuple(text.partition(": ")[0] for text in self.warnings)
 
     @property
     def examples(self) -> int:
@@ -138,7 +170,7 @@ class RobustnessReport(_reports.Report):
     @property
     def clean_interval(self) -> tuple[float, float]:
         """The 95 % interval of the clean accuracy."""
-        return _interval(self.clean_correct)
+        return interval(self.clean_correct)
 
     @property
     def robust_correct(self) -> np.ndarray:
@@ -155,7 +187,7 @@ class RobustnessReport(_reports.Report):
     @property
     def robust_interval(self) -> tuple[float, float]:
         """The 95 % interval of the robust accuracy."""
-        return _interval(self.robust_correct)
+        return interval(self.robust_correct)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values, without the single examples."""
@@ -172,6 +204,7 @@ class RobustnessReport(_reports.Report):
                 "warnings": self.warnings,
                 "notes": self.notes,
                 "versions": dict(self.versions),
+                "digests": dict(self.digests),
                 "seconds": self.seconds,
             }
         )
@@ -184,23 +217,25 @@ class RobustnessReport(_reports.Report):
         columns = ["attack", "accuracy", "95 % interval", "ε", "norm", "steps", "restarts"]
         columns += ["examples", "seed"]
         always = [f"{self.examples}", f"{self.seed}"]
-        rows = [["none", *_cells(self.clean_correct), "–", "–", "–", "–", *always]]
+        rows = [["none", *accuracy_cells(self.clean_correct), "–", "–", "–", "–", *always]]
         for result in self.attacks.values():
             known = result.description
             epsilon = known["epsilon"] if result.declared else _NOT_DECLARED
             others = [known.get(key) for key in ("norm", "steps", "restarts")]
             cells = [str(epsilon), *("–" if value is None else str(value) for value in others)]
-            rows.append([result.name, *_cells(result.correct), *cells, *always])
+            rows.append([result.name, *accuracy_cells(result.correct), *cells, *always])
+            rows += [_part_cells(part, len(columns)) for part in result.stages]
         return _reports.Table(
             f"Robustness of {self.model}",
             columns,
             rows,
-            ["worst case", *_cells(self.robust_correct), "", "", "", "", *always],
+            ["worst case", *accuracy_cells(self.robust_correct), "", "", "", "", *always],
             [*(f"Warning: {text}" for text in self.warnings), *self.notes],
         )
 
 
-def _interval(correct: np.ndarray) -> tuple[float, float]:
+def interval(correct: np.ndarray) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of the share of examples that are right."""
     return wilson_interval(int(np.sum(correct)), len(correct))
 
 
@@ -241,9 +276,15 @@ def plot_robustness(
 
 def _figures(correct: np.ndarray) -> dict[str, Any]:
     count = int(np.sum(correct))
-    return {"accuracy": count / len(correct), "correct": count, "interval": _interval(correct)}
+    return {"accuracy": count / len(correct), "correct": count, "interval": interval(correct)}
 
 
-def _cells(correct: np.ndarray) -> list[str]:
-    low, high = _interval(correct)
+def _part_cells(part: EnsemblePart, columns: int) -> list[str]:
+    text = f"fooled {part.fooled} of {part.examples}"
+    return [f"· {part.name}", "", text, *[""] * (columns - 3)]
+
+
+def accuracy_cells(correct: np.ndarray) -> list[str]:
+    """Return an accuracy and its 95 % interval as the cells of a table."""
+    low, high = interval(correct)
     return [_reports.percent(float(np.mean(correct))), f"{100 * low:.1f} to {100 * high:.1f} %"]

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tscnc_tf import _checks, _reports
-from tscnc_tf.evaluation import diagnostics
+from tscnc_tf import attacks as attacks_
+from tscnc_tf.evaluation import diagnostics, probes
 from tscnc_tf.evaluation.adversaries import Adversary, Source, adversaries, checked
-from tscnc_tf.evaluation.model_under_test import ModelUnderTest
-from tscnc_tf.evaluation.report import AttackResult, RobustnessReport
+from tscnc_tf.evaluation.model_under_test import ModelUnderTest, are_tied
+from tscnc_tf.evaluation.report import AttackResult, EnsemblePart, RobustnessReport
+from tscnc_tf.evaluation.state import AttackProgress, EvaluationState, digests
 
 
 def evaluate_robustness(
     model: Any,
     x: Any,
     y: Any = None,
-    attacks: Any = (),
+    attacks: Any = None,
     *,
+    epsilon: float | str | None = None,
+    norm: str | None = None,
     batch_size: int = 128,
     seed: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
+    diagnose: bool | None = None,
+    state_path: Any = None,
     progress: bool = True,
 ) -> RobustnessReport:
     r"""Return the accuracy of a model, clean and under attack, with diagnostics.
@@ -39,15 +45,17 @@ def evaluate_robustness(
     .. math:: \frac1n \sum_i \prod_{x' \in \{x_i, x'_{i1}, x'_{i2}, \dots\}}
         [\operatorname{argmax} f(x') = y_i]
 
-    It is an upper bound of the true one: a better attack may lower it. Outputs that are no logits,
-    and attacks that leave their ball or the bounds, are errors; an output that changes from call to
-    call, or a gradient that is zero, is a warning.
+    It is an upper bound of the true one: a better attack may lower it. Without `attacks` it is
+    that of `attacks.AutoAttack`, the measure of the field. Outputs that are no logits, and attacks
+    that leave their ball or the bounds, are errors; what makes a figure too high, such as a
+    gradient that is zero, is a warning.
 
     Args:
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can
             compile: a Keras 3 or tf_keras model (run in inference mode), a loaded SavedModel,
-            a loaded file of LiteRT or ONNX (without a gradient, so that attacks on it must be an
-            `attacks.Transfer`), a function.
+            a loaded file of LiteRT or ONNX (without a gradient, so that attacks on it must be
+            `attacks.Square` or an `attacks.Transfer`; of `attacks.AutoAttack` only Square is run),
+            a function.
         x: inputs `(examples, ...)`, floats within `bounds`, given to the model as float32; or a
             batched `tf.data.Dataset` of pairs (inputs, labels), which is read into memory.
         y: labels, integers `(examples,)` or `(examples, 1)`, or one-hot `(examples, classes)`; None
@@ -55,10 +63,18 @@ def evaluate_robustness(
         attacks: an attack, a list of them, or a dict by name. Each is an `attacks.Attack`, or a
             plain callable `(model, x, y) -> x_adv` that gets tensors; of the latter only the bounds
             are checked, since it declares no ball (`attacks.Custom` does that for a callable).
+            None for `attacks.AutoAttack` in the ball of `epsilon` and `norm`.
+        epsilon: the radius of the ball, a number or a fraction such as "8/255", if there are no
+            `attacks`; these have their own.
+        norm: "linf" (as None) or "l2", likewise.
         batch_size: examples per batch.
         seed: batch i of each attack draws from the pair (seed, i), so that neither the order of the
             attacks nor their number matters. Plain callables seed themselves.
         bounds: the smallest and the largest value of an input.
+        diagnose: whether to run the diagnostics that need attacks of their own, a few seconds:
+            "ladder" and "transfer-wins". None: if there is an `attacks.AutoAttack`.
+        state_path: a file that keeps what has been done, about once in a second; if it exists, the
+            evaluation continues from there, with the same result.
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
 
     Returns:
@@ -68,14 +84,14 @@ def evaluate_robustness(
         TypeError: an argument is of a wrong kind: inputs that are no floats, labels that are no
             integers, a model that can't be called, an attack that is none.
         ValueError: inputs or labels are out of range, the model returns probabilities or what is
-            not finite, there are no attacks, one of them is targeted, or one of them returns what
-            leaves its ball or the bounds.
+            not finite, there are no attacks and no epsilon (or both), an attack is targeted, or
+            one returns what leaves its ball or the bounds; or the file at `state_path` is of
+            another evaluation: of another model, other data, attacks, settings or versions.
 
     Warns:
-        EvaluationWarning: the model's output changes from call to call, its outputs all lie in
-            [0, 1] (as probabilities per class do), or the gradient that attacks ascend is exactly
-            zero, or not a number, for some examples (if an attack may follow it; `attacks.Transfer`
-            does not). Likewise for the source of a `Transfer`. Before the attacks are run.
+        EvaluationWarning: a sign that the robust accuracy is too high. Each begins with its name
+            ("zero-gradients", "black-box-wins", ...), under which the guide to evaluation gives
+            cause and remedy. Likewise for the source of a `Transfer`.
 
     Example:
         >>> import numpy as np, tensorflow as tf
@@ -97,13 +113,12 @@ def evaluate_robustness(
     seed = _checks.integer("seed", seed, minimum=0)
     bounds = _checks.bounds("bounds", bounds)
     progress = _checks.boolean("progress", progress)
-    opponents = adversaries(attacks, bounds)
+    opponents = adversaries(_chosen(attacks, epsilon, norm, bounds), bounds)
+    if diagnose is None:
+        diagnose = any(opponent.parts for opponent in opponents)
+    diagnose = _checks.boolean("diagnose", diagnose)
     inputs, labels, width = _examples(x, y, bounds)
-    batches = [
-        (inputs[start : start + batch_size], labels[start : start + batch_size])
-        for start in range(0, len(inputs), batch_size)
-    ]
-    examined = ModelUnderTest(model, batches[0][0])
+    examined = ModelUnderTest(model, inputs[:batch_size])
     _checks.require_classes(labels, examined.classes)
     if width not in (None, examined.classes):
         raise ValueError(
@@ -111,28 +126,44 @@ def evaluate_robustness(
             "example."
         )
 
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(inputs), batch_size):
+            yield inputs[start : start + batch_size], labels[start : start + batch_size]
+
     by_gradient = any(opponent.uses_gradient for opponent in opponents)
-    logits, warned = examined.examine(batches, by_gradient)
+    logits, outputs = examined.examine(batches(), by_gradient)
     clean = np.argmax(logits, axis=1) == labels
+    warned = [str(finding) for finding in diagnostics.of_model(outputs)]
     for source in _sources(opponents):
         role = f"source {source.name!r} of a Transfer"
-        _, texts = ModelUnderTest(source.model, batches[0][0], role).examine(
-            batches, source.by_gradient
+        _, outputs = ModelUnderTest(source.model, inputs[:batch_size], role).examine(
+            batches(), source.by_gradient
         )
-        warned += [f"{role}: {text}" for text in texts]
+        warned += [
+            str(finding._replace(text=f"{role}: {finding.text}"))
+            for finding in diagnostics.of_model(outputs)
+        ]
     for text in warned:
         warnings.warn(text, diagnostics.EvaluationWarning, stacklevel=2)
 
-    console = Console(stderr=True)
-    shown = progress and console.is_terminal
-    with Progress(console=console, transient=True, disable=not shown) as bar:
-        results = {}
-        for opponent in opponents:
-            task = bar.add_task(opponent.name, total=len(batches))
-            advance = functools.partial(bar.advance, task)
-            results[opponent.name] = _attack(
-                opponent, model, examined, batches, seed, bounds, advance
-            )
+    found = digests(model, inputs, labels)
+    identity = {
+        "attacks": {opponent.name: opponent.description for opponent in opponents},
+        "seed": seed,
+        "batch_size": batch_size,
+        "bounds": bounds,
+        "versions": _reports.versions(),
+        **found,
+    }
+    state = EvaluationState(state_path, identity, logits)
+    evaluation = _Evaluation(model, examined, (inputs, labels), clean, batch_size, seed, bounds)
+    results = evaluation.run(opponents, state, progress=progress)
+    findings = diagnostics.of_results(clean, opponents, results)
+    findings += diagnostics.of_ensembles(opponents, results)
+    if diagnose:
+        findings += evaluation.probe(opponents, results)
+    for finding in findings:
+        warnings.warn(str(finding), diagnostics.EvaluationWarning, stacklevel=2)
     return RobustnessReport(
         clean_correct=clean,
         attacks=results,
@@ -140,11 +171,36 @@ def evaluate_robustness(
         seed=seed,
         batch_size=batch_size,
         bounds=bounds,
-        warnings=tuple(warned),
-        notes=tuple(diagnostics.of_results(clean, opponents, results)),
+        warnings=(*warned, *map(str, findings)),
+        notes=tuple(diagnostics.remarks(clean, opponents, results)),
         versions=_reports.versions(),
         seconds=time.perf_counter() - begin,
+        digests=found,
     )
+
+
+def _chosen(
+    attacks: Any, epsilon: float | str | None, norm: str | None, bounds: tuple[float, float]
+) -> Any:
+    """Return the attacks to run: those given, or AutoAttack.
+
+    Raises:
+        ValueError: there are neither attacks nor a radius, or both.
+    """
+    if attacks is None:
+        if epsilon is None:
+            raise ValueError(
+                "epsilon must be given, such as epsilon='8/255': without attacks the model is "
+                "judged by attacks.AutoAttack, in a ball of that radius."
+            )
+        return attacks_.AutoAttack(epsilon=epsilon, norm=norm or "linf", bounds=bounds)
+    if epsilon is not None or norm is not None:
+        given = f"epsilon={epsilon!r}" if epsilon is not None else f"norm={norm!r}"
+        raise ValueError(
+            f"{given} is for an evaluation without attacks, by attacks.AutoAttack: leave it out, "
+            "or leave out attacks, which have a ball of their own."
+        )
+    return attacks
 
 
 def _examples(
@@ -195,7 +251,7 @@ def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(inputs), np.concatenate(labels)
 
 
-def _sources(opponents: list[Adversary]) -> list[Source]:
+def _sources(opponents: Sequence[Adversary]) -> list[Source]:
     """Return the models that attacks run on other than the one evaluated, each once."""
     found: dict[int, Source] = {}
     for source in filter(None, (opponent.source for opponent in opponents)):
@@ -206,34 +262,143 @@ def _sources(opponents: list[Adversary]) -> list[Source]:
     return list(found.values())
 
 
-def _attack(
-    opponent: Adversary,
-    model: Any,
-    examined: ModelUnderTest,
-    batches: list[tuple[np.ndarray, np.ndarray]],
-    seed: int,
-    bounds: tuple[float, float],
-    advance: Callable[[], Any],
-) -> AttackResult:
-    """Run one attack on all batches and check what it returns."""
-    begin, correct = time.perf_counter(), []
-    run = opponent.on(model)
-    farthest: dict[str, float] = {}
-    for index, (x, y) in enumerate(batches):
-        found, moved = checked(opponent, x, run(x, y, (seed, index)), bounds)
-        farthest = {norm: max(moved[norm], farthest.get(norm, 0.0)) for norm in moved}
-        logits = examined.logits(found)
+class _Evaluation:
+    """The attacks of an evaluation, run batch by batch.
+
+    Args:
+        model: as it was given.
+        examined: the model as it is counted.
+        data: inputs and class indices.
+        clean: per example, whether the model is right on it.
+        batch_size, seed, bounds: as in `evaluate_robustness`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        examined: ModelUnderTest,
+        data: tuple[np.ndarray, np.ndarray],
+        clean: np.ndarray,
+        batch_size: int,
+        seed: int,
+        bounds: tuple[float, float],
+    ) -> None:
+        self._model = model
+        self._examined = examined
+        self._inputs, self._labels = data
+        self._clean = clean
+        self._batch_size = batch_size
+        self._seed = seed
+        self._bounds = bounds
+
+    def run(
+        self, opponents: Sequence[Adversary], state: EvaluationState, *, progress: bool
+    ) -> dict[str, AttackResult]:
+        """Return what all attacks do, by their names."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[left]} examples left, {task.fields[accuracy]:.1%}"),
+            TimeRemainingColumn(),
+        )
+        hidden = not (progress and console.is_terminal)
+        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+            return {opponent.name: self._attack(opponent, state, bar) for opponent in opponents}
+
+    def probe(
+        self, opponents: Sequence[Adversary], results: dict[str, AttackResult]
+    ) -> list[diagnostics.Finding]:
+        """Return what short attacks, of other balls and from another network, say of the model."""
+        known = [each for each in opponents if each.source is None and each.epsilon is not None]
+        ball = next((each for each in known if each.uses_gradient), None)
+        rows = np.flatnonzero(self._clean)
+        if ball is None or ball.epsilon is None or not len(rows) or not self._examined.has_gradient:
+            return []
+        norm, radius = ball.description["norm"], ball.epsilon
+        probe = probes.Probe(self._examined.call, norm, self._bounds)
+        ladder = probe.ladder(self._inputs[rows], self._labels[rows], radius)
+        found = diagnostics.of_ladder(ladder.by_radius, ladder.by_steps)
+        network = probes.plain_network(
+            self._inputs, self._labels, self._examined.classes, self._seed
+        )
+        transfer = probes.Probe(network, norm, self._bounds)
+        left = np.logical_and.reduce([self._clean, *(each.correct for each in results.values())])
+        fooled = 0
+        rows = np.flatnonzero(left)
+        for start in range(0, len(rows), self._batch_size):
+            chosen = rows[start : start + self._batch_size]
+            y = self._labels[chosen]
+            candidates = transfer.examples(self._inputs[chosen], y, radius)
+            fooled += int(np.sum(np.argmax(self._examined.logits(candidates), axis=1) != y))
+        return found + diagnostics.of_transfer(fooled, len(left))
+
+    def _attack(self, opponent: Adversary, state: EvaluationState, bar: Progress) -> AttackResult:
+        """Run one attack, or the parts of an ensemble on what those before left."""
+        parts = self._parts(opponent)
+        start = self._clean if opponent.parts else np.ones_like(self._clean)
+        so_far = state.of(opponent.name, start)
+        for part in parts[so_far.part :]:
+            if so_far.batch == 0:
+                so_far.before = so_far.correct.copy()
+            rows = np.flatnonzero(so_far.before) if opponent.parts else np.arange(len(start))
+            number = math.ceil(len(rows) / self._batch_size)
+            task = bar.add_task(part.name, total=number, completed=so_far.batch, left=0, accuracy=0)
+            run = part.on(self._model) if so_far.batch < number else None
+            for index in range(so_far.batch, number):
+                begin = time.perf_counter()
+                chosen = rows[index * self._batch_size : (index + 1) * self._batch_size]
+                self._count(part, run, index, chosen, so_far)
+                so_far.batch = index + 1
+                so_far.part_seconds += time.perf_counter() - begin
+                state.save()
+                left = int(np.sum(so_far.correct))
+                bar.update(task, advance=1, left=left, accuracy=left / len(start))
+            bar.remove_task(task)
+            if opponent.parts:
+                fooled = int(np.sum(so_far.before & ~so_far.correct))
+                so_far.stages.append(
+                    EnsemblePart(part.name, len(rows), fooled, so_far.part_seconds)
+                )
+            so_far.seconds += so_far.part_seconds
+            so_far.part, so_far.batch, so_far.part_seconds = so_far.part + 1, 0, 0.0
+            state.save(now=True)
+        return AttackResult(
+            name=opponent.name,
+            description=opponent.description,
+            correct=so_far.correct,
+            largest_distance=so_far.farthest,
+            seconds=so_far.seconds,
+            tied=so_far.tied,
+            stages=tuple(so_far.stages),
+        )
+
+    def _parts(self, opponent: Adversary) -> list[Adversary]:
+        """Return the attacks to run: of an ensemble those that the model allows."""
+        if not opponent.parts:
+            return [opponent]
+        can_follow = self._examined.has_gradient
+        parts = [part for part in opponent.parts if can_follow or not part.uses_gradient]
+        if not parts:
+            raise ValueError(
+                f"{opponent.name} can't be run: the outputs of the model have no gradient in its "
+                "inputs. Use attacks.Square, or attacks.Transfer from a model that has one."
+            )
+        return parts
+
+    def _count(
+        self, part: Adversary, run: Any, index: int, chosen: np.ndarray, so_far: AttackProgress
+    ) -> None:
+        """Run an attack on a batch, check what it returns, and count."""
+        x, y = self._inputs[chosen], self._labels[chosen]
+        found, moved = checked(part, x, run(x, y, (self._seed, index)), self._bounds)
+        for norm, distance in moved.items():
+            so_far.farthest[norm] = max(distance, so_far.farthest.get(norm, 0.0))
+        logits = self._examined.logits(found)
         if not np.all(np.isfinite(logits)):
             raise ValueError(
-                f"model returns NaN or infinity on what attack {opponent.name!r} found (batch "
+                f"model returns NaN or infinity on what attack {part.name!r} found (batch "
                 f"{index}): its logits overflow, so that neither gradients nor accuracy mean much."
             )
-        correct.append(np.argmax(logits, axis=1) == y)
-        advance()
-    return AttackResult(
-        name=opponent.name,
-        description=opponent.description,
-        correct=np.concatenate(correct),
-        largest_distance=farthest,
-        seconds=time.perf_counter() - begin,
-    )
+        so_far.tied += int(np.sum(are_tied(logits)))
+        so_far.correct[chosen] = np.argmax(logits, axis=1) == y

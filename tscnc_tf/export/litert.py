@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import pathlib
@@ -25,7 +24,6 @@ from tscnc_tf.export.served_file import ServedFile, require_file
 __all__ = ["export_litert", "load_litert"]
 
 _SIGNATURE = "serving_default"
-_IDENTIFIER = b"TFL3"  # of the FlatBuffers schema
 _CALIBRATION_BATCH = 32
 
 
@@ -107,23 +105,9 @@ def export_litert(
             probe = tf.nest.map_structure(lambda array: array[: _probe.EXAMPLES], calibration)
     elif calibration is not None:
         raise ValueError("calibration is for precision='int8' only: float32 needs none.")
-    form = writer.Format(
-        name="LiteRT",
-        precision=precision,
-        write=functools.partial(_write, calibration=calibration),
-        read=_constants,
-        load=load_litert,
-        holds=lambda content: content[4:8] == _IDENTIFIER,
-        settings=settings,
-        distributions=("ai-edge-litert",),
-    )
-    return writer.export_file(
-        model,
-        path,
-        form,
-        expected_sparsity=expected_sparsity,
-        probe=probe,
-        overwrite=overwrite,
+    form = LiteRT(settings, precision, calibration)
+    return form.export(
+        model, path, expected_sparsity=expected_sparsity, probe=probe, overwrite=overwrite
     )
 
 
@@ -163,10 +147,77 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
         raise ValueError(
             f"{file} is no LiteRT file with the signature {_SIGNATURE!r}: {error}"
         ) from error
-    return _LiteRT(file, runner)
+    return _ServedLiteRT(file, runner)
 
 
-class _LiteRT(ServedFile):
+class LiteRT(writer.FileFormat):
+    """The format.
+
+    Args:
+        settings: for the report.
+        precision: "float32" or "int8".
+        calibration: examples as arrays, for int8; else None.
+    """
+
+    name = "LiteRT"
+    distributions = ("ai-edge-litert",)
+    load = staticmethod(load_litert)
+
+    def __init__(self, settings: dict[str, int], precision: str, calibration: Any) -> None:
+        super().__init__(settings, precision)
+        self._calibration = calibration
+
+    def convert(
+        self, ready: preflight.Checked, serve: Callable[..., Any], signature: list[tf.TensorSpec]
+    ) -> bytes:
+        """Return the file, made by way of a SavedModel: only so it has a signature."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # It is the converter itself that uses the interpreter, to calibrate.
+            warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is d", UserWarning)
+            writer.write_saved_model(ready, serve, signature, pathlib.Path(folder))
+            converter = tf.lite.TFLiteConverter.from_saved_model(
+                folder, signature_keys=[_SIGNATURE]
+            )
+            if self._calibration is not None:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+                converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+                converter.representative_dataset = functools.partial(
+                    _batches, signature, self._calibration
+                )
+            try:
+                return converter.convert()
+            except Exception as error:
+                error.add_note(
+                    f"LiteRT's converter could not convert model {ready.stripped.name!r}. Only "
+                    "LiteRT's own operations are used; a recurrent layer needs unroll=True."
+                )
+                raise
+
+    def constants(self, content: bytes) -> list[Constant]:
+        """Return the weights in a file: its constants of float32 and int8."""
+        schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
+        dtypes = {schema.TensorType.FLOAT32: "<f4", schema.TensorType.INT8: "i1"}
+        model = schema.Model.GetRootAs(content, 0)
+        found = []
+        for subgraph in map(model.Subgraphs, range(model.SubgraphsLength())):
+            for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
+                buffer = model.Buffers(tensor.Buffer())
+                if tensor.Type() not in dtypes or not buffer.DataLength():
+                    continue
+                values = buffer.DataAsNumpy().view(dtypes[tensor.Type()])
+                quantization = tensor.Quantization()
+                points = quantization.ZeroPointAsNumpy() if quantization else 0
+                points = tuple(map(int, points)) if isinstance(points, np.ndarray) else ()
+                shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
+                found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
+        return found
+
+    def holds(self, content: bytes) -> bool:
+        """Tell by the identifier of the FlatBuffers schema."""
+        return content[4:8] == b"TFL3"
+
+
+class _ServedLiteRT(ServedFile):
     """A LiteRT file. An interpreter runs one call at a time, hence the lock."""
 
     def __init__(self, path: pathlib.Path, runner: Any) -> None:
@@ -191,65 +242,9 @@ def _tensors(details: dict[str, Any]) -> list[ExportedTensor]:
     ]
 
 
-def _write(
-    ready: preflight.Checked,
-    serve: Callable[..., Any],
-    signature: list[tf.TensorSpec],
-    path: pathlib.Path,
-    calibration: Any,
-) -> None:
-    """Write a LiteRT file, by way of a SavedModel: only so it has a signature."""
-    with tempfile.TemporaryDirectory() as folder:
-        writer.write_saved_model(ready, serve, signature, pathlib.Path(folder))
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[_SIGNATURE])
-        if calibration is not None:
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-            converter.representative_dataset = functools.partial(_batches, signature, calibration)
-        with _quiet_calibration():
-            try:
-                content = converter.convert()
-            except Exception as error:
-                error.add_note(
-                    f"LiteRT's converter could not convert model {ready.stripped.name!r}. Only "
-                    "LiteRT's own operations are used; a recurrent layer needs unroll=True."
-                )
-                raise
-    path.write_bytes(content)
-
-
 def _batches(signature: list[tf.TensorSpec], calibration: Any) -> Iterator[dict[str, np.ndarray]]:
     """Yield batches of the calibration set by the names of the inputs."""
     arrays = tf.nest.flatten(calibration)
     for start in range(0, len(arrays[0]), _CALIBRATION_BATCH):
         batch = slice(start, start + _CALIBRATION_BATCH)
         yield {spec.name: array[batch] for spec, array in zip(signature, arrays, strict=True)}
-
-
-@contextlib.contextmanager
-def _quiet_calibration() -> Iterator[None]:
-    """Drop a warning that TensorFlow's converter gives of an interpreter that it uses itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is dep", UserWarning)
-        yield
-
-
-def _constants(path: pathlib.Path) -> list[Constant]:
-    """Return the weights in a LiteRT file: its constants of float32 and int8."""
-    schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
-    dtypes = {schema.TensorType.FLOAT32: np.dtype("<f4"), schema.TensorType.INT8: np.dtype("i1")}
-    model = schema.Model.GetRootAs(path.read_bytes(), 0)
-    found = []
-    for index in range(model.SubgraphsLength()):
-        subgraph = model.Subgraphs(index)
-        for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
-            buffer = model.Buffers(tensor.Buffer())
-            if tensor.Type() not in dtypes or not buffer.DataLength():
-                continue
-            values = buffer.DataAsNumpy().view(dtypes[tensor.Type()])
-            quantization = tensor.Quantization()
-            points = quantization.ZeroPointAsNumpy() if quantization else 0
-            points = tuple(map(int, points)) if isinstance(points, np.ndarray) else ()
-            shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
-            found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
-    return found

@@ -82,7 +82,7 @@ def gzip_size(folder: pathlib.Path) -> int:
     """Return the size in bytes of `folder` as a .tar.gz that holds names and contents only."""
     counter = _Counter()
     with (
-        gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=counter, mtime=0) as packed,
+        gzip.GzipFile("", "wb", compresslevel=9, fileobj=counter, mtime=0) as packed,
         tarfile.open(mode="w", fileobj=packed) as archive,
     ):
         for name in _names(folder):

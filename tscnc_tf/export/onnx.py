@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -80,23 +79,9 @@ def export_onnx(
     newest = max(known.OPSET_TO_IR_VERSION)
     if _checks.integer("opset", opset, minimum=_OLDEST_OPSET) > newest:
         raise ValueError(f"opset must be <= {newest}, the newest of tf2onnx, got {opset}.")
-    form = writer.Format(
-        name="ONNX",
-        precision="float32",
-        write=functools.partial(_write, opset=opset),
-        read=_constants,
-        load=load_onnx,
-        holds=_holds_onnx,
-        settings={"opset": opset},
-        distributions=("onnx", "tf2onnx", "onnxruntime"),
-    )
-    return writer.export_file(
-        model,
-        path,
-        form,
-        expected_sparsity=expected_sparsity,
-        probe=probe,
-        overwrite=overwrite,
+    form = ONNX({"opset": opset})
+    return form.export(
+        model, path, expected_sparsity=expected_sparsity, probe=probe, overwrite=overwrite
     )
 
 
@@ -130,10 +115,62 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
         session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     except Exception as error:  # each kind of fault has a class of its own, without a common base
         raise ValueError(f"{file} can't be read by ONNX Runtime: {error}") from error
-    return _ONNX(file, session)
+    return _ServedONNX(file, session)
 
 
-class _ONNX(ServedFile):
+class ONNX(writer.FileFormat):
+    """The format; its settings are the opset."""
+
+    name = "ONNX"
+    distributions = ("onnx", "tf2onnx", "onnxruntime")
+    load = staticmethod(load_onnx)
+
+    def convert(
+        self,
+        ready: preflight.Checked,  # noqa: ARG002 - the endpoint is enough here
+        serve: Callable[..., Any],
+        signature: list[tf.TensorSpec],
+    ) -> bytes:
+        """Return the file, as tf2onnx makes it, with all weights in it and checked by ONNX."""
+        onnx = _extras.require_extra("onnx", "onnx")
+        convert = _extras.require_extra("tf2onnx.convert", "onnx")
+        function = tf.function(serve, input_signature=signature)
+        with _inlined():
+            concrete = function.get_concrete_function()
+        proto, _ = convert.from_function(function, signature, opset=self.settings["opset"])
+        _embed(onnx, proto.graph, concrete)
+        for tensor in (*proto.graph.input, *proto.graph.output):
+            dimensions = tensor.type.tensor_type.shape.dim
+            if dimensions and dimensions[0].dim_param:
+                dimensions[0].dim_param = "batch"  # rather than a number that tf2onnx counts up
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise ValueError(
+                f"The model can't be written as ONNX with opset {self.settings['opset']}: {error} "
+                "Exchange the layer that uses the operation, or try a newer opset."
+            ) from error
+        return proto.SerializeToString()
+
+    def constants(self, content: bytes) -> list[Constant]:
+        """Return the weights in a file: its constants of float32, those of loops included."""
+        onnx = _extras.require_extra("onnx", "onnx")
+        return [
+            Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
+            for tensor in _tensors_in(onnx.load_model_from_string(content).graph)
+            if tensor.data_type == onnx.TensorProto.FLOAT
+        ]
+
+    def holds(self, content: bytes) -> bool:
+        """Tell whether it can be read: the format has no mark, but must name its version."""
+        onnx = _extras.require_extra("onnx", "onnx")
+        try:
+            return onnx.load_model_from_string(content).ir_version > 0
+        except Exception:  # protobuf's parser has an error of its own
+            return False
+
+
+class _ServedONNX(ServedFile):
     """An ONNX file. A session runs calls concurrently."""
 
     def __init__(self, path: pathlib.Path, session: Any) -> None:
@@ -154,34 +191,6 @@ def _tensors(arguments: Any) -> list[ExportedTensor]:
         )
         for argument in arguments
     ]
-
-
-def _write(
-    ready: preflight.Checked,  # noqa: ARG001 - the endpoint is enough here
-    serve: Callable[..., Any],
-    signature: list[tf.TensorSpec],
-    path: pathlib.Path,
-    opset: int,
-) -> None:
-    onnx = _extras.require_extra("onnx", "onnx")
-    convert = _extras.require_extra("tf2onnx.convert", "onnx")
-    function = tf.function(serve, input_signature=signature)
-    with _inlined():
-        concrete = function.get_concrete_function()
-    proto, _ = convert.from_function(function, signature, opset=opset)
-    _embed(onnx, proto.graph, concrete)
-    for tensor in (*proto.graph.input, *proto.graph.output):
-        dimensions = tensor.type.tensor_type.shape.dim
-        if dimensions and dimensions[0].dim_param:
-            dimensions[0].dim_param = "batch"  # rather than a number that tf2onnx counts up
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ValueError(
-            f"The model can't be written as ONNX with opset {opset}: {error} Exchange the layer "
-            "that uses the operation, or try a newer opset."
-        ) from error
-    path.write_bytes(proto.SerializeToString())
 
 
 @contextlib.contextmanager
@@ -208,25 +217,6 @@ def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
             array = values[argument.name].numpy()
             graph.initializer.append(onnx.numpy_helper.from_array(array, argument.name))
             graph.input.remove(argument)
-
-
-def _holds_onnx(content: bytes) -> bool:
-    """Tell whether bytes are an ONNX model: the format has no mark, but must name its version."""
-    onnx = _extras.require_extra("onnx", "onnx")
-    try:
-        return onnx.load_model_from_string(content).ir_version > 0
-    except Exception:  # protobuf's parser has an error of its own
-        return False
-
-
-def _constants(path: pathlib.Path) -> list[Constant]:
-    """Return the weights in an ONNX file: its constants of float32, those of loops included."""
-    onnx = _extras.require_extra("onnx", "onnx")
-    return [
-        Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
-        for tensor in _tensors_in(onnx.load(path).graph)
-        if tensor.data_type == onnx.TensorProto.FLOAT
-    ]
 
 
 def _tensors_in(graph: Any) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ class Checked(NamedTuple):
     """A model that has passed the checks, and what the written one is compared with.
 
     Attributes:
+        model: the model.
         library: the Keras that it is made of.
         stripped: the model with its masks applied, and without pruning wrappers and gates.
         weights: its zeros.
@@ -29,6 +29,7 @@ class Checked(NamedTuple):
         tolerance: the largest difference that the logits of the written model may have.
     """
 
+    model: Any
     library: types.ModuleType
     stripped: Any
     weights: inspection.SparsityReport
@@ -61,7 +62,7 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         expected_sparsity = _checks.sparsity("expected_sparsity", expected_sparsity)
     library = require_exportable(model)
     specs, batch = _probe.prepare(model, probe)
-    with scope(model):
+    with flavours.scope(model):
         require_finite(model)
         stripped = strip(model)
         weights = inspection.sparsity(model)
@@ -74,14 +75,25 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
             before = _probe.outputs(lambda x: model(x, training=False), batch)
             require_same("the model with its pruning wrappers or gates", before, logits, allowed)
     return Checked(
-        library, stripped, weights, ideal, expected_sparsity, specs, batch, logits, allowed
+        *(model, library, stripped, weights, ideal),
+        *(expected_sparsity, specs, batch, logits, allowed),
     )
 
 
 def require_same(
     what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
 ) -> float:
-    """Return the largest difference of two lists of logits; raise a ValueError above `allowed`."""
+    """Return the largest difference of two lists of logits.
+
+    Raises:
+        ValueError: it is above `allowed`, or the shapes differ, whatever is allowed.
+    """
+    shapes, wanted = ([array.shape for array in arrays] for arrays in (left, right))
+    if shapes != wanted:
+        raise ValueError(
+            f"On the probe batch, the logits of {what} are of the shapes {shapes}, and those of "
+            f"the stripped model {wanted}."
+        )
     apart = _probe.difference(left, right)
     if apart > allowed:
         raise ValueError(
@@ -114,16 +126,6 @@ def require_exportable(model: Any) -> types.ModuleType:
             "or put each wrapper's `.layer` in the wrapper's place yourself."
         )
     return library
-
-
-def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the scope in which the model's variables can be read and assigned.
-
-    That matters for a tf_keras model that was made under a distribution strategy.
-    """
-    if isinstance(model, _keras.tf_keras.Model):
-        return model.distribute_strategy.scope()
-    return contextlib.nullcontext()
 
 
 def variables(model: Any) -> list[Any]:
@@ -161,7 +163,7 @@ def strip(model: Any) -> Any:
     # A pruner may stay where it is: it hides its masks from SavedModels.
     stripped = pruning.strip(model) if wrappers.wrapped_layers(model) else gates.fold(model)
     left = [layer.name for layer in wrappers.wrapped_layers(stripped)]
-    theirs = wrapper_variables(model)
+    theirs = masks.names(model)
     left += [_name(variable) for variable in variables(stripped) if id(variable) in theirs]
     if left:
         raise ValueError(
@@ -170,11 +172,6 @@ def strip(model: Any) -> Any:
             "wrapper's `.layer` in the wrapper's place yourself."
         )
     return stripped
-
-
-def wrapper_variables(model: Any) -> dict[int, str]:
-    """Return the names of masks, thresholds and step counters, by the variables' ids."""
-    return masks.names(model)
 
 
 def require_sparsity(weights: inspection.SparsityReport, expected: float) -> None:

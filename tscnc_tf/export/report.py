@@ -205,34 +205,11 @@ class ExportReport(_Export):
             raise ValueError(f"This is no export report: {error!r}.") from error
 
     def _table(self) -> _reports.Table:
-        prunable = self.weights.prunable
+        table = self.weights._table()
         allowed = _reports.significant(self.logit_tolerance)
-        return _reports.Table(
-            f"SavedModel {self.path}",
-            ("kernel", "shape", "weights", "zeros", "sparsity", "pruned"),
-            [
-                (
-                    row.name,
-                    _reports.shape(row.shape),
-                    f"{row.weights:,}",
-                    f"{row.zeros:,}",
-                    _reports.percent(row.sparsity),
-                    "yes" if row.masked else "no",
-                )
-                for row in self.kernels
-            ],
-            (
-                "all that is pruned" if prunable[0].masked else "all kernels",
-                "",
-                f"{self.weights.prunable_weights:,}",
-                f"{self.weights.prunable_zeros:,}",
-                _reports.percent(self.sparsity),
-                "",
-            ),
-            [
-                _reports.whole_model(self.weights.model_weights, self.weights.model_zeros),
-                *self._notes(self.saved_model_bytes, f"(allowed: {allowed})"),
-            ],
+        notes = self._notes(self.saved_model_bytes, f"(allowed: {allowed})")
+        return dataclasses.replace(
+            table, title=f"SavedModel {self.path}", notes=[*table.notes, *notes]
         )
 
 
@@ -246,23 +223,17 @@ class FileExportReport(_Export):
         precision: of the weights and sums, "float32" or "int8".
         weights: the zeros of the model that was exported.
         kernels: the zeros of the file, kernel by kernel.
-        expected_sparsity: the sparsity that was required, or None.
         inputs, outputs: the tensors that the file takes and returns.
-        max_logit_difference: the largest absolute difference between the logits of the model and
-            those of the written file, over the probe batch.
-        logit_tolerance: the largest difference that would have passed; None for int8, where any is
-            allowed.
+        logit_tolerance: the largest difference of logits that would have passed; None for int8,
+            where any is allowed.
         same_class: the share of the probe's examples for which model and file return the same
-            class; None for several outputs.
-        probe_examples: the number of examples in the probe batch.
+            class; None for several outputs, or one logit.
         file_bytes: the size of the file.
         gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
-        ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
-            dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
-            file of these formats is that small. None for int8: it counts floats.
+        ideal_sparse_bytes: as in `ExportReport`; None for int8: it counts floats.
         sha256: its digest.
         settings: what else it was made with: the number of calibration examples, the opset.
-        versions: of the libraries that made the export; "unknown" if not installed as a package.
+        expected_sparsity, max_logit_difference, probe_examples, versions: as in `ExportReport`.
     """
 
     _derived = ("sparsity",)
@@ -292,33 +263,27 @@ class FileExportReport(_Export):
         return sum(row.zeros for row in self.kernels) / sum(row.weights for row in self.kernels)
 
     def _table(self) -> _reports.Table:
+        def cells(weights: int, model_zeros: int, zeros: int) -> tuple[str, ...]:
+            return (
+                f"{weights:,}",
+                f"{model_zeros:,}",
+                f"{zeros:,}",
+                _reports.percent(zeros / weights),
+            )
+
         allowed = "any" if self.logit_tolerance is None else f"{self.logit_tolerance:.3g}"
         same = "" if self.same_class is None else f"; same class: {100 * self.same_class:.1f} %"
-        counts = [
-            sum(getattr(row, name) for row in self.kernels)
-            for name in ("weights", "model_zeros", "zeros")
-        ]
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        counts = [(row.weights, row.model_zeros, row.zeros) for row in self.kernels]
+        shapes = [_reports.shape(row.shape) for row in self.kernels]
         return _reports.Table(
             f"{self.format} ({self.precision}) {self.path}",
             ("kernel", "shape in the file", "dtype", "weights", "zeros", "in the file", "sparsity"),
             [
-                (
-                    row.name,
-                    _reports.shape(row.shape),
-                    row.dtype,
-                    f"{row.weights:,}",
-                    f"{row.model_zeros:,}",
-                    f"{row.zeros:,}",
-                    _reports.percent(row.sparsity),
-                )
-                for row in self.kernels
+                (row.name, shape, row.dtype, *cells(*count))
+                for row, shape, count in zip(self.kernels, shapes, counts, strict=True)
             ],
-            (
-                *("all kernels", "", ""),
-                *(f"{count:,}" for count in counts),
-                _reports.percent(self.sparsity),
-            ),
+            ("all kernels", "", "", *cells(*map(sum, zip(*counts, strict=True)))),
             self._notes(
                 self.file_bytes,
                 f"(allowed: {allowed}){same}",

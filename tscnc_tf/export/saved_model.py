@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _files, _probe
+from tscnc_tf._keras import flavours, masks
 from tscnc_tf.export import manifest, preflight, writer
 from tscnc_tf.export.report import ExportedTensor, ExportReport
 
@@ -83,42 +84,10 @@ def export_saved_model(
         >>> [(row.name, row.shape, row.zeros) for row in report.kernels]
         [('last', (4, 3), 0)]
     """
-    with writer.checked_draft(
-        model,
-        path,
-        _SAVED_MODEL,
-        expected_sparsity=expected_sparsity,
-        probe=probe,
-        overwrite=overwrite,
-    ) as (ready, goal, draft):
-        with preflight.scope(model):
-            _write(ready, draft)
-        loaded = tf.saved_model.load(str(draft))
-        _require_same_variables(model, ready.stripped, loaded)
-        served = _probe.outputs(loaded.serve, ready.batch)
-        apart = preflight.require_same(
-            "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
-        )
-        files = manifest.file_facts(draft)
-        signature = loaded.signatures["serving_default"]
-        report = ExportReport(
-            path=str(goal),
-            weights=ready.weights,
-            variables=manifest.variable_facts(loaded),
-            expected_sparsity=ready.expected_sparsity,
-            inputs=_tensors(signature.structured_input_signature[1]),
-            outputs=_tensors(signature.structured_outputs),
-            max_logit_difference=apart,
-            logit_tolerance=ready.tolerance,
-            probe_examples=ready.examples,
-            saved_model_bytes=sum(facts["bytes"] for facts in files.values()),
-            gzip_bytes=manifest.gzip_size(draft),
-            ideal_sparse_bytes=ready.ideal_sparse_bytes,
-            files=files,
-            versions=ready.versions(),
-        )
-        manifest.write(draft, report)
-    return report
+    form = _SavedModel()
+    return form.export(
+        model, path, expected_sparsity=expected_sparsity, probe=probe, overwrite=overwrite
+    )
 
 
 class ServedModel:
@@ -220,27 +189,63 @@ def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
         # An export has replaced the folder meanwhile: the files that were read are of two models.
 
 
-def _is_no_saved_model(path: pathlib.Path) -> str:
-    """Return what is at a path if that is more than a SavedModel, else an empty text."""
-    found = {file.name for file in path.iterdir()} if path.is_dir() else None
-    if found is None:
-        return "no folder"
-    if others := sorted(found - _PARTS):
-        return f"a folder with {others[0]!r}, which is no part of a SavedModel"
-    if found and not found & {_GRAPH, manifest.NAME}:
-        return f"a folder without {_GRAPH}"
-    return ""
+class _SavedModel(writer.Format):
+    """The format: a folder with a manifest."""
+
+    kind = "a SavedModel"
+    new = staticmethod(_files.new_directory)
+
+    def other(self, path: pathlib.Path) -> str:
+        """Return what is at a path if that is more than a SavedModel, else an empty text."""
+        found = {file.name for file in path.iterdir()} if path.is_dir() else None
+        if found is None:
+            return "no folder"
+        if others := sorted(found - _PARTS):
+            return f"a folder with {others[0]!r}, which is no part of a SavedModel"
+        if found and not found & {_GRAPH, manifest.NAME}:
+            return f"a folder without {_GRAPH}"
+        return ""
+
+    def write(
+        self, ready: preflight.Checked, goal: pathlib.Path, draft: pathlib.Path
+    ) -> ExportReport:
+        """Write a draft, and compare its variables and its logits with the model's."""
+        with flavours.scope(ready.model):
+            _write(ready, draft)
+        loaded = tf.saved_model.load(str(draft))
+        _require_same_variables(ready, loaded)
+        served = _probe.outputs(loaded.serve, ready.batch)
+        apart = preflight.require_same(
+            "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
+        )
+        files = manifest.file_facts(draft)
+        signature = loaded.signatures["serving_default"]
+        report = ExportReport(
+            path=str(goal),
+            weights=ready.weights,
+            variables=manifest.variable_facts(loaded),
+            expected_sparsity=ready.expected_sparsity,
+            inputs=_tensors(signature.structured_input_signature[1]),
+            outputs=_tensors(signature.structured_outputs),
+            max_logit_difference=apart,
+            logit_tolerance=ready.tolerance,
+            probe_examples=ready.examples,
+            saved_model_bytes=sum(facts["bytes"] for facts in files.values()),
+            gzip_bytes=manifest.gzip_size(draft),
+            ideal_sparse_bytes=ready.ideal_sparse_bytes,
+            files=files,
+            versions=ready.versions(),
+        )
+        manifest.write(draft, report)
+        return report
 
 
-_SAVED_MODEL = writer.Kind("a SavedModel", _files.new_directory, _is_no_saved_model)
-
-
-def _require_same_variables(model: Any, stripped: Any, loaded: Any) -> None:
+def _require_same_variables(ready: preflight.Checked, loaded: Any) -> None:
     """Raise unless a loaded SavedModel has the variables of the stripped model, bit by bit."""
-    theirs = set(preflight.wrapper_variables(model).values())
+    theirs = set(masks.names(ready.model).values())
     reachable = tf.train.TrackableView(loaded).descendants()
     faults = [v.name for v in reachable if isinstance(v, tf.Variable) and v.name in theirs]
-    originals, restored = preflight.variables(stripped), manifest.variables(loaded)
+    originals, restored = preflight.variables(ready.stripped), manifest.variables(loaded)
     if len(restored) != len(originals):
         faults.append(f"{len(restored)} instead of {len(originals)} variables")
     for before, after in zip(originals, restored, strict=False):

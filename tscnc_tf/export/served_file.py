@@ -69,10 +69,13 @@ class ServedFile(abc.ABC):
         Raises:
             ValueError: `inputs` is not what the file takes.
         """
-        specs = {tensor.name: _spec(tensor) for tensor in self._inputs}
-        if len(specs) == 1 and not isinstance(inputs, dict):
-            inputs = dict.fromkeys(specs, inputs)
-        values = [inputs[name] for name in _require_names(specs, inputs)]
+        names = [tensor.name for tensor in self._inputs]
+        if len(names) == 1 and not isinstance(inputs, dict):
+            inputs = {names[0]: inputs}
+        if not isinstance(inputs, dict) or set(inputs) != set(names):
+            got = list(inputs) if isinstance(inputs, dict) else type(inputs).__name__
+            raise ValueError(f"inputs must be a dict with the names {names}, got {got}.")
+        values = [inputs[name] for name in names]
         dtypes = [tensor.dtype for tensor in self._outputs]
         if tf.executing_eagerly():
             results = [tf.constant(array) for array in self._arrays(*map(np.asarray, values))]
@@ -112,15 +115,6 @@ def require_file(path: str | os.PathLike[str]) -> pathlib.Path:
     if not file.is_file():
         raise FileNotFoundError(f"path must be a file with an exported model, got {file}.")
     return file
-
-
-def _require_names(names: Iterable[str], inputs: Any) -> list[str]:
-    """Return the names of a file's inputs, if `inputs` has all of them."""
-    names = list(names)
-    if not isinstance(inputs, dict) or set(inputs) != set(names):
-        got = list(inputs) if isinstance(inputs, dict) else type(inputs).__name__
-        raise ValueError(f"inputs must be a dict with the names {names}, got {got}.")
-    return names
 
 
 def _spec(tensor: ExportedTensor) -> tf.TensorSpec:

@@ -2,101 +2,160 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
-import functools
 import gzip
 import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _files, _keras, _probe, inspection
-from tscnc_tf._keras import layers
+from tscnc_tf import _checks, _files, _keras, _probe
+from tscnc_tf._keras import flavours, layers
 from tscnc_tf.export import constants, preflight
 from tscnc_tf.export.report import ExportedKernel, FileExportReport
 from tscnc_tf.export.served_file import ServedFile
 from tscnc_tf.inspection import weights
 
 
-class Kind(NamedTuple):
-    """What is written: a folder or a file, and what of it may be replaced.
+class Format(abc.ABC):
+    """A format, and the export to it.
 
     Attributes:
-        name: with its article, for error messages.
+        kind: what is written, with its article, for error messages.
         new: `_files.new_directory` or `_files.new_file`.
-        other: returns what is at a path if it is not of this kind, else an empty text.
-        require_model: raises a ValueError for a stripped model that the format can't hold, if
-            there are such.
     """
 
-    name: str
-    new: Callable[..., contextlib.AbstractContextManager[pathlib.Path]]
-    other: Callable[[pathlib.Path], str]
-    require_model: Callable[[Any], None] | None = None
+    kind: str
+    new: ClassVar[Callable[..., contextlib.AbstractContextManager[pathlib.Path]]]
 
-    def require(self, path: pathlib.Path) -> None:
-        """Raise a FileExistsError unless what is at a path is of this kind, and nothing else."""
+    def export(
+        self,
+        model: Any,
+        path: str | os.PathLike[str],
+        *,
+        expected_sparsity: float | None,
+        probe: Any,
+        overwrite: bool,
+    ) -> Any:
+        """Check a model, write and check a draft of the export, and rename it to `path`.
+
+        If something fails, the draft is removed, and what was at the path is as it was.
+
+        Raises:
+            FileExistsError, TypeError, ValueError, OSError, RuntimeError: see `export_saved_model`.
+        """
+        overwrite = _checks.boolean("overwrite", overwrite)
+        replacement = _files.Replacement(overwrite, self._require_replaceable)
+        goal = _files.free_path("path", path, replacement)
+        ready = preflight.check(model, expected_sparsity, probe)
+        with self.new("path", goal, replacement) as draft:
+            return self.write(ready, goal, draft)
+
+    @abc.abstractmethod
+    def write(self, ready: preflight.Checked, goal: pathlib.Path, draft: pathlib.Path) -> Any:
+        """Write a draft of what is to be at `goal`, check it, and return the report."""
+
+    @abc.abstractmethod
+    def other(self, path: pathlib.Path) -> str:
+        """Return what is at a path if it is not of this format nor empty, else an empty text."""
+
+    def _require_replaceable(self, path: pathlib.Path) -> None:
         if other := self.other(path):
             raise FileExistsError(
-                f"path is {other}: {path}. overwrite=True replaces {self.name}, and nothing else: "
+                f"path is {other}: {path}. overwrite=True replaces {self.kind}, and nothing else: "
                 "remove it yourself, or choose another path."
             )
 
 
-@contextlib.contextmanager
-def checked_draft(
-    model: Any,
-    path: str | os.PathLike[str],
-    kind: Kind,
-    *,
-    expected_sparsity: float | None,
-    probe: Any,
-    overwrite: bool,
-) -> Iterator[tuple[preflight.Checked, pathlib.Path, pathlib.Path]]:
-    """Check a model, and yield it with its final path and a draft to write; then rename the draft.
-
-    If the block fails, the draft is removed, and what was at the path is as it was.
-
-    Raises:
-        FileExistsError, TypeError, ValueError, OSError, RuntimeError: see `export_saved_model`.
-    """
-    replacement = _files.Replacement(_checks.boolean("overwrite", overwrite), kind.require)
-    goal = _files.free_path("path", path, replacement)
-    ready = preflight.check(model, expected_sparsity, probe)
-    if kind.require_model is not None:
-        kind.require_model(ready.stripped)
-    with kind.new("path", goal, replacement) as draft:
-        yield ready, goal, draft
-
-
-class Format(NamedTuple):
-    """What the formats of single files differ in.
+class FileFormat(Format):
+    """A format of single files.
 
     Attributes:
-        name: the name of the format.
+        name: of the format.
+        distributions: whose versions the report gives; by the names that pip knows.
         precision: "float32" or "int8".
-        write: writes a `Checked`, given its endpoint and the specs of that, to a path.
-        read: returns the constants in a file.
-        load: returns a file as a function.
-        holds: tells by the content of a file whether it is of this format.
         settings: for the report.
-        distributions: for the report; by the names that pip knows.
+        load: returns a file as a function.
     """
 
     name: str
-    precision: str
-    write: Callable[
-        [preflight.Checked, Callable[..., Any], list[tf.TensorSpec], pathlib.Path], None
-    ]
-    read: Callable[[pathlib.Path], Iterable[constants.Constant]]
-    load: Callable[[pathlib.Path], ServedFile]
-    holds: Callable[[bytes], bool]
-    settings: Mapping[str, int]
     distributions: tuple[str, ...]
+    load: ClassVar[Callable[..., ServedFile]]
+    new = staticmethod(_files.new_file)
+
+    def __init__(self, settings: Mapping[str, int], precision: str = "float32") -> None:
+        self.kind = f"a file of {self.name}"
+        self.settings, self.precision = settings, precision
+
+    @abc.abstractmethod
+    def convert(
+        self, ready: preflight.Checked, serve: Callable[..., Any], signature: list[tf.TensorSpec]
+    ) -> bytes:
+        """Return the file for a model, given its endpoint and the specs of that."""
+
+    @abc.abstractmethod
+    def constants(self, content: bytes) -> Iterable[constants.Constant]:
+        """Return the weights in a file."""
+
+    @abc.abstractmethod
+    def holds(self, content: bytes) -> bool:
+        """Tell whether this is a file of the format."""
+
+    def other(self, path: pathlib.Path) -> str:
+        """Return what is at a path if it is no file of the format, nor an empty one."""
+        if not path.is_file():
+            return "no file"
+        if path.stat().st_size and not self.holds(path.read_bytes()):
+            return f"a file that is not {self.name}"
+        return ""
+
+    def write(
+        self, ready: preflight.Checked, goal: pathlib.Path, draft: pathlib.Path
+    ) -> FileExportReport:
+        """Write a draft, and compare its zeros and its logits with the model's."""
+        _require_float32(ready.stripped)
+        is_exact = self.precision == "float32"
+        serve, signature = endpoint(ready.stripped, ready.specs)
+        batch = tf.nest.flatten(ready.batch)
+        named = {spec.name: array for spec, array in zip(signature, batch, strict=True)}
+        with flavours.scope(ready.model):
+            originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
+            content = self.convert(ready, serve, signature)
+        draft.write_bytes(content)
+        kernels = _kernels(self.name, ready, self.constants(content))
+        served = self.load(draft)
+        allowed = ready.tolerance if is_exact else float("inf")
+        what = f"the {self.name} file"
+        outputs = _probe.outputs(served, named)
+        apart = preflight.require_same(what, outputs, originals, allowed)
+        # A converter that has frozen the number of examples would show with another one.
+        single = _probe.outputs(served, {name: array[:1] for name, array in named.items()})
+        preflight.require_same(what, single, [array[:1] for array in originals], allowed)
+        return FileExportReport(
+            path=str(goal),
+            format=self.name,
+            precision=self.precision,
+            weights=ready.weights,
+            kernels=kernels,
+            expected_sparsity=ready.expected_sparsity,
+            inputs=served.inputs,
+            outputs=served.outputs,
+            max_logit_difference=apart,
+            logit_tolerance=allowed if is_exact else None,
+            same_class=_same_class(outputs, originals),
+            probe_examples=ready.examples,
+            file_bytes=len(content),
+            gzip_bytes=len(gzip.compress(content, 9, mtime=0)),
+            ideal_sparse_bytes=ready.ideal_sparse_bytes if is_exact else None,
+            sha256=hashlib.sha256(content).hexdigest(),
+            settings=self.settings,
+            versions=ready.versions(*self.distributions),
+        )
 
 
 def endpoint(
@@ -106,11 +165,13 @@ def endpoint(
 
     It returns a dict: the model's own, or "output_0", "output_1" and so on.
     """
-    flat = tf.nest.flatten(specs)
-    signature = [
-        tf.TensorSpec(spec.shape, spec.dtype, name=_name(spec, index))
-        for index, spec in enumerate(flat)
-    ]
+    signature: dict[str, tf.TensorSpec] = {}
+    for index, spec in enumerate(tf.nest.flatten(specs)):
+        name = spec.name or f"input_{index}"
+        name = name if name[0].isalpha() else f"input_{name}"  # as every format takes it
+        while name in signature:  # "a b" is "a_b", too
+            name += f"_{index}"
+        signature[name] = tf.TensorSpec(spec.shape, spec.dtype, name=name)
 
     def serve(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
         outputs = model(tf.nest.pack_sequence_as(specs, tensors), training=False)
@@ -119,7 +180,7 @@ def endpoint(
             outputs = {f"output_{index}": output for index, output in leaves}
         return {name: tf.identity(output) for name, output in outputs.items()}
 
-    return serve, signature
+    return serve, list(signature.values())
 
 
 def write_saved_model(
@@ -146,80 +207,13 @@ def write_saved_model(
             archive.write_out(str(folder))
 
 
-def export_file(
-    model: Any,
-    path: str | os.PathLike[str],
-    form: Format,
-    *,
-    expected_sparsity: float | None,
-    probe: Any,
-    overwrite: bool,
-) -> FileExportReport:
-    """Check a model, write it, check the file, and put it in its place."""
-    exact = form.precision == "float32"
-    kind = Kind(
-        f"a file of {form.name}",
-        _files.new_file,
-        functools.partial(_is_other, form),
-        _require_float32,
-    )
-    with checked_draft(
-        model, path, kind, expected_sparsity=expected_sparsity, probe=probe, overwrite=overwrite
-    ) as (ready, goal, draft):
-        serve, signature = endpoint(ready.stripped, ready.specs)
-        batch = tf.nest.flatten(ready.batch)
-        named = {spec.name: array for spec, array in zip(signature, batch, strict=True)}
-        with preflight.scope(model):
-            originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
-            form.write(ready, serve, signature, draft)
-        content = draft.read_bytes()
-        kernels = _kernels(form.name, model, ready.weights, form.read(draft))
-        served = form.load(draft)
-        allowed = ready.tolerance if exact else float("inf")
-        what = f"the {form.name} file"
-        outputs = _probe.outputs(served, named)
-        apart = preflight.require_same(what, outputs, originals, allowed)
-        # A converter that has frozen the number of examples would show with another one.
-        single = _probe.outputs(served, {name: array[:1] for name, array in named.items()})
-        preflight.require_same(what, single, [array[:1] for array in originals], allowed)
-        return FileExportReport(
-            path=str(goal),
-            format=form.name,
-            precision=form.precision,
-            weights=ready.weights,
-            kernels=kernels,
-            expected_sparsity=ready.expected_sparsity,
-            inputs=served.inputs,
-            outputs=served.outputs,
-            max_logit_difference=apart,
-            logit_tolerance=allowed if exact else None,
-            same_class=_same_class(outputs, originals),
-            probe_examples=ready.examples,
-            file_bytes=len(content),
-            gzip_bytes=len(gzip.compress(content, 9, mtime=0)),
-            ideal_sparse_bytes=ready.ideal_sparse_bytes if exact else None,
-            sha256=hashlib.sha256(content).hexdigest(),
-            settings=dict(form.settings),
-            versions=ready.versions(*form.distributions),
-        )
-
-
-def _is_other(form: Format, path: pathlib.Path) -> str:
-    """Return what is at a path if it is no file of the format, nor an empty one."""
-    if not path.is_file():
-        return "no file"
-    if path.stat().st_size and not form.holds(path.read_bytes()):
-        return f"a file that is not {form.name}"
-    return ""
-
-
 def _kernels(
-    form: str, model: Any, report: inspection.SparsityReport, found: Iterable[constants.Constant]
+    form: str, ready: preflight.Checked, found: Iterable[constants.Constant]
 ) -> tuple[ExportedKernel, ...]:
     """Return the rows of a report, after checking that all zeros are in the file."""
-    held = constants.find([weight.values for weight in weights.listed(model)], found)
+    held = constants.find([weight.values for weight in weights.listed(ready.model)], found)
     rows, faults = [], []
-    for row, constant in zip(report.rows, held, strict=True):
+    for row, constant in zip(ready.weights.rows, held, strict=True):
         if constant is None:
             if row.zeros:
                 faults.append(f"{row.name} and its {row.zeros:,} zeros are not to be found")
@@ -264,15 +258,9 @@ def _require_float32(model: Any) -> None:
 
 def _same_class(left: list[np.ndarray], right: list[np.ndarray]) -> float | None:
     """Return the share of examples with the same largest logit; None if that means nothing."""
-    if len(left) != 1 or left[0].ndim != 2:
+    if len(left) != 1 or left[0].ndim != 2 or left[0].shape[1] == 1:
         return None
     return float(np.mean(left[0].argmax(axis=1) == right[0].argmax(axis=1)))
-
-
-def _name(spec: tf.TensorSpec, index: int) -> str:
-    """Return a name that every format takes for an input."""
-    name = spec.name or f"input_{index}"
-    return name if name[0].isalpha() else f"input_{name}"
 
 
 @contextlib.contextmanager

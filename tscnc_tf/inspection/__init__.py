@@ -14,12 +14,8 @@ from tscnc_tf.inspection.spectra import (
     condition_numbers,
     singular_values,
 )
-from tscnc_tf.inspection.speed import (
-    KernelStructure,
-    LayerSpeed,
-    SpeedReport,
-    speed_check,
-)
+from tscnc_tf.inspection.speed import LayerSpeed, SpeedReport, speed_check
+from tscnc_tf.inspection.structure import KernelStructure
 from tscnc_tf.inspection.zeros import SparsityReport, WeightSparsity, sparsity
 
 __all__ = [

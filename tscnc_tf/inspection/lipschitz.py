@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
-from tscnc_tf._keras import adapted, gated, keras, tf_keras, wrappers
+from tscnc_tf._keras import adapted, flavours, gated, keras, tf_keras, wrappers
 from tscnc_tf._keras.models import origin
 from tscnc_tf.inspection import weights
 from tscnc_tf.inspection.inputs import one_tensor
@@ -227,7 +227,7 @@ def lipschitz_upper_bound(model: Any) -> float:
       layer computes a part of that.
     * BatchNormalization: scales its channels by :math:`\gamma / \sqrt{v + \epsilon}`, which are
       multiplied into the kernel right before it; elsewhere the largest factor counts.
-    * Normalization: the largest :math:`1 / \sqrt v`.
+    * Normalization: the largest :math:`1 / \max(\sqrt v, 10^{-7})`, the limit being Keras' own.
     * GlobalAveragePooling2D over n positions: :math:`1 / \sqrt n`.
     * ReLU (with a negative slope of at most 1), relu and linear activations, Dropout, Flatten, and
       MaxPooling2D with windows that don't overlap: 1.
@@ -324,7 +324,8 @@ def _constant(layer: Any, shape: tuple[Any, ...], read: weights.Reader, gain: np
         if layer.groups == 1 and set(layer.dilation_rate) == {1} and _is_known(layer, sizes):
             return float(operator_singular_values(kernel, sizes)[0])
     elif _is_a(layer, "Normalization") and not layer.invert:
-        return 1.0 / math.sqrt(np.min(layer.variance))
+        deviation = math.sqrt(np.min(layer.variance))
+        return 1.0 / max(deviation, flavours.library_of(type(layer)).backend.epsilon())
     elif _is_a(layer, "GlobalAveragePooling2D") and _is_known(layer, shape[1:3]):
         return 1.0 / math.sqrt(math.prod(shape[1:3]))
     elif _is_a(layer, "MaxPooling2D"):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _probe, _reports, _timing
-from tscnc_tf._keras import keras, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, keras, tf_keras, wrappers
 from tscnc_tf._timing import Timed, Times, compiled
 from tscnc_tf.inspection import weights
+from tscnc_tf.inspection.structure import KernelStructure
 
 ABOUT = 1.1  # medians within this ratio, with overlapping quartiles, are about the same
 LEAST_SPARSITY = 0.5  # with fewer zeros a sparse product is much slower than the dense one
@@ -24,83 +26,11 @@ WHAT_HELPS = (
     "blocks (LiteRT). Zeros without a pattern save bytes, not time: tscnc.inspection.sizes."
 )
 
-_DENSE = (keras.layers.Dense, tf_keras.layers.Dense)
-_CONVOLUTIONS = tuple(
+_MULTIPLIED = tuple(  # the layers that are a product with their kernel, or one with patches
     getattr(library.layers, name)
     for library in (keras, tf_keras)
-    for name in ("Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D")
+    for name in ("Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D")
 )
-_Product = Callable[[tf.Tensor], tf.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelStructure(_reports.Record):
-    """The patterns of the zeros of one kernel.
-
-    Blocks lie on a grid in the matrix (inputs × outputs) of each position, as tfmot's `block_size`
-    counts them. Zeros at random places form whole blocks of 16, too: at a sparsity s, a share of
-    s^15 of them (86 % at 99 %), which a block format uses all the same.
-
-    Attributes:
-        filters: the number of output channels.
-        dead_filters: how many of them have only zero weights.
-        inputs: the number of input channels.
-        dead_inputs: how many of them are read by zero weights only.
-        two_of_four: the share of groups of four successive inputs (of one output, at one position)
-            with at least two zeros; 1 is the pattern 2:4 that NVIDIA's sparse tensor cores take.
-            None where there are fewer than four inputs.
-        blocks_4x4: the share of the zeros that lie in all-zero blocks of 4 inputs and 4 outputs; 1
-            is a block-sparse kernel. None without zeros, or where a block is larger than the
-            matrix.
-        blocks_1x16: likewise with blocks of one input and 16 outputs.
-        blocks_16x1: likewise with blocks of 16 inputs and one output, as LiteRT's sparse fully
-            connected kernel takes them.
-    """
-
-    filters: int
-    dead_filters: int
-    inputs: int
-    dead_inputs: int
-    two_of_four: float | None
-    blocks_4x4: float | None
-    blocks_1x16: float | None
-    blocks_16x1: float | None
-
-    @classmethod
-    def of(cls, kernel: np.ndarray) -> KernelStructure:
-        """Return the structure of a kernel `(groups, positions, inputs, outputs)`."""
-        zero = kernel == 0
-        dead_filters, dead_inputs = zero.all(axis=(1, 2)), zero.all(axis=(1, 3))
-        two_of_four = None
-        if zero.shape[2] >= 4:
-            two_of_four = float(np.mean(_blocks(zero, 4, 1).sum(axis=(3, 5)) >= 2))
-        return cls(
-            filters=dead_filters.size,
-            dead_filters=int(dead_filters.sum()),
-            inputs=dead_inputs.size,
-            dead_inputs=int(dead_inputs.sum()),
-            two_of_four=two_of_four,
-            blocks_4x4=_share_in_blocks(zero, 4, 4),
-            blocks_1x16=_share_in_blocks(zero, 1, 16),
-            blocks_16x1=_share_in_blocks(zero, 16, 1),
-        )
-
-    @property
-    def shares(self) -> tuple[float | None, ...]:
-        """The shares of 2:4, 4×4, 1×16 and 16×1."""
-        return self.two_of_four, self.blocks_4x4, self.blocks_1x16, self.blocks_16x1
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The complete patterns and the dead channels, in words; empty if there are none."""
-        dead = [(self.dead_filters, self.filters, "filters")]
-        dead += [(self.dead_inputs, self.inputs, "inputs")]
-        patterns = ["2:4 along the inputs"]
-        patterns += [f"all zeros in {block} blocks" for block in ("4×4", "1×16", "16×1")]
-        return (
-            *(f"{few} of {count} {what} dead" for few, count, what in dead if few),
-            *(text for text, share in zip(patterns, self.shares, strict=True) if share == 1.0),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +208,7 @@ def speed_check(
 
     Raises:
         TypeError: `model` is not a Keras model, or an argument is of a wrong type.
-        ValueError: it is not built or has no kernels, an argument is out of range, or `x` is
+        ValueError: it is not built, has gates or no kernels, an argument is out of range, or `x` is
             needed, because the shape of the inputs isn't known or they are not floats.
 
     Reference:
@@ -298,29 +228,27 @@ def speed_check(
     """
     _keras.library("model", model)
     _keras.require_built("model", model)
+    gated.require_none(model, "speed_check")
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     rounds = _checks.integer("rounds", rounds, minimum=1)
     seed = _checks.integer("seed", seed, minimum=0)
     if x is None:
-        drawn = _probe.draw(model, batch_size, seed=seed, name="x")
-        batch = tf.nest.map_structure(tf.constant, drawn)
-    else:
-        batch = _fitted(x, batch_size)
+        x = _probe.draw(model, batch_size, seed=seed, name="x")
+    _, arrays = _probe.prepare(model, x, "x")
+    batch = tf.nest.map_structure(
+        lambda array: tf.constant(array[np.arange(batch_size) % len(array)]), arrays
+    )
     network = _keras.inference(model)  # applies the masks
     found = weights.kernels(model)
     if not found:
         raise ValueError(f"model {model.name!r} has no kernels: there are no layers to time.")
     shapes = _input_shapes([weight.kernel.layer for weight in found], lambda: network(batch))
-    rows = [
-        _layer_speed(model, weight, shapes.get(id(weight.kernel.layer)), rounds, seed)
-        for weight in found
-    ]
-
+    time = functools.partial(_times, model, rounds, seed)
+    rows = [_layer_speed(w, shapes.get(id(w.kernel.layer)), seed, time) for w in found]
     variables = [weight.variable for weight in (*found, *weights.others(model))]
     masks = [mask for _, mask in wrappers.pruned_variables(model)]
     run = compiled(network, batch)
-    with _exchanged(model, variables, seed, masks) as (restore, fill):
-        times = _timed({"as_is": Timed(run, restore), "filled": Timed(run, fill)}, rounds)
+    times = time({"as_is": run}, variables, masks)
     device = _timing.device(tf.nest.flatten(run())[0])
     return SpeedReport(
         tuple(rows), times["as_is"], times["filled"], device, batch_size, rounds, seed
@@ -328,11 +256,10 @@ def speed_check(
 
 
 def _layer_speed(
-    model: Any,
     weight: weights.KernelWeight,
     input_shape: tuple[int, ...] | None,
-    rounds: int,
     seed: int,
+    time: Callable[..., dict[str, Times]],
 ) -> LayerSpeed:
     """Return the times of the layer of a kernel, on inputs of a shape."""
     layer, operation = weight.kernel.layer, ""
@@ -340,17 +267,11 @@ def _layer_speed(
     obstacle = "it is not called with one tensor of known shape"
     if input_shape is not None:
         x = tf.cast(tf.random.stateless_normal(input_shape, (seed, 0)), layer.compute_dtype)
-        dense = compiled(layer, x)
-        operation, sparse, obstacle = _fastest_product(weight, x, dense())
-        with _exchanged(model, [weight.variable], seed) as (restore, fill):
-            functions = {
-                "call": Timed(compiled(lambda batch: batch[:1], x)),
-                "as_is": Timed(dense, restore),
-                "filled": Timed(dense, fill),
-            }
-            if sparse is not None:
-                functions["sparse"] = Timed(sparse)
-            times = _timed(functions, rounds)
+        runs = {"call": compiled(lambda batch: batch[:1], x), "as_is": compiled(layer, x)}
+        operation, sparse, obstacle = _fastest_product(weight, x, runs["as_is"]())
+        if sparse is not None:
+            runs["sparse"] = sparse
+        times = time(runs, [weight.variable])
     return LayerSpeed(
         name=weight.name,
         kind=type(layer).__name__,
@@ -364,38 +285,43 @@ def _layer_speed(
     )
 
 
-def _timed(functions: dict[str, Timed], rounds: int) -> dict[str, Times]:
-    found = _timing.interleaved(functions, rounds)
-    return {name: Times.of(seconds) for name, seconds in found.items()}
+def _times(
+    model: Any,
+    rounds: int,
+    seed: int,
+    runs: dict[str, Callable[[], Any]],
+    variables: list[Any],
+    masks: Iterable[Any] = (),
+) -> dict[str, Times]:
+    """Time functions in turn, and "as_is" once more as "filled", with no zeros in the variables.
 
-
-@contextlib.contextmanager
-def _exchanged(
-    model: Any, variables: list[Any], seed: int, masks: Sequence[Any] = ()
-) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """Yield functions that restore variables and that fill them with random non-zero values.
-
-    They are restored at the end. Masks are filled with ones.
+    The variables then hold random values, and the masks ones; all are restored at the end.
     """
     generator = np.random.default_rng(seed)
     changed = [*variables, *masks]
     originals = [np.array(tf.convert_to_tensor(variable)) for variable in changed]
     filled = [np.ones_like(original) for original in originals]
     for values in filled[: len(variables)]:
+        if np.issubdtype(values.dtype, np.integer):  # quantized: two of int4 in a byte, maybe
+            values[...] = 0x11 * generator.integers(1, 8, values.shape)
+            continue
         scale = (values.size / values.shape[-1]) ** -0.5  # keeps the size of the signal
         values[...] = scale * generator.standard_normal(values.shape)
         values[values == 0] = scale
-    strategy = getattr(model, "distribute_strategy", None)
 
     def assign(values: list[np.ndarray]) -> None:
-        with strategy.scope() if strategy else contextlib.nullcontext():
+        with flavours.scope(model):
             for variable, value in zip(changed, values, strict=True):
                 variable.assign(value)
 
+    timed = {name: Timed(run) for name, run in runs.items()}
+    timed["as_is"] = Timed(runs["as_is"], lambda: assign(originals))
+    timed["filled"] = Timed(runs["as_is"], lambda: assign(filled))
     try:
-        yield lambda: assign(originals), lambda: assign(filled)
+        seconds = _timing.interleaved(timed, rounds)
     finally:
         assign(originals)
+    return {name: Times.of(each) for name, each in seconds.items()}
 
 
 def _fastest_product(
@@ -409,37 +335,33 @@ def _fastest_product(
         return "", None, obstacle
     allowed = 1e-2 if x.dtype in (tf.float32, tf.float64) else 1e-1  # a GPU rounds to 10 bits
     allowed *= max(1.0, float(tf.reduce_max(tf.abs(expected))))
-    found: list[tuple[float, str, Callable[[], Any]]] = []
+    found: dict[float, tuple[str, Callable[[], Any]]] = {}
     for name, function in _products(weight).items():
         try:
             run = compiled(function, x)
             if not float(tf.reduce_max(tf.abs(run() - expected))) <= allowed:
                 kind = type(weight.kernel.layer).__name__
                 return "", None, f"{kind} computes something else than the product with its kernel"
-            found.append((_timing.fastest_call(run), name, run))
+            found[_timing.fastest_call(run)] = name, run
         except tf.errors.OpError as error:  # no such operation for this device, or no memory
             obstacle = f"{name} fails here: {type(error).__name__}"
-    if not found:
-        return "", None, obstacle
-    _, name, run = min(found, key=lambda each: each[0])
-    return name, run, ""
+    return (*found[min(found)], "") if found else ("", None, obstacle)
 
 
 def _obstacle(weight: weights.KernelWeight) -> str:
     """Return why a kernel's layer has no sparse product to compare with, or an empty text."""
-    layer, layout = weight.kernel.layer, weight.kernel.spec.layout
+    layer, zeros = weight.kernel.layer, float(np.mean(weight.values == 0))
     kind = f"no sparse kernel in TensorFlow for {type(layer).__name__}"
-    if not isinstance(layer, (*_DENSE, *_CONVOLUTIONS)) or layout == "transposed":
+    if not isinstance(layer, _MULTIPLIED) or weight.kernel.spec.layout == "transposed":
         return kind
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         return f"{kind} with channels first"
-    zeros = float(np.mean(weight.values == 0))
     if zeros < LEAST_SPARSITY:
         return f"a sparse product is not tried at {100 * zeros:.3g} % zeros"
     return ""
 
 
-def _products(weight: weights.KernelWeight) -> dict[str, _Product]:
+def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
     """Return functions that compute a layer's output, by the operation that multiplies.
 
     A convolution becomes one product of matrices: of its kernel and the patches of the image. A
@@ -455,36 +377,28 @@ def _products(weight: weights.KernelWeight) -> dict[str, _Product]:
     def by_coordinates(rows: tf.Tensor) -> tf.Tensor:
         return tf.transpose(tf.sparse.sparse_dense_matmul(matrix, rows, adjoint_b=True))
 
+    def by_compressed_rows(rows: tf.Tensor) -> tf.Tensor:
+        return tf.raw_ops.SparseMatrixMatMul(
+            a=compressed, b=rows, transpose_b=True, transpose_output=True
+        )
+
     multiply = {"tf.sparse.sparse_dense_matmul": by_coordinates}
-    if dtype in (tf.float32, tf.float64):  # the only ones it takes
-
-        @tf.function  # a function's result keeps its shape when a graph captures it
-        def convert() -> tf.Tensor:
-            return tf.raw_ops.SparseTensorToCSRSparseMatrix(
-                indices=matrix.indices, values=matrix.values, dense_shape=matrix.dense_shape
-            )
-
-        compressed = convert()
-
-        def by_compressed_rows(rows: tf.Tensor) -> tf.Tensor:
-            return tf.raw_ops.SparseMatrixMatMul(
-                a=compressed, b=rows, transpose_b=True, transpose_output=True
-            )
-
+    if dtype in (tf.float32, tf.float64):  # the only ones that it takes
         multiply["tf.raw_ops.SparseMatrixMatMul"] = by_compressed_rows
+        # A function's result keeps its shape when a graph captures it.
+        parts = {name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")}
+        convert = tf.raw_ops.SparseTensorToCSRSparseMatrix
+        compressed = tf.function(lambda: convert(**parts), autograph=False)()
 
-    def whole(product: _Product) -> _Product:
-        def compute(x: tf.Tensor) -> tf.Tensor:
-            inputs = x if isinstance(layer, _DENSE) else _patches(layer, x)
-            outputs = product(tf.reshape(inputs, (-1, inputs.shape[-1])))
-            outputs = tf.reshape(outputs, (*inputs.shape[:-1], matrix.shape[0]))
-            if layer.use_bias:
-                outputs = tf.nn.bias_add(outputs, tf.cast(layer.bias, dtype))
-            return outputs if layer.activation is None else layer.activation(outputs)
+    def compute(product: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tf.Tensor:
+        inputs = _patches(layer, x) if weight.values.ndim > 2 else x
+        outputs = product(tf.reshape(inputs, (-1, inputs.shape[-1])))
+        outputs = tf.reshape(outputs, (*inputs.shape[:-1], matrix.shape[0]))
+        if layer.use_bias:
+            outputs = tf.nn.bias_add(outputs, tf.cast(layer.bias, dtype))
+        return outputs if layer.activation is None else layer.activation(outputs)
 
-        return compute
-
-    return {name: whole(product) for name, product in multiply.items()}
+    return {name: functools.partial(compute, product) for name, product in multiply.items()}
 
 
 def _sparse_matrix(kernel: np.ndarray, dtype: tf.DType) -> tf.SparseTensor:
@@ -520,22 +434,6 @@ def _patches(layer: Any, x: tf.Tensor) -> tf.Tensor:
     return tf.squeeze(patches, axis=1) if is_1d else patches
 
 
-def _fitted(x: Any, batch_size: int) -> Any:
-    """Return `batch_size` examples of a batch, by cutting or repeating it, as tensors."""
-
-    def fit(leaf: Any) -> tf.Tensor:
-        array = np.asarray(leaf)
-        if array.ndim == 0 or len(array) == 0:
-            raise ValueError(
-                f"x must be a batch of at least one example, (examples, ...), got an array of "
-                f"shape {array.shape}."
-            )
-        array = array.astype(np.float32) if array.dtype == np.float64 else array
-        return tf.constant(array[np.arange(batch_size) % len(array)])
-
-    return tf.nest.map_structure(fit, x) if tf.nest.is_nested(x) else fit(x)
-
-
 def _input_shapes(layers: Iterable[Any], run: Callable[[], Any]) -> dict[int, tuple[int, ...]]:
     """Run a model once, and return the shape of the first input of each layer, by its id.
 
@@ -543,47 +441,22 @@ def _input_shapes(layers: Iterable[Any], run: Callable[[], Any]) -> dict[int, tu
     """
     shapes: dict[int, tuple[int, ...]] = {}
 
-    def recorder(layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            leaves = [leaf for leaf in tf.nest.flatten((args, kwargs)) if tf.is_tensor(leaf)]
-            if len(leaves) == 1 and leaves[0].shape.is_fully_defined():
-                shapes.setdefault(id(layer), tuple(leaves[0].shape))
-            return call(*args, **kwargs)
-
-        return record
+    def recorded(layer: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        leaves = [leaf for leaf in tf.nest.flatten((args, kwargs)) if tf.is_tensor(leaf)]
+        if len(leaves) == 1 and leaves[0].shape.is_fully_defined():
+            shapes.setdefault(id(layer), tuple(leaves[0].shape))
+        return call(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
         for layer in {id(layer): layer for layer in layers}.values():
             attributes = vars(layer)  # written to directly: Keras tracks what is set
-            own = {"call": attributes["call"]} if "call" in attributes else {}
+            name = "quantized_call" if getattr(layer, "quantization_mode", None) else "call"
+            own = {name: attributes[name]} if name in attributes else {}
             stack.callback(attributes.update, own)
-            stack.callback(attributes.pop, "call")
-            attributes["call"] = recorder(layer, layer.call)
+            stack.callback(attributes.pop, name)
+            attributes[name] = functools.partial(recorded, layer, getattr(layer, name))
         run()
     return shapes
-
-
-def _blocks(zero: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the last two axes as blocks, `(..., down, height, across, width)`.
-
-    What is missing at the edges counts as zero, as runtimes pad it.
-    """
-    missing = (-zero.shape[2] % height, -zero.shape[3] % width)
-    pads = ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))
-    padded = np.pad(zero, pads, constant_values=True)
-    down, across = padded.shape[2] // height, padded.shape[3] // width
-    return padded.reshape(*padded.shape[:2], down, height, across, width)
-
-
-def _share_in_blocks(zero: np.ndarray, height: int, width: int) -> float | None:
-    """Return the share of the zeros that lie in all-zero blocks."""
-    inputs, outputs = zero.shape[2:]
-    count = int(zero.sum())
-    if not count or inputs < height or outputs < width:
-        return None
-    dead = _blocks(zero, height, width).all(axis=(3, 5))
-    inside = dead.repeat(height, axis=2).repeat(width, axis=3)[:, :, :inputs, :outputs]
-    return int(inside.sum()) / count
 
 
 def _ratio(above: Times | None, below: Times | None) -> float | None:

@@ -54,8 +54,8 @@ class ByWeight(_reports.Report, abc.ABC):
 
     @property
     def model_sparsity(self) -> float:
-        """The fraction of zeros among all weights of the model."""
-        return self.model_zeros / self.model_weights
+        """The fraction of zeros among all weights of the model; 0 if it has none."""
+        return _reports.share(self.model_zeros, self.model_weights)
 
     def plot(self) -> Figure:
         """Return a figure of the fraction of zeros of each weight.

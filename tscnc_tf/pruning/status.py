@@ -69,11 +69,14 @@ class PruningReport(ByWeight):
     @property
     def sparsity(self) -> float:
         """The fraction of zeros among the weights that are pruned; 0 if none is."""
-        count = sum(row.weights for row in self.pruned)
-        return sum(row.zeros for row in self.pruned) / count if count else 0.0
+        return _reports.share(*self._zeros_and_weights())
+
+    def _zeros_and_weights(self) -> tuple[int, int]:
+        zeros = sum(row.zeros for row in self.pruned)
+        return zeros, sum(row.weights for row in self.pruned)
 
     def _table(self) -> _reports.Table:
-        count, zeros = (sum(getattr(row, n) for row in self.pruned) for n in ("weights", "zeros"))
+        zeros, weights = self._zeros_and_weights()
         return _reports.Table(
             "Pruning",
             ("weight", "layer class", "shape", "weights", "zeros", "sparsity", "pruned", "why not"),
@@ -88,10 +91,7 @@ class PruningReport(ByWeight):
                 )
                 for row in self.rows
             ],
-            (
-                *("all pruned weights", "", "", f"{count:,}", f"{zeros:,}"),
-                *(_reports.percent(self.sparsity), "", ""),
-            ),
+            ("all pruned weights", "", "", *_reports.sparsity_cells(weights, zeros), "", ""),
             [_reports.whole_model(self.model_weights, self.model_zeros)],
         )
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import collections
 import math
 import types
+from collections.abc import Mapping
 from typing import Any
 
 from tscnc_tf import _checks, _keras, _probe
-from tscnc_tf._keras import flavours, gated, masks, wrappers
-from tscnc_tf.pruning.compaction import channels
+from tscnc_tf._keras import cloning, flavours, gated, masks, wrappers
+from tscnc_tf.pruning.compaction.channels import ChannelAnalysis
 from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
 from tscnc_tf.pruning.compaction.layers import Reader, count_flops
-from tscnc_tf.pruning.compaction.operations import Barrier, Edit, Sized, Step
-from tscnc_tf.pruning.compaction.rebuild import rebuild
+from tscnc_tf.pruning.compaction.operations import Barrier, ChannelPlan, Edit, Step
 from tscnc_tf.pruning.compaction.report import Compaction, Kept, LayerChange, LeftAlone
 
 
@@ -89,11 +89,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
             f"model {model.name!r} still has pruning wrappers: strip it first, "
             "compact(tscnc_tf.strip(model))."
         )
-    if gated.gated_layers(model):
-        raise ValueError(
-            f"model {model.name!r} still has gates: fold them into its weights first, "
-            "compact(tscnc_tf.gates.fold(model))."
-        )
+    gated.require_none(model, "compact")
     masks.apply(model)
     _, batch = _probe.prepare(model, probe)
     before = _probe.outputs(lambda x: model(x, training=False), batch)
@@ -101,15 +97,12 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         allowed = _probe.tolerance(model, before, float32=1e-5)
     else:
         allowed = _checks.number("tolerance", tolerance, minimum=0.0) * _probe.scale(before)
-    graph, operations = _read(library, model)
-    analysis = channels.analyse(graph, operations)
-    edits: dict[Any, Edit] = {}
-    for operation in operations:
-        if isinstance(operation, Sized):
-            edit, layer = operation.edit(analysis), operation.call.layer
-            before_it = edits.get(layer, Edit({}, {}))
-            edits[layer] = Edit(before_it.config | edit.config, before_it.weights | edit.weights)
-    copy, layers = rebuild(library, model, edits, graph.unrolled, analysis.keeps)
+    graph = unroll(library, model)
+    operations = Reader(library, graph).operations()
+    analysis = ChannelAnalysis(graph, operations)
+    plan = analysis.plan
+    rebuilder = _Compactor(library, graph, operations, plan)
+    copy = rebuilder.rebuild(model)
     difference = _probe.difference(before, _probe.outputs(lambda x: copy(x, training=False), batch))
     if difference > allowed:
         raise RuntimeError(
@@ -120,10 +113,10 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     return Compaction(
         model=copy,
         original=model,
-        layers=_rows(graph, analysis, layers),
+        layers=_rows(graph, plan, rebuilder.stand_ins),
         kept=tuple(
             Kept(call.name, count, reason)
-            for call, reasons in analysis.obstacles.items()
+            for call, reasons in analysis.obstacles().items()
             for reason, count in reasons.items()
         ),
         left_alone=_left_alone(operations),
@@ -133,20 +126,46 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     )
 
 
-def _read(library: types.ModuleType, model: Any) -> tuple[Graph, list[Step]]:
-    """Return the graph of a model, and the operations that its calls stand for."""
-    graph = unroll(library, model)
-    holders: collections.Counter[int] = collections.Counter()
-    for layer in {call.layer for call in graph.calls}:
-        holders.update({id(weight) for weight in getattr(layer, "weights", ())})
-    shared = {weight for weight, count in holders.items() if count > 1}
-    reader = Reader(library, graph.opaque, shared)
-    return graph, [operation for call in graph.calls for operation in reader.read(call)]
+class _Compactor(cloning.Rebuilder):
+    """Builds a model anew without the channels that don't stay.
+
+    Args:
+        library: the Keras of the model.
+        graph: of the model.
+        operations: its operations.
+        plan: of its channels.
+    """
+
+    def __init__(
+        self,
+        library: types.ModuleType,
+        graph: Graph,
+        operations: list[Step],
+        plan: ChannelPlan,
+    ) -> None:
+        super().__init__(library)
+        self._nested_inputs, self._keeps = graph.unrolled, plan.keeps
+        self._edits: dict[Any, Edit] = collections.defaultdict(lambda: Edit({}, {}))
+        for operation in operations:
+            self._edits[operation.call.layer] |= operation.edit(plan)
+
+    def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration with the edits in it."""
+        return config | self._edits[layer].config
+
+    def weights(self, layer: Any) -> Mapping[str, Any]:
+        """Return the weights that are edited."""
+        return self._edits[layer].weights
+
+    def channels(self, model: Any) -> list[int | None]:
+        """Return the numbers of channels that stay, of the inputs of a nested model."""
+        if id(model) not in self._nested_inputs:
+            return super().channels(model)
+        tensors = self._nested_inputs[id(model)]
+        return [int(self._keeps[tensor].sum()) or tensor.shape[-1] for tensor in tensors]
 
 
-def _rows(
-    graph: Graph, analysis: channels.ChannelAnalysis, layers: dict[int, Any]
-) -> tuple[LayerChange, ...]:
+def _rows(graph: Graph, plan: ChannelPlan, layers: dict[int, Any]) -> tuple[LayerChange, ...]:
     """Return what has become of each layer that has weights, in the order of the model."""
     calls: dict[Any, list[Call]] = {}
     for call in graph.calls:
@@ -160,7 +179,7 @@ def _rows(
                 name=uses[0].name,
                 kind=type(layer).__name__,
                 filters_before=made.channels or None,
-                filters_after=int(analysis.keeps[made].sum()) or None,
+                filters_after=int(plan.keeps[made].sum()) or None,
                 parameters_before=_parameters(layer),
                 parameters_after=_parameters(new),
                 flops_before=_flops(uses, layer),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,41 +20,23 @@ from tscnc_tf.pruning.compaction.operations import (
 AT_LEAST_ONE = "Keras has no layers without any filter"
 
 
-@dataclasses.dataclass(eq=False)
-class ChannelAnalysis(ChannelPlan):
+class ChannelAnalysis:
     """Which channels of each tensor stay, and why no more of them can be removed.
-
-    Attributes:
-        obstacles: for each producing call, how many of its channels are dead and stay, by reasons.
-    """
-
-    obstacles: dict[Call, dict[str, int]]
-
-
-def analyse(graph: Graph, operations: list[Step]) -> ChannelAnalysis:
-    """Return which channels stay. Of the operations, each comes after those that it reads.
 
     A channel goes if nothing that stays depends on its value: a later kernel has only zeros for it,
     or it is a constant that the later layers fold into their biases. It does not matter how long
     the chain of layers is in which one death brings another: needs are followed from the outputs
     backwards, so that the largest set of channels that only serve each other is found at once.
-    """
-    facts = _Propagation(graph, operations)
-    facts.find_constants()
-    facts.find_needs()
-    facts.find_held()
-    keeps = {tensor: held > 0 for tensor, held in facts.held.items()}
-    return ChannelAnalysis(facts.constants, keeps, facts.obstacles())
 
-
-class _Propagation:
-    """The facts, tensor by tensor; `reasons` and `held` are indices into `texts`, 0 for none.
+    Args:
+        graph: of the model.
+        operations: its operations, each after those that it reads.
 
     Attributes:
-        constants: the value that a channel has for every input, or NaN.
+        constants: the value that a channel of a tensor has for every input, or NaN.
         needed: whether something that counts would change with its value.
         reasons: what keeps a value that is constant from being dropped, there or further on.
-        held: what keeps the channel where it is; 0 if it goes.
+        held: what keeps the channel where it is; an empty text if it goes.
     """
 
     def __init__(self, graph: Graph, operations: list[Step]) -> None:
@@ -63,21 +44,24 @@ class _Propagation:
         self.operations = operations
         self.constants: dict[Tensor, Channels] = {}
         self.needed: dict[Tensor, Channels] = {}
-        self.reasons: dict[Tensor, np.ndarray] = {}
-        self.held: dict[Tensor, np.ndarray] = {}
-        self.texts = [""]
-        for tensor in self._tensors():
+        self.reasons: dict[Tensor, Channels] = {}
+        self.held: dict[Tensor, Channels] = {}
+        for tensor in (*graph.inputs, *(made for each in operations for made in each.outputs)):
             self.constants[tensor] = np.full(tensor.channels, np.nan)
             self.needed[tensor] = np.zeros(tensor.channels, bool)
-            self.reasons[tensor] = np.zeros(tensor.channels, np.int64)
-            self.held[tensor] = np.zeros(tensor.channels, np.int64)
+            self.reasons[tensor] = np.full(tensor.channels, "", object)
+            self.held[tensor] = np.full(tensor.channels, "", object)
+        self._find_constants()
+        self._find_needs()
+        self._find_held()
 
-    def _tensors(self) -> Iterable[Tensor]:
-        yield from self.graph.inputs
-        for operation in self.operations:
-            yield from operation.outputs
+    @property
+    def plan(self) -> ChannelPlan:
+        """Which channels stay."""
+        keeps = {tensor: held != "" for tensor, held in self.held.items()}
+        return ChannelPlan(self.constants, keeps)
 
-    def find_constants(self) -> None:
+    def _find_constants(self) -> None:
         """Go forwards: the constants of each tensor from those before it."""
         for operation in self.operations:
             if isinstance(operation, Operation):
@@ -86,7 +70,7 @@ class _Propagation:
                     found = operation.constants(given)
                 self.constants[operation.output] = np.where(np.isfinite(found), found, np.nan)
 
-    def find_needs(self) -> None:
+    def _find_needs(self) -> None:
         """Go backwards: which values are needed, and what stops constants from being dropped."""
         self._require(self.graph.outputs, "it is an output of the model")
         for operation in reversed(self.operations):
@@ -95,35 +79,30 @@ class _Propagation:
                 continue
             given = [self.constants[tensor] for tensor in operation.inputs]
             wanted = self.needed[operation.output] & np.isnan(self.constants[operation.output])
-            text = self._text(operation.obstacle)
             pairs = zip(operation.inputs, operation.needed(wanted, given), strict=True)
             for tensor, needed in pairs:
                 self.needed[tensor] |= needed
                 stopped = needed & np.isfinite(self.constants[tensor])
-                self._explain(tensor, np.where(stopped, text, 0))
+                self._explain(tensor, np.where(stopped, operation.obstacle, ""))
             after = self.reasons[operation.output]
             for position, source, target in operation.ties():
-                behind = np.zeros_like(self.reasons[operation.inputs[position]])
-                known = np.flatnonzero(after[target])[::-1]  # backwards, so that the first remains
+                behind = np.full_like(self.reasons[operation.inputs[position]], "")
+                # Backwards, so that the first remains.
+                known = np.flatnonzero(after[target] != "")[::-1]
                 behind[source[known]] = after[target[known]]
                 self._explain(operation.inputs[position], behind)
 
     def _require(self, tensors: list[Tensor], reason: str) -> None:
-        text = self._text(reason)
         for tensor in tensors:
             self.needed[tensor][:] = True
-            self._explain(tensor, np.full(tensor.channels, text))
+            self._explain(tensor, np.full(tensor.channels, reason, object))
 
-    def _explain(self, tensor: Tensor, texts: np.ndarray) -> None:
+    def _explain(self, tensor: Tensor, texts: Channels) -> None:
         """Note reasons for channels that have none yet."""
         before = self.reasons[tensor]
-        self.reasons[tensor] = np.where(before == 0, texts, before)
+        self.reasons[tensor] = np.where(before == "", texts, before)
 
-    def _text(self, reason: str) -> int:
-        self.texts.append(reason)
-        return len(self.texts) - 1
-
-    def find_held(self) -> None:
+    def _find_held(self) -> None:
         """Hold the channels that something needs, and with each all that are tied to it."""
         self._hold(self.graph.inputs, "tied to an input of the model")
         self._hold(self.graph.outputs, "tied to an output of the model")
@@ -135,16 +114,16 @@ class _Propagation:
                 self._hold(operation.inputs, reading, self.needed[operation.inputs[0]])
         self._spread()
         for held in self.held.values():
-            if held.size and not held.any():
+            if held.size and not (held != "").any():
                 # A Keras layer needs at least one filter. One channel is harmless: its value is not
                 # needed, or it is a constant for which the layers that read it keep their weights.
-                held[0] = self._text(AT_LEAST_ONE)
+                held[0] = AT_LEAST_ONE
                 self._spread()
 
     def _hold(self, tensors: Iterable[Tensor], reason: str, chosen: Channels | bool = True) -> None:
-        text = self._text(reason)
         for tensor in tensors:
-            self.held[tensor] = np.where((self.held[tensor] == 0) & chosen, text, self.held[tensor])
+            held = self.held[tensor]
+            self.held[tensor] = np.where((held == "") & chosen, reason, held).astype(object)
 
     def _spread(self) -> None:
         """Carry `held` along the ties, in both directions, until nothing changes."""
@@ -159,9 +138,9 @@ class _Propagation:
         changed = False
         for position, source, target in operation.ties():
             before, after = self.held[operation.inputs[position]], self.held[operation.outputs[0]]
-            backwards = (before[source] == 0) & (after[target] != 0)
+            backwards = (before[source] == "") & (after[target] != "")
             before[source[backwards]] = after[target[backwards]]
-            forwards = (after[target] == 0) & (before[source] != 0)
+            forwards = (after[target] == "") & (before[source] != "")
             after[target[forwards]] = before[source[forwards]]
             changed |= bool(backwards.any() or forwards.any())
         return changed
@@ -178,8 +157,8 @@ class _Propagation:
             if made in inner:
                 continue  # of a separable convolution, the filters are those of its second half
             held, reasons = self.held[made], self.reasons[made]
-            dead = (np.isfinite(self.constants[made]) | ~self.needed[made]) & (held > 0)
+            dead = (np.isfinite(self.constants[made]) | ~self.needed[made]) & (held != "")
             if dead.any():
-                texts = np.where(reasons == 0, held, reasons)[dead]
-                found[operation.call] = dict(collections.Counter(self.texts[t] for t in texts))
+                texts = np.where(reasons == "", held, reasons)[dead]
+                found[operation.call] = dict(collections.Counter(texts.tolist()))
         return found

@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import layers
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,8 +107,7 @@ def unroll(library: types.ModuleType, model: Any) -> Graph:
             f"model {model.name!r} {reason}: build it as a Sequential with an Input, or as a "
             "functional model."
         )
-    uses: collections.Counter[int] = collections.Counter()
-    _count(library, model, uses)
+    uses = layers.calls(model)
     known = {id(symbol): _tensor(symbol) for symbol in model.inputs}
     graph = Graph([known[id(symbol)] for symbol in model.inputs], [])
     _follow(library, model, "", known, uses, graph)
@@ -162,13 +162,6 @@ def _nodes(
             else:
                 outputs = tf.nest.flatten(node.outputs)
                 yield node.layer, node.call_args, node.call_kwargs, outputs
-
-
-def _count(library: types.ModuleType, model: Any, uses: collections.Counter[int]) -> None:
-    for layer, *_ in _nodes(library, model):
-        uses[id(layer)] += 1
-        if isinstance(layer, library.Model) and not _no_graph(library, layer):
-            _count(library, layer, uses)
 
 
 def _no_graph(library: types.ModuleType, model: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import types
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _keras
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf.pruning.compaction.graph import Call, Tensor
+from tscnc_tf.pruning.compaction.graph import Call, Graph, Tensor
 from tscnc_tf.pruning.compaction.operations import (
     Barrier,
     Combination,
@@ -67,18 +67,24 @@ class Reader:
 
     Args:
         library: the Keras of the model.
-        opaque: why nested models are not followed, by their ids.
-        shared: the ids of variables that several layers hold.
+        graph: of the model.
     """
 
-    def __init__(self, library: types.ModuleType, opaque: dict[int, str], shared: set[int]) -> None:
+    def __init__(self, library: types.ModuleType, graph: Graph) -> None:
         self.library = library
-        self.opaque = opaque
-        self.shared = shared
+        self.graph = graph
+        holders: collections.Counter[int] = collections.Counter()
+        for layer in {call.layer for call in graph.calls}:
+            holders.update({id(weight) for weight in getattr(layer, "weights", ())})
+        self._shared = {weight for weight, count in holders.items() if count > 1}
         self._elementwise = {id(function) for function in _TF_ELEMENTWISE}
         for name in _ELEMENTWISE:
             if function := getattr(library.activations, name, None):
                 self._elementwise.add(id(function))
+
+    def operations(self) -> list[Step]:
+        """Return the operations of the model, each after those that it reads."""
+        return [operation for call in self.graph.calls for operation in self.read(call)]
 
     def read(self, call: Call) -> list[Step]:
         """Return the operations that a call stands for, in their order."""
@@ -94,12 +100,12 @@ class Reader:
     def _unclear(self, call: Call) -> str:
         """Return why a call can not be analysed, or an empty text."""
         layer = call.layer
-        if id(layer) in self.opaque:
-            return self.opaque[id(layer)]
+        if id(layer) in self.graph.opaque:
+            return self.graph.opaque[id(layer)]
         weights = getattr(layer, "weights", [])
         if call.uses > 1 and weights:
             return f"is used {call.uses} times"
-        if any(id(weight) in self.shared for weight in weights):
+        if any(id(weight) in self._shared for weight in weights):
             return "shares a weight with another layer"
         if len(call.outputs) != 1 or not call.inputs:
             return "has no single output"
@@ -141,7 +147,7 @@ class Reader:
         layer = call.layer
         if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
             raise _NotUnderstoodError("is quantised, or has a low-rank addition")
-        return self._activated(call, [self._linear(call, call.inputs, size="units")])
+        return self._activated(call, [_linear(call, call.inputs, size="units")])
 
     def _convolution(self, call: Call, transposed: bool) -> list[Step]:
         layer = call.layer
@@ -154,52 +160,17 @@ class Reader:
             folds = {*layer.kernel_size, *layer.strides} == {1}
         return self._activated(
             call,
-            [self._linear(call, call.inputs, size="filters", folds=folds, transposed=transposed)],
+            [_linear(call, call.inputs, size="filters", folds=folds, transposed=transposed)],
         )
 
     def _depthwise(self, call: Call) -> list[Step]:
         attribute = "depthwise_kernel" if self.library is _keras.tf_keras else "kernel"
-        return self._activated(
-            call,
-            [
-                Depthwise(
-                    call,
-                    call.inputs,
-                    [_like(call.outputs[0])],
-                    _border_reason(call),
-                    attribute,
-                    _values(getattr(call.layer, attribute)),
-                    _bias_of(call.layer),
-                    _needs_no_padding(call),
-                )
-            ],
-        )
+        return self._activated(call, [_depthwise(call, attribute, _bias_of(call.layer))])
 
     def _separable(self, call: Call) -> list[Step]:
-        layer = call.layer
-        kernel = _values(layer.depthwise_kernel)
-        between = _like(call.outputs[0], kernel.shape[-2] * kernel.shape[-1])
-        first = Depthwise(
-            call,
-            call.inputs,
-            [between],
-            _border_reason(call),
-            "depthwise_kernel",
-            kernel,
-            None,
-            _needs_no_padding(call),
-        )
-        second = self._linear(call, [between], size="filters", attribute="pointwise_kernel")
+        first = _depthwise(call, "depthwise_kernel", None)
+        second = _linear(call, first.outputs, "pointwise_kernel", size="filters")
         return self._activated(call, [first, second])
-
-    def _linear(self, call: Call, inputs: list[Tensor], **options: Any) -> Linear:
-        attribute = options.pop("attribute", "kernel")
-        kernel = _values(getattr(call.layer, attribute))
-        output = _like(call.outputs[0])
-        bias = _bias_of(call.layer)
-        return Linear(
-            call, inputs, [output], _border_reason(call), attribute, kernel, bias, **options
-        )
 
     def _activated(self, call: Call, operations: list[Step]) -> list[Step]:
         """Return the operations with the layer's own activation after them."""
@@ -209,8 +180,7 @@ class Reader:
             operations[-1].outputs = outputs
             return operations
         if id(function) in self._elementwise:
-            evaluate = _evaluated(function, call)
-            return [*operations, Elementwise(call, inner, outputs, function=evaluate)]
+            return [*operations, Elementwise(call, inner, outputs, function=function)]
         reason = f"{call.name!r} has the activation {_name_of(function)}, which may mix channels"
         return [*operations, Barrier(call, inner, outputs, reason)]
 
@@ -218,14 +188,12 @@ class Reader:
         function = getattr(call.layer, "activation", None)
         if function is not None and id(function) not in self._elementwise:
             raise _NotUnderstoodError(f"is {_name_of(function)}, which may mix channels")
-        evaluate = _evaluated(call.apply, call)
-        return Elementwise(call, call.inputs, call.outputs, function=evaluate)
+        return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
     def _rescaling(self, call: Call) -> Operation:
         if np.ndim(call.layer.scale) or np.ndim(call.layer.offset):
             raise _NotUnderstoodError("scales each channel differently")
-        evaluate = _evaluated(call.apply, call)
-        return Elementwise(call, call.inputs, call.outputs, function=evaluate)
+        return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
     def _normalisation(self, call: Call) -> Operation:
         layer = call.layer
@@ -237,7 +205,9 @@ class Reader:
         names = ["moving_mean", "moving_variance"]
         names += ["gamma"] * bool(layer.scale) + ["beta"] * bool(layer.center)
         weights = {name: _values(getattr(layer, name)) for name in names}
-        return Normalisation(call, call.inputs, call.outputs, "", weights, layer.epsilon)
+        return Normalisation(
+            call, call.inputs, call.outputs, weights=weights, epsilon=layer.epsilon
+        )
 
     def _rearrangement(self, call: Call, name: str) -> Operation:
         layer, (source,), (target,) = call.layer, call.inputs, call.outputs
@@ -253,7 +223,7 @@ class Reader:
             places = np.arange(target.channels) % source.channels
             argument = "target_shape" if name == "Reshape" else ""
             return Rearrangement(
-                call, call.inputs, call.outputs, "", places, shape_argument=argument
+                call, call.inputs, call.outputs, places=places, shape_argument=argument
             )
         if name.startswith(_KEEPING) and same:
             return Rearrangement(call, call.inputs, call.outputs)
@@ -288,8 +258,7 @@ class Reader:
         numbers = sum(isinstance(value, int | float) for value in scalars)
         simple = numbers + sum(value is None for value in scalars) + 1 == len(scalars)
         if len(call.inputs) == 1 and simple and (combining in _COMBINING or name in _FUNCTIONS):
-            evaluate = _evaluated(call.apply, call)
-            return [Elementwise(call, call.inputs, call.outputs, function=evaluate)]
+            return [Elementwise(call, call.inputs, call.outputs, function=call.apply)]
         raise _NotUnderstoodError("is not understood")
 
 
@@ -300,6 +269,33 @@ class _NotUnderstoodError(Exception):
 def _like(tensor: Tensor, channels: int | None = None) -> Tensor:
     """Return a tensor inside a layer, of the shape of its output, or of other channels."""
     return Tensor((*tensor.shape[:-1], channels or tensor.channels), tensor.dtype)
+
+
+def _depthwise(call: Call, attribute: str, bias: np.ndarray | None) -> Depthwise:
+    kernel = _values(getattr(call.layer, attribute))
+    return Depthwise(
+        call,
+        call.inputs,
+        [_like(call.outputs[0], kernel.shape[-2] * kernel.shape[-1])],
+        _border_reason(call),
+        attribute=attribute,
+        kernel=kernel,
+        bias=bias,
+        folds=_needs_no_padding(call),
+    )
+
+
+def _linear(call: Call, inputs: list[Tensor], attribute: str = "kernel", **options: Any) -> Linear:
+    return Linear(
+        call,
+        inputs,
+        [_like(call.outputs[0])],
+        _border_reason(call),
+        attribute=attribute,
+        kernel=_values(getattr(call.layer, attribute)),
+        bias=_bias_of(call.layer),
+        **options,
+    )
 
 
 def count_flops(call: Call, layer: Any) -> int | None:
@@ -369,16 +365,6 @@ def _border_reason(call: Call) -> str:
         return f"{call.name!r} adds up fewer windows at its border, so a constant is none after it"
     padding = getattr(call.layer, "padding", "valid")
     return f"{call.name!r} pads a constant with zeros (padding={padding!r})"
-
-
-def _evaluated(function: Callable[[Any], Any], call: Call) -> Callable[[np.ndarray], np.ndarray]:
-    """Return an element-wise function on NumPy vectors; it computes in the dtype of the layer."""
-
-    def evaluate(constants: np.ndarray) -> np.ndarray:
-        row = tf.cast(tf.constant(constants[None]), call.outputs[0].dtype)
-        return np.asarray(tf.cast(function(row), tf.float64))[0]
-
-    return evaluate
 
 
 def _name_of(function: Any) -> str:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from tscnc_tf.pruning.compaction.graph import Call, Tensor
 
 Channels = np.ndarray  # one value per channel: floats (constants, NaN: unknown) or booleans
 
 
-@dataclasses.dataclass(eq=False)
-class ChannelPlan:
+class ChannelPlan(NamedTuple):
     """Which channels of each tensor stay.
 
     Attributes:
@@ -38,6 +38,9 @@ class Edit(NamedTuple):
 
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
+
+    def __or__(self, other: Edit) -> Edit:
+        return Edit(self.config | other.config, self.weights | other.weights)
 
 
 class Tie(NamedTuple):
@@ -66,6 +69,10 @@ class Step:
     def ties(self) -> Iterator[Tie]:
         """Yield which channels are one. Without ties, inputs and outputs part."""
         yield from ()
+
+    def edit(self, plan: ChannelPlan) -> Edit:  # noqa: ARG002
+        """Return what the layer has without the channels that are not kept: all that changes."""
+        return Edit({}, {})
 
 
 class Barrier(Step):
@@ -100,31 +107,28 @@ class Operation(Step, abc.ABC):
             yield Tie(position, every, every)
 
 
-class Sized(Operation):
-    """An operation whose layer has weights or arguments that go by the number of channels."""
-
-    @abc.abstractmethod
-    def edit(self, plan: ChannelPlan) -> Edit:
-        """Return what the layer has without the channels that are not kept: all its weights."""
-
-
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Elementwise(Operation):
-    """The same function of each entry: activations, rescaling. It is evaluated on constants."""
+    """The same function of each entry: activations, rescaling. It is evaluated on constants.
 
-    function: Callable[[np.ndarray], np.ndarray] = np.asarray
+    Attributes:
+        function: of a tensor; it computes in the dtype of the output.
+    """
+
+    function: Callable[[tf.Tensor], tf.Tensor]
 
     def constants(self, given: list[Channels]) -> Channels:
         """Return the function of each constant."""
         known = np.isfinite(given[0])
         result = np.full(known.shape, np.nan)
         if known.any():
-            result[known] = self.function(given[0][known])
+            row = tf.cast(tf.constant(given[0][known][None]), self.output.dtype)
+            result[known] = tf.cast(self.function(row), tf.float64)[0]
         return result
 
 
-@dataclasses.dataclass(eq=False)
-class Rearrangement(Sized):
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Rearrangement(Operation):
     """Pooling, padding, flattening and the like: values move, and channels keep theirs.
 
     Attributes:
@@ -164,7 +168,7 @@ class Rearrangement(Sized):
         return Edit({self.shape_argument: tuple(shape)}, {})
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Combination(Operation):
     """Add, multiply, ... channel by channel: every branch loses a channel, or none does.
 
@@ -174,7 +178,7 @@ class Combination(Operation):
         absorbs: whether one zero makes the result zero, whatever the others are.
     """
 
-    function: Callable[[Any, Any], Any] = np.add
+    function: Callable[[Any, Any], Any]
     mean: bool = False
     absorbs: bool = False
 
@@ -188,7 +192,6 @@ class Combination(Operation):
         return result / len(given) if self.mean else result
 
 
-@dataclasses.dataclass(eq=False)
 class Concatenation(Operation):
     """Channels of several tensors, one after the other."""
 
@@ -209,53 +212,70 @@ class Concatenation(Operation):
             start += tensor.channels
 
 
-@dataclasses.dataclass(eq=False)
-class Linear(Sized):
-    """A dense layer or convolution: reads some channels, makes others, and may fold constants.
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Weighted(Operation):
+    """An operation with a kernel.
 
     Attributes:
-        attribute, kernel: the kernel and the layer's name for it; (taps..., in, out), or
-            (taps..., out, in) if `transposed`.
+        attribute, kernel: the kernel and the layer's name for it.
         bias: or None.
-        size: what the layer's configuration calls the number of outputs.
         folds: whether a constant c of an input channel adds the same c · Σ kernel everywhere.
             With zeros around the input it does not, unless c = 0.
     """
 
-    attribute: str = "kernel"
-    kernel: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
-    bias: np.ndarray | None = None
-    size: str = "units"
+    attribute: str
+    kernel: np.ndarray
+    bias: np.ndarray | None
     folds: bool = True
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The axes of positions of the kernel."""
+        return tuple(range(self.kernel.ndim - 2))
+
+    def foldable(self, constants: Channels) -> Channels:
+        """Return which inputs have constants that fold into the bias."""
+        return np.isfinite(constants) & (self.folds | (constants == 0))
+
+    def biased(self, value: Channels) -> Channels:
+        """Return values of the outputs with the bias added."""
+        return value if self.bias is None else value + self.bias.astype(np.float64)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Linear(_Weighted):
+    """A dense layer or convolution: reads some channels, makes others, and may fold constants.
+
+    Its kernel is (taps..., in, out), or (taps..., out, in) if `transposed`.
+
+    Attributes:
+        size: what the layer's configuration calls the number of outputs.
+        transposed: see above.
+    """
+
+    size: str
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        self.reads = (self._forwards() != 0).any(axis=tuple(range(self.kernel.ndim - 2)))
+        self.reads = (self._forwards() != 0).any(axis=self.taps)
 
     def _forwards(self) -> np.ndarray:
         return np.swapaxes(self.kernel, -1, -2) if self.transposed else self.kernel
 
-    def _foldable(self, constants: Channels) -> Channels:
-        return np.isfinite(constants) & (self.folds | (constants == 0))
-
     def _folded(self, constants: Channels, chosen: Channels) -> Channels:
         """Return what the chosen input channels add to the outputs, all being constants."""
         rows = np.flatnonzero(chosen & np.isfinite(constants) & (constants != 0))
-        taps = tuple(range(self.kernel.ndim - 2))
-        sums = self._forwards()[..., rows, :].astype(np.float64).sum(axis=taps)
-        return constants[rows] @ sums
+        return constants[rows] @ self._forwards()[..., rows, :].astype(np.float64).sum(self.taps)
 
     def constants(self, given: list[Channels]) -> Channels:
         """Return b + Σ c over the taps where no filter reads anything but foldable constants."""
-        foldable = self._foldable(given[0])
-        value = self._folded(given[0], foldable)
-        if self.bias is not None:
-            value = value + self.bias.astype(np.float64)
+        foldable = self.foldable(given[0])
+        value = self.biased(self._folded(given[0], foldable))
         return np.where(self.reads[~foldable].any(axis=0), np.nan, value)
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
         """Return which inputs the wanted filters read, and can not fold."""
-        return [self.reads[:, wanted].any(axis=1) & ~self._foldable(given[0])]
+        return [self.reads[:, wanted].any(axis=1) & ~self.foldable(given[0])]
 
     def ties(self) -> Iterator[Tie]:
         """Yield nothing: inputs and filters go each by themselves."""
@@ -270,7 +290,7 @@ class Linear(Sized):
         weights = {self.attribute: kernel}
         # What is removed is unread, or constant; of a constant that stays nothing is to be added.
         given = plan.constants[self.inputs[0]]
-        added = self._folded(given, ~rows & self._foldable(given))[columns]
+        added = self._folded(given, ~rows & self.foldable(given))[columns]
         if self.bias is not None:
             bias = self.bias[columns]
             shifted = (bias.astype(np.float64) + added).astype(bias.dtype)
@@ -281,34 +301,23 @@ class Linear(Sized):
         return Edit(config, weights)
 
 
-@dataclasses.dataclass(eq=False)
-class Depthwise(Sized):
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Depthwise(_Weighted):
     """A depthwise convolution: each channel has its own filters, and goes only with all of them.
 
-    Attributes:
-        attribute, kernel: the kernel and the layer's name for it; (taps..., in, multiplier).
-        bias: or None; (in · multiplier,).
-        folds: as for `Linear`.
+    Its kernel is (taps..., in, multiplier), its bias (in · multiplier,).
     """
-
-    attribute: str = "kernel"
-    kernel: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
-    bias: np.ndarray | None = None
-    folds: bool = True
 
     def __post_init__(self) -> None:
         self.multiplier = self.kernel.shape[-1]
-        self._taps = tuple(range(self.kernel.ndim - 2))
-        self.reads = (self.kernel != 0).any(axis=self._taps).reshape(-1)
+        self.reads = (self.kernel != 0).any(axis=self.taps).reshape(-1)
 
     def constants(self, given: list[Channels]) -> Channels:
         """Return b + c Σ kernel, where no window reaches over the border."""
         inputs = np.repeat(given[0], self.multiplier)
-        foldable = np.isfinite(inputs) & (self.folds | (inputs == 0))
-        sums = self.kernel.astype(np.float64).sum(axis=self._taps).reshape(-1)
-        value = np.where(self.reads, np.where(foldable, inputs, 0.0) * sums, 0.0)
-        if self.bias is not None:
-            value = value + self.bias.astype(np.float64)
+        foldable = self.foldable(inputs)
+        sums = self.kernel.astype(np.float64).sum(axis=self.taps).reshape(-1)
+        value = self.biased(np.where(self.reads & foldable, inputs, 0.0) * sums)
         return np.where(self.reads & ~foldable, np.nan, value)
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
@@ -329,8 +338,8 @@ class Depthwise(Sized):
         return Edit({}, weights)
 
 
-@dataclasses.dataclass(eq=False)
-class Normalisation(Sized):
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Normalisation(Operation):
     r"""Batch normalisation in inference: :math:`γ (x - μ) / \sqrt{σ² + ε} + β`.
 
     Attributes:
@@ -338,8 +347,8 @@ class Normalisation(Sized):
         epsilon: ε.
     """
 
-    weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    epsilon: float = 1e-3
+    weights: dict[str, np.ndarray]
+    epsilon: float
 
     def __post_init__(self) -> None:
         vectors = {name: value.astype(np.float64) for name, value in self.weights.items()}

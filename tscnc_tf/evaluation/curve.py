@@ -1,0 +1,177 @@
+"""Robust accuracy against the radius of the ball."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tscnc_tf import _checks, _plots, _reports, attacks
+from tscnc_tf.evaluation.report import RobustnessReport, accuracy_cells, interval
+from tscnc_tf.evaluation.run import evaluate_robustness
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RobustnessCurve(_reports.Report):
+    """Robust accuracy by the radius of the ball; `print` it for a table, `plot()` it.
+
+    Attributes:
+        epsilons: the radii as they were written, from the smallest to the largest.
+        clean_correct: per example, whether the model is right on the input itself.
+        correct: `(radii, examples)`, whether it is right everywhere that attacks looked in the
+            ball; what is wrong in a ball is wrong in a larger one.
+        norm: of the balls.
+        reports: the evaluation in each ball, of the examples that the smaller ones left; fewer than
+            radii if at some radius nothing was left.
+    """
+
+    _omitted = ("clean_correct", "correct")
+    _derived = ("clean_accuracy", "accuracies", "intervals")
+
+    epsilons: tuple[float | str, ...]
+    clean_correct: np.ndarray
+    correct: np.ndarray
+    norm: str
+    reports: tuple[RobustnessReport, ...]
+
+    @property
+    def clean_accuracy(self) -> float:
+        """The accuracy on the inputs themselves."""
+        return float(np.mean(self.clean_correct))
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """The robust accuracy at each radius."""
+        return tuple(float(np.mean(row)) for row in self.correct)
+
+    @property
+    def intervals(self) -> tuple[tuple[float, float], ...]:
+        """The 95 % interval of each robust accuracy."""
+        return tuple(interval(row) for row in self.correct)
+
+    def plot(self) -> Figure:
+        """Return a figure of robust accuracy against the radius, with 95 % intervals.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        rows = zip(self.epsilons, self.accuracies, self.intervals, strict=True)
+        points = [
+            _plots.Point(_checks.distance("epsilon", radius), self.clean_accuracy, robust, *ends)
+            for radius, robust, ends in rows
+        ]
+        clean = self.clean_accuracy
+        start = _plots.Point(0.0, clean, clean, *interval(self.clean_correct))
+        return _plots.robustness({"model": [start, *points]}, axis=f"ε ({self.norm})")
+
+    def _table(self) -> _reports.Table:
+        rows = [["0", *accuracy_cells(self.clean_correct)]]
+        rows += [
+            [_checks.as_written(radius), *accuracy_cells(row)]
+            for radius, row in zip(self.epsilons, self.correct, strict=True)
+        ]
+        warnings = dict.fromkeys(itertools.chain.from_iterable(r.warnings for r in self.reports))
+        return _reports.Table(
+            f"Robust accuracy by ε ({self.norm}), {len(self.clean_correct)} examples",
+            ["ε", "accuracy", "95 % interval"],
+            rows,
+            notes=[f"Warning: {text}" for text in warnings],
+        )
+
+
+def robustness_curve(
+    model: Any,
+    x: Any,
+    y: Any,
+    epsilons: Sequence[float | str],
+    *,
+    attack: Callable[[float | str], Any] | None = None,
+    norm: str = "linf",
+    batch_size: int = 128,
+    seed: int = 0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    progress: bool = True,
+) -> RobustnessCurve:
+    """Return robust accuracy at several radii, each attacked on what the smaller ones left.
+
+    An adversarial example in a ball lies in every larger one; so the curve never rises. One point
+    of it says little: two models may change places along the curve.
+
+    Args:
+        model: as in `evaluate_robustness`.
+        x: an array of inputs `(examples, ...)`.
+        y: an array of labels, as in `evaluate_robustness`.
+        epsilons: the radii, numbers or fractions such as "8/255".
+        attack: returns the attack for a radius; None for `attacks.AutoAttack`.
+        norm: "linf" or "l2"; an `attack` of one's own has to be of this norm.
+        batch_size: examples per batch.
+        seed: as in `evaluate_robustness`.
+        bounds: the smallest and the largest value of an input.
+        progress: whether to show a bar on stderr while it runs, if that is a terminal.
+
+    Raises:
+        ValueError: there are no radii, two of them are equal, or the attack has another norm; and
+            what `evaluate_robustness` raises.
+
+    Warns:
+        EvaluationWarning: as `evaluate_robustness`, at each radius.
+
+    Example:
+        >>> import numpy as np, tensorflow as tf
+        >>> from tscnc_tf.attacks import FGSM
+        >>> def model(x):
+        ...     return tf.concat([x - 0.5, 0.5 - x], axis=1)
+        >>> x, y = np.array([[0.9], [0.6], [0.2], [0.35]]), np.array([0, 0, 1, 1])
+        >>> curve = robustness_curve(
+        ...     model, x, y, [0.05, 0.2, 0.35], attack=lambda e: FGSM(epsilon=e), progress=False
+        ... )
+        >>> curve.accuracies
+        (1.0, 0.5, 0.25)
+    """
+    radii = list(epsilons)
+    values = [_checks.distance("epsilons", radius) for radius in radii]
+    if not radii or len(set(values)) < len(values):
+        raise ValueError(f"epsilons must be radii, one or more and no two alike, got {epsilons!r}.")
+    radii = [radii[index] for index in np.argsort(values)]
+
+    def default(radius: float | str) -> attacks.Attack:
+        return attacks.AutoAttack(epsilon=radius, norm=norm, bounds=bounds)
+
+    inputs, labels = np.asarray(x), np.asarray(y)
+    rows = np.arange(len(inputs))
+    correct = np.zeros((len(radii), len(inputs)), dtype=bool)
+    clean = np.zeros(len(inputs), dtype=bool)
+    reports: list[RobustnessReport] = []
+    for index, radius in enumerate(radii):
+        made = (attack or default)(radius)
+        own = made.norm if isinstance(made, attacks.Attack) else norm
+        if own != norm:
+            raise ValueError(
+                f"attack returned one of norm {own!r} for a curve of norm={norm!r}: give the curve "
+                "the norm of the attack."
+            )
+        report = evaluate_robustness(
+            model,
+            inputs[rows],
+            labels[rows],
+            made,
+            batch_size=batch_size,
+            seed=seed,
+            bounds=bounds,
+            diagnose=None if index == 0 else False,
+            progress=progress,
+        )
+        if index == 0:
+            clean = report.clean_correct
+        reports.append(report)
+        rows = rows[report.robust_correct]
+        correct[index, rows] = True
+        if not len(rows):
+            break
+    return RobustnessCurve(tuple(radii), clean, correct, norm, tuple(reports))

@@ -1,0 +1,139 @@
+"""Short attacks that an evaluation runs to see whether the gradients of a model can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _keras
+from tscnc_tf.attacks import pgd
+from tscnc_tf.functional import balls
+
+_STEPS = 20
+_EXAMPLES = 64
+# Of the network that is trained for transferred examples.
+_HIDDEN_UNITS, _EPOCHS = 128, 20
+
+
+class Ladder(NamedTuple):
+    """What is left of the accuracy on examples that the model is right on.
+
+    Attributes:
+        by_radius: after 20 steps, by the radius of the ball, up to that which holds all inputs.
+        by_steps: in the first ball, after a single step and after 20.
+    """
+
+    by_radius: dict[float, float]
+    by_steps: dict[int, float]
+
+
+class Probe:
+    """A short attack by gradients, compiled once for every ball, on one model.
+
+    Args:
+        logits_fn: from x to logits, in inference mode.
+        norm: "linf", "l2" or "l1".
+        bounds: the smallest and the largest value of an input.
+    """
+
+    def __init__(
+        self, logits_fn: Callable[[tf.Tensor], Any], norm: str, bounds: tuple[float, float]
+    ) -> None:
+        self._logits_fn = logits_fn
+        self._norm = "l2" if norm == "l1" else norm
+        self._bounds = bounds
+        self._function = tf.function(self._attack, autograph=False, reduce_retracing=True)
+
+    def ladder(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> Ladder:
+        """Return what is left in balls from `epsilon` up, of the first 64 examples.
+
+        Args:
+            x: inputs that the model is right on.
+            y: their classes.
+            epsilon: the first radius.
+        """
+        x, y = x[:_EXAMPLES], y[:_EXAMPLES]
+        width = self._bounds[1] - self._bounds[0]
+        widest = width * (float(np.sqrt(x[0].size)) if self._norm == "l2" else 1.0)
+        radii = [min(epsilon, widest)]
+        while radii[-1] < widest:
+            radii.append(min(2 * radii[-1], widest))
+        left = {radius: self._left(x, y, radius, _STEPS) for radius in radii}
+        return Ladder(left, {1: self._left(x, y, radii[0], 1), _STEPS: left[radii[0]]})
+
+    def examples(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> np.ndarray:
+        """Return adversarial examples."""
+        return self._run(x, y, epsilon, _STEPS)[0].numpy()
+
+    def _left(self, x: np.ndarray, y: np.ndarray, epsilon: float, steps: int) -> float:
+        return 1.0 - float(np.mean(self._run(x, y, epsilon, steps)[1]))
+
+    def _run(self, x: np.ndarray, y: np.ndarray, epsilon: float, steps: int) -> Any:
+        numbers = tf.constant(epsilon, tf.float32), tf.constant(steps)
+        return self._function(tf.constant(x), tf.constant(y), *numbers)
+
+    def _attack(
+        self, x: tf.Tensor, y: tf.Tensor, epsilon: tf.Tensor, steps: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the last points, and whether one on the way fooled the model."""
+        ascent = pgd.Ascent(self._logits_fn, x, labels=y, objective="cross_entropy", targeted=False)
+        step_size = 2.5 * epsilon / tf.cast(steps, tf.float32)
+
+        def step(count: Any, point: tf.Tensor, fooled: tf.Tensor) -> tuple[Any, ...]:
+            direction = balls.steepest_ascent(ascent.gradient(point), self._norm)
+            moved = tf.clip_by_value(point + step_size * direction, *self._bounds)
+            moved = x + balls.project(moved - x, epsilon, self._norm)
+            fools = ascent.is_fooled(ascent.logits(moved))
+            return count + 1, tf.ensure_shape(moved, x.shape), fooled | fools
+
+        return tf.while_loop(
+            lambda count, *_: count < steps,
+            step,
+            (0, x, tf.zeros_like(y, tf.bool)),
+            parallel_iterations=1,
+        )[1:]
+
+
+def plain_network(
+    x: np.ndarray, y: np.ndarray, classes: int, seed: int
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return a small network that was trained on examples without an adversary.
+
+    Args:
+        x: inputs.
+        y: their classes.
+        classes: how many there are.
+        seed: of its first weights.
+
+    Returns:
+        A model of Keras 3 that returns logits.
+    """
+    k = _keras.keras
+    scale = 1.0 / (float(np.std(x)) + 1e-6)
+
+    def dense(units: int, name: str, activation: str | None = None) -> Any:
+        start = k.initializers.HeNormal(seed=seed)
+        return k.layers.Dense(
+            units, activation, kernel_initializer=start, name=name, dtype="float32"
+        )
+
+    # Named, so that they leave no trace in the names that Keras gives to other layers.
+    network = k.Sequential(
+        [
+            k.Input(x.shape[1:], name="inputs"),
+            k.layers.Rescaling(scale, -float(np.mean(x)) * scale, name="scale", dtype="float32"),
+            k.layers.Flatten(name="flat", dtype="float32"),
+            dense(_HIDDEN_UNITS, "hidden", "relu"),
+            dense(classes, "logits"),
+        ],
+        name="plain",
+    )
+    network.compile(
+        k.optimizers.Adam(3e-3, name="adam"),
+        k.losses.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
+    )
+    network.fit(x, y, batch_size=128, epochs=_EPOCHS, shuffle=False, verbose=0)
+    return _keras.inference(network)

@@ -1,0 +1,168 @@
+"""The state of an evaluation in a file, from which one that was stopped continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _files, _keras
+from tscnc_tf._reports import jsonable
+from tscnc_tf.evaluation.report import EnsemblePart
+
+_FORMAT = 1
+# Of the logits on the first examples, which tell models without visible weights apart.
+_PROBED, _TOLERANCE = 16, 1e-3
+_SECONDS_BETWEEN_WRITES = 1.0
+
+
+@dataclasses.dataclass
+class AttackProgress:
+    """How far an attack has come.
+
+    Attributes:
+        correct: per example, whether the model is right so far.
+        before: the same as the current part began.
+        part: the number of parts of an ensemble that are done; 1 for an attack that is done.
+        batch: the number of batches of the current part that are done.
+        farthest: the largest perturbation so far, by norm.
+        tied: how many examples had equal largest logits so far.
+        seconds: the time spent so far.
+        part_seconds: that of the current part.
+        stages: what the parts did that are done.
+    """
+
+    correct: np.ndarray
+    before: np.ndarray
+    part: int = 0
+    batch: int = 0
+    farthest: dict[str, float] = dataclasses.field(default_factory=dict)
+    tied: int = 0
+    seconds: float = 0.0
+    part_seconds: float = 0.0
+    stages: list[EnsemblePart] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {name: _text(values[name]) for name in ("correct", "before")}
+        values["stages"] = [stage.to_dict() for stage in self.stages]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AttackProgress:
+        """Build an object from what `to_dict` returned."""
+        arrays = {name: _mask(values[name]) for name in ("correct", "before")}
+        stages = [EnsemblePart(**stage) for stage in values["stages"]]
+        return cls(**{**values, **arrays, "stages": stages})
+
+
+class EvaluationState:
+    """The progress of all attacks, kept in a file if there is a path for one.
+
+    Args:
+        path: of the file, which need not exist; None keeps nothing.
+        identity: what must be the same for an evaluation to continue, as JSON values.
+        logits: the clean logits, `(examples, classes)`; of the first ones it is asked that they
+            are nearly the same.
+
+    Raises:
+        ValueError: the file is of another evaluation, or it is none.
+    """
+
+    def __init__(self, path: Any, identity: Mapping[str, Any], logits: np.ndarray) -> None:
+        self._path = None if path is None else pathlib.Path(path).expanduser()
+        self._identity = json.loads(json.dumps(jsonable(identity)))
+        self._logits = logits[:_PROBED].astype(float)
+        self._attacks: dict[str, AttackProgress] = {}
+        self._written = 0.0
+        if self._path is not None and self._path.exists():
+            self._read(self._path)
+
+    def of(self, name: str, correct: np.ndarray) -> AttackProgress:
+        """Return the progress of an attack, by its name; what is `correct` before it begins."""
+        return self._attacks.setdefault(name, AttackProgress(correct.copy(), correct.copy()))
+
+    def save(self, *, now: bool = False) -> None:
+        """Write the file, unless it was written less than a second ago.
+
+        Args:
+            now: whether to write it in any case.
+        """
+        if self._path is None:
+            return
+        if not now and time.monotonic() - self._written < _SECONDS_BETWEEN_WRITES:
+            return
+        content = {
+            "format": _FORMAT,
+            "identity": self._identity,
+            "logits": self._logits.tolist(),
+            "attacks": {name: each.to_dict() for name, each in self._attacks.items()},
+        }
+        _files.write_text(self._path, json.dumps(content) + "\n")
+        self._written = time.monotonic()
+
+    def _read(self, path: pathlib.Path) -> None:
+        way_out = "Continue with what it was begun with, or remove the file and begin anew."
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found, version = content["identity"], content["format"]
+            logits = np.asarray(content["logits"], float)
+            attacks = {
+                name: AttackProgress.from_dict(each) for name, each in content["attacks"].items()
+            }
+        except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"state_path={str(path)!r} is not the state of an evaluation ({error}): remove the "
+                "file, or choose another path."
+            ) from error
+        other = [name for name in self._identity if found.get(name) != self._identity[name]]
+        if version != _FORMAT:
+            other.append("format")
+        if other:
+            names = ", ".join(
+                f"{name} (was {_short(found.get(name))}, is {_short(self._identity.get(name))})"
+                for name in other
+            )
+            raise ValueError(
+                f"state_path={str(path)!r} is of another evaluation; what differs: {names}. "
+                f"{way_out}"
+            )
+        size = np.max(np.abs(self._logits))
+        if not np.allclose(logits, self._logits, rtol=0.0, atol=_TOLERANCE * size):
+            raise ValueError(
+                f"state_path={str(path)!r} is of another model: its logits on the first examples "
+                f"differ. {way_out}"
+            )
+        self._attacks = attacks
+
+
+def digests(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, str]:
+    """Return SHA-256 of the data, and of a model's weights if it has some that can be read."""
+    found = {"data": _files.digest([("x", x), ("y", y)])}
+    if _keras.flavour(model) is not None:
+        weights = model.get_weights()
+    else:
+        weights = [np.asarray(each) for each in getattr(model, "variables", None) or ()]
+    if not weights:
+        return found
+    named = ((str(index), weight) for index, weight in enumerate(weights))
+    return found | {"weights": _files.digest(named)}
+
+
+def _text(mask: np.ndarray) -> str:
+    return "".join("1" if entry else "0" for entry in mask)
+
+
+def _mask(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8) == ord("1")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,102 @@
+"""The patterns that the zeros of a kernel make: dead channels, 2:4, blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from tscnc_tf import _reports
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelStructure(_reports.Record):
+    """The patterns of the zeros of one kernel.
+
+    Blocks lie on a grid in the matrix (inputs × outputs) of each position, as tfmot's `block_size`
+    counts them. Zeros at random places form whole blocks of 16, too: at a sparsity s, a share of
+    s^15 of them (86 % at 99 %), which a block format uses all the same.
+
+    Attributes:
+        filters: the number of output channels.
+        dead_filters: how many of them have only zero weights.
+        inputs: the number of input channels.
+        dead_inputs: how many of them are read by zero weights only.
+        two_of_four: the share of groups of four successive inputs (of one output, at one position)
+            with at least two zeros; 1 is the pattern 2:4 that NVIDIA's sparse tensor cores take.
+            None where there are fewer than four inputs.
+        blocks_4x4: the share of the zeros that lie in all-zero blocks of 4 inputs and 4 outputs; 1
+            is a block-sparse kernel. None without zeros, or where a block is larger than the
+            matrix.
+        blocks_1x16: likewise with blocks of one input and 16 outputs.
+        blocks_16x1: likewise with blocks of 16 inputs and one output, as LiteRT's sparse fully
+            connected kernel takes them.
+    """
+
+    filters: int
+    dead_filters: int
+    inputs: int
+    dead_inputs: int
+    two_of_four: float | None
+    blocks_4x4: float | None
+    blocks_1x16: float | None
+    blocks_16x1: float | None
+
+    @classmethod
+    def of(cls, kernel: np.ndarray) -> KernelStructure:
+        """Return the structure of a kernel `(groups, positions, inputs, outputs)`."""
+        zero = kernel == 0
+        dead_filters, dead_inputs = zero.all(axis=(1, 2)), zero.all(axis=(1, 3))
+        two_of_four = None
+        if zero.shape[2] >= 4:
+            two_of_four = float(np.mean(_blocks(zero, 4, 1).sum(axis=(3, 5)) >= 2))
+        return cls(
+            filters=dead_filters.size,
+            dead_filters=int(dead_filters.sum()),
+            inputs=dead_inputs.size,
+            dead_inputs=int(dead_inputs.sum()),
+            two_of_four=two_of_four,
+            blocks_4x4=_share_in_blocks(zero, 4, 4),
+            blocks_1x16=_share_in_blocks(zero, 1, 16),
+            blocks_16x1=_share_in_blocks(zero, 16, 1),
+        )
+
+    @property
+    def shares(self) -> tuple[float | None, ...]:
+        """The shares of 2:4, 4×4, 1×16 and 16×1."""
+        return self.two_of_four, self.blocks_4x4, self.blocks_1x16, self.blocks_16x1
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The complete patterns and the dead channels, in words; empty if there are none."""
+        dead = [(self.dead_filters, self.filters, "filters")]
+        dead += [(self.dead_inputs, self.inputs, "inputs")]
+        patterns = ["2:4 along the inputs"]
+        patterns += [f"all zeros in {block} blocks" for block in ("4×4", "1×16", "16×1")]
+        return (
+            *(f"{few} of {count} {what} dead" for few, count, what in dead if few),
+            *(text for text, share in zip(patterns, self.shares, strict=True) if share == 1.0),
+        )
+
+
+def _blocks(zero: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return the last two axes as blocks, `(..., down, height, across, width)`.
+
+    What is missing at the edges counts as zero, as runtimes pad it.
+    """
+    missing = (-zero.shape[2] % height, -zero.shape[3] % width)
+    pads = ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))
+    padded = np.pad(zero, pads, constant_values=True)
+    down, across = padded.shape[2] // height, padded.shape[3] // width
+    return padded.reshape(*padded.shape[:2], down, height, across, width)
+
+
+def _share_in_blocks(zero: np.ndarray, height: int, width: int) -> float | None:
+    """Return the share of the zeros that lie in all-zero blocks."""
+    inputs, outputs = zero.shape[2:]
+    count = int(zero.sum())
+    if not count or inputs < height or outputs < width:
+        return None
+    dead = _blocks(zero, height, width).all(axis=(3, 5))
+    inside = dead.repeat(height, axis=2).repeat(width, axis=3)[:, :, :inputs, :outputs]
+    return int(inside.sum()) / count
