@@ -113,7 +113,7 @@ def condition_budgets(
 
 
 class _Curve(NamedTuple):
-    """What a layer's condition number is at some numbers of weights.
+    """The condition number of a layer as a function of the number of weights that it keeps.
 
     Attributes:
         counts: of weights, rising; the last is all.
@@ -144,7 +144,7 @@ class _Measure:
             )
 
     def curve(self, lowest: float) -> _Curve:
-        """Return what is measured from a density on."""
+        """Return the measurements at densities of at least `lowest`."""
         size = self._target.size
         first = max(1, self._minimum, math.ceil(lowest * size))
         counts = np.unique(np.round(np.geomspace(first, size, _LEVELS)).astype(int)).tolist()
@@ -173,7 +173,7 @@ def _above(counts: list[int], curves: list[_Curve]) -> bool:
 
 
 def _share(curves: list[_Curve], total: int) -> list[int]:
-    """Return how many weights each layer keeps: from the fewest on, where they help most, each."""
+    """Return how many weights each layer keeps: the fewest, and more where a weight helps most."""
     kept = [curve.counts[0] for curve in curves]
     left = total - sum(kept)
     steps = [

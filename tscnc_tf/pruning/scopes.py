@@ -18,7 +18,7 @@ SCOPES = ("layer", "global", "erk")
 
 
 class Units(NamedTuple):
-    """What is kept or goes as one, of one weight tensor.
+    """The units of one weight tensor, each of which is kept or pruned as a whole.
 
     Attributes:
         scores: a float vector, one per unit.
@@ -55,7 +55,7 @@ class Scope(abc.ABC):
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
             return functional.largest(units.scores, exact)
-        # Units are taken as long as they fit; the minimum is reached, if by a unit too many.
+        # Units are kept as long as they fit into the count, so it is raised to reach the minimum.
         reach = minimum + int(np.max(units.size)) - 1
         return functional.largest_within(units.scores, units.size, tf.maximum(count, reach))
 
