@@ -83,8 +83,8 @@ class APGD(Search, GradientAttack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: an argument is none of those above; or, when called, the model has too few
-            classes for the loss: 3 are needed by both forms of dlr.
+        ValueError: an argument is none of those above; or, when called with loss "dlr", the model
+            has fewer than 3 classes.
 
     Example:
         >>> import tensorflow as tf
@@ -157,9 +157,10 @@ class APGD(Search, GradientAttack):
         return self.steps
 
     def _attempts(self, classes: int | None) -> int:
-        if classes is not None and classes < 3 and self._objective in ("dlr", "targeted_dlr"):
+        if classes is not None and classes < 3 and self._objective == "dlr":
             raise ValueError(
-                f"loss={self.loss!r} needs 3 classes, got a model of {classes}. Use loss='ce'."
+                f"loss={self.loss!r} needs 3 classes, got a model of {classes}. Use loss='ce' or "
+                "'targeted_dlr'."
             )
         return super()._attempts(classes)
 

@@ -35,17 +35,28 @@ class Probe:
 
     Args:
         logits_fn: from x to logits, in inference mode.
+        shape: of an input.
         norm: "linf", "l2" or "l1".
         bounds: the smallest and the largest value of an input.
     """
 
     def __init__(
-        self, logits_fn: Callable[[tf.Tensor], Any], norm: str, bounds: tuple[float, float]
+        self,
+        logits_fn: Callable[[tf.Tensor], Any],
+        shape: tuple[int, ...],
+        norm: str,
+        bounds: tuple[float, float],
     ) -> None:
         self._logits_fn = logits_fn
         self._norm = "l2" if norm == "l1" else norm
         self._bounds = bounds
-        self._function = tf.function(self._attack, autograph=False, reduce_retracing=True)
+        signature = [
+            tf.TensorSpec((None, *shape), tf.float32),
+            tf.TensorSpec((None,), tf.int64),
+            tf.TensorSpec((), tf.float32),
+            tf.TensorSpec((), tf.int32),
+        ]
+        self._function = tf.function(self._attack, signature, autograph=False)
 
     def ladder(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> Ladder:
         """Return what is left in balls from `epsilon` up, of the first 64 examples.
@@ -73,7 +84,7 @@ class Probe:
 
     def _run(self, x: np.ndarray, y: np.ndarray, epsilon: float, steps: int) -> Any:
         numbers = tf.constant(epsilon, tf.float32), tf.constant(steps)
-        return self._function(tf.constant(x), tf.constant(y), *numbers)
+        return self._function(tf.constant(x), tf.constant(y, tf.int64), *numbers)
 
     def _attack(
         self, x: tf.Tensor, y: tf.Tensor, epsilon: tf.Tensor, steps: tf.Tensor

@@ -316,13 +316,14 @@ class _Evaluation:
         if ball is None or ball.epsilon is None or not len(rows) or not self._examined.has_gradient:
             return []
         norm, radius = ball.description["norm"], ball.epsilon
-        probe = probes.Probe(self._examined.call, norm, self._bounds)
+        shape = self._inputs.shape[1:]
+        probe = probes.Probe(self._examined.call, shape, norm, self._bounds)
         ladder = probe.ladder(self._inputs[rows], self._labels[rows], radius)
         found = diagnostics.of_ladder(ladder.by_radius, ladder.by_steps)
         network = probes.plain_network(
             self._inputs, self._labels, self._examined.classes, self._seed
         )
-        transfer = probes.Probe(network, norm, self._bounds)
+        transfer = probes.Probe(network, shape, norm, self._bounds)
         left = np.logical_and.reduce([self._clean, *(each.correct for each in results.values())])
         fooled = 0
         rows = np.flatnonzero(left)

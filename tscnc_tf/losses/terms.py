@@ -206,17 +206,19 @@ def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
     .. math:: \mathrm{DLR}(y, t, z) =
         -\frac{z_y - z_t}{z_{\pi_1} - \frac12 (z_{\pi_3} + z_{\pi_4})}
 
-    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits; of three classes, which have
-    no fourth logit, the denominator is that of `dlr`. It is positive where t leads y.
+    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits. It is positive where t leads
+    y.
+    With fewer than four classes it is the numerator alone, :math:`z_t - z_y`: there is no fourth
+    logit, and of three the ratio to :math:`z_{\pi_1} - z_{\pi_3}` would be constant where t is the
+    least likely class.
 
     Args:
         labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
         targets: the classes t, integers `(batch,)`.
-        logits: `(batch, classes)`, any float dtype, at least three classes.
+        logits: `(batch, classes)`, any float dtype, at least two classes.
 
     Raises:
-        ValueError: there are fewer than three classes, logits are not a float tensor of rank 2, or
-            labels don't fit them.
+        ValueError: logits are not a float tensor of rank 2, or labels don't fit them.
 
     Example:
         >>> float(targeted_dlr([0], [2], [[3.0, 1.0, 2.0, 0.0]])[0])
@@ -225,12 +227,13 @@ def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
     Reference:
         Croce & Hein 2020, arXiv 2003.01690, section 4.
     """
-    logits = lifted(logits, classes=3)
+    logits = lifted(logits)
     chosen = tf.gather(logits, tf.convert_to_tensor(targets), batch_dims=1)
     true, _ = split(labels, logits)
     sizes = tf.sort(logits, axis=-1, direction="DESCENDING")
-    lowest = tf.reduce_mean(sizes[:, 2:4], axis=-1)
-    return (chosen - true) / (sizes[:, 0] - lowest + 1e-12)
+    lowest = tf.reduce_sum(sizes[:, 2:4], axis=-1) / 2
+    width = tf.where(tf.shape(logits)[1] < 4, 1.0, sizes[:, 0] - lowest)
+    return (chosen - true) / (width + 1e-12)
 
 
 def lifted(logits: Any, classes: int = 2) -> tf.Tensor:

@@ -1,0 +1,343 @@
+"""AutoAttack as the measure: closed forms, planted faults, stopped evaluations, curves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_evaluation import BIAS, CLASSES, EPSILON, WEIGHTS, X, Y, linear, margins, quiet, robust
+
+import tscnc_tf as tscnc
+from tscnc_tf import attacks, evaluation
+from tscnc_tf._keras import keras, tf_keras
+from tscnc_tf.evaluation import EvaluationWarning, diagnostics, evaluate_robustness, probes
+from tscnc_tf.evaluation import run as run_module
+
+FEW = 60
+
+
+def robust_l2(epsilon, x=X, y=Y):
+    """Return which examples no l2 perturbation can change, by hand."""
+    reach = np.linalg.norm(WEIGHTS[:, y].T[:, :, None] - WEIGHTS[None], axis=1)
+    return np.all(margins(x, y) > epsilon * reach, axis=1)
+
+
+def flagged(model, *arguments, **options):
+    """Evaluate a model of which warnings are expected."""
+    with pytest.warns(EvaluationWarning):
+        return quiet(model, *arguments, **options)
+
+
+# --- The default ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(None, robust), ("l2", robust_l2)])
+def test_autoattack_is_the_default_and_exact_on_a_linear_model(norm, expected):
+    radius = 0.12 if norm == "l2" else EPSILON
+    report = quiet(linear, X[:FEW], Y[:FEW], epsilon=radius, norm=norm, batch_size=25)
+    np.testing.assert_array_equal(report.robust_correct, expected(radius, X[:FEW], Y[:FEW]))
+    assert report.flags == ()
+    [(name, result)] = report.attacks.items()
+    assert name == f"AutoAttack-standard {norm or 'linf'} {radius}"
+    assert [part.name.split()[0] for part in result.stages] == [
+        *("APGD-100", "APGD-100", "FAB-100", "Square-5000")
+    ]
+    # Each attack is run on what those before it left, beginning with what is right.
+    left = int(np.sum(report.clean_correct))
+    for part in result.stages:
+        assert part.examples == left
+        left -= part.fooled
+    assert left == int(np.sum(report.robust_correct)) > 0
+    [described] = json.loads(json.dumps(report.to_dict()))["attacks"]
+    assert [part["fooled"] for part in described["attacks"]] == [
+        part.fooled for part in result.stages
+    ]
+    assert f"fooled {result.stages[0].fooled} of {result.stages[0].examples}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "epsilon must be given, such as epsilon='8/255'"),
+        ({"norm": "l2"}, "epsilon must be given"),
+        ({"attacks": attacks.FGSM(epsilon=0.1), "epsilon": 0.1}, "epsilon=0.1 is for an eval"),
+        ({"attacks": attacks.FGSM(epsilon=0.1), "norm": "l2"}, "norm='l2' is for an evaluation"),
+        ({"epsilon": 0.1, "norm": "l3"}, "norm must be one of"),
+        ({"epsilon": 2.0}, "epsilon must be at most the width of bounds"),
+    ],
+)
+def test_arguments_that_contradict_each_other(options, words):
+    with pytest.raises(ValueError, match=words):
+        quiet(linear, X, Y, **options)
+
+
+# --- Planted faults ---------------------------------------------------------------------------
+
+
+def test_a_model_without_gradient_is_judged_by_the_part_that_needs_none():
+    def quantised(x):
+        return linear(tf.round(64 * x) / 64)
+
+    report = flagged(quantised, X[:FEW], Y[:FEW], epsilon=EPSILON)
+    assert set(report.flags) == {
+        *("zero-gradients", "non-differentiable-operations", "no-gradient")
+    }
+    [result] = report.attacks.values()
+    assert [part.name for part in result.stages] == [f"Square-5000 linf {EPSILON}"]
+    # Rounding moves an input by 1/128 at most.
+    least, most = (robust(EPSILON + shift, X[:FEW], Y[:FEW]) for shift in (1 / 128, -1 / 128))
+    assert np.all(report.robust_correct >= least) and np.all(report.robust_correct <= most)
+    rand = attacks.AutoAttack(epsilon=EPSILON, version="rand")
+    with (
+        pytest.warns(EvaluationWarning),
+        pytest.raises(ValueError, match=r"AutoAttack-rand .* can't be run: .* no gradient"),
+    ):
+        quiet(quantised, X[:FEW], Y[:FEW], rand)
+
+
+@tf.custom_gradient
+def misleading(x):
+    """Return the logits of the linear model with gradients that point the wrong way."""
+    return linear(x), lambda upstream: -upstream @ tf.transpose(tf.constant(WEIGHTS))
+
+
+def test_gradients_that_mislead_are_found_in_four_ways():
+    square = attacks.Square(epsilon=EPSILON, queries=200)
+    apgd = attacks.APGD(epsilon=EPSILON, steps=10, loss="targeted_dlr")
+    report = flagged(misleading, X, Y, [apgd, square], diagnose=True)
+    assert {"black-box-wins", "ladder"} <= set(report.flags)
+    alone = flagged(misleading, X, Y, apgd, diagnose=True)
+    assert {"transfer-wins", "ladder"} <= set(alone.flags)
+    sound = quiet(linear, np.tile(X, (4, 1)), np.tile(Y, 4), [apgd, square], diagnose=True)
+    assert sound.flags == ()
+
+
+def test_a_detector_that_answers_with_equal_logits_is_flagged():
+    def detector(x):
+        is_clean = tf.reduce_any(tf.reduce_all(x[:, None] == X[None], axis=-1), axis=1)
+        return tf.where(is_clean[:, None], linear(x), tf.zeros((1, CLASSES)))
+
+    report = flagged(detector, X, Y, attacks.PGD(epsilon=EPSILON, steps=3))
+    assert "tied-logits" in report.flags
+
+
+def test_the_part_of_an_ensemble_without_gradient_is_watched_too(monkeypatch):
+    """Square comes last in AutoAttack: what it finds alone is no good sign."""
+    short = (
+        attacks.APGD(epsilon=EPSILON, steps=5),
+        attacks.Square(epsilon=EPSILON, queries=200),
+    )
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", short)
+    report = flagged(misleading, X, Y, epsilon=EPSILON)
+    assert {"black-box-wins", "ladder"} <= set(report.flags)
+
+
+def test_what_was_trained_and_pruned_by_this_package_raises_no_flag(finished):
+    stage = tscnc.experiments.open_stage(finished / "3-finetune")
+    data = tscnc.datasets.load("digits")
+    x, y = data.x_test[:128], data.y_test[:128]
+    opponents = [
+        attacks.APGD(epsilon=0.1, steps=20),
+        attacks.APGD(epsilon=0.1, steps=20, loss="targeted_dlr", target_classes=3),
+        attacks.Square(epsilon=0.1, queries=200),
+    ]
+    assert quiet(stage.model, x, y, opponents, diagnose=True).flags == ()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "steps", "words"),
+    [
+        ({0.1: 0.6, 0.2: 0.3, 1.0: 0.0}, {1: 0.7, 20: 0.6}, []),
+        ({0.1: 0.6, 1.0: 0.2}, {1: 0.7, 20: 0.6}, ["in a ball of radius 1.* leaves 20.0 %"]),
+        ({0.1: 0.3, 0.2: 0.5, 1.0: 0.0}, {1: 0.7, 20: 0.3}, ["larger balls do not.* 30.0, 50.0"]),
+        ({0.1: 0.6, 1.0: 0.0}, {1: 0.2, 20: 0.6}, ["20 steps leave 60.0 %, and 1 of them 20.0"]),
+    ],
+)
+def test_what_a_ladder_says(accuracies, steps, words):
+    found = diagnostics.of_ladder(accuracies, steps)
+    assert [each.name for each in found] == ["ladder"] * len(words)
+    for each, text in zip(found, words, strict=True):
+        assert tf.strings.regex_full_match(each.text, f".*{text}.*")
+
+
+def test_the_ladder_of_a_linear_model_is_its_closed_form():
+    right = np.argmax(X @ WEIGHTS + BIAS, axis=1) == Y
+    x, y = X[right][:64], Y[right][:64]
+    ladder = probes.Probe(linear, (6,), "linf", (0.0, 1.0)).ladder(x, y, 0.05)
+    assert list(ladder.by_radius) == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0]
+    for radius in (0.05, 0.1):  # the bounds are 0.2 away
+        expected = np.mean(robust(radius, x, y))
+        assert ladder.by_radius[radius] == pytest.approx(expected, abs=0.05)
+    assert ladder.by_radius[1.0] == 0.0
+    assert ladder.by_steps[20] == ladder.by_radius[0.05] <= ladder.by_steps[1]
+
+
+def test_the_plain_network_learns_and_leaves_no_trace():
+    before = keras.layers.Dense(1).name
+    network = probes.plain_network(X, Y, CLASSES, seed=0)
+    accuracy = np.mean(np.argmax(network(tf.constant(X)), axis=1) == Y)
+    assert accuracy > 0.75  # a tenth of the labels is wrong
+    np.testing.assert_array_equal(
+        network(tf.constant(X)), probes.plain_network(X, Y, CLASSES, seed=0)(tf.constant(X))
+    )
+    number = int(before.split("_")[-1]) if "_" in before else 0
+    assert keras.layers.Dense(1).name == f"dense_{number + 1}"
+
+
+# --- Evaluations that were stopped ------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """What stops an evaluation in these tests."""
+
+
+def stop_after(monkeypatch, batches):
+    """Let an evaluation run for so many batches; return the list of those that it ran."""
+    done, count = [], run_module._Evaluation._count
+
+    def counted(self, part, run, index, *arguments):
+        if len(done) == batches:
+            raise Stopped
+        count(self, part, run, index, *arguments)
+        done.append((part.name, index))
+
+    monkeypatch.setattr(run_module._Evaluation, "_count", counted)
+    return done
+
+
+def same(first, second):
+    np.testing.assert_array_equal(first.robust_correct, second.robust_correct)
+    for name, result in first.attacks.items():
+        other = second.attacks[name]
+        np.testing.assert_array_equal(result.correct, other.correct)
+        assert result.largest_distance == other.largest_distance
+        assert [part.to_dict() | {"seconds": 0} for part in result.stages] == [
+            part.to_dict() | {"seconds": 0} for part in other.stages
+        ]
+
+
+@pytest.mark.parametrize("batches", [4, 7])
+def test_an_evaluation_continues_where_it_stopped(batches, monkeypatch, tmp_path):
+    short = (
+        attacks.APGD(epsilon=EPSILON, steps=5, loss="targeted_dlr"),
+        attacks.Square(epsilon=EPSILON, queries=20),
+    )
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", short)
+    monkeypatch.setattr("tscnc_tf.evaluation.state._SECONDS_BETWEEN_WRITES", 0.0)
+    opponents = [attacks.PGD(epsilon=EPSILON, steps=2), attacks.AutoAttack(epsilon=EPSILON)]
+    options = {"batch_size": 100, "seed": 3, "diagnose": False}
+    whole = quiet(linear, X, Y, opponents, **options)
+    state = tmp_path / "new" / "state.json"
+    with monkeypatch.context() as patch:
+        before = stop_after(patch, batches)
+        with pytest.raises(Stopped):
+            quiet(linear, X, Y, opponents, state_path=state, **options)
+    json.loads(state.read_text())
+    with monkeypatch.context() as patch:
+        after = stop_after(patch, 100)
+        same(whole, quiet(linear, X, Y, opponents, state_path=state, **options))
+    assert len(before) == batches and not set(before) & set(after)
+    with monkeypatch.context() as patch:
+        assert stop_after(patch, 0) == []
+        same(whole, quiet(linear, X, Y, opponents, state_path=state, **options))
+
+
+def dense(k, scale=1.0):
+    model = k.Sequential([k.Input((6,)), k.layers.Dense(CLASSES)])
+    model.set_weights([scale * WEIGHTS, scale * BIAS])
+    return model
+
+
+def test_a_state_of_another_evaluation_is_refused(tmp_path):
+    state, attack = tmp_path / "state.json", attacks.FGSM(epsilon="1/20")
+    given = {"model": dense(keras), "x": X, "y": Y, "attacks": attack, "seed": 1}
+
+    def run(**changes):
+        return evaluate_robustness(**(given | changes), state_path=state, progress=False)
+
+    report = run()
+    assert (
+        json.loads(state.read_text())["identity"]["attacks"]["FGSM linf 1/20"]["epsilon"] == "1/20"
+    )
+    assert set(report.digests) == {"data", "weights"}
+    assert report.to_dict()["digests"] == report.digests
+    assert run(model=dense(tf_keras)).robust_accuracy == report.robust_accuracy  # the same weights
+    for changes, words in [
+        ({"seed": 2}, r"what differs: seed \(was 1, is 2\)"),
+        ({"attacks": attacks.FGSM(epsilon=0.06)}, "what differs: attacks"),
+        ({"x": X[::-1].copy(), "y": Y[::-1].copy()}, "what differs: data"),
+        ({"model": dense(keras, 1.001)}, "what differs: weights"),
+        ({"batch_size": 7}, r"batch_size \(was 128, is 7\)"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            run(**changes)
+    content = json.loads(state.read_text())
+    content["identity"]["versions"]["tensorflow"] = "1.0"
+    state.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="what differs: versions"):
+        run()
+    for text in ("", "[]", "{}", '{"identity": {}, "format": 1}', "no JSON"):
+        state.write_text(text)
+        with pytest.raises(ValueError, match="is not the state of an evaluation"):
+            run()
+
+
+def test_a_state_of_another_function_is_refused(tmp_path):
+    state, attack = tmp_path / "state.json", attacks.FGSM(epsilon=EPSILON)
+    quiet(linear, X, Y, attack, state_path=state)
+    with pytest.raises(ValueError, match="of another model: its logits on the first examples"):
+        quiet(lambda x: linear(x) * 1.1, X, Y, attack, state_path=state)
+
+
+# --- Curves -----------------------------------------------------------------------------------
+
+
+def test_a_curve_of_a_linear_model_is_its_closed_form():
+    radii = ["8/255", 0.15, 0.01]
+    curve = evaluation.robustness_curve(
+        *(linear, X, Y, radii),
+        attack=lambda e: attacks.APGD(epsilon=e, steps=10, loss="targeted_dlr"),
+        progress=False,
+    )
+    assert curve.epsilons == (0.01, "8/255", 0.15)
+    expected = [np.mean(robust(radius)) for radius in (0.01, 8 / 255, 0.15)]
+    np.testing.assert_allclose(curve.accuracies, expected, atol=0.004)
+    assert curve.clean_accuracy == 0.9 and np.all(np.diff(curve.correct.astype(int), axis=0) <= 0)
+    sizes = [report.examples for report in curve.reports]
+    assert sizes == [300, *(int(row.sum()) for row in curve.correct[:-1])]
+    lines = str(curve).splitlines()
+    assert any("8/255" in line and f"{100 * curve.accuracies[1]:.2f} %" in line for line in lines)
+    described = json.loads(json.dumps(curve.to_dict()))
+    assert described["accuracies"] == list(curve.accuracies)
+    pytest.importorskip("matplotlib")
+    [axes] = curve.plot().axes
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [0, 0.01, 8 / 255, 0.15])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.9, *curve.accuracies])
+    assert axes.get_xlabel() == "ε (linf)"
+
+
+def test_a_curve_ends_where_nothing_is_left():
+    curve = evaluation.robustness_curve(
+        linear, X[:20], Y[:20], [0.9, 0.8, 0.01], attack=lambda e: attacks.FGSM(epsilon=e)
+    )
+    assert curve.accuracies[1:] == (0.0, 0.0) and len(curve.reports) == 2
+
+
+@pytest.mark.parametrize(
+    ("radii", "options", "words"),
+    [
+        ([], {}, "epsilons must be radii, one or more and no two alike"),
+        ([0.1, "1/10"], {}, "no two alike"),
+        ([0.0], {}, "epsilons must be > 0"),
+        (
+            [0.1],
+            {"attack": lambda e: attacks.FGSM(epsilon=e, norm="l2")},
+            "attack returned one of norm 'l2' for a curve of norm='linf'",
+        ),
+    ],
+)
+def test_curves_that_are_refused(radii, options, words):
+    with pytest.raises(ValueError, match=words):
+        evaluation.robustness_curve(linear, X, Y, radii, **options)
