@@ -298,7 +298,7 @@ def inspect_model(model: pathlib.Path) -> Result:
 @click.option("--layers", multiple=True, help="Pattern of layers' names; may be repeated.")
 @click.option(
     "--scope",
-    type=click.Choice(["layer", "global", "erk"]),
+    type=click.Choice(["layer", "global", "erk", "igq", "lamp"]),
     default="layer",
     show_default=True,
     help="Whether each layer has this sparsity, or all of them together.",

@@ -1,7 +1,8 @@
 """Evaluate a network by attacks of CleverHans and of the Adversarial Robustness Toolbox (ART).
 
-Any callable `(model, x, y) -> x_adv` is an attack. `attacks.Custom` declares its ball, so that the
-evaluation also checks that its outputs stay inside.
+`attacks.CleverHans` runs that library's attacks by name. Of any other one, a callable
+`(model, x, y) -> x_adv` is an attack; `attacks.Custom` declares its ball, so that the evaluation
+also checks that its outputs stay inside.
 
     pip install adversarial-robustness-toolbox
     python examples/other_libraries_attacks.py [--epochs 20] [--seed 0]
@@ -15,30 +16,12 @@ import numpy as np
 import tf_keras
 from art.attacks.evasion import AutoProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
-from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import tscnc_tf as tscnc
 
 EPSILON = 0.1
-
-
-def cleverhans_pgd(model, x, y):
-    """PGD as CleverHans runs it, eagerly."""
-    return projected_gradient_descent(
-        model,
-        x,
-        EPSILON,
-        EPSILON / 4,
-        20,
-        np.inf,
-        clip_min=0.0,
-        clip_max=1.0,
-        y=y,
-        rand_init=False,
-        sanity_checks=False,
-    )
 
 
 def art_apgd(model, x, y):
@@ -84,11 +67,14 @@ def main() -> None:
     trainer.compile(tf_keras.optimizers.Adam(1e-3))
     trainer.fit(x, y, batch_size=64, epochs=args.epochs, verbose=0)
 
-    custom = tscnc.attacks.Custom
     attacks = [
         attack,
-        custom(function=cleverhans_pgd, epsilon=EPSILON, name="CleverHans PGD-20"),
-        custom(function=art_apgd, epsilon=EPSILON, name="ART Auto-PGD"),
+        tscnc.attacks.CleverHans(
+            "momentum_iterative_method",
+            epsilon=EPSILON,
+            options={"nb_iter": 20, "eps_iter": EPSILON / 4},
+        ),
+        tscnc.attacks.Custom(art_apgd, epsilon=EPSILON, name="ART Auto-PGD"),
     ]
     print(tscnc.evaluate_robustness(model, x_test, y_test, attacks=attacks, seed=args.seed))
 

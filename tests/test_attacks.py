@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from cleverhans.tf2.attacks.fast_gradient_method import fast_gradient_method
-from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +26,7 @@ from tscnc_tf.attacks import (
     PGD,
     Attack,
     AutoAttack,
+    CleverHans,
     Custom,
     GradientAttack,
     Square,
@@ -102,6 +101,10 @@ ATTACKS = {
     Square: lambda **more: Square(**{"epsilon": "8/255", "queries": 5, **more}),
     # In so large a ball no example is left for the attacks that take long.
     AutoAttack: lambda **more: AutoAttack(**{"epsilon": 0.8, **more}),
+    CleverHans: lambda **more: CleverHans(
+        "projected_gradient_descent",
+        **{"epsilon": "8/255", "options": {"nb_iter": 3, "eps_iter": "4/255"}, **more},
+    ),
     Custom: lambda **more: Custom(
         darker, **{"epsilon": 0.1 if more.get("norm") != "l2" else 0.1 * 32**0.5, **more}
     ),
@@ -436,27 +439,17 @@ def test_a_label_that_int32_would_wrap_is_out_of_range(batch):
 def test_agrees_with_cleverhans(norm, targeted, batch):
     x, y = batch
     model = network()
-    order = {"linf": np.inf, "l2": 2}[norm]
-    epsilon = {"linf": 0.1, "l2": 0.5}[norm]
-    common = {"clip_min": 0.0, "clip_max": 1.0, "y": y, "targeted": targeted}
+    ball = {"epsilon": {"linf": 0.1, "l2": 0.5}[norm], "norm": norm}
+    step = ball["epsilon"] / 3
     np.testing.assert_allclose(
-        FGSM(epsilon=epsilon, norm=norm, targeted=targeted)(model, x, y),
-        fast_gradient_method(model, x, epsilon, order, **common),
+        FGSM(targeted=targeted, **ball)(model, x, y),
+        CleverHans("fast_gradient_method", options={"targeted": targeted}, **ball)(model, x, y),
         atol=1e-5,
     )
-    ours = PGD(
-        epsilon=epsilon,
-        step_size=epsilon / 3,
-        steps=6,
-        norm=norm,
-        targeted=targeted,
-        start="none",
-    )
+    options = {"eps_iter": step, "nb_iter": 6, "targeted": targeted, "rand_init": False}
     np.testing.assert_allclose(
-        ours(model, x, y),
-        projected_gradient_descent(
-            model, x, epsilon, epsilon / 3, 6, order, rand_init=False, **common
-        ),
+        PGD(step_size=step, steps=6, targeted=targeted, start="none", **ball)(model, x, y),
+        CleverHans("projected_gradient_descent", options=options, **ball)(model, x, y),
         atol=1e-5,
     )
 

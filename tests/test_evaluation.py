@@ -213,15 +213,17 @@ def test_pruning_wrappers_are_looked_through():
 
 
 @both
-def test_an_attack_of_cleverhans_as_a_plain_callable(k):
-    from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
+def test_an_attack_as_a_plain_callable(k):
+    cleverhans = attacks.CleverHans(
+        "projected_gradient_descent",
+        epsilon=EPSILON,
+        options={"eps_iter": EPSILON / 4, "nb_iter": 10},
+    )
 
     def pgd(model, x, y):
-        return projected_gradient_descent(
-            model, x, EPSILON, EPSILON / 4, 10, np.inf, clip_min=0.0, clip_max=1.0, y=y
-        )
+        return cleverhans(model, x, y)
 
-    report = quiet(keras_model(k), X, Y, [pgd, attacks.Custom(pgd, epsilon=EPSILON)])
+    report = quiet(keras_model(k), X, Y, [pgd, cleverhans])
     plain, declared = report.attacks.values()
     assert (plain.name, plain.declared) == ("pgd", False)
     assert declared.declared

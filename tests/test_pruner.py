@@ -7,6 +7,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import scipy.optimize
 import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS, blobs, conv_model, dense_model, images
@@ -337,6 +338,88 @@ def test_erk_leaves_small_layers_denser(library):
     assert (1 - small.sparsity) / (1 - large.sparsity) == pytest.approx(5.5, rel=0.05)
 
 
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=6), st.sampled_from([0.0, 0.5, 0.99]))
+def test_ideal_gas_quotas_follow_their_definition(sizes, sparsity):
+    """Against a solver; and no layer is starved, as the quotas grow with the sizes."""
+    sizes = np.array(sizes, float)
+    budget = (1 - sparsity) * sizes.sum()
+    scope = scope_for("igq", sized(*((int(size), 1) for size in sizes)), sparsity, 1)
+    counts = np.array([int(count) for count in scope.counts([int(s) for s in sizes], sparsity)])
+    if sparsity == 0.0:
+        np.testing.assert_array_equal(counts, sizes)
+        return
+    factor = scipy.optimize.brentq(
+        lambda log: np.sum(sizes / (1 + np.exp(log) * sizes)) - budget, -60, 60, xtol=1e-14
+    )
+    expected = np.maximum(sizes / (1 + np.exp(factor) * sizes), 1)
+    np.testing.assert_allclose(counts, expected, rtol=1e-4, atol=1)
+
+
+def test_layer_adaptive_scores_follow_their_definition(library):
+    model = dense_model(library)
+    kernels = {layer.name: np.asarray(layer.kernel) for layer in model.layers if layer.weights}
+    scores = {}
+    for name, kernel in kernels.items():
+        squares = kernel.ravel().astype(float) ** 2
+        scores[name] = np.array([s / squares[squares >= s].sum() for s in squares])
+    threshold = np.sort(np.concatenate(list(scores.values())))[-18]
+    pruning.prune_now(model, 0.75, scope="lamp")
+    assert sum(score.size for score in scores.values()) == 72
+    for layer in model.layers:
+        if layer.name in kernels:
+            expected = (scores[layer.name] >= threshold).reshape(kernels[layer.name].shape)
+            np.testing.assert_array_equal(np.asarray(layer.kernel) != 0, expected)
+
+
+def test_layer_adaptive_scores_of_tiny_weights_and_with_a_minimum(library):
+    """The order within a layer stays; what is pruned stays; each filter keeps what it must."""
+    model = dense_model(library)
+    for layer, factor in zip(model.layers, (1e-20, 1.0), strict=False):
+        if layer.weights:
+            layer.kernel.assign(factor * np.asarray(layer.kernel))
+    schedule = schedules.CosineSparsity(0.0, 0.5, begin_step=1, end_step=3, frequency=1)
+    pruner = Pruner(model, schedule, scope="lamp", structure=Unstructured(min_per_filter=1))
+    last = [np.ones_like(mask) for _, mask in values(model).values()]
+    for _ in range(4):
+        pruner.step()
+        masks = [mask for _, mask in values(model).values()]
+        assert all(mask.any(axis=0).all() for mask in masks)
+        assert not any(np.any(mask & ~before) for mask, before in zip(masks, last, strict=True))
+        last = masks
+    assert sum(int(mask.sum()) for mask in last) == 36
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "lamp"])
+def test_minima_of_filters_and_inputs_keep_paths_open(scope, library):
+    layers = library.layers
+    model = functional(
+        library,
+        (6, 6, 8),
+        layers.Conv2D(12, 3, name="conv"),
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(4, name="dense"),
+    )
+    kernels = {layer.name: np.asarray(layer.kernel) for layer in model.layers if layer.weights}
+    structure = Unstructured(min_per_filter=2, min_per_input=1)
+    pruning.prune_now(model, 0.97, scope=scope, structure=structure)
+    for layer in model.layers:
+        if layer.name not in kernels:
+            continue
+        sizes = np.abs(kernels[layer.name]).reshape(-1, *kernels[layer.name].shape[-2:])
+        kept = (np.asarray(layer.kernel) != 0).reshape(sizes.shape)
+        assert kept.sum(axis=(0, 1)).min() >= 2 and kept.sum(axis=(0, 2)).min() >= 1
+        # The best two of each filter, and the best one of each input, are among what is kept.
+        by_filter = sizes.reshape(-1, sizes.shape[-1])
+        for column in range(sizes.shape[-1]):
+            best = np.argsort(by_filter[:, column])[-2:]
+            assert kept.reshape(by_filter.shape)[best, column].all()
+        for row in range(sizes.shape[1]):
+            assert kept[:, row].ravel()[np.argmax(sizes[:, row])]
+    # 24 and 8 for the filters, and at most one more for each input that they leave out.
+    assert sum(int(mask.sum()) for _, mask in values(model).values()) <= 24 + 8 + 8 + 12
+
+
 def test_ratios_by_name_rise_with_the_schedule(library):
     model = dense_model(library)
     schedule = schedules.CosineSparsity(0.0, 0.75, 0, 2, 1)
@@ -513,7 +596,7 @@ def test_with_a_floor_no_filter_dies_along_a_schedule_or_under_one_threshold(lib
 
 
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("scope", ["layer", "global", "erk"])
+@pytest.mark.parametrize("scope", ["layer", "global", "erk", "igq", "lamp"])
 @pytest.mark.parametrize(
     "structure",
     [Unstructured(), Unstructured(2), Block(2, 4), Block(4, 3), Filters(), NM(2, 4)],
@@ -547,7 +630,7 @@ def test_a_weight_that_does_not_suit_a_structure_is_skipped_with_its_reason(libr
 @settings(max_examples=20)
 @given(
     st.sampled_from([Unstructured(), Block(2, 3), Filters()]),
-    st.sampled_from(["layer", "global", "erk"]),
+    st.sampled_from(["layer", "global", "erk", "igq", "lamp"]),
     st.floats(0.0, 0.95),
     st.integers(0, 10**6),
 )
@@ -983,7 +1066,7 @@ def test_what_makes_the_outputs_keeps_them_unless_it_is_chosen(library, structur
         pruning.strip(model)  # the next one shares layers with it
 
 
-@pytest.mark.parametrize("scope", ["layer", "global", "erk", {"hidden": 0.5}], ids=str)
+@pytest.mark.parametrize("scope", ["layer", "global", "igq", "lamp", {"hidden": 0.5}], ids=str)
 @pytest.mark.parametrize("method", ["magnitude", "scores"])
 def test_all_scopes_and_methods_leave_the_outputs(library, method, scope):
     model = dense_model(library)

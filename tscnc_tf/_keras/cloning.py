@@ -117,9 +117,7 @@ class Rebuilder:
         if type(layer) is self.library.layers.Lambda:
             return rebuilt(layer, lambda: _same_lambda(layer))
         if packed is None:
-            with (
-                warnings.catch_warnings()
-            ):  # of functions that no file can hold
+            with warnings.catch_warnings():  # of functions that no file can hold
                 warnings.simplefilter("ignore", UserWarning)
                 packed = rebuilt(layer, layer.get_config)
         given = self._objects(layer, packed)

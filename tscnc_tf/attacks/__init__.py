@@ -2,14 +2,15 @@
 
 `FGSM`, `PGD` and `APGD` follow the gradient of the network, `FAB` looks for the nearest adversarial
 example, `Square` asks for outputs only, and `AutoAttack` is the ensemble of the latter three, which
-is the measure of the field. `Custom` brings in an attack of another
-library, and `Transfer` one that is run on another model. All keep to a ball around x and to the
-inputs' bounds.
+is the measure of the field. `CleverHans` runs the attacks of that library, `Custom` any function,
+such as an attack of another library, and `Transfer` an attack on another model. All keep to a ball
+around x and to the inputs' bounds.
 """
 
 from tscnc_tf.attacks.apgd import APGD
 from tscnc_tf.attacks.autoattack import AutoAttack
 from tscnc_tf.attacks.base import Attack
+from tscnc_tf.attacks.cleverhans import CleverHans
 from tscnc_tf.attacks.custom import Custom
 from tscnc_tf.attacks.fab import FAB
 from tscnc_tf.attacks.pgd import FGSM, PGD, GradientAttack
@@ -20,6 +21,7 @@ __all__ = [
     "APGD",
     "Attack",
     "AutoAttack",
+    "CleverHans",
     "Custom",
     "FAB",
     "FGSM",

@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "wrn-40-4": "WRN40x4",
 }
 STAGES = ("train", "prune", "finetune")
-SCOPES = ("layer", "global", "erk", "condition")
+SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
 LOSSES = ("trades", "madry", "mart")
 
 Check = Callable[[str, Any], Any]

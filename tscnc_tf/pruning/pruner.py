@@ -81,11 +81,13 @@ class Pruner:
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
             `Magnitude()` if None.
-        structure: `Unstructured()`, also with a minimum per filter, `NM(2, 4)`, `Block(rows,
-            columns)` or `Filters()`.
+        structure: `Unstructured()`, also with minima per filter and per input, `NM(2, 4)`,
+            `Block(rows, columns)` or `Filters()`.
         scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
-            sparsity), "global" (all compete by their scores), "erk" (Erdős–Rényi-Kernel: small
-            layers stay denser), or a dict of final sparsities by name pattern (of several patterns
+            sparsity), "global" (all compete by their scores), "lamp" (all compete by their squares
+            over the sum of the larger ones of their tensor), "erk" (Erdős–Rényi-Kernel: small
+            layers stay denser), "igq" (ideal-gas quotas: of n weights n / (1 + F n), so that no
+            layer is starved), or a dict of final sparsities by name pattern (of several patterns
             that fit a weight the first one counts; weights that none fits follow the schedule).
         min_weights: the number of weights that every weight tensor keeps at least.
 

@@ -14,7 +14,7 @@ from tscnc_tf import _checks, functional
 from tscnc_tf._keras.models import fits
 from tscnc_tf.pruning.targets import Target
 
-SCOPES = ("layer", "global", "erk")
+SCOPES = ("layer", "global", "erk", "igq", "lamp")
 
 
 class Units(NamedTuple):
@@ -24,13 +24,21 @@ class Units(NamedTuple):
         scores: a float vector, one per unit.
         size: the number of weights in each unit; a vector where they differ.
         weights: the number of all weights.
-        minimum: how many weights are kept whatever the sparsity: the units that score +inf.
+        guard: a mask of the units, of one weight each, that are kept whatever the sparsity; None
+            for no such units.
     """
 
     scores: tf.Tensor
     size: int | np.ndarray
     weights: int
-    minimum: int = 0
+    guard: tf.Tensor | None = None
+
+    @property
+    def ranks(self) -> tf.Tensor:
+        """The scores, with +inf for what is kept in any case."""
+        if self.guard is None:
+            return self.scores
+        return tf.where(self.guard, tf.constant(np.inf, self.scores.dtype), self.scores)
 
 
 class Scope(abc.ABC):
@@ -47,14 +55,16 @@ class Scope(abc.ABC):
 
     def _best(self, units: Units, count: Any) -> tf.Tensor:
         """Return a mask of the units with the largest scores, `count` weights in all."""
-        minimum = max(units.minimum, min(self.min_weights, units.weights))
+        minimum = min(self.min_weights, units.weights)
         count = tf.maximum(tf.cast(count, tf.int32), minimum)
+        if units.guard is not None:
+            count = tf.maximum(count, tf.reduce_sum(tf.cast(units.guard, tf.int32)))
         if isinstance(units.size, int):
             number = tf.round(tf.cast(count, tf.float32) / units.size)
             fewest = math.ceil(minimum / units.size)
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
-            return functional.largest(units.scores, exact)
+            return functional.largest(units.ranks, exact)
         # Units are kept as long as they fit into the count, so it is raised to reach the minimum.
         reach = minimum + int(np.max(units.size)) - 1
         return functional.largest_within(units.scores, units.size, tf.maximum(count, reach))
@@ -87,7 +97,11 @@ class Global(Scope):
 
     def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
         """Return a mask of units for each weight tensor."""
-        guarded = [tf.where(self._best(u, self.min_weights), np.inf, u.scores) for u in units]
+        kept = [self._best(unit, self.min_weights) for unit in units]
+        guarded = [
+            tf.where(mask, np.inf, self._compared(unit))
+            for mask, unit in zip(kept, units, strict=True)
+        ]
         scores = tf.concat(guarded, axis=0)
         count = functional.kept_count(sum(unit.weights for unit in units), sparsity)
         lengths = [int(unit.scores.shape[0]) for unit in units]
@@ -99,6 +113,36 @@ class Global(Scope):
         # The minima hold also where all of them together are more than the sparsity leaves.
         return tf.split(mask | tf.equal(scores, np.inf), lengths)
 
+    def _compared(self, units: Units) -> tf.Tensor:
+        """Return what the units of all weight tensors are compared by."""
+        return units.scores
+
+
+class Lamp(Global):
+    r"""All weight tensors together, by layer-adaptive scores.
+
+    The score of a unit is its square over the sum of squares of its own weight tensor's units that
+    are not smaller,
+
+    .. math:: s_u^2 / \textstyle\sum_{v:\, s_v \ge s_u} s_v^2
+
+    which keeps their order within a tensor, and the largest of each in any case, with a score of 1.
+
+    Reference:
+        Lee et al. 2021, arXiv 2010.07611, equation 4.
+    """
+
+    def _compared(self, units: Units) -> tf.Tensor:
+        alive = tf.math.is_finite(units.scores)
+        sizes = tf.where(alive, tf.maximum(units.scores, 0.0), 0.0)
+        # In units of the largest: squares of tiny scores are zero in float32.
+        squares = tf.square(tf.math.divide_no_nan(sizes, tf.reduce_max(sizes)))
+        order = tf.argsort(squares, direction="DESCENDING", stable=True)
+        ordered = tf.gather(squares, order)
+        shares = tf.math.divide_no_nan(ordered, tf.cumsum(ordered))
+        shares = tf.scatter_nd(order[:, tf.newaxis], shares, tf.shape(squares))
+        return tf.where(alive, shares, units.scores)
+
 
 def scope_for(
     value: str | Mapping[str, float],
@@ -109,7 +153,7 @@ def scope_for(
     """Return the scope that an argument `scope` names.
 
     Args:
-        value: "layer", "global", "erk", or final sparsities by name pattern.
+        value: one of `SCOPES`, or final sparsities by name pattern.
         targets: the weights that are pruned.
         final: the schedule's final sparsity.
         minimum: how many weights every weight tensor keeps at least.
@@ -121,6 +165,10 @@ def scope_for(
         return ByCounts(minimum, lambda sparsity: [sparsity] * len(targets), True)
     if value == "global":
         return Global(minimum)
+    if value == "lamp":
+        return Lamp(minimum)
+    if value == "igq":
+        return ByCounts(minimum, _igq([target.size for target in targets]), False)
     if value == "erk":
         return ByCounts(minimum, _erk([target.shape for target in targets]), False)
     if not isinstance(value, Mapping):
@@ -185,5 +233,34 @@ def _erk(shapes: Sequence[tuple[int, ...]]) -> Any:
         factor = factors[tf.argmax(tf.cast(fits, tf.int32))]
         density = tf.clip_by_value(factor * raw, 0.0, 1.0)
         return tf.unstack(tf.cast(1.0 - density, tf.float32))
+
+    return rule
+
+
+def _igq(sizes: Sequence[int]) -> Any:
+    r"""Return the rule of ideal-gas quotas: of n weights :math:`n / (1 + F n)` are kept.
+
+    F is the same for all layers, and such that together they keep what the sparsity leaves; it is
+    found by bisection. Small layers stay denser, and none keeps more than 1/F: no layer is starved.
+
+    Reference:
+        Chen et al. 2022, "Sparsity winning twice", arXiv 2202.09844, section 3.2.
+    """
+    numbers = tf.constant(sizes, tf.float64)
+    total = float(sum(sizes))
+
+    def rule(sparsity: tf.Tensor) -> list[tf.Tensor]:
+        kept = (1.0 - tf.cast(sparsity, tf.float64)) * total
+
+        def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            """Bisect the logarithm of F."""
+            middle = (low + high) / 2
+            is_too_many = tf.reduce_sum(numbers / (1.0 + tf.exp(middle) * numbers)) > kept
+            return tf.where(is_too_many, middle, low), tf.where(is_too_many, high, middle)
+
+        ends = tf.constant(-60.0, tf.float64), tf.constant(60.0, tf.float64)
+        low, _ = tf.while_loop(lambda *_: True, halve, ends, maximum_iterations=60)
+        factor = tf.exp(low) * numbers
+        return tf.unstack(tf.cast(factor / (1.0 + factor), tf.float32))
 
     return rule

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,14 +83,17 @@ class Unstructured(_Ranked):
     A filter (all weights that lead to one output channel or unit) that loses its last weight is
     dead: its output no longer depends on the input, and the condition number of the kernel is
     infinite. With a minimum per filter no filter dies, at any sparsity: the largest weights of each
-    are kept first, and the others compete for what is left. Where the sparsity leaves fewer weights
-    than all the minima together, that many are kept, and no more.
+    are kept first, and the others compete for what is left. With a minimum per input, every input
+    channel or unit leads to something, too: both together keep paths open from the inputs of the
+    model to its outputs. Where the sparsity leaves fewer weights than all the minima together, that
+    many are kept, and no more.
 
     Args:
         min_per_filter: how many weights every filter keeps at least (all, if it has fewer), >= 0.
+        min_per_input: how many weights every input channel or unit keeps, likewise.
 
     Raises:
-        TypeError, ValueError: `min_per_filter` is no such number.
+        TypeError, ValueError: a minimum is no such number.
 
     Example:
         >>> import keras
@@ -102,30 +106,45 @@ class Unstructured(_Ranked):
     """
 
     min_per_filter: int = 0
+    min_per_input: int = 0
 
     def __post_init__(self) -> None:
         _checks.integer("min_per_filter", self.min_per_filter, minimum=0)
+        _checks.integer("min_per_input", self.min_per_input, minimum=0)
 
     def reason(self, target: Target) -> str:
-        """Return why a weight has no filters, if each is to keep some, or an empty text."""
-        return _UNREAD if self.min_per_filter and not target.layout else ""
+        """Return why a weight has no filters and inputs, if these matter, or an empty text."""
+        has_minimum = self.min_per_filter or self.min_per_input
+        return _UNREAD if has_minimum and not target.layout else ""
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
-        if not self.min_per_filter:
-            return Units(tf.reshape(scores, (-1,)), 1, target.size)
-        groups, positions, inputs, outputs = target.canonical_shape
-        each = min(self.min_per_filter, positions * inputs)
-        filters = tf.transpose(target.canonical(scores), (0, 3, 1, 2))
-        filters = tf.reshape(filters, (groups, outputs, positions * inputs))
-        if each == 1:  # under XLA the other is a sort
-            best = tf.argmax(filters, axis=2, output_type=tf.int32)[:, :, tf.newaxis]
+        flat = tf.reshape(scores, (-1,))
+        # Of the axes (groups, positions, inputs, outputs), what a filter or an input is one of.
+        guards = [
+            self._guard(scores, target, number, axes)
+            for number, axes in ((self.min_per_filter, (0, 3)), (self.min_per_input, (0, 2)))
+            if number
+        ]
+        if not guards:
+            return Units(flat, 1, target.size)
+        guard = functools.reduce(tf.logical_or, guards)
+        return Units(flat, 1, target.size, tf.reshape(guard, (-1,)))
+
+    @staticmethod
+    def _guard(scores: tf.Tensor, target: Target, number: int, axes: tuple[int, int]) -> tf.Tensor:
+        """Return a mask of the largest scores of each slice along two of the canonical axes."""
+        others = tuple(axis for axis in range(4) if axis not in axes)
+        moved = tf.transpose(target.canonical(scores), (*axes, *others))
+        slices = tf.reshape(moved, (moved.shape[0] * moved.shape[1], -1))
+        size = slices.shape[1]
+        number = min(number, size)
+        if number == 1:  # under XLA the other is a sort
+            best = tf.argmax(slices, axis=1, output_type=tf.int32)[:, tf.newaxis]
         else:
-            best = tf.math.top_k(filters, each).indices
-        best = tf.reduce_any(tf.one_hot(best, positions * inputs, True, False), axis=2)
-        best = tf.reshape(best, (groups, outputs, positions, inputs))
-        best = target.restore(tf.transpose(best, (0, 2, 3, 1)))
-        guarded = tf.where(best, tf.constant(np.inf, scores.dtype), scores)
-        return Units(tf.reshape(guarded, (-1,)), 1, target.size, groups * outputs * each)
+            best = tf.math.top_k(slices, number).indices
+        mask = tf.reduce_any(tf.one_hot(best, size, True, False), axis=1)
+        back = np.argsort((*axes, *others))
+        return target.restore(tf.transpose(tf.reshape(mask, moved.shape), back))
 
     def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
         return tf.reshape(mask, target.shape)

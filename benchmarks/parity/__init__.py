@@ -1,0 +1,211 @@
+"""AutoAttack here beside AutoAttack in torch: the same networks, examples and constants.
+
+Wants the extra `parity`: torch, torchattacks, foolbox and ART. What they did is kept in
+`outputs/parity`, so that they are run once for each network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import tscnc_tf as tscnc
+from benchmarks import record
+from benchmarks.parity import networks, reference
+from benchmarks.parity.networks import EPSILONS, Examples
+from benchmarks.parity.reference import Budget
+from tscnc_tf import _reports
+
+# The goals: |ours - reference| in the robust accuracy of "standard"; ours - reference for each
+# attack; and the share of the examples that a witness breaks, and our "standard" does not.
+GOALS = {"standard": 0.002, "single": 0.005, "witness": 0.001}
+STANDARD = "standard"
+TIMED = ("adversarial", "linf")  # the network and norm of the comparison of times
+FOLDER = pathlib.Path("outputs/parity")
+ATTACKS = pathlib.Path(tscnc.attacks.__file__).parent
+_LIBRARIES = ("torch", "torchattacks", "foolbox", "adversarial-robustness-toolbox")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What an attack left: for each example, whether the network is right on it; and seconds."""
+
+    correct: np.ndarray
+    wall: float
+    cpu: float
+
+    @classmethod
+    def of(cls, function: Callable[[], np.ndarray]) -> Run:
+        """Return what a call of a function left, and its seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        correct = np.asarray(function())
+        return cls(correct, time.perf_counter() - wall, time.process_time() - cpu)
+
+    @classmethod
+    def kept(cls, path: pathlib.Path, function: Callable[[], np.ndarray]) -> Run:
+        """Return a run from a file, or else call a function and write the file."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, **dataclasses.asdict(cls.of(function)))
+        with np.load(path) as found:
+            return cls(found["correct"], float(found["wall"]), float(found["cpu"]))
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy that is left."""
+        return float(np.mean(self.correct))
+
+    def figures(self) -> dict[str, float]:
+        """Return the accuracy and the seconds."""
+        return {"accuracy": self.accuracy, "wall": self.wall, "cpu": self.cpu}
+
+
+def run(options: record.Options) -> None:
+    """Run both sides on all networks; write `parity.json`."""
+    smoke = options.smoke
+    names = ["standard", "adversarial"] if smoke else list(networks.NETWORKS)
+    training, data = networks.examples(128 if smoke else 1000)
+    budget = Budget(50, 300, 50) if smoke else Budget()
+    folder = options.output / "parity" if smoke else FOLDER
+    found = []
+    for name in names:
+        model = networks.trained(name, training, 15 if smoke else 60, folder)
+        for norm in EPSILONS:
+            timed = not smoke and (name, norm) == TIMED
+            compared = compare(model, data, norm, budget, folder, timed=timed)
+            found.append({"network": name, "norm": norm, **compared})
+            print(_line(found[-1]), flush=True)
+    path = record.write(
+        options,
+        "parity",
+        {
+            "examples": len(data.x),
+            "epsilons": EPSILONS,
+            "budget": budget._asdict(),
+            "references": _reports.versions(*_LIBRARIES),
+            "networks": found,
+            "goals": GOALS,
+            "goals_met": {goal: all(each["goals_met"][goal] for each in found) for goal in GOALS},
+        },
+    )
+    columns = ("network", "norm", "attack", "ours", "reference", "difference", "CPU", "CPU of it")
+    record.show("Parity", columns, _rows(found), _notes(found), path)
+
+
+def ours(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str, reference.Judged]:
+    """Return the attacks of the package by the names of `reference.references`."""
+    ball = {"epsilon": EPSILONS[norm], "norm": norm}
+    attacks = {
+        "apgd-ce": tscnc.attacks.APGD(loss="ce", steps=budget.steps, **ball),
+        "apgd-t": tscnc.attacks.APGD(loss="targeted_dlr", steps=budget.steps, **ball),
+        "fab-t": tscnc.attacks.FAB(steps=budget.steps, **ball),
+        "square": tscnc.attacks.Square(queries=budget.queries, **ball),
+        STANDARD: tscnc.attacks.AutoAttack(**ball),
+    }
+    return {
+        name: functools.partial(reference.judge, attack, model, data)
+        for name, attack in attacks.items()
+    }
+
+
+def compare(
+    model: Any, data: Examples, norm: str, budget: Budget, folder: pathlib.Path, *, timed: bool
+) -> dict[str, Any]:
+    """Return what both sides and the witnesses did to one network, and which goals are met.
+
+    With `timed`, "standard" of both sides, and ART's AutoAttack, are run one after the other.
+    """
+    setting = (model, data, norm, budget)
+    theirs = _runs(reference.references(*setting, timed=timed), folder / _hash(*setting))
+    seen = _runs(reference.witnesses(*setting, timed=timed), folder / _hash(*setting))
+    code = [path.read_text() for path in sorted(ATTACKS.glob("*.py"))]
+    mine = _runs(ours(*setting), folder / _hash(*setting, code))
+    left = np.logical_and.reduce([each.correct for each in theirs.values()])
+    accuracy = {name: each.accuracy for name, each in theirs.items()}
+    accuracy[STANDARD] = accuracy.get(STANDARD, float(np.mean(left)))
+    difference = {name: each.accuracy - accuracy[name] for name, each in mine.items()}
+    broken = {
+        name: float(np.mean(mine[STANDARD].correct & ~each.correct)) for name, each in seen.items()
+    }
+    goals = {name: goal + 1e-9 for name, goal in GOALS.items()}  # of sums of 1 / examples
+    return {
+        "clean": float(np.mean(np.argmax(model(data.x, training=False), axis=1) == data.y)),
+        "ours": {name: each.figures() for name, each in mine.items()},
+        "reference": {STANDARD: {"accuracy": accuracy[STANDARD]}}
+        | {name: each.figures() for name, each in theirs.items()},
+        "witnesses": {
+            name: {**each.figures(), "broken": broken[name]} for name, each in seen.items()
+        },
+        "difference": difference,
+        "goals_met": {
+            "standard": abs(difference[STANDARD]) <= goals["standard"],
+            "single": all(value <= goals["single"] for value in difference.values()),
+            "witness": all(value <= goals["witness"] for value in broken.values()),
+        },
+    }
+
+
+def _runs(functions: dict[str, reference.Judged], folder: pathlib.Path) -> dict[str, Run]:
+    return {name: Run.kept(folder / f"{name}.npz", each) for name, each in functions.items()}
+
+
+def _hash(model: Any, data: Examples, *settings: Any) -> str:
+    digest = hashlib.sha256(repr((EPSILONS, settings)).encode())
+    for array in (*model.get_weights(), *data):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _line(found: dict[str, Any]) -> str:
+    pairs = (
+        f"{name} {100 * found['ours'][name]['accuracy']:.1f} "
+        f"({100 * found['reference'][name]['accuracy']:.1f})"
+        for name in found["ours"]
+    )
+    return f"{found['network']}, {found['norm']}: {', '.join(pairs)}"
+
+
+def _rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            each["network"],
+            each["norm"],
+            name,
+            _reports.percent(mine["accuracy"]),
+            _reports.percent(each["reference"][name]["accuracy"]),
+            f"{100 * each['difference'][name]:+.1f} points",
+            f"{mine['cpu']:.0f} s",
+            f"{each['reference'][name]['cpu']:.0f} s" if "cpu" in each["reference"][name] else "–",
+        )
+        for each in found
+        for name, mine in each["ours"].items()
+    ]
+
+
+def _notes(found: list[dict[str, Any]]) -> list[str]:
+    largest = {
+        "standard, |ours - reference|": max(abs(each["difference"][STANDARD]) for each in found),
+        "any attack, ours - reference": max(max(each["difference"].values()) for each in found),
+        "broken by a witness, and not by ours": max(
+            witness["broken"] for each in found for witness in each["witnesses"].values()
+        ),
+    }
+    notes = [
+        f"{what}, points: {record.against(100 * value, 100 * goal, 2)}"
+        for (what, value), goal in zip(largest.items(), GOALS.values(), strict=True)
+    ]
+    for each in found:
+        art = each["witnesses"].get("ART AutoAttack")
+        for clock in ("wall", "cpu") if art else ():
+            mine = each["ours"][STANDARD][clock]
+            torch = record.against(mine / each["reference"][STANDARD][clock], 1)
+            notes.append(f"standard, {clock} seconds over those in torch: {torch}")
+            notes.append(f"… over ART's AutoAttack: {record.against(mine / art[clock], 1 / 3)}")
+    return notes
