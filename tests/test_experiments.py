@@ -195,6 +195,20 @@ def test_an_unknown_override_is_refused():
         Recipe().override({"train.epoch": 3})
     with pytest.raises(ValueError, match="is not a value of a recipe"):
         Recipe().override({"sparsity.more": 3})
+    with pytest.raises(ValueError, match=r"train is a section.*such as train\.epochs"):
+        Recipe().override({"train": {"epochs": 3}})  # all others would be the defaults again
+
+
+def test_data_are_read_again_in_the_same_process(tmp_path, rng):
+    chosen = Recipe.from_dict({"data": {"dataset": str(tmp_path / "images.npz")}})
+    found = []
+    for _ in range(2):
+        x = rng.random((60, 8, 8, 1)).astype("float32")
+        labels = np.arange(60) % 3
+        np.savez(tmp_path / "images.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+        found.append(stages.dataset(chosen).arrays("test")[0])
+        np.testing.assert_array_equal(found[-1], x)
+    assert np.any(found[0] != found[1])
 
 
 def test_files_are_based_on_files(tmp_path):
@@ -463,6 +477,10 @@ def test_data_that_are_not_there_are_named_as_the_recipe_names_them(tmp_path):
         ({"prune.method": "magnitude", "prune.scope": {"no_*": 0.5}}, "^prune: .*no_"),
         ({"constraints.layers": "no_*", "constraints.stages": ["finetune"]}, "^finetune: .*no_"),
         ({"finetune.batch_size": 10**4}, "^finetune: batch_size must be <= "),
+        (
+            {"prune.method": "magnitude", "prune.epochs": 1, "prune.batch_size": 192},
+            "^prune: method='magnitude' .* needs 2 optimizer steps or more, got 1",
+        ),
     ],
 )
 def test_what_a_later_stage_cannot_do_is_said_before_the_first(tmp_path, values, words):

@@ -150,7 +150,7 @@ class Data(Checked):
     """
 
     dataset: Annotated[str, _text] = "cifar10"
-    folder: str | None = None
+    folder: Annotated[str | None, _or_none(_text)] = None
     validation: PartSize = 0.1
     test: PartSize = 0.2
     image_size: Annotated[Any, _image_size] = None

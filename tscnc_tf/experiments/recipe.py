@@ -134,17 +134,24 @@ class Recipe(Checked):
         """Return the recipe with other values, by their dotted names, such as "train.epochs".
 
         Raises:
-            ValueError: a name is unknown; the message suggests the nearest one.
+            ValueError: a name is unknown; the message suggests the nearest one. Or it is that of a
+                section.
             TypeError, ValueError: a value is of a wrong type or out of range.
         """
         nested = self.to_dict()
+        known = [name for name, _ in self.leaves()]
         for name, value in values.items():
+            if inside := [leaf for leaf in known if leaf.startswith(f"{name}.")]:
+                raise ValueError(
+                    f"{name} is a section of a recipe, and not a value: give its values by their "
+                    f"own names, such as {inside[0]}."
+                )
             *sections, last = name.split(".")
             inner: Any = nested
             for section in sections:
                 inner = inner.get(section) if isinstance(inner, dict) else None
             if not isinstance(inner, dict):
-                raise ValueError(_unknown(name, [known for known, _ in self.leaves()]))
+                raise ValueError(_unknown(name, known))
             inner[last] = value
         return type(self).from_dict(nested)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import types
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from tscnc_tf import (
     pruning,
     regularizers,
 )
-from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Data, Pruning, Training
+from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AdversarialTraining
 
@@ -29,11 +28,7 @@ ENDS = ("stem", "logits")  # the first convolution and the classifier, in all ap
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
     """Return the data of a recipe; errors name the values of the recipe."""
-    return _dataset(recipe.data, recipe.seed)
-
-
-@functools.lru_cache(maxsize=1)  # the runs of a study share it
-def _dataset(part: Data, seed: int) -> datasets.Dataset:
+    part, seed = recipe.data, recipe.seed
     given = ", ".join(
         f"data.{field.name}={getattr(part, field.name)!r}"
         for field in dataclasses.fields(part)
@@ -250,6 +245,11 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
             sparsity=recipe.sparsity,
             frequency=part.frequency or 1,
             **options,
+        )
+    if steps < 2:
+        raise ValueError(
+            "method='magnitude' raises the sparsity from 0, and needs 2 optimizer steps or "
+            f"more, got {steps}: raise epochs, or take a smaller batch_size."
         )
     from tscnc_tf import schedules  # imports tfmot, if it is installed
 
