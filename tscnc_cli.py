@@ -171,6 +171,16 @@ def run(
     )
 
 
+# The options of evaluate that only some attacks have, and which ones.
+_OWNERS = {
+    "version": ("autoattack",),
+    "steps": ("pgd",),
+    "step_size": ("pgd",),
+    "restarts": ("pgd",),
+    "objective": ("pgd", "fgsm"),
+}
+
+
 @_command()
 @click.argument("model", type=EXISTING)
 @click.argument("data")
@@ -178,27 +188,38 @@ def run(
     "--attack",
     "attacks",
     multiple=True,
-    type=click.Choice(["pgd", "fgsm"]),
-    default=["pgd"],
-    help="Repeat it for several; the worst case counts.",
+    type=click.Choice(["autoattack", "apgd", "pgd", "fgsm"]),
+    default=["autoattack"],
+    show_default=True,
+    help="apgd: the first two attacks of AutoAttack, APGD of 100 steps by cross-entropy and by the "
+    "targeted DLR loss, much faster. Repeat it for several attacks; the worst case counts.",
 )
 @click.option(
     "--epsilon", type=_Distance(), default="8/255", show_default=True, help="Radius of the ball."
 )
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Of PGD.")
-@click.option("--step-size", type=_Distance(), help="Of PGD; 2.5 epsilon / steps by default.")
-@click.option("--restarts", type=click.IntRange(1), default=5, show_default=True, help="Of PGD.")
+@click.option(
+    "--version",
+    type=click.Choice(["standard", "plus", "rand"]),
+    help="Of autoattack; standard by default. rand: for a model whose outputs are random.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Of pgd; 50 by default.")
+@click.option("--step-size", type=_Distance(), help="Of pgd; 2.5 epsilon / steps by default.")
+@click.option("--restarts", type=click.IntRange(1), help="Of pgd; 5 by default.")
 @click.option(
     "--objective",
     type=click.Choice(["cross_entropy", "margin", "dlr"]),
-    default="cross_entropy",
-    show_default=True,
+    help="Of pgd and fgsm; cross_entropy by default.",
 )
 @click.option(
     "--source",
     type=EXISTING,
     help="The model on which adversarial examples are searched, for a MODEL without gradient.",
+)
+@click.option(
+    "--state",
+    type=FILE,
+    help="A file that keeps what is done; an evaluation that was stopped continues from it.",
 )
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
@@ -214,44 +235,43 @@ def evaluate(
     attacks: tuple[str, ...],
     epsilon: float | str,
     norm: str,
-    steps: int,
-    step_size: float | str | None,
-    restarts: int,
-    objective: str,
     source: pathlib.Path | None,
+    state: pathlib.Path | None,
     split: str,
     examples: int | None,
     batch_size: int,
     seed: int,
     output: pathlib.Path | None,
     overwrite: bool,
+    **of_attacks: Any,
 ) -> Result:
-    """Measure the accuracy of MODEL on DATA, clean and under attack.
+    """Measure the accuracy of MODEL on DATA, clean and under attack, by AutoAttack.
 
-    A MODEL without gradient (.tflite, .onnx) needs --source: its adversarial examples are those of
-    another model.
+    Of a MODEL without gradient (.tflite, .onnx) AutoAttack runs Square only, which finds less. With
+    --source the adversarial examples are those of another model, such as the one that the file was
+    made from.
 
     \b
-    tscnc evaluate model.keras cifar10 --epsilon 8/255 --steps 50 --restarts 5
+    tscnc evaluate model.keras cifar10 --epsilon 8/255 --state state.json
+    tscnc evaluate model.keras cifar10 --attack apgd --examples 1000
+    tscnc evaluate model.keras cifar10 --attack pgd --steps 50 --restarts 5
     tscnc evaluate model.tflite cifar10 --source model.keras --examples 1000
     """
     tscnc = _package()
 
-    ball: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "objective": objective}
-    iterated: dict[str, Any] = {"steps": steps, "step_size": step_size, "restarts": restarts}
-    try:
-        made: list[Any] = [
-            tscnc.attacks.PGD(**ball, **iterated) if name == "pgd" else tscnc.attacks.FGSM(**ball)
-            for name in attacks
-        ]
-    except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from error
+    made = _attacks(attacks, epsilon, norm, of_attacks)
     _require_free(output, overwrite)
     if source is not None:
         made = [tscnc.attacks.Transfer(source=_load(source), attack=attack) for attack in made]
     x, y = _arrays(data, split)
     report = tscnc.evaluate_robustness(
-        _load(model), x[:examples], y[:examples], made, batch_size=batch_size, seed=seed
+        _load(model),
+        x[:examples],
+        y[:examples],
+        made,
+        batch_size=batch_size,
+        seed=seed,
+        state_path=state,
     )
     if output is not None:
         report.save(output)
@@ -401,6 +421,41 @@ def export(
     else:
         report = tscnc.export_saved_model(loaded, output, overwrite=overwrite)
     return report.to_dict(), report
+
+
+def _attacks(
+    names: tuple[str, ...], epsilon: float | str, norm: str, options: Mapping[str, Any]
+) -> list[Any]:
+    """Return the attacks of these names, with their options; None for what was not given.
+
+    Raises:
+        click.UsageError: an option is of another attack, or a value is out of range.
+    """
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in ("autoattack", "apgd", "fgsm")}
+    chosen["pgd"] = {"steps": 50, "restarts": 5}
+    for option, value in options.items():
+        if value is None:
+            continue
+        owners = _OWNERS[option]
+        if not set(owners) & set(names):
+            wanted = " or ".join(f"--attack {owner}" for owner in owners)
+            raise click.UsageError(
+                f"--{option.replace('_', '-')} is for {wanted}, got --attack {', '.join(names)}."
+            )
+        for owner in owners:
+            chosen[owner][option] = value
+
+    attacks = _package().attacks
+    kinds = {"autoattack": attacks.AutoAttack, "pgd": attacks.PGD, "fgsm": attacks.FGSM}
+    made: list[Any] = []
+    try:
+        for name in names:
+            kind = kinds.get(name, attacks.AutoAttack)
+            attack = kind(epsilon=epsilon, norm=norm, **chosen[name])
+            made += attack.attacks[:2] if name == "apgd" else [attack]
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    return made
 
 
 def _recipe(name: str, baseline: bool, values: Mapping[str, str | None]) -> Any:

@@ -134,6 +134,29 @@ def test_no_other_way_to_share_is_better(curves, where):
                 assert mine <= sum(p[k] for p, k in zip(price, other, strict=True)) + 1e-9
 
 
+def test_frozen_layers_take_no_part(library):
+    model = wider(library)
+    model.get_layer("first").trainable = False
+    scope = pruning.condition_budgets(model, 0.8, min_per_filter=1)
+    assert set(scope) == {"groups", "square"}
+    pruning.prune_now(model, 0.8, scope=scope, structure=Unstructured(1))
+    rows = {row.name: row for row in pruning.report(model).rows}
+    assert not rows["first"].pruned and rows["first"].zeros == 0
+    pruned_rows = rows["groups"], rows["square"]
+    kept = sum(row.weights - row.zeros for row in pruned_rows)
+    assert kept == round(0.2 * sum(row.weights for row in pruned_rows))
+
+
+def test_names_that_read_as_patterns_are_names_first():
+    layers = keras.layers
+    named = [layers.Dense(8, name="head[0]"), layers.Dense(8, name="head*"), layers.Dense(4)]
+    model = keras.Sequential([keras.Input((16,)), *named])
+    scope = pruning.condition_budgets(model, 0.5, layers=["head[0]", "head*"])
+    assert set(scope) == {"head[0]", "head*"}
+    pruning.prune_now(model, 0.5, layers="head[0]", scope={"head[0]": 0.25})
+    assert [row.zeros for row in pruning.report(model).rows] == [32, 0, 0]
+
+
 def test_bad_input_is_named(library):
     model = dense_model(library)
     for value in (0.0, 1.0):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import click.testing
 import numpy as np
@@ -109,6 +110,17 @@ EXPORT = ["export", "HERE/keras.keras", "--output", "x", "--format"]
         (["evaluate", "none.keras", "digits"], 2, "'none.keras' does not exist"),
         (["evaluate", "HERE/keras.keras", "digits", "--epsilon", "8/0"], 2, "epsilon must be a"),
         (["evaluate", "HERE/keras.keras", "digits", "--epsilon", "x"], 2, "neither a number nor"),
+        (["evaluate", "HERE/keras.keras", "digits", "--steps", "3"], 2, "--steps is for --attack"),
+        (
+            ["evaluate", "HERE/keras.keras", "digits", "--attack", "apgd", "--objective", "dlr"],
+            2,
+            "--objective is for --attack pgd or --attack fgsm, got --attack apgd",
+        ),
+        (
+            ["evaluate", "HERE/keras.keras", "digits", "--attack", "pgd", "--version", "plus"],
+            2,
+            "--version is for --attack autoattack, got --attack pgd",
+        ),
         (["evaluate", "HERE/keras.keras", "nothing"], 1, "there is nothing at that path"),
         (["evaluate", "HERE/data.npz", "digits"], 1, "data.npz is not a model in a .keras or"),
         (["inspect", "HERE"], 1, "ValueError: "),
@@ -198,12 +210,78 @@ def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, t
         tmp_path / "m.onnx": ["--format", "onnx"],
         tmp_path / "m.tflite": ["--format", "litert", "--precision", "int8", "--calibration", data],
     }
-    attack = ["--epsilon", "0.1", "--steps", 2, "--restarts", 1]
+    attack = ["--attack", "pgd", "--epsilon", "0.1", "--steps", 2, "--restarts", 1]
     for path, options in exports.items():
         as_json("export", model, *options, "--output", path)
         report = as_json("evaluate", path, data, "--source", model, *attack)
         assert report["examples"] == 24
         assert "PGD-2 linf 0.1 from" in report["attacks"][0]["name"]
+    # Without a source, AutoAttack does what it can do without gradients.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tscnc.EvaluationWarning)
+        report = as_json("evaluate", path, data, "--epsilon", "0.3", "--examples", 4)
+    assert [part["name"] for part in report["attacks"][0]["attacks"]] == ["Square-5000 linf 0.3"]
+    assert any(text.startswith("no-gradient: ") for text in report["warnings"])
+
+
+def test_an_evaluation_goes_on_from_its_state(here, tmp_path):
+    model, data, state = here / "keras.keras", here / "data.npz", tmp_path / "state.json"
+    words = ["evaluate", model, data, "--attack", "apgd", "--epsilon", "0.3", "--state", state]
+    words += ["--examples", 8]
+    report = as_json(*words)
+    x, y = tscnc.datasets.load(data).arrays("test")
+    attacks = tscnc.attacks.AutoAttack(epsilon=0.3).attacks[:2]
+    again = tscnc.evaluate_robustness(load(model), x[:8], y[:8], attacks).to_dict()
+    assert without_seconds(report) == without_seconds(again)
+    before = state.read_bytes()
+    assert without_seconds(as_json(*words)) == without_seconds(report)
+    assert state.read_bytes() == before, "nothing was run again"
+    code, _, err = call(*words, "--seed", 1)
+    assert code == 1
+    assert "is of another evaluation" in err
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "made"),
+    [
+        (["autoattack"], {}, [tscnc.attacks.AutoAttack(epsilon="8/255", norm="l2")]),
+        (
+            ["autoattack", "fgsm"],
+            {"version": "plus", "objective": "dlr"},
+            [
+                tscnc.attacks.AutoAttack(epsilon="8/255", norm="l2", version="plus"),
+                tscnc.attacks.FGSM(epsilon="8/255", norm="l2", objective="dlr"),
+            ],
+        ),
+        (
+            ["apgd"],
+            {},
+            [
+                tscnc.attacks.APGD(epsilon="8/255", norm="l2", loss=loss)
+                for loss in ("ce", "targeted_dlr")
+            ],
+        ),
+        (["pgd"], {}, [tscnc.attacks.PGD(epsilon="8/255", norm="l2", steps=50, restarts=5)]),
+    ],
+)
+def test_the_attacks_by_their_names(names, options, made):
+    assert tscnc_cli._attacks(tuple(names), "8/255", "l2", options) == made
+
+
+def test_without_options_the_attack_is_autoattack(here):
+    words = [str(here / "keras.keras"), "digits"]
+    with tscnc_cli.evaluate.make_context("evaluate", words) as context:
+        values = dict(context.params)
+    options = {name: values[name] for name in tscnc_cli._OWNERS}
+    made = tscnc_cli._attacks(values["attacks"], values["epsilon"], values["norm"], options)
+    assert made == [tscnc.attacks.AutoAttack(epsilon="8/255")]
+
+
+def without_seconds(values):
+    """Return JSON values without what took how long."""
+    if isinstance(values, dict):
+        return {key: without_seconds(each) for key, each in values.items() if key != "seconds"}
+    return [without_seconds(each) for each in values] if isinstance(values, list) else values
 
 
 def test_an_evaluation_is_that_of_evaluate_robustness(here, tmp_path):
@@ -225,9 +303,7 @@ def test_an_evaluation_is_that_of_evaluate_robustness(here, tmp_path):
         seed=3,
     ).to_dict()
     assert report == json.loads(file.read_text())
-    for each in (report, again, *report["attacks"], *again["attacks"]):
-        del each["seconds"]
-    assert report == again
+    assert without_seconds(report) == without_seconds(again)
     code, _, err = call("evaluate", model, data, "--output", file)
     assert (code, "report.json exists already" in err) == (1, True)
 

@@ -132,7 +132,7 @@ def test_the_guide_runs(path, tmp_path, monkeypatch):
         check_the_export(names, tmp_path)
     if path.stem == "command-line":
         report = json.loads((tmp_path / "report.json").read_text())
-        assert report["attacks"][0]["name"] == "PGD-10 linf 0.05 from digits"
+        assert report["attacks"][0]["name"] == "APGD-100 linf 0.05 from digits"
     if path.stem == "pruning":
         assert names["small"].parameters_after < names["small"].parameters_before
         assert (tmp_path / "sparse.keras").exists()
@@ -140,6 +140,16 @@ def test_the_guide_runs(path, tmp_path, monkeypatch):
         zeros = tscnc_tf.inspection.sparsity(names["model"])
         assert zeros.rows[1].sparsity == pytest.approx(0.95, abs=0.01)
         assert (tmp_path / "outputs" / "first" / "4-evaluate" / "saved_model").is_dir()
+
+
+def test_every_diagnostic_has_its_heading():
+    """A warning links to `docs/evaluation.md#name`."""
+    source = (PACKAGE / "evaluation" / "diagnostics.py").read_text(encoding="utf-8")
+    names = re.findall(r'Finding\(\s*"([a-z-]+)",', source)
+    assert len(names) == source.count("Finding(") - source.count("class Finding(")
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    diagnostics = page.partition("\n## Diagnostics\n")[2].partition("\n## ")[0]
+    assert set(re.findall("^### (.*)$", diagnostics, re.MULTILINE)) == set(names)
 
 
 def test_adversarial_training_is_the_same_in_tf_keras(tmp_path, monkeypatch):

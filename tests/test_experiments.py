@@ -110,6 +110,27 @@ def test_overriding_changes_that_value_only():
     assert other.override({"train.epochs": 2, "sparsity": 0.9}) == recipe
 
 
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        ("paper", ["AutoAttack-standard linf 8/255"]),
+        ("cpu", ["APGD-100 linf 8/255", "APGD-100 linf 8/255 targeted_dlr"]),
+        ("smoke", ["PGD-2 linf 0.1", "PGD-2 linf 0.1 margin"]),
+    ],
+)
+def test_the_attacks_of_the_shipped_recipes(recipe, names):
+    attacks = stages.test_attacks(Recipe.from_yaml(recipe))
+    assert [attack.name for attack in attacks] == names
+
+
+def test_the_attack_on_the_test_set_is_nothing_to_the_first_stage():
+    recipe = Recipe.from_dict(TINY)
+    for name, value in (("attack", "autoattack"), ("steps", 7), ("restarts", 3)):
+        assert recipe.override({f"evaluate.{name}": value}).first_stage() == recipe.first_stage()
+    other = recipe.override({"evaluate.validation_steps": 9})
+    assert other.first_stage() != recipe.first_stage()
+
+
 def test_gates_of_another_shape_are_another_first_stage():
     gated = {"gates": {"sparsity_factor": 1.0}, "constraints": {"stages": ["finetune"]}}
     recipe = Recipe.from_dict({**TINY, **gated})
@@ -141,6 +162,7 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
         ({"name": 3}, TypeError, "name must be text, got 3"),
+        ({"evaluate": {"attack": "fgsm"}}, ValueError, "evaluate.attack must be one of 'pgd'"),
         *(
             ({"name": name}, ValueError, "name must be usable as the name of a file or folder, got")
             for name in ("", " ", ".", "..", "../../x", "/x", "a/b", "a\\b", "C:x", "a\nb", "a/")
@@ -173,6 +195,20 @@ def test_an_unknown_override_is_refused():
         Recipe().override({"train.epoch": 3})
     with pytest.raises(ValueError, match="is not a value of a recipe"):
         Recipe().override({"sparsity.more": 3})
+    with pytest.raises(ValueError, match=r"train is a section.*such as train\.epochs"):
+        Recipe().override({"train": {"epochs": 3}})  # all others would be the defaults again
+
+
+def test_data_are_read_again_in_the_same_process(tmp_path, rng):
+    chosen = Recipe.from_dict({"data": {"dataset": str(tmp_path / "images.npz")}})
+    found = []
+    for _ in range(2):
+        x = rng.random((60, 8, 8, 1)).astype("float32")
+        labels = np.arange(60) % 3
+        np.savez(tmp_path / "images.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+        found.append(stages.dataset(chosen).arrays("test")[0])
+        np.testing.assert_array_equal(found[-1], x)
+    assert np.any(found[0] != found[1])
 
 
 def test_files_are_based_on_files(tmp_path):
@@ -274,6 +310,11 @@ def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
     recipe = json.loads(json.dumps(Recipe.from_yaml("paper").to_dict()))
     default = json.loads(json.dumps(Recipe().to_dict()))
     gates, none = recipe.pop("gates"), default.pop("gates")
+    # Recipes that were written before there was AutoAttack mean what they meant.
+    assert (recipe["evaluate"].pop("attack"), default["evaluate"].pop("attack")) == (
+        "autoattack",
+        "pgd",
+    )
     assert recipe == default
     assert gates["sparsity_factor"] > none["sparsity_factor"] == 0.0
 
@@ -375,6 +416,35 @@ def test_what_is_complete_is_not_run_again(finished):
     assert before == after
 
 
+def test_a_run_by_a_recipe_without_a_newer_value_continues(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "tiny")
+    older = json.loads((folder / "recipe.json").read_text())
+    del older["evaluate"]["attack"]
+    (folder / "recipe.json").write_text(json.dumps(older))
+    tscnc.experiments.run(recipe(), folder, progress=False)
+    with pytest.raises(ValueError, match=r"evaluate\.attack was 'pgd', not 'autoattack'"):
+        tscnc.experiments.run(recipe(**{"evaluate.attack": "autoattack"}), folder, progress=False)
+
+
+def test_an_evaluation_that_was_stopped_goes_on(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "tiny")
+    shutil.rmtree(folder / "4-evaluate")
+    state = folder / "4-evaluate" / folders.EVALUATION_STATE
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        stop_after(patch, tscnc.inspection, "condition_numbers", lambda *arguments: True)
+        tscnc.experiments.run(recipe(), folder, progress=False)
+    assert state.is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(tscnc.attacks.PGD, "bind", None)  # no attack is run again
+        tscnc.experiments.run(recipe(), folder, progress=False)
+    assert not state.exists()
+    assert files_below(folder) == files_below(finished)
+    mine, theirs = (
+        json.loads((each / "4-evaluate" / "report.json").read_text()) for each in (folder, finished)
+    )
+    assert mine["robust"] == theirs["robust"]
+
+
 def test_another_recipe_needs_another_folder(finished, tmp_path):
     with pytest.raises(ValueError, match=r"train\.epochs was 2, not 3"):
         tscnc.experiments.run(recipe(**{"train.epochs": 3}), finished)
@@ -407,12 +477,27 @@ def test_data_that_are_not_there_are_named_as_the_recipe_names_them(tmp_path):
         ({"prune.method": "magnitude", "prune.scope": {"no_*": 0.5}}, "^prune: .*no_"),
         ({"constraints.layers": "no_*", "constraints.stages": ["finetune"]}, "^finetune: .*no_"),
         ({"finetune.batch_size": 10**4}, "^finetune: batch_size must be <= "),
+        (
+            {"prune.method": "magnitude", "prune.epochs": 1, "prune.batch_size": 192},
+            "^prune: method='magnitude' .* needs 2 optimizer steps or more, got 1",
+        ),
     ],
 )
 def test_what_a_later_stage_cannot_do_is_said_before_the_first(tmp_path, values, words):
     with pytest.raises(ValueError, match=words):
         tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists(), "another recipe may begin there"
+
+
+def test_autoattack_needs_three_classes(tmp_path):
+    x = np.random.default_rng(0).uniform(size=(48, 8, 8, 1)).astype("float32")
+    y = np.arange(48) % 2
+    np.savez(tmp_path / "two.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
+    values = {"data.dataset": str(tmp_path / "two.npz"), "evaluate.attack": "apgd"}
+    values |= {"data.train_examples": None, "data.test_examples": None, "data.validation": 0.25}
+    with pytest.raises(ValueError, match=r"evaluate\.attack must be 'pgd' for data of 2 classes"):
+        tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_must_be_one(tmp_path):

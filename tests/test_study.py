@@ -19,12 +19,14 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import tscnc_tf as tscnc
 from benchmarks import accelerator
-from benchmarks.study import accelerate, choosing, report, results, table, work
+from benchmarks.study import accelerate, choosing, flattery, report, results, table, work
 from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.results import Cell, Layer, Result
 from benchmarks.study.table import Store
+from tscnc_tf import attacks
 from tscnc_tf.experiments import locks, stages
 
 TINY = """
@@ -573,3 +575,51 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
         for name, variable in known.items():
             np.testing.assert_allclose(arrays[name], variable.numpy(), rtol=0, atol=1e-6)
     capsys.readouterr()
+
+
+# AutoAttack
+
+
+def short_attacks(ensemble):
+    """A small ensemble in place of AutoAttack's own."""
+    options = {"epsilon": ensemble.epsilon, "steps": 2}
+    targeted = attacks.APGD(loss="targeted_dlr", target_classes=1, **options)
+    return attacks.APGD(loss="ce", **options), targeted
+
+
+def test_networks_are_judged_by_pgd_and_by_autoattack_once(plan, tmp_path, monkeypatch, capsys):
+    dense, pruned = flattery.NETWORKS[:2]
+    monkeypatch.setattr(flattery, "NETWORKS", (dense, pruned))
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", property(short_attacks))
+    words = ["flattery", "--plan", str(tmp_path / "tiny.yaml"), "--seeds", "1"]
+    words += ["--results", str(tmp_path), "--scratch", str(tmp_path / "scratch")]
+    assert main(words) == 0
+    rows = table.read(tmp_path / "tiny-flattery.csv")
+    assert [(row["setting"], row["network"], row["seed"]) for row in rows] == [
+        ("digits", "dense", 1),
+        ("digits", "magnitude", 1),
+    ]
+    for row in rows:
+        assert row["images"] == 32
+        assert row["worst"] <= min(row["pgd"], row["autoattack"]) <= row["clean"]
+        assert row["clean"] - row["autoattack"] == sum(row["fooled"].values())
+        assert row["attacks"] == ["PGD-1 linf 0.1", "PGD-1 linf 0.1 margin"]
+    shown = capsys.readouterr().out
+    monkeypatch.setattr(flattery.experiments, "run", None)
+    assert main(words) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_difference_between_pgd_and_autoattack_is_over_all_seeds(tmp_path):
+    figures = {"setting": "digits", "network": "dense", "images": 100, "clean": 90}
+    figures |= {"autoattack": 50, "worst": 48, "versions": {"numpy": "2"}}
+    rows = [{**figures, "seed": seed, "pgd": pgd} for seed, pgd in ((0, 52), (1, 56))]
+    table.write(tmp_path / "table.csv", rows)
+    low, high = (100 * end for end in tscnc.evaluation.wilson_interval(12, 200))
+    expected = f"| dense | 2 | 200 | 90.0 | 54.0 | 50.0 | 6.0 ({low:.1f} to {high:.1f}) |"
+    assert expected in flattery.tables(tmp_path / "table.csv")
+
+
+def test_the_document_shows_what_autoattack_found():
+    text = flattery.tables(RESULTS / "quick-flattery.csv")
+    assert text in DOCUMENT.read_text(encoding="utf-8")

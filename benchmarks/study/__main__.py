@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.study run|report|choose|export|collect`."""
+"""The command line: `python -m benchmarks.study run|report|choose|flattery|export|collect`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from benchmarks.study import accelerate, choosing, report, work
+from benchmarks.study import accelerate, choosing, flattery, report, work
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.results import Result
 from benchmarks.study.table import Store
 
 RESULTS = HERE.parent / "results" / "study"
 DOCUMENT = HERE.parents[1] / "docs" / "study.md"
+
+WHAT = ("run", "report", "choose", "flattery", "export", "collect")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     scratch = options.scratch / plan.name
     store = Store(options.results / f"{plan.name}.csv", scratch / "results")
     console = Console()
+    if options.what == "flattery":
+        _flattery(plan, settings, options, console)
+        return 0
     work.require_current(plan.runs(), store)
     if options.what == "report":
         _report(plan, store, options, console)
@@ -73,6 +78,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 75 if more else 0
 
 
+def _flattery(
+    plan: Plan, settings: list[str], options: argparse.Namespace, console: Console
+) -> None:
+    path = options.results / f"{plan.name}-flattery.csv"
+    seeds = plan.seeds if options.seeds is None else options.seeds
+    flattery.judge(plan, settings, seeds, path, options.scratch / plan.name)
+    text = flattery.tables(path)
+    console.print(text, markup=False, soft_wrap=True)
+    if options.write:
+        report.insert(DOCUMENT, path.stem, text)
+
+
 def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Console) -> None:
     found = [Result.of(content) for content in store.read().values()]
     if not found:
@@ -91,18 +108,19 @@ def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Cons
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
-    parser.add_argument("what", choices=("run", "report", "choose", "export", "collect"))
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--plan", type=pathlib.Path, default=HERE / "cpu.yaml")
     parser.add_argument("--quick", action="store_true", help="the plan of about 10 minutes")
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
     )
     parser.add_argument("--settings", nargs="+", help="in these settings only")
+    parser.add_argument("--seeds", nargs="+", type=int, help="flattery: of these seeds only")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("outputs/study"))
-    parser.add_argument("--write", action="store_true", help="report: into docs/study.md")
+    parser.add_argument("--write", action="store_true", help="report, flattery: into docs/study.md")
     return parser
 
 

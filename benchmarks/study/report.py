@@ -75,7 +75,7 @@ def _table(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]
                 f"{np.mean([result.lipschitz for result in found]):.3g}",
             ]
         )
-    return f"### {_title(cell)}\n\n{_markdown(head, rows)}"
+    return f"### {_title(cell)}\n\n{markdown(head, rows)}"
 
 
 def _against_pruning(
@@ -106,7 +106,7 @@ def _against_pruning(
     ]
     ahead = [f"{what} − {BASE}, {rival}" for rival in rivals for what in ("clean", "robust")]
     title = f"### {setting}, {100 * sparsity:g} % zeros: against pruning alone"
-    return f"{title}\n\n{_markdown(['arm, method', *ahead], rows)}"
+    return f"{title}\n\n{markdown(['arm, method', *ahead], rows)}"
 
 
 def _layers(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]) -> str:
@@ -128,7 +128,7 @@ def _layers(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str
             row.append(" · ".join(parts))
         rows.append(row)
     title = f"### {_title(cell)}, kernel by kernel: κ · effective κ · stable rank / filters · dead"
-    return f"{title}\n\n{_markdown(['kernel', *arms], rows)}"
+    return f"{title}\n\n{markdown(['kernel', *arms], rows)}"
 
 
 def _correlations(results: Sequence[Result]) -> str:
@@ -143,7 +143,7 @@ def _correlations(results: Sequence[Result]) -> str:
         for cell in found["effective"]
     ]
     title = "### Rank correlation with robust accuracy, over arms: the mean of the seeds"
-    return f"{title}\n\n{_markdown(head, rows)}"
+    return f"{title}\n\n{markdown(head, rows)}"
 
 
 def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> None:
@@ -228,6 +228,7 @@ def _correlation(value: Estimate) -> str:
     return f"{value.mean:+.2f}{interval} ({value.count})"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -42,7 +42,7 @@ __all__ = [
 
 PACKAGE = "tscnc_tf"
 LIBRARIES: dict[str, types.ModuleType] = {"keras": keras, "tf_keras": tf_keras}
-OWN = ("call", "train_step", "test_step", "predict_step")  # what a class may compute by itself
+OWN = ("call", "train_step", "test_step", "predict_step")  # methods that a class may override
 _Class = TypeVar("_Class", bound=type)
 
 

@@ -117,7 +117,7 @@ class Rebuilder:
         if type(layer) is self.library.layers.Lambda:
             return rebuilt(layer, lambda: _same_lambda(layer))
         if packed is None:
-            with warnings.catch_warnings():  # that functions are not to be saved: nothing is
+            with warnings.catch_warnings():  # of functions that no file can hold
                 warnings.simplefilter("ignore", UserWarning)
                 packed = rebuilt(layer, layer.get_config)
         given = self._objects(layer, packed)
@@ -126,7 +126,7 @@ class Rebuilder:
         with self.library.utils.custom_object_scope(_named(self.library, layer)):
             try:
                 new = type(layer).from_config(dict(config))
-            except Exception:  # a class of the user's may insist on what it wrote itself
+            except Exception:  # a user's class may accept its own configuration only
                 kept = {key: packed[key] for key in given if config[key] is given[key]}
                 new = rebuilt(layer, lambda: type(layer).from_config(config | kept))
         for pair in _walk(layer, new):

@@ -76,30 +76,30 @@ def tensor_variable(variable: Any) -> Any:
 
 @contextlib.contextmanager
 def depending_on(values: Any) -> Iterator[None]:
-    """Let a graph do nothing before it has these values.
+    """Make all operations of a graph depend on these values.
 
     A compiled step whose data can't be fetched, at the end of a dataset of unknown length, would
-    do all that needs no data: count a step, renew masks.
+    otherwise run all operations that need no data: count a step, renew masks.
 
     Args:
         values: tensors and operations in any structure. Outside of a graph, nothing changes.
     """
     found = tf.nest.flatten(values, expand_composites=True)
     before = [each for each in found if tf.is_tensor(each) or isinstance(each, tf.Operation)]
-    with tf.control_dependencies(before), tf.variable_creator_scope(_made_at_once):
+    with tf.control_dependencies(before), tf.variable_creator_scope(_made_independently):
         yield
 
 
-def _made_at_once(make: Callable[..., Any], **arguments: Any) -> Any:
-    """Make a variable, such as one of a metric, whose first value waits for nothing."""
+def _made_independently(make: Callable[..., Any], **arguments: Any) -> Any:
+    """Make a variable, such as one of a metric, whose initial value depends on nothing."""
     with tf.control_dependencies(None):
         return make(**arguments)
 
 
 def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManager[Any]:
-    """Let a model's training step do nothing before it has its batch.
+    """Make all operations of a model's training step depend on its batch.
 
-    What XLA compiles as a whole is not run without its arguments, so nothing is to do there.
+    A function that XLA compiles as a whole does not run without its arguments.
     """
     return contextlib.nullcontext() if model.jit_compile else depending_on(data)
 
@@ -107,7 +107,7 @@ def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManag
 def register_trainer(trainer: Any, *models: Any) -> None:
     """Register a model that trains others, or parts of them, in its own compiled steps.
 
-    What it has compiled before it was known as such, it compiles anew.
+    Its steps are compiled anew if it was not registered before.
     """
     is_new = False
     for model in models:
@@ -120,17 +120,22 @@ def register_trainer(trainer: Any, *models: Any) -> None:
         reset_functions(trainer)
 
 
+def trainers(model: Any) -> list[Any]:
+    """Return the models that train a model, or parts of it, in steps of their own."""
+    return list(_TRAINERS.get(model, ()))
+
+
 def reset_functions(model: Any) -> None:
     """Let a model, and what trains it, compile its training and test step anew, from the next on.
 
-    `fit` may be under way: it calls what `model.train_function` is at each step, so there must be
-    something to call. What is put there compiles when it is called. (An evaluation under way in
-    tf_keras ends with the step that it began with, for it looks that up but once.)
+    `fit` may be running: it calls `model.train_function` at each step, so the attribute is set to a
+    function that compiles the step when it is called. (A running evaluation of tf_keras ends with
+    the step that it began with, as it reads the attribute once.)
 
     Args:
         model: of either Keras; of one that has compiled nothing yet, nothing changes.
     """
-    for each in (model, *_TRAINERS.get(model, ())):
+    for each in (model, *trainers(model)):
         for name in ("train_function", "test_function"):
             if getattr(each, name, None) is not None:
                 setattr(each, name, _compiled_when_called(each, name))

@@ -1,4 +1,4 @@
-"""The masks of a model, whichever engine made them, and the models that carry a pruner with them.
+"""The masks of a model, of either engine, and the class of models that have a pruner.
 
 The masks of a pruner belong to variables: each is the constraint of its variable, which both
 Kerases apply after every optimizer step, whatever the model, the loop or the `train_step`. So they
@@ -7,11 +7,11 @@ hold in any model that the variable is a part of. tfmot's masks belong to its wr
 `attach` gives a model a pruner by exchanging its class for a subclass of it, as torch's
 parametrizations do with modules: the object, its layers and its weights stay the same, so it works
 on subclassed models too. This is the one place of the package where the class of an object changes.
-The subclass does four things: in `fit` it calls the pruner at each optimizer step, which renews the
-masks; it writes the pruner into the model's configuration, so that a `.keras` file restores it; it
-shows the masks to weight files and checkpoints; and it hides them from SavedModels.
+The subclass does three things: in `fit` it calls the pruner at each optimizer step, which renews
+the masks; it writes the pruner into the model's configuration, so that a `.keras` file restores it;
+and it adds the masks to weight files and checkpoints, but not to SavedModels.
 
-The masks are no weights of the model: `get_weights`, `count_params` and the summary don't see them.
+The masks are no weights of the model: `get_weights`, `count_params` and the summary leave them out.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class AttachedPruner(Protocol):
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which an optimizer trains the weights."""
 
-    def reset_step_count(self, optimizer: Any = None) -> None:
-        """Count the steps of an optimizer from where it is now."""
+    def reset_step_count(self) -> None:
+        """Count the steps of the next optimizer from its current count."""
 
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Count a step of an optimizer, and renew the masks where that is due."""
@@ -250,7 +250,7 @@ class MaskedModel(_Base):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training; steps are counted from the optimizer's current count."""
         super().compile(*args, **kwargs)
-        self.pruner.reset_step_count(self.optimizer)
+        self.pruner.reset_step_count()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Configure training as a saved model was."""
@@ -312,11 +312,11 @@ class MaskedModel(_Base):
     def get_config(self) -> dict[str, Any]:
         """Return the configuration of the model without its pruner, and that of the pruner.
 
-        It is asked for before weights are saved, by whichever function saves the model; so what
-        has been set from outside is masked here.
+        Every function that saves a model calls this before it saves the weights; so weights that
+        were set from outside are masked here.
 
         Raises:
-            ValueError: it is asked for by the legacy `.h5` format of Keras 3.
+            ValueError: it is for the legacy `.h5` format of Keras 3.
         """
         if global_state.get_global_attribute("use_legacy_config", False):
             raise ValueError(_refusal(self))
@@ -359,7 +359,7 @@ class MaskedModel(_Base):
         return model
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
-        """Show the masks to TensorFlow's checkpoints, but not to SavedModels."""
+        """Add the masks to TensorFlow's checkpoints, but not to SavedModels."""
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "checkpoint":
             children = {**children, "pruning_state": self.pruning_state}
@@ -386,8 +386,8 @@ def _refusal(model: Any) -> str:
 class _ModernConfig(dict[str, Any]):
     """A part of a configuration that the legacy serialization of tf_keras refuses to write.
 
-    A Sequential does not tell the models in it which format their configuration is asked for. Only
-    the legacy serialization asks a dictionary for a configuration.
+    The models in a Sequential can't know the format that their configuration is for. But only the
+    legacy serialization calls the `get_config` of a dictionary.
 
     Args:
         values: of the dictionary.

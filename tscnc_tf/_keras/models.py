@@ -1,4 +1,4 @@
-"""What a model takes and returns, which of its weights are kernels, and which layers are chosen."""
+"""Inputs, outputs and kernels of models, and the selection of layers."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def symbols(model: Any) -> Any:
 
 
 def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
-    """Return examples of an input, drawn from U[0, 1); None if only the user knows what to give.
+    """Return examples of an input, drawn from U[0, 1); None if they can't be drawn.
 
     Args:
-        symbol: a symbolic input, or whatever else has a shape and a dtype; it is drawn if it holds
-            floats of known shape.
+        symbol: a symbolic input, or another object with a shape and a dtype; examples are drawn if
+            it is of floats, and of known shape.
         examples: how many.
         generator: draws.
     """
@@ -53,10 +53,10 @@ def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarr
 
 
 def draw_one(model: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
-    """Return examples for a built model, drawn from U[0, 1); None if it is not known what it takes.
+    """Return examples for a built model, drawn from U[0, 1); None if its inputs are not known.
 
-    That is known of a model that takes one tensor of floats; of a subclassed one if Keras noted the
-    shape that it was built by.
+    They are known of a model that takes one tensor of floats; of a subclassed one if Keras has
+    recorded the shape that it was built with.
     """
     if is_graph_model(model):
         symbol = symbols(model)
@@ -74,7 +74,7 @@ def draw_one(model: Any, examples: int, generator: np.random.Generator) -> np.nd
 
 
 def classes(name: str, model: Any) -> int | None:
-    """Return the number of logits of a model, None where a subclassed one does not tell.
+    """Return the number of logits of a model, None for a subclassed one.
 
     Raises:
         ValueError: the model is Sequential or functional, and its outputs are no logits.
@@ -141,8 +141,8 @@ def require_no_probabilities(
 ) -> None:
     """Raise a ValueError if a model returns probabilities for inputs drawn within bounds.
 
-    A softmax may be nested in it, or followed by a layer that changes nothing. Where it is not
-    known what the model takes, nothing is said.
+    A softmax may be nested in it, or followed by a layer that changes nothing. A model whose inputs
+    are not known is not checked.
     """
     drawn = draw_one(model, 4, np.random.default_rng(0))
     if drawn is None:
@@ -181,8 +181,8 @@ def _wrong_shape(name: str, found: Any) -> str:
 def output_kernels(model: Any) -> list[Any] | None:
     """Return the kernels each of whose filters makes one output of a model; None if not known.
 
-    Followed back from each output are layers without kernels of their own. Where several tensors
-    are added or multiplied, an output hangs on the filters that all of them hang on. The graph of a
+    Layers without kernels are followed back to their inputs. Where several tensors are added or
+    multiplied, an output is lost only with a filter that all of them depend on. The graph of a
     subclassed model is not known. A recurrent layer has no such kernels: its outputs depend on its
     state as well.
     """
@@ -377,7 +377,7 @@ def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callabl
     every = list(kernel_layers.flatten(model))
     parts = list(_parts(name, layers))
     for part, holds in parts:
-        by_name = isinstance(part, (str, type, *_LAYERS))  # what a predicate is for, is not known
+        by_name = isinstance(part, (str, type, *_LAYERS))  # a predicate may hold for no layer
         if by_name and not any(holds(layer) for layer in every):
             what = f"layer {part.name!r}" if isinstance(part, _LAYERS) else repr(part)
             raise ValueError(
@@ -385,6 +385,11 @@ def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callabl
                 f"that can be chosen are {listed(able, part)}."
             )
     return lambda layer: any(holds(layer) for _, holds in parts)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Tell whether a name is a pattern itself, or fits it, with `*`, `?` and `[...]` in it."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def listed(able: Iterable[Any], asked: Any = None) -> str:
@@ -423,7 +428,7 @@ def _single(name: str, layers: Any) -> Callable[[Any], bool] | None:
         parts_of_it = list(kernel_layers.flatten(layers))
         return lambda layer: any(layer is part for part in parts_of_it)
     if isinstance(layers, str):
-        return lambda layer: fnmatch.fnmatchcase(layer.name, layers)
+        return lambda layer: fits(layer.name, layers)
     if callable(layers):
         return lambda layer: bool(layers(layer))
     raise TypeError(

@@ -1,4 +1,4 @@
-"""What an optimizer of either Keras keeps for each weight, and how far it has come."""
+"""Slots, averages and step counts of the optimizers of either Keras."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def is_legacy(optimizer: Any) -> bool:
 
 
 def build(optimizer: Any, variables: list[Any]) -> None:
-    """Let an optimizer make what it keeps for these weights, unless it has done so."""
+    """Let an optimizer make its variables for these weights, unless it has done so."""
     if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
         return
     with tf.init_scope():
@@ -176,7 +176,7 @@ def _replace(optimizer: Any, on_step: Any, on_finalize: Any) -> Callable[[], Non
 def trains(optimizer: Any, variables: list[Any]) -> bool:
     """Tell whether an object is an optimizer that has begun to train one of these weights."""
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        return True  # it does not tell
+        return True  # it does not list its weights
     if not is_optimizer(optimizer):
         return False
     positions = _positions(innermost(optimizer))
@@ -207,7 +207,7 @@ def _positions(optimizer: Any) -> dict[Any, int]:
 
 
 def key(variable: Any) -> Any:
-    """Return what tells a variable from all others, in whichever guise it comes."""
+    """Return the identity of a variable, the same for all objects that wrap it."""
     return getattr(tensor_variable(variable), "_unique_id", None)
 
 

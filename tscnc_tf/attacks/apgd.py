@@ -17,6 +17,7 @@ from tscnc_tf.attacks.search import (
     Search,
     choose,
     column,
+    like,
 )
 from tscnc_tf.functional import balls
 
@@ -29,12 +30,21 @@ _OBJECTIVES = {
     "targeted_dlr": "targeted_dlr",
 }
 _LOSSES = {objective: loss for loss, objective in _OBJECTIVES.items()}
+
 _MOMENTUM = 0.25
 _RHO = 0.75  # the share of successful steps below which the step size is halved
 
+# In l1 the radius is 3, then 2, then 1 times epsilon; the last for the rest of the steps.
+_RADII = ((3, 0.3), (2, 0.3), (1, 0.4))
+_DENSER = 1.5  # what the share of entries that move is the next number of changed ones divided by
+_SPARSER = 0.95  # below this share of its last value, the number of changed entries has fallen
+
 
 class _State(NamedTuple):
-    """Where an attempt is; `best` has the largest loss, `adversarial` fools the model."""
+    """Where an attempt is; `best` has the largest loss, `adversarial` fools the model.
+
+    What `memory` holds depends on the rule of the steps.
+    """
 
     point: tf.Tensor
     previous: tf.Tensor
@@ -46,13 +56,20 @@ class _State(NamedTuple):
     score: tf.Tensor
     adversarial: tf.Tensor
     fooled: tf.Tensor
-    gains: tf.Tensor
-    checked_score: tf.Tensor
-    was_halved: tf.Tensor
+    memory: Any
 
     @property
     def result(self) -> tf.Tensor:
         return choose(self.fooled, self.adversarial, self.best)
+
+    def back_to_best(self, is_back: tf.Tensor, step_size: tf.Tensor, memory: Any) -> _State:
+        """Return this state with a new step size, and where told the best point so far."""
+        return self._replace(
+            point=choose(is_back, self.best, self.point),
+            gradient=choose(is_back, self.best_gradient, self.gradient),
+            step_size=step_size,
+            memory=memory,
+        )
 
 
 @final
@@ -68,9 +85,17 @@ class APGD(Search, GradientAttack):
     if the objective grew in at most 75 % of the interval's steps, or if neither step size nor best
     objective has changed since the last look; it then goes on from the best point so far.
 
+    In l1 a step goes along the signs of the largest entries of the gradient, without momentum, and
+    :math:`\Pi` projects onto the intersection of the ball and the bounds. The radius is 3 epsilon
+    for 30 % of the steps, 2 epsilon for the next 30 %, and epsilon for the rest, each begun with
+    the projection of the best point before it. Of the n entries, a step moves as many as the best
+    point has changed, divided by 1.5. At intervals of 4 % of a radius' steps, the step size is the
+    radius again where that number has fallen by more than 5 %, and the attack goes on from the best
+    point; elsewhere it is divided by 1.5, down to a tenth of the radius.
+
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         loss: what to ascend. "ce": cross-entropy; "dlr": difference of logits ratio; "kl": away
             from the clean output; "targeted_dlr": towards one other class after the other, the most
             likely ones first. None is open to `with_defaults`, and "ce" alone.
@@ -92,13 +117,14 @@ class APGD(Search, GradientAttack):
         >>> attack = APGD(epsilon="8/255", steps=20)
         >>> attack.name
         'APGD-20 linf 8/255'
-        >>> x = tf.constant([[0.5, 0.5]])
+        >>> x = tf.constant([[0.9, 0.5]])
         >>> adversarial = attack(lambda x: x @ network, x, [0], seed=1)
         >>> int(tf.argmax(adversarial @ network, axis=1)[0])  # ends once it fools the model
         1
 
     Reference:
-        Croce & Hein 2020, arXiv 2003.01690, section 3 and algorithm 1.
+        Croce & Hein 2020, arXiv 2003.01690, section 3 and algorithm 1; in l1: Croce & Hein 2021,
+        arXiv 2103.01208, section 3.
     """
 
     targeted: bool = dataclasses.field(init=False, repr=False, default=False)
@@ -139,7 +165,8 @@ class APGD(Search, GradientAttack):
 
     @property
     def _plan(self) -> Plan:
-        return Plan("uniform", self.steps, 2 * self.epsilon_value, self.restarts)
+        first = self.epsilon_value * (1 if self.norm == "l1" else 2)
+        return Plan("uniform", self.steps, first, self.restarts)
 
     @property
     def _kind(self) -> str:
@@ -153,8 +180,12 @@ class APGD(Search, GradientAttack):
         return TARGET_CLASSES if self.target_classes is None else self.target_classes
 
     @property
+    def _rule(self) -> _DenseSteps | _SparseSteps:
+        return (_SparseSteps if self.norm == "l1" else _DenseSteps)(self)
+
+    @property
     def _iterations(self) -> int:
-        return self.steps
+        return self._rule.iterations
 
     def _attempts(self, classes: int | None) -> int:
         if classes is not None and classes < 3 and self._objective == "dlr":
@@ -173,24 +204,21 @@ class APGD(Search, GradientAttack):
         return self._objective == "kl" or super()._needs_clean_logits
 
     def _begin(self, ascent: Ascent, examples: Examples, attempt: Any, draws: Draws) -> _State:  # noqa: ARG002
-        anchor = examples.x
-        offset = draws.on_sphere(anchor, self.norm, salt=0)
-        point = self._feasible(anchor, anchor + self.epsilon_value * offset)
+        anchor, rule = examples.x, self._rule
+        point = rule.start(anchor, draws)
         score, fooled, gradient = self._measured(ascent, point)
         return _State(
             point=point,
             previous=point,
             gradient=gradient,
-            step_size=tf.fill(tf.shape(score), tf.cast(2 * self.epsilon_value, anchor.dtype)),
+            step_size=tf.fill(tf.shape(score), tf.constant(rule.first_step_size, anchor.dtype)),
             last_score=score,
             best=point,
             best_gradient=gradient,
             score=score,
             adversarial=point,
-            fooled=fooled,
-            gains=tf.zeros_like(score, tf.int32),
-            checked_score=score,
-            was_halved=tf.ones_like(fooled),
+            fooled=fooled & rule.is_within(-1),
+            memory=rule.memory(anchor, point, score),
         )
 
     def _advance(
@@ -201,41 +229,25 @@ class APGD(Search, GradientAttack):
         index: Any,
         draws: Draws,  # noqa: ARG002
     ) -> _State:
-        anchor, point = examples.x, state.point
-        rank = anchor.shape.rank
-        direction = balls.steepest_ascent(state.gradient, self.norm)
-        stepped = self._feasible(anchor, point + column(state.step_size, rank) * direction)
-        momentum = tf.where(index > 0, tf.cast(_MOMENTUM, anchor.dtype), 0.0)
-        moved = (1 - momentum) * (stepped - point) + momentum * (point - state.previous)
-        moved = self._feasible(anchor, point + moved)
-
+        rule = self._rule
+        moved, is_fresh = rule.step(examples.x, state, index)
         score, fools, gradient = self._measured(ascent, moved)
-        gains = state.gains + tf.cast(score > state.last_score, tf.int32)
-        improves = score > state.score
-        best = choose(improves, moved, state.best)
-        best_gradient = choose(improves, gradient, state.best_gradient)
-        best_score = tf.where(improves, score, state.score)
-
-        interval = self._interval_at(index)
-        is_check = interval > 0
-        is_slow = tf.cast(gains, tf.float32) <= _RHO * tf.cast(interval, tf.float32)
-        is_stuck = ~state.was_halved & (state.checked_score >= best_score)
-        halves = is_check & (is_slow | is_stuck)
-        return _State(
-            point=choose(halves, best, moved),
-            previous=point,
-            gradient=choose(halves, best_gradient, gradient),
-            step_size=tf.where(halves, state.step_size / 2, state.step_size),
+        fools = fools & rule.is_within(index)
+        improves = (score > state.score) | is_fresh
+        new = _State(
+            point=moved,
+            previous=state.point,
+            gradient=gradient,
+            step_size=state.step_size,
             last_score=score,
-            best=best,
-            best_gradient=best_gradient,
-            score=best_score,
-            adversarial=choose(fools, moved, state.adversarial),
+            best=choose(improves, moved, state.best),
+            best_gradient=choose(improves, gradient, state.best_gradient),
+            score=tf.where(improves, score, state.score),
+            adversarial=choose(fools & ~state.fooled, moved, state.adversarial),
             fooled=state.fooled | fools,
-            gains=tf.where(is_check, 0, gains),
-            checked_score=tf.where(is_check, best_score, state.checked_score),
-            was_halved=tf.where(is_check, halves, state.was_halved),
+            memory=state.memory,
         )
+        return rule.review(examples.x, state, new, index)
 
     def _measured(self, ascent: Ascent, point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Return the score at a point, whether that fools the model, and the gradient."""
@@ -260,11 +272,145 @@ class APGD(Search, GradientAttack):
         )
         return score / self.eot, fooled, gradient / self.eot
 
-    def _interval_at(self, index: Any) -> tf.Tensor:
-        """Return the length of the interval that an iteration ends, or 0."""
-        lengths = intervals(self.steps)
+
+class _Progress(NamedTuple):
+    """What decides in linf and l2 whether a step size is halved.
+
+    Attributes:
+        gains: in how many steps of this interval the score grew.
+        checked_score: the best score at the last look.
+        was_halved: whether the step size was halved then.
+    """
+
+    gains: tf.Tensor
+    checked_score: tf.Tensor
+    was_halved: tf.Tensor
+
+
+class _DenseSteps:
+    """The steps of linf and l2: all entries move, with momentum."""
+
+    def __init__(self, attack: APGD) -> None:
+        self._attack = attack
+        self.iterations = attack.steps
+        self.first_step_size = attack._plan.step_size
+
+    def start(self, anchor: tf.Tensor, draws: Draws) -> tf.Tensor:
+        attack = self._attack
+        offset = draws.on_sphere(anchor, attack.norm, salt=0)
+        return attack._feasible(anchor, anchor + attack.epsilon_value * offset)
+
+    def memory(self, anchor: tf.Tensor, point: tf.Tensor, score: tf.Tensor) -> _Progress:  # noqa: ARG002
+        zeros = tf.zeros_like(score, tf.int32)
+        return _Progress(zeros, score, tf.equal(zeros, 0))
+
+    def is_within(self, index: Any) -> tf.Tensor:  # noqa: ARG002
+        """Tell whether the points of an iteration lie inside the ball: they all do."""
+        return tf.constant(True)
+
+    def step(self, anchor: tf.Tensor, state: _State, index: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the next point, and whether what was found before is no more to be compared."""
+        attack, point = self._attack, state.point
+        direction = balls.steepest_ascent(state.gradient, attack.norm)
+        stepped = point + column(state.step_size, anchor.shape.rank) * direction
+        stepped = attack._feasible(anchor, stepped)
+        momentum = tf.where(index > 0, tf.cast(_MOMENTUM, anchor.dtype), 0.0)
+        moved = (1 - momentum) * (stepped - point) + momentum * (point - state.previous)
+        return attack._feasible(anchor, point + moved), tf.constant(False)
+
+    def review(self, anchor: tf.Tensor, old: _State, new: _State, index: Any) -> _State:  # noqa: ARG002
+        """Return the new state with its step sizes halved where they help no more."""
+        lengths = intervals(self.iterations)
         ends = list(itertools.accumulate(lengths))
-        return tf.reduce_sum(tf.where(tf.equal(ends, index + 1), lengths, 0))
+        interval = tf.reduce_sum(tf.where(tf.equal(ends, index + 1), lengths, 0))
+        is_check = interval > 0
+        progress: _Progress = old.memory
+        gains = progress.gains + tf.cast(new.last_score > old.last_score, tf.int32)
+        is_slow = tf.cast(gains, tf.float32) <= _RHO * tf.cast(interval, tf.float32)
+        is_stuck = ~progress.was_halved & (progress.checked_score >= new.score)
+        halves = is_check & (is_slow | is_stuck)
+        memory = _Progress(
+            gains=tf.where(is_check, 0, gains),
+            checked_score=tf.where(is_check, new.score, progress.checked_score),
+            was_halved=tf.where(is_check, halves, progress.was_halved),
+        )
+        return new.back_to_best(halves, tf.where(halves, new.step_size / 2, new.step_size), memory)
+
+
+class _Sparsity(NamedTuple):
+    """What decides in l1 how many entries move: how many of the best point have changed."""
+
+    changed: tf.Tensor
+
+
+class _SparseSteps:
+    """The steps of l1: few entries move, in balls that shrink down to epsilon."""
+
+    def __init__(self, attack: APGD) -> None:
+        self._attack = attack
+        lengths = [int(share * attack.steps) for _, share in _RADII[:-1]]
+        lengths.append(attack.steps - sum(lengths))
+        # Per iteration: the radius, whether a radius begins, and whether to look at the step size.
+        self._radii, self._begins, self._looks = [], [], []
+        for (factor, _), length in zip(_RADII, lengths, strict=True):
+            if not length:
+                continue
+            interval = max(int(0.04 * length), 1)
+            self._radii += [factor * attack.epsilon_value] * (length + 1)
+            self._begins += [True] + [False] * length
+            self._looks += [False] + [index % interval == 0 for index in range(1, length + 1)]
+        # The first of them is the start.
+        self.iterations = len(self._radii) - 1
+        self.first_step_size = self._radii[0]
+
+    def start(self, anchor: tf.Tensor, draws: Draws) -> tf.Tensor:
+        noise = self._attack._width * draws.normal(anchor, salt=0)
+        return self._projected(anchor, anchor + noise, -1)
+
+    def memory(self, anchor: tf.Tensor, point: tf.Tensor, score: tf.Tensor) -> _Sparsity:  # noqa: ARG002
+        return _Sparsity(_changed(anchor, point))
+
+    def is_within(self, index: Any) -> tf.Tensor:
+        """Tell whether the points of an iteration lie inside the ball of radius epsilon."""
+        return tf.equal(self._at(self._radii, index, tf.float64), self._radii[-1])
+
+    def step(self, anchor: tf.Tensor, state: _State, index: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return the next point, and whether what was found before is no more to be compared."""
+        rank = anchor.shape.rank
+        size = tf.cast(tf.reduce_prod(tf.shape(anchor)[1:]), anchor.dtype)
+        share = state.memory.changed / size / _DENSER
+        direction = balls.sparse_ascent(state.gradient, share)
+        stepped = state.point + column(state.step_size, rank) * direction
+        is_fresh = self._at(self._begins, index, tf.bool)
+        return self._projected(anchor, tf.where(is_fresh, state.best, stepped), index), is_fresh
+
+    def review(self, anchor: tf.Tensor, old: _State, new: _State, index: Any) -> _State:
+        """Return the new state with the step sizes that follow from how many entries changed."""
+        is_fresh, is_check = (
+            self._at(values, index, tf.bool) for values in (self._begins, self._looks)
+        )
+        radius = self._at(self._radii, index, anchor.dtype)
+        before = old.memory.changed
+        changed = tf.where(is_check | is_fresh, _changed(anchor, new.best), before)
+        falls = is_check & (changed < _SPARSER * before)
+        reduced = tf.maximum(new.step_size / _DENSER, radius / 10)
+        step_size = tf.where(is_check, reduced, new.step_size)
+        step_size = tf.where(falls | is_fresh, radius, step_size)
+        return new.back_to_best(falls, step_size, _Sparsity(changed))
+
+    def _projected(self, anchor: tf.Tensor, point: tf.Tensor, index: Any) -> tf.Tensor:
+        radius = self._at(self._radii, index, anchor.dtype)
+        return like(balls.project_within_box(point, anchor, radius, self._attack.bounds), anchor)
+
+    def _at(self, values: list[Any], index: Any, dtype: Any) -> tf.Tensor:
+        """Return the value of an iteration, of which -1 is the start."""
+        return tf.gather(tf.constant(values, dtype), index + 1)
+
+
+def _changed(anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
+    """Return how many entries of each example differ, as floats."""
+    differs = tf.cast(point != anchor, anchor.dtype)
+    return tf.reduce_sum(differs, axis=list(range(1, anchor.shape.rank)))
 
 
 def intervals(steps: int) -> list[int]:

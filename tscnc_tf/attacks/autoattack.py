@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +24,8 @@ class AutoAttack(Attack):
     """AutoAttack: four or more attacks, each run on the examples that the ones before left.
 
     "standard": APGD by cross-entropy, APGD by the targeted difference of logits ratio, targeted
-    FAB (each with 100 steps, the latter two with 9 target classes) and Square with 5,000 queries.
+    FAB (each with 100 steps, the latter two with 9 target classes) and Square with 5,000 queries;
+    in l1, the first with 5 restarts and the second with 5 target classes.
     "plus": APGD by cross-entropy and by the difference of logits ratio and untargeted FAB with 5
     restarts each, Square, then the two targeted attacks. "rand", for models whose output changes
     from call to call: APGD by both losses, with gradients that are means of 20.
@@ -34,7 +35,7 @@ class AutoAttack(Attack):
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         version: "standard", "plus" or "rand".
         bounds: the smallest and the largest value that an input may take.
 
@@ -51,8 +52,10 @@ class AutoAttack(Attack):
         ['FAB-100 linf 8/255 targeted', 'Square-5000 linf 8/255']
 
     Reference:
-        Croce & Hein 2020, arXiv 2003.01690.
+        Croce & Hein 2020, arXiv 2003.01690; in l1: Croce & Hein 2021, arXiv 2103.01208.
     """
+
+    norms: ClassVar[tuple[str, ...]] = APGD.norms
 
     version: str = "standard"
 
@@ -64,14 +67,20 @@ class AutoAttack(Attack):
     def attacks(self) -> tuple[Attack, ...]:
         """The attacks, in the order in which they are run."""
         ball: dict[str, Any] = {"epsilon": self.epsilon, "norm": self.norm, "bounds": self.bounds}
-        targeted = APGD(loss="targeted_dlr", **ball), FAB(**ball)
         if self.version == "rand":
             return tuple(APGD(loss=loss, eot=20, **ball) for loss in ("ce", "dlr"))
+        square = Square(horizon=10_000, **ball)
         if self.version == "standard":
-            return (APGD(loss="ce", **ball), *targeted, Square(**ball))
+            restarts, classes = (5, 5) if self.norm == "l1" else (1, None)
+            return (
+                APGD(loss="ce", restarts=restarts, **ball),
+                APGD(loss="targeted_dlr", target_classes=classes, **ball),
+                FAB(**ball),
+                square,
+            )
         apgd = (APGD(loss=loss, restarts=5, **ball) for loss in ("ce", "dlr"))
         untargeted = FAB(target_classes=None, restarts=5, **ball)
-        return (*apgd, untargeted, Square(**ball), *targeted)
+        return (*apgd, untargeted, square, APGD(loss="targeted_dlr", **ball), FAB(**ball))
 
     @property
     def name(self) -> str:
@@ -100,6 +109,12 @@ class AutoAttack(Attack):
                 )
             if y is None:
                 raise ValueError("y is missing: this attack needs the labels.")
+            classes = logits_fn(x[:1]).shape[-1]
+            if classes == 2 and self.version != "standard":
+                raise ValueError(
+                    f"version={self.version!r} needs 3 classes, for its difference of logits ratio "
+                    "is not defined for 2. Use version='standard'."
+                )
             found = x.numpy()
             truth = _checks.class_indices("y", y)[0]
             stands = np.ones(len(found), dtype=bool)

@@ -29,7 +29,7 @@ class Attack(_configs.Configurable, abc.ABC):
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255"; kept as written.
-        norm: "linf" or "l2".
+        norm: one of `norms`: "linf" or "l2", for some attacks also "l1".
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
@@ -225,11 +225,13 @@ class CompiledAttack(Attack):
         """
 
     def _feasible(self, anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
-        """Return the point moved into the bounds, then into the ball.
+        """Return the point moved into the bounds, then into the ball; for l1 the nearest point.
 
-        The second goes straight towards the anchor, which lies inside the bounds itself, so the
-        result is inside of both (but for the last bit, which `balls.settle` sees to).
+        The second move goes straight towards the anchor, which lies inside the bounds itself, so
+        the result is inside of both (but for the last bit, which `balls.settle` sees to).
         """
+        if self.norm == "l1":
+            return balls.project_within_box(point, anchor, self.epsilon_value, self.bounds)
         inside = tf.clip_by_value(point, *self.bounds)
         return anchor + balls.project(inside - anchor, self.epsilon_value, self.norm)
 

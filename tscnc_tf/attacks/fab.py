@@ -24,8 +24,15 @@ class _State(NamedTuple):
     point: tf.Tensor
     nearest: tf.Tensor
     distance: tf.Tensor
-    result: tf.Tensor
     fooled: tf.Tensor
+
+    @property
+    def result(self) -> tf.Tensor:
+        return choose(self.distance < self.distance.dtype.max, self.nearest, self.point)
+
+    @property
+    def best(self) -> tf.Tensor:
+        return self.result
 
     @property
     def score(self) -> tf.Tensor:
@@ -51,7 +58,7 @@ class FAB(Search):
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         target_classes: the number of classes t that are tried one after the other, the most likely
             ones first, at most those that there are but for the true one; or None to take, in each
             iteration, the class whose boundary is nearest, which needs the gradients of all
@@ -72,8 +79,8 @@ class FAB(Search):
         'FAB-10 linf 0.25 targeted'
         >>> x = tf.constant([[0.9, 0.7]])
         >>> adversarial = attack(lambda x: x @ network, x, [0])
-        >>> [round(float(entry), 1) for entry in (adversarial - x)[0]]
-        [-0.1, 0.1]
+        >>> [round(float(entry), 3) for entry in (adversarial - x)[0]]
+        [-0.105, 0.105]
 
     Reference:
         Croce & Hein 2020, arXiv 1907.02044, algorithm 1; its targeted form: arXiv 2003.01690.
@@ -125,7 +132,6 @@ class FAB(Search):
             point=point,
             nearest=x,
             distance=zeros + x.dtype.max,
-            result=x,
             fooled=tf.zeros_like(zeros, tf.bool),
         )
 
@@ -140,28 +146,26 @@ class FAB(Search):
         x, point = examples.x, state.point
         value, slope = self._boundary(ascent, point)
         level = tf.reduce_sum(slope * point, list(range(1, x.shape.rank))) - value
-        here = onto_hyperplane(point, slope, level, self.norm, self.bounds)
-        there = onto_hyperplane(x, slope, level, self.norm, self.bounds)
-        far, near = (
-            tf.maximum(balls.lengths(step, self.norm), 1e-8 * self._width) for step in (here, there)
+        # Both at once: the loop inside ends when the last of them has arrived.
+        points, slopes, levels = (
+            tf.concat(pair, axis=0) for pair in ((point, x), (slope, slope), (level, level))
         )
+        steps = onto_hyperplane(points, slopes, levels, self.norm, self.bounds)
+        lengths = tf.maximum(balls.lengths(steps, self.norm), 1e-8 * self._width)
+        (here, there), (far, near) = tf.split(steps, 2), tf.split(lengths, 2)
         bias = column(tf.minimum(far / (far + near), _LARGEST_BIAS), x.shape.rank)
         moved = (1 - bias) * (point + _OVERSHOOT * here) + bias * (x + _OVERSHOOT * there)
         moved = like(tf.clip_by_value(moved, *self.bounds), x)
 
         fools = ascent.is_fooled(ascent.logits(moved))
         distance = balls.lengths(moved - x, self.norm)
-        is_nearer = fools & (distance < state.distance)
-        nearest = choose(is_nearer, moved, state.nearest)
+        is_nearer = fools & (distance < state.distance) & ~state.fooled
         best = tf.where(is_nearer, distance, state.distance)
-        fooled = best <= self.epsilon_value
-        candidate = choose(best < x.dtype.max, nearest, moved)
         return _State(
             point=choose(fools, x + _RETREAT * (moved - x), moved),
-            nearest=nearest,
+            nearest=choose(is_nearer, moved, state.nearest),
             distance=best,
-            result=choose(fooled, nearest, self._feasible(x, candidate)),
-            fooled=fooled,
+            fooled=best <= self.epsilon_value,
         )
 
     def _boundary(self, ascent: Ascent, point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -251,7 +255,7 @@ def _newton(slopes: tf.Tensor, speeds: tf.Tensor, room: tf.Tensor, gap: tf.Tenso
     def step(root: tf.Tensor, changed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         is_full = root * speeds >= room
         left = gap - tf.reduce_sum(tf.where(is_full, slopes * room, 0.0), axis=1, keepdims=True)
-        speed = tf.reduce_sum(tf.where(is_full, 0.0, slopes * speeds), axis=1, keepdims=True)
+        speed = tf.reduce_sum(tf.where(~is_full, slopes * speeds, 0.0), axis=1, keepdims=True)
         new = tf.where(speed > 0, tf.math.divide_no_nan(left, speed), huge)
         new = tf.maximum(new, root)  # but for rounding it never falls
         return like(new, root), like(new > root, changed)

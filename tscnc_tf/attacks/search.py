@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -44,7 +44,8 @@ class State(Protocol):
 
     Attributes:
         fooled: whether an adversarial example inside the ball has been found.
-        result: that example, else the best candidate, inside the ball and the bounds.
+        result: the first of them, else the best candidate, which may lie outside of the ball.
+        best: the candidate of the largest score.
         score: of the best candidate; the larger, the nearer to fooling the model.
     """
 
@@ -53,6 +54,9 @@ class State(Protocol):
 
     @property
     def result(self) -> tf.Tensor: ...  # noqa: D102
+
+    @property
+    def best(self) -> tf.Tensor: ...  # noqa: D102
 
     @property
     def score(self) -> tf.Tensor: ...  # noqa: D102
@@ -77,10 +81,16 @@ class Draws(NamedTuple):
         """Return draws from U(-1, 1), `(batch, *shape)`; other ones for each number `salt`."""
         return self._drawn(balls.uniform, shape, salt, dtype)
 
+    def normal(self, points: tf.Tensor, salt: Any) -> tf.Tensor:
+        """Return draws from N(0, 1), of the shape and dtype of `points`."""
+        return like(self._drawn(balls.normal, tf.shape(points)[1:], salt, points.dtype), points)
+
     def on_sphere(self, points: tf.Tensor, norm: str, salt: Any) -> tf.Tensor:
         """Return points at distance 1 from 0 in a norm, of the shape and dtype of `points`."""
-        draw = balls.uniform if norm == "linf" else balls.normal
-        draws = self._drawn(draw, tf.shape(points)[1:], salt, points.dtype)
+        if norm == "linf":
+            draws = self.uniform(tf.shape(points)[1:], salt, points.dtype)
+        else:
+            draws = self.normal(points, salt)
         lengths = column(balls.lengths(draws, norm), points.shape.rank)
         return like(draws / (lengths + 1e-12), points)
 
@@ -99,6 +109,8 @@ class Search(CompiledAttack):
     An example that is fooled takes part in no further iteration; within a graph it does, with the
     same result. Subclasses implement the hooks below, all of them pure.
     """
+
+    norms: ClassVar[tuple[str, ...]] = (*balls.NORMS, "l1")
 
     restarts: int = 1
 
@@ -174,7 +186,30 @@ class Search(CompiledAttack):
     ) -> tf.Tensor:
         """Return adversarial examples: the pure graph of the attack, for a training step.
 
-        As `GradientAttack.perturb`; the iterations are always looped.
+        As `GradientAttack.perturb`; the iterations are always looped. It returns the candidates of
+        the largest score, whether they fool the model or not, for training wants no others.
+        """
+        return self._searched(logits_fn, x, y, seed, clean_logits, until_fooled=False)
+
+    def _searched(
+        self,
+        logits_fn: Callable[[tf.Tensor], tf.Tensor],
+        x: tf.Tensor,
+        y: Any,
+        seed: tf.Tensor,
+        clean_logits: Any = None,
+        *,
+        until_fooled: bool,
+    ) -> tf.Tensor:
+        """Return adversarial examples, by operations of one graph.
+
+        Args:
+            logits_fn: as in `perturb`, and so are the next four.
+            x: see there.
+            y: see there.
+            seed: see there.
+            clean_logits: see there.
+            until_fooled: whether the first candidate that fools the model is wanted.
         """
         self._check_size(x.shape)
         self.check_labels(y)
@@ -190,11 +225,13 @@ class Search(CompiledAttack):
             ascent = self._ascent(logits_fn, examples, x.dtype, attempt)
             state = self._begin(ascent, examples, attempt, draws)
             state = self._advanced(ascent, examples, state, 0, self._iterations, draws)
-            return state.result, state.fooled, state.score
+            if until_fooled:
+                return state.result, state.fooled, state.score
+            return state.best, tf.zeros_like(state.fooled), state.score
 
         def better(attempt: Any, *best: tf.Tensor) -> tuple[Any, ...]:
             new = attempted(attempt)
-            gains = (new[1] & ~best[1]) | ((new[1] == best[1]) & (new[2] > best[2]))
+            gains = ~best[1] & (new[1] | (new[2] > best[2]))
             return attempt + 1, *(choose(gains, *pair) for pair in zip(new, best, strict=True))
 
         classes = None if clean_logits is None else clean_logits.shape[-1]
@@ -208,7 +245,12 @@ class Search(CompiledAttack):
                 maximum_iterations=attempts - 1,
                 parallel_iterations=1,
             )[1:]
-        settled = balls.settle(x, best[0], self.epsilon_value, self.norm)
+        return self._settled(x, best[0])
+
+    def _settled(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
+        """Return points in the dtype of x, inside the ball and the bounds, as constants."""
+        point = self._feasible(pgd.wide(x), point)
+        settled = balls.settle(x, point, self.epsilon_value, self.norm)
         return tf.stop_gradient(tf.clip_by_value(settled, *self.bounds))
 
     def _advanced(
@@ -233,7 +275,7 @@ class Search(CompiledAttack):
     def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         if tf.executing_eagerly():
             return Hunt(self, lambda: model, compiled=False)(x, y, seed)
-        return self.perturb(_keras.inference(model), x, y, seed)
+        return self._searched(_keras.inference(model), x, y, seed, until_fooled=True)
 
     def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
         return Hunt(self, recall, compiled=True)
@@ -296,8 +338,7 @@ class Hunt:
                 gains = state.score.numpy() > score[rows]
                 result[rows[gains]] = state.result.numpy()[gains]
                 score[rows[gains]] = state.score.numpy()[gains]
-        settled = balls.settle(x, result, attack.epsilon_value, attack.norm)
-        return tf.clip_by_value(settled, *attack.bounds)
+        return attack._settled(x, tf.constant(result))
 
     def _trace_logits(self, x: tf.Tensor) -> tf.Tensor:
         examples = Examples(x, None, None, tf.range(tf.shape(x)[0]))

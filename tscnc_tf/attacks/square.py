@@ -26,21 +26,23 @@ class _State(NamedTuple):
     score: tf.Tensor
     fooled: tf.Tensor
 
+    @property
+    def best(self) -> tf.Tensor:
+        return self.result
+
 
 class _Windows(NamedTuple):
-    """A window of each example: its first row and column, and their numbers.
+    """A window of each example, and where all pixels are, seen from its corner.
 
     Attributes:
-        row: `(batch,)`, int32.
-        column: `(batch,)`, int32.
-        height: an int32, the same for all examples.
-        width: likewise.
+        rows: `(batch, height, 1, 1)`, int32.
+        columns: `(batch, 1, width, 1)`, int32.
+        inside: `(batch, height, width, 1)`, whether a pixel lies in the window.
     """
 
-    row: tf.Tensor
-    column: tf.Tensor
-    height: Any
-    width: Any
+    rows: tf.Tensor
+    columns: tf.Tensor
+    inside: tf.Tensor
 
 
 @final
@@ -51,16 +53,19 @@ class Square(Search):
     It asks the model for its outputs only, so it also judges models without a gradient, such as
     exported files, and models whose gradient misleads. A change is kept if the margin
     :math:`\max_{k \ne y} z_k - z_y` grows. In linf it sets a window to :math:`x \pm \epsilon`, with
-    a random sign per channel; in l2 it moves the perturbation of one window to another one, with a
-    profile of two pyramids of opposite signs added. The side of the windows falls with the queries.
+    a random sign per channel; in l2 and l1 it moves the perturbation of one window to another one,
+    with a profile of two pyramids of opposite signs added. The side of the windows falls with the
+    queries.
 
     Inputs of shape `(height, width)` or `(height, width, channels)` are images; of others the
     windows are intervals of the entries in a row.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         queries: the number of changes that are tried, >= 1.
+        horizon: over how many queries the windows shrink; None for all of them. (`AutoAttack` stops
+            half way, with 5,000 queries of 10,000.)
         p_init: the share of the input that the first window covers, in (0, 1].
         restarts: the number of attempts, >= 1.
         bounds: the smallest and the largest value that an input may take.
@@ -80,15 +85,19 @@ class Square(Search):
         [-0.25, 0.25]
 
     Reference:
-        Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3.
+        Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3; in l1: Croce & Hein 2021,
+        arXiv 2103.01208, section 4.
     """
 
     queries: int = 5000
+    horizon: int | None = None
     p_init: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("queries", _checks.integer("queries", self.queries, minimum=1))
+        if self.horizon is not None:
+            self._set("horizon", _checks.integer("horizon", self.horizon, minimum=1))
         share = _checks.number("p_init", self.p_init, above=0.0, maximum=1.0)
         self._set("p_init", share)
 
@@ -108,6 +117,7 @@ class Square(Search):
         return super().describe() | {
             "restarts": self.restarts,
             "queries": self.queries,
+            "horizon": self.horizon,
             "p_init": self.p_init,
         }
 
@@ -123,8 +133,8 @@ class Square(Search):
             stripes = (height, 1, channels) if width == 1 else (1, width, channels)
             delta = self.epsilon_value * tf.sign(draws.uniform(stripes, 0, x.dtype))
         else:
-            delta = self._scaled(self._tiles(x, draws))
-        return self._judged(ascent, examples, tf.clip_by_value(x + delta, *self.bounds))
+            delta = self._scaled(self._width * self._tiles(x, draws))
+        return self._judged(ascent, examples, x + delta)
 
     def _advance(
         self, ascent: Ascent, examples: Examples, state: _State, index: Any, draws: Draws
@@ -132,8 +142,8 @@ class Square(Search):
         x, best = _grid(examples.x), _grid(state.result)
         change = self._changed if self.norm == "linf" else self._moved
         candidate = change(x, best, index, draws)
-        new = self._judged(ascent, examples, tf.clip_by_value(candidate, *self.bounds))
-        gains = (new.score > state.score) | new.fooled
+        new = self._judged(ascent, examples, candidate)
+        gains = ~state.fooled & ((new.score > state.score) | new.fooled)
         return _State(
             result=choose(gains, new.result, state.result),
             score=tf.where(gains, new.score, state.score),
@@ -141,82 +151,120 @@ class Square(Search):
         )
 
     def _judged(self, ascent: Ascent, examples: Examples, candidate: tf.Tensor) -> _State:
-        candidate = tf.reshape(candidate, tf.shape(examples.x))
-        candidate = self._feasible(examples.x, like(candidate, examples.x))
+        candidate = like(tf.reshape(candidate, tf.shape(examples.x)), examples.x)
+        candidate = self._feasible(examples.x, candidate)
         logits = ascent.logits(candidate)
         return _State(candidate, ascent.score(logits), ascent.is_fooled(logits))
 
     def _changed(self, x: tf.Tensor, best: tf.Tensor, index: Any, draws: Draws) -> tf.Tensor:
         """Return the candidates of an iteration in linf: one window at the surface of the ball."""
         salt = _DRAWS_PER_ITERATION * (index + 1)
-        windows = self._windows(x, self._side(x, index, smallest=1), draws, salt)
+        side = tf.gather(self._sides(x), index)
         signs = tf.sign(draws.uniform((1, 1, x.shape[-1]), salt + 2, x.dtype))
-        return tf.where(_inside(x, windows), x + self.epsilon_value * signs, best)
+        inside = _windows(x, side, draws, salt).inside
+        return tf.where(inside, x + self.epsilon_value * signs, best)
 
     def _moved(self, x: tf.Tensor, best: tf.Tensor, index: Any, draws: Draws) -> tf.Tensor:
-        """Return the candidates of an iteration in l2: what one window has, moved to another."""
+        """Return the candidates of an iteration in l2 and l1: what one window has, in another."""
         salt = _DRAWS_PER_ITERATION * (index + 1)
-        side = self._side(x, index, smallest=3)
-        to, source = (self._windows(x, side, draws, salt + 2 * i) for i in range(2))
-        inside = _inside(x, to)
-        delta = best - x
-        here = tf.where(inside, delta, 0.0)
+        side = tf.gather(self._sides(x), index)
+        to, source = (_windows(x, side, draws, salt + 2 * window) for window in range(2))
         flips = draws.uniform((1, 1, 1), salt + 4, x.dtype) > 0
         signs = tf.sign(draws.uniform((1, 1, x.shape[-1]), salt + 5, x.dtype))
-        shape = signs * _profile(x, to, flips) + _divided(here, _length(here, (1, 2)))
-        squares = tf.square(_length(tf.where(inside | _inside(x, source), delta, 0.0)))
-        unused = tf.maximum(self.epsilon_value**2 - tf.square(_length(delta)), 0.0)
-        budget = tf.sqrt(unused / x.shape[-1] + squares)
-        new = _divided(shape, _length(shape, (1, 2))) * budget
-        rest = tf.where(_inside(x, source), 0.0, delta)
-        return x + self._scaled(tf.where(inside, new, rest))
+        delta = best - x
+        here = tf.where(to.inside, delta, 0.0)
+        shape = signs * self._profile(x, to, side, flips) + self._unit(here, (1, 2))
+        windows = self._length(tf.where(to.inside | source.inside, delta, 0.0), (1, 2))
+        # What the windows have, and each channel's part of what the ball has left.
+        if self.norm == "l2":
+            unused = tf.maximum(self.epsilon_value**2 - tf.square(self._length(delta)), 0.0)
+            budget = tf.sqrt(unused / x.shape[-1] + tf.square(windows))
+        else:
+            unused = tf.maximum(self.epsilon_value - self._length(delta), 0.0)
+            budget = unused + x.shape[-1] * windows
+        rest = tf.where(~source.inside, delta, 0.0)
+        return x + self._scaled(tf.where(to.inside, self._unit(shape, (1, 2)) * budget, rest))
 
     def _tiles(self, x: tf.Tensor, draws: Draws) -> tf.Tensor:
-        """Return the first perturbation in l2: profiles side by side, with random signs."""
+        """Return the first perturbation in l2 and l1: profiles side by side, with random signs."""
         height, width, channels = x.shape[1:]
-        side = max(height // 5, 1)
-        across = side if width > 1 else 1
-        first = (height - 5 * side) // 2 if height >= 5 * side else 0
-        rows, columns = np.arange(height) - first, np.arange(width) - (first if width > 1 else 0)
-        numbers = height // side, width // across
-        is_tiled = ((rows >= 0) & (rows < numbers[0] * side))[:, np.newaxis, np.newaxis]
-        is_tiled = is_tiled & ((columns >= 0) & (columns < numbers[1] * across))[:, np.newaxis]
+        is_flat = width == 1
+        side = max((height if is_flat else min(height, width)) // 5, 1)
+        sizes = side, 1 if is_flat else side
+        axes = list(zip((height, width), sizes, strict=True))
+        # Where each row and column lies, seen from the first of as many tiles as there is room for.
+        places = [np.arange(length) - length % size // 2 for length, size in axes]
+        inside = np.logical_and.outer(
+            *((at >= 0) & (at < n // s * s) for at, (n, s) in zip(places, axes, strict=True))
+        )
+        tile = profile(*sizes, self.norm)
+        within = np.ix_(*(at % size for at, size in zip(places, sizes, strict=True)))
+        upright, turned = (
+            tf.constant(np.where(inside, form[within], 0.0)[..., np.newaxis], x.dtype)
+            for form in (tile, tile if is_flat else tile.T)
+        )
         flips = draws.uniform((1, 1, 1), 0, x.dtype) > 0
-        zeros = tf.zeros_like(draws.row)
-        corner = _Windows(zeros, zeros, side, across)
-        tile = _profile(x, corner, flips)[:, :side, :across]
-        profile = tf.gather(tf.gather(tile, rows % side, axis=1), columns % across, axis=2)
+        numbers = [length // size for length, size in axes]
         signs = tf.sign(draws.uniform((*numbers, channels), 1, x.dtype))
-        at = np.clip(rows // side, 0, numbers[0] - 1), np.clip(columns // across, 0, numbers[1] - 1)
-        signs = tf.gather(tf.gather(signs, at[0], axis=1), at[1], axis=2)
-        return tf.where(is_tiled, profile * signs, 0.0)
+        for axis, (at, size, number) in enumerate(zip(places, sizes, numbers, strict=True)):
+            signs = tf.gather(signs, np.clip(at // size, 0, number - 1), axis=1 + axis)
+        return tf.where(flips, turned, upright) * signs
 
     def _scaled(self, delta: tf.Tensor) -> tf.Tensor:
-        """Return perturbations of the length epsilon."""
-        return _divided(delta, _length(delta)) * self.epsilon_value
+        """Return perturbations of the length epsilon; in l1 as they are, for the projection."""
+        return delta if self.norm == "l1" else self._unit(delta) * self.epsilon_value
 
-    def _side(self, x: tf.Tensor, index: Any, smallest: int) -> tf.Tensor:
-        """Return the height of the windows in an iteration, at least `smallest`; odd from 3."""
+    def _length(self, values: tf.Tensor, axes: tuple[int, ...] = (1, 2, 3)) -> tf.Tensor:
+        """Return l2 or l1 norms over some axes, which are kept."""
+        if self.norm == "l1":
+            return tf.reduce_sum(tf.abs(values), axis=axes, keepdims=True)
+        return tf.sqrt(tf.reduce_sum(tf.square(values), axis=axes, keepdims=True))
+
+    def _unit(self, values: tf.Tensor, axes: tuple[int, ...] = (1, 2, 3)) -> tf.Tensor:
+        """Return values of length 1 over some axes, or 0."""
+        return values / (self._length(values, axes) + 1e-12)
+
+    def _sides(self, x: tf.Tensor) -> list[int]:
+        """Return the heights of the windows in all iterations; in l2 and l1 odd ones from 3."""
         height, width = x.shape[1:3]
+        largest = height if width == 1 else min(height, width)
         sides = []
         for query in range(self.queries):
-            halvings = bisect.bisect_left(_HALVINGS, int(query / self.queries * 10_000))
-            share = self.p_init / 2**halvings
-            side = share * height if width == 1 else math.sqrt(share * height * width)
-            side = max(round(side), smallest)
-            side += smallest == 3 and side % 2 == 0
-            sides.append(min(side, height if width == 1 else min(height, width)))
-        return tf.gather(tf.constant(sides, tf.int32), index)
+            place = int(query / (self.horizon or self.queries) * 10_000)
+            share = self.p_init / 2 ** bisect.bisect_left(_HALVINGS, place)
+            side = round(share * height if width == 1 else math.sqrt(share * height * width))
+            side = max(side, 1) if self.norm == "linf" else max(side, 3) // 2 * 2 + 1
+            sides.append(min(side, largest))
+        return sides
 
-    def _windows(self, x: tf.Tensor, side: tf.Tensor, draws: Draws, salt: Any) -> _Windows:
-        """Return windows at random places."""
-        height, width = x.shape[1:3]
-        across = side if width > 1 else tf.ones_like(side)
-        row, first = (
-            _position(draws.uniform((), salt + axis), size - length)
-            for axis, (size, length) in enumerate(((height, side), (width, across)))
-        )
-        return _Windows(row, first, side, across)
+    def _profile(
+        self, x: tf.Tensor, windows: _Windows, side: tf.Tensor, flips: tf.Tensor
+    ) -> tf.Tensor:
+        """Return images that are zero but for the profile of the windows.
+
+        Args:
+            x: the images.
+            windows: where.
+            side: the height of the windows.
+            flips: per example whether the halves are left and right instead of upper and lower;
+                only square windows are flipped.
+        """
+        sides = sorted(set(self._sides(x)))
+        is_flat = x.shape[2] == 1
+        across = 1 if is_flat else sides[-1]
+        # All profiles one behind the other, each padded to the size of the largest.
+        table = np.zeros((len(sides), sides[-1], across))
+        for number, each in enumerate(sides):
+            table[number, :each, : 1 if is_flat else each] = profile(
+                each, 1 if is_flat else each, self.norm
+            )
+        rows, columns = windows.rows, windows.columns
+        if not is_flat:
+            rows, columns = tf.where(flips, columns, rows), tf.where(flips, rows, columns)
+        first = tf.searchsorted(sides, side[tf.newaxis])[0] * (sides[-1] * across)
+        places = tf.where(windows.inside, first + rows * across + columns, 0)
+        values = tf.gather(tf.constant(table.reshape(-1), x.dtype), places)
+        return tf.where(windows.inside, values, 0.0)
 
 
 def _grid(x: tf.Tensor) -> tf.Tensor:
@@ -240,54 +288,41 @@ def _position(draw: tf.Tensor, last: Any) -> tf.Tensor:
     return tf.minimum(tf.cast(tf.floor((draw + 1) / 2 * choices), tf.int32), last)
 
 
-def _coordinates(x: tf.Tensor, windows: _Windows) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return rows and columns of all pixels, seen from the corner of each example's window."""
-    rows, columns = (tf.range(x.shape[axis])[:, tf.newaxis] for axis in (1, 2))
-    return rows[:, tf.newaxis] - column(windows.row, 4), columns - column(windows.column, 4)
+def _windows(x: tf.Tensor, side: tf.Tensor, draws: Draws, salt: Any) -> _Windows:
+    """Return windows at random places of images: squares, or of width 1 where the images are."""
+    height, width = x.shape[1:3]
+    across = side if width > 1 else tf.ones_like(side)
+    row, first = (
+        column(_position(draws.uniform((), salt + axis), size - length), 4)
+        for axis, (size, length) in enumerate(((height, side), (width, across)))
+    )
+    rows = tf.range(height)[:, tf.newaxis, tf.newaxis] - row
+    columns = tf.range(width)[:, tf.newaxis] - first
+    is_row, is_column = (rows >= 0) & (rows < side), (columns >= 0) & (columns < across)
+    return _Windows(rows, columns, is_row & is_column)
 
 
-def _inside(x: tf.Tensor, windows: _Windows) -> tf.Tensor:
-    """Return a mask `(batch, height, width, 1)` of the pixels in the windows."""
-    rows, columns = _coordinates(x, windows)
-    is_row = (rows >= 0) & (rows < windows.height)
-    return is_row & (columns >= 0) & (columns < windows.width)
+def profile(height: int, width: int, norm: str) -> np.ndarray:
+    """Return two pyramids of opposite signs, in the upper and the lower half, of length 1.
 
-
-def _profile(x: tf.Tensor, windows: _Windows, flips: tf.Tensor) -> tf.Tensor:
-    """Return two pyramids of opposite signs, in the halves of each window, of length 1 in l2.
+    A pyramid is made of concentric rectangles whose weights fall from the centre, by the second
+    power of their size in l2 and by the fourth in l1.
 
     Args:
-        x: the images.
-        windows: where; elsewhere the profile is zero.
-        flips: per example whether the halves are left and right instead of upper and lower; only
-            square windows are flipped.
+        height: in pixels.
+        width: in pixels.
+        norm: "l2" or "l1".
     """
-    rows, columns = _coordinates(x, windows)
-    height, width = windows.height, windows.width
-    if x.shape[2] > 1:
-        rows, columns = tf.where(flips, columns, rows), tf.where(flips, rows, columns)
+    order, power = (1, 4) if norm == "l1" else (2, 2)
+
+    def pyramid(height: int) -> np.ndarray:
+        distances = (np.abs(np.arange(size) - size // 2) for size in (height, width))
+        ring = np.maximum.outer(*distances)
+        weights = 1.0 / np.arange(1, 2 + max(height, width) // 2) ** power
+        outside = np.concatenate([np.cumsum(weights[::-1])[::-1], [0.0]])
+        values = outside[ring]
+        return values / max(np.linalg.norm(values.ravel(), order), 1e-12)
+
     half = height // 2
-    sums = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, 2 + max(x.shape[1:3])) ** 2)])
-    sums = tf.constant(sums, x.dtype)
-    is_column = (columns >= 0) & (columns < width)
-
-    def pyramid(first: Any, number: Any) -> tf.Tensor:
-        """Return concentric rectangles of falling weights in so many rows, of length 1 in l2."""
-        local = rows - first
-        ring = tf.maximum(tf.abs(local - number // 2), tf.abs(columns - width // 2))
-        outermost = tf.maximum(number // 2, width // 2) + 1
-        value = tf.gather(sums, outermost) - tf.gather(sums, tf.minimum(ring, outermost))
-        value = tf.where((local >= 0) & (local < number) & is_column, value, 0.0)
-        return _divided(value, _length(value))
-
-    both = pyramid(0, half) - pyramid(half, height - half)
-    return _divided(both, _length(both))
-
-
-def _length(values: tf.Tensor, axes: tuple[int, ...] = (1, 2, 3)) -> tf.Tensor:
-    """Return l2 norms over some axes, which are kept."""
-    return tf.sqrt(tf.reduce_sum(tf.square(values), axis=axes, keepdims=True))
-
-
-def _divided(values: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
-    return values / (by + 1e-12)
+    both = np.concatenate([pyramid(half), -pyramid(height - half)])
+    return both / np.linalg.norm(both.ravel(), order)

@@ -19,7 +19,8 @@
             saved_model/    to serve
             manifest.json
 
-While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint.
+While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint, and
+`evaluation.json` what the attacks have done.
 
 Files are checked against the manifest before they are used, so that the error about a damaged one
 names it. Folders that were written before manifests had digests are read without these checks.
@@ -43,7 +44,7 @@ from tscnc_tf import _files, _keras, _plots, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
-from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin
+from tscnc_tf.experiments.recipe import Recipe, differences, errors_begin, merged
 from tscnc_tf.export import manifest
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ STAGE_FOLDERS = {
 MANIFEST, RECIPE, DATA = "manifest.json", "recipe.json", "data.json"
 BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
 METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
+EVALUATION_STATE = "evaluation.json"
 
 
 # Experiments
@@ -86,6 +88,8 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
             "Choose another folder, or remove this one (a complete 1-train in it can be kept "
             "elsewhere, for dense=), and run again.",
         )
+        # An older recipe lacks the values that have been added since.
+        theirs = merged(jsonable(Recipe().to_dict()), theirs)
         if changed := differences(theirs, jsonable(recipe.to_dict())):
             raise ValueError(
                 f"folder {folder} holds an experiment by another recipe, says its {RECIPE}: "

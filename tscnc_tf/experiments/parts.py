@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "wrn-40-4": "WRN40x4",
 }
 STAGES = ("train", "prune", "finetune")
+ATTACKS = ("pgd", "apgd", "autoattack")
 SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
 LOSSES = ("trades", "madry", "mart")
 
@@ -149,7 +150,7 @@ class Data(Checked):
     """
 
     dataset: Annotated[str, _text] = "cifar10"
-    folder: str | None = None
+    folder: Annotated[str | None, _or_none(_text)] = None
     validation: PartSize = 0.1
     test: PartSize = 0.2
     image_size: Annotated[Any, _image_size] = None
@@ -322,17 +323,21 @@ class FineTuning(Training):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Checked):
-    """The evaluations: PGD, on the test set with restarts, on cross-entropy and on the margin.
+    """The evaluations on the test set, and on the validation set after each epoch.
 
     Args:
+        attack: on the test set: "autoattack"; "apgd", the first two attacks of it, which are much
+            faster (APGD of 100 steps by cross-entropy and by the targeted DLR loss); or "pgd", by
+            cross-entropy and by the margin.
         epsilon: radius of the ball; None for that of training.
-        steps: steps of PGD on the test set.
-        restarts: restarts of PGD on the test set.
+        steps: steps of PGD on the test set, with attack "pgd".
+        restarts: restarts of PGD on the test set, with attack "pgd".
         validation_steps: steps of PGD on the validation set after each epoch, from a random start
             on cross-entropy.
         batch_size: images at a time.
     """
 
+    attack: Annotated[str, _one_of(*ATTACKS)] = "pgd"
     epsilon: Annotated[Any, _or_none(_as_given(_checks.distance))] = None
     steps: Count = 50
     restarts: Count = 5

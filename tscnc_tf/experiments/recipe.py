@@ -134,17 +134,24 @@ class Recipe(Checked):
         """Return the recipe with other values, by their dotted names, such as "train.epochs".
 
         Raises:
-            ValueError: a name is unknown; the message suggests the nearest one.
+            ValueError: a name is unknown; the message suggests the nearest one. Or it is that of a
+                section.
             TypeError, ValueError: a value is of a wrong type or out of range.
         """
         nested = self.to_dict()
+        known = [name for name, _ in self.leaves()]
         for name, value in values.items():
+            if inside := [leaf for leaf in known if leaf.startswith(f"{name}.")]:
+                raise ValueError(
+                    f"{name} is a section of a recipe, and not a value: give its values by their "
+                    f"own names, such as {inside[0]}."
+                )
             *sections, last = name.split(".")
             inner: Any = nested
             for section in sections:
                 inner = inner.get(section) if isinstance(inner, dict) else None
             if not isinstance(inner, dict):
-                raise ValueError(_unknown(name, [known for known, _ in self.leaves()]))
+                raise ValueError(_unknown(name, known))
             inner[last] = value
         return type(self).from_dict(nested)
 
@@ -160,6 +167,8 @@ class Recipe(Checked):
         if "train" not in constraints.pop("stages"):
             constraints = None
         gates = {**gates, "a": values["constraints"]["a"]} if gates["sparsity_factor"] else None
+        for of_the_test_set in ("attack", "steps", "restarts"):
+            del values["evaluate"][of_the_test_set]
         shared = ("seed", "data", "network", "adversary", "train", "evaluate")
         return {name: values[name] for name in shared} | {
             "constraints": constraints,
@@ -291,14 +300,15 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
         )
     result: dict[str, Any] = {}
     for base in bases:
-        result = _merged(result, _read(_located(base, path.parent), (*above, path)))
-    return _merged(result, values)
+        result = merged(result, _read(_located(base, path.parent), (*above, path)))
+    return merged(result, values)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
+    """Return nested dicts in which the values of `above` replace those of `below`."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -140,6 +140,8 @@ def _evaluate(
     recipe: Recipe, data: datasets.Dataset, model: Any, folder: pathlib.Path, progress: bool
 ) -> None:
     folders.tidy(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / folders.EVALUATION_STATE
     x, y = data.arrays("test")
     report = evaluate_robustness(
         model,
@@ -148,6 +150,7 @@ def _evaluate(
         attacks=stages.test_attacks(recipe),
         batch_size=recipe.evaluate.batch_size,
         seed=recipe.seed,
+        state_path=state,
         progress=progress,
     )
     _files.write_text(folder / "report.txt", f"{report}\n")
@@ -160,6 +163,7 @@ def _evaluate(
     for name, each in reports.items():
         folders.write_json(folder / f"{name}.json", each.to_dict())
     export_saved_model(model, folder / "saved_model", probe=x[:8], overwrite=True)
+    state.unlink(missing_ok=True)
     _complete(recipe, "evaluate", data, folder)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import types
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from tscnc_tf import (
     pruning,
     regularizers,
 )
-from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Data, Pruning, Training
+from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AdversarialTraining
 
@@ -29,11 +28,7 @@ ENDS = ("stem", "logits")  # the first convolution and the classifier, in all ap
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
     """Return the data of a recipe; errors name the values of the recipe."""
-    return _dataset(recipe.data, recipe.seed)
-
-
-@functools.lru_cache(maxsize=1)  # the runs of a study share it
-def _dataset(part: Data, seed: int) -> datasets.Dataset:
+    part, seed = recipe.data, recipe.seed
     given = ", ".join(
         f"data.{field.name}={getattr(part, field.name)!r}"
         for field in dataclasses.fields(part)
@@ -57,13 +52,19 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
     """Build every stage, with initial weights, so that errors come before the first epoch.
 
     Raises:
-        TypeError, ValueError: a stage can't be built, or there are no images to evaluate it on.
+        TypeError, ValueError: a stage can't be built, or can't be evaluated: there are no images,
+            or too few classes for the attack.
     """
     for part in ("validation", "test"):
         if not len(getattr(data, f"y_{part}")):
             raise ValueError(
                 f"data.{part} must leave images to evaluate on, got {getattr(recipe.data, part)!r}."
             )
+    if data.classes < 3 and recipe.evaluate.attack != "pgd":
+        raise ValueError(
+            f"evaluate.attack must be 'pgd' for data of {data.classes} classes, got "
+            f"{recipe.evaluate.attack!r}: the DLR loss of AutoAttack needs 3."
+        )
     model = network(recipe, data)
     for stage in STAGES:
         with errors_begin(f"{stage}: "), warnings.catch_warnings():
@@ -167,9 +168,13 @@ def epsilon(recipe: Recipe) -> Any:
     return recipe.adversary.epsilon if recipe.evaluate.epsilon is None else recipe.evaluate.epsilon
 
 
-def test_attacks(recipe: Recipe) -> list[attacks.PGD]:
+def test_attacks(recipe: Recipe) -> list[attacks.Attack]:
     """Return the attacks of the evaluation on the test set."""
     part = recipe.evaluate
+    if part.attack == "autoattack":
+        return [attacks.AutoAttack(epsilon=epsilon(recipe))]
+    if part.attack == "apgd":
+        return list(attacks.AutoAttack(epsilon=epsilon(recipe)).attacks[:2])
     return [
         attacks.PGD(
             epsilon=epsilon(recipe), steps=part.steps, restarts=part.restarts, objective=objective
@@ -240,6 +245,11 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
             sparsity=recipe.sparsity,
             frequency=part.frequency or 1,
             **options,
+        )
+    if steps < 2:
+        raise ValueError(
+            "method='magnitude' raises the sparsity from 0, and needs 2 optimizer steps or "
+            f"more, got {steps}: raise epochs, or take a smaller batch_size."
         )
     from tscnc_tf import schedules  # imports tfmot, if it is installed
 

@@ -15,12 +15,88 @@ def project(delta: Any, epsilon: float, norm: str) -> tf.Tensor:
     Args:
         delta: `(batch, ...)`.
         epsilon: the radius.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
     """
     if norm == "linf":
         return tf.clip_by_value(delta, -epsilon, epsilon)
+    if norm == "l1":
+        delta = tf.convert_to_tensor(delta)
+        return _shrunk(delta, tf.fill(tf.shape(delta), delta.dtype.max), epsilon)
     # Measured in units of epsilon: the square of a tiny delta is zero in float32.
     return delta / tf.maximum(_l2(delta / epsilon), 1.0)
+
+
+def project_within_box(point: Any, center: Any, epsilon: Any, bounds: Any) -> tf.Tensor:
+    r"""Return the nearest point that is both in the l1 ball around `center` and within bounds.
+
+    With :math:`\delta` the step from the center and :math:`r_i` the distance from there to the
+    bound on its side, the nearest point is :math:`\min(\max(|\delta_i| - \lambda, 0), r_i)` away
+    in each entry, and :math:`\lambda \ge 0` the smallest number for which their sum is at most
+    epsilon.
+
+    Args:
+        point: `(batch, ...)`.
+        center: within the bounds, of the shape of `point`.
+        epsilon: the radius, a number or a tensor of one in the dtype of `point`.
+        bounds: the smallest and the largest value of an entry.
+
+    Example:
+        >>> project_within_box([[0.75, 0.875]], [[0.5, 0.75]], 0.5, (0.0, 1.0)).numpy().tolist()
+        [[0.75, 0.875]]
+        >>> project_within_box([[1.5, 0.875]], [[0.5, 0.5]], 0.75, (0.0, 1.0)).numpy().tolist()
+        [[1.0, 0.75]]
+
+    Reference:
+        Croce & Hein 2021, arXiv 2103.01208, section 2.
+    """
+    low, high = bounds
+    point, center = tf.convert_to_tensor(point), tf.convert_to_tensor(center)
+    delta = point - center
+    room = tf.where(delta > 0, high - center, center - low)
+    return tf.clip_by_value(center + _shrunk(delta, room, epsilon), low, high)
+
+
+def _shrunk(delta: tf.Tensor, room: tf.Tensor, epsilon: Any) -> tf.Tensor:
+    """Return steps nearer to 0 by one number per example, at most `room`, of l1 norm <= epsilon.
+
+    The sum of what is left falls with that number, piecewise linear: Newton's method, kept within
+    a bracket, finds the number in finitely many steps.
+    """
+    sizes, axes = tf.abs(delta), _axes(delta)
+    epsilon = tf.convert_to_tensor(epsilon, sizes.dtype)
+
+    def left(number: tf.Tensor) -> tf.Tensor:
+        return tf.clip_by_value(sizes - number, 0.0, room)
+
+    def excess_at(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        parts = left(number)
+        moving = tf.cast((parts > 0) & (parts < room), parts.dtype)
+        excess = tf.reduce_sum(parts, axis=axes, keepdims=True) - epsilon
+        return excess, tf.reduce_sum(moving, axis=axes, keepdims=True)
+
+    def is_open(number: tf.Tensor, excess: tf.Tensor) -> tf.Tensor:
+        # At 0 nothing has been taken away: there the sum may be below epsilon.
+        return tf.where(number > 0, tf.abs(excess), excess) > 1e-6 * epsilon
+
+    def step(number: tf.Tensor, excess: tf.Tensor, moving: tf.Tensor, low: Any, high: Any) -> Any:
+        low, high = tf.where(excess > 0, number, low), tf.where(excess > 0, high, number)
+        newton = number + tf.math.divide_no_nan(excess, moving)
+        is_inside = (newton > low) & (newton < high)
+        new = tf.where(is_inside, newton, (low + high) / 2)
+        number = tf.where(is_open(number, excess), new, number)
+        return number, *excess_at(number), low, high
+
+    zero = tf.zeros_like(tf.reduce_max(sizes, axis=axes, keepdims=True))
+    number = tf.while_loop(
+        lambda number, excess, *_: tf.reduce_any(is_open(number, excess)),
+        step,
+        (zero, *excess_at(zero), zero, tf.reduce_max(sizes, axis=axes, keepdims=True)),
+        maximum_iterations=64,
+        parallel_iterations=1,
+    )[0]
+    parts = left(number)
+    sums = tf.reduce_sum(parts, axis=axes, keepdims=True)
+    return tf.sign(delta) * parts * tf.minimum(tf.math.divide_no_nan(epsilon, sums), 1.0)
 
 
 def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
@@ -64,6 +140,24 @@ def steepest_ascent(gradient: Any, norm: str) -> tf.Tensor:
     largest = tf.reduce_max(tf.abs(gradient), axis=axes, keepdims=True)
     unit = tf.math.divide_no_nan(gradient, largest)
     return tf.math.divide_no_nan(unit, _l2(unit))
+
+
+def sparse_ascent(gradient: Any, share: Any) -> tf.Tensor:
+    """Return steps of l1 norm 1: the signs of each gradient's largest entries; 0 where it is 0.
+
+    Args:
+        gradient: `(batch, ...)`.
+        share: `(batch,)`, the share of the entries that move, at least one.
+    """
+    gradient = tf.convert_to_tensor(gradient)
+    sizes = tf.reshape(tf.abs(gradient), (tf.shape(gradient)[0], -1))
+    count = tf.shape(sizes)[1]
+    first = tf.cast((1 - share) * tf.cast(count, share.dtype), tf.int32)
+    least = tf.gather(tf.sort(sizes), tf.clip_by_value(first, 0, count - 1), batch_dims=1)
+    signs = tf.sign(tf.reshape(gradient, tf.shape(sizes)))
+    signs = tf.where(sizes >= least[:, tf.newaxis], signs, tf.zeros_like(signs))
+    signs = tf.math.divide_no_nan(signs, tf.reduce_sum(tf.abs(signs), axis=1, keepdims=True))
+    return tf.reshape(signs, tf.shape(gradient))
 
 
 def random_start(shape: Any, epsilon: float, norm: str, seed: Any, dtype: Any) -> tf.Tensor:

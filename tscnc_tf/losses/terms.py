@@ -232,7 +232,7 @@ def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
     true, _ = split(labels, logits)
     sizes = tf.sort(logits, axis=-1, direction="DESCENDING")
     lowest = tf.reduce_sum(sizes[:, 2:4], axis=-1) / 2
-    width = tf.where(tf.shape(logits)[1] < 4, 1.0, sizes[:, 0] - lowest)
+    width = tf.where(tf.shape(logits)[1] >= 4, sizes[:, 0] - lowest, 1.0)
     return (chosen - true) / (width + 1e-12)
 
 

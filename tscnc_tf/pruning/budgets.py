@@ -9,10 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, functional
+from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning.selection import Selection
 from tscnc_tf.pruning.structures import Filters, Unstructured
-from tscnc_tf.pruning.targets import Target, candidates, require_model
+from tscnc_tf.pruning.targets import FROZEN, Target, candidates, require_model
 
 __all__ = ["condition_budgets"]
 
@@ -32,7 +33,8 @@ def condition_budgets(
     r"""Return a sparsity for each layer, by its name, that keeps condition numbers low: a `scope`.
 
     Layers differ in how soon their kernels become ill-conditioned as they are pruned. All together
-    are to keep as many weights as at one `sparsity` for all; shared out so that
+    (but for frozen ones, which are not pruned) keep as many weights as at one `sparsity` for all,
+    shared out so that
 
     .. math:: \sum_l \log \kappa\left(w_l \odot m_l(k_l)\right), \qquad \sum_l k_l = k
 
@@ -79,9 +81,14 @@ def condition_budgets(
     structure = Unstructured(min_per_filter)
     lowest = _checks.number("lowest", lowest, above=0.0, maximum=1.0)
     found = candidates(model, layers, weights, min_rank, Filters().reason)
-    targets = [target for target, reason in found if not reason]
+    trained = {optimizers.key(variable) for variable in model.trainable_variables}
+    targets = [
+        target
+        for target, reason in found
+        if not reason and optimizers.key(target.variable) in trained
+    ]
     if not targets:
-        reasons = {target.name: reason for target, reason in found}
+        reasons = {target.name: reason or FROZEN for target, reason in found}
         raise ValueError(f"model {model.name!r} has no kernel with a condition number: {reasons}.")
     total = int(functional.kept_count(sum(target.size for target in targets), sparsity))
     measures = [_Measure(target, structure) for target in targets]
@@ -106,7 +113,7 @@ def condition_budgets(
 
 
 class _Curve(NamedTuple):
-    """What a layer's condition number is at some numbers of weights.
+    """The condition number of a layer as a function of the number of weights that it keeps.
 
     Attributes:
         counts: of weights, rising; the last is all.
@@ -137,7 +144,7 @@ class _Measure:
             )
 
     def curve(self, lowest: float) -> _Curve:
-        """Return what is measured from a density on."""
+        """Return the measurements at densities of at least `lowest`."""
         size = self._target.size
         first = max(1, self._minimum, math.ceil(lowest * size))
         counts = np.unique(np.round(np.geomspace(first, size, _LEVELS)).astype(int)).tolist()
@@ -166,7 +173,7 @@ def _above(counts: list[int], curves: list[_Curve]) -> bool:
 
 
 def _share(curves: list[_Curve], total: int) -> list[int]:
-    """Return how many weights each layer keeps: from the fewest on, where they help most, each."""
+    """Return how many weights each layer keeps: the fewest, and more where a weight helps most."""
     kept = [curve.counts[0] for curve in curves]
     left = total - sum(kept)
     steps = [

@@ -87,8 +87,8 @@ class Pruner:
             sparsity), "global" (all compete by their scores), "lamp" (all compete by their squares
             over the sum of the larger ones of their tensor), "erk" (Erdős–Rényi-Kernel: small
             layers stay denser), "igq" (ideal-gas quotas: of n weights n / (1 + F n), so that no
-            layer is starved), or a dict of final sparsities by name pattern (the others follow the
-            schedule).
+            layer is starved), or a dict of final sparsities by name pattern (of several patterns
+            that fit a weight the first one counts; weights that none fits follow the schedule).
         min_weights: the number of weights that every weight tensor keeps at least.
 
     Raises:
@@ -323,9 +323,9 @@ class Pruner:
 
     @tf.autograph.experimental.do_not_convert
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
-        """Act on what an optimizer step has changed; to be called after each.
+        """Count an optimizer step, renew the masks if that is due, and apply them.
 
-        Called again without a further step, it only applies the masks.
+        To be called after each step; without a further step it only applies the masks.
 
         Args:
             optimizer: the one that has taken the step. None for the one that the model is compiled
@@ -340,7 +340,7 @@ class Pruner:
     def step_function(self, optimizer: Any) -> Callable[[], None]:
         """Return `step` for an optimizer, to be called many times outside of any graph.
 
-        What `step` finds out in Python at each call is found out once: which weights are trained,
+        What `step` determines in Python at each call is determined once: which weights are trained,
         and what the optimizer keeps for them.
         """
         compiled = self._compiled_step(optimizer, False)
@@ -402,9 +402,6 @@ class Pruner:
             ]
         )
 
-    def register_optimizer(self, optimizer: Any) -> None:
-        """Register an optimizer that may keep something for the weights; here nothing to do."""
-
     def on_train_begin(self, optimizer: Any) -> None:
         """Prepare for training by an optimizer; called before its steps are compiled.
 
@@ -413,22 +410,22 @@ class Pruner:
         evaluated by another trainer in between.)
         """
         if self._seen() >= 0 and self._optimizer is None and self.is_behind(optimizer):
-            self.reset_step_count(optimizer)
+            self.reset_step_count()
         self._reset_if_new(optimizer)
 
     def _reset_if_new(self, optimizer: Any) -> None:
         """Reset the step count if the optimizer is another one than in the last call."""
         known = self._optimizer is not None
         if known and optimizer is not None and self._optimizer() is not optimizer:
-            self.reset_step_count(optimizer)
+            self.reset_step_count()
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     def own_optimizer(self) -> Any:
         """Return the model's optimizer that trains the targets, None if there is none."""
         return optimizers.trainer_of(self.model, [target.variable for target in self.targets])
 
-    def reset_step_count(self, optimizer: Any = None) -> None:  # noqa: ARG002
-        """Count the steps of an optimizer from its current count: it is new to this pruner."""
+    def reset_step_count(self) -> None:
+        """Count the steps of the next optimizer from its current count: it is new here."""
         self.state.seen.assign(-1)
 
     def skip_steps(self, optimizer: Any) -> None:
@@ -452,7 +449,7 @@ class Pruner:
         update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))
 
     def on_weights_set(self) -> None:
-        """Act on weights that were set from outside: what is not kept becomes zero."""
+        """Set to zero what is not kept, after weights were set from outside."""
         self.apply()
 
     def finalize(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, functional
+from tscnc_tf._keras.models import fits
 from tscnc_tf.pruning.targets import Target
 
 SCOPES = ("layer", "global", "erk", "igq", "lamp")
 
 
 class Units(NamedTuple):
-    """What is kept or goes as one, of one weight tensor.
+    """The units of one weight tensor, each of which is kept or pruned as a whole.
 
     Attributes:
         scores: a float vector, one per unit.
@@ -65,7 +65,7 @@ class Scope(abc.ABC):
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
             return functional.largest(units.ranks, exact)
-        # Units are taken as long as they fit; the minimum is reached, if by a unit too many.
+        # Units are kept as long as they fit into the count, so it is raised to reach the minimum.
         reach = minimum + int(np.max(units.size)) - 1
         return functional.largest_within(units.scores, units.size, tf.maximum(count, reach))
 
@@ -184,7 +184,7 @@ def fitting(ratios: Mapping[str, float], targets: Sequence[Target]) -> dict[str,
     return {
         pattern: ratio
         for pattern, ratio in ratios.items()
-        if any(fnmatch.fnmatchcase(target.name, pattern) for target in targets)
+        if any(fits(target.name, pattern) for target in targets)
     }
 
 
@@ -198,12 +198,12 @@ def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: f
         )
     names = [target.name for target in targets]
     for pattern in ratios:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             raise ValueError(f"scope has a pattern {pattern!r} that fits none of {names}.")
 
     def part(name: str) -> float:
-        fitting = [r for pattern, r in ratios.items() if fnmatch.fnmatchcase(name, pattern)]
-        return fitting[0] / final if fitting else 1.0
+        found = [ratio for pattern, ratio in ratios.items() if fits(name, pattern)]
+        return found[0] / final if found else 1.0
 
     parts = [part(name) for name in names]
     return lambda sparsity: [sparsity * share for share in parts]

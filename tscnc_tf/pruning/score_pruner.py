@@ -16,7 +16,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
+from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
 from tscnc_tf.pruning import structures
 from tscnc_tf.pruning.pruner import Pruner, assign, kept
 from tscnc_tf.pruning.structures import Structure
@@ -147,22 +147,22 @@ class ScorePruner(Pruner):
         self.choose()
 
     def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that took a step
         self._is_used = False
         self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
         super()._set_up(model, schedule, found, **options)
-        self._take_weights()
+        self._initialise()
 
     def begin(self) -> None:
         """Begin the stage with the kernels as they are: as dense weights, and for first scores.
 
-        The constructor does so. Called again, what has been learned is forgotten. It consists of
-        TensorFlow operations, for a program into which the weights come later.
+        The constructor does so. Called again, it discards the trained scores. It consists of
+        TensorFlow operations, for a program that is given the weights later.
         """
-        self._take_weights()
+        self._initialise()
         self.choose()
 
-    def _take_weights(self) -> None:
+    def _initialise(self) -> None:
         for target, dense, score in self.triples():
             weight = tf.convert_to_tensor(tensor_variable(target.variable))
             dense.assign(weight)
@@ -242,7 +242,7 @@ class ScorePruner(Pruner):
             factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self.triples()}
             others = _frozen_others(self.model, self.also_train) - set(factors)
             trained = _score_gradients(pairs, factors, others)
-            update_everywhere(self.model, lambda strategy: self._show_scores(strategy, optimizer))
+            update_everywhere(self.model, lambda strategy: self._load_scores(strategy, optimizer))
             self._steps_under_way += 1
             try:
                 result = step(trained)
@@ -267,8 +267,8 @@ class ScorePruner(Pruner):
             score.assign(tensor_variable(target.variable))
         self.choose()
 
-    def _show_scores(self, strategy: Any, optimizer: Any) -> None:
-        """Put the scores in the kernels' place, for the optimizer."""
+    def _load_scores(self, strategy: Any, optimizer: Any) -> None:
+        """Assign the scores to the kernels' variables, for the optimizer."""
         past = optimizers.iterations(optimizer) > 0
 
         def begin() -> None:
@@ -286,10 +286,10 @@ class ScorePruner(Pruner):
             RuntimeError: it was a step on the kernels.
         """
         if not self._steps_under_way:
-            raise RuntimeError(self._missed())
+            raise RuntimeError(self._bypassed())
         return weight
 
-    def _missed(self) -> str:
+    def _bypassed(self) -> str:
         return (
             f"an optimizer step has changed the kernels of model {self.model.name!r}, which are "
             "not what is trained while scores are. Train it by its own fit, by "
@@ -299,34 +299,24 @@ class ScorePruner(Pruner):
 
     @tf.autograph.experimental.do_not_convert
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:  # noqa: ARG002
-        """Make sure that no optimizer step went past the scores; there is nothing else to do.
+        """Check that no optimizer step has bypassed the scores; there is nothing else to do.
 
         Raises:
             RuntimeError: one has changed the kernels, whose change is lost.
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizer
         if not tf.executing_eagerly():
-            missed = not self._is_used
+            bypassed = not self._is_used
         elif optimizers.trains(optimizer, [target.variable for target in self.targets]):
-            missed = int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
+            bypassed = int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
         else:
-            missed = False
-        if missed:
-            raise RuntimeError(self._missed())
+            bypassed = False
+        if bypassed:
+            raise RuntimeError(self._bypassed())
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:
         """Return `step` for an optimizer, to be called many times."""
         return functools.partial(self.step, optimizer)
-
-    def reset_step_count(self, optimizer: Any = None) -> None:
-        """Count the steps of an optimizer from its current count: it is new to this pruner."""
-        super().reset_step_count(optimizer)
-        self.register_optimizer(optimizer)
-
-    def register_optimizer(self, optimizer: Any) -> None:
-        """Register an optimizer that may keep something for the scores, which `freeze` resets."""
-        if optimizers.is_optimizer(optimizer):
-            self._known.add(optimizer)
 
     def on_weights_set(self) -> None:
         """Use weights that were set from outside as dense ones, and initialise their scores again.
@@ -363,12 +353,14 @@ class ScorePruner(Pruner):
         """End the stage: keep the masks for good, and let the weights be trained again.
 
         The model's pruner is from now on a frozen `Pruner`. What the optimizers keep for the
-        scores is forgotten.
+        scores is reset.
         """
         self.choose()
         super().freeze()
         model, kept = self.model, [mask.numpy() for mask in self.state.masks]
-        self._known.update(optimizers.held(self.model))
+        known = set(self._known)
+        for each in (model, *trainers(model)):
+            known.update(optimizers.held(each))
         self.detach()
         pruner = Pruner.of_masks(
             model,
@@ -382,7 +374,7 @@ class ScorePruner(Pruner):
         pruner.state.step.assign(self.steps)
 
         def reset(strategy: Any) -> None:
-            for optimizer in self._known:
+            for optimizer in known:
                 for target in self.targets:
                     weight = target.variable
                     optimizers.reset_companions(strategy, optimizer, weight, weight)
@@ -478,7 +470,7 @@ class Every:
 
 
 def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
-    """Return what tells why a weight can't be pruned by scores, in a structure."""
+    """Return a function that says why a weight is not pruned by scores, if it is not."""
     otherwise = structures.unfit(structure, layers)
 
     def reason(target: Target) -> str:

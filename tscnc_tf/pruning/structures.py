@@ -316,7 +316,7 @@ class NM(Structure):
             )
 
     def _kept(self, sparsity: Any) -> tf.Tensor:
-        # A hair is taken off before rounding up: 4·(1 - 0.75) may come out as 1.0000001.
+        # Less a tolerance before rounding up: in float32 4·(1 - 0.75) may be 1.0000001.
         kept = tf.math.ceil(self.m * (1.0 - tf.cast(sparsity, tf.float32)) - 1e-4)
         return tf.clip_by_value(tf.cast(kept, tf.int32), self.n, self.m)
 
@@ -324,7 +324,7 @@ class NM(Structure):
         groups, positions, inputs, outputs = target.canonical_shape
         values = tf.transpose(target.canonical(scores), (0, 1, 3, 2))
         missing = -inputs % self.m
-        # What is no weight ranks with what is pruned, and behind it as it comes last.
+        # Padding has the rank of pruned weights, and comes after them as it is last.
         lowest = tf.constant(-np.inf, values.dtype)
         values = tf.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=lowest)
         rows = tf.reshape(values, (groups, positions, outputs, -1, self.m))
@@ -333,11 +333,11 @@ class NM(Structure):
 
 
 def unfit(structure: Structure | None, layers: Any) -> Callable[[Target], str]:
-    """Return what tells why a weight can't be pruned in a structure, or is not unless chosen.
+    """Return a function that says why a weight is not pruned in a structure, if it is not.
 
     Args:
         structure: what is asked for; None for single weights.
-        layers: the layers that are chosen, None for all: then no output of the model is taken away.
+        layers: the layers that are chosen, None for all: then outputs of the model are not pruned.
     """
 
     def reason(target: Target) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -139,7 +138,7 @@ def candidates(
         layout, groups = _reading(layer, variable)
         is_last = unknown if last is None else any(variable is kernel for kernel in last)
         target = Target("/".join([*path, leaf]), layer, variable, layout, groups, is_last)
-        if not is_chosen or (weights and not fnmatch.fnmatchcase(target.name, weights)):
+        if not is_chosen or (weights and not models.fits(target.name, weights)):
             reason = "not chosen"
         elif fixed := models.fixed(layer, variable):
             reason = fixed

@@ -214,8 +214,6 @@ class AdversarialTraining(flavours.Trainer, _Base):
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
         # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
         self._loss_tracker = None
-        for pruner in masks.pruners(self.model):
-            pruner.register_optimizer(self.optimizer)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
