@@ -20,6 +20,8 @@ from benchmarks.__main__ import main
 from benchmarks.parity import networks, reference
 
 EXAMPLES = 128
+# torch warns of a name of its own as soon as something walks over all objects.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op:FutureWarning")
 
 
 @pytest.fixture(scope="module")
