@@ -67,7 +67,9 @@ def vision_transformer(width=32, heads=2, depth=2, patch=8):
     ids=["ViT", "MobileNetV3Small", "ResNet50"],
 )
 # Untrained, and pruned at once to 90 %, depthwise kernels too: both are worth the warning.
-@pytest.mark.filterwarnings("ignore:At a sparsity", "ignore:The input gradient")
+@pytest.mark.filterwarnings(
+    "ignore:At a sparsity", "ignore:zero-gradients", "ignore:saturated-logits"
+)
 def test_all_five_lines(build, constrained, tmp_path):
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)

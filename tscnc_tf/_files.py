@@ -16,10 +16,8 @@ import pathlib
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-import numpy as np
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -180,19 +178,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file (UTF-8) in one piece, replacing what was there, see `replaced`."""
     with replaced(path) as draft, draft.open("x", encoding="utf-8", newline="\n") as stream:
         stream.write(text)
-
-
-def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Return the SHA-256 digest of named arrays: their names, dtypes, shapes and values.
-
-    The bytes are taken in little-endian order, so that every machine finds the same digest.
-    """
-    found = hashlib.sha256()
-    for name, array in arrays:
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        found.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
-        found.update(little.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
 
 
 def _absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import html
 import importlib.metadata
 import io
@@ -178,6 +179,19 @@ def unique(names: Iterable[str]) -> list[str]:
         taken.add(candidate)
         result.append(candidate)
     return result
+
+
+def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Return the SHA-256 digest of named arrays: their names, dtypes, shapes and values.
+
+    The bytes are taken in little-endian order, so that every machine finds the same digest.
+    """
+    found = hashlib.sha256()
+    for name, array in arrays:
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        found.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
+        found.update(little.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def versions(*distributions: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _files
+from tscnc_tf import _checks, _reports
 from tscnc_tf.datasets import arrays, pipeline, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
@@ -78,7 +78,7 @@ class Dataset:
         It is equal on every machine, except for JPEG files whose decoders differ in the last bit.
         """
         fields = [f"{kind}_{split}" for split in SPLITS for kind in ("x", "y")]
-        return _files.digest((field, getattr(self, field)) for field in fields)
+        return _reports.digest((field, getattr(self, field)) for field in fields)
 
     @property
     def metadata(self) -> dict[str, Any]:

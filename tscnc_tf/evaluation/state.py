@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _files, _keras
+from tscnc_tf import _files, _keras, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.evaluation.report import EnsemblePart
 
@@ -144,7 +144,7 @@ class EvaluationState:
 
 def digests(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, str]:
     """Return SHA-256 of the data, and of a model's weights if it has some that can be read."""
-    found = {"data": _files.digest([("x", x), ("y", y)])}
+    found = {"data": _reports.digest([("x", x), ("y", y)])}
     if _keras.flavour(model) is not None:
         weights = model.get_weights()
     else:
@@ -152,7 +152,7 @@ def digests(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, str]:
     if not weights:
         return found
     named = ((str(index), weight) for index, weight in enumerate(weights))
-    return found | {"weights": _files.digest(named)}
+    return found | {"weights": _reports.digest(named)}
 
 
 def _text(mask: np.ndarray) -> str:

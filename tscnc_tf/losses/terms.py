@@ -221,7 +221,7 @@ def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
         ValueError: logits are not a float tensor of rank 2, or labels don't fit them.
 
     Example:
-        >>> float(targeted_dlr([0], [2], [[3.0, 1.0, 2.0, 0.0]])[0])
+        >>> round(float(targeted_dlr([0], [2], [[3.0, 1.0, 2.0, 0.0]])[0]), 4)
         -0.4
 
     Reference:
