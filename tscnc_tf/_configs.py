@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 
 @dataclasses.dataclass(frozen=True)
 class Configurable:
-    """Mixin for frozen dataclasses whose fields are numbers, names and tuples of them.
+    """Mixin for frozen dataclasses whose fields are numbers, names, and tuples and dicts of them.
 
     `cls.from_config(obj.get_config()) == obj`, also after a trip through JSON, where tuples turn
     into lists: the constructor of the dataclass normalises them. Fields that the constructor
@@ -37,9 +38,11 @@ class Configurable:
 def _json_value(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _json_value(f"{name}[{key!r}]", item) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
-        f"{name} cannot be written to a config: {value!r} is no number, text, or tuple of them. "
-        "Build the object anew where the config is read."
+        f"{name} cannot be written to a config: {value!r} is no number or text, and no tuple or "
+        "dict of these. Build the object anew where the config is read."
     )

@@ -175,6 +175,29 @@ def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
         context.merge_call(update)
 
 
+def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Return the sums of tensors over all replicas, where this is the code of one of several."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensors
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+
+def without_trace(model: Any, loss: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """Return a loss, and put back what its computation changes in a model: moving statistics.
+
+    Args:
+        model: of either Keras.
+        loss: computes it.
+    """
+    changing = [tensor_variable(each) for each in model.non_trainable_variables]
+    before = [tf.identity(each) for each in changing]
+    value = loss()
+    for variable, was in zip(changing, before, strict=True):
+        variable.assign(was)
+    return value
+
+
 def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
     """Return the scope in which the variables of a model can be read and assigned from outside.
 

@@ -58,6 +58,9 @@ class AttachedPruner(Protocol):
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which an optimizer trains the weights."""
 
+    def perturbed(self, loss: Callable[[], tf.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the gradient of a loss is taken."""
+
     def reset_step_count(self) -> None:
         """Count the steps of the next optimizer from its current count."""
 
@@ -175,6 +178,20 @@ def training(model: Any, *optimizers: Any) -> Iterator[None]:
         for pruner in pruners(model):
             for optimizer in optimizers:
                 stack.enter_context(pruner.training(optimizer))
+        yield
+
+
+@contextlib.contextmanager
+def perturbed(model: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
+    """Enter the context of every pruner of `model` in which the gradient of a loss is taken.
+
+    Args:
+        model: a model of either Keras, pruned or not.
+        loss: computes the value to descend, a scalar; called once by each pruner that asks for it.
+    """
+    with contextlib.ExitStack() as stack:
+        for pruner in pruners(model):
+            stack.enter_context(pruner.perturbed(loss))
         yield
 
 
@@ -423,10 +440,13 @@ class PruningState(_Base):
         masks: one TensorFlow variable per pruned weight, True where the weight is kept.
         dense: the weights before pruning, likewise; none unless scores are trained.
         scores: what the weights are worth, likewise.
+        share_logits: a vector that the shares of the layers follow from, if these are trained.
+        share_velocities: the momentum of these.
 
     Args:
         shapes: of the pruned weights.
         dtypes: of the pruned weights if their scores are trained, else empty.
+        has_shares: whether the shares of the layers are trained, too.
         held: returns which of them the model holds, by their places.
         on_loaded: is called when the weight file of a dense model has been loaded.
     """
@@ -435,6 +455,7 @@ class PruningState(_Base):
         self,
         shapes: list[tuple[int, ...]],
         dtypes: list[str],
+        has_shares: bool,
         held: Callable[[], list[int]],
         on_loaded: Callable[[], None],
     ) -> None:
@@ -444,6 +465,8 @@ class PruningState(_Base):
         self._add("frozen", (), "bool")
         self._add("left_out", (len(shapes),), "bool")
         self.seen.assign(-1)
+        names = ("share_logits", "share_velocities") if has_shares else ()
+        shares = [self._add(name, (len(shapes),), "float32") for name in names]
         masks = [self._add(f"mask_{i}", shape, "bool", "ones") for i, shape in enumerate(shapes)]
         scored = [
             (self._add(f"dense_{i}", shapes[i], dtype), self._add(f"score_{i}", shapes[i], dtype))
@@ -453,6 +476,7 @@ class PruningState(_Base):
             masks=masks,
             dense=[dense for dense, _ in scored],
             scores=[score for _, score in scored],
+            _shares=shares,
             _held=held,
             _on_loaded=on_loaded,
         )
@@ -481,7 +505,8 @@ class PruningState(_Base):
     def save_own_variables(self, store: Any) -> None:
         """Write what belongs to the weights that the model holds."""
         values = [variable.numpy() for variable in self._saved()]
-        for position, value in enumerate([*values, self.left_out.numpy()[self._held()]]):
+        values += [vector.numpy()[self._held()] for vector in (*self._shares, self.left_out)]
+        for position, value in enumerate(values):
             store[str(position)] = value
 
     def load_own_variables(self, store: Any) -> None:
@@ -494,18 +519,20 @@ class PruningState(_Base):
             self._on_loaded()
             return
         saved, count = self._saved(), len(store.keys())
-        if count not in (len(saved), len(saved) + 1):  # older files lack what was left out
+        vectors = (*self._shares, self.left_out)
+        most = len(saved) + len(vectors)
+        if count not in (most - 1, most):  # older files lack what was left out
             raise ValueError(
                 f"The file has {count} variables of a pruner, and this model's has "
-                f"{len(saved) + 1}: other weights of the model were pruned when it was saved, or "
+                f"{most}: other weights of the model were pruned when it was saved, or "
                 "by another method. Load it into a model that is pruned in the same way."
             )
         for position, variable in enumerate(saved):
             variable.assign(store[str(position)])
-        if count > len(saved):
-            left_out = self.left_out.numpy()
-            left_out[self._held()] = store[str(len(saved))]
-            self.left_out.assign(left_out)
+        for position, vector in zip(range(len(saved), count), vectors, strict=False):
+            value = vector.numpy()
+            value[self._held()] = store[str(position)]
+            vector.assign(value)
 
 
 class _Keras3State(PruningState, keras.layers.Layer):

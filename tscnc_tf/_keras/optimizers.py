@@ -188,6 +188,16 @@ def iterations(optimizer: Any) -> tf.Tensor:
     return tf.cast(tf.convert_to_tensor(innermost(optimizer).iterations), tf.int64)
 
 
+def loss_scale(optimizer: Any) -> Any:
+    """Return what the gradients that an optimizer is given are multiples of those of the loss by.
+
+    Those of tf_keras are given gradients without a loss scale.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return tf.convert_to_tensor(optimizer.dynamic_scale)
+    return getattr(optimizer, "loss_scale_factor", None) or 1.0
+
+
 def batches(optimizer: Any) -> tf.Tensor:
     """Return how often an optimizer was given gradients, int64.
 

@@ -3,6 +3,7 @@
 from tscnc_tf.pruning.api import freeze_mask, prune, prune_now, prune_scope, strip
 from tscnc_tf.pruning.budgets import condition_budgets
 from tscnc_tf.pruning.compaction import Compaction, compact
+from tscnc_tf.pruning.learned import Learned
 from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.recalibrate import recalibrate
 from tscnc_tf.pruning.regularize import add_regularizers
@@ -15,6 +16,7 @@ __all__ = [
     "Block",
     "Compaction",
     "Filters",
+    "Learned",
     "Magnitude",
     "NM",
     "Pruner",

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras, gates
 from tscnc_tf._keras import masks, wrappers
 from tscnc_tf.pruning import tfmot_engine
+from tscnc_tf.pruning.learned import Learned
 from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.score_pruner import ScorePruner
 from tscnc_tf.pruning.structures import Structure
@@ -25,7 +26,7 @@ class _SelectionOptions(TypedDict, total=False):
     weights: str | None
     min_rank: int
     structure: Structure | None
-    scope: str | Mapping[str, float]
+    scope: str | Mapping[str, float] | Learned
     min_weights: int
 
 
@@ -41,6 +42,7 @@ class ScoreOptions(_SelectionOptions, total=False):
     sparsity: Required[float]
     frequency: int
     also_train: Literal["normalization", "all", "none"]
+    perturb_scores: float
 
 
 class TfmotOptions(TypedDict, total=False):
@@ -121,7 +123,7 @@ def prune(
             `structure`, `scope`, `min_weights`. For tfmot `block_size`, `block_pooling_type`,
             `sparsity_m_by_n`, as tfmot takes them. For scores those of `ScorePruner`: `sparsity`,
             which has to be given, `frequency`, `also_train`, `weights`, `min_rank`, `structure`,
-            `scope`, `min_weights`.
+            `scope`, `min_weights`, `perturb_scores`.
 
     Returns:
         The pruned model: the same one, or a new, uncompiled one (tfmot).

@@ -16,7 +16,8 @@ from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import tensor_variable, update_everywhere
 from tscnc_tf.functional import scheduling
-from tscnc_tf.pruning.scopes import fitting
+from tscnc_tf.pruning import learned
+from tscnc_tf.pruning.scopes import Scope
 from tscnc_tf.pruning.selection import Selection
 from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import (
@@ -125,12 +126,14 @@ class Pruner:
         min_rank: int = 2,
         criterion: Callable[[tf.Tensor], tf.Tensor] | None = None,
         structure: Structure | None = None,
-        scope: str | Mapping[str, float] = "layer",
+        scope: str | Mapping[str, float] | learned.Learned = "layer",
         min_weights: int = 1,
     ) -> None:
         require_model(model)
         require_schedule(schedule)
         found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
+        if found is not layers:  # else the pruner is restored, or follows one of scores
+            learned.require_fixed(scope)
         self._set_up(
             model,
             schedule,
@@ -140,7 +143,7 @@ class Pruner:
             scope=scope,
             min_weights=min_weights,
         )
-        if found is not layers:  # else the pruner is restored
+        if found is not layers:
             self._check_new()
 
     @staticmethod
@@ -223,11 +226,12 @@ class Pruner:
             f"{reasons or 'it has none of rank 2 or more'}."
         )
 
-    def _new_state(self, dtypes: Sequence[str] = ()) -> Any:
+    def _new_state(self, dtypes: Sequence[str] = (), has_shares: bool = False) -> Any:
         return masks.new_state(
             self.model,
             shapes=[target.shape for target in self.targets],
             dtypes=dtypes,
+            has_shares=has_shares,
             held=self._held,
             on_loaded=self.on_weights_set,
         )
@@ -402,6 +406,13 @@ class Pruner:
             ]
         )
 
+    def perturbed(
+        self,
+        loss: Callable[[], tf.Tensor],  # noqa: ARG002
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the gradient of a loss is taken; here it does nothing."""
+        return contextlib.nullcontext()
+
     def on_train_begin(self, optimizer: Any) -> None:
         """Prepare for training by an optimizer; called before its steps are compiled.
 
@@ -501,13 +512,19 @@ class Pruner:
         active = self._active()
         if active:
             alive, judged = self._ranked(active)
-            chosen = self._selection.only(active).masks(sparsity, alive, judged)
+            chosen = self._selection.only(active).masks(
+                sparsity, alive, judged, self._scope_among(active)
+            )
             for index, mask in zip(active, chosen, strict=True):
                 variable = self.state.masks[index]
                 strategy.extended.update(variable, assign, args=(mask,))
         left_out = ~self._among(active)
         variable = tensor_variable(self.state.left_out)
         strategy.extended.update(variable, assign, args=(left_out,))
+
+    def _scope_among(self, indices: list[int]) -> Scope | None:  # noqa: ARG002
+        """Return the scope of a choice among these; None for the one that was asked for."""
+        return None
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
         """Return which entries may be kept, and what the criterion judges; None for weights."""
@@ -539,13 +556,12 @@ class Pruner:
         }
 
     def _shared_config(self) -> dict[str, Any]:
-        scope = self._selection.scope
         where = kernel_layers.weight_paths(self.model)
         targets = [target for target, _ in self._held_pairs()]
         return {
             "class_name": type(self).__name__,
             "structure": serialize(self.structure, self.model),
-            "scope": scope if isinstance(scope, str) else fitting(scope, targets),
+            "scope": serialize(learned.among(self._selection.scope, targets), self.model),
             "min_weights": self._selection.min_weights,
             "weights": [
                 {
@@ -577,7 +593,7 @@ class Pruner:
         return {
             "layers": found_again(model, config["weights"]),
             "structure": deserialize(config["structure"], model),
-            "scope": config["scope"],
+            "scope": deserialize(config["scope"], model),
             "min_weights": config["min_weights"],
         }
 

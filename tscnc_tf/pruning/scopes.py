@@ -174,7 +174,7 @@ def scope_for(
     if not isinstance(value, Mapping):
         raise ValueError(
             f"scope must be one of {', '.join(map(repr, SCOPES))}, or a dict of final sparsities "
-            f"by name pattern, got {value!r}."
+            f"by name pattern, or 'learned' with method='scores', got {value!r}."
         )
     return ByCounts(minimum, _by_pattern(value, targets, final), False)
 

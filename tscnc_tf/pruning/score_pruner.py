@@ -7,18 +7,21 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras
-from tscnc_tf._keras import adapted, masks, optimizers
+from tscnc_tf import _checks, _keras, functional
+from tscnc_tf._keras import adapted, flavours, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
-from tscnc_tf.pruning import structures
+from tscnc_tf.pruning import learned, structures
+from tscnc_tf.pruning import scores as arithmetic
+from tscnc_tf.pruning.learned import Learned
 from tscnc_tf.pruning.pruner import Pruner, assign, kept
+from tscnc_tf.pruning.scopes import Scope
 from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import Candidates, Target, candidates, require_model
 
@@ -80,8 +83,12 @@ class ScorePruner(Pruner):
         weights: a pattern for the names of weights, as in `Pruner`.
         min_rank: the smallest rank of a weight to prune.
         structure: as in `Pruner`; a unit is worth the mean of its weights' :math:`|s|`.
-        scope: as in `Pruner`.
+        scope: as in `Pruner`; or "learned", or `Learned()` with options: the shares of the layers
+            are trained, together with the scores.
         min_weights: the number of weights that every weight tensor keeps at least.
+        perturb_scores: the radius of a step on the scores *against* training before each step of
+            theirs, relative to the norm of the scores of each weight tensor, >= 0; 0 for none. See
+            `perturbed`.
 
     Raises:
         TypeError: an argument is of a wrong kind.
@@ -104,7 +111,8 @@ class ScorePruner(Pruner):
 
     Reference:
         Sehwag et al. 2020, "HYDRA: Pruning Adversarially Robust Neural Networks", arXiv 2002.10509,
-        section 3; Ramanujan et al. 2020, arXiv 1911.13299, for the straight-through scores.
+        section 3; Ramanujan et al. 2020, arXiv 1911.13299, for the straight-through scores;
+        arXiv 2412.14714 (HARP) for learned shares, arXiv 2510.18381 (S2AP) for perturbed scores.
     """
 
     def __init__(
@@ -118,8 +126,9 @@ class ScorePruner(Pruner):
         weights: str | None = None,
         min_rank: int = 2,
         structure: Structure | None = None,
-        scope: str | Mapping[str, float] = "layer",
+        scope: str | Mapping[str, float] | Learned = "layer",
         min_weights: int = 1,
+        perturb_scores: float = 0.0,
     ) -> None:
         require_model(model)
         _require_no_lora(kernel_layers.flatten(model))
@@ -133,13 +142,14 @@ class ScorePruner(Pruner):
             _checks.integer("frequency", frequency, minimum=1),
         )
         self.also_train = _checks.one_of("also_train", also_train, _ALSO_TRAIN)
+        self.perturb_scores = _checks.number("perturb_scores", perturb_scores, minimum=0.0)
         self._set_up(
             model,
             schedule,
             found,
             criterion=None,
             structure=structure,
-            scope=scope,
+            scope=learned.option(scope),
             min_weights=min_weights,
         )
         if is_new:
@@ -150,7 +160,14 @@ class ScorePruner(Pruner):
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that took a step
         self._is_used = False
         self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
+        self._perturbations = 0  # that act at present; one a replica
         super()._set_up(model, schedule, found, **options)
+        scope = self._selection.scope
+        self._shares = (
+            learned.TrainedShares(scope, self.targets, self._asked, self.state)
+            if isinstance(scope, Learned)
+            else None
+        )
         self._initialise()
 
     def begin(self) -> None:
@@ -166,17 +183,25 @@ class ScorePruner(Pruner):
         for target, dense, score in self.triples():
             weight = tf.convert_to_tensor(tensor_variable(target.variable))
             dense.assign(weight)
-            score.assign(_initial_scores(weight, target))
+            score.assign(arithmetic.initial(weight, target))
+        self._begin_shares(self._first_masks)
 
-    def _new_state(self, dtypes: Sequence[str] = ()) -> Any:  # noqa: ARG002
-        return super()._new_state(
-            [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
-        )
+    def _new_state(self, *_: Any) -> Any:
+        dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
+        return super()._new_state(dtypes, has_shares=isinstance(self._selection.scope, Learned))
 
     def triples(self) -> list[tuple[Target, Any, Any]]:
         """Return (target, variable of its dense weights, variable of its scores) for each."""
         dense, scores = self.state.dense, self.state.scores
         return [(self.targets[index], dense[index], scores[index]) for index in self._held()]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares of the weights to keep by name, as trained so far, if they are `Learned`.
+
+        What the layers keep is in proportion to them; `pruning.report` has that.
+        """
+        return {} if self._shares is None else self._shares.named(self._held())
 
     @property
     def frequency(self) -> int:
@@ -199,6 +224,60 @@ class ScorePruner(Pruner):
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
             stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
         return stack
+
+    @contextlib.contextmanager
+    def perturbed(self, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
+        r"""Let other weights act in the block, for a gradient that is more robust in the scores.
+
+        Those are the largest after one step on the scores of each weight tensor that raises a loss,
+
+        .. math:: s + \rho\, \|s\|_2\, g / \|g\|_2, \qquad g = \partial L / \partial s
+
+        with :math:`\rho` = `perturb_scores`. The scores themselves stay; the next step on them uses
+        the gradient that is computed in the block, and brings back the weights that they choose.
+
+        `AdversarialTraining` does so in each step. It costs one more training pass (forward and
+        backward) and one more choice of the weights: with PGD of 10 steps about a sixth of a step.
+        Keras' own `fit` can't, and refuses. A loop of your own computes its gradients in this
+        block, and calls `apply_gradients` there.
+
+        Args:
+            loss: computes the value to descend, a scalar. What else it changes (moving statistics,
+                seeds of Dropout) is put back.
+        """
+        if not self.perturb_scores:
+            yield
+            return
+        active = self._active()
+        targets = [self.targets[index] for index in active]
+        with tf.GradientTape() as tape:
+            value = flavours.without_trace(self.model, loss)
+        kernels = [target.variable for target in targets]
+        found = tape.gradient(value, kernels, unconnected_gradients="zero")
+        gradients = flavours.sum_over_replicas([tf.convert_to_tensor(each) for each in found])
+        update_everywhere(
+            self.model, lambda strategy: self._act_uphill(strategy, active, gradients)
+        )
+        self._perturbations += 1
+        try:
+            yield
+        except BaseException:  # an interrupt, too
+            if tf.executing_eagerly():
+                self.apply()
+            raise
+        finally:
+            self._perturbations -= 1
+
+    def _act_uphill(self, strategy: Any, active: list[int], gradients: list[tf.Tensor]) -> None:
+        """Let the weights act that perturbed scores choose, of some targets."""
+        dense, uphill = [self.state.dense[index] for index in active], []
+        for index, weight, slope in zip(active, dense, gradients, strict=True):
+            score = self.state.scores[index]
+            slope = arithmetic.gradient(slope * weight, score)
+            uphill.append(arithmetic.uphill(score, slope, self.perturb_scores))
+        for index, weight, mask in zip(active, dense, self._masks_by(active, uphill), strict=True):
+            variable = tensor_variable(self.targets[index].variable)
+            strategy.extended.update(variable, _act, args=(weight, mask))
 
     @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
@@ -232,6 +311,7 @@ class ScorePruner(Pruner):
         is_ours = any(optimizers.key(variable) in kernels for _, variable in pairs)
         if not (self.is_attached and is_ours):
             return step(pairs)
+        self._require_followed(optimizer)
         # A step without data, at the end of a dataset, would leave the scores in the kernels.
         with depending_on([gradient for gradient, _ in pairs if gradient is not None]):
             if tf.executing_eagerly():
@@ -241,7 +321,9 @@ class ScorePruner(Pruner):
             optimizers.build(optimizer, [variable for _, variable in pairs])
             factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self.triples()}
             others = _frozen_others(self.model, self.also_train) - set(factors)
-            trained = _score_gradients(pairs, factors, others)
+            products = arithmetic.products(pairs, factors)
+            slopes = self._shares and self._shares.slopes(optimizer, products)
+            trained = arithmetic.gradients(pairs, products, factors, others)
             update_everywhere(self.model, lambda strategy: self._load_scores(strategy, optimizer))
             self._steps_under_way += 1
             try:
@@ -252,8 +334,52 @@ class ScorePruner(Pruner):
                 raise
             finally:
                 self._steps_under_way -= 1
+            if self._shares is not None:
+                self._shares.move(self.model, self._active(), slopes)
             self._step(optimizer, True)
         return result
+
+    def _require_followed(self, optimizer: Any) -> None:
+        """Raise if an optimizer's step can't be followed by what is trained beside scores."""
+        accumulated = getattr(optimizers.innermost(optimizer), "gradient_accumulation_steps", None)
+        if self._shares is not None and accumulated:
+            raise ValueError(
+                "gradient_accumulation_steps must be None with scope="
+                f"{self._selection.scope!r}, got {accumulated}: the shares take a step for each "
+                "batch. Take larger batches, or another scope."
+            )
+        if self.perturb_scores and not self._perturbations:
+            raise ValueError(
+                f"perturb_scores={self.perturb_scores:g} needs a second gradient in each step, "
+                "which Keras' own fit does not compute: train by AdversarialTraining, or compute "
+                "the gradients of your own loop in the context pruner.perturbed(loss)."
+            )
+
+    def _begin_shares(self, masks_of: Callable[[list[int]], list[tf.Tensor]]) -> None:
+        """Let learned shares begin as what masks keep.
+
+        Args:
+            masks_of: returns the masks of some of the targets, given by their places.
+        """
+        active = self._active()
+        if self._shares is not None and active:
+            self._shares.begin(active, masks_of(active))
+
+    def _first_masks(self, indices: list[int]) -> list[tf.Tensor]:
+        """Return the masks that the start of learned shares chooses."""
+        alive, judged = self._ranked(indices)
+        return self._selection.only(indices).masks(self._asked, alive, judged)
+
+    def _scope_among(self, indices: list[int]) -> Scope | None:
+        if self._shares is None:
+            return None
+        return self._shares.scope(indices, self._selection.min_weights)
+
+    def _masks_by(self, indices: list[int], scores: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the masks that scores choose, one tensor for each of these targets."""
+        alive, _ = self._ranked(indices)
+        scope = self._scope_among(indices)
+        return self._selection.only(indices).masks(self._asked, alive, scores, scope)
 
     def _on_finalize(self, finalize: Any) -> None:
         """Let an optimizer put its averages in place of scores."""
@@ -344,10 +470,20 @@ class ScorePruner(Pruner):
             alive = tf.not_equal(given, 0)
             least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
             below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
-            score.assign(_initial_scores(tf.where(alive, given, below), target))
+            score.assign(arithmetic.initial(tf.where(alive, given, below), target))
             dense.assign(tf.where(alive, given, dense))
         if changed:
+            alive = [tf.not_equal(tensor_variable(each.variable), 0) for each in self.targets]
+            self._begin_shares(lambda indices: self._given_masks(indices, alive))
             self.choose()
+
+    def _given_masks(self, indices: list[int], alive: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the masks of weights that were set, if these are as sparse as asked for."""
+        given = [alive[index] for index in indices]
+        total = sum(self.targets[index].size for index in indices)
+        kept_now = sum(int(tf.math.count_nonzero(mask)) for mask in given)
+        is_as_asked = kept_now == int(functional.kept_count(total, self._asked))
+        return given if is_as_asked else self._first_masks(indices)
 
     def freeze(self) -> None:
         """End the stage: keep the masks for good, and let the weights be trained again.
@@ -419,6 +555,7 @@ class ScorePruner(Pruner):
             "sparsity": self.schedule.sparsity,
             "frequency": self.frequency,
             "also_train": self.also_train,
+            "perturb_scores": self.perturb_scores,
             **self._shared_config(),
         }
 
@@ -434,6 +571,7 @@ class ScorePruner(Pruner):
             config["sparsity"],
             frequency=config["frequency"],
             also_train=config["also_train"],
+            perturb_scores=config.get("perturb_scores", 0.0),  # older files lack it
             **cls._shared_options(config, model),
         )
 
@@ -444,17 +582,6 @@ class ScorePruner(Pruner):
             f"structure={self.structure!r}, scope={self._selection.scope!r}, "
             f"min_weights={self._selection.min_weights})"
         )
-
-
-def _initial_scores(weight: tf.Tensor, target: Target) -> tf.Tensor:
-    """Return the scores that a weight begins with: sqrt(6 / fan-in) · w / max|w|."""
-    if target.layout:
-        _, positions, inputs, _ = target.canonical_shape
-        fan_in = positions * inputs
-    else:  # as Keras' initializers have it
-        fan_in = math.prod(target.shape[:-1])
-    largest = tf.reduce_max(tf.abs(weight))
-    return tf.math.divide_no_nan(weight, largest) * tf.cast(math.sqrt(6.0 / fan_in), weight.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,30 +631,6 @@ def _require_rankable(target: Target, where: str) -> None:
             "rank its weights by. Scores are for a network that has been trained: train or load "
             "it first, or leave this kernel out by layers=."
         )
-
-
-def _score_gradients(
-    pairs: optimizers.Pairs, factors: dict[Any, tuple[Any, Any]], frozen: set[Any]
-) -> optimizers.Pairs:
-    r"""Return the pairs to train scores by: gradients of kernels as those of their scores.
-
-    .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
-
-    Args:
-        pairs: of a gradient and a weight, those of kernels as they act.
-        factors: (dense weights, scores) of each kernel, by the keys of the kernels.
-        frozen: keys of other weights, which are left out.
-    """
-    result = []
-    for gradient, variable in pairs:
-        key = optimizers.key(variable)
-        if key in frozen:
-            continue
-        if key in factors and gradient is not None:
-            dense, score = factors[key]
-            gradient = tf.convert_to_tensor(gradient) * dense * tf.sign(score)
-        result.append((gradient, variable))
-    return result
 
 
 def _frozen_others(model: Any, also_train: str) -> set[Any]:

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras, _reports
 from tscnc_tf._keras.flavours import tensor_variable
-from tscnc_tf.pruning.scopes import fitting, scope_for
+from tscnc_tf.pruning.learned import Learned, among, first
+from tscnc_tf.pruning.scopes import Scope, scope_for
 from tscnc_tf.pruning.structures import NM, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
 
@@ -55,7 +56,7 @@ class Selection:
         targets: Sequence[Target],
         criterion: Callable[[tf.Tensor], tf.Tensor] | None,
         structure: Structure | None,
-        scope: str | Mapping[str, float],
+        scope: str | Mapping[str, float] | Learned,
         min_weights: int,
         sparsity: float,
     ) -> None:
@@ -72,7 +73,9 @@ class Selection:
         self.scope = scope
         self.min_weights = _checks.integer("min_weights", min_weights, minimum=1)
         self._sparsity = sparsity
-        self._scope = scope_for(scope, self.targets, sparsity, self.min_weights)
+        self._scope = scope_for(first(scope), self.targets, sparsity, self.min_weights)
+        if isinstance(scope, Learned):  # from wherever they start, shares come to differ
+            self._scope.is_per_layer = False
         self.structure.require(self._scope)
 
     def only(self, indices: Sequence[int]) -> Selection:
@@ -80,20 +83,26 @@ class Selection:
         if len(indices) == len(self.targets):
             return self
         targets = [self.targets[index] for index in indices]
-        scope = self.scope if isinstance(self.scope, str) else fitting(self.scope, targets)
+        scope = among(self.scope, targets)
         return Selection(
             targets, self.criterion, self.structure, scope, self.min_weights, self._sparsity
         )
 
     def masks(
-        self, sparsity: Any, alive: Sequence[Any], judged: Sequence[Any] | None = None
+        self,
+        sparsity: Any,
+        alive: Sequence[Any],
+        judged: Sequence[Any] | None = None,
+        scope: Scope | None = None,
     ) -> list[tf.Tensor]:
         """Return a mask per weight, True where it is kept.
 
         Args:
             sparsity: fraction of zeros, a scalar, possibly a tensor.
             alive: the masks so far; what is pruned ranks below all that is not.
-            judged: what the criterion is applied to, one variable per weight; None for the weights.
+            judged: what the criterion is applied to, one variable or tensor per weight; None for
+                the weights.
+            scope: in place of the one that was asked for.
         """
         judged = [target.variable for target in self.targets] if judged is None else judged
         values = [tf.convert_to_tensor(tensor_variable(variable)) for variable in judged]
@@ -107,7 +116,7 @@ class Selection:
             score = tf.clip_by_value(score, widest.min, widest.max)
             score = tf.where(tf.math.is_nan(score), widest.min, score)
             ranked.append(tf.where(mask, score, tf.constant(-np.inf, widest)))
-        return self.structure.masks(ranked, self.targets, self._scope, sparsity)
+        return self.structure.masks(ranked, self.targets, scope or self._scope, sparsity)
 
     def _scores(self, target: Target, value: tf.Tensor) -> tf.Tensor:
         score = self.criterion(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -357,12 +358,15 @@ class AdversarialTraining(flavours.Trainer, _Base):
             else:
                 clean, adversarial = known, self.model(x_adversarial, training=True)
             terms = self._terms(y, clean, adversarial, reference, sample_weight)
-            result.update(clean=clean, adversarial=adversarial, terms=terms)
+            if not result:  # where the gradient is taken at perturbed scores, the logs are not
+                result.update(clean=clean, adversarial=adversarial, terms=terms)
             value = tf.reduce_mean(terms["loss"]) + terms["penalty"]
             # Gradients are summed over replicas, so each contributes its share of the mean.
             return value / tf.distribute.get_strategy().num_replicas_in_sync
 
-        with masks.training(self.model, self.optimizer):
+        ascended = functools.partial(flavours.without_trace, self.model, total)
+        training = masks.training(self.model, self.optimizer)
+        with training, masks.perturbed(self.model, ascended):
             flavours.minimize(self.optimizer, total, self.model.trainable_variables)
         wrappers.advance(self.model, steps)
         masks.after_step(self.model, self.optimizer)
