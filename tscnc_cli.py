@@ -197,7 +197,13 @@ _OWNERS = {
 @click.option(
     "--epsilon", type=_Distance(), default="8/255", show_default=True, help="Radius of the ball."
 )
-@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option(
+    "--norm",
+    type=click.Choice(["linf", "l2", "l1"]),
+    default="linf",
+    show_default=True,
+    help="l1: of autoattack and apgd only.",
+)
 @click.option(
     "--version",
     type=click.Choice(["standard", "plus", "rand"]),
