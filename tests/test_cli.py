@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import click
 import click.testing
 import numpy as np
 import pytest
@@ -275,6 +276,13 @@ def test_without_options_the_attack_is_autoattack(here):
     options = {name: values[name] for name in tscnc_cli._OWNERS}
     made = tscnc_cli._attacks(values["attacks"], values["epsilon"], values["norm"], options)
     assert made == [tscnc.attacks.AutoAttack(epsilon="8/255")]
+
+
+def test_only_some_attacks_have_l1():
+    made = tscnc_cli._attacks(("autoattack",), 3.0, "l1", {})
+    assert made == [tscnc.attacks.AutoAttack(epsilon=3.0, norm="l1")]
+    with pytest.raises(click.UsageError, match="norm must be one of 'linf', 'l2', got 'l1'"):
+        tscnc_cli._attacks(("pgd",), 3.0, "l1", {})
 
 
 def without_seconds(values):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self, final
 import tensorflow as tf
 
 from tscnc_tf import _checks
-from tscnc_tf.attacks.pgd import Ascent, GradientAttack, Plan
+from tscnc_tf.attacks.pgd import Ascent, GradientAttack, Plan, effort
 from tscnc_tf.attacks.search import (
     TARGET_CLASSES,
     Draws,
@@ -170,7 +170,7 @@ class APGD(Search, GradientAttack):
 
     @property
     def _kind(self) -> str:
-        return f"APGD-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+        return f"APGD-{effort(self.steps, self.restarts)}"
 
     @property
     def _targets(self) -> int | None:

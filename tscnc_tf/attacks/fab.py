@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, final
 import tensorflow as tf
 
 from tscnc_tf import _checks
-from tscnc_tf.attacks.pgd import Ascent, classes_of
+from tscnc_tf.attacks.pgd import Ascent, classes_of, effort
 from tscnc_tf.attacks.search import TARGET_CLASSES, Draws, Examples, Search, choose, column, like
 from tscnc_tf.functional import balls
 
@@ -99,15 +99,13 @@ class FAB(Search):
     @property
     def name(self) -> str:
         """A short name for tables, such as "FAB-100 linf 8/255 targeted"."""
-        times = f"x{self.restarts}" if self.restarts > 1 else ""
         kind = "" if self.target_classes is None else " targeted"
-        return f"FAB-{self.steps}{times} {self._ball}{kind}"
+        return f"FAB-{effort(self.steps, self.restarts)} {self._ball}{kind}"
 
     def describe(self) -> dict[str, Any]:
         """Return what a report says of the attack."""
         return super().describe() | {
             "steps": self.steps,
-            "restarts": self.restarts,
             "target_classes": self.target_classes,
         }
 

@@ -255,6 +255,11 @@ class GradientAttack(CompiledAttack):
         )[1]
 
 
+def effort(steps: int, restarts: int) -> str:
+    """Return the number of steps, and of restarts if there are any, such as "50x5", for names."""
+    return f"{steps}x{restarts}" if restarts > 1 else str(steps)
+
+
 class _Compiled:
     """An attack on one model as a graph for every batch size.
 
@@ -578,7 +583,7 @@ class PGD(GradientAttack):
 
     @property
     def _kind(self) -> str:
-        return f"PGD-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+        return f"PGD-{effort(self.steps, self.restarts)}"
 
     def _with_start(self, start: str | None) -> Self:
         if self.start is not None or start is None or (start == "none" and self._needs_start):

@@ -118,6 +118,10 @@ class Search(CompiledAttack):
         super().__post_init__()
         self._set("restarts", _checks.integer("restarts", self.restarts, minimum=1))
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of the attack."""
+        return super().describe() | {"restarts": self.restarts}
+
     @property
     @abc.abstractmethod
     def _iterations(self) -> int:
@@ -183,33 +187,14 @@ class Search(CompiledAttack):
         seed: tf.Tensor,
         clean_logits: Any = None,
         unroll: int = 0,  # noqa: ARG002
+        *,
+        until_fooled: bool = False,
     ) -> tf.Tensor:
         """Return adversarial examples: the pure graph of the attack, for a training step.
 
-        As `GradientAttack.perturb`; the iterations are always looped. It returns the candidates of
-        the largest score, whether they fool the model or not, for training wants no others.
-        """
-        return self._searched(logits_fn, x, y, seed, clean_logits, until_fooled=False)
-
-    def _searched(
-        self,
-        logits_fn: Callable[[tf.Tensor], tf.Tensor],
-        x: tf.Tensor,
-        y: Any,
-        seed: tf.Tensor,
-        clean_logits: Any = None,
-        *,
-        until_fooled: bool,
-    ) -> tf.Tensor:
-        """Return adversarial examples, by operations of one graph.
-
-        Args:
-            logits_fn: as in `perturb`, and so are the next four.
-            x: see there.
-            y: see there.
-            seed: see there.
-            clean_logits: see there.
-            until_fooled: whether the first candidate that fools the model is wanted.
+        As `GradientAttack.perturb`; the iterations are always looped. Training wants the candidates
+        of the largest score, whether they fool the model or not; with `until_fooled` the result
+        has the first that does.
         """
         self._check_size(x.shape)
         self.check_labels(y)
@@ -275,7 +260,7 @@ class Search(CompiledAttack):
     def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         if tf.executing_eagerly():
             return Hunt(self, lambda: model, compiled=False)(x, y, seed)
-        return self._searched(_keras.inference(model), x, y, seed, until_fooled=True)
+        return self.perturb(_keras.inference(model), x, y, seed, until_fooled=True)
 
     def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
         return Hunt(self, recall, compiled=True)

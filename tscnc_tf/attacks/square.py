@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks
-from tscnc_tf.attacks.pgd import Ascent
+from tscnc_tf.attacks.pgd import Ascent, effort
 from tscnc_tf.attacks.search import Draws, Examples, Search, choose, column, like
 
 # Of 10,000 queries, those after which the share of a window is halved.
@@ -109,13 +109,11 @@ class Square(Search):
     @property
     def name(self) -> str:
         """A short name for tables, such as "Square-5000 linf 8/255"."""
-        times = f"x{self.restarts}" if self.restarts > 1 else ""
-        return f"Square-{self.queries}{times} {self._ball}"
+        return f"Square-{effort(self.queries, self.restarts)} {self._ball}"
 
     def describe(self) -> dict[str, Any]:
         """Return what a report says of the attack."""
         return super().describe() | {
-            "restarts": self.restarts,
             "queries": self.queries,
             "horizon": self.horizon,
             "p_init": self.p_init,

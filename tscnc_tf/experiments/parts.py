@@ -13,6 +13,8 @@ from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
 ARCHITECTURES = {
     "small-cnn": "SmallCNN",
+    "lenet-5": "LeNet5",
+    "vgg-8": "VGG8",
     "resnet-18": "ResNet18",
     "resnet-20": "ResNet20",
     "vgg-16": "VGG16",
