@@ -380,6 +380,11 @@ def test_frozen_masks_and_those_at_the_end_stay(library):
     model.train_on_batch(X, Y)
     for one, other in zip(kept, masks(model), strict=True):
         np.testing.assert_array_equal(one, other)
+    optimizer = library.optimizers.SGD(0.5)
+    optimizer.build(model.trainable_variables)
+    ones = [(tf.ones_like(weight), weight) for weight in model.trainable_variables]
+    optimizer.apply_gradients(ones)
+    model.pruner.step(optimizer)  # which needs no gradients any more
     model = compiled(pruned(library), library)
     kept = masks(tscnc.pruning.freeze_mask(model))
     for _ in range(3):

@@ -368,6 +368,8 @@ class Pruner(StepCount):
                 "part of another model with pruning_callbacks(), or by apply_gradients of its "
                 "pruner; or take Regrowth(criterion='random')."
             )
+        if self._needs_gradients and self._is_used and is_constrained:
+            return  # all is done where the optimizer's step was intercepted
         self._step(optimizer, is_constrained and optimizer is not None)
 
     @tf.autograph.experimental.do_not_convert

@@ -75,7 +75,13 @@ class StepCount:
         return self._seen() != int(optimizers.iterations(optimizer))
 
     def _is_bypassed(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer has taken a step on the weights that was not intercepted."""
+        """Tell whether an optimizer has taken a step on the weights that was not intercepted.
+
+        With masks that are frozen that does not matter.
+        """
+        with tf.init_scope():
+            if bool(self.state.frozen.numpy()):
+                return False
         if not tf.executing_eagerly():
             return not self._is_used
         if not optimizers.trains(optimizer, [target.variable for target in self.targets]):
