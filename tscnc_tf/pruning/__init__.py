@@ -5,6 +5,7 @@ from tscnc_tf.pruning.budgets import condition_budgets
 from tscnc_tf.pruning.compaction import Compaction, compact
 from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.recalibrate import recalibrate
+from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.regularize import add_regularizers
 from tscnc_tf.pruning.score_pruner import ScorePruner
 from tscnc_tf.pruning.selection import Magnitude
@@ -19,6 +20,7 @@ __all__ = [
     "NM",
     "Pruner",
     "PruningReport",
+    "Regrowth",
     "ScorePruner",
     "Unstructured",
     "add_regularizers",
