@@ -11,6 +11,7 @@ from tscnc_tf.pruning.score_pruner import ScorePruner
 from tscnc_tf.pruning.selection import Magnitude
 from tscnc_tf.pruning.status import PruningReport, report
 from tscnc_tf.pruning.structures import NM, Block, Filters, Unstructured
+from tscnc_tf.pruning.taylor import Taylor
 
 __all__ = [
     "Block",
@@ -22,6 +23,7 @@ __all__ = [
     "PruningReport",
     "Regrowth",
     "ScorePruner",
+    "Taylor",
     "Unstructured",
     "add_regularizers",
     "compact",

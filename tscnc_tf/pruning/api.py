@@ -15,6 +15,7 @@ from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.score_pruner import ScorePruner
 from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import require_unpruned
+from tscnc_tf.pruning.taylor import Taylor
 
 ENGINES = ("tfmot", "masks")
 METHODS = ("magnitude", "scores")
@@ -33,7 +34,7 @@ class _SelectionOptions(TypedDict, total=False):
 class MaskOptions(_SelectionOptions, total=False):
     """Options of `Pruner`, for type checkers and editors."""
 
-    criterion: Callable[[tf.Tensor], tf.Tensor] | None
+    criterion: Callable[[tf.Tensor], tf.Tensor] | Taylor | None
     regrowth: Regrowth | None
 
 

@@ -37,6 +37,7 @@ from tscnc_tf.pruning.targets import (
     found_again,
     require_model,
 )
+from tscnc_tf.pruning.taylor import Taylor
 
 __all__ = ["Pruner"]
 
@@ -89,7 +90,8 @@ class Pruner(StepCount):
         weights: a pattern for the names of weights, such as `"*kernel"`; None for all of them.
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
-            `Magnitude()` if None.
+            or `Taylor(x, y)`, which is measured on data, for a schedule that has its final sparsity
+            at step 1; `Magnitude()` if None.
         structure: `Unstructured()`, also with minima per filter and per input, `NM(2, 4)`,
             `Block(rows, columns)` or `Filters()`.
         scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
@@ -134,7 +136,7 @@ class Pruner(StepCount):
         layers: Any = None,
         weights: str | None = None,
         min_rank: int = 2,
-        criterion: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        criterion: Callable[[tf.Tensor], tf.Tensor] | Taylor | None = None,
         structure: Structure | None = None,
         scope: str | Mapping[str, float] = "layer",
         min_weights: int = 1,
@@ -144,12 +146,19 @@ class Pruner(StepCount):
         if not isinstance(regrowth, Regrowth | None):
             raise TypeError(f"regrowth must be a Regrowth(...) or None, got {regrowth!r}.")
         require_schedule(schedule)
+        is_at_once = _is_at_once(schedule)
+        measured = criterion if isinstance(criterion, Taylor) else None
+        if measured and not is_at_once:
+            raise ValueError(
+                f"criterion={criterion!r} is measured once, and {schedule!r} prunes later: take "
+                "prune_now(model, sparsity, criterion=...), or schedules.OneShot(sparsity)."
+            )
         found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
         self._set_up(
             model,
             schedule,
             found,
-            criterion=criterion,
+            criterion=None if measured else criterion,
             structure=structure,
             scope=scope,
             min_weights=min_weights,
@@ -157,8 +166,8 @@ class Pruner(StepCount):
         )
         if found is not layers:  # else the pruner is restored
             self._check_new()
-            if regrowth is not None and self._is_sparse_from_the_start():
-                self._prune_to_the_end()
+            if is_at_once and (measured or regrowth):
+                self._prune_to_the_end(measured)
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
@@ -496,14 +505,12 @@ class Pruner(StepCount):
         self._prune_to_the_end()
         self.freeze()
 
-    def _is_sparse_from_the_start(self) -> bool:
-        """Tell whether the schedule asks for its final sparsity at step 1."""
-        due, sparsity = self.schedule(tf.constant(1, tf.int64))
-        return bool(due) and np.float32(sparsity) == np.float32(self._asked)
+    def _prune_to_the_end(self, measured: Taylor | None = None) -> None:
+        """Prune to the final sparsity, by what a criterion has measured on data, if it is given."""
+        judged = measured and measured.importance(self.model, [t.variable for t in self.targets])
 
-    def _prune_to_the_end(self) -> None:
         def update(strategy: Any) -> None:
-            self._renew(strategy, tf.constant(self._asked))
+            self._renew(strategy, tf.constant(self._asked), judged)
             self._apply(strategy, getattr(self.model, "optimizer", None))
 
         update_everywhere(self.model, update)
@@ -576,11 +583,13 @@ class Pruner(StepCount):
         """Return a vector with True for those of the targets."""
         return tf.constant(np.isin(np.arange(len(self.targets)), indices))
 
-    def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
+    def _renew(self, strategy: Any, sparsity: tf.Tensor, importance: Any = None) -> None:
         """Choose the weights to keep among those that are trained, and write the masks."""
         active = self._active()
         if active:
             alive, judged = self._ranked(active)
+            if importance is not None:
+                judged = [importance[index] for index in active]
             chosen = self._selection.only(active).masks(sparsity, alive, judged)
             for index, mask in zip(active, chosen, strict=True):
                 variable = self.state.masks[index]
@@ -673,3 +682,11 @@ class Pruner(StepCount):
             f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights}"
             f"{f', regrowth={self.regrowth!r}' if self.regrowth else ''})"
         )
+
+
+def _is_at_once(schedule: Any) -> bool:
+    """Tell whether a schedule asks for its final sparsity at step 1."""
+    due, sparsity = schedule(tf.constant(1, tf.int64))
+    return bool(due) and float(np.float32(sparsity)) == np.float32(
+        scheduling.final_sparsity(schedule)
+    )
