@@ -175,7 +175,10 @@ def test_a_product_with_a_constant_gate_is_a_path(library):
 @pytest.mark.parametrize("name", ["ResNet20", "VGG16", "WideResNet", "SmallCNN"])
 def test_networks_of_the_literature_are_followed(name):
     options = {"depth": 10, "width": 1} if name == "WideResNet" else {}
-    model = getattr(applications, name)(input_shape=(32, 32, 3), classes=10, **options)
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}
+    model = getattr(applications, name)(
+        input_shape=(32, 32, 3), classes=10, **statistics, **options
+    )
     report = inspection.sparsity(model)
     assert report.effective_sparsity == report.sparsity < 1e-6  # a few are drawn as 0
 

@@ -24,6 +24,7 @@ from tscnc_tf._channels.operations import (
     Normalisation,
     Operation,
     Rearrangement,
+    Scaling,
     Step,
 )
 from tscnc_tf._keras import layers as kernel_layers
@@ -143,6 +144,8 @@ class Reader:
             return [self._activation(call)]
         if name == "Rescaling":
             return [self._rescaling(call)]
+        if name == "Normalization":
+            return [_scaling(call)]
         return [self._rearrangement(call, name)]
 
     def _dense(self, call: Call) -> list[Step]:
@@ -201,9 +204,9 @@ class Reader:
             raise _NotUnderstoodError(f"is {_name_of(function)}, which may mix channels")
         return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
-    def _rescaling(self, call: Call) -> Operation:
+    def _rescaling(self, call: Call) -> Step:
         if np.ndim(call.layer.scale) or np.ndim(call.layer.offset):
-            raise _NotUnderstoodError("scales each channel differently")
+            return _scaling(call)
         return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
     def _normalisation(self, call: Call) -> Operation:
@@ -294,6 +297,12 @@ def _depthwise(call: Call, attribute: str, bias: np.ndarray | None) -> Depthwise
         bias=bias,
         folds=_needs_no_padding(call),
     )
+
+
+def _scaling(call: Call) -> Scaling:
+    kind = type(call.layer).__name__
+    reason = f"{call.name!r} ({kind}) scales each channel differently"
+    return Scaling(call, call.inputs, call.outputs, reason)
 
 
 def _grouped(call: Call) -> Grouped:

@@ -96,6 +96,14 @@ class Followed(Step, abc.ABC):
         return [wanted] * len(given)
 
 
+class Scaling(Barrier, Followed):
+    """A fixed function of each channel by itself, another one for each; channels stay."""
+
+    def constants(self, given: list[Channels]) -> Channels:
+        """Return no constants where the channel is none."""
+        return np.where(np.isnan(given[0]), np.nan, 0.0)
+
+
 class Mixing(Barrier, Followed):
     """An activation in which each channel depends on all, such as softmax; channels stay."""
 

@@ -74,8 +74,9 @@ class Regrowth(_configs.Configurable):
     Reference:
         Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, algorithm 1 (there the optimizer
         pauses in a step that moves weights; here it does not); Chen et al. 2022, "Sparsity winning
-        twice", arXiv 2202.09844, for adversarial training (Flying Bird); Mocanu et al. 2018, arXiv
-        1707.04780, for random places.
+        twice", arXiv 2202.09844, for adversarial training (Flying Bird; in their Flying Bird+ the
+        sparsity follows validation losses and ends wherever these lead, while here it is the
+        schedule's); Mocanu et al. 2018, arXiv 1707.04780, for random places.
     """
 
     fraction: float = 0.3
