@@ -161,6 +161,10 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
+        ({"prune": {"regrowth": 0.3}}, TypeError, "prune.regrowth must be names with values"),
+        ({"prune": {"regrowth": {"share": 0.3}}}, ValueError, r"prune.regrowth must have names of"),
+        ({"prune": {"regrowth": {"until": 2}}}, ValueError, "prune.regrowth: until must be <= 1"),
+        ({"prune": {"regrowth": {}}}, ValueError, "prune.regrowth must be null with method='sco"),
         ({"name": 3}, TypeError, "name must be text, got 3"),
         ({"evaluate": {"attack": "fgsm"}}, ValueError, "evaluate.attack must be one of 'pgd'"),
         *(
@@ -532,11 +536,23 @@ def test_scores_choose_as_often_as_the_recipe_says():
         assert pruner.frequency == taken
 
 
+def test_a_stage_that_is_sparse_from_the_start_lets_weights_come_back():
+    changes = {"prune.method": "magnitude", "prune.ramp": 0, "prune.regrowth": {"until": 0.5}}
+    chosen = recipe(**changes)
+    data = stages.dataset(chosen)
+    trainer = stages.trainer(chosen, "prune", data, previous=stages.network(chosen, data))
+    (pruner,) = masks.pruners(trainer.model)
+    assert tscnc.inspection.sparsity(trainer.model).sparsity == pytest.approx(0.9, abs=0.01)
+    steps = stages.steps(chosen, "prune", data)
+    assert pruner.regrowth == tscnc.pruning.Regrowth(until=0.5, frequency=1, steps=steps)
+
+
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
     changes = {
         "prune.method": "magnitude",
         "prune.min_per_filter": 2,
         "prune.scope": "condition",
+        "prune.regrowth": {"fraction": 0.5, "frequency": 1},
     }
     other = recipe(**changes, **{"sparsity": 0.8, "finetune.loss": "rslad"})
     folder = tscnc.experiments.run(

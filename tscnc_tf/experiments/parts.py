@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from tscnc_tf import _checks, regularizers
+from tscnc_tf import _checks, pruning, regularizers
 from tscnc_tf.datasets import resizing, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
@@ -27,6 +27,7 @@ ARCHITECTURES = {
 STAGES = ("train", "prune", "finetune")
 ATTACKS = ("pgd", "apgd", "autoattack")
 SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
+REGROWTH = ("fraction", "criterion", "until", "frequency", "across_layers")
 LOSSES = ("trades", "madry", "mart")
 
 Check = Callable[[str, Any], Any]
@@ -101,6 +102,18 @@ def _scope(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must name at least one pattern, got {{}}.")
     for pattern, sparsity in value.items():
         _checks.sparsity(f"{name}[{pattern!r}]", sparsity)
+    return value
+
+
+def _regrowth(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be names with values, of {REGROWTH}, got {value!r}.")
+    if unknown := [key for key in value if key not in REGROWTH]:
+        raise ValueError(f"{name} must have names of {REGROWTH}, got {unknown}.")
+    try:
+        pruning.Regrowth(**value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
     return value
 
 
@@ -283,9 +296,14 @@ class Pruning(Training):
             network.
         min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
         min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
-        ramp: with "magnitude", the fraction of the stage over which the sparsity rises.
+        ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for all
+            at once, at the first step.
         frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
             in all with "magnitude", and for one in each step with "scores".
+        regrowth: with "magnitude", how kept weights change places: `fraction`, `criterion`,
+            `until` (of the stage), `frequency` (if not given, 50 times in the stage) and
+            `across_layers` of `pruning.Regrowth`; {} for its defaults, None for none. With a ramp
+            of 0 the stage is sparse from the start.
     """
 
     epochs: Count = 20
@@ -297,14 +315,20 @@ class Pruning(Training):
     scope: Annotated[Any, _scope] = "layer"
     min_weights: Count = 1
     min_per_filter: CountOrZero = 0
-    ramp: Share = 0.6
+    ramp: Annotated[float, functools.partial(_checks.number, minimum=0.0, maximum=1.0)] = 0.6
     frequency: OptionalCount = None
+    regrowth: Annotated[Any, _or_none(_regrowth)] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method == "scores" and self.average:
             raise ValueError(
                 f"average must be 0 with method='scores', got {self.average}: weights are frozen."
+            )
+        if self.method == "scores" and self.regrowth is not None:
+            raise ValueError(
+                f"regrowth must be null with method='scores', got {self.regrowth!r}: there weights "
+                "come back by their scores. Take method='magnitude'."
             )
 
 

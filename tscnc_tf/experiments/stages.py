@@ -254,13 +254,18 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
     from tscnc_tf import schedules  # imports tfmot, if it is installed
 
     end = max(2, round(part.ramp * steps))
-    schedule = schedules.CosineSparsity(
+    schedule: Any = schedules.CosineSparsity(
         0.0,
         recipe.sparsity,
         begin_step=1,
         end_step=end,
         frequency=part.frequency or max(1, end // 50),
     )
+    if part.ramp == 0.0:
+        schedule = schedules.OneShot(recipe.sparsity)
+    if part.regrowth is not None:
+        regrowth = {"frequency": max(1, steps // 50), **part.regrowth}
+        options["regrowth"] = pruning.Regrowth(**regrowth, steps=steps, seed=recipe.seed)
     return pruning.prune(model, schedule, engine="masks", **options)
 
 

@@ -17,10 +17,11 @@ from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
+from tscnc_tf._keras.masks import assign, kept
 from tscnc_tf.pruning import structures
-from tscnc_tf.pruning.pruner import Pruner, assign, kept
+from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.structures import Structure
-from tscnc_tf.pruning.targets import Candidates, Target, candidates, require_model
+from tscnc_tf.pruning.targets import Target, candidates, require_model
 
 __all__ = ["ScorePruner"]
 
@@ -146,11 +147,10 @@ class ScorePruner(Pruner):
             self._check_new()
         self.choose()
 
-    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
+    def _set_up(self, *arguments: Any, **options: Any) -> None:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that took a step
-        self._is_used = False
         self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
-        super()._set_up(model, schedule, found, **options)
+        super()._set_up(*arguments, **options)
         self._initialise()
 
     def begin(self) -> None:
@@ -305,13 +305,7 @@ class ScorePruner(Pruner):
             RuntimeError: one has changed the kernels, whose change is lost.
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizer
-        if not tf.executing_eagerly():
-            bypassed = not self._is_used
-        elif optimizers.trains(optimizer, [target.variable for target in self.targets]):
-            bypassed = int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
-        else:
-            bypassed = False
-        if bypassed:
+        if self._is_bypassed(optimizer):
             raise RuntimeError(self._bypassed())
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:
@@ -394,11 +388,13 @@ class ScorePruner(Pruner):
 
         update_everywhere(self.model, update)
 
-    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
+    def _update(
+        self, strategy: Any, optimizer: Any, is_constrained: bool, gradients: Any = None
+    ) -> None:
         for target, _, score in self.triples():
             variable = tensor_variable(target.variable)
             strategy.extended.update(score, assign, args=(variable,))
-        super()._update(strategy, optimizer, is_constrained)
+        super()._update(strategy, optimizer, is_constrained, gradients)
         self._mask_weights(strategy)
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
