@@ -246,7 +246,9 @@ def test_the_shipped_recipes_take_every_setting_of_the_paper(data, network):
         changes = {"data.dataset": data, "network.architecture": network, "sparsity": 0.95}
         recipe = Recipe.from_yaml(name).override(changes)
         assert (recipe.train.epochs, recipe.sparsity) == (epochs, 0.95)
+        assert {getattr(recipe, stage).weight_decay_kind for stage in stages.STAGES} == {"l2"}
         same = {"train.epochs": 200, "train.batch_size": 128}
+        same["train.weight_decay_kind"] = Recipe().train.weight_decay_kind
         assert recipe.override(same).train == Recipe().train
 
 
@@ -319,6 +321,9 @@ def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
         "autoattack",
         "pgd",
     )
+    for stage in stages.STAGES:
+        kinds = (each[stage].pop("weight_decay_kind") for each in (recipe, default))
+        assert tuple(kinds) == ("l2", "decoupled")  # likewise
     assert recipe == default
     assert gates["sparsity_factor"] > none["sparsity_factor"] == 0.0
 
@@ -423,11 +428,27 @@ def test_what_is_complete_is_not_run_again(finished):
 def test_a_run_by_a_recipe_without_a_newer_value_continues(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "tiny")
     older = json.loads((folder / "recipe.json").read_text())
-    del older["evaluate"]["attack"]
+    del older["evaluate"]["attack"], older["train"]["weight_decay_kind"]
     (folder / "recipe.json").write_text(json.dumps(older))
     tscnc.experiments.run(recipe(), folder, progress=False)
     with pytest.raises(ValueError, match=r"evaluate\.attack was 'pgd', not 'autoattack'"):
         tscnc.experiments.run(recipe(**{"evaluate.attack": "autoattack"}), folder, progress=False)
+    with pytest.raises(ValueError, match=r"train\.weight_decay_kind was 'decoupled', not 'l2'"):
+        tscnc.experiments.run(recipe(**{"train.weight_decay_kind": "l2"}), folder, progress=False)
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_the_kind_of_weight_decay_decides_the_optimizer(library):
+    values = {"network.library": library, "train.weight_decay": 0.01}
+    for kind, is_l2 in (("l2", True), ("decoupled", False)):
+        chosen = recipe(**values, **{"train.weight_decay_kind": kind})
+        optimizer = stages.trainer(chosen, "train", stages.dataset(chosen)).optimizer
+        assert isinstance(optimizer, tscnc.training.SGDWithL2) == is_l2
+        assert isinstance(optimizer, stages.library(chosen).optimizers.SGD)
+        assert optimizer.weight_decay == 0.01
+        assert (optimizer.momentum, optimizer.nesterov, optimizer.use_ema) == (0.9, True, True)
+    with pytest.raises(ValueError, match="weight_decay_kind must be one of 'l2', 'decoupled'"):
+        recipe(**{"train.weight_decay_kind": "torch"})
 
 
 def test_an_evaluation_that_was_stopped_goes_on(finished, tmp_path, monkeypatch):

@@ -47,8 +47,9 @@ def registered_as(name: str) -> Callable[[type], type]:
 
 
 def library_of(cls: type) -> types.ModuleType:
-    """Return the Keras that a class of models or layers belongs to."""
-    return keras if issubclass(cls, keras.layers.Layer) else tf_keras
+    """Return the Keras that a class of models, layers or optimizers belongs to."""
+    is_keras_3 = issubclass(cls, keras.layers.Layer | keras.optimizers.Optimizer)
+    return keras if is_keras_3 else tf_keras
 
 
 class Trainer:

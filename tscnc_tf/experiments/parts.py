@@ -29,6 +29,7 @@ ATTACKS = ("pgd", "apgd", "autoattack")
 SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
 REGROWTH = ("fraction", "criterion", "until", "frequency", "across_layers")
 LOSSES = ("trades", "madry", "mart")
+WEIGHT_DECAYS = ("l2", "decoupled")
 
 Check = Callable[[str, Any], Any]
 
@@ -261,7 +262,11 @@ class Training(Checked):
         drops: fractions of the stage after which the learning rate drops.
         drop: factor by which it drops.
         momentum: Nesterov momentum.
-        weight_decay: decoupled weight decay of all trainable weights.
+        weight_decay: weight decay of all trainable weights, with method "scores" of the scores.
+        weight_decay_kind: "l2" (in the gradient, as in the literature and in PyTorch's SGD, see
+            `training.SGDWithL2`), as in the recipes of this package; or "decoupled" (beside the
+            momentum, as Keras' own; at momentum 0.9 the same number acts a tenth as much), which is
+            what a recipe means that says nothing.
         average: momentum of the moving averages of the weights, which are validated and kept; 0 for
             none.
         loss: "trades", "madry" or "mart".
@@ -277,6 +282,7 @@ class Training(Checked):
     drop: Share = 0.2
     momentum: Momentum = 0.9
     weight_decay: Factor = 5e-4
+    weight_decay_kind: Annotated[str, _one_of(*WEIGHT_DECAYS)] = "decoupled"
     average: Momentum = 0.99
     loss: Annotated[str, _one_of(*LOSSES)] = "trades"
     beta: Factor = 6.0

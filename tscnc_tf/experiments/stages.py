@@ -21,7 +21,7 @@ from tscnc_tf import (
 )
 from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
-from tscnc_tf.training import AdversarialTraining
+from tscnc_tf.training import AdversarialTraining, SGDWithL2
 
 ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
 
@@ -289,14 +289,13 @@ def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
             [round(fraction * steps) for fraction in settings.drops],
             [rate * settings.drop**power for power in range(len(settings.drops) + 1)],
         )
-    averages = {"use_ema": True, "ema_momentum": settings.average} if settings.average else {}
-    return optimizers.SGD(
-        rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0.0,
-        weight_decay=settings.weight_decay or None,
-        **averages,
-    )
+    options: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.momentum > 0.0}
+    if settings.average:
+        options |= {"use_ema": True, "ema_momentum": settings.average}
+    if settings.weight_decay and settings.weight_decay_kind == "l2":
+        options |= {"weight_decay": settings.weight_decay, "library": recipe.network.library}
+        return SGDWithL2(rate, **options)
+    return optimizers.SGD(rate, weight_decay=settings.weight_decay or None, **options)
 
 
 @contextlib.contextmanager
