@@ -134,7 +134,8 @@ class Plan:
         seeds: each arm is run with each.
         settings: by name, values of a recipe: data, network, epochs.
         arms: by name, values of a recipe by their dotted names: what the arm changes. An arm whose
-            `base` names another one begins with the values of that.
+            `base` names another one begins with the values of that; one with `sparsities` is run
+            at these, whatever the grid says.
         grid: by setting, which arms are run at which sparsities: a list of mappings with `arms`
             (or "every") and `sparsities`.
         against: the arms that all others are compared with.
@@ -201,7 +202,8 @@ class Plan:
     def sparsities(self, setting: str, arm: str) -> list[float]:
         """Return at what sparsities an arm is run."""
         rows = [row for row in self.grid[setting] if row["arms"] == EVERY or arm in row["arms"]]
-        return [sparsity for row in rows for sparsity in row["sparsities"]]
+        own = self.arms[arm].get("sparsities")
+        return own if rows and own else [level for row in rows for level in row["sparsities"]]
 
     def wanted(self, found: Found) -> list[Run]:
         """Return the trials and the runs that can be begun, or have been, given what there is."""
@@ -280,7 +282,8 @@ class Plan:
 
     def _values(self, arm: str) -> dict[str, Any]:
         """Return what an arm changes in a recipe, its base's changes first."""
-        own = {name: value for name, value in self.arms[arm].items() if name != "base"}
+        others = ("base", "sparsities")
+        own = {name: value for name, value in self.arms[arm].items() if name not in others}
         base = self.base(arm)
         return own if base is None else {**self._values(base), **own}
 

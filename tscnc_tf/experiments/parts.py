@@ -302,6 +302,7 @@ class Pruning(Training):
             network.
         min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
         min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
+        min_per_input: number of weights that every input channel or unit keeps, see there.
         ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for all
             at once, at the first step.
         frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
@@ -321,6 +322,7 @@ class Pruning(Training):
     scope: Annotated[Any, _scope] = "layer"
     min_weights: Count = 1
     min_per_filter: CountOrZero = 0
+    min_per_input: CountOrZero = 0
     ramp: Annotated[float, functools.partial(_checks.number, minimum=0.0, maximum=1.0)] = 0.6
     frequency: OptionalCount = None
     regrowth: Annotated[Any, _or_none(_regrowth)] = None
@@ -345,12 +347,15 @@ class FineTuning(Training):
     Args:
         loss: "trades", "madry", "mart" or "rslad": distillation from the dense network that the
             first stage has trained.
+        recalibrate: whether each channel gets the mean and variance first that it has in the dense
+            network, see `pruning.recalibrate`.
     """
 
     epochs: Count = 100
     learning_rate: Positive = 0.01
     decay: Decay = "cosine"
     loss: Annotated[str, _one_of(*LOSSES, "rslad")] = "trades"
+    recalibrate: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)
