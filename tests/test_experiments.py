@@ -572,19 +572,26 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
     changes = {
         "prune.method": "magnitude",
         "prune.min_per_filter": 2,
+        "prune.min_per_input": 1,
         "prune.scope": "condition",
         "prune.regrowth": {"fraction": 0.5, "frequency": 1},
     }
     other = recipe(**changes, **{"sparsity": 0.8, "finetune.loss": "rslad"})
-    folder = tscnc.experiments.run(
-        other, tmp_path / "other", dense=finished / "1-train", progress=False
-    )
+    folder = tmp_path / "other"
+    options = {"dense": finished / "1-train", "progress": False}
+    assert tscnc.experiments.run(other, folder, until="prune", **options) == folder
+    assert {path.name for path in folder.glob("[1-4]-*")} == {"1-train", "2-prune"}
+    tscnc.experiments.run(other, folder, until="finetune", **options)
+    assert not (folder / "4-evaluate").exists()
+    with pytest.raises(ValueError, match=r"until must be one of .train., .*, got .test."):
+        tscnc.experiments.run(other, folder, until="test", **options)
     theirs = (finished / "1-train" / "model.keras").read_bytes()
     assert (folder / "1-train" / "model.keras").read_bytes() == theirs
     output = tscnc.experiments.open_stage(folder / "2-prune")
     assert [row["sparsity"] for row in output.metrics][-1] == pytest.approx(0.8, abs=0.01)
     for mask in output.masks.values():
         assert mask.reshape(-1, mask.shape[-1]).sum(axis=0).min() >= 2
+        assert mask.sum(axis=(0, 1, 3)).min() >= 1
     # Of the epochs, only those at the full sparsity are candidates.
     chosen = output.metrics[output.manifest["chosen_epoch"] - 1]
     assert chosen["sparsity"] == max(row["sparsity"] for row in output.metrics)
@@ -593,6 +600,21 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
         tscnc.experiments.run(changed, tmp_path / "third", dense=finished / "1-train")
     with pytest.raises(ValueError, match="dense must be a stage of training"):
         tscnc.experiments.run(other, tmp_path / "fourth", dense=finished / "2-prune")
+
+
+def test_fine_tuning_may_begin_with_the_channels_of_the_dense_network():
+    chosen = recipe(**{"finetune.recalibrate": True})
+    data = stages.dataset(chosen)
+    dense, pruned, expected = (stages.network(chosen, data) for _ in range(3))
+    for layer in (pruned.get_layer("stage_1_conv_2"), expected.get_layer("stage_1_conv_2")):
+        kernel = layer.get_weights()[0]
+        layer.set_weights([kernel * (np.abs(kernel) > np.quantile(np.abs(kernel), 0.8))])
+    trainer = stages.trainer(chosen, "finetune", data, previous=pruned, teacher=dense)
+    tscnc.pruning.recalibrate(expected, data.arrays("train")[0][:1024], dense=dense)
+    found = stages.plain(chosen, data, trainer.model).get_weights()
+    for mine, theirs in zip(found, expected.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert np.any(np.abs(found[-1] - dense.get_weights()[-1]) > 1e-3)
 
 
 def test_other_data_are_refused(finished, tmp_path, monkeypatch):
