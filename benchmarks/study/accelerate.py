@@ -143,6 +143,11 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
     settings = getattr(recipe, stage)
+    if settings.average_from:
+        raise ValueError(
+            f"{stage}.average_from must be 0, got {settings.average_from}: on an accelerator, the "
+            "averages begin with the stage."
+        )
     stages.library(recipe).backend.clear_session()  # layers without a name are counted anew
     previous = None if stage == "train" else stages.network(recipe, data)
     trainer = stages.trainer(recipe, stage, data, previous=previous)

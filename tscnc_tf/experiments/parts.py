@@ -268,7 +268,9 @@ class Training(Checked):
             momentum, as Keras' own; at momentum 0.9 the same number acts a tenth as much), which is
             what a recipe means that says nothing.
         average: momentum of the moving averages of the weights, which are validated and kept; 0 for
-            none.
+            none. They hold zeros where masks do; the statistics of BatchNorm are those of training.
+        average_from: number of epochs before the averages begin, with the weights as they are then;
+            until then the weights themselves are validated and kept.
         loss: "trades", "madry" or "mart".
         beta: factor of the robust term of TRADES and MART.
         jit_compile: whether the step is compiled by XLA.
@@ -284,9 +286,22 @@ class Training(Checked):
     weight_decay: Factor = 5e-4
     weight_decay_kind: Annotated[str, _one_of(*WEIGHT_DECAYS)] = "decoupled"
     average: Momentum = 0.99
+    average_from: CountOrZero = 0
     loss: Annotated[str, _one_of(*LOSSES)] = "trades"
     beta: Factor = 6.0
     jit_compile: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average_from and not self.average:
+            raise ValueError(
+                f"average_from must be 0 with average=0, got {self.average_from}: there are no "
+                "averages that could begin. Set average, such as 0.99."
+            )
+        if self.average_from >= self.epochs:
+            raise ValueError(
+                f"average_from must be less than epochs, {self.epochs}, got {self.average_from}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
