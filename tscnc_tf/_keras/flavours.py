@@ -53,7 +53,9 @@ def library_of(cls: type) -> types.ModuleType:
 
 
 class Trainer:
-    """Marks models that train another one; the other one is pruned and exported."""
+    """Marks models that train another one, `model`, which is pruned and exported."""
+
+    model: Any
 
 
 class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):
