@@ -722,6 +722,7 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     gated = recipe(
         **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
         **{"prune.epochs": 1, "finetune.epochs": 1, "train.average_from": 1},
+        **{"train.awp": 0.01, "train.awp_from": 1},
     )
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
@@ -764,10 +765,11 @@ def test_averages_begin_after_the_epochs_that_are_said(library, tmp_path):
     ("values", "words"),
     [
         ({"average": 0.0, "average_from": 1}, r"average_from must be 0 with average=0, got 1"),
+        ({"awp_from": 1}, r"awp_from must be 0 with awp=0, got 1: .* Set awp, such as 0\.005"),
         ({"average_from": 2}, r"average_from must be less than epochs, 2, got 2"),
     ],
 )
-def test_averages_that_never_begin_are_refused(values, words):
+def test_what_would_never_begin_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         recipe(**{f"train.{name}": value for name, value in values.items()})
 

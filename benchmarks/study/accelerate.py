@@ -143,11 +143,12 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
     settings = getattr(recipe, stage)
-    if settings.average_from:
-        raise ValueError(
-            f"{stage}.average_from must be 0, got {settings.average_from}: on an accelerator, the "
-            "averages begin with the stage."
-        )
+    for name in ("average_from", "awp_from"):
+        if begin := getattr(settings, name):
+            raise ValueError(
+                f"{stage}.{name} must be 0, got {begin}: on an accelerator, all epochs of a stage "
+                "are alike."
+            )
     stages.library(recipe).backend.clear_session()  # layers without a name are counted anew
     previous = None if stage == "train" else stages.network(recipe, data)
     trainer = stages.trainer(recipe, stage, data, previous=previous)

@@ -124,6 +124,10 @@ class CheckpointCallback(flavours.Callback):
         folders.write_metrics(self.folder, self.rows)
         return done
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Let the perturbation of the weights begin with its first epoch."""
+        self.model.awp = stages.awp(self.settings, epoch)
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Report the progress."""
         self.on_batch(len(self.rows) * self.params["steps"] + batch + 1)
