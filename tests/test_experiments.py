@@ -25,7 +25,7 @@ from helpers import TINY
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masks
-from tscnc_tf.experiments import folders, locks, stages
+from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.recipe import SHIPPED, Recipe
 
 # Recipes
@@ -743,7 +743,8 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
 ):
     gated = recipe(
         **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
-        **{"prune.epochs": 1, "finetune.epochs": 1},
+        **{"prune.epochs": 1, "finetune.epochs": 1, "train.average_from": 1},
+        **{"train.awp": 0.01, "train.awp_from": 1},
     )
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
@@ -752,6 +753,47 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     assert not folders.is_complete(tmp_path / "stopped" / "1-train")
     tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
     require_same(tmp_path / "stopped", whole)
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_averages_begin_after_the_epochs_that_are_said(library, tmp_path):
+    chosen = recipe(
+        **{"network.library": library, "finetune.average": 0.5, "finetune.average_from": 2},
+        **{"finetune.epochs": 4},
+    )
+    data = stages.dataset(chosen)
+    pruned = tscnc.strip(tscnc.prune_now(stages.network(chosen, data), 0.8, layers="stage_*"))
+    trainer = stages.trainer(chosen, "finetune", data, previous=pruned)
+    recorded = []
+
+    def record(_):
+        recorded.append([np.asarray(weight) for weight in trainer.model.trainable_variables])
+
+    fitting.fit(chosen, "finetune", data, trainer, tmp_path, record)
+    steps = len(recorded) // 4
+    expected = recorded[2 * steps - 1]
+    for weights in recorded[2 * steps :]:
+        expected = [0.5 * old + 0.5 * new for old, new in zip(expected, weights, strict=True)]
+    found = [np.asarray(weight) for weight in trainer.model.trainable_variables]
+    for mine, theirs, last in zip(found, expected, recorded[-1], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+        assert np.any(mine != last)
+    for variable, mine in zip(pruned.trainable_variables, found, strict=True):
+        if len(mine.shape) > 1:
+            np.testing.assert_array_equal(mine == 0.0, np.asarray(variable) == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"average": 0.0, "average_from": 1}, r"average_from must be 0 with average=0, got 1"),
+        ({"awp_from": 1}, r"awp_from must be 0 with awp=0, got 1: .* Set awp, such as 0\.005"),
+        ({"average_from": 2}, r"average_from must be less than epochs, 2, got 2"),
+    ],
+)
+def test_what_would_never_begin_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(**{f"train.{name}": value for name, value in values.items()})
 
 
 # Files that are not what was written

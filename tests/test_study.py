@@ -76,7 +76,14 @@ def plan(tmp_path):
 
 
 def result(seed=0, arm="uniform", robust=0.5, effective=2.0, sparsity=0.99, **values):
-    figures = {"clean": 0.9, "lipschitz": 1.0, "condition": np.inf, "dead": 3, "stable_rank": 0.5}
+    figures = {
+        "clean": 0.9,
+        "zeros": 0.95,
+        "lipschitz": 1.0,
+        "condition": np.inf,
+        "dead": 3,
+        "stable_rank": 0.5,
+    }
     place = (Cell("digits", sparsity), arm, seed)
     return Result(*place, robust=robust, effective=effective, **{**figures, **values})
 
@@ -92,6 +99,7 @@ def found_of(of_results):
             "seed": each.seed,
             "clean": each.clean,
             "robust": each.robust,
+            "effective_zeros": each.zeros,
             "lipschitz": each.lipschitz,
             "kernels": {
                 "a": {
@@ -99,8 +107,6 @@ def found_of(of_results):
                     "condition_number": each.condition,
                     "effective_condition_number": each.effective,
                     "dead_filters": each.dead,
-                    "stable_rank": 10 * each.stable_rank,
-                    "filters": 10,
                 }
             },
             "versions": {"numpy": "2"},
@@ -424,10 +430,10 @@ def test_the_tables_say_what_was_found(plan):
     head, rows = table_after(text, "digits, 99 % zeros")
     assert head[:6] == ["arm", "seeds", "clean", "robust", "clean − uniform", "robust − uniform"]
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
-    assert rows["uniform"][:6] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "", "∞"]
+    assert rows["uniform"][:7] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "", "95.00", "∞"]
     # Two arms are compared with it, so that their intervals are wider.
     wide = 100 * stats.t.ppf(1 - 0.025 / 2, 2) * 0.01 / np.sqrt(3)
-    assert rows["cnc"][3:8] == ["+0.0 ± 0.0", f"+6.0 ± {wide:.1f}", "4", "2", "0.0"]
+    assert rows["cnc"][3:9] == ["+0.0 ± 0.0", f"+6.0 ± {wide:.1f}", "95.00", "4", "2", "0.0"]
     assert list(rows) == ["dense", "uniform", "cnc"]
     _, added = table_after(text, "digits, 99 % zeros: what is added")
     assert added == {"cnc": ["uniform", "+0.0 ± 0.0", f"+6.0 ± {half:.1f}"]}

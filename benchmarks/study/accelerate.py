@@ -143,6 +143,12 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
     settings = getattr(recipe, stage)
+    for name in ("average_from", "awp_from"):
+        if begin := getattr(settings, name):
+            raise ValueError(
+                f"{stage}.{name} must be 0, got {begin}: on an accelerator, all epochs of a stage "
+                "are alike."
+            )
     stages.library(recipe).backend.clear_session()  # layers without a name are counted anew
     previous = None if stage == "train" else stages.network(recipe, data)
     trainer = stages.trainer(recipe, stage, data, previous=previous)
@@ -254,6 +260,7 @@ def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[
     x = data.arrays("test")[0][:1000]
     lipschitz = inspection.local_lipschitz(model, x, stages.epsilon(run.recipe), seed=run.seed)
     test = content["test"]
+    zeros = inspection.sparsity(model)
     return {
         **dict(zip(PLACE, run.place, strict=True)),
         "clean": test["clean_accuracy"],
@@ -262,7 +269,8 @@ def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[
         "epsilon": test["attack"]["epsilon"],
         "attacks": {test["attack"]["name"]: test["attacked_accuracy"]},
         "lipschitz": lipschitz.mean,
-        "zeros": inspection.sparsity(model).sparsity,
+        "zeros": zeros.sparsity,
+        "effective_zeros": zeros.effective_sparsity,
         "kernels": work.kernels(inspection.condition_numbers(model).to_dict(), pruned),
         "validation": {line["stage"]: line["validation"] for line in content["chosen"]},
         "recipe": work.portable(run, data.metadata),

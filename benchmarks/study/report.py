@@ -74,7 +74,7 @@ def _table(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
     head = ["arm", "seeds", "clean", "robust"]
     rivals = [arm for arm in plan.against if arm in by_arm]
     head += [f"{what} − {rival}" for rival in rivals for what in ("clean", "robust")]
-    head += ["worst κ", "effective κ", "dead", "stable rank / filters", "local Lipschitz"]
+    head += ["effective zeros", "worst κ", "effective κ", "dead", "local Lipschitz"]
     arms = [arm for arm in plan.arms if arm in by_arm]
     count = max(1, len(arms) - 1)
     rows = []
@@ -91,10 +91,10 @@ def _table(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
                     for rival in rivals
                     for difference in _ahead(by_arm[arm], by_arm[rival], count)
                 ),
+                f"{100 * np.mean([result.zeros for result in found]):.2f}",
                 _median(found, "condition"),
                 _median(found, "effective"),
                 f"{np.mean([result.dead for result in found]):.1f}",
-                f"{np.mean([result.stable_rank for result in found]):.3f}",
                 f"{np.mean([result.lipschitz for result in found]):.3g}",
             ]
         )

@@ -34,11 +34,11 @@ class Result:
     Attributes:
         cell, arm, seed: where it stands in the study.
         clean, robust: accuracies on the test set.
+        zeros: the effective sparsity: zeros, and weights on no path, among all kernels.
         lipschitz: the empirical local Lipschitz constant.
         condition: the worst condition number of the pruned kernels; inf if one has not full rank.
         effective: the worst effective condition number of the pruned kernels.
         dead: dead filters in the pruned kernels.
-        stable_rank: the mean over the pruned kernels, each over its number of filters.
         versions: of what made it, as "numpy 2.4.6".
     """
 
@@ -47,11 +47,11 @@ class Result:
     seed: int
     clean: float
     robust: float
+    zeros: float
     lipschitz: float
     condition: float
     effective: float
     dead: float
-    stable_rank: float
     versions: tuple[str, ...] = ()
 
     @classmethod
@@ -65,11 +65,11 @@ class Result:
             content["seed"],
             content["clean"],
             content["robust"],
+            content["effective_zeros"],
             float(content["lipschitz"]),
             max(float(row["condition_number"]) for row in kernels),
             max(float(row["effective_condition_number"]) for row in kernels),
             sum(row["dead_filters"] for row in kernels),
-            float(np.mean([float(row["stable_rank"]) / row["filters"] for row in kernels])),
             tuple(f"{name} {version}" for name, version in content["versions"].items()),
         )
 

@@ -221,6 +221,7 @@ def judged(folder: pathlib.Path) -> dict[str, Any]:
         "notes": [*report["warnings"], *report["notes"]],
         "lipschitz": lipschitz["mean"],
         "zeros": zeros["sparsity"],
+        "effective_zeros": zeros["effective_sparsity"],
         "kernels": kernels(conditions, set(_stages(folder)["prune"].masks)),
     }
 

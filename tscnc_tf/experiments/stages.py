@@ -21,7 +21,7 @@ from tscnc_tf import (
 )
 from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
-from tscnc_tf.training import AdversarialTraining, SGDWithL2
+from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
 
 ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
 CALIBRATION = 1024  # the training images that a pruned network is recalibrated on
@@ -144,6 +144,7 @@ def trainer(
             steps=recipe.adversary.steps,
         ),
         loss=_loss(settings, teacher),
+        awp=awp(settings, 0),
         seed=recipe.seed + 1000 * STAGES.index(stage),
         name=stage,
     )
@@ -281,6 +282,11 @@ def _loss(settings: Training, teacher: Any) -> losses.RobustLoss:
     if settings.loss == "rslad":
         return losses.RSLAD(teacher)
     return losses.TRADES(beta=settings.beta)
+
+
+def awp(settings: Training, epoch: int) -> AWP | None:
+    """Return the perturbation of the weights in an epoch of a stage, counted from 0."""
+    return AWP(settings.awp) if settings.awp and epoch >= settings.awp_from else None
 
 
 def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
