@@ -82,7 +82,6 @@ def result(seed=0, arm="uniform", robust=0.5, effective=2.0, sparsity=0.99, **va
         "lipschitz": 1.0,
         "condition": np.inf,
         "dead": 3,
-        "stable_rank": 0.5,
     }
     place = (Cell("digits", sparsity), arm, seed)
     return Result(*place, robust=robust, effective=effective, **{**figures, **values})
