@@ -25,7 +25,7 @@ from helpers import TINY
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masks
-from tscnc_tf.experiments import folders, locks, stages
+from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.recipe import SHIPPED, Recipe
 
 # Recipes
@@ -572,19 +572,26 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
     changes = {
         "prune.method": "magnitude",
         "prune.min_per_filter": 2,
+        "prune.min_per_input": 1,
         "prune.scope": "condition",
         "prune.regrowth": {"fraction": 0.5, "frequency": 1},
     }
     other = recipe(**changes, **{"sparsity": 0.8, "finetune.loss": "rslad"})
-    folder = tscnc.experiments.run(
-        other, tmp_path / "other", dense=finished / "1-train", progress=False
-    )
+    folder = tmp_path / "other"
+    options = {"dense": finished / "1-train", "progress": False}
+    assert tscnc.experiments.run(other, folder, until="prune", **options) == folder
+    assert {path.name for path in folder.glob("[1-4]-*")} == {"1-train", "2-prune"}
+    tscnc.experiments.run(other, folder, until="finetune", **options)
+    assert not (folder / "4-evaluate").exists()
+    with pytest.raises(ValueError, match=r"until must be one of .train., .*, got .test."):
+        tscnc.experiments.run(other, folder, until="test", **options)
     theirs = (finished / "1-train" / "model.keras").read_bytes()
     assert (folder / "1-train" / "model.keras").read_bytes() == theirs
     output = tscnc.experiments.open_stage(folder / "2-prune")
     assert [row["sparsity"] for row in output.metrics][-1] == pytest.approx(0.8, abs=0.01)
     for mask in output.masks.values():
         assert mask.reshape(-1, mask.shape[-1]).sum(axis=0).min() >= 2
+        assert mask.sum(axis=(0, 1, 3)).min() >= 1
     # Of the epochs, only those at the full sparsity are candidates.
     chosen = output.metrics[output.manifest["chosen_epoch"] - 1]
     assert chosen["sparsity"] == max(row["sparsity"] for row in output.metrics)
@@ -593,6 +600,21 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
         tscnc.experiments.run(changed, tmp_path / "third", dense=finished / "1-train")
     with pytest.raises(ValueError, match="dense must be a stage of training"):
         tscnc.experiments.run(other, tmp_path / "fourth", dense=finished / "2-prune")
+
+
+def test_fine_tuning_may_begin_with_the_channels_of_the_dense_network():
+    chosen = recipe(**{"finetune.recalibrate": True})
+    data = stages.dataset(chosen)
+    dense, pruned, expected = (stages.network(chosen, data) for _ in range(3))
+    for layer in (pruned.get_layer("stage_1_conv_2"), expected.get_layer("stage_1_conv_2")):
+        kernel = layer.get_weights()[0]
+        layer.set_weights([kernel * (np.abs(kernel) > np.quantile(np.abs(kernel), 0.8))])
+    trainer = stages.trainer(chosen, "finetune", data, previous=pruned, teacher=dense)
+    tscnc.pruning.recalibrate(expected, data.arrays("train")[0][:1024], dense=dense)
+    found = stages.plain(chosen, data, trainer.model).get_weights()
+    for mine, theirs in zip(found, expected.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert np.any(np.abs(found[-1] - dense.get_weights()[-1]) > 1e-3)
 
 
 def test_other_data_are_refused(finished, tmp_path, monkeypatch):
@@ -721,7 +743,8 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
 ):
     gated = recipe(
         **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
-        **{"prune.epochs": 1, "finetune.epochs": 1},
+        **{"prune.epochs": 1, "finetune.epochs": 1, "train.average_from": 1},
+        **{"train.awp": 0.01, "train.awp_from": 1},
     )
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
@@ -730,6 +753,47 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     assert not folders.is_complete(tmp_path / "stopped" / "1-train")
     tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
     require_same(tmp_path / "stopped", whole)
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_averages_begin_after_the_epochs_that_are_said(library, tmp_path):
+    chosen = recipe(
+        **{"network.library": library, "finetune.average": 0.5, "finetune.average_from": 2},
+        **{"finetune.epochs": 4},
+    )
+    data = stages.dataset(chosen)
+    pruned = tscnc.strip(tscnc.prune_now(stages.network(chosen, data), 0.8, layers="stage_*"))
+    trainer = stages.trainer(chosen, "finetune", data, previous=pruned)
+    recorded = []
+
+    def record(_):
+        recorded.append([np.asarray(weight) for weight in trainer.model.trainable_variables])
+
+    fitting.fit(chosen, "finetune", data, trainer, tmp_path, record)
+    steps = len(recorded) // 4
+    expected = recorded[2 * steps - 1]
+    for weights in recorded[2 * steps :]:
+        expected = [0.5 * old + 0.5 * new for old, new in zip(expected, weights, strict=True)]
+    found = [np.asarray(weight) for weight in trainer.model.trainable_variables]
+    for mine, theirs, last in zip(found, expected, recorded[-1], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+        assert np.any(mine != last)
+    for variable, mine in zip(pruned.trainable_variables, found, strict=True):
+        if len(mine.shape) > 1:
+            np.testing.assert_array_equal(mine == 0.0, np.asarray(variable) == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"average": 0.0, "average_from": 1}, r"average_from must be 0 with average=0, got 1"),
+        ({"awp_from": 1}, r"awp_from must be 0 with awp=0, got 1: .* Set awp, such as 0\.005"),
+        ({"average_from": 2}, r"average_from must be less than epochs, 2, got 2"),
+    ],
+)
+def test_what_would_never_begin_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(**{f"train.{name}": value for name, value in values.items()})
 
 
 # Files that are not what was written

@@ -75,6 +75,14 @@ def average(optimizer: Any, variable: Any) -> Any:
     return next((companion for companion in kept if key(companion) in known), None)
 
 
+def restart_averages(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Let an optimizer's moving averages of some weights begin anew with these as they are."""
+    for variable in variables:
+        averaged = average(optimizer, variable)
+        if averaged is not None:
+            tensor_variable(averaged).assign(tf.convert_to_tensor(tensor_variable(variable)))
+
+
 def is_optimizer(obj: Any) -> bool:
     """Tell whether an object is an optimizer of either Keras."""
     kinds = (

@@ -268,7 +268,11 @@ class Training(Checked):
             momentum, as Keras' own; at momentum 0.9 the same number acts a tenth as much), which is
             what a recipe means that says nothing.
         average: momentum of the moving averages of the weights, which are validated and kept; 0 for
-            none.
+            none. They hold zeros where masks do; the statistics of BatchNorm are those of training.
+        average_from: number of epochs before the averages begin, with the weights as they are then;
+            until then the weights themselves are validated and kept.
+        awp: gamma of the adversarial weight perturbation, see `training.AWP`; 0 for none.
+        awp_from: number of epochs before it begins, as the step is then compiled anew.
         loss: "trades", "madry" or "mart".
         beta: factor of the robust term of TRADES and MART.
         jit_compile: whether the step is compiled by XLA.
@@ -284,9 +288,26 @@ class Training(Checked):
     weight_decay: Factor = 5e-4
     weight_decay_kind: Annotated[str, _one_of(*WEIGHT_DECAYS)] = "decoupled"
     average: Momentum = 0.99
+    average_from: CountOrZero = 0
+    awp: Factor = 0.0
+    awp_from: CountOrZero = 0
     loss: Annotated[str, _one_of(*LOSSES)] = "trades"
     beta: Factor = 6.0
     jit_compile: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, usual in (("average", 0.99), ("awp", 0.005)):
+            begin = getattr(self, f"{name}_from")
+            if begin and not getattr(self, name):
+                raise ValueError(
+                    f"{name}_from must be 0 with {name}=0, got {begin}: there is nothing that "
+                    f"could begin. Set {name}, such as {usual}."
+                )
+            if begin >= self.epochs:
+                raise ValueError(
+                    f"{name}_from must be less than epochs, {self.epochs}, got {begin}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +323,7 @@ class Pruning(Training):
             network.
         min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
         min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
+        min_per_input: number of weights that every input channel or unit keeps, see there.
         ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for all
             at once, at the first step.
         frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
@@ -321,6 +343,7 @@ class Pruning(Training):
     scope: Annotated[Any, _scope] = "layer"
     min_weights: Count = 1
     min_per_filter: CountOrZero = 0
+    min_per_input: CountOrZero = 0
     ramp: Annotated[float, functools.partial(_checks.number, minimum=0.0, maximum=1.0)] = 0.6
     frequency: OptionalCount = None
     regrowth: Annotated[Any, _or_none(_regrowth)] = None
@@ -345,12 +368,15 @@ class FineTuning(Training):
     Args:
         loss: "trades", "madry", "mart" or "rslad": distillation from the dense network that the
             first stage has trained.
+        recalibrate: whether each channel gets the mean and variance first that it has in the dense
+            network, see `pruning.recalibrate`.
     """
 
     epochs: Count = 100
     learning_rate: Positive = 0.01
     decay: Decay = "cosine"
     loss: Annotated[str, _one_of(*LOSSES, "rslad")] = "trades"
+    recalibrate: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,10 @@ from tscnc_tf import (
 )
 from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
-from tscnc_tf.training import AdversarialTraining, SGDWithL2
+from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
 
 ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
+CALIBRATION = 1024  # the training images that a pruned network is recalibrated on
 
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
@@ -120,7 +121,8 @@ def trainer(
         stage: "train", "prune" or "finetune".
         data: of the recipe.
         previous: the model of the stage before; None for the first.
-        teacher: the dense, robust model to distil from, if the loss is "rslad".
+        teacher: the dense, robust model, to distil from with the loss "rslad", and to recalibrate
+            by.
     """
     settings: Training = getattr(recipe, stage)
     count = steps(recipe, stage, data)
@@ -132,6 +134,8 @@ def trainer(
         model = _pruned(recipe, model, count)
     elif stage == "finetune":
         pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
+        if recipe.finetune.recalibrate:
+            pruning.recalibrate(model, data.arrays("train")[0][:CALIBRATION], dense=teacher)
     made = AdversarialTraining(
         model,
         attack=attacks.PGD(
@@ -140,6 +144,7 @@ def trainer(
             steps=recipe.adversary.steps,
         ),
         loss=_loss(settings, teacher),
+        awp=awp(settings, 0),
         seed=recipe.seed + 1000 * STAGES.index(stage),
         name=stage,
     )
@@ -229,7 +234,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         "layers": pruned_layers(part),
         "scope": part.scope,
         "min_weights": part.min_weights,
-        "structure": pruning.Unstructured(part.min_per_filter),
+        "structure": pruning.Unstructured(part.min_per_filter, part.min_per_input),
     }
     if part.scope == "condition":
         options["scope"] = pruning.condition_budgets(
@@ -277,6 +282,11 @@ def _loss(settings: Training, teacher: Any) -> losses.RobustLoss:
     if settings.loss == "rslad":
         return losses.RSLAD(teacher)
     return losses.TRADES(beta=settings.beta)
+
+
+def awp(settings: Training, epoch: int) -> AWP | None:
+    """Return the perturbation of the weights in an epoch of a stage, counted from 0."""
+    return AWP(settings.awp) if settings.awp and epoch >= settings.awp_from else None
 
 
 def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
