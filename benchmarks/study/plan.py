@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -53,7 +54,7 @@ class Run:
         """Where it stands: the values of `PLACE`."""
         return tuple(getattr(self, name) for name in PLACE)
 
-    @property
+    @functools.cached_property
     def dense(self) -> str:
         """The name of the dense network that is pruned; equal where it is the same network."""
         text = json.dumps(self.recipe.first_stage().to_dict(), sort_keys=True)
