@@ -47,8 +47,8 @@ def main() -> None:
     MODEL is a .keras or .h5 file of Keras 3 or tf_keras, a stage of an experiment such as
     runs/first/3-finetune, a SavedModel, or a .tflite or .onnx file (see each command).
 
-    DATA is the name of a dataset ("digits", "cifar10", ...), an .npz file or a folder of images,
-    see tscnc_tf.datasets.load.
+    DATA is the name of a dataset ("digits", "cifar10", ...), an .npz file, or a folder of images
+    or IDX files, see tscnc_tf.datasets.load.
 
     \b
     tscnc run smoke --output runs/smoke

@@ -1,4 +1,7 @@
-"""What masks cost a training step: between two renewals, and at one; beside tfmot's wrappers."""
+"""What masks cost a training step: between renewals, at one, and where weights change places.
+
+Beside them: tfmot's wrappers.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from benchmarks import measure, networks, parts, record
 from tscnc_tf._keras import wrappers
 
 GOAL = 0.05
+REGROWTH_GOAL = 0.02
 
 _LABELS = {
     "train": "a training pass: forward and backward",
@@ -19,6 +23,8 @@ _LABELS = {
     "masks": "masks as they are: the constraints of the weights, and a pruner's step",
     "renewal, layer": "… that renews them, layer by layer",
     "renewal, global": "… that renews them, over the whole network",
+    "regrowth": "masks as they are, where weights may change places, and don't in this step",
+    "move": "… that lets weights change places",
     "tfmot": "tfmot's wrappers: masks applied after a step",
 }
 
@@ -37,6 +43,8 @@ def run(options: record.Options) -> None:
         "masks": _pruner(network, "layer", renews=False),
         "renewal, layer": _pruner(network, "layer", renews=True),
         "renewal, global": _pruner(network, "global", renews=True),
+        "regrowth": _pruner(network, "layer", renews=False, regrowth=_regrowth(moves=False)),
+        "move": _pruner(network, "layer", renews=False, regrowth=_regrowth(moves=True)),
         "tfmot": _wrapped(network),
     }
     times = measure.interleaved(functions, rounds)
@@ -48,6 +56,11 @@ def run(options: record.Options) -> None:
         if name not in ("train", "update")
     }
     share = ratios["masks"]["wall"]
+    # Over training: what a step without a move costs more, and a move in every so many steps.
+    every = tscnc.pruning.Regrowth().frequency
+    median = {name: timing.wall.median for name, timing in times.items()}
+    more = median["regrowth"] - median["masks"] + (median["move"] - median["regrowth"]) / every
+    regrowth = more / (median["train"] + median["update"] + median["masks"])
     path = record.write(
         options,
         "masks",
@@ -60,6 +73,9 @@ def run(options: record.Options) -> None:
             "ratios": ratios,
             "goal": GOAL,
             "goal_met": share.of_medians <= GOAL,
+            "regrowth": regrowth,
+            "regrowth_goal": REGROWTH_GOAL,
+            "regrowth_goal_met": regrowth <= REGROWTH_GOAL,
         },
     )
     rows = [(_LABELS[name], *record.milliseconds(timing)) for name, timing in times.items()]
@@ -72,6 +88,8 @@ def run(options: record.Options) -> None:
             for name, value in ratios.items()
             if name != "masks"
         ),
+        f"What regrowth adds to training, with a move in every {every}th step: "
+        f"{record.against(regrowth, REGROWTH_GOAL)}",
         f"By CPU time the first is {ratios['masks']['cpu'].of_medians:.3f}.",
         "A plain training step: no attack. With PGD-10 a step is about six times as long.",
     ]
@@ -79,7 +97,12 @@ def run(options: record.Options) -> None:
     record.show(title, record.COLUMNS, rows, notes, path)
 
 
-def _pruner(network: str, scope: str, *, renews: bool) -> Any:
+def _regrowth(*, moves: bool) -> Any:
+    """Return a regrowth that moves weights in each step, or in none that is timed."""
+    return tscnc.pruning.Regrowth(frequency=1 if moves else 10**6, until=1.0, steps=10**6 - 1)
+
+
+def _pruner(network: str, scope: str, *, renews: bool, regrowth: Any = None) -> Any:
     """Return what masks add to an optimizer's step, compiled: SGD with momenta, 90 % zeros."""
     model = networks.build(network)
     optimizer = parts.optimizer()
@@ -88,15 +111,23 @@ def _pruner(network: str, scope: str, *, renews: bool) -> Any:
     def schedule(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.equal(step, 1) | renews, tf.constant(0.9)
 
-    pruner = tscnc.pruning.Pruner(model, schedule, scope=scope, min_weights=64)
+    pruner = tscnc.pruning.Pruner(model, schedule, scope=scope, min_weights=64, regrowth=regrowth)
+    targets = [target.variable for target in pruner.targets]
+    gradients = [tf.random.stateless_normal(weight.shape, (0, 1)) for weight in targets]
 
-    @tf.function
-    def step() -> None:
+    def update(_: Any = None) -> None:
         optimizer.iterations.assign_add(1)
         for weight in model.trainable_variables:  # as optimizers do after each update
             if weight.constraint is not None:
                 weight.assign(weight.constraint(weight))
-        pruner.step(optimizer)
+
+    @tf.function
+    def step() -> None:
+        if regrowth is None:
+            update()
+        else:  # the optimizer's own step is intercepted, and not what is timed
+            pruner._on_step(optimizer, list(zip(gradients, targets, strict=True)), update)
+        pruner.step(optimizer, is_constrained=True)
 
     step()  # the first one renews in any case
     return step

@@ -28,7 +28,7 @@ TINY = {
     "constraints": {"sparsity_factor": 1e-5, "condition_factor": 0.1},
     "train": {"epochs": 2, "batch_size": 64},
     "prune": {"epochs": 4, "batch_size": 64},
-    "finetune": {"epochs": 2, "batch_size": 64},
+    "finetune": {"epochs": 2, "batch_size": 64, "weight_decay_kind": "l2"},
     "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
 }
 

@@ -14,6 +14,7 @@ from helpers import FLAVOURS, fresh_process
 import tscnc_tf as tscnc
 from tscnc_tf import applications
 from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf.experiments.parts import ARCHITECTURES
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 LOOKS = {  # a small form of each family
@@ -21,6 +22,10 @@ LOOKS = {  # a small form of each family
     "wrn10x2": lambda **options: applications.WideResNet(10, 2, input_shape=(8, 8, 3), **options),
     "wrn16x1": lambda **options: applications.WideResNet(16, 1, input_shape=(8, 8, 3), **options),
     "small_cnn": lambda **options: applications.SmallCNN(input_shape=(8, 8, 3), **options),
+    "vgg8": lambda **options: applications.VGG8(width=4, input_shape=(8, 8, 3), **options),
+    "lenet5": lambda **options: applications.LeNet5(
+        width=4, hidden=16, input_shape=(8, 8, 3), **options
+    ),
 }
 
 
@@ -68,6 +73,16 @@ def vgg_count(hidden):
     return total + hidden * (512 * 512 + 512) + 513 * 10
 
 
+def vgg8_count(height, channels):
+    pairs = itertools.pairwise([channels, 32, 32, 64, 64, 128, 128])
+    return sum(conv(3, a, b) for a, b in pairs) + ((height // 8) ** 2 * 128 + 1) * 256 + 257 * 10
+
+
+def lenet5_count(height, channels):
+    convolutions = (25 * channels + 1) * 32 + (25 * 32 + 1) * 64
+    return convolutions + ((height // 4) ** 2 * 64 + 1) * 1024 + 1025 * 10
+
+
 LITERATURE = 14_728_266  # VGG-16 with BatchNorm and one dense layer, its convolutions with biases
 BIASES = 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512
 COUNTS = {
@@ -79,6 +94,8 @@ COUNTS = {
     "WRN34x10": (wrn_count(34, 10), 46_160_474),
     "WRN40x4": (wrn_count(40, 4), 8_949_210),
     "VGG16": (vgg_count(0), LITERATURE - BIASES),
+    "VGG8": (vgg8_count(32, 3), 814_570),
+    "LeNet5": (lenet5_count(32, 3), 4_259_274),
     "SmallCNN": (
         conv(3, 3, 16) + conv(3, 16, 16) + conv(3, 16, 32) + conv(3, 32, 32) + 33 * 10,
         17_082,
@@ -109,8 +126,19 @@ def test_narrow_relatives_have_the_parameters_of_their_widths():
             network(width=0)
 
 
+def test_smaller_images_take_smaller_networks(library):
+    for network, count in ((applications.VGG8, vgg8_count), (applications.LeNet5, lenet5_count)):
+        model = network(input_shape=(28, 28, 1), library=library)
+        assert size(model.trainable_weights) == count(28, 1)
+        assert f"{count(28, 1):,}" in network.__doc__
+    model = applications.LeNet5(width=6, hidden=10, kernel_size=3, library=library)
+    assert model.get_layer("stem").kernel.shape == (3, 3, 3, 6)
+    assert model.get_layer("stage_2_conv_1").kernel.shape == (3, 3, 6, 12)
+    assert model.get_layer("hidden_1").kernel.shape == (8 * 8 * 12, 10)
+
+
 def test_the_list_of_networks_is_complete():
-    assert {*COUNTS, "WideResNet"} == set(applications.__all__)
+    assert {*COUNTS, "WideResNet"} == set(applications.__all__) == set(ARCHITECTURES.values())
 
 
 def test_vgg_has_two_hidden_layers_unless_its_head_is_linear():
@@ -169,14 +197,33 @@ class ByHand:
                 x = y + (self.conv(active, shortcut, stride) if self.has(shortcut) else x)
         return self.head(self.norm_relu(x, "final_norm"))
 
+    def vgg8(self, x):
+        return self.dense(self.stages(x, 3))
+
+    def lenet5(self, x):
+        for name in ("stem", "stage_2_conv_1"):
+            bias = tf.convert_to_tensor(self.model.get_layer(name).bias)
+            x = tf.nn.max_pool2d(tf.nn.relu(self.conv(x, name) + bias), 2, 2, "VALID")
+        return self.dense(x)
+
+    def dense(self, x):
+        for name in ("hidden_1", "logits"):
+            kernel, bias = self.model.get_layer(name).get_weights()
+            x = np.reshape(x, (len(x), -1)) @ kernel + bias
+            x = np.maximum(x, 0) if name == "hidden_1" else x
+        return x
+
     def plain(self, x):
-        for place, number in (("stage_1", 2), ("stage_2", 2)):
-            for index in range(1, number + 1):
+        return self.head(self.stages(x, 2))
+
+    def stages(self, x, count):
+        for place in [f"stage_{stage + 1}" for stage in range(count)]:
+            for index in (1, 2):
                 is_stem = (place, index) == ("stage_1", 1)
                 x = self.conv(x, "stem" if is_stem else f"{place}_conv_{index}")
                 x = self.norm_relu(x, "stem_norm" if is_stem else f"{place}_norm_{index}")
             x = tf.nn.max_pool2d(x, 2, 2, "VALID")
-        return self.head(x)
+        return x
 
 
 FORMULAS = {
@@ -184,6 +231,8 @@ FORMULAS = {
     "wrn10x2": lambda hand, x: hand.wide(x, blocks=1),
     "wrn16x1": lambda hand, x: hand.wide(x, blocks=2),
     "small_cnn": lambda hand, x: hand.plain(x),
+    "vgg8": lambda hand, x: hand.vgg8(x),
+    "lenet5": lambda hand, x: hand.lenet5(x),
 }
 
 
@@ -438,6 +487,11 @@ def test_attacks_work_on_pixels(library):
             r"input_shape\[0\] must be an integer, got None",
         ),
         (lambda: applications.SmallCNN(width=0), ValueError, "width must be >= 1"),
+        (lambda: applications.VGG8(width=0), ValueError, "width must be >= 1"),
+        (lambda: applications.VGG8(input_shape=(7, 8, 1)), ValueError, "8 or more"),
+        (lambda: applications.LeNet5(input_shape=(3, 8, 1)), ValueError, "4 or more"),
+        (lambda: applications.LeNet5(hidden=0), ValueError, "hidden must be >= 1, got 0"),
+        (lambda: applications.LeNet5(kernel_size=0), ValueError, "kernel_size must be >= 1, got 0"),
         (lambda: applications.SmallCNN(classes=1), ValueError, "classes must be >= 2, got 1"),
         (lambda: applications.SmallCNN(mean=MEAN), ValueError, "given together.*std=None"),
         (lambda: applications.SmallCNN(std=STD), ValueError, "given together, got mean=None"),

@@ -108,7 +108,10 @@ def test_masks_are_held_against_a_plain_step(folder):
     assert_times(found["times"], found["rounds"])
     medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
     plain = medians["train"] + medians["update"]
-    assert set(found["ratios"]) == {"masks", "renewal, layer", "renewal, global", "tfmot"}
+    assert set(found["ratios"]) == {
+        *("masks", "renewal, layer", "renewal, global", "regrowth", "move", "tfmot")
+    }
+    assert found["regrowth_goal_met"] == (found["regrowth"] <= 0.02)
     for name, ratio in found["ratios"].items():
         assert ratio["wall"]["of_medians"] == pytest.approx(medians[name] / plain)
     assert found["goal_met"] == (found["ratios"]["masks"]["wall"]["of_medians"] <= 0.05)

@@ -820,7 +820,7 @@ def test_pruning_wrappers_have_to_be_stripped_first():
 
 @both
 def test_a_wrong_model_is_never_returned(library, monkeypatch):
-    from tscnc_tf.pruning.compaction import operations
+    from tscnc_tf._channels import operations
 
     model = cnn(library)
     kill(model, "first", [1])

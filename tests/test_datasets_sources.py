@@ -58,6 +58,14 @@ def class_folders(root, counts, shape=(8, 8, 3), seed=0):
     return written
 
 
+@pytest.fixture(autouse=True)
+def package(tmp_path, monkeypatch):
+    """The folder of Debian's package, which is not installed."""
+    folder = tmp_path / "share" / "fashion-mnist"
+    monkeypatch.setattr(sources, "FASHION_PACKAGE", folder)
+    return folder
+
+
 # .npz files
 
 
@@ -438,6 +446,128 @@ def test_svhn_is_read_from_its_folder(tmp_path):
         load("svhn")
 
 
+# IDX files
+
+
+def idx(array):
+    """Return the content of a file in MNIST's own format."""
+    sizes = np.array(array.shape, ">u4").tobytes()
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+def idx_folder(folder, mark="-", packed=True, shape=(6, 5), classes=10):
+    """Write the four files of such a folder, and return what is in them, by their parts."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for split, count in (("train", 40), ("t10k", 20)):
+        images = rng.integers(0, 256, (count, *shape), np.uint8)
+        labels = (np.arange(count) % classes).astype(np.uint8)
+        for kind, array in (("images", images), ("labels", labels)):
+            written[split, kind] = array
+            name = f"{split}-{kind}{mark}idx{array.ndim}-ubyte{'.gz' if packed else ''}"
+            content = idx(array)
+            (folder / name).write_bytes(gzip.compress(content) if packed else content)
+    return written
+
+
+def require_content(data, written):
+    """Check images and labels of a data set without a validation part."""
+    for split, x, y in (("train", data.x_train, data.y_train), ("t10k", data.x_test, data.y_test)):
+        np.testing.assert_array_equal(x[..., 0], written[split, "images"])
+        np.testing.assert_array_equal(y, written[split, "labels"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("mark", ["-", "."])
+def test_a_folder_of_idx_files_is_read(mark, packed, tmp_path):
+    written = idx_folder(tmp_path / "mine", mark, packed)
+    data = load(tmp_path / "mine", validation=0)
+    require_content(data, written)
+    assert data.image_shape == (6, 5, 1)
+    assert data.x_train.dtype == np.uint8
+    assert (data.name, data.augmentation) == ("mine", "crop")
+    assert data.class_names == tuple("0123456789")
+    assert len(load(tmp_path / "mine", validation=10, image_size=(3, 3)).y_validation) == 10
+
+
+def test_files_that_were_unpacked_are_read_as_what_they_are(tmp_path):
+    written = idx_folder(tmp_path)
+    for file in tmp_path.glob("t10k*.gz"):  # as browsers do, which keep the name
+        file.write_bytes(gzip.decompress(file.read_bytes()))
+    for file in tmp_path.glob("train*.gz"):  # as gunzip --keep does
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+        file.write_bytes(b"not read")
+    require_content(load(tmp_path, validation=0), written)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+COUNTS = np.zeros(20, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (IMAGES, lambda c: c[:-1], "is cut off: .* says 40 x 6 x 5, 1,200 bytes, and 1,199 follow"),
+        (IMAGES, lambda c: c[:9], "is cut off: it ends in its header, after 9 bytes"),
+        (IMAGES, lambda c: c[:4], "is cut off: it ends in its header, after 4 bytes"),
+        (IMAGES, lambda c: c + b"12", "is damaged: .*, 1,200 bytes, and 1,202 follow"),
+        (IMAGES, lambda c: b"\0\0\xff" + c[3:], "is not an .* bytes 00 00 08 03, got 00 00 ff 03"),
+        (IMAGES, lambda c: b"\1" + c[1:], r"is not an IDX file: .*got 01 00 08 03"),
+        (IMAGES, lambda _: b"", r"is not an IDX file: .*got nothing"),
+        (IMAGES, lambda c: b"\0\0\x0d" + c[3:], r"must hold unsigned bytes, got float32"),
+        (IMAGES, lambda _: idx(COUNTS), r"must hold an array of 3 axes, got 1"),
+        (LABELS, lambda _: idx(COUNTS[:, None, None]), r"must hold an array of 1 axes, got 3"),
+        (LABELS, lambda c: gzip.compress(c)[:-9], r"is damaged, or cut off: "),
+        (LABELS, lambda c: gzip.compress(c)[:20] + b"?" * 9, r"is damaged, or cut off: "),
+    ],
+)
+def test_what_is_wrong_with_an_idx_file_is_said(name, content, message, tmp_path):
+    idx_folder(tmp_path, packed=False)
+    file = tmp_path / name
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} {message}"):
+        load(tmp_path)
+
+
+def test_idx_files_that_do_not_belong_together_are_named(tmp_path):
+    idx_folder(tmp_path, packed=False)
+    (tmp_path / LABELS).write_bytes(idx(COUNTS[:19]))
+    with pytest.raises(
+        ValueError, match=r"t10k-images-idx3-ubyte holds 20 images, but \S*t10k-labels\S* 19 labels"
+    ):
+        load(tmp_path)
+    (tmp_path / LABELS).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"has no t10k-labels-idx1-ubyte, with or without \.gz: a folder of"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", sources.IN_IDX)
+def test_known_sets_are_read_from_a_folder_of_idx_files(name, tmp_path):
+    written = idx_folder(tmp_path / "files")
+    data = load(name, folder=str(tmp_path / "files"), validation=0)
+    require_content(data, written)
+    assert data.name == name
+    assert data.class_names == sources.KERAS_SETS[name].class_names
+    assert data.augmentation == sources.KERAS_SETS[name].augmentation
+    with pytest.raises(FileNotFoundError, match="has no train-images-idx3-ubyte"):
+        load(name, folder=tmp_path)
+
+
+def test_fashion_mnist_of_debians_package_is_found(package, monkeypatch):
+    def fails():
+        raise AssertionError("the package comes first")
+
+    monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", fails)
+    written = idx_folder(package)
+    data = load("fashion_mnist", validation=0)
+    require_content(data, written)
+    assert data.class_names[:2] == ("T-shirt/top", "Trouser")
+    assert data.augmentation == "crop_and_flip"
+
+
 # keras.datasets
 
 
@@ -475,16 +605,14 @@ def offline(tmp_path, monkeypatch):
 def test_without_internet_the_error_names_the_file_and_its_place(name, offline):
     with pytest.raises(FileNotFoundError, match="Bring it from a machine with internet") as caught:
         load(name)
+    assert ("apt-get install dataset-fashion-mnist" in str(caught.value)) == (
+        name == "fashion_mnist"
+    )
+    assert ("as folder=" in str(caught.value)) == (name in sources.IN_IDX)
     # The very file that Keras wanted to fetch, and where it would have looked for it.
     (wanted,) = offline
     assert "{} as {}".format(*wanted) in str(caught.value)
     assert str(caught.value.__cause__) in str(caught.value)
-
-
-def idx(array):
-    """Return the content of a file in MNIST's own format."""
-    sizes = np.array(array.shape, ">u4").tobytes()
-    return gzip.compress(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
 
 
 def test_fashion_mnist_is_read_where_the_error_says_that_it_belongs(tmp_path, offline):
@@ -499,10 +627,10 @@ def test_fashion_mnist_is_read_where_the_error_says_that_it_belongs(tmp_path, of
         count = 40 if part == "train" else 20
         if "images" in place:
             images[part] = rng.integers(0, 256, (count, 28, 28), np.uint8)
-            content = idx(images[part])
+            content = gzip.compress(idx(images[part]))
         else:
             labels[part] = (np.arange(count) % 10).astype(np.uint8)
-            content = idx(labels[part])
+            content = gzip.compress(idx(labels[part]))
         pathlib.Path(place).write_bytes(content)
     data = load("fashion_mnist", validation=0)
     np.testing.assert_array_equal(data.x_train[..., 0], images["train"])
@@ -571,7 +699,7 @@ def test_loading_resizes_all_parts_and_says_so(written):
         (
             {"folder": "."},
             ValueError,
-            "folder is for 'svhn' and 'tiny-imagenet' only, got '.' with",
+            "folder is for 'mnist', 'fashion_mnist', 'svhn', 'tiny-imagenet' only, got '.' with",
         ),
         ({"validation": 1.0}, ValueError, "validation must be < 1, got 1.0. It is a fraction"),
         ({"validation": -1}, ValueError, "validation must be >= 0"),

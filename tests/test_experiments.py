@@ -25,7 +25,7 @@ from helpers import TINY
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masks
-from tscnc_tf.experiments import folders, locks, stages
+from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.recipe import SHIPPED, Recipe
 
 # Recipes
@@ -161,6 +161,10 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
+        ({"prune": {"regrowth": 0.3}}, TypeError, "prune.regrowth must be names with values"),
+        ({"prune": {"regrowth": {"share": 0.3}}}, ValueError, r"prune.regrowth must have names of"),
+        ({"prune": {"regrowth": {"until": 2}}}, ValueError, "prune.regrowth: until must be <= 1"),
+        ({"prune": {"regrowth": {}}}, ValueError, "prune.regrowth must be null with method='sco"),
         ({"name": 3}, TypeError, "name must be text, got 3"),
         ({"evaluate": {"attack": "fgsm"}}, ValueError, "evaluate.attack must be one of 'pgd'"),
         *(
@@ -242,7 +246,9 @@ def test_the_shipped_recipes_take_every_setting_of_the_paper(data, network):
         changes = {"data.dataset": data, "network.architecture": network, "sparsity": 0.95}
         recipe = Recipe.from_yaml(name).override(changes)
         assert (recipe.train.epochs, recipe.sparsity) == (epochs, 0.95)
+        assert {getattr(recipe, stage).weight_decay_kind for stage in stages.STAGES} == {"l2"}
         same = {"train.epochs": 200, "train.batch_size": 128}
+        same["train.weight_decay_kind"] = Recipe().train.weight_decay_kind
         assert recipe.override(same).train == Recipe().train
 
 
@@ -315,6 +321,9 @@ def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
         "autoattack",
         "pgd",
     )
+    for stage in stages.STAGES:
+        kinds = (each[stage].pop("weight_decay_kind") for each in (recipe, default))
+        assert tuple(kinds) == ("l2", "decoupled")  # likewise
     assert recipe == default
     assert gates["sparsity_factor"] > none["sparsity_factor"] == 0.0
 
@@ -419,11 +428,27 @@ def test_what_is_complete_is_not_run_again(finished):
 def test_a_run_by_a_recipe_without_a_newer_value_continues(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "tiny")
     older = json.loads((folder / "recipe.json").read_text())
-    del older["evaluate"]["attack"]
+    del older["evaluate"]["attack"], older["train"]["weight_decay_kind"]
     (folder / "recipe.json").write_text(json.dumps(older))
     tscnc.experiments.run(recipe(), folder, progress=False)
     with pytest.raises(ValueError, match=r"evaluate\.attack was 'pgd', not 'autoattack'"):
         tscnc.experiments.run(recipe(**{"evaluate.attack": "autoattack"}), folder, progress=False)
+    with pytest.raises(ValueError, match=r"train\.weight_decay_kind was 'decoupled', not 'l2'"):
+        tscnc.experiments.run(recipe(**{"train.weight_decay_kind": "l2"}), folder, progress=False)
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_the_kind_of_weight_decay_decides_the_optimizer(library):
+    values = {"network.library": library, "train.weight_decay": 0.01}
+    for kind, is_l2 in (("l2", True), ("decoupled", False)):
+        chosen = recipe(**values, **{"train.weight_decay_kind": kind})
+        optimizer = stages.trainer(chosen, "train", stages.dataset(chosen)).optimizer
+        assert isinstance(optimizer, tscnc.training.SGDWithL2) == is_l2
+        assert isinstance(optimizer, stages.library(chosen).optimizers.SGD)
+        assert optimizer.weight_decay == 0.01
+        assert (optimizer.momentum, optimizer.nesterov, optimizer.use_ema) == (0.9, True, True)
+    with pytest.raises(ValueError, match="weight_decay_kind must be one of 'l2', 'decoupled'"):
+        recipe(**{"train.weight_decay_kind": "torch"})
 
 
 def test_an_evaluation_that_was_stopped_goes_on(finished, tmp_path, monkeypatch):
@@ -532,22 +557,41 @@ def test_scores_choose_as_often_as_the_recipe_says():
         assert pruner.frequency == taken
 
 
+def test_a_stage_that_is_sparse_from_the_start_lets_weights_come_back():
+    changes = {"prune.method": "magnitude", "prune.ramp": 0, "prune.regrowth": {"until": 0.5}}
+    chosen = recipe(**changes)
+    data = stages.dataset(chosen)
+    trainer = stages.trainer(chosen, "prune", data, previous=stages.network(chosen, data))
+    (pruner,) = masks.pruners(trainer.model)
+    assert tscnc.inspection.sparsity(trainer.model).sparsity == pytest.approx(0.9, abs=0.01)
+    steps = stages.steps(chosen, "prune", data)
+    assert pruner.regrowth == tscnc.pruning.Regrowth(until=0.5, frequency=1, steps=steps)
+
+
 def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
     changes = {
         "prune.method": "magnitude",
         "prune.min_per_filter": 2,
+        "prune.min_per_input": 1,
         "prune.scope": "condition",
+        "prune.regrowth": {"fraction": 0.5, "frequency": 1},
     }
     other = recipe(**changes, **{"sparsity": 0.8, "finetune.loss": "rslad"})
-    folder = tscnc.experiments.run(
-        other, tmp_path / "other", dense=finished / "1-train", progress=False
-    )
+    folder = tmp_path / "other"
+    options = {"dense": finished / "1-train", "progress": False}
+    assert tscnc.experiments.run(other, folder, until="prune", **options) == folder
+    assert {path.name for path in folder.glob("[1-4]-*")} == {"1-train", "2-prune"}
+    tscnc.experiments.run(other, folder, until="finetune", **options)
+    assert not (folder / "4-evaluate").exists()
+    with pytest.raises(ValueError, match=r"until must be one of .train., .*, got .test."):
+        tscnc.experiments.run(other, folder, until="test", **options)
     theirs = (finished / "1-train" / "model.keras").read_bytes()
     assert (folder / "1-train" / "model.keras").read_bytes() == theirs
     output = tscnc.experiments.open_stage(folder / "2-prune")
     assert [row["sparsity"] for row in output.metrics][-1] == pytest.approx(0.8, abs=0.01)
     for mask in output.masks.values():
         assert mask.reshape(-1, mask.shape[-1]).sum(axis=0).min() >= 2
+        assert mask.sum(axis=(0, 1, 3)).min() >= 1
     # Of the epochs, only those at the full sparsity are candidates.
     chosen = output.metrics[output.manifest["chosen_epoch"] - 1]
     assert chosen["sparsity"] == max(row["sparsity"] for row in output.metrics)
@@ -556,6 +600,21 @@ def test_a_dense_network_is_pruned_in_another_way(finished, tmp_path):
         tscnc.experiments.run(changed, tmp_path / "third", dense=finished / "1-train")
     with pytest.raises(ValueError, match="dense must be a stage of training"):
         tscnc.experiments.run(other, tmp_path / "fourth", dense=finished / "2-prune")
+
+
+def test_fine_tuning_may_begin_with_the_channels_of_the_dense_network():
+    chosen = recipe(**{"finetune.recalibrate": True})
+    data = stages.dataset(chosen)
+    dense, pruned, expected = (stages.network(chosen, data) for _ in range(3))
+    for layer in (pruned.get_layer("stage_1_conv_2"), expected.get_layer("stage_1_conv_2")):
+        kernel = layer.get_weights()[0]
+        layer.set_weights([kernel * (np.abs(kernel) > np.quantile(np.abs(kernel), 0.8))])
+    trainer = stages.trainer(chosen, "finetune", data, previous=pruned, teacher=dense)
+    tscnc.pruning.recalibrate(expected, data.arrays("train")[0][:1024], dense=dense)
+    found = stages.plain(chosen, data, trainer.model).get_weights()
+    for mine, theirs in zip(found, expected.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert np.any(np.abs(found[-1] - dense.get_weights()[-1]) > 1e-3)
 
 
 def test_other_data_are_refused(finished, tmp_path, monkeypatch):
@@ -684,7 +743,8 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
 ):
     gated = recipe(
         **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
-        **{"prune.epochs": 1, "finetune.epochs": 1},
+        **{"prune.epochs": 1, "finetune.epochs": 1, "train.average_from": 1},
+        **{"train.awp": 0.01, "train.awp_from": 1},
     )
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
@@ -693,6 +753,47 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     assert not folders.is_complete(tmp_path / "stopped" / "1-train")
     tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
     require_same(tmp_path / "stopped", whole)
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_averages_begin_after_the_epochs_that_are_said(library, tmp_path):
+    chosen = recipe(
+        **{"network.library": library, "finetune.average": 0.5, "finetune.average_from": 2},
+        **{"finetune.epochs": 4},
+    )
+    data = stages.dataset(chosen)
+    pruned = tscnc.strip(tscnc.prune_now(stages.network(chosen, data), 0.8, layers="stage_*"))
+    trainer = stages.trainer(chosen, "finetune", data, previous=pruned)
+    recorded = []
+
+    def record(_):
+        recorded.append([np.asarray(weight) for weight in trainer.model.trainable_variables])
+
+    fitting.fit(chosen, "finetune", data, trainer, tmp_path, record)
+    steps = len(recorded) // 4
+    expected = recorded[2 * steps - 1]
+    for weights in recorded[2 * steps :]:
+        expected = [0.5 * old + 0.5 * new for old, new in zip(expected, weights, strict=True)]
+    found = [np.asarray(weight) for weight in trainer.model.trainable_variables]
+    for mine, theirs, last in zip(found, expected, recorded[-1], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+        assert np.any(mine != last)
+    for variable, mine in zip(pruned.trainable_variables, found, strict=True):
+        if len(mine.shape) > 1:
+            np.testing.assert_array_equal(mine == 0.0, np.asarray(variable) == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"average": 0.0, "average_from": 1}, r"average_from must be 0 with average=0, got 1"),
+        ({"awp_from": 1}, r"awp_from must be 0 with awp=0, got 1: .* Set awp, such as 0\.005"),
+        ({"average_from": 2}, r"average_from must be less than epochs, 2, got 2"),
+    ],
+)
+def test_what_would_never_begin_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        recipe(**{f"train.{name}": value for name, value in values.items()})
 
 
 # Files that are not what was written

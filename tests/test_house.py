@@ -19,6 +19,7 @@ LAYERS = {
     "_reports": 0,
     "_files": 0,
     "_extras": 0,
+    "_channels": 1,
     "_plots": 1,
     "_probe": 1,
     "_timing": 1,

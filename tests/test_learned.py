@@ -169,12 +169,13 @@ def test_shares_begin_where_the_given_scope_has_them(start, library):
 def test_counts_are_exact_in_every_step_with_floors_too(library):
     tf_keras.utils.set_random_seed(0)
     structure = Unstructured(min_per_filter=2, min_per_input=1)
-    scope = Learned(growth=0.0, learning_rate=300.0)
+    scope = Learned()
     model = learned(library, conv_model(library), 0.6, scope, structure=structure)
     compiled(model, library)
     x, y = images(32)
     seen = set()
-    for _ in range(6):
+    for logit in (-2.0, -1.0, 0.0, 1.0, 2.0, 20.0):
+        model.pruner.state.share_logits.assign([logit, -logit])
         model.train_on_batch(x, y)
         seen.add(tuple(counts(model)))
         assert sum(counts(model)) == round(0.4 * (54 + 18))
@@ -347,10 +348,11 @@ def test_no_step_is_traced_anew_as_counts_change(library):
     inputs = library.Input((6,))
     x = Counting()(layers.Dense(8, name="hidden")(inputs))
     model = library.Model(inputs, layers.Dense(3, name="logits")(x))
-    compiled(learned(library, model, scope=Learned(growth=0.0, learning_rate=300.0)), library)
+    compiled(learned(library, model, scope=Learned()), library)
     model.train_on_batch(X, Y)
     before, seen = len(traced), {tuple(counts(model))}
-    for _ in range(8):
+    for logit in (-2.0, 0.0, 2.0):
+        model.pruner.state.share_logits.assign([logit, -logit])
         model.train_on_batch(X, Y)
         seen.add(tuple(counts(model)))
     assert len(seen) > 1

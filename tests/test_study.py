@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -21,10 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 import tscnc_tf as tscnc
 from benchmarks import accelerator
-from benchmarks.study import accelerate, choosing, flattery, report, results, table, work
+from benchmarks.study import accelerate, flattery, report, results, table, work
 from benchmarks.study.__main__ import DOCUMENT, RESULTS, main
-from benchmarks.study.plan import HERE, Plan
-from benchmarks.study.results import Cell, Layer, Result
+from benchmarks.study.plan import HERE, PLACE, Plan
+from benchmarks.study.results import Cell, Result
 from benchmarks.study.table import Store
 from tscnc_tf import attacks
 from tscnc_tf.experiments import locks, stages
@@ -32,123 +33,208 @@ from tscnc_tf.experiments import locks, stages
 TINY = """
 name: tiny
 seeds: [0, 1]
-methods: [magnitude]
-sparsities: [0.8]
 settings:
   digits:
     data: {dataset: digits, train_examples: 128, test_examples: 32, validation: 64}
     network: {architecture: small-cnn, options: {width: 2}}
     adversary: {epsilon: 0.1, step_size: 0.05, steps: 1}
     train: &training {epochs: 1, batch_size: 64}
-    prune: {<<: *training}
+    prune: {<<: *training, method: magnitude}
     finetune: {<<: *training}
     evaluate: {steps: 1, restarts: 1, validation_steps: 1}
 arms:
-  none: {}
-  cnc: {constraints.condition_factor: 0.1}
-  later: {constraints.condition_factor: 0.1, constraints.stages: [train, finetune]}
-choices:
-  cnc: {name: constraints.condition_factor, values: [0.1, 1.0]}
+  dense: {sparsities: [0.0]}
+  uniform: {}
+  cnc: {base: uniform, constraints.condition_factor: 0.1}
+  later: {base: cnc, constraints.stages: [train, finetune]}
+grid:
+  digits: [{arms: every, sparsities: [0.8]}, {arms: [uniform], sparsities: [0.5]}]
+against: [uniform]
 """
+
+TUNED = f"""{TINY}
+tuning:
+  digits:
+    seeds: [1000, 1001]
+    sparsity: 0.8
+    rounds:
+      - every: {{names: [train.weight_decay, finetune.weight_decay], values: [0.01, 0.02]}}
+      - every: {{names: [finetune.learning_rate], values: [0.1, 0.2]}}
+        cnc: {{names: [constraints.condition_factor], values: [0.1, 1.0]}}
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    return Plan.read(path)
 
 
 @pytest.fixture
 def plan(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return Plan.read(path)
+    return read(tmp_path, TINY)
 
 
-def result(
-    seed=0, arm="none", robust=0.5, effective=2.0, sparsity=0.99, method="magnitude", **values
-):
-    cell = Cell("digits", method, sparsity)
-    figures = {"clean": 0.9, "lipschitz": 1.0, "condition": np.inf, "dead": 3, "stable_rank": 0.5}
-    return Result(cell, arm, seed, robust=robust, effective=effective, **{**figures, **values})
+def result(seed=0, arm="uniform", robust=0.5, effective=2.0, sparsity=0.99, **values):
+    figures = {
+        "clean": 0.9,
+        "zeros": 0.95,
+        "lipschitz": 1.0,
+        "condition": np.inf,
+        "dead": 3,
+    }
+    place = (Cell("digits", sparsity), arm, seed)
+    return Result(*place, robust=robust, effective=effective, **{**figures, **values})
+
+
+def found_of(of_results):
+    """Return the results as the table has them, by where they stand."""
+    rows = [
+        {
+            "setting": each.cell.setting,
+            "arm": each.arm,
+            "trial": "",
+            "sparsity": each.cell.sparsity,
+            "seed": each.seed,
+            "clean": each.clean,
+            "robust": each.robust,
+            "effective_zeros": each.zeros,
+            "lipschitz": each.lipschitz,
+            "kernels": {
+                "a": {
+                    "pruned": True,
+                    "condition_number": each.condition,
+                    "effective_condition_number": each.effective,
+                    "dead_filters": each.dead,
+                }
+            },
+            "versions": {"numpy": "2"},
+        }
+        for each in of_results
+    ]
+    return {tuple(row[name] for name in PLACE): row for row in rows}
 
 
 # Plans
 
 
+def trials_with(plan, robust):
+    """Return what all trials leave, round by round, if a run's accuracy is that of a function."""
+    found = {}
+    while True:
+        missing = [run for run in plan.trials(found) if run.place not in found]
+        if not missing:
+            return found
+        for run in missing:
+            found[run.place] = content(run, validation={"finetune": {"robust": robust(run)}})
+
+
 @pytest.mark.parametrize("name", ["cpu", "quick", "accelerator"])
 def test_the_plans_are_paired_and_balanced(name):
     plan = Plan.read(HERE / f"{name}.yaml")
-    runs = list(plan.runs())
-    at_each = [len(plan.only.get(arm, plan.sparsities)) for arm in plan.arms]
-    factors = (plan.seeds, plan.settings, plan.methods)
-    assert len(runs) == np.prod([len(factor) for factor in factors]) * sum(at_each)
-    assert set(plan.only) <= set(plan.arms)
-    assert all(set(levels) <= set(plan.sparsities) for levels in plan.only.values())
+    runs = list(plan.runs(trials_with(plan, lambda run: 0.5)))
+    levels = [len(plan.sparsities(s, arm)) for s in plan.settings for arm in plan.arms]
+    assert len(runs) == len(plan.seeds) * sum(levels)
     assert len({(run.setting, run.name) for run in runs}) == len(runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert all(run.recipe.seed == run.seed for run in runs)
-    base = next(run for run in runs if run.arm == results.BASE)
-    assert base.recipe == base.recipe.baseline()
-    for run in runs:  # an arm changes constraints, the choice of weights and fine-tuning only
-        same = {"data", "network", "adversary", "train", "evaluate", "seed"}
-        place = (results.BASE, run.setting, run.seed)
-        pair = next(other for other in runs if (other.arm, other.setting, other.seed) == place)
-        for part in same:
-            assert getattr(run.recipe, part) == getattr(pair.recipe, part)
+    uniform = {(run.setting, run.seed): run.recipe for run in runs if run.arm == "uniform"}
+    for run in runs:
+        pair = uniform[run.setting, run.seed]
+        for part in ("data", "network", "adversary", "evaluate", "seed"):
+            assert getattr(run.recipe, part) == getattr(pair, part)
+        for part in ("train", "prune", "finetune"):  # nobody trains longer, or against less
+            for field in ("epochs", "batch_size", "beta", "decay"):
+                mine, theirs = (getattr(getattr(each, part), field) for each in (run.recipe, pair))
+                assert mine == theirs
 
 
-def test_the_cpu_study_has_what_it_promises():
+def test_each_arm_of_the_study_has_as_many_trials():
     plan = Plan.read(HERE / "cpu.yaml")
-    assert plan.seeds == (0, 1, 2, 3, 4)
-    assert plan.sparsities == (0.9, 0.95, 0.99)
-    assert set(plan.methods) == {"magnitude", "scores"}
-    assert set(plan.arms) == {
-        "none",
-        "cnc",
-        "tsc",
-        "both",
-        "throughout",
-        "alive",
-        "budgets",
-        "gates",
-        "authors",
-        "noise",
-        "variant",
-        "distilled",
-        "combined",
-        "penalty",
-    }
-    assert choosing.SEED not in plan.seeds
-    by_arm = {run.arm: run.recipe for run in plan.runs() if run.setting == "digits"}
-    assert by_arm["authors"].constraints.form == "authors"
+    trials = [run for found in [trials_with(plan, lambda run: 0.5)] for run in plan.trials(found)]
+    for setting, tuning in plan.tuning.items():
+        counts = collections.Counter(run.arm for run in trials if run.setting == setting)
+        arms = [arm for arm in plan.arms if plan.sparsities(setting, arm)]
+        assert set(counts) == set(arms)
+        assert len(set(counts.values())) == 1
+        assert not set(tuning.seeds) & set(plan.seeds)
+    assert {run.sparsity for run in trials if run.arm != "dense"} == {0.99}
+    by_arm = {run.arm: run.recipe for run in trials if run.setting == "digits"}
+    assert by_arm["dense"].sparsity == 0
     assert by_arm["authors"].constraints.layers == "logits"
-    assert by_arm["gates"].gates.sparsity_factor > 0
-    assert by_arm["tsc"].constraints.condition_factor == 0
-    assert by_arm["cnc"].constraints.sparsity_factor == 0
-    assert by_arm["alive"].prune.min_per_filter == 1
-    assert by_arm["budgets"].prune.scope == "condition"
-    assert by_arm["distilled"].finetune.loss == by_arm["combined"].finetune.loss == "rslad"
-    assert by_arm["variant"].prune.min_per_filter == by_arm["combined"].prune.min_per_filter == 1
-    assert 0 < by_arm["noise"].gates.sparsity_factor < 1e-6
-    assert (
-        by_arm["penalty"].override({"gates.drop_rate": by_arm["gates"].gates.drop_rate})
-        == (by_arm["gates"])
-    )
-    for arm in ("alive", "budgets", "distilled"):
-        assert by_arm[arm].first_stage() == by_arm["none"].first_stage()
-    for arm in ("variant", "combined"):
-        assert by_arm[arm].first_stage() == by_arm["gates"].first_stage()
+    for arm in ("tsc", "cnc", "tscnc", "gates", "recalibrated", "distilled"):
+        assert by_arm[arm].prune.scope == by_arm["global"].prune.scope == "global"
+    assert by_arm["throughout"].constraints.stages == ("train", "prune", "finetune")
 
 
 def test_arms_that_train_the_same_dense_network_share_it(plan):
-    dense = {run.arm: run.dense for run in plan.runs()}
-    assert dense == {"none": "none", "cnc": "cnc", "later": "cnc"}
-    assert len({run.group for run in plan.runs()}) == 4
+    runs = [run for run in plan.runs({}) if run.seed == 0]
+    dense = {run.arm: run.dense for run in runs}
+    assert [run.name for run in runs] == [
+        "dense-0-seed0",
+        "uniform-80-seed0",
+        "uniform-50-seed0",
+        "cnc-80-seed0",
+        "later-80-seed0",
+    ]
+    assert dense["dense"] == dense["uniform"] != dense["cnc"] == dense["later"]
+    assert len({run.group for run in plan.runs({})}) == 4
+
+
+def test_tuning_goes_round_by_round_and_takes_the_best(tmp_path):
+    plan = read(tmp_path, TUNED)
+    assert list(plan.runs({})) == []
+    first = list(plan.trials({}))
+    assert len(first) == 4 * 2 * 2  # arms, values, seeds
+    assert {run.seed for run in first} == {1000, 1001}
+    assert {run.trial for run in first} == {"train.weight_decay=0.01", "train.weight_decay=0.02"}
+    for run in first:
+        decay = float(run.trial.partition("=")[2])
+        recipe = run.recipe
+        assert decay == recipe.train.weight_decay == recipe.finetune.weight_decay
+        assert recipe.prune.weight_decay == 0
+
+    def robust(run):  # by one seed the other value would be the best
+        bonus = run.recipe.train.weight_decay * (30 if run.seed == 1000 else -10)
+        condition = run.recipe.constraints.condition_factor if run.arm == "cnc" else 0.0
+        return bonus - condition - run.recipe.finetune.learning_rate
+
+    found = trials_with(plan, robust)
+    assert plan.tuned(found, "digits", "cnc") == {
+        "train.weight_decay": 0.02,
+        "constraints.condition_factor": 0.1,
+    }
+    assert plan.tuned(found, "digits", "later") == {
+        "train.weight_decay": 0.02,
+        "finetune.learning_rate": 0.1,
+    }
+    second = [run for run in plan.trials(found) if run not in first]
+    assert len(second) == 16
+    assert all(run.recipe.train.weight_decay == 0.02 for run in second)
+    runs = list(plan.runs(found))
+    assert len(runs) == 10
+    assert all(run.recipe.finetune.weight_decay == 0.02 for run in runs)
+    # An arm whose trials are not complete waits; the others don't.
+    part = {place: row for place, row in found.items() if place[:2] != ("digits", "cnc")}
+    assert {run.arm for run in plan.runs(part)} == {"dense", "uniform", "later"}
+    # Of equals the first.
+    assert set(plan.tuned(trials_with(plan, lambda run: 0.5), "digits", "dense").values()) == {
+        0.01,
+        0.1,
+    }
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("name: tiny", "name: ../tiny", r"^name must be usable as the name of a file"),
-        ("  cnc: {constr", "  ../cnc: {constr", "a name in arms must be usable as .* got '../cnc'"),
-        ("  digits:", "  a/b:", "a name in settings must be usable as .* got 'a/b'"),
-        ("seeds: [0, 1]", "", r"tiny\.yaml is no plan: it must hold \['arms', .*'seeds'"),
-        ("choices:", "chances:", r"tiny\.yaml is no plan"),
+        ("  cnc: {base", "  ../cnc: {base", "a name in arms must be usable as .* got '../cnc'"),
+        ("  digits:\n", "  a/b:\n", "a name in settings must be usable as .* got 'a/b'"),
+        ("seeds: [0, 1]", "", r"tiny\.yaml is no plan: it must hold \['against', .*'seeds'"),
+        ("grid:", "grids:", r"tiny\.yaml is no plan"),
+        ("base: uniform", "base: other", "'other' is none of the arms"),
+        ("arms: [uniform]", "arms: [other]", "'other' is none of the arms"),
+        ("  digits: [{arms", "  digit: [{arms", "grid and tuning must be of the settings"),
         ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", r"tiny\.yaml has seeds twice, in line 3 and"),
         (TINY, "", r"tiny\.yaml is empty"),
     ],
@@ -160,54 +246,61 @@ def test_a_plan_that_is_none_is_refused(tmp_path, old, new, message):
         Plan.read(tmp_path / "tiny.yaml")
 
 
-def test_one_process_at_a_time_works_on_a_group_and_on_the_choices(plan, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("values: [0.1, 1.0]", "values: [0.1]", r"the same number of values, .*'cnc': 1"),
+        ("[1000, 1001]", "[1000, 1]", "seeds of the tuning must be none of the study, got {1}"),
+    ],
+)
+def test_a_tuning_that_is_unfair_is_refused(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, TUNED.replace(old, new))
+
+
+def test_one_process_at_a_time_works_on_a_group(plan, tmp_path):
     scratch, store = tmp_path / "scratch", Store(tmp_path / "tiny.csv", tmp_path / "fresh")
-    group = next(plan.runs()).group
+    group = next(plan.runs({})).group
     with (
         locks.exclusive(scratch / ".locks" / group),
-        pytest.raises(RuntimeError, match=f"none-seed0 is in use by process {os.getpid()} on"),
+        pytest.raises(RuntimeError, match=f"-seed0 is in use by process {os.getpid()} on"),
     ):
         work.work(plan, store, scratch, group)
-    with (
-        locks.exclusive(scratch / "choices"),
-        pytest.raises(RuntimeError, match="choices is in use by process"),
-    ):
-        choosing.choose(plan, ["digits"], tmp_path / "choices.csv", scratch)
     assert not (scratch / "digits").exists()
 
 
 def content(run, **values):
     values = {"recipe": work.portable(run, {"name": "digits"}), "clean": 0.5, **values}
-    return {**dict(zip(table.PLACE, table.place(run), strict=True)), **values}
+    return {**dict(zip(PLACE, run.place, strict=True)), **values}
 
 
 def test_a_damaged_result_is_named(plan, tmp_path):
     store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
-    run = next(plan.runs())
+    run = next(plan.runs({}))
     store.add(run, {})
     (path,) = store.fresh.glob("*/*.json")
     path.write_text("{")
     with pytest.raises(ValueError, match=rf"{path} is damaged.*Remove it, and run the study"):
-        work.require_current(plan.runs(), store)
+        work.require_current(plan.runs({}), store)
     path.unlink()
     table.write(store.table, [content(run)])
     store.table.write_text(store.table.read_text().rpartition(",")[0] + "\n")
     with pytest.raises(ValueError, match=rf"{store.table} is damaged in line 2.*Restore it"):
-        work.require_current(plan.runs(), store)
+        work.require_current(plan.runs({}), store)
 
 
 def test_results_of_another_plan_are_refused(tmp_path, plan):
     store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
-    table.write(store.table, [content(next(plan.runs()))])
-    work.require_current(plan.runs(), store)
+    table.write(store.table, [content(next(plan.runs({})))])
+    work.require_current(plan.runs({}), store)
     (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1", "epochs: 2"))
     with pytest.raises(ValueError, match=r"is by another plan: train\.epochs was 1, not 2; prune"):
-        work.require_current(Plan.read(tmp_path / "tiny.yaml").runs(), store)
+        work.require_current(Plan.read(tmp_path / "tiny.yaml").runs({}), store)
 
 
 def test_results_of_runs_are_entered_into_the_table(plan, tmp_path):
     store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
-    runs = list(plan.runs())
+    runs = list(plan.runs({}))
     store.enter()  # there is nothing
     assert not store.table.exists()
     for run in (runs[1], runs[0], runs[4]):
@@ -215,9 +308,9 @@ def test_results_of_runs_are_entered_into_the_table(plan, tmp_path):
         before = store.read()
         store.enter()
         assert store.read() == before
-        assert before[table.place(run)] == json.loads(json.dumps(content(run)))
+        assert before[run.place] == json.loads(json.dumps(content(run)))
         assert not list(store.fresh.glob("*/*.json"))
-    assert store.missing(runs) == [runs[2], runs[3], runs[5]]
+    assert store.missing(runs) == [runs[2], runs[3], *runs[5:]]
     assert list(store.read()) == sorted(store.read())
 
 
@@ -254,7 +347,7 @@ def test_files_are_put_in_the_place_of_names(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     plan = Plan.read(path, {"digits": "/data/mine.npz"})
-    assert next(plan.runs()).recipe.data.dataset == "/data/mine.npz"
+    assert next(plan.runs({})).recipe.data.dataset == "/data/mine.npz"
 
 
 # Statistics
@@ -263,8 +356,10 @@ def test_files_are_put_in_the_place_of_names(tmp_path):
 def test_an_interval_is_students(rng):
     values = rng.normal(0.5, 0.1, 5)
     mean, half, count = results.estimate(values)
-    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-    assert (mean - half, mean + half, count) == pytest.approx((low, high, 5))
+    for count in (1, 12):
+        mean, half, number = results.estimate(values, count)
+        low, high = stats.t.interval(1 - 0.05 / count, 4, np.mean(values), stats.sem(values))
+        assert (mean - half, mean + half, number) == pytest.approx((low, high, 5))
     assert results.estimate([0.5]).half == np.inf
     assert np.isnan(results.estimate([]).mean)
 
@@ -313,52 +408,52 @@ def test_correlations_are_taken_within_cells_seed_by_seed():
     assert (mean, count) == (pytest.approx(1 / 3), 3)
     assert half == pytest.approx(stats.t.ppf(0.975, 2) * np.std([1, 1, -1], ddof=1) / np.sqrt(3))
     assert by_sparsity[0.99] == pytest.approx((-1, 0, 3))
-    assert "| +0.33 ± 2.87 (3) |" in report.tables(found, ["arm-0"])
 
 
 # Tables
 
 
-def test_the_table_says_what_was_found():
+def table_after(text, title):
+    """Return the cells of the rows of the table under a title."""
+    lines = text.split(f"### {title}\n\n")[1].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return rows[0], {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_the_tables_say_what_was_found(plan):
     found = [result(seed, robust=0.50 + 0.01 * seed) for seed in range(3)]
-    found += [result(seed, "cnc", 0.55 + 0.01 * seed, condition=4.0, dead=0) for seed in range(3)]
-    text = report.tables(found, ["none", "cnc", "tsc"])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    (none,) = [row for row in rows if row and row[0] == "none"]
-    (cnc,) = [row for row in rows if row and row[0] == "cnc"]
-    assert "### digits, magnitude, 99 % zeros" in text
+    found += [result(seed, "dense", 0.60, 2.5) for seed in range(2)]
+    found += [result(seed, "cnc", 0.55 + 0.02 * seed, condition=4.0, dead=0) for seed in range(3)]
+    text = report.tables(plan, found_of(found))
+    assert "**Not complete:** 8 of 10 runs are there, and 0 trials" in text
+    head, rows = table_after(text, "digits, 99 % zeros")
+    assert head[:6] == ["arm", "seeds", "clean", "robust", "clean − uniform", "robust − uniform"]
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
-    assert none[1:7] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "", "∞"]
-    assert cnc[4:9] == ["+0.0 ± 0.0", "+5.0 ± 0.0", "4", "2", "0.0"]
-    assert not any(row and row[0] == "tsc" for row in rows)
+    assert rows["uniform"][:7] == ["3", "90.0 ± 0.0", f"51.0 ± {half:.1f}", "", "", "95.00", "∞"]
+    # Two arms are compared with it, so that their intervals are wider.
+    wide = 100 * stats.t.ppf(1 - 0.025 / 2, 2) * 0.01 / np.sqrt(3)
+    assert rows["cnc"][3:9] == ["+0.0 ± 0.0", f"+6.0 ± {wide:.1f}", "95.00", "4", "2", "0.0"]
+    assert list(rows) == ["dense", "uniform", "cnc"]
+    _, added = table_after(text, "digits, 99 % zeros: what is added")
+    assert added == {"cnc": ["uniform", "+0.0 ± 0.0", f"+6.0 ± {half:.1f}"]}
+    assert text.endswith("Made with numpy 2.")
 
 
-def test_arms_are_held_against_pruning_alone_in_both_ways():
-    found = [result(seed, robust=0.5 + 0.1 * seed) for seed in range(2)]
-    found += [result(seed, robust=0.4, method="scores") for seed in range(2)]
-    found += [result(seed, "cnc", 0.7, method="scores", clean=0.8) for seed in range(2)]
-    found += [result(seed, robust=0.6, sparsity=0.5) for seed in range(2)]
-    text = report.tables(found, ["none", "cnc"])
-    table = text.split("### digits, 99 % zeros: against pruning alone\n\n")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    wide = f"{100 * stats.t.ppf(0.975, 1) * 0.05:.1f}"
-    columns = [f"{w} − none, {m}" for m in ("magnitude", "scores") for w in ("clean", "robust")]
-    assert rows[0] == ["arm, method", *columns]
-    assert rows[2:] == [
-        ["none, magnitude", "", "", "+0.0 ± 0.0", f"+15.0 ± {wide}"],
-        ["none, scores", "+0.0 ± 0.0", f"-15.0 ± {wide}", "", ""],
-        ["cnc, scores", "-10.0 ± 0.0", f"+15.0 ± {wide}", "-10.0 ± 0.0", "+30.0 ± 0.0"],
-    ]
+def test_the_tables_say_what_was_tuned(tmp_path):
+    plan = read(tmp_path, TUNED)
+    found = trials_with(plan, lambda run: run.recipe.finetune.weight_decay)
+    text = report.tables(plan, found)
+    assert f"0 of 10 runs are there, and {len(found)} trials" in text
+    _, rows = table_after(text, "digits: chosen values")
+    assert rows["cnc"] == ["train.weight_decay 0.02, constraints.condition_factor 0.1"]
+    assert rows["later"] == ["train.weight_decay 0.02, finetune.learning_rate 0.1"]
 
 
-def test_kernels_are_looked_at_one_by_one():
-    layers = [(Layer("a", np.inf, 2.0, 0.25, 3), Layer("b", 4.0, 4.0, 0.5, 0))]
-    layers += [(Layer("a", 8.0, 4.0, 0.75, 0), Layer("b", 2.0, 2.0, 0.5, 0))]
-    layers += [(Layer("a", 6.0, 6.0, 0.5, 0), Layer("b", 3.0, 3.0, 0.5, 0))]
-    found = [result(seed, layers=each, versions=("x 1",)) for seed, each in enumerate(layers)]
-    text = report.tables(found, ["none", "cnc"])
-    assert "| a | 8 · 4 · 0.50 · 1.0 |\n| b | 3 · 3 · 0.50 · 0.0 |" in text
-    assert text.endswith("Made with x 1.")
+def test_a_plot_of_any_part_of_the_results(plan, tmp_path):
+    found = [result(seed, "uniform", sparsity=0.8) for seed in range(2)]
+    for results_so_far in ([], found, [*found, result(0, "dense", sparsity=0.0)]):
+        report.plot(plan, results_so_far, tmp_path / "study.png")
+        assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_tables_are_put_between_their_marks(tmp_path):
@@ -376,61 +471,56 @@ def test_tables_are_put_between_their_marks(tmp_path):
 @pytest.mark.parametrize("name", ["cpu", "accelerator"])
 def test_the_document_shows_the_results_that_are_there(name, tmp_path):
     plan, store = Plan.read(HERE / f"{name}.yaml"), Store(RESULTS / f"{name}.csv", tmp_path)
-    work.require_current(plan.runs(), store)
-    found = [Result.of(content) for content in store.read().values()]
+    found = store.read()
+    work.require_current(plan.wanted(found), store)
     text = DOCUMENT.read_text(encoding="utf-8")
     if found:
-        assert report.tables(found, list(plan.arms)) in text
+        assert report.tables(plan, found) in text
     else:
         assert f"<!-- begin: {name} -->\n<!-- end: {name} -->" in text
-
-
-def test_the_factors_are_those_that_the_validation_set_chose():
-    plan = Plan.read(HERE / "cpu.yaml")
-    chosen = choosing.best(plan, RESULTS / "cpu-choices.csv")
-    constraint, sparse = "constraints.condition_factor", "constraints.sparsity_factor"
-    for setting, arms in chosen.items():
-        settled = plan.settled[setting]
-        for arm, value in arms.items():
-            assert arm in settled, "all values have been tried: settle it in the plan"
-            assert settled[arm][plan.choices[arm]["name"]] == value
-        for arm in ("both", "throughout", "gates", "noise"):
-            assert settled[arm][constraint] == settled["cnc"][constraint]
-        for arm in ("both", "throughout"):
-            assert settled[arm][sparse] == settled["tsc"][sparse]
-        for arm in ("variant", "combined", "penalty"):
-            assert settled[arm] == settled["gates"]
 
 
 # From end to end
 
 
-def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, capsys):
-    values = {**yaml.safe_load(TINY), "seeds": [0]}
+def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, monkeypatch, capsys):
+    """Of each arm there is one trial, and one run."""
+    values = {**yaml.safe_load(TUNED), "seeds": [0], "grid": {}}
+    values["grid"] = {"digits": [{"arms": ["cnc", "later"], "sparsities": [0.8]}]}
+    choice = {"names": ["finetune.learning_rate"], "values": [0.2]}
+    values["tuning"]["digits"] = {"seeds": [9], "sparsity": 0.8, "rounds": [{"every": choice}]}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values))
     folders = ["--results", str(tmp_path / "results"), "--scratch", str(tmp_path / "scratch")]
     options = ["--plan", str(path), *folders, "--workers", "2"]
     assert main(["run", *options]) == 0, list((tmp_path / "scratch").rglob("*.log"))
+    assert "All done" in capsys.readouterr().out
     store = Store(tmp_path / "results" / "tiny.csv", tmp_path / "scratch" / "tiny" / "results")
+    trial = "finetune.learning_rate=0.2"
     assert list(store.read()) == [
-        ("digits", arm, "magnitude", 0.8, 0) for arm in ("cnc", "later", "none")
+        ("digits", arm, *rest)
+        for arm in ("cnc", "later")
+        for rest in (("", 0.8, 0), (trial, 0.8, 9))
     ]
     rows = table.read(store.table)
-    contents = {row["arm"]: row for row in rows}
-    none = contents["none"]
-    assert none["examples"] == 32
-    assert none["recipe"]["data"]["dataset"] == "digits"
-    dense = [name for name, row in none["kernels"].items() if not row["pruned"]]
+    contents = {row["arm"]: row for row in rows if not row["trial"]}
+    cnc = contents["cnc"]
+    assert cnc["examples"] == 32
+    assert cnc["recipe"]["data"]["dataset"] == "digits"
+    assert cnc["recipe"]["finetune"]["learning_rate"] == 0.2
+    dense = [name for name, row in cnc["kernels"].items() if not row["pruned"]]
     assert dense == ["stem", "logits"]
-    assert 0 <= none["robust"] <= none["clean"] <= 1
+    assert 0 <= cnc["robust"] <= cnc["clean"] <= 1
+    assert all("robust" not in row for row in rows if row["trial"])
     # The two share a dense network, and part in the third stage.
-    assert contents["cnc"]["validation"]["train"] == contents["later"]["validation"]["train"]
-    assert contents["cnc"]["kernels"] != contents["later"]["kernels"]
-    assert not list((tmp_path / "scratch" / "tiny").glob("digits/*"))  # tidied up
-    table.write(store.table, [row for row in rows if row["arm"] != "none"])
-    missing = store.missing(Plan.read(path).runs())
-    assert [run.name for run in missing] == ["none-magnitude-80-seed0"]
+    assert cnc["validation"]["train"] == contents["later"]["validation"]["train"]
+    assert cnc["kernels"] != contents["later"]["kernels"]
+    scratch = tmp_path / "scratch" / "tiny"
+    assert not list(scratch.glob("digits/*"))  # tidied up, but for the two dense networks
+    assert len(list(scratch.glob("dense/digits/*/1-train/manifest.json"))) == 2
+    table.write(store.table, [row for row in rows if row["arm"] != "cnc" or row["trial"]])
+    missing = store.missing(Plan.read(path).wanted(store.read()))
+    assert [run.name for run in missing] == ["cnc-80-seed0"]
     assert main(["run", *options, "--minutes", "0"]) == 75
     assert "More is to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"has no marks .* Leave out --write"):
@@ -438,8 +528,9 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
     with monkeypatch.context() as patched:
         patched.setattr(work.sys, "executable", "false")
         assert main(["run", *options]) == 1
-    assert "Failed: digits/none-seed0" in capsys.readouterr().out
-    path.write_text(TINY.replace("epochs: 1", "epochs: 2"))
+    assert f"Failed: {missing[0].group}" in capsys.readouterr().out
+    values["settings"]["digits"]["train"]["epochs"] = 2
+    path.write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match=r"is by another plan: train\.epochs was 1, not 2"):
         main(["report", *options])
 
@@ -447,8 +538,6 @@ def test_a_tiny_study_runs_goes_on_and_reports(tmp_path, plan, monkeypatch, caps
 ACCELERATED = """
 name: accelerated
 seeds: [0]
-methods: [magnitude, scores]
-sparsities: [0.8]
 settings:
   images:
     data: {dataset: images, validation: 16}
@@ -459,16 +548,18 @@ settings:
     finetune: {<<: *training}
     evaluate: {steps: 1, restarts: 1, validation_steps: 1, batch_size: 16}
 arms:
-  none: {}
-  gates: {gates.sparsity_factor: 1.0, gates.layers: "stage_*"}
-only:
-  gates: [0.8]
+  uniform: {prune.method: magnitude}
+  scores: {}
+  gates: {base: scores, gates.sparsity_factor: 1.0, gates.layers: "stage_*"}
+grid:
+  images: [{arms: every, sparsities: [0.8]}]
+against: [uniform]
 """
 
 
 @pytest.mark.parametrize("value", [("prune.scope", "condition"), ("finetune.loss", "rslad")])
 def test_what_needs_the_dense_network_is_not_exported_before_it_is_there(tmp_path, plan, value):
-    measured = dataclasses.replace(plan, arms={"none": {}, "other": dict([value])})
+    measured = dataclasses.replace(plan, arms={**plan.arms, "other": dict([value])})
     with pytest.raises(ValueError, match="arm with {}={!r}, which needs the dense".format(*value)):
         accelerate.export(measured, tmp_path / "there")
     assert not (tmp_path / "there").exists()
@@ -500,15 +591,8 @@ def test_an_arm_that_diverges_is_left_out_and_told_of(tmp_path, monkeypatch, cap
     assert "diverged in epoch 1" in failed["error"]
 
 
-def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsys, monkeypatch):
+def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsys):
     """On a CPU, in a process that has neither TensorFlow nor this package."""
-    pairs = [("none", "magnitude"), ("none", "scores"), ("gates", "scores")]
-    of_the_plan = Plan.runs
-    monkeypatch.setattr(
-        Plan,
-        "runs",
-        lambda plan: (run for run in of_the_plan(plan) if (run.arm, run.method) in pairs),
-    )
     rng = np.random.default_rng(0)
     y = np.arange(96) % 3
     x = rng.integers(0, 100, (96, 8, 8, 3)).astype(np.uint8)
@@ -544,9 +628,9 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
     store = Store(tmp_path / "results" / "accelerated.csv", folder / "results")
     contents = store.read()
     assert not store.fresh.exists() or not list(store.fresh.glob("*/*"))
-    for arm, method in pairs:
-        name = f"{arm}-{method}-80-seed0"
-        content = contents[("images", arm, method, 0.8, 0)]
+    for arm in ("uniform", "scores", "gates"):
+        name = f"{arm}-80-seed0"
+        content = contents["images", arm, "", 0.8, 0]
         run = folder / "images" / name / "run"
         test = json.loads((run / "result.json").read_text())["test"]
         assert (content["clean"], content["robust"]) == (
@@ -555,7 +639,7 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
         )
         # The network that came back, judged here, is right as often as it was there.
         found = Plan.read(path, {"images": str(images)})
-        (same,) = [each for each in found.runs() if each.name == name]
+        (same,) = [each for each in found.runs({}) if each.name == name]
         model = accelerate.network_of(same, run)
         xs, ys = stages.dataset(same.recipe).arrays("test")
         assert np.mean(np.argmax(model.predict(xs, verbose=0), 1) == ys) == content["clean"]
@@ -566,7 +650,7 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, capsy
     # What is pruned has begun with the network that the gated one is at inference.
     data = stages.dataset(same.recipe)
     trainer = stages.trainer(same.recipe, "train", data)
-    dense = folder / "images" / "dense-gates-seed0" / "run"
+    dense = folder / "images" / f"dense-{same.dense}" / "run"
     accelerator.restore(trainer, dense / "train-best.npz")
     plain = stages.plain(same.recipe, data, trainer.model)
     with np.load(dense / "train-plain.npz") as arrays:

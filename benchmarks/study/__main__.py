@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.study run|report|choose|flattery|export|collect`."""
+"""The command line: `python -m benchmarks.study run|report|flattery|export|collect`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from benchmarks.study import accelerate, choosing, flattery, report, work
+from benchmarks.study import accelerate, flattery, report, work
 from benchmarks.study.plan import HERE, Plan
-from benchmarks.study.results import Result
 from benchmarks.study.table import Store
 
 RESULTS = HERE.parent / "results" / "study"
 DOCUMENT = HERE.parents[1] / "docs" / "study.md"
 
-WHAT = ("run", "report", "choose", "flattery", "export", "collect")
+WHAT = ("run", "report", "flattery", "export", "collect")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what == "flattery":
         _flattery(plan, settings, options, console)
         return 0
-    work.require_current(plan.runs(), store)
+    work.require_current(plan.wanted(store.read()), store)
     if options.what == "report":
         _report(plan, store, options, console)
         return 0
@@ -58,22 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             console.print(accelerate.collect(plan, scratch, store))
         return 0
-    if options.what == "choose":
-        choices = options.results / f"{plan.name}-choices.csv"
-        choosing.choose(plan, settings, choices, scratch)
-        console.print(choosing.best(plan, choices))
-        return 0
     job = work.Job(path, files, store, scratch, options.workers, options.minutes, settings)
     try:
         failed = work.supervise(job)
     finally:
         store.enter()
-    found = [Result.of(content) for content in store.read().values()]
-    console.print(report.tables(found, list(plan.arms)), markup=False, soft_wrap=True)
+    console.print(report.tables(plan, store.read()), markup=False, soft_wrap=True)
     if failed:
         console.print(f"Failed: {', '.join(failed)}; the logs are in {scratch}.")
         return 1
-    more = any(run.setting in settings for run in store.missing(plan.runs()))
+    more = bool(job.missing())
     console.print("More is to do: run the same command again." if more else "All done.")
     return 75 if more else 0
 
@@ -91,19 +84,19 @@ def _flattery(
 
 
 def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Console) -> None:
-    found = [Result.of(content) for content in store.read().values()]
+    found = store.read()
     if not found:
         sys.exit(f"{store.table} holds no results yet: python -m benchmarks.study run")
-    text = report.tables(found, list(plan.arms))
+    text = report.tables(plan, found)
     console.print(text, markup=False, soft_wrap=True)
     if options.write:
         picture = DOCUMENT.with_name(f"study-{plan.name}.png")
-        title = "Robust accuracy and effective condition number"
+        title = "Robust accuracy by sparsity and by effective condition number"
         try:
             report.insert(DOCUMENT, plan.name, f"![{title}]({picture.name})\n\n{text}")
         except ValueError as error:
             sys.exit(f"{error} Leave out --write: this plan has no place there.")
-        report.plot(found, list(plan.arms), picture)
+        report.plot(plan, report.read(found), picture)
 
 
 def _parser() -> argparse.ArgumentParser:

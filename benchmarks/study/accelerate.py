@@ -20,8 +20,8 @@ import tensorflow as tf
 from benchmarks import accelerator
 from benchmarks.accelerator.runner import prepare
 from benchmarks.study import work
-from benchmarks.study.plan import Plan, Run
-from benchmarks.study.table import PLACE, Store, place
+from benchmarks.study.plan import PLACE, Plan, Run
+from benchmarks.study.table import Store
 from tscnc_tf import _files, datasets, inspection
 from tscnc_tf._keras import flavours, gated
 from tscnc_tf._keras.models import selector
@@ -39,7 +39,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
 
     * `runner/`: to be run there, by Python, NumPy and JAX.
     * `SETTING/data-SEED/`: the images, with the study's own splits.
-    * `SETTING/dense-ARM-SEED/`: arms of one stage.
+    * `SETTING/dense-HASH-SEED/`: arms of one stage.
     * `SETTING/ARM-.../`: arms of two stages; needs.json says with which dense one they begin.
 
     Each arm has the recipe that it was made by.
@@ -54,7 +54,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             shutil.copytree(RUNNER, draft, ignore=_NO_CACHES, dirs_exist_ok=True)
     _require_runner(folder / "runner")
     loaded: dict[Any, datasets.Dataset] = {}
-    for run in plan.runs():
+    for run in plan.runs({}):
         key = (run.setting, run.seed)
         if key not in loaded:
             loaded = {key: stages.dataset(run.recipe)}
@@ -64,13 +64,13 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             with _files.new_directory("folder", images) as draft:
                 prepare.write(_parts(data), draft, {"source": data.name, **data.metadata})
         _require_data(images, data)
-        dense = place / f"dense-{run.dense}-seed{run.seed}"
+        dense = place / f"dense-{run.dense}"
         if not dense.exists():
             with _files.new_directory("folder", dense) as draft:
                 _export_stage(run.recipe, "train", data, draft)
                 _files.write_text(draft / "needs.json", _needs(run.seed, 0, images.name))
-                folders.write_json(draft / folders.RECIPE, run.recipe.first_stage())
-        _require_recipe(dense, run.recipe.first_stage())
+                folders.write_json(draft / folders.RECIPE, run.recipe.first_stage().to_dict())
+        _require_recipe(dense, run.recipe.first_stage().to_dict())
         if not (place / run.name).exists():
             with _files.new_directory("folder", place / run.name) as draft:
                 for stage in ("prune", "finetune"):
@@ -91,7 +91,7 @@ def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
         ValueError: an arm was made by another recipe, or on other data.
     """
     found = []
-    for run in store.missing(plan.runs()):
+    for run in store.missing(plan.runs({})):
         done = folder / run.setting / run.name / "run" / "result.json"
         if done.is_file():
             data = stages.dataset(run.recipe)
@@ -105,7 +105,7 @@ def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
 
 
 def _require_exportable(plan: Plan) -> None:
-    for run in plan.runs():
+    for run in plan.runs({}):
         for value, what in (("condition", "prune.scope"), ("rslad", "finetune.loss")):
             part, name = what.split(".")
             if getattr(getattr(run.recipe, part), name) == value:
@@ -143,6 +143,12 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
     settings = getattr(recipe, stage)
+    for name in ("average_from", "awp_from"):
+        if begin := getattr(settings, name):
+            raise ValueError(
+                f"{stage}.{name} must be 0, got {begin}: on an accelerator, all epochs of a stage "
+                "are alike."
+            )
     stages.library(recipe).backend.clear_session()  # layers without a name are counted anew
     previous = None if stage == "train" else stages.network(recipe, data)
     trainer = stages.trainer(recipe, stage, data, previous=previous)
@@ -254,15 +260,17 @@ def _result(run: Run, content: Mapping[str, Any], folder: pathlib.Path) -> dict[
     x = data.arrays("test")[0][:1000]
     lipschitz = inspection.local_lipschitz(model, x, stages.epsilon(run.recipe), seed=run.seed)
     test = content["test"]
+    zeros = inspection.sparsity(model)
     return {
-        **dict(zip(PLACE, place(run), strict=True)),
+        **dict(zip(PLACE, run.place, strict=True)),
         "clean": test["clean_accuracy"],
         "robust": test["attacked_accuracy"],
         "examples": test["examples"],
         "epsilon": test["attack"]["epsilon"],
         "attacks": {test["attack"]["name"]: test["attacked_accuracy"]},
         "lipschitz": lipschitz.mean,
-        "zeros": inspection.sparsity(model).sparsity,
+        "zeros": zeros.sparsity,
+        "effective_zeros": zeros.effective_sparsity,
         "kernels": work.kernels(inspection.condition_numbers(model).to_dict(), pruned),
         "validation": {line["stage"]: line["validation"] for line in content["chosen"]},
         "recipe": work.portable(run, data.metadata),

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.study import report, table
+from benchmarks.study import report, table, work
 from benchmarks.study.plan import Plan, Run
 from tscnc_tf import attacks, evaluate_robustness, evaluation, experiments
 from tscnc_tf.experiments import locks, stages
@@ -20,22 +20,21 @@ class Network(NamedTuple):
 
     Attributes:
         name: in the table.
-        arm, method: of the plan, at its highest sparsity.
+        arm: of the plan, at its highest sparsity.
         stage: the stage that leaves the network: "train" for the dense one, or "finetune".
     """
 
     name: str
     arm: str
-    method: str
     stage: str
 
 
 NETWORKS = (
-    Network("dense", "none", "magnitude", "train"),
-    Network("magnitude", "none", "magnitude", "finetune"),
-    Network("scores", "none", "scores", "finetune"),
-    Network("TSCNC, magnitude", "both", "magnitude", "finetune"),
-    Network("gates, magnitude", "gates", "magnitude", "finetune"),
+    Network("dense", "uniform", "train"),
+    Network("magnitude", "uniform", "finetune"),
+    Network("scores", "scores", "finetune"),
+    Network("TSCNC, magnitude", "tscnc", "finetune"),
+    Network("gates, magnitude", "gates", "finetune"),
 )
 
 
@@ -68,8 +67,12 @@ def judge(
                 for network in NETWORKS:
                     place = (setting, network.name, seed)
                     if place not in rows:
-                        run = _run(plan, setting, network, seed)
-                        figures = _judged(run, network, scratch / setting)
+                        run = next(
+                            run
+                            for run in sorted(plan.runs({}), key=lambda run: -run.sparsity)
+                            if (run.setting, run.arm, run.seed) == (setting, network.arm, seed)
+                        )
+                        figures = _judged(run, network, scratch)
                         rows[place] = {**dict(zip(PLACE, place, strict=True)), **figures}
                         table.write(path, (rows[each] for each in sorted(rows)))
 
@@ -106,18 +109,10 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[str]]:
         yield [name, str(len(found)), str(images), *shares, gap]
 
 
-def _run(plan: Plan, setting: str, network: Network, seed: int) -> Run:
-    wanted = (network.method, max(plan.sparsities))
-    runs = plan.runs_of(setting, network.arm, seed)
-    return next(run for run in runs if (run.method, run.sparsity) == wanted)
-
-
 def _judged(run: Run, network: Network, scratch: pathlib.Path) -> dict[str, Any]:
     """Return how many images a network is right on: clean, under PGD, AutoAttack, and both."""
-    folder = scratch / run.name
-    trained = scratch.glob(f"{run.dense}-*-seed{run.seed}/1-train")
-    dense = next((each for each in trained if (each / "manifest.json").is_file()), None)
-    experiments.run(run.recipe, folder, dense=dense, progress=False)
+    work.finished(run, scratch)
+    folder = work.folder_of(run, scratch)
     number = {"train": 1, "finetune": 3}[network.stage]
     model = experiments.open_stage(folder / f"{number}-{network.stage}").model
     pgd = {str(index): each for index, each in enumerate(stages.test_attacks(run.recipe))}

@@ -1,17 +1,28 @@
-"""What a study runs: settings, arms, methods, sparsities and seeds, from a YAML file."""
+"""What a study runs: settings, arms, sparsities, seeds and the tuning, from a YAML file."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from tscnc_tf import _checks
 from tscnc_tf.experiments import Recipe
 from tscnc_tf.experiments.recipe import read_yaml
 
 HERE = pathlib.Path(__file__).parent
+EVERY = "every"  # stands for all arms of a setting, and for all that have no values of their own
+
+# Where a run stands in a study.
+PLACE = ("setting", "arm", "trial", "sparsity", "seed")
+
+Found = Mapping[tuple[Any, ...], Mapping[str, Any]]  # what runs have left, by where they stand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,29 +30,100 @@ class Run:
     """One experiment of a study.
 
     Attributes:
-        setting, arm, method, sparsity, seed: where it stands in the study.
+        setting, arm, sparsity, seed: where it stands in the study.
+        trial: of a trial the values that it tries, such as "finetune.learning_rate=0.02"; empty
+            for a run whose network is judged on the test set.
         recipe: what is run.
-        dense: the arm that trains the dense network that this one begins with: the first in the
-            plan whose first stage is the same.
     """
 
     setting: str
     arm: str
-    method: str
+    trial: str
     sparsity: float
     seed: int
     recipe: Recipe
-    dense: str
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.arm}-{self.method}-{100 * self.sparsity:g}-seed{self.seed}"
+        parts = (self.arm, self.trial, f"{100 * self.sparsity:g}", f"seed{self.seed}")
+        return "-".join(part for part in parts if part)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Where it stands: the values of `PLACE`."""
+        return tuple(getattr(self, name) for name in PLACE)
+
+    @functools.cached_property
+    def dense(self) -> str:
+        """The name of the dense network that is pruned; equal where it is the same network."""
+        text = json.dumps(self.recipe.first_stage().to_dict(), sort_keys=True)
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{self.seed}"
 
     @property
     def group(self) -> str:
-        """Of the runs that begin with the same dense network."""
-        return f"{self.setting}/{self.dense}-seed{self.seed}"
+        """The name of the runs that begin with the same dense network."""
+        return f"{self.setting}/{self.dense}"
+
+
+class Choice(NamedTuple):
+    """One round of the tuning of an arm.
+
+    Attributes:
+        names: dotted names of values of a recipe that get the same value.
+        values: to choose from.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+
+Tried = Sequence[tuple[Choice, Any]]  # values, and what they were chosen from
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the arms of a setting are tuned, one round after the other.
+
+    In each round every value is tried, with what the rounds before have chosen, and with each seed.
+    The value is chosen whose networks have the best mean accuracy under attack on the validation
+    images after fine-tuning; of equals the first.
+
+    Attributes:
+        seeds: for the trials; none that the study itself uses.
+        sparsity: of the trials; an arm that is not run at it is tuned at its highest.
+        rounds: for each round the choices by arm; `EVERY` for arms without one of their own.
+    """
+
+    seeds: tuple[int, ...]
+    sparsity: float
+    rounds: tuple[Mapping[str, Choice], ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Tuning:
+        """Build it from the values in a plan.
+
+        Raises:
+            ValueError: in a round some arms have more values than others.
+        """
+        rounds = []
+        for number, choices in enumerate(values["rounds"], start=1):
+            made = {
+                arm: Choice(tuple(choice["names"]), tuple(choice["values"]))
+                for arm, choice in choices.items()
+            }
+            counts = {arm: len(choice.values) for arm, choice in made.items()}
+            if len(set(counts.values())) > 1 or EVERY not in made:
+                raise ValueError(
+                    f"round {number} of the tuning must offer {EVERY!r} arm, and each arm that it "
+                    f"names, the same number of values, got {counts}."
+                )
+            rounds.append(made)
+        return cls(tuple(values["seeds"]), values["sparsity"], tuple(rounds))
+
+    def choices(self, arm: str) -> list[Choice]:
+        """Return the rounds of an arm."""
+        return [choices.get(arm, choices[EVERY]) for choices in self.rounds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,32 +131,42 @@ class Plan:
     """A study.
 
     Attributes:
-        name: of the study, and of its folder of results.
+        name: of the study, and of its table of results.
         seeds: each arm is run with each.
-        methods: ways of pruning.
-        sparsities: fractions of zeros.
         settings: by name, values of a recipe: data, network, epochs.
-        arms: by name, values of a recipe by their dotted names: what the arm changes.
-        settled: by setting and arm, such values as were chosen on the validation set.
-        choices: by arm, a dotted name and the values to choose from.
-        only: by arm, the sparsities that it is run at, where these are not all.
+        arms: by name, values of a recipe by their dotted names: what the arm changes. An arm whose
+            `base` names another one begins with the values of that; one with `sparsities` is run
+            at these, whatever the grid says.
+        grid: by setting, which arms are run at which sparsities: a list of mappings with `arms`
+            (or "every") and `sparsities`.
+        against: the arms that all others are compared with.
+        tuning: by setting, how its arms are tuned; a setting without it runs the arms as they are.
     """
 
     name: str
     seeds: tuple[int, ...]
-    methods: tuple[str, ...]
-    sparsities: tuple[float, ...]
     settings: Mapping[str, Mapping[str, Any]]
     arms: Mapping[str, Mapping[str, Any]]
-    settled: Mapping[str, Mapping[str, Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
-    choices: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    only: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    grid: Mapping[str, Sequence[Mapping[str, Any]]]
+    against: tuple[str, ...]
+    tuning: Mapping[str, Tuning] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _checks.file_name("name", self.name)
         for names in ("settings", "arms"):
             for name in getattr(self, names):
                 _checks.file_name(f"a name in {names}", name)
+        named = [*self.against, *(b for b in map(self.base, self.arms) if b)]
+        for rows in self.grid.values():
+            named += [arm for row in rows for arm in row["arms"] if row["arms"] != EVERY]
+        for tuning in self.tuning.values():
+            named += [arm for choices in tuning.rounds for arm in choices if arm != EVERY]
+            if shared := set(tuning.seeds) & set(self.seeds):
+                raise ValueError(f"seeds of the tuning must be none of the study, got {shared}.")
+        if unknown := [arm for arm in named if arm not in self.arms]:
+            raise ValueError(f"{unknown[0]!r} is none of the arms {list(self.arms)}.")
+        if set(self.grid) != set(self.settings) or not set(self.tuning) <= set(self.settings):
+            raise ValueError(f"grid and tuning must be of the settings {list(self.settings)}.")
 
     @classmethod
     def read(cls, path: pathlib.Path, files: Mapping[str, str] | None = None) -> Plan:
@@ -98,37 +190,110 @@ class Plan:
         for setting in values["settings"].values():
             name = setting["data"]["dataset"]
             setting["data"]["dataset"] = (files or {}).get(name, name)
-        for name in ("seeds", "methods", "sparsities"):
+        for name in ("seeds", "against"):
             values[name] = tuple(values[name])
+        tuning = values.get("tuning", {})
+        values["tuning"] = {setting: Tuning.of(each) for setting, each in tuning.items()}
         return cls(**values)
 
-    def runs(self) -> Iterator[Run]:
-        """Yield all runs: seed by seed, so that what is there is balanced at any time."""
+    def base(self, arm: str) -> str | None:
+        """Return the arm that another one adds to, None if it stands for itself."""
+        return self.arms[arm].get("base")
+
+    def sparsities(self, setting: str, arm: str) -> list[float]:
+        """Return at what sparsities an arm is run."""
+        rows = [row for row in self.grid[setting] if row["arms"] == EVERY or arm in row["arms"]]
+        own = self.arms[arm].get("sparsities")
+        return own if rows and own else [level for row in rows for level in row["sparsities"]]
+
+    def wanted(self, found: Found) -> list[Run]:
+        """Return the trials and the runs that can be begun, or have been, given what there is."""
+        return [*self.trials(found), *self.runs(found)]
+
+    def runs(self, found: Found) -> Iterator[Run]:
+        """Yield the runs of the arms that are tuned: seed by seed, so that they are balanced."""
+        arms = [(setting, arm) for setting in self.settings for arm in self.arms]
+        chosen = {each: self._chosen(found, *each) for each in arms}
         for seed in self.seeds:
-            for setting in self.settings:
-                recipes = {arm: self._recipe(setting, arm, seed, {}) for arm in self.arms}
-                for arm in self.arms:
-                    yield from self._runs(setting, arm, recipes)
+            for (setting, arm), choices in chosen.items():
+                if choices is not None:
+                    for sparsity in self.sparsities(setting, arm):
+                        yield self._run(setting, arm, sparsity, seed, choices)
 
-    def runs_of(
-        self, setting: str, arm: str, seed: int, changes: Mapping[str, Any] | None = None
-    ) -> Iterator[Run]:
-        """Yield the runs of one arm, which begin with the same dense network."""
-        recipes = {each: self._recipe(setting, each, seed, changes or {}) for each in self.arms}
-        yield from self._runs(setting, arm, recipes)
+    def trials(self, found: Found) -> Iterator[Run]:
+        """Yield the trials of the rounds of tuning that can be begun, or have been."""
+        for setting, tuning in self.tuning.items():
+            for arm in self.arms:
+                if not self.sparsities(setting, arm):
+                    continue
+                before: Tried = ()
+                for choice, best in self._rounds(found, setting, arm):
+                    for seed in tuning.seeds:
+                        for value in choice.values:
+                            tried = (*before, (choice, value))
+                            sparsity = self._sparsity(setting, arm)
+                            yield self._run(setting, arm, sparsity, seed, tried, _name(tried))
+                    before = (*before, (choice, best))
 
-    def _runs(self, setting: str, arm: str, recipes: Mapping[str, Recipe]) -> Iterator[Run]:
-        recipe = recipes[arm]
-        first = recipe.first_stage()
-        dense = next(each for each, other in recipes.items() if other.first_stage() == first)
-        for method in self.methods:
-            for sparsity in self.only.get(arm, self.sparsities):
-                values = {"prune.method": method, "sparsity": sparsity}
-                changed = recipe.override(values)
-                yield Run(setting, arm, method, sparsity, recipe.seed, changed, dense)
+    def tuned(self, found: Found, setting: str, arm: str) -> dict[str, Any]:
+        """Return the value that each completed round has chosen, by the first of its names."""
+        rounds = self._rounds(found, setting, arm)
+        return {choice.names[0]: best for choice, best in rounds if best is not None}
 
-    def _recipe(self, setting: str, arm: str, seed: int, changes: Mapping[str, Any]) -> Recipe:
-        recipe = Recipe.from_dict(self.settings[setting]).baseline()
-        recipe = recipe.override(self.arms[arm])
-        recipe = recipe.override(self.settled.get(setting, {}).get(arm, {}))
-        return recipe.override({**changes, "seed": seed})
+    def _chosen(self, found: Found, setting: str, arm: str) -> Tried | None:
+        """Return what the tuning of an arm has chosen, None if it is not complete."""
+        rounds = self._rounds(found, setting, arm)
+        return None if any(best is None for _, best in rounds) else tuple(rounds)
+
+    def _rounds(self, found: Found, setting: str, arm: str) -> list[tuple[Choice, Any]]:
+        """Return the rounds of an arm that can be begun, and the value that each has chosen.
+
+        That is None if trials are missing.
+        """
+        rounds: list[tuple[Choice, Any]] = []
+        if setting not in self.tuning or not self.sparsities(setting, arm):
+            return rounds
+        tuning, sparsity = self.tuning[setting], self._sparsity(setting, arm)
+        for choice in tuning.choices(arm):
+            scores = []
+            for value in choice.values:
+                name = _name((*rounds, (choice, value)))
+                places = [(setting, arm, name, sparsity, seed) for seed in tuning.seeds]
+                if all(place in found for place in places):
+                    scores.append(float(np.mean([score(found[place]) for place in places])))
+            is_complete = len(scores) == len(choice.values)
+            rounds.append((choice, choice.values[int(np.argmax(scores))] if is_complete else None))
+            if not is_complete:
+                break
+        return rounds
+
+    def _sparsity(self, setting: str, arm: str) -> float:
+        """Return the sparsity that an arm is tuned at."""
+        sparsities, wanted = self.sparsities(setting, arm), self.tuning[setting].sparsity
+        return wanted if wanted in sparsities else max(sparsities)
+
+    def _run(
+        self, setting: str, arm: str, sparsity: float, seed: int, tried: Tried, trial: str = ""
+    ) -> Run:
+        recipe = Recipe.from_dict(self.settings[setting]).baseline().override(self._values(arm))
+        for choice, value in tried:
+            recipe = recipe.override(dict.fromkeys(choice.names, value))
+        recipe = recipe.override({"sparsity": sparsity, "seed": seed})
+        return Run(setting, arm, trial, sparsity, seed, recipe)
+
+    def _values(self, arm: str) -> dict[str, Any]:
+        """Return what an arm changes in a recipe, its base's changes first."""
+        others = ("base", "sparsities")
+        own = {name: value for name, value in self.arms[arm].items() if name not in others}
+        base = self.base(arm)
+        return own if base is None else {**self._values(base), **own}
+
+
+def score(content: Mapping[str, Any]) -> float:
+    """Return what trials are compared by: robust accuracy on the validation images at the end."""
+    return content["validation"]["finetune"]["robust"]
+
+
+def _name(tried: Tried) -> str:
+    """Return the name of a trial: what it tries, and what rounds before it have chosen."""
+    return ",".join(f"{choice.names[0]}={value}" for choice, value in tried)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,30 +16,36 @@ import numpy as np
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.study import results as figures
-from benchmarks.study.results import BASE, Cell, Estimate, Result
+from benchmarks.study.plan import Found, Plan
+from benchmarks.study.results import Cell, Estimate, Result
 from tscnc_tf import _files
+
+ByArm = Mapping[str, Mapping[int, Result]]
 
 BEGIN, END = "<!-- begin: {name} -->", "<!-- end: {name} -->"
 
 
-def tables(results: Sequence[Result], arms: Sequence[str]) -> str:
-    """Return what there is to see: all figures, those against pruning alone, kernel by kernel.
+def tables(plan: Plan, found: Found) -> str:
+    """Return what there is to see: figures and differences of the arms, and what was tuned.
 
-    Each setting, method and sparsity has a table of its arms. At the highest sparsity there is
-    also what each arm and method are ahead of plain pruning, and a look at each kernel.
+    Each setting and sparsity has a table of its arms, and one of what arms add to the arm that they
+    begin with.
     """
+    results = read(found)
     cells = figures.by_cell(results)
-    highest = max((cell.sparsity for cell in cells), default=0.0)
-    parts = [_table(cell, by_arm, arms) for cell, by_arm in cells.items()]
-    for setting in dict.fromkeys(cell.setting for cell in cells):
-        parts.append(_against_pruning(setting, highest, cells, arms))
+    parts = [_progress(plan, found)]
     for cell, by_arm in cells.items():
-        if cell.sparsity == highest:
-            parts.append(_layers(cell, by_arm, arms))
+        parts += [_table(plan, cell, by_arm), _added(plan, cell, by_arm)]
+    parts += [_tuned(plan, found, setting) for setting in plan.tuning]
     parts.append(_correlations(results))
-    versions = sorted({version for result in results for version in result.versions})
-    parts.append(f"Made with {', '.join(versions)}.")
+    if versions := sorted({version for result in results for version in result.versions}):
+        parts.append(f"Made with {', '.join(versions)}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def read(found: Found) -> list[Result]:
+    """Return the results among what runs have left; trials have none."""
+    return [Result.of(content) for content in found.values() if not content["trial"]]
 
 
 def insert(path: pathlib.Path, name: str, text: str) -> None:
@@ -52,151 +59,145 @@ def insert(path: pathlib.Path, name: str, text: str) -> None:
     _files.write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
-def _table(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]) -> str:
-    head = ["arm", "seeds", "clean", "robust", f"clean − {BASE}", f"robust − {BASE}"]
-    head += ["worst κ", "effective κ", "dead", "stable rank / filters", "local Lipschitz"]
+def _progress(plan: Plan, found: Found) -> str:
+    """Return what is not done yet; nothing if all is."""
+    arms = [(s, arm) for s in plan.settings for arm in plan.arms if plan.sparsities(s, arm)]
+    total = len(plan.seeds) * sum(len(plan.sparsities(*each)) for each in arms)
+    done = sum(not content["trial"] for content in found.values())
+    if done == total:
+        return ""
+    trials = sum(bool(content["trial"]) for content in found.values())
+    return f"**Not complete:** {done} of {total} runs are there, and {trials} trials of the tuning."
+
+
+def _table(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
+    head = ["arm", "seeds", "clean", "robust"]
+    rivals = [arm for arm in plan.against if arm in by_arm]
+    head += [f"{what} − {rival}" for rival in rivals for what in ("clean", "robust")]
+    head += ["effective zeros", "worst κ", "effective κ", "dead", "local Lipschitz"]
+    arms = [arm for arm in plan.arms if arm in by_arm]
+    count = max(1, len(arms) - 1)
     rows = []
     for arm in arms:
-        found = list(by_arm.get(arm, {}).values())
-        if not found:
-            continue
-        base = {} if arm == BASE else by_arm.get(BASE, {})
+        found = list(by_arm[arm].values())
         rows.append(
             [
                 arm,
                 str(len(found)),
                 _points(_mean(found, "clean")),
                 _points(_mean(found, "robust")),
-                *("" if arm == BASE else difference for difference in _ahead(by_arm[arm], base)),
+                *(
+                    "" if arm == rival else difference
+                    for rival in rivals
+                    for difference in _ahead(by_arm[arm], by_arm[rival], count)
+                ),
+                f"{100 * np.mean([result.zeros for result in found]):.2f}",
                 _median(found, "condition"),
                 _median(found, "effective"),
                 f"{np.mean([result.dead for result in found]):.1f}",
-                f"{np.mean([result.stable_rank for result in found]):.3f}",
                 f"{np.mean([result.lipschitz for result in found]):.3g}",
             ]
         )
     return f"### {_title(cell)}\n\n{markdown(head, rows)}"
 
 
-def _against_pruning(
-    setting: str,
-    sparsity: float,
-    cells: Mapping[Cell, Mapping[str, Mapping[int, Result]]],
-    arms: Sequence[str],
-) -> str:
-    """Return what each arm, in each way, is ahead of pruning alone in each way."""
-    here = {
-        cell.method: by_arm for cell, by_arm in cells.items() if cell[::2] == (setting, sparsity)
-    }
-    rivals = [method for method, by_arm in here.items() if BASE in by_arm]
-    if len(rivals) < 2:
+def _added(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
+    """Return what arms are ahead of the arm that they begin with."""
+    bases = {arm: plan.base(arm) for arm in plan.arms if arm in by_arm}
+    pairs = [(arm, base) for arm, base in bases.items() if base in by_arm]
+    if not pairs:
         return ""
     rows = [
-        [
-            f"{arm}, {method}",
-            *(
-                "" if (arm, method) == (BASE, rival) else difference
-                for rival in rivals
-                for difference in _ahead(by_arm[arm], here[rival][BASE])
-            ),
-        ]
-        for arm in arms
-        for method, by_arm in here.items()
-        if arm in by_arm
+        [arm, base, *_ahead(by_arm[arm], by_arm[base], len(pairs))] for arm, base in pairs if base
     ]
-    ahead = [f"{what} − {BASE}, {rival}" for rival in rivals for what in ("clean", "robust")]
-    title = f"### {setting}, {100 * sparsity:g} % zeros: against pruning alone"
-    return f"{title}\n\n{markdown(['arm, method', *ahead], rows)}"
+    head = ["arm", "added to", "clean", "robust"]
+    return f"### {_title(cell)}: what is added\n\n{markdown(head, rows)}"
 
 
-def _layers(cell: Cell, by_arm: dict[str, dict[int, Result]], arms: Sequence[str]) -> str:
-    """Return κ, effective κ, stable rank and dead filters of each pruned kernel in each arm."""
-    arms = [arm for arm in arms if arm in by_arm]
-    found = {arm: [result.layers for result in by_arm[arm].values()] for arm in arms}
-    names = [layer.name for layer in next(iter(found.values()))[0]]
-    rows = []
-    for index, name in enumerate(names):
-        row = [name]
-        for arm in arms:
-            layers = [run[index] for run in found[arm]]
-            parts = [
-                _significant(np.median([layer.condition for layer in layers])),
-                _significant(np.median([layer.effective for layer in layers])),
-                f"{np.mean([layer.stable_rank for layer in layers]):.2f}",
-                f"{np.mean([layer.dead for layer in layers]):.1f}",
-            ]
-            row.append(" · ".join(parts))
-        rows.append(row)
-    title = f"### {_title(cell)}, kernel by kernel: κ · effective κ · stable rank / filters · dead"
-    return f"{title}\n\n{markdown(['kernel', *arms], rows)}"
+def _tuned(plan: Plan, found: Found, setting: str) -> str:
+    """Return the values that the tuning has chosen."""
+    rows = [
+        [arm, ", ".join(f"{name} {value:g}" for name, value in chosen.items())]
+        for arm in plan.arms
+        if (chosen := plan.tuned(found, setting, arm))
+    ]
+    return f"### {setting}: chosen values\n\n{markdown(['arm', 'values'], rows)}" if rows else ""
 
 
 def _correlations(results: Sequence[Result]) -> str:
     names = {"effective": "effective κ", "condition": "κ", "lipschitz": "local Lipschitz"}
     found = {figure: figures.within_cells(results, figure) for figure in names}
-    head = ["setting, method, zeros", *names.values()]
+    head = ["setting, zeros", *names.values()]
     rows = [
-        [
-            f"{cell.setting}, {cell.method}, {100 * cell.sparsity:g} %",
-            *(_correlation(found[figure][cell]) for figure in names),
-        ]
+        [_title(cell), *(_correlation(found[figure][cell]) for figure in names)]
         for cell in found["effective"]
     ]
+    if not rows:
+        return ""
     title = "### Rank correlation with robust accuracy, over arms: the mean of the seeds"
     return f"{title}\n\n{markdown(head, rows)}"
 
 
-def plot(results: Sequence[Result], arms: Sequence[str], path: pathlib.Path) -> None:
-    """Draw robust accuracy and effective condition number over sparsity: a dot a run, the means."""
+def plot(plan: Plan, results: Sequence[Result], path: pathlib.Path) -> None:
+    """Draw robust accuracy over sparsity, and over the condition number at the highest one.
+
+    On the left the mean of each arm, and a dotted line for arms at sparsity 0; on the right a dot
+    for each run.
+    """
     cells = figures.by_cell(results)
-    columns = sorted({(cell.setting, cell.method) for cell in cells})
-    shape = (2, max(1, len(columns)))
+    settings = list(dict.fromkeys(cell.setting for cell in cells))
+    figure, axes = plt.subplots(
+        max(1, len(settings)), 2, figsize=(9, 3.6 * max(1, len(settings))), squeeze=False
+    )
     both = plt.get_cmap("tab20").colors  # each colour in full, then pale
-    colours = [*both[::2], *both[1::2]]
-    figure, axes = plt.subplots(*shape, figsize=(3.6 * shape[1], 6), squeeze=False, sharex="col")
-    for column, (setting, method) in enumerate(columns):
-        levels = sorted(c.sparsity for c in cells if (c.setting, c.method) == (setting, method))
-        top, bottom = axes[:, column]
-        for index, arm in enumerate(arms):
-            label = arm if column == 0 else None
-            offset = 0.8 * (index - (len(arms) - 1) / 2) / len(arms)
-            for place, level in enumerate(levels):
-                found = list(cells[Cell(setting, method, level)].get(arm, {}).values())
-                robust = [100 * result.robust for result in found]
-                effective = [result.effective for result in found]
-                for axis, values in ((top, robust), (bottom, effective)):
-                    x = [place + offset] * len(values)
-                    axis.plot(x, values, ".", color=colours[index], markersize=4, alpha=0.5)
-                if robust:
-                    middle = np.mean(robust)
-                    top.plot(place + offset, middle, "_", color=colours[index], label=label)
-                    label = None  # once is enough
-        top.set_title(f"{setting}, {method}", fontsize=9)
-        top.set_ylim(0)
-        bottom.set_yscale("log")
-        bottom.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        bottom.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        bottom.yaxis.set_minor_formatter(NullFormatter())
-        bottom.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
-        bottom.set_xlabel("zeros")
-    axes[0, 0].set_ylabel("robust accuracy, %")
-    axes[1, 0].set_ylabel("worst effective κ")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=7, frameon=False, markerscale=2)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    colours = dict(zip(plan.arms, itertools.cycle([*both[::2], *both[1::2]]), strict=False))
+    labels: dict[str, Any] = {}
+    for (left, right), setting in zip(axes, settings, strict=False):
+        here = {cell.sparsity: by_arm for cell, by_arm in cells.items() if cell.setting == setting}
+        levels = sorted(level for level in here if level)
+        for arm in plan.arms:
+            found = {level: list(here[level].get(arm, {}).values()) for level in here}
+            means = {s: 100 * _mean(each, "robust").mean for s, each in found.items() if each}
+            if 0 in means:
+                labels[arm] = left.axhline(means.pop(0), color=colours[arm], linestyle=":")
+            if means:
+                places = [levels.index(level) for level in means]
+                (labels[arm],) = left.plot(places, means.values(), ".-", color=colours[arm])
+            last = found.get(levels[-1], []) if levels else []
+            x, y = [each.effective for each in last], [100 * each.robust for each in last]
+            right.plot(x, y, ".", color=colours[arm], markersize=5)
+        left.set_title(setting, fontsize=9)
+        left.set_ylim(0)
+        left.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
+        left.set_xlabel("zeros")
+        left.set_ylabel("robust accuracy, %")
+        right.set_title(
+            f"{setting}, {100 * levels[-1]:g} % zeros" if levels else setting, fontsize=9
+        )
+        right.set_xscale("log")
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        right.xaxis.set_minor_formatter(NullFormatter())
+        right.set_xlabel("worst effective κ")
+    figure.legend(labels.values(), labels, loc="lower center", ncols=6, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.04 + 0.012 * len(labels), 1, 1))
     with _files.replaced(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
 
 
 def _title(cell: Cell) -> str:
-    return f"{cell.setting}, {cell.method}, {100 * cell.sparsity:g} % zeros"
+    return f"{cell.setting}, {100 * cell.sparsity:g} % zeros"
 
 
-def _ahead(arm: Mapping[int, Result], base: Mapping[int, Result]) -> list[str]:
-    """Return what an arm is ahead of another one in clean and robust accuracy, seed by seed."""
+def _ahead(arm: Mapping[int, Result], base: Mapping[int, Result], count: int) -> list[str]:
+    """Return what an arm is ahead of another one in clean and robust accuracy, seed by seed.
+
+    The intervals are such that as many as `count` hold together.
+    """
     return [
-        _points(figures.paired(arm, base, figure), signed=True) for figure in ("clean", "robust")
+        _points(figures.paired(arm, base, figure, count), signed=True)
+        for figure in ("clean", "robust")
     ]
 
 

@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-BASE = "none"  # the arm that others are held against
-
 
 class Estimate(NamedTuple):
-    """A mean and the half width of its 95 % interval; infinite with fewer than two values."""
+    """A mean and the half width of its interval; infinite with fewer than two values."""
 
     mean: float
     half: float
@@ -23,32 +21,10 @@ class Estimate(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What is compared: the same setting, method and sparsity."""
+    """What is compared: the same setting and sparsity."""
 
     setting: str
-    method: str
     sparsity: float
-
-
-class Layer(NamedTuple):
-    """The figures of one pruned kernel; see `inspection.condition_numbers`."""
-
-    name: str
-    condition: float
-    effective: float
-    stable_rank: float  # over the number of filters
-    dead: int
-
-    @classmethod
-    def of(cls, name: str, row: Mapping[str, Any]) -> Layer:
-        """Read the figures of a kernel from what a run has written."""
-        return cls(
-            name,
-            float(row["condition_number"]),
-            float(row["effective_condition_number"]),
-            float(row["stable_rank"]) / row["filters"],
-            row["dead_filters"],
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +34,11 @@ class Result:
     Attributes:
         cell, arm, seed: where it stands in the study.
         clean, robust: accuracies on the test set.
+        zeros: the effective sparsity: zeros, and weights on no path, among all kernels.
         lipschitz: the empirical local Lipschitz constant.
         condition: the worst condition number of the pruned kernels; inf if one has not full rank.
         effective: the worst effective condition number of the pruned kernels.
         dead: dead filters in the pruned kernels.
-        stable_rank: the mean over the pruned kernels, each over its number of filters.
-        layers: the pruned kernels.
         versions: of what made it, as "numpy 2.4.6".
     """
 
@@ -72,32 +47,29 @@ class Result:
     seed: int
     clean: float
     robust: float
+    zeros: float
     lipschitz: float
     condition: float
     effective: float
     dead: float
-    stable_rank: float
-    layers: tuple[Layer, ...] = ()
     versions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:
         """Read what a run has written."""
-        layers = tuple(
-            Layer.of(name, row) for name, row in content["kernels"].items() if row["pruned"]
-        )
+        kernels = content["kernels"].values()
+        kernels = [row for row in kernels if row["pruned"]] or list(kernels)
         return cls(
-            Cell(content["setting"], content["method"], content["sparsity"]),
+            Cell(content["setting"], content["sparsity"]),
             content["arm"],
             content["seed"],
             content["clean"],
             content["robust"],
+            content["effective_zeros"],
             float(content["lipschitz"]),
-            max(layer.condition for layer in layers),
-            max(layer.effective for layer in layers),
-            sum(layer.dead for layer in layers),
-            float(np.mean([layer.stable_rank for layer in layers])),
-            layers,
+            max(float(row["condition_number"]) for row in kernels),
+            max(float(row["effective_condition_number"]) for row in kernels),
+            sum(row["dead_filters"] for row in kernels),
             tuple(f"{name} {version}" for name, version in content["versions"].items()),
         )
 
@@ -110,21 +82,32 @@ def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, dict[int, Result]
     return dict(sorted(found.items()))
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean and Student's 95 % interval."""
+def estimate(values: Sequence[float], intervals: int = 1) -> Estimate:
+    """Return the mean and Student's interval.
+
+    Args:
+        values: independent ones.
+        intervals: how many intervals are looked at together; with 95 % probability, at least, all
+            of them hold (Bonferroni).
+    """
     count = len(values)
     if count < 2:
         return Estimate(float(np.mean(values)) if count else math.nan, math.inf, count)
-    half = stats.t.ppf(0.975, count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    quantile = stats.t.ppf(1 - 0.025 / intervals, count - 1)
+    half = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Estimate(float(np.mean(values)), float(half), count)
 
 
 def paired(
-    arm: Mapping[int, Result], base: Mapping[int, Result], figure: str = "robust"
+    arm: Mapping[int, Result],
+    base: Mapping[int, Result],
+    figure: str = "robust",
+    intervals: int = 1,
 ) -> Estimate:
     """Return the mean difference of an arm to another one over the seeds that both have."""
     seeds = sorted(set(arm) & set(base))
-    return estimate([getattr(arm[s], figure) - getattr(base[s], figure) for s in seeds])
+    differences = [getattr(arm[s], figure) - getattr(base[s], figure) for s in seeds]
+    return estimate(differences, intervals)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:

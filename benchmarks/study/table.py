@@ -19,11 +19,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.study.plan import Run
+from benchmarks.study.plan import PLACE, Run
 from tscnc_tf import _files
 from tscnc_tf.experiments.folders import read_json
 
-PLACE = ("setting", "arm", "method", "sparsity", "seed")  # where a run stands in a study
 SEPARATOR = ":"
 
 
@@ -59,7 +58,7 @@ class Store:
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Return those of some runs that have no result yet, in their order."""
         found = self.read()
-        return [run for run in runs if place(run) not in found]
+        return [run for run in runs if run.place not in found]
 
     def enter(self) -> None:
         """Move the results that stand in files of their own into the table."""
@@ -67,11 +66,6 @@ class Store:
             write(self.table, self.read().values())
             for file in files:
                 file.unlink()
-
-
-def place(run: Run) -> tuple[Any, ...]:
-    """Return where a run stands in the study."""
-    return tuple(getattr(run, name) for name in PLACE)
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.study.plan import Plan, Run
-from benchmarks.study.table import PLACE, Store, place
+from benchmarks.study.plan import PLACE, Plan, Run
+from benchmarks.study.table import Store
 from tscnc_tf import experiments
 from tscnc_tf._reports import jsonable, versions
 from tscnc_tf.experiments import Recipe, locks
@@ -24,6 +24,7 @@ from tscnc_tf.experiments.folders import read_json
 from tscnc_tf.experiments.recipe import differences
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+_TRAINING = ("train", "prune", "finetune")
 
 
 def require_current(runs: Iterable[Run], store: Store) -> None:
@@ -34,8 +35,8 @@ def require_current(runs: Iterable[Run], store: Store) -> None:
     """
     found = store.read()
     for run in runs:
-        if place(run) in found:
-            stored = found[place(run)]["recipe"]
+        if run.place in found:
+            stored = found[run.place]["recipe"]
             dataset = {"data.dataset": stored["data"]["dataset"]}
             mine = run.recipe.override(dataset)
             if stored == jsonable(mine.to_dict()):
@@ -57,7 +58,8 @@ class Job:
         plan: the path of the plan.
         files: where data of the plan are, by their names there.
         store: for the results.
-        scratch: the folder for the experiments themselves, which are removed when they are done.
+        scratch: the folder for the experiments themselves; of those that are done only the dense
+            networks are kept.
         workers: how many processes.
         minutes: no group is begun after that.
         settings: which of the plan's settings.
@@ -71,33 +73,37 @@ class Job:
     minutes: float
     settings: Sequence[str]
 
+    def missing(self) -> list[Run]:
+        """Return the trials and runs that can be begun now."""
+        runs = Plan.read(self.plan, self.files).wanted(self.store.read())
+        return self.store.missing(run for run in runs if run.setting in self.settings)
+
 
 def supervise(job: Job) -> list[str]:
     """Run what is missing until nothing is, or the time is over; return the groups that failed.
 
     A group, the runs that begin with the same dense network, is a process of its own, with a share
-    of the cores. Whoever is killed loses at most an epoch: each run goes on where it was.
+    of the cores. Whoever is killed loses at most an epoch: each run goes on where it was. Runs that
+    wait for trials are begun when these are done.
     """
     console = Console(stderr=True)
-    plan = Plan.read(job.plan, job.files)
-    runs = [run for run in plan.runs() if run.setting in job.settings]
-    begin, running = time.monotonic(), {}
-    waiting = list(dict.fromkeys(run.group for run in job.store.missing(runs)))
-    failed = []
+    begin, failed = time.monotonic(), list[str]()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    missing = job.missing()
     while True:
         for group, process in list(running.items()):
             if process.poll() is not None:
                 del running[group]
-                left = len(job.store.missing(runs))
+                missing = job.missing()
                 elapsed = (time.monotonic() - begin) / 60
                 how = "ended"
                 if process.returncode:
                     how = f"failed ({process.returncode}), see {_log(job, group)}"
                     failed.append(group)
-                console.print(f"{elapsed:6.1f} min  {group} {how}, {left} runs left")
+                console.print(f"{elapsed:6.1f} min  {group} {how}, {len(missing)} runs left")
+        waiting = [run.group for run in missing if run.group not in (*running, *failed)]
         in_time = time.monotonic() - begin < 60 * job.minutes
-        while in_time and waiting and len(running) < job.workers:
-            group = waiting.pop(0)
+        for group in list(dict.fromkeys(waiting))[: job.workers - len(running)] if in_time else ():
             running[group] = _start(job, group)
         if not running:
             return failed
@@ -134,20 +140,28 @@ def work(plan: Plan, store: Store, scratch: pathlib.Path, group: str) -> None:
         RuntimeError: another process works on the group.
     """
     with locks.exclusive(scratch / ".locks" / group):
-        _work([run for run in plan.runs() if run.group == group], store, scratch)
+        runs = [run for run in plan.wanted(store.read()) if run.group == group]
+        for run in store.missing(runs):
+            begin = time.monotonic()
+            content = finished(run, scratch)
+            store.add(run, {**content, "seconds": time.monotonic() - begin})
+            shutil.rmtree(folder_of(run, scratch))
 
 
-def _work(runs: Sequence[Run], store: Store, scratch: pathlib.Path) -> None:
-    folders = {run.name: scratch / run.setting / run.name for run in runs}
-    for run in store.missing(runs):
-        begin = time.monotonic()
-        trained = (folder / "1-train" for folder in folders.values())
-        dense = next((stage for stage in trained if (stage / "manifest.json").is_file()), None)
-        experiments.run(run.recipe, folders[run.name], dense=dense, progress=False)
-        content = {**summary(run, folders[run.name]), "seconds": time.monotonic() - begin}
-        store.add(run, content)
-    for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)
+def finished(run: Run, scratch: pathlib.Path) -> dict[str, Any]:
+    """Run an experiment, or what is missing of it; return what a study keeps."""
+    folder = folder_of(run, scratch)
+    shared = scratch / "dense" / run.setting / run.dense
+    experiments.run(run.recipe.first_stage(), shared, until="train", progress=False)
+    until = "finetune" if run.trial else "evaluate"
+    dense = shared / "1-train"
+    experiments.run(run.recipe, folder, dense=dense, until=until, progress=False)
+    return trained(run, folder) if run.trial else trained(run, folder) | judged(folder)
+
+
+def folder_of(run: Run, scratch: pathlib.Path) -> pathlib.Path:
+    """Return the folder of an experiment."""
+    return scratch / run.setting / run.name
 
 
 def portable(run: Run, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,33 +179,16 @@ def kernels(conditions: Mapping[str, Any], pruned: Set[str]) -> dict[str, dict[s
     }
 
 
-def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Return what a study keeps of an experiment."""
-    judged = folder / "4-evaluate"
-    report, conditions, lipschitz, zeros = (
-        read_json(judged / f"{name}.json", f"Remove {judged}, and run the study again.")
-        for name in ("report", "kernels", "lipschitz", "sparsity")
-    )
-    stages = {
-        stage: experiments.open_stage(folder / f"{number}-{stage}")
-        for number, stage in enumerate(("train", "prune", "finetune"), start=1)
-    }
+def trained(run: Run, folder: pathlib.Path) -> dict[str, Any]:
+    """Return where a run stands, its recipe, and the chosen epoch of each stage of training."""
+    stages = _stages(folder)
+    data = stages["train"].manifest["data"]
     chosen = {
         stage: output.metrics[output.manifest["chosen_epoch"] - 1]
         for stage, output in stages.items()
     }
-    data = stages["train"].manifest["data"]
     return {
-        **dict(zip(PLACE, place(run), strict=True)),
-        "clean": report["clean"]["accuracy"],
-        "robust": report["robust"]["accuracy"],
-        "examples": report["examples"],
-        "epsilon": report["attacks"][0]["epsilon"],
-        "attacks": {attack["name"]: attack["accuracy"] for attack in report["attacks"]},
-        "notes": [*report["warnings"], *report["notes"]],
-        "lipschitz": lipschitz["mean"],
-        "zeros": zeros["sparsity"],
-        "kernels": kernels(conditions, set(stages["prune"].masks)),
+        **dict(zip(PLACE, run.place, strict=True)),
         "validation": {
             stage: {
                 "epoch": row["epoch"],
@@ -205,6 +202,34 @@ def summary(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         "recipe": portable(run, data),
         "data": data,
         "versions": versions(),
+    }
+
+
+def judged(folder: pathlib.Path) -> dict[str, Any]:
+    """Return the figures of a finished network: on the test set, and of its kernels."""
+    place = folder / "4-evaluate"
+    report, conditions, lipschitz, zeros = (
+        read_json(place / f"{name}.json", f"Remove {place}, and run the study again.")
+        for name in ("report", "kernels", "lipschitz", "sparsity")
+    )
+    return {
+        "clean": report["clean"]["accuracy"],
+        "robust": report["robust"]["accuracy"],
+        "examples": report["examples"],
+        "epsilon": report["attacks"][0]["epsilon"],
+        "attacks": {attack["name"]: attack["accuracy"] for attack in report["attacks"]},
+        "notes": [*report["warnings"], *report["notes"]],
+        "lipschitz": lipschitz["mean"],
+        "zeros": zeros["sparsity"],
+        "effective_zeros": zeros["effective_sparsity"],
+        "kernels": kernels(conditions, set(_stages(folder)["prune"].masks)),
+    }
+
+
+def _stages(folder: pathlib.Path) -> dict[str, experiments.StageOutput]:
+    return {
+        stage: experiments.open_stage(folder / f"{number}-{stage}")
+        for number, stage in enumerate(_TRAINING, start=1)
     }
 
 

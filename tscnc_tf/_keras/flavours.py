@@ -47,12 +47,15 @@ def registered_as(name: str) -> Callable[[type], type]:
 
 
 def library_of(cls: type) -> types.ModuleType:
-    """Return the Keras that a class of models or layers belongs to."""
-    return keras if issubclass(cls, keras.layers.Layer) else tf_keras
+    """Return the Keras that a class of models, layers or optimizers belongs to."""
+    is_keras_3 = issubclass(cls, keras.layers.Layer | keras.optimizers.Optimizer)
+    return keras if is_keras_3 else tf_keras
 
 
 class Trainer:
-    """Marks models that train another one; the other one is pruned and exported."""
+    """Marks models that train another one, `model`, which is pruned and exported."""
+
+    model: Any
 
 
 class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):

@@ -202,6 +202,24 @@ def after_step(model: Any, optimizer: Any) -> None:
         pruner.step(optimizer, is_constrained=True)
 
 
+def assign(variable: Any, value: Any) -> Any:
+    """Set a variable to a value."""
+    return variable.assign(value)
+
+
+def keep(variable: Any, mask: Any) -> Any:
+    """Set a variable to zero where its mask is False."""
+    return variable.assign(kept(variable, mask))
+
+
+def kept(value: Any, mask: Any) -> tf.Tensor:
+    """Return values, and zero where their mask is False."""
+    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
+    # `tf.where`, which is slower, as it looks for shapes to broadcast.
+    value = tf.convert_to_tensor(value)
+    return tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))
+
+
 def names(model: Any) -> dict[int, str]:
     """Return the names of variables that belong to pruning, not to the network, by their ids."""
     found: dict[int, str] = {}

@@ -14,6 +14,8 @@ from tscnc_tf._keras.flavours import tensor_variable
 
 Pairs = list[tuple[Any, Any]]  # of a gradient and a weight
 
+_SUMS = "_accumulated_gradients"  # where Keras 3 keeps those of batches since the last step
+
 _INTERCEPTED: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -22,7 +24,7 @@ def innermost(optimizer: Any) -> Any:
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def companions(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
+def companions(optimizer: Any, variables: Sequence[Any], *, sums: bool = True) -> list[list[Any]]:
     """Return for each of some weights what an optimizer keeps for it in its own shape.
 
     Those are its slots (momentum, second moments), accumulated gradients and moving averages. All
@@ -31,6 +33,7 @@ def companions(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
     Args:
         optimizer: an optimizer of either Keras, or None.
         variables: weights that it trains; for one that it does not know, the list is empty.
+        sums: whether accumulated gradients are among it.
     """
     if optimizer is None:
         return [[] for _ in variables]
@@ -41,8 +44,9 @@ def companions(optimizer: Any, variables: Sequence[Any]) -> list[list[Any]]:
     positions = _positions(optimizer)
     lists = [
         kept
-        for kept in vars(optimizer).values()
+        for name, kept in vars(optimizer).items()
         if isinstance(kept, list | tuple) and len(kept) == len(positions)
+        if sums or name != _SUMS
     ]
 
     def kept_for(variable: Any) -> list[Any]:
@@ -69,6 +73,14 @@ def average(optimizer: Any, variable: Any) -> Any:
     known = {key(kept) for kept in averages or () if kept is not None}
     (kept,) = companions(optimizer, [variable])
     return next((companion for companion in kept if key(companion) in known), None)
+
+
+def restart_averages(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Let an optimizer's moving averages of some weights begin anew with these as they are."""
+    for variable in variables:
+        averaged = average(optimizer, variable)
+        if averaged is not None:
+            tensor_variable(averaged).assign(tf.convert_to_tensor(tensor_variable(variable)))
 
 
 def is_optimizer(obj: Any) -> bool:
@@ -214,6 +226,33 @@ def _positions(optimizer: Any) -> dict[Any, int]:
         known = getattr(optimizer, "_trainable_variables", None) or []
         return {key(variable): index for index, variable in enumerate(known)}
     return dict(getattr(optimizer, "_index_dict", {}))
+
+
+def summed_up(optimizer: Any, gradients: list[Any], variables: list[Any]) -> list[Any]:
+    """Return gradients summed over replicas, and over batches since an optimizer's last step.
+
+    What a loss scale has multiplied remains so, unless several batches are summed up.
+
+    Args:
+        optimizer: of either Keras, before its step.
+        gradients: of a batch, dense; None where there is none.
+        variables: the weights that they belong to.
+    """
+    sums = getattr(innermost(optimizer), _SUMS, None)
+    if sums:
+        positions = _positions(innermost(optimizer))
+        scale = optimizer.scale_loss(tf.ones(()))
+        pairs = zip(gradients, variables, strict=True)
+        gradients = [
+            g if g is None else g / scale + tensor_variable(sums[positions[key(variable)]])
+            for g, variable in pairs
+        ]
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return gradients
+    known = [gradient for gradient in gradients if gradient is not None]
+    found = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, known))
+    return [gradient if gradient is None else next(found) for gradient in gradients]
 
 
 def key(variable: Any) -> Any:

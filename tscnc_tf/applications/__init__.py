@@ -1,4 +1,4 @@
-"""The networks of the literature on robust pruning, in their forms for CIFAR.
+"""The networks of the literature on robust pruning, in their forms for CIFAR, and smaller ones.
 
 Each function returns a built functional model that takes images in [0, 1] and returns logits, with
 new weights. They have these keyword arguments in common:
@@ -16,8 +16,9 @@ new weights. They have these keyword arguments in common:
 * `name=None`: of the model; None is its kind, such as "resnet18" or "wrn28x4".
 
 They differ from the first papers as the later literature does: 3x3 stems of stride 1 with no
-pooling after them, BatchNorm before each activation (but for VGG's hidden dense layers), no biases
-before BatchNorm, which would take them away, and projections as shortcuts where the shape changes.
+pooling after them, BatchNorm before each activation (but for hidden dense layers), no biases before
+BatchNorm, which would take them away, and projections as shortcuts where the shape changes. (LeNet5
+is as in its papers: kernels of 5x5, pooling after each convolution, biases, no BatchNorm.)
 BatchNorm keeps 0.9 of its averages at each step. Strided convolutions pad as `padding="same"` does,
 at the end only; PyTorch pads at both ends.
 
@@ -27,15 +28,17 @@ convolutions `stage_...`, so that `layers="stage_*"` leaves out what is best lef
 Under a mixed precision policy the normalisation and the logits are computed in float32.
 """
 
-from tscnc_tf.applications.plain import VGG16, SmallCNN
+from tscnc_tf.applications.plain import VGG8, VGG16, LeNet5, SmallCNN
 from tscnc_tf.applications.resnet import ResNet18, ResNet20
 from tscnc_tf.applications.wide_resnet import WideResNet, WRN28x4, WRN28x10, WRN34x10, WRN40x4
 
 __all__ = [
+    "LeNet5",
     "ResNet18",
     "ResNet20",
     "SmallCNN",
     "VGG16",
+    "VGG8",
     "WRN28x10",
     "WRN28x4",
     "WRN34x10",

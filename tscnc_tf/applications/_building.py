@@ -78,15 +78,22 @@ class Builder:
         return self.activated(x, "stem_activation")
 
     def convolution(
-        self, x: Any, name: str, filters: int, *, size: int = 3, stride: int = 1
+        self,
+        x: Any,
+        name: str,
+        filters: int,
+        *,
+        size: int = 3,
+        stride: int = 1,
+        use_bias: bool = False,
     ) -> Any:
-        """Return a convolution of x without a bias, padded to the size of x over the stride."""
+        """Return a convolution of x, padded to the size of x over the stride."""
         return self.layers.Conv2D(
             filters,
             size,
             strides=stride,
             padding="same",
-            use_bias=False,
+            use_bias=use_bias,
             kernel_initializer=self._initializer(),
             name=name,
         )(x)

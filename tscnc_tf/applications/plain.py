@@ -50,6 +50,82 @@ def VGG16(*, head: str = "hidden", width: int = 64, **options: Unpack[Options]) 
     return build.model(x)
 
 
+def VGG8(*, width: int = 32, **options: Unpack[Options]) -> Any:
+    """Return a small VGG with BatchNorm: three stages of two convolutions, and two dense layers.
+
+    For 10 classes it has 814,570 trainable parameters, of images of 28x28 pixels and one channel
+    584,618. Convolutions are called `stem`, `stage_1_conv_2`, `stage_2_conv_1` and so on to
+    `stage_3_conv_2`, then `hidden_1`. The kernels between the first and the last have from 9,216
+    weights (`stage_1_conv_2`) to 524,288 (`hidden_1`).
+
+    Args:
+        width: the number of channels of the first stage; the later ones have twice and four times
+            as many, the dense layer eight times.
+        **options: see `tscnc_tf.applications`; `input_shape` of 8x8 or more.
+
+    Returns:
+        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
+
+    Raises:
+        TypeError: an argument is not of the kind said there.
+        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+
+    Example:
+        >>> VGG8(input_shape=(28, 28, 1), mean=(0.286,), std=(0.353,)).output_shape
+        (None, 10)
+
+    Reference:
+        Simonyan & Zisserman 2015, arXiv 1409.1556, whose stages these are the first three of, each
+        with two convolutions.
+    """
+    width = _checks.integer("width", width, minimum=1)
+    build = Builder("vgg8", 8, **options)
+    x = _stages(build, [(factor * width, 2) for factor in (1, 2, 4)])
+    x = build.hidden(build.layers.Flatten(name="flatten")(x), "hidden_1", 8 * width)
+    return build.model(x)
+
+
+def LeNet5(
+    *, width: int = 32, hidden: int = 1024, kernel_size: int = 5, **options: Unpack[Options]
+) -> Any:
+    """Return the LeNet-5 of the literature on robustness: two convolutions and two dense layers.
+
+    For 10 classes it has 4,259,274 trainable parameters, of images of 28x28 pixels and one channel
+    3,274,634, 98 % of them in the dense layer `hidden_1`. The convolutions, `stem` and
+    `stage_2_conv_1`, have biases and no BatchNorm; each is followed by the activation and pooling.
+
+    Args:
+        width: the number of channels of the first convolution; the second has twice as many.
+        hidden: the number of units of the dense layer.
+        kernel_size: height and width of the convolutions' kernels.
+        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
+
+    Returns:
+        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
+
+    Raises:
+        TypeError: an argument is not of the kind said there.
+        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+
+    Example:
+        >>> LeNet5(input_shape=(28, 28, 1)).count_params()
+        3274634
+
+    Reference:
+        LeCun et al. 1998; widths of Madry et al. 2018, arXiv 1706.06083, section 5 (MNIST).
+    """
+    width = _checks.integer("width", width, minimum=1)
+    hidden = _checks.integer("hidden", hidden, minimum=1)
+    size = _checks.integer("kernel_size", kernel_size, minimum=1)
+    build = Builder("lenet5", 4, **options)
+    x = build.convolution(build.inputs, "stem", width, size=size, use_bias=True)
+    x = build.layers.MaxPooling2D(name="stage_1_pool")(build.activated(x, "stem_activation"))
+    x = build.convolution(x, "stage_2_conv_1", 2 * width, size=size, use_bias=True)
+    x = build.activated(x, "stage_2_activation_1")
+    x = build.layers.MaxPooling2D(name="stage_2_pool")(x)
+    return build.model(build.hidden(build.layers.Flatten(name="flatten")(x), "hidden_1", hidden))
+
+
 def SmallCNN(*, width: int = 16, **options: Unpack[Options]) -> Any:
     """Return a network that a CPU trains in minutes: two stages of two convolutions, and logits.
 

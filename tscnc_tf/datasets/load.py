@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import Any
 
-from tscnc_tf.datasets import arrays, folders, npz, resizing, sources, splits
+from tscnc_tf.datasets import arrays, folders, idx, npz, resizing, sources, splits
 from tscnc_tf.datasets.dataset import Dataset
 
 
@@ -27,7 +27,11 @@ def load(
 
     * `"digits"`: scikit-learn's 8x8 digits, which need no internet.
     * `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"cifar100"`: by `keras.datasets`, which fetches
-      them once. Where it can't, the error says which file to put where.
+      them once. Where it can't, the error says which file to put where. The first two are read from
+      IDX files in `folder` where that is given; and `"fashion_mnist"` without it from
+      /usr/share/datasets/fashion-mnist, where Debian's package dataset-fashion-mnist puts it, if
+      that is there. Its classes are T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt,
+      Sneaker, Bag and Ankle boot. The data are the same from all three.
     * `"svhn"`: train_32x32.mat and test_32x32.mat, in `folder`.
     * `"tiny-imagenet"`: the unpacked folder tiny-imagenet-200, or the one that it lies in, as
       `folder`. Its validation images are the test.
@@ -39,6 +43,9 @@ def load(
       integers or one-hot. Or of packed JPEG or PNG files: `train_bytes` (all files, one after the
       other, uint8), `train_offsets` (where each begins, and the end), `train_labels`, and the same
       for `test`. An entry `class_names` may be beside them.
+    * a folder of IDX files, as those of MNIST: `train-images-idx3-ubyte`,
+      `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte` (or
+      `train-images.idx3-ubyte` and so on), gzipped, with `.gz` at the end, or not.
     * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
       `<class>/*` (or `train/<class>/*`), of which a test part is cut.
 
@@ -47,12 +54,13 @@ def load(
             `"./mnist"`.
         validation: how many training images become the validation part: a fraction below 1, or a
             count. Of each class the same share; 0 for none.
-        test: the same for the test part, if the source has none of its own (digits, folders
-            without test images), else ignored; it is cut before the validation part.
+        test: the same for the test part, if the source has none of its own (digits, folders of
+            images without test images), else ignored; it is cut before the validation part.
         seed: of the validation cut.
         test_seed: of the test cut; apart from `seed`, so that experiments with different seeds have
             the same test images, and none has trained on those of another.
-        folder: where the files of "svhn" and "tiny-imagenet" are.
+        folder: where the files of "svhn" and "tiny-imagenet" are, which need it, or the IDX files
+            of "mnist" or "fashion_mnist".
         image_size: `(height, width)` to resize to, antialiased; None: as they are.
 
     Returns:
@@ -119,7 +127,7 @@ def _read(
         )
     if folder is not None and name_or_path not in sources.IN_FOLDERS:
         raise ValueError(
-            f"folder is for {' and '.join(map(repr, sources.IN_FOLDERS))} only, got "
+            f"folder is for {', '.join(map(repr, sources.IN_FOLDERS))} only, got "
             f"{folder!r} with {name_or_path!r}. A path of one's own is the first argument."
         )
     if name_or_path in sources.NAMES:
@@ -127,7 +135,8 @@ def _read(
         return str(name_or_path), sources.read(str(name_or_path), where, image_size)
     path = pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
-        return path.resolve().name, folders.read(path, image_size)
+        raw = idx.read(path) if idx.holds(path) else folders.read(path, image_size)
+        return path.resolve().name, raw
     if not path.exists():
         raise FileNotFoundError(
             f"name_or_path must be one of {', '.join(map(repr, sources.NAMES))}, or the path of an "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 
 from tscnc_tf import _keras
 from tscnc_tf._extras import require_extra
-from tscnc_tf.datasets import folders
+from tscnc_tf.datasets import folders, idx
 from tscnc_tf.datasets.arrays import Raw
 
 _GOOGLE = "https://storage.googleapis.com/tensorflow/tf-keras-datasets"
@@ -89,8 +90,20 @@ KERAS_SETS = {
 }
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 NAMES = ("digits", *KERAS_SETS, "svhn", "tiny-imagenet")
-# Those that are read from the argument `folder`.
-IN_FOLDERS = ("svhn", "tiny-imagenet")
+# Those that can be read from IDX files, and those that are read from the argument `folder`.
+IN_IDX = ("mnist", "fashion_mnist")
+IN_FOLDERS = (*IN_IDX, "svhn", "tiny-imagenet")
+# Where Debian's package dataset-fashion-mnist puts its IDX files.
+FASHION_PACKAGE = pathlib.Path("/usr/share/datasets/fashion-mnist")
+_IDX_WAY = "Or give the folder with its four IDX files as folder=... "
+# How to come by a data set of Keras besides, for the error that says that it is missing.
+_OTHER_WAYS = {
+    "mnist": _IDX_WAY,
+    "fashion_mnist": (
+        "Or install Debian's package: apt-get install dataset-fashion-mnist, which is found in "
+        f"{FASHION_PACKAGE}. {_IDX_WAY}"
+    ),
+}
 
 
 def read(name: str, folder: pathlib.Path | None, image_size: tuple[int, int] | None) -> Raw:
@@ -103,8 +116,12 @@ def read(name: str, folder: pathlib.Path | None, image_size: tuple[int, int] | N
     """
     if name == "digits":
         return _digits()
+    if name == "fashion_mnist" and folder is None and idx.holds(FASHION_PACKAGE):
+        folder = FASHION_PACKAGE
+    if name in IN_IDX and folder is not None:
+        return _known(name, idx.read(folder))
     if name in KERAS_SETS:
-        return _from_keras(name)
+        return _known(name, _from_keras(name))
     if name == "svhn":
         return _svhn(folder)
     return _tiny_imagenet(folder, image_size)
@@ -117,24 +134,26 @@ def _digits() -> Raw:
     return Raw(pixels, data.target, class_names=DIGITS, augmentation="crop")
 
 
-def _from_keras(name: str) -> Raw:
+def _known(name: str, raw: Raw) -> Raw:
+    """Return a set of `KERAS_SETS` with the names of its classes and its usual augmentation."""
     known = KERAS_SETS[name]
+    return dataclasses.replace(raw, class_names=known.class_names, augmentation=known.augmentation)
+
+
+def _from_keras(name: str) -> Raw:
     load_data: Callable[[], Any] = getattr(_keras.keras.datasets, name).load_data
     try:
         (x_train, y_train), (x_test, y_test) = load_data()
     except Exception as error:  # Keras raises a bare Exception where it can't fetch a file
         home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras"))
-        goals = "; ".join(f"{url} as {home / goal}" for url, goal in known.files.items())
+        files = KERAS_SETS[name].files
+        goals = "; ".join(f"{url} as {home / goal}" for url, goal in files.items())
         raise FileNotFoundError(
             f"{name} is not on this machine, or damaged, and can't be fetched ({error}). Bring it "
-            f"from a machine with internet access: {goals}. Or pass the path of an .npz file that "
-            "holds x_train, y_train, x_test and y_test."
+            f"from a machine with internet access: {goals}. {_OTHER_WAYS.get(name, '')}Or pass the "
+            "path of an .npz file that holds x_train, y_train, x_test and y_test."
         ) from error
-    return Raw(
-        *(x_train, y_train, x_test, y_test),
-        class_names=known.class_names,
-        augmentation=known.augmentation,
-    )
+    return Raw(x_train, y_train, x_test, y_test)
 
 
 def _svhn(folder: pathlib.Path | None) -> Raw:

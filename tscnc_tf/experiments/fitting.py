@@ -43,7 +43,7 @@ def fit(
         on_batch: called after each step with the number of steps of the stage so far.
     """
     settings = getattr(recipe, stage)
-    checkpoints = CheckpointCallback(recipe, data, folder, on_batch)
+    checkpoints = CheckpointCallback(recipe, stage, data, folder, on_batch)
     done = checkpoints.resume(trainer)
     if done == settings.epochs:
         return
@@ -100,11 +100,13 @@ class CheckpointCallback(flavours.Callback):
     def __init__(
         self,
         recipe: Recipe,
+        stage: str,
         data: datasets.Dataset,
         folder: pathlib.Path,
         on_batch: Callable[[int], None],
     ) -> None:
         super().__init__()
+        self.settings = getattr(recipe, stage)
         self.recipe, self.data, self.folder = recipe, data, folder
         self.on_batch = on_batch
         self.rows: list[dict[str, Any]] = []
@@ -122,6 +124,10 @@ class CheckpointCallback(flavours.Callback):
         folders.write_metrics(self.folder, self.rows)
         return done
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Let the perturbation of the weights begin with its first epoch."""
+        self.model.awp = stages.awp(self.settings, epoch)
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Report the progress."""
         self.on_batch(len(self.rows) * self.params["steps"] + batch + 1)
@@ -129,6 +135,8 @@ class CheckpointCallback(flavours.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Validate; write the best weights, the metrics and the checkpoint, in this order."""
         trainer = self.model
+        if epoch < self.settings.average_from:
+            optimizers.restart_averages(trainer.optimizer, trainer.model.trainable_variables)
         with averaged(trainer.model, trainer.optimizer):
             row = {"epoch": epoch + 1, **(logs or {}), **self._validate(trainer.model)}
             if self._is_best(row):

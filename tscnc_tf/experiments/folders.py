@@ -144,7 +144,8 @@ def open_dense(dense: pathlib.Path, recipe: Recipe) -> StageOutput:
     if (stage := output.manifest["stage"]) != "train":
         raise ValueError(f"dense must be a stage of training, got {dense}: {stage}.")
     theirs = Recipe.from_dict(output.manifest["recipe"]).first_stage()
-    if changed := differences(jsonable(theirs), jsonable(recipe.first_stage())):
+    mine = recipe.first_stage()
+    if changed := differences(jsonable(theirs.to_dict()), jsonable(mine.to_dict())):
         raise ValueError(
             f"dense={str(dense)!r} was trained by another recipe: {'; '.join(changed)}."
         )

@@ -7,12 +7,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from tscnc_tf import _checks, regularizers
+from tscnc_tf import _checks, pruning, regularizers
 from tscnc_tf.datasets import resizing, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 
 ARCHITECTURES = {
     "small-cnn": "SmallCNN",
+    "lenet-5": "LeNet5",
+    "vgg-8": "VGG8",
     "resnet-18": "ResNet18",
     "resnet-20": "ResNet20",
     "vgg-16": "VGG16",
@@ -25,7 +27,9 @@ ARCHITECTURES = {
 STAGES = ("train", "prune", "finetune")
 ATTACKS = ("pgd", "apgd", "autoattack")
 SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
+REGROWTH = ("fraction", "criterion", "until", "frequency", "across_layers")
 LOSSES = ("trades", "madry", "mart")
+WEIGHT_DECAYS = ("l2", "decoupled")
 
 Check = Callable[[str, Any], Any]
 
@@ -99,6 +103,18 @@ def _scope(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must name at least one pattern, got {{}}.")
     for pattern, sparsity in value.items():
         _checks.sparsity(f"{name}[{pattern!r}]", sparsity)
+    return value
+
+
+def _regrowth(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be names with values, of {REGROWTH}, got {value!r}.")
+    if unknown := [key for key in value if key not in REGROWTH]:
+        raise ValueError(f"{name} must have names of {REGROWTH}, got {unknown}.")
+    try:
+        pruning.Regrowth(**value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
     return value
 
 
@@ -246,9 +262,17 @@ class Training(Checked):
         drops: fractions of the stage after which the learning rate drops.
         drop: factor by which it drops.
         momentum: Nesterov momentum.
-        weight_decay: decoupled weight decay of all trainable weights.
+        weight_decay: weight decay of all trainable weights, with method "scores" of the scores.
+        weight_decay_kind: "l2" (in the gradient, as in the literature and in PyTorch's SGD, see
+            `training.SGDWithL2`), as in the recipes of this package; or "decoupled" (beside the
+            momentum, as Keras' own; at momentum 0.9 the same number acts a tenth as much), which is
+            what a recipe means that says nothing.
         average: momentum of the moving averages of the weights, which are validated and kept; 0 for
-            none.
+            none. They hold zeros where masks do; the statistics of BatchNorm are those of training.
+        average_from: number of epochs before the averages begin, with the weights as they are then;
+            until then the weights themselves are validated and kept.
+        awp: gamma of the adversarial weight perturbation, see `training.AWP`; 0 for none.
+        awp_from: number of epochs before it begins, as the step is then compiled anew.
         loss: "trades", "madry" or "mart".
         beta: factor of the robust term of TRADES and MART.
         jit_compile: whether the step is compiled by XLA.
@@ -262,10 +286,28 @@ class Training(Checked):
     drop: Share = 0.2
     momentum: Momentum = 0.9
     weight_decay: Factor = 5e-4
+    weight_decay_kind: Annotated[str, _one_of(*WEIGHT_DECAYS)] = "decoupled"
     average: Momentum = 0.99
+    average_from: CountOrZero = 0
+    awp: Factor = 0.0
+    awp_from: CountOrZero = 0
     loss: Annotated[str, _one_of(*LOSSES)] = "trades"
     beta: Factor = 6.0
     jit_compile: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, usual in (("average", 0.99), ("awp", 0.005)):
+            begin = getattr(self, f"{name}_from")
+            if begin and not getattr(self, name):
+                raise ValueError(
+                    f"{name}_from must be 0 with {name}=0, got {begin}: there is nothing that "
+                    f"could begin. Set {name}, such as {usual}."
+                )
+            if begin >= self.epochs:
+                raise ValueError(
+                    f"{name}_from must be less than epochs, {self.epochs}, got {begin}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,9 +323,15 @@ class Pruning(Training):
             network.
         min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
         min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
-        ramp: with "magnitude", the fraction of the stage over which the sparsity rises.
+        min_per_input: number of weights that every input channel or unit keeps, see there.
+        ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for all
+            at once, at the first step.
         frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
             in all with "magnitude", and for one in each step with "scores".
+        regrowth: with "magnitude", how kept weights change places: `fraction`, `criterion`,
+            `until` (of the stage), `frequency` (if not given, 50 times in the stage) and
+            `across_layers` of `pruning.Regrowth`; {} for its defaults, None for none. With a ramp
+            of 0 the stage is sparse from the start.
     """
 
     epochs: Count = 20
@@ -295,14 +343,21 @@ class Pruning(Training):
     scope: Annotated[Any, _scope] = "layer"
     min_weights: Count = 1
     min_per_filter: CountOrZero = 0
-    ramp: Share = 0.6
+    min_per_input: CountOrZero = 0
+    ramp: Annotated[float, functools.partial(_checks.number, minimum=0.0, maximum=1.0)] = 0.6
     frequency: OptionalCount = None
+    regrowth: Annotated[Any, _or_none(_regrowth)] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method == "scores" and self.average:
             raise ValueError(
                 f"average must be 0 with method='scores', got {self.average}: weights are frozen."
+            )
+        if self.method == "scores" and self.regrowth is not None:
+            raise ValueError(
+                f"regrowth must be null with method='scores', got {self.regrowth!r}: there weights "
+                "come back by their scores. Take method='magnitude'."
             )
 
 
@@ -313,12 +368,15 @@ class FineTuning(Training):
     Args:
         loss: "trades", "madry", "mart" or "rslad": distillation from the dense network that the
             first stage has trained.
+        recalibrate: whether each channel gets the mean and variance first that it has in the dense
+            network, see `pruning.recalibrate`.
     """
 
     epochs: Count = 100
     learning_rate: Positive = 0.01
     decay: Decay = "cosine"
     loss: Annotated[str, _one_of(*LOSSES, "rslad")] = "trades"
+    recalibrate: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,20 +160,35 @@ class Recipe(Checked):
         none = {"constraints.sparsity_factor": 0.0, "constraints.condition_factor": 0.0}
         return self.override({**none, "gates.sparsity_factor": 0.0})
 
-    def first_stage(self) -> dict[str, Any]:
-        """Return what the first stage depends on; recipes in which it is equal can share it."""
-        values = self.to_dict()
-        constraints, gates = values["constraints"], values["gates"]
-        if "train" not in constraints.pop("stages"):
-            constraints = None
-        gates = {**gates, "a": values["constraints"]["a"]} if gates["sparsity_factor"] else None
-        for of_the_test_set in ("attack", "steps", "restarts"):
-            del values["evaluate"][of_the_test_set]
-        shared = ("seed", "data", "network", "adversary", "train", "evaluate")
-        return {name: values[name] for name in shared} | {
-            "constraints": constraints,
-            "gates": gates,
+    def first_stage(self) -> Self:
+        """Return the recipe with the default for all that the first stage does not depend on.
+
+        Recipes in which it is equal can share that stage.
+        """
+        constraints, gates = self.constraints, self.gates
+        if not gates.sparsity_factor:
+            gates = Gates()
+        if "train" in constraints.stages and (
+            constraints.sparsity_factor or constraints.condition_factor
+        ):
+            constraints = dataclasses.replace(constraints, stages=("train",))
+        else:
+            shape = constraints.a if gates.sparsity_factor else Constraints.a
+            constraints = Constraints(sparsity_factor=0.0, condition_factor=0.0, a=shape)
+        of_the_test_set = {
+            name: getattr(Evaluation, name) for name in ("attack", "steps", "restarts")
         }
+        return dataclasses.replace(
+            type(self)(),
+            seed=self.seed,
+            data=self.data,
+            network=self.network,
+            adversary=self.adversary,
+            constraints=constraints,
+            gates=gates,
+            train=self.train,
+            evaluate=dataclasses.replace(self.evaluate, **of_the_test_set),
+        )
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,7 @@ def run(
     folder: str | pathlib.Path,
     *,
     dense: str | pathlib.Path | None = None,
+    until: str = "evaluate",
     progress: bool = True,
 ) -> pathlib.Path:
     """Run an experiment: adversarial training, pruning, fine-tuning, evaluation and export.
@@ -55,6 +56,7 @@ def run(
         dense: the folder of a complete first stage of another experiment, to be copied instead of
             trained; the recipes must be equal in everything that the first stage depends on. So one
             dense network can be pruned in several ways.
+        until: the last stage to run; a later call goes on from there.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Returns:
@@ -80,6 +82,7 @@ def run(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {recipe!r} of type {type(recipe).__name__}.")
     folder = pathlib.Path(folder).expanduser().absolute()
+    _checks.one_of("until", until, (*STAGES, "evaluate"))
     progress = _checks.boolean("progress", progress)
     new = folders.is_new(folder, recipe)
     source = None if dense is None else folders.open_dense(pathlib.Path(dense), recipe)
@@ -90,12 +93,14 @@ def run(
         folders.claim(folder, recipe, data)
         if source is not None:
             folders.copy_dense(source, folder)
-        _run(recipe, data, folder, progress)
+        _run(recipe, data, folder, until, progress)
     return folder
 
 
-def _run(recipe: Recipe, data: datasets.Dataset, folder: pathlib.Path, progress: bool) -> None:
-    """Run the stages that are not complete; check the files of the others."""
+def _run(
+    recipe: Recipe, data: datasets.Dataset, folder: pathlib.Path, until: str, progress: bool
+) -> None:
+    """Run the stages up to a last one that are not complete; check the files of the others."""
     outputs: list[folders.StageOutput] = []
     with _bar(recipe, data, progress) as show:
         for stage in STAGES:
@@ -106,6 +111,8 @@ def _run(recipe: Recipe, data: datasets.Dataset, folder: pathlib.Path, progress:
             outputs.append(folders.open_stage(goal))
             folders.require_same_data(goal, outputs[-1].manifest["data"], data)
             show(stage, stages.steps(recipe, stage, data))
+            if stage == until:
+                return
     goal = folders.stage_folder(folder, "evaluate")
     if not folders.is_complete(goal):
         _evaluate(recipe, data, outputs[-1].model, goal, progress)

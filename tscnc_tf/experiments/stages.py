@@ -21,9 +21,10 @@ from tscnc_tf import (
 )
 from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
-from tscnc_tf.training import AdversarialTraining
+from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
 
 ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
+CALIBRATION = 1024  # the training images that a pruned network is recalibrated on
 
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
@@ -120,7 +121,8 @@ def trainer(
         stage: "train", "prune" or "finetune".
         data: of the recipe.
         previous: the model of the stage before; None for the first.
-        teacher: the dense, robust model to distil from, if the loss is "rslad".
+        teacher: the dense, robust model, to distil from with the loss "rslad", and to recalibrate
+            by.
     """
     settings: Training = getattr(recipe, stage)
     count = steps(recipe, stage, data)
@@ -132,6 +134,8 @@ def trainer(
         model = _pruned(recipe, model, count)
     elif stage == "finetune":
         pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
+        if recipe.finetune.recalibrate:
+            pruning.recalibrate(model, data.arrays("train")[0][:CALIBRATION], dense=teacher)
     made = AdversarialTraining(
         model,
         attack=attacks.PGD(
@@ -140,6 +144,7 @@ def trainer(
             steps=recipe.adversary.steps,
         ),
         loss=_loss(settings, teacher),
+        awp=awp(settings, 0),
         seed=recipe.seed + 1000 * STAGES.index(stage),
         name=stage,
     )
@@ -229,7 +234,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         "layers": pruned_layers(part),
         "scope": part.scope,
         "min_weights": part.min_weights,
-        "structure": pruning.Unstructured(part.min_per_filter),
+        "structure": pruning.Unstructured(part.min_per_filter, part.min_per_input),
     }
     if part.scope == "condition":
         options["scope"] = pruning.condition_budgets(
@@ -254,13 +259,18 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
     from tscnc_tf import schedules  # imports tfmot, if it is installed
 
     end = max(2, round(part.ramp * steps))
-    schedule = schedules.CosineSparsity(
+    schedule: Any = schedules.CosineSparsity(
         0.0,
         recipe.sparsity,
         begin_step=1,
         end_step=end,
         frequency=part.frequency or max(1, end // 50),
     )
+    if part.ramp == 0.0:
+        schedule = schedules.OneShot(recipe.sparsity)
+    if part.regrowth is not None:
+        regrowth = {"frequency": max(1, steps // 50), **part.regrowth}
+        options["regrowth"] = pruning.Regrowth(**regrowth, steps=steps, seed=recipe.seed)
     return pruning.prune(model, schedule, engine="masks", **options)
 
 
@@ -274,6 +284,11 @@ def _loss(settings: Training, teacher: Any) -> losses.RobustLoss:
     return losses.TRADES(beta=settings.beta)
 
 
+def awp(settings: Training, epoch: int) -> AWP | None:
+    """Return the perturbation of the weights in an epoch of a stage, counted from 0."""
+    return AWP(settings.awp) if settings.awp and epoch >= settings.awp_from else None
+
+
 def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
     optimizers = library(recipe).optimizers
     rate: Any = settings.learning_rate
@@ -284,14 +299,13 @@ def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
             [round(fraction * steps) for fraction in settings.drops],
             [rate * settings.drop**power for power in range(len(settings.drops) + 1)],
         )
-    averages = {"use_ema": True, "ema_momentum": settings.average} if settings.average else {}
-    return optimizers.SGD(
-        rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0.0,
-        weight_decay=settings.weight_decay or None,
-        **averages,
-    )
+    options: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.momentum > 0.0}
+    if settings.average:
+        options |= {"use_ema": True, "ema_momentum": settings.average}
+    if settings.weight_decay and settings.weight_decay_kind == "l2":
+        options |= {"weight_decay": settings.weight_decay, "library": recipe.network.library}
+        return SGDWithL2(rate, **options)
+    return optimizers.SGD(rate, weight_decay=settings.weight_decay or None, **options)
 
 
 @contextlib.contextmanager

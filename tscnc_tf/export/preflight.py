@@ -65,7 +65,8 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
     with flavours.scope(model):
         require_finite(model)
         stripped = strip(model)
-        weights, sizes = inspection.sparsity(model), inspection.sizes(model, gzip=False)
+        weights = inspection.sparsity(model).without_paths()
+        sizes = inspection.sizes(model, gzip=False)
         if expected_sparsity is not None:
             require_sparsity(weights, expected_sparsity)
         logits = _probe.outputs(lambda x: stripped(x, training=False), batch)

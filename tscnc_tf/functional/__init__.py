@@ -9,7 +9,13 @@ from tscnc_tf.functional.constraints import (
 )
 from tscnc_tf.functional.gates import deterministic_gate, hard_concrete, open_probability
 from tscnc_tf.functional.kernels import canonical, group_norms, matrices, restore
-from tscnc_tf.functional.masks import kept_count, largest, largest_per_row, largest_within
+from tscnc_tf.functional.masks import (
+    kept_count,
+    largest,
+    largest_per_row,
+    largest_share,
+    largest_within,
+)
 
 __all__ = [
     "authors_penalty",
@@ -20,6 +26,7 @@ __all__ = [
     "kept_count",
     "largest",
     "largest_per_row",
+    "largest_share",
     "largest_within",
     "lengths",
     "log_ratio",

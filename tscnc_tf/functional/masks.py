@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -51,6 +52,25 @@ def largest(scores: Any, count: Any) -> tf.Tensor:
         lambda: level,
     )
     return (above | chosen) & (count > 0)
+
+
+def largest_share(kept: Any, scores: Any, share: Any) -> tf.Tensor:
+    """Return a mask of what stays where a share of the kept entries of a vector goes.
+
+    Of k entries that are kept, those with the largest scores stay, k - round(k·share) of them, and
+    in any case those with a score of +inf. No more go than there are others to take their places.
+
+    Args:
+        kept: a boolean vector.
+        scores: a float vector.
+        share: a scalar, possibly a tensor.
+    """
+    count = _count(kept)
+    going = tf.cast(tf.round(tf.cast(count, tf.float32) * share), tf.int32)
+    going = tf.minimum(going, tf.size(kept) - count)
+    scores = tf.where(kept, scores, tf.constant(-np.inf, scores.dtype))
+    fixed = _count(tf.equal(scores, np.inf))
+    return largest(scores, tf.maximum(count - going, fixed)) & kept
 
 
 def largest_within(scores: Any, sizes: Any, budget: Any) -> tf.Tensor:

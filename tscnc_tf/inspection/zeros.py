@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tscnc_tf import _plots, _reports
+from tscnc_tf import _channels, _plots, _reports
+from tscnc_tf._keras import flavours
 from tscnc_tf.inspection import weights
 
 if TYPE_CHECKING:
@@ -76,13 +77,22 @@ class SparsityReport(ByWeight):
         model_weights: the number of all weights: biases and normalisation included, masks and
             counters of pruning wrappers not.
         model_zeros: how many of those are zero. A bias that still has its initial value counts.
+        effective_zeros: of each row, how many weights are zero or on no path from an input of the
+            model to an output; None if it was not looked at, or could not be.
+        not_followed: why it could not be; an empty text if it could.
     """
 
-    _derived = ("sparsity", "prunable_weights", "prunable_zeros", "model_sparsity")
+    _derived = (
+        *("sparsity", "prunable_weights", "prunable_zeros", "model_sparsity"),
+        "effective_sparsity",
+    )
+    _effective = ("effective_zeros", "not_followed", "effective_sparsity")
 
     rows: tuple[WeightSparsity, ...]
     model_weights: int
     model_zeros: int
+    effective_zeros: tuple[int, ...] | None = None
+    not_followed: str = ""
 
     @property
     def prunable(self) -> tuple[WeightSparsity, ...]:
@@ -104,6 +114,34 @@ class SparsityReport(ByWeight):
         """The fraction of zeros among the prunable weights."""
         return self.prunable_zeros / self.prunable_weights
 
+    @property
+    def effective_sparsity(self) -> float | None:
+        """The fraction of the prunable weights that are zero or on no path; None if not known."""
+        if self.effective_zeros is None:
+            return None
+        pairs = zip(self.rows, self.effective_zeros, strict=True)
+        return sum(zeros for row, zeros in pairs if row in self.prunable) / self.prunable_weights
+
+    def without_paths(self) -> SparsityReport:
+        """Return the report without what paths through the network say, as exports record it."""
+        return dataclasses.replace(self, effective_zeros=None, not_followed="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values; those of paths if they were looked at."""
+        values = super().to_dict()
+        if self.effective_zeros is None and not self.not_followed:
+            return {name: value for name, value in values.items() if name not in self._effective}
+        return values
+
+    def _about_paths(self) -> list[str]:
+        """Return a note on the effective sparsity, none if paths were not looked at."""
+        if self.not_followed:
+            return [f"Effective sparsity: not known, as {self.not_followed}."]
+        if self.effective_sparsity is None:
+            return []
+        share = _reports.percent(self.effective_sparsity)
+        return [f"Effective sparsity (zeros, and weights on no path to an output): {share}."]
+
     def _table(self) -> _reports.Table:
         return _reports.Table(
             "Sparsity (fraction of zeros)",
@@ -123,7 +161,7 @@ class SparsityReport(ByWeight):
                 *_reports.sparsity_cells(self.prunable_weights, self.prunable_zeros),
                 "",
             ),
-            [_reports.whole_model(self.model_weights, self.model_zeros)],
+            [_reports.whole_model(self.model_weights, self.model_zeros), *self._about_paths()],
         )
 
 
@@ -135,6 +173,14 @@ def sparsity(model: Any) -> SparsityReport:
     the next forward pass applies the mask. For a Keras 3 layer with LoRA it is the sum that the
     layer computes with, and for a quantized layer the numbers that its integers stand for; LoRA's
     factors, scales and statistics are not counted as weights.
+
+    The **effective** sparsity also counts weights that are on no path of non-zero weights from an
+    input of the model to an output: what they compute is a constant, or is never read. Paths are
+    followed channel by channel, through convolutions, grouped and depthwise ones too, dense layers,
+    BatchNorm (a scale of 0 ends a path), activations, pooling, flattening, additions and
+    concatenations, in Sequential and functional models. A channel that no input reaches may still
+    send on a constant, by its bias; that is no path. Of a model with anything else, such as
+    attention, or gates and wrappers that are not yet folded, the report says why it is not known.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
@@ -153,7 +199,12 @@ def sparsity(model: Any) -> SparsityReport:
         >>> model.set_weights([np.array([[0.0, 1.0], [0.0, 0.0]]), np.ones(2)])
         >>> tscnc_tf.inspection.sparsity(model).sparsity
         0.75
+
+    Reference:
+        Vysogorets & Kempe 2023, "Connectivity matters: neural network pruning through the lens of
+        effective sparsity", arXiv 2107.02306.
     """
+    found = weights.listed(model)
     rows = tuple(
         WeightSparsity(
             name=weight.name,
@@ -162,6 +213,13 @@ def sparsity(model: Any) -> SparsityReport:
             zeros=weight.values.size - int(np.count_nonzero(weight.values)),
             masked=weight.masked,
         )
-        for weight in weights.listed(model)
+        for weight in found
     )
-    return SparsityReport(rows, *weights.totals(model))
+    counts, not_followed = None, ""
+    try:
+        network = model.model if isinstance(model, flavours.Trainer) else model
+        on_paths = _channels.weights_on_paths(network)
+        counts = tuple(w.values.size - on_paths.get(id(w.variable), 0) for w in found)
+    except _channels.NotFollowedError as error:
+        not_followed = str(error)
+    return SparsityReport(rows, *weights.totals(model), counts, not_followed)

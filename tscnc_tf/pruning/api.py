@@ -12,9 +12,11 @@ from tscnc_tf._keras import masks, wrappers
 from tscnc_tf.pruning import tfmot_engine
 from tscnc_tf.pruning.learned import Learned
 from tscnc_tf.pruning.pruner import Pruner
+from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.score_pruner import ScorePruner
 from tscnc_tf.pruning.structures import Structure
 from tscnc_tf.pruning.targets import require_unpruned
+from tscnc_tf.pruning.taylor import Taylor
 
 ENGINES = ("tfmot", "masks")
 METHODS = ("magnitude", "scores")
@@ -33,7 +35,8 @@ class _SelectionOptions(TypedDict, total=False):
 class MaskOptions(_SelectionOptions, total=False):
     """Options of `Pruner`, for type checkers and editors."""
 
-    criterion: Callable[[tf.Tensor], tf.Tensor] | None
+    criterion: Callable[[tf.Tensor], tf.Tensor] | Taylor | None
+    regrowth: Regrowth | None
 
 
 class ScoreOptions(_SelectionOptions, total=False):
@@ -120,10 +123,10 @@ def prune(
             scores, which the masks engine trains.
         method: "magnitude" or "scores".
         **options: for the masks engine those of `Pruner`: `weights`, `min_rank`, `criterion`,
-            `structure`, `scope`, `min_weights`. For tfmot `block_size`, `block_pooling_type`,
-            `sparsity_m_by_n`, as tfmot takes them. For scores those of `ScorePruner`: `sparsity`,
-            which has to be given, `frequency`, `also_train`, `weights`, `min_rank`, `structure`,
-            `scope`, `min_weights`, `perturb_scores`.
+            `structure`, `scope`, `min_weights`, `regrowth`. For tfmot `block_size`,
+            `block_pooling_type`, `sparsity_m_by_n`, as tfmot takes them. For scores those of
+            `ScorePruner`: `sparsity`, which has to be given, `frequency`, `also_train`, `weights`,
+            `min_rank`, `structure`, `scope`, `min_weights`, `perturb_scores`.
 
     Returns:
         The pruned model: the same one, or a new, uncompiled one (tfmot).
@@ -166,6 +169,12 @@ def prune(
             f"engine must be 'masks' for the Keras 3 model {model.name!r}: tfmot's wrappers take "
             "tf_keras models only."
         )
+    if "regrowth" in options:
+        raise TypeError(
+            "regrowth is an option of engine='masks', which prunes tf_keras models, too: tfmot's "
+            "wrappers don't give weights back. Pass prune(model, schedule, engine='masks', "
+            "regrowth=...)."
+        )
     return tfmot_engine.wrap(model, schedule, layers, options)
 
 
@@ -180,6 +189,11 @@ def _prune_by_scores(
     if engine not in (None, "masks"):
         raise ValueError(
             f"engine must be 'masks' (or left out) with method='scores', got {engine!r}."
+        )
+    if "regrowth" in options:
+        raise TypeError(
+            "regrowth must be left out with method='scores', by which weights come back anyway: "
+            "each keeps its score."
         )
     if "sparsity" not in options:
         raise TypeError("sparsity must be given with method='scores', such as sparsity=0.99.")
@@ -205,7 +219,7 @@ def prune_now(
         The same model.
 
     Raises:
-        TypeError, ValueError: as `Pruner`.
+        TypeError, ValueError: as `Pruner`; or `regrowth` is given, though nothing is trained.
 
     Example:
         >>> import keras
@@ -218,6 +232,11 @@ def prune_now(
     from tscnc_tf import schedules
 
     sparsity = _checks.sparsity("sparsity", sparsity)
+    if options.get("regrowth") is not None:
+        raise TypeError(
+            "regrowth must be left out, as prune_now freezes the masks; for training that is sparse"
+            " from the start pass prune(model, schedules.OneShot(sparsity), regrowth=...)."
+        )
     Pruner(model, schedules.OneShot(sparsity), layers=layers, **options).finalize()
     return model
 

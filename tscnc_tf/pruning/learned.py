@@ -122,14 +122,21 @@ class TrainedShares:
         scope: the options.
         targets: the weights that are pruned; vectors have an entry for each of them.
         sparsity: of all together.
+        min_weights: what every weight tensor keeps at least.
         state: holds the variables, see `masks.PruningState`.
     """
 
     def __init__(
-        self, scope: Learned, targets: Sequence[Target], sparsity: float, state: Any
+        self,
+        scope: Learned,
+        targets: Sequence[Target],
+        sparsity: float,
+        min_weights: int,
+        state: Any,
     ) -> None:
         self._scope = scope
         self._targets = targets
+        self._min_weights = min_weights
         self._density = 1.0 - sparsity
         self._least = scope.minimum * self._density
         self._step = state.step
@@ -156,10 +163,10 @@ class TrainedShares:
         names = _reports.unique(self._targets[index].name for index in indices)
         return {name: float(found[index]) for name, index in zip(names, indices, strict=True)}
 
-    def scope(self, indices: list[int], min_weights: int) -> SharedOut:
+    def scope(self, indices: list[int]) -> SharedOut:
         """Return the scope that shares out by them what some of the tensors keep."""
         logits = tf.convert_to_tensor(tensor_variable(self._variables[0]))
-        return SharedOut(min_weights, tf.gather(self._shares(logits), indices))
+        return SharedOut(self._min_weights, tf.gather(self._shares(logits), indices))
 
     def slopes(self, optimizer: Any, products: Mapping[Any, tf.Tensor]) -> tf.Tensor:
         """Return the gradient of the loss with respect to the shares.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -14,11 +13,20 @@ import tensorflow as tf
 from tscnc_tf import _keras
 from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf._keras.flavours import tensor_variable, update_everywhere
+from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
+from tscnc_tf._keras.masks import assign, keep, kept
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import learned
-from tscnc_tf.pruning.scopes import Scope
+from tscnc_tf.pruning.configs import (
+    deserialize,
+    deserialize_schedule,
+    require_schedule,
+    serialize,
+    serialize_schedule,
+)
+from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.selection import Selection
+from tscnc_tf.pruning.step_count import StepCount
 from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import (
     FROZEN,
@@ -29,6 +37,7 @@ from tscnc_tf.pruning.targets import (
     found_again,
     require_model,
 )
+from tscnc_tf.pruning.taylor import Taylor
 
 __all__ = ["Pruner"]
 
@@ -36,7 +45,7 @@ _KEPT_STEPS = 4  # compiled, of a pruner that several optimizers call in turn
 
 
 @_keras.register
-class Pruner:
+class Pruner(StepCount):
     r"""Prunes the weights of a model as it is trained, by masks on its variables.
 
     At each optimizer step t it asks the schedule; where the schedule says so, it chooses anew the
@@ -81,7 +90,8 @@ class Pruner:
         weights: a pattern for the names of weights, such as `"*kernel"`; None for all of them.
         min_rank: the smallest rank of a weight to prune.
         criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
-            `Magnitude()` if None.
+            or `Taylor(x, y)`, which is measured on data, for a schedule that has its final sparsity
+            at step 1; `Magnitude()` if None.
         structure: `Unstructured()`, also with minima per filter and per input, `NM(2, 4)`,
             `Block(rows, columns)` or `Filters()`.
         scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
@@ -91,11 +101,13 @@ class Pruner:
             layer is starved), or a dict of final sparsities by name pattern (of several patterns
             that fit a weight the first one counts; weights that none fits follow the schedule).
         min_weights: the number of weights that every weight tensor keeps at least.
+        regrowth: a `Regrowth`, by which kept weights change places in training; None for none.
 
     Raises:
         TypeError: an argument is of a wrong kind.
         ValueError: the model is not built or has a pruner already, nothing is left to prune, what
-            is in a list of layers fits none, or an argument is out of range.
+            is in a list of layers fits none, an argument is out of range, or the regrowth does not
+            go with the structure or schedule.
 
     Warns:
         UserWarning: a weight tensor would be left with fewer weights than it has outputs, so that
@@ -124,13 +136,23 @@ class Pruner:
         layers: Any = None,
         weights: str | None = None,
         min_rank: int = 2,
-        criterion: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        criterion: Callable[[tf.Tensor], tf.Tensor] | Taylor | None = None,
         structure: Structure | None = None,
         scope: str | Mapping[str, float] | learned.Learned = "layer",
         min_weights: int = 1,
+        regrowth: Regrowth | None = None,
     ) -> None:
         require_model(model)
+        if not isinstance(regrowth, Regrowth | None):
+            raise TypeError(f"regrowth must be a Regrowth(...) or None, got {regrowth!r}.")
         require_schedule(schedule)
+        is_at_once = _is_at_once(schedule)
+        measured = criterion if isinstance(criterion, Taylor) else None
+        if measured and not is_at_once:
+            raise ValueError(
+                f"criterion={criterion!r} is measured once, and {schedule!r} prunes later: take "
+                "prune_now(model, sparsity, criterion=...), or schedules.OneShot(sparsity)."
+            )
         found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
         if found is not layers:  # else the pruner is restored, or follows one of scores
             learned.require_fixed(scope)
@@ -138,13 +160,16 @@ class Pruner:
             model,
             schedule,
             found,
-            criterion=criterion,
+            criterion=None if measured else criterion,
             structure=structure,
             scope=scope,
             min_weights=min_weights,
+            regrowth=regrowth,
         )
         if found is not layers:
             self._check_new()
+            if is_at_once and (measured or regrowth):
+                self._prune_to_the_end(measured)
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
@@ -179,13 +204,21 @@ class Pruner:
         pruner.freeze()
         return pruner
 
-    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
+    def _set_up(
+        self,
+        model: Any,
+        schedule: Any,
+        found: Candidates,
+        regrowth: Regrowth | None = None,
+        **options: Any,
+    ) -> None:
         """Attach the pruner to its model.
 
         Args:
             model: the model.
             schedule: the schedule.
             found: its weights, and why some of them are not pruned.
+            regrowth: how kept weights change places, None for not at all.
             **options: those of `Selection`.
         """
         self.model = model
@@ -197,8 +230,11 @@ class Pruner:
         self._asked = scheduling.final_sparsity(schedule)
         self._selection = Selection(self.targets, sparsity=self._asked, **options)
         self.target_sparsity = self.structure.reachable(self._asked)
+        if regrowth is not None:
+            regrowth.require(self.structure, self.targets, schedule)
+        self.regrowth = regrowth
+        self._shares: learned.TrainedShares | None = None
         self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
-        self._optimizer: Any = None
         self.state = self._new_state()
         masks.attach(model, self)
         for target, mask in zip(self.targets, self.state.masks, strict=True):
@@ -269,11 +305,6 @@ class Pruner:
         return adapted.reason(target.layer, target.variable) or FROZEN
 
     @property
-    def steps(self) -> int:
-        """The number of optimizer steps that the pruner has seen."""
-        return int(self.state.step.numpy())
-
-    @property
     def frozen(self) -> bool:
         """Whether the masks stay as they are."""
         return bool(self.state.frozen.numpy())
@@ -337,9 +368,45 @@ class Pruner:
                 call counts as a step.
             is_constrained: whether nothing but an optimizer of Keras has changed the weights, so
                 that their constraints have masked them already.
+
+        Raises:
+            RuntimeError: regrowth needs the gradients of the step, and the step was not intercepted
+                (`training`, `apply_gradients`).
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizer
+        if self._needs_gradients and self._is_bypassed(optimizer):
+            raise RuntimeError(
+                "an optimizer step was taken whose gradients the pruner was not given, and its "
+                "regrowth needs them. Train the model by its own fit, by AdversarialTraining, as a "
+                "part of another model with pruning_callbacks(), or by apply_gradients of its "
+                "pruner; or take Regrowth(criterion='random')."
+            )
+        if self._needs_gradients and self._is_used and is_constrained:
+            return  # all is done where the optimizer's step was intercepted
         self._step(optimizer, is_constrained and optimizer is not None)
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
+        """Take an optimizer's step, and the step of the pruner that belongs to it.
+
+        For a training loop of your own, in place of `optimizer.apply_gradients` and `step`.
+
+        Args:
+            optimizer: of the model's Keras.
+            gradients_and_variables: pairs of a gradient and a variable of the model.
+
+        Returns:
+            What the optimizer's `apply_gradients` returns.
+        """
+        with self.training(optimizer):
+            result = optimizer.apply_gradients(gradients_and_variables)
+        self.step(optimizer, is_constrained=True)
+        return result
+
+    @property
+    def _needs_gradients(self) -> bool:
+        """Whether masks are renewed by the gradients of a step."""
+        return self.regrowth is not None and self.regrowth.needs_gradients
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:
         """Return `step` for an optimizer, to be called many times outside of any graph.
@@ -347,6 +414,8 @@ class Pruner:
         What `step` determines in Python at each call is determined once: which weights are trained,
         and what the optimizer keeps for them.
         """
+        if self._needs_gradients:
+            return functools.partial(self.step, optimizer)
         compiled = self._compiled_step(optimizer, False)
 
         def step() -> None:
@@ -355,20 +424,27 @@ class Pruner:
 
         return step
 
-    def _step(self, optimizer: Any, is_constrained: bool) -> None:
-        """Count a step, renew the masks where that is due, and let them act."""
+    def _step(self, optimizer: Any, is_constrained: bool, gradients: Any = None) -> None:
+        """Count a step, renew the masks where that is due, and let them act.
+
+        Args:
+            optimizer: that has taken it, None if not known.
+            is_constrained: see `step`.
+            gradients: of the step, one per target (None for none); None if they are not known.
+        """
         if tf.executing_eagerly():
             self._reset_if_new(optimizer)
-            self._compiled_step(optimizer, is_constrained)()
+            self._compiled_step(optimizer, is_constrained)(gradients)
         else:
-            self._act(optimizer, is_constrained)
+            self._act(optimizer, is_constrained, gradients)
 
-    def _act(self, optimizer: Any, is_constrained: bool) -> None:
+    def _act(self, optimizer: Any, is_constrained: bool, gradients: Any = None) -> None:
         update_everywhere(
-            self.model, lambda strategy: self._update(strategy, optimizer, is_constrained)
+            self.model,
+            lambda strategy: self._update(strategy, optimizer, is_constrained, gradients),
         )
 
-    def _compiled_step(self, optimizer: Any, is_constrained: bool) -> Callable[[], None]:
+    def _compiled_step(self, optimizer: Any, is_constrained: bool) -> Callable[..., None]:
         # What an optimizer keeps for each weight is there only once it has begun.
         kept = optimizers.companions(optimizer, [target.variable for target in self.targets])
         ids = (id(variable) for companions in kept for variable in companions)
@@ -383,76 +459,45 @@ class Pruner:
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which an optimizer is to train the model.
 
-        `fit`, `AdversarialTraining` and the callbacks enter it by themselves. Only the legacy
-        optimizers of tf_keras need one: they refuse to apply constraints after sparse gradients.
+        `fit`, `AdversarialTraining` and the callbacks enter it by themselves. Regrowth by gradients
+        needs it, and the legacy optimizers of tf_keras do: they refuse to apply constraints after
+        sparse gradients.
 
         Args:
             optimizer: None for all that the model holds.
         """
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
-            if optimizers.is_legacy(each):
-                stack.enter_context(optimizers.intercept(each, self._densify))
+            if optimizers.is_legacy(each) or self._needs_gradients:
+                stack.enter_context(optimizers.intercept(each, self._on_step))
         return stack
 
-    def _densify(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:  # noqa: ARG002
+    def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:
+        """Make the gradients of the targets dense; take the step; let regrowth see them."""
         ours = {optimizers.key(target.variable) for target in self.targets}
-        return step(
-            [
-                (tf.convert_to_tensor(gradient), variable)
-                if isinstance(gradient, tf.IndexedSlices) and optimizers.key(variable) in ours
-                else (gradient, variable)
-                for gradient, variable in pairs
-            ]
-        )
+        pairs = [
+            (tf.convert_to_tensor(gradient), variable)
+            if isinstance(gradient, tf.IndexedSlices) and optimizers.key(variable) in ours
+            else (gradient, variable)
+            for gradient, variable in pairs
+        ]
+        given = {optimizers.key(weight): g for g, weight in pairs if g is not None}
+        gradients = [given.get(optimizers.key(target.variable)) for target in self.targets]
+        known = [gradient for gradient in gradients if gradient is not None]
+        if not (known and self._needs_gradients and self.is_attached):
+            return step(pairs)
+        # A step without data, at the end of a dataset, would be counted.
+        with depending_on(known):
+            weights = [target.variable for target in self.targets]
+            gradients = optimizers.summed_up(optimizer, gradients, weights)
+            self._is_used = True
+            result = step(pairs)
+            self._step(optimizer, True, gradients)
+        return result
 
-    def perturbed(
-        self,
-        loss: Callable[[], tf.Tensor],  # noqa: ARG002
-    ) -> contextlib.AbstractContextManager[Any]:
+    def perturbed(self, loss: Any) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
         """Return the context in which the gradient of a loss is taken; here it does nothing."""
         return contextlib.nullcontext()
-
-    def on_train_begin(self, optimizer: Any) -> None:
-        """Prepare for training by an optimizer; called before its steps are compiled.
-
-        The step count is reset, unless the optimizer is the last one, or was restored together with
-        this pruner. (To compile a model with an optimizer is not to train with it: a model may be
-        evaluated by another trainer in between.)
-        """
-        if self._seen() >= 0 and self._optimizer is None and self.is_behind(optimizer):
-            self.reset_step_count()
-        self._reset_if_new(optimizer)
-
-    def _reset_if_new(self, optimizer: Any) -> None:
-        """Reset the step count if the optimizer is another one than in the last call."""
-        known = self._optimizer is not None
-        if known and optimizer is not None and self._optimizer() is not optimizer:
-            self.reset_step_count()
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-
-    def own_optimizer(self) -> Any:
-        """Return the model's optimizer that trains the targets, None if there is none."""
-        return optimizers.trainer_of(self.model, [target.variable for target in self.targets])
-
-    def reset_step_count(self) -> None:
-        """Count the steps of the next optimizer from its current count: it is new here."""
-        self.state.seen.assign(-1)
-
-    def skip_steps(self, optimizer: Any) -> None:
-        """Ignore what an optimizer has counted since the last step.
-
-        At the end of a dataset of unknown length a compiled step that gets no data may count.
-        """
-        if self._seen() >= 0:
-            self.state.seen.assign(optimizers.iterations(optimizer))
-
-    def _seen(self) -> int:
-        return int(self.state.seen.numpy())
-
-    def is_behind(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer has taken steps that `step` has not been called for."""
-        return self._seen() != int(optimizers.iterations(optimizer))
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, optimizer: Any = None) -> None:
@@ -465,66 +510,102 @@ class Pruner:
 
     def finalize(self) -> None:
         """Prune to the schedule's final sparsity now, wherever the schedule is, and freeze."""
+        self._prune_to_the_end()
+        self.freeze()
+
+    def _prune_to_the_end(self, measured: Taylor | None = None) -> None:
+        """Prune to the final sparsity, by what a criterion has measured on data, if it is given."""
+        judged = measured and measured.importance(self.model, [t.variable for t in self.targets])
 
         def update(strategy: Any) -> None:
-            self._renew(strategy, tf.constant(self._asked))
+            self._renew(strategy, tf.constant(self._asked), judged)
             self._apply(strategy, getattr(self.model, "optimizer", None))
 
         update_everywhere(self.model, update)
-        self.freeze()
 
     def freeze(self) -> None:
         """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""
         self.state.frozen.assign(True)
 
-    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
-        before = tf.identity(tensor_variable(self.state.step))
-        seen = tf.identity(tensor_variable(self.state.seen))
-        count = tf.maximum(seen, 0) + 1 if optimizer is None else optimizers.iterations(optimizer)
-        # The first time, only the step just taken is ours. A count that has fallen is that of
-        # another optimizer, which began anew.
-        first = tf.minimum(count, 1)
-        taken = tf.where(seen < 0, first, tf.where(count >= seen, count - seen, count))
-        now = before + taken
+    def _update(
+        self, strategy: Any, optimizer: Any, is_constrained: bool, gradients: Any = None
+    ) -> None:
+        before, now, count = self._counted(optimizer)
         due, sparsity = scheduling.due_between(self.schedule, before, now)
         active = self._among(self._active())
         # Weights that were frozen when masks were renewed, and are not now, are pruned now.
         due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)
-        due &= ~tf.identity(tensor_variable(self.state.frozen))
+        is_free = ~tf.identity(tensor_variable(self.state.frozen))
+        due &= is_free
 
         def renew() -> None:
             self._renew(strategy, sparsity)
             self._mask_weights(strategy)
 
         tf.cond(due, renew, lambda: None)
+        if self.regrowth is not None and (gradients or not self._needs_gradients):
+            due = self.regrowth.is_due(self.schedule, before, now) & is_free
+            move = functools.partial(
+                self._regrow, self.regrowth, strategy, optimizer, gradients, now
+            )
+            tf.cond(due, move, lambda: None)
         for variable, value in ((self.state.step, now), (self.state.seen, count)):
             strategy.extended.update(tensor_variable(variable), assign, args=(value,))
         if not is_constrained:
             self._mask_weights(strategy)
         self._mask_companions(strategy, optimizer)
 
+    def _regrow(
+        self,
+        regrowth: Regrowth,
+        strategy: Any,
+        optimizer: Any,
+        gradients: Any,
+        step: tf.Tensor,
+    ) -> None:
+        """Let kept weights change places, and start those that are new from zero."""
+        chosen = [
+            index for index in self._active() if gradients is None or gradients[index] is not None
+        ]
+        pairs = [(self.targets[index], self.state.masks[index]) for index in chosen]
+        given = [gradients[index] for index in chosen] if gradients else []
+
+        def move() -> None:
+            self._apply(strategy, optimizer)  # what is pruned at present is what starts from zero
+            moved = regrowth.masks(
+                self.structure,
+                pairs,
+                given,
+                share=regrowth.share(self.schedule, step),
+                step=step,
+                min_weights=self._selection.min_weights,
+            )
+            for (_, variable), mask in zip(pairs, moved, strict=True):
+                strategy.extended.update(variable, assign, args=(mask,))
+            self._mask_weights(strategy)
+
+        finite = [tf.reduce_all(tf.math.is_finite(gradient)) for gradient in given]
+        tf.cond(tf.reduce_all(tf.stack(finite or [True])), move, lambda: None)
+
     def _among(self, indices: list[int]) -> tf.Tensor:
         """Return a vector with True for those of the targets."""
         return tf.constant(np.isin(np.arange(len(self.targets)), indices))
 
-    def _renew(self, strategy: Any, sparsity: tf.Tensor) -> None:
+    def _renew(self, strategy: Any, sparsity: tf.Tensor, importance: Any = None) -> None:
         """Choose the weights to keep among those that are trained, and write the masks."""
         active = self._active()
         if active:
             alive, judged = self._ranked(active)
-            chosen = self._selection.only(active).masks(
-                sparsity, alive, judged, self._scope_among(active)
-            )
+            if importance is not None:
+                judged = [importance[index] for index in active]
+            scope = None if self._shares is None else self._shares.scope(active)
+            chosen = self._selection.only(active).masks(sparsity, alive, judged, scope)
             for index, mask in zip(active, chosen, strict=True):
                 variable = self.state.masks[index]
                 strategy.extended.update(variable, assign, args=(mask,))
         left_out = ~self._among(active)
         variable = tensor_variable(self.state.left_out)
         strategy.extended.update(variable, assign, args=(left_out,))
-
-    def _scope_among(self, indices: list[int]) -> Scope | None:  # noqa: ARG002
-        """Return the scope of a choice among these; None for the one that was asked for."""
-        return None
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
         """Return which entries may be kept, and what the criterion judges; None for weights."""
@@ -542,7 +623,9 @@ class Pruner:
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
         pairs = self._held_pairs()
-        kept = optimizers.companions(optimizer, [target.variable for target, _ in pairs])
+        weights = [target.variable for target, _ in pairs]
+        # Gradients that are summed up for regrowth are those of pruned weights, too.
+        kept = optimizers.companions(optimizer, weights, sums=not self._needs_gradients)
         for (_, mask), companions in zip(pairs, kept, strict=True):
             for variable in companions:
                 strategy.extended.update(tensor_variable(variable), keep, args=(mask,))
@@ -552,6 +635,7 @@ class Pruner:
         return {
             "schedule": serialize_schedule(self.schedule, self.model),
             "criterion": serialize(self._selection.criterion, self.model),
+            **({"regrowth": self.regrowth.get_config()} if self.regrowth else {}),
             **self._shared_config(),
         }
 
@@ -585,7 +669,9 @@ class Pruner:
         """
         schedule = deserialize_schedule(config["schedule"], model)
         criterion = deserialize(config["criterion"], model)
-        return cls(model, schedule, criterion=criterion, **cls._shared_options(config, model))
+        regrowth = Regrowth.from_config(config["regrowth"]) if "regrowth" in config else None
+        options = cls._shared_options(config, model)
+        return cls(model, schedule, criterion=criterion, regrowth=regrowth, **options)
 
     @staticmethod
     def _shared_options(config: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -601,86 +687,14 @@ class Pruner:
         return (
             f"Pruner({self.model.name!r}, {self.schedule!r}, "
             f"criterion={self._selection.criterion!r}, structure={self.structure!r}, "
-            f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights})"
+            f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights}"
+            f"{f', regrowth={self.regrowth!r}' if self.regrowth else ''})"
         )
 
 
-def require_schedule(schedule: Any) -> None:
-    """Raise unless `schedule(step)` returns whether to prune, and a sparsity in [0, 1)."""
-    if not callable(schedule):
-        raise TypeError(
-            "schedule must be a PruningSchedule, such as tscnc_tf.schedules.CosineSparsity, or a "
-            f"callable from a step to (whether to prune, sparsity), got {schedule!r}."
-        )
-    try:
-        due, sparsity = schedule(tf.constant(1, tf.int64))
-        _ = bool(due), float(sparsity)
-        signature = [tf.TensorSpec((), tf.int64)]
-        tf.function(schedule.__call__, signature, autograph=False).get_concrete_function()
-    except Exception as error:
-        raise TypeError(
-            "schedule must return (whether to prune, sparsity) for a step, by TensorFlow "
-            "operations, "
-            f"tf.where and not if, as it is compiled; {schedule!r} fails: {error}"
-        ) from error
-    final = scheduling.final_sparsity(schedule)
-    if not 0.0 <= final < 1.0:
-        raise ValueError(
-            f"schedule must lead to a sparsity in [0, 1), the fraction of zeros; {schedule!r} "
-            f"leads to {final:g}."
-        )
-
-
-def serialize_schedule(schedule: Any, model: Any) -> dict[str, Any]:
-    """Return a schedule as JSON values.
-
-    Raises:
-        ValueError: it is a lambda, which has no name to find it by.
-    """
-    from tscnc_tf import schedules
-
-    if isinstance(schedule, schedules.PruningSchedule):
-        return {"schedule": schedule.get_config()}
-    return {"callable": serialize(schedule, model)}
-
-
-def deserialize_schedule(config: dict[str, Any], model: Any) -> Any:
-    """Return the schedule that `serialize_schedule` was given."""
-    if "schedule" not in config:
-        return deserialize(config["callable"], model)
-    from tscnc_tf import schedules
-
-    return schedules.deserialize(config["schedule"])
-
-
-def serialize(obj: Any, model: Any) -> Any:
-    """Return an object as its model's Keras serializes it."""
-    if getattr(obj, "__name__", "") == "<lambda>":
-        raise ValueError(
-            f"{obj!r} can't be saved with model {model.name!r}, as a lambda has no name: write it "
-            "as a function, and register it with keras.saving.register_keras_serializable."
-        )
-    return _keras.library("model", model).saving.serialize_keras_object(obj)
-
-
-def deserialize(config: Any, model: Any) -> Any:
-    """Return the object that `serialize` was given."""
-    return _keras.library("model", model).saving.deserialize_keras_object(config)
-
-
-def assign(variable: Any, value: Any) -> Any:
-    """Set a variable to a value."""
-    return variable.assign(value)
-
-
-def keep(variable: Any, mask: Any) -> Any:
-    """Set a variable to zero where its mask is False."""
-    return variable.assign(kept(variable, mask))
-
-
-def kept(value: Any, mask: Any) -> tf.Tensor:
-    """Return values, and zero where their mask is False."""
-    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
-    # `tf.where`, which is slower, as it looks for shapes to broadcast.
-    value = tf.convert_to_tensor(value)
-    return tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))
+def _is_at_once(schedule: Any) -> bool:
+    """Tell whether a schedule asks for its final sparsity at step 1."""
+    due, sparsity = schedule(tf.constant(1, tf.int64))
+    return bool(due) and float(np.float32(sparsity)) == np.float32(
+        scheduling.final_sparsity(schedule)
+    )

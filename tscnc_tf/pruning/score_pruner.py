@@ -17,13 +17,13 @@ from tscnc_tf import _checks, _keras, functional
 from tscnc_tf._keras import adapted, flavours, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
+from tscnc_tf._keras.masks import assign, kept
 from tscnc_tf.pruning import learned, structures
 from tscnc_tf.pruning import scores as arithmetic
 from tscnc_tf.pruning.learned import Learned
-from tscnc_tf.pruning.pruner import Pruner, assign, kept
-from tscnc_tf.pruning.scopes import Scope
+from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.structures import Structure
-from tscnc_tf.pruning.targets import Candidates, Target, candidates, require_model
+from tscnc_tf.pruning.targets import Target, candidates, require_model
 
 __all__ = ["ScorePruner"]
 
@@ -156,18 +156,17 @@ class ScorePruner(Pruner):
             self._check_new()
         self.choose()
 
-    def _set_up(self, model: Any, schedule: Any, found: Candidates, **options: Any) -> None:
+    def _set_up(self, *arguments: Any, **options: Any) -> None:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that took a step
-        self._is_used = False
         self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
         self._perturbations = 0  # that act at present; one a replica
-        super()._set_up(model, schedule, found, **options)
+        super()._set_up(*arguments, **options)
         scope = self._selection.scope
-        self._shares = (
-            learned.TrainedShares(scope, self.targets, self._asked, self.state)
-            if isinstance(scope, Learned)
-            else None
-        )
+        if isinstance(scope, Learned):
+            least = self._selection.min_weights
+            self._shares = learned.TrainedShares(
+                scope, self.targets, self._asked, least, self.state
+            )
         self._initialise()
 
     def begin(self) -> None:
@@ -370,15 +369,10 @@ class ScorePruner(Pruner):
         alive, judged = self._ranked(indices)
         return self._selection.only(indices).masks(self._asked, alive, judged)
 
-    def _scope_among(self, indices: list[int]) -> Scope | None:
-        if self._shares is None:
-            return None
-        return self._shares.scope(indices, self._selection.min_weights)
-
     def _masks_by(self, indices: list[int], scores: list[tf.Tensor]) -> list[tf.Tensor]:
         """Return the masks that scores choose, one tensor for each of these targets."""
         alive, _ = self._ranked(indices)
-        scope = self._scope_among(indices)
+        scope = None if self._shares is None else self._shares.scope(indices)
         return self._selection.only(indices).masks(self._asked, alive, scores, scope)
 
     def _on_finalize(self, finalize: Any) -> None:
@@ -431,13 +425,7 @@ class ScorePruner(Pruner):
             RuntimeError: one has changed the kernels, whose change is lost.
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizer
-        if not tf.executing_eagerly():
-            bypassed = not self._is_used
-        elif optimizers.trains(optimizer, [target.variable for target in self.targets]):
-            bypassed = int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
-        else:
-            bypassed = False
-        if bypassed:
+        if self._is_bypassed(optimizer):
             raise RuntimeError(self._bypassed())
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:
@@ -530,11 +518,13 @@ class ScorePruner(Pruner):
 
         update_everywhere(self.model, update)
 
-    def _update(self, strategy: Any, optimizer: Any, is_constrained: bool) -> None:
+    def _update(
+        self, strategy: Any, optimizer: Any, is_constrained: bool, gradients: Any = None
+    ) -> None:
         for target, _, score in self.triples():
             variable = tensor_variable(target.variable)
             strategy.extended.update(score, assign, args=(variable,))
-        super()._update(strategy, optimizer, is_constrained)
+        super()._update(strategy, optimizer, is_constrained, gradients)
         self._mask_weights(strategy)
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:

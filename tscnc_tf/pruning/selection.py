@@ -110,11 +110,7 @@ class Selection:
         widest = tf.float64 if any(score.dtype == tf.float64 for score in scores) else tf.float32
         ranked = []
         for score, mask in zip(scores, alive, strict=True):
-            score = tf.cast(score, widest)
-            # NaN, and -inf, are the lowest of what lives, and above what is pruned; +inf is left to
-            # what a structure keeps in any case.
-            score = tf.clip_by_value(score, widest.min, widest.max)
-            score = tf.where(tf.math.is_nan(score), widest.min, score)
+            score = finite(tf.cast(score, widest))
             ranked.append(tf.where(mask, score, tf.constant(-np.inf, widest)))
         return self.structure.masks(ranked, self.targets, scope or self._scope, sparsity)
 
@@ -172,6 +168,16 @@ class Selection:
                 UserWarning,
                 stacklevel=5,
             )
+
+
+def finite(score: tf.Tensor) -> tf.Tensor:
+    """Return scores without infinities and NaN.
+
+    NaN, and -inf, are the lowest of what lives, and above what is pruned; +inf is left to what a
+    structure keeps in any case.
+    """
+    score = tf.clip_by_value(score, score.dtype.min, score.dtype.max)
+    return tf.where(tf.math.is_nan(score), score.dtype.min, score)
 
 
 def _dead(target: Target, mask: tf.Tensor) -> int:

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -54,6 +54,44 @@ class Structure(_configs.Configurable, abc.ABC):
             sparsity: fraction of zeros, a scalar, possibly a tensor.
         """
 
+    def require_equal_units(self, targets: Sequence[Target]) -> None:
+        """Raise a ValueError if weights are kept in units of several sizes."""
+
+    @abc.abstractmethod
+    def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:
+        """Return one mask per weight, in which as many weights are kept as before.
+
+        A share of the units that are kept, those of the smallest worth, give their places to units
+        of the largest gain, among which they are themselves.
+
+        Args:
+            moves: of the weights.
+            share: fraction of the kept units, a scalar, possibly a tensor.
+            across: 0: every weight tensor keeps as many as before. Else units of all tensors take
+                each other's places, and each tensor keeps that many weights at least.
+        """
+
+
+class Move(NamedTuple):
+    """What decides which entries of a weight tensor change places: float tensors of its shape.
+
+    Attributes:
+        target: the weight.
+        mask: True where it is kept.
+        worth: of what is kept; finite.
+        gain: of what takes its place; finite.
+    """
+
+    target: Target
+    mask: tf.Tensor
+    worth: tf.Tensor
+    gain: tf.Tensor
+
+    @property
+    def ranked(self) -> tf.Tensor:
+        """The worth of what is kept, and -inf elsewhere."""
+        return tf.where(self.mask, self.worth, tf.constant(-np.inf, self.worth.dtype))
+
 
 class _Ranked(Structure):
     """Structures whose units compete by their scores, as the scope has it."""
@@ -65,6 +103,24 @@ class _Ranked(Structure):
         units = [self._units(*pair) for pair in zip(scores, targets, strict=True)]
         chosen = scope.choose(units, sparsity)
         return [self._spread(*pair) for pair in zip(chosen, targets, strict=True)]
+
+    def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:
+        """Return one mask per weight, in which as many weights are kept as before."""
+        units = [self._units(move.ranked, move.target) for move in moves]
+        gains = [self._units(move.gain, move.target).scores for move in moves]
+        kept = [unit.scores > -np.inf for unit in units]
+        worth = [unit.ranks for unit in units]
+        if across:
+            fixed = [functional.largest(ranks, across) for ranks in worth]
+            pairs = zip(fixed, worth, strict=True)
+            worth = [tf.where(best, tf.constant(np.inf, r.dtype), r) for best, r in pairs]
+            lengths = [int(ranks.shape[0]) for ranks in worth]
+            joint = [tf.concat(each, axis=0) for each in (kept, worth, gains)]
+            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share), lengths)
+        else:
+            rows = zip(kept, worth, gains, strict=True)
+            chosen = [_exchanged(mask, ranks, gain, share) for mask, ranks, gain in rows]
+        return [self._spread(*pair) for pair in zip(chosen, (m.target for m in moves), strict=True)]
 
     @abc.abstractmethod
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
@@ -229,6 +285,18 @@ class Block(_Ranked):
         _, positions, inputs, _ = target.canonical_shape
         return self.rows >= positions * inputs
 
+    def require_equal_units(self, targets: Sequence[Target]) -> None:
+        """Raise a ValueError if there are smaller blocks at the end of a matrix."""
+        for target in targets:
+            _, positions, inputs, outputs = target.canonical_shape
+            if positions * inputs % self.rows or outputs % self.columns:
+                raise ValueError(
+                    f"structure={self!r} makes blocks of several sizes of {target.name!r}, a "
+                    f"matrix of {positions * inputs} x {outputs}, so that blocks can't take each "
+                    "other's places: choose rows and columns that divide its sides, or leave it "
+                    "out by layers=."
+                )
+
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
         groups, positions, inputs, outputs = target.canonical_shape
         height = positions * inputs
@@ -320,16 +388,43 @@ class NM(Structure):
         kept = tf.math.ceil(self.m * (1.0 - tf.cast(sparsity, tf.float32)) - 1e-4)
         return tf.clip_by_value(tf.cast(kept, tf.int32), self.n, self.m)
 
-    def _mask(self, scores: tf.Tensor, target: Target, kept: tf.Tensor) -> tf.Tensor:
+    def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:  # noqa: ARG002
+        """Return one mask per weight, in which every group keeps as many as before."""
+
+        def flat(values: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(values, (-1,))
+
+        chosen = []
+        for target, mask, worth, gain in moves:
+            stays = functional.largest_share(flat(mask), flat(worth), share)
+            ranks = tf.where(tf.reshape(stays, target.shape), np.inf, gain)
+            lowest = tf.zeros((), gain.dtype)
+            groups = self._groups(tf.cast(mask, gain.dtype), target, lowest)
+            kept = tf.cast(tf.reduce_max(tf.reduce_sum(groups, axis=-1)), tf.int32)
+            chosen.append(self._mask(ranks, target, kept))
+        return chosen
+
+    def _groups(self, values: tf.Tensor, target: Target, padding: tf.Tensor) -> tf.Tensor:
+        """Return values as `(groups, positions, outputs, groups of m, m)`."""
         groups, positions, inputs, outputs = target.canonical_shape
-        values = tf.transpose(target.canonical(scores), (0, 1, 3, 2))
-        missing = -inputs % self.m
+        values = tf.transpose(target.canonical(values), (0, 1, 3, 2))
+        missing = ((0, 0), (0, 0), (0, 0), (0, -inputs % self.m))
+        values = tf.pad(values, missing, constant_values=padding)
+        return tf.reshape(values, (groups, positions, outputs, -1, self.m))
+
+    def _mask(self, scores: tf.Tensor, target: Target, kept: tf.Tensor) -> tf.Tensor:
         # Padding has the rank of pruned weights, and comes after them as it is last.
-        lowest = tf.constant(-np.inf, values.dtype)
-        values = tf.pad(values, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=lowest)
-        rows = tf.reshape(values, (groups, positions, outputs, -1, self.m))
-        mask = tf.reshape(functional.largest_per_row(rows, kept), values.shape)
-        return target.restore(tf.transpose(mask[..., :inputs], (0, 1, 3, 2)))
+        rows = self._groups(scores, target, tf.constant(-np.inf, scores.dtype))
+        mask = functional.largest_per_row(rows, kept)
+        mask = tf.reshape(mask, (*rows.shape[:3], -1))[..., : target.canonical_shape[2]]
+        return target.restore(tf.transpose(mask, (0, 1, 3, 2)))
+
+
+def _exchanged(kept: tf.Tensor, worth: tf.Tensor, gains: tf.Tensor, share: Any) -> tf.Tensor:
+    """Return a mask with as many entries as `kept`: those that stay, then the largest gains."""
+    stays = functional.largest_share(kept, worth, share)
+    count = tf.reduce_sum(tf.cast(kept, tf.int32))
+    return functional.largest(tf.where(stays, tf.constant(np.inf, gains.dtype), gains), count)
 
 
 def unfit(structure: Structure | None, layers: Any) -> Callable[[Target], str]:

@@ -1,5 +1,7 @@
-"""Adversarial training, as a Keras model around the user's model."""
+"""Adversarial training, as a Keras model around the user's model, and its optimizer."""
 
+from tscnc_tf.training.perturbation import AWP
+from tscnc_tf.training.sgd import SGDWithL2
 from tscnc_tf.training.trainer import AdversarialTraining
 
-__all__ = ["AdversarialTraining"]
+__all__ = ["AWP", "AdversarialTraining", "SGDWithL2"]

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, attacks, losses
+from tscnc_tf.training.perturbation import AWP
 
 
 def require_attack(attack: Any) -> None:
@@ -30,6 +31,12 @@ def require_loss(loss: Any) -> None:
         raise TypeError(
             f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
         )
+
+
+def require_awp(awp: Any) -> None:
+    """Raise a TypeError unless `awp` perturbs weights, or is None."""
+    if not isinstance(awp, AWP | None):
+        raise TypeError(f"awp must be None or an AWP, such as AWP(gamma=0.005), got {awp!r}.")
 
 
 def as_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses, regularizers
 from tscnc_tf._keras import flavours, keras, masks, models, optimizers, tf_keras, wrappers
-from tscnc_tf.training import inputs
+from tscnc_tf.training import inputs, perturbation
 
 __all__ = ["AdversarialTraining"]
 
@@ -76,6 +76,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
             set at any time, in a callback too, and act from the next step on, which is compiled
             anew unless they are equal to what they were. (An evaluation under way in tf_keras ends
             as it began.)
+        awp: `training.AWP(gamma)`, by which each step descends at adversarially perturbed weights;
+            None for none. It may be set at any time, likewise: the authors begin after some epochs.
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
@@ -119,6 +121,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         *,
         attack: attacks.GradientAttack,
         loss: losses.RobustLoss,
+        awp: perturbation.AWP | None = None,
         seed: int = 0,
         name: str | None = None,
         **kwargs: Any,
@@ -126,6 +129,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         library = _keras.library("model", model)
         _keras.require_built("model", model)
         inputs.require_attack(attack)
+        inputs.require_awp(awp)
         regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
@@ -135,6 +139,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         flavours.register_trainer(self, model)
         self._first_batch = inputs.FirstBatch()
         self._attack = attack
+        self._awp = awp
         self.robust_loss = loss
         self.seed = _checks.integer("seed", seed, minimum=0)
         self._inference = _keras.inference(model)
@@ -189,6 +194,23 @@ class AdversarialTraining(flavours.Trainer, _Base):
         if attack == self._attack:
             return
         self._attack = attack
+        self._prepare()
+
+    @property
+    def awp(self) -> perturbation.AWP | None:
+        """How the weights are perturbed in training; if it is set, the steps are compiled anew.
+
+        Raises:
+            TypeError: it is set to something else than an `AWP` or None.
+        """
+        return self._awp
+
+    @awp.setter
+    def awp(self, awp: perturbation.AWP | None) -> None:
+        inputs.require_awp(awp)
+        if awp == self._awp:
+            return
+        self._awp = awp
         self._prepare()
 
     def _prepare(self) -> None:
@@ -350,13 +372,15 @@ class AdversarialTraining(flavours.Trainer, _Base):
         wrappers.begin(self.model, self.optimizer)
         steps = wrappers.pruning_steps(self.model)
         result: dict[str, Any] = {}
+        weights = self._perturbed_weights(x, y, x_adversarial, known, reference, sample_weight)
 
         def total() -> tf.Tensor:
-            if self.robust_loss.uses_clean:
-                both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
-                clean, adversarial = tf.split(both, 2)
-            else:
-                clean, adversarial = known, self.model(x_adversarial, training=True)
+            with perturbation.at(*weights):
+                if self.robust_loss.uses_clean:
+                    both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
+                    clean, adversarial = tf.split(both, 2)
+                else:
+                    clean, adversarial = known, self.model(x_adversarial, training=True)
             terms = self._terms(y, clean, adversarial, reference, sample_weight)
             if not result:  # where the gradient is taken at perturbed scores, the logs are not
                 result.update(clean=clean, adversarial=adversarial, terms=terms)
@@ -433,6 +457,28 @@ class AdversarialTraining(flavours.Trainer, _Base):
         )
         return tf.stop_gradient(x_adversarial)
 
+    def _perturbed_weights(
+        self, x: Any, y: Any, x_adversarial: Any, known: Any, reference: Any, sample_weight: Any
+    ) -> tuple[perturbation.Values, perturbation.Values]:
+        """Return what is perturbed of the weights, as it is and as it is to be in this step."""
+        if self._awp is None:
+            return [], []
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                f"awp must be None under a strategy of several replicas, got {self._awp!r}: each "
+                "would perturb its weights in another direction."
+            )
+
+        def raised() -> tf.Tensor:
+            clean = self._inference(x) if self.robust_loss.uses_clean else known
+            adversarial = self._inference(x_adversarial)
+            # The sum, as the direction is that of the mean, and float16 has less to round.
+            return tf.reduce_sum(
+                self._terms(y, clean, adversarial, reference, sample_weight)["loss"]
+            )
+
+        return self._awp.perturbed(self.model, raised)
+
     def _step_seed(self) -> tf.Tensor:
         """Return a seed pair of its own for every step and replica."""
         context = tf.distribute.get_replica_context()
@@ -499,6 +545,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
             "model": serialize(self.model),
             "attack": serialize(self.attack),
             "loss": serialize(self.robust_loss),
+            **({} if self.awp is None else {"awp": serialize(self.awp)}),
             "seed": self.seed,
             "name": self.name,
         }
@@ -508,7 +555,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Build a trainer from `get_config()`; one in tfmot's wrappers inside `prune_scope()`."""
         config = dict(config)
         deserialize = flavours.library_of(cls).saving.deserialize_keras_object
-        for key in ("model", "attack", "loss"):
+        for key in {"model", "attack", "loss", "awp"} & set(config):
             config[key] = deserialize(config[key], custom_objects)
         return cls(**config)
 

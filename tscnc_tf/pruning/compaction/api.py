@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tscnc_tf import _checks, _keras, _probe
+from tscnc_tf._channels.graph import Call, Graph, unroll
+from tscnc_tf._channels.layers import Reader, count_flops
+from tscnc_tf._channels.operations import Barrier, ChannelPlan, Edit, Step
 from tscnc_tf._keras import cloning, flavours, gated, masks, wrappers
 from tscnc_tf.pruning.compaction.channels import ChannelAnalysis
-from tscnc_tf.pruning.compaction.graph import Call, Graph, unroll
-from tscnc_tf.pruning.compaction.layers import Reader, count_flops
-from tscnc_tf.pruning.compaction.operations import Barrier, ChannelPlan, Edit, Step
 from tscnc_tf.pruning.compaction.report import Compaction, Kept, LayerChange, LeftAlone
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tscnc_tf.pruning.compaction.graph import Call, Graph, Tensor
-from tscnc_tf.pruning.compaction.operations import (
+from tscnc_tf._channels.graph import Call, Graph, Tensor
+from tscnc_tf._channels.operations import (
     ChannelPlan,
     Channels,
     Depthwise,

@@ -11,20 +11,23 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import layers as kernel_layers
-from tscnc_tf.pruning.compaction.graph import Call, Graph, Tensor
-from tscnc_tf.pruning.compaction.operations import (
+from tscnc_tf._channels.graph import Call, Graph, Tensor
+from tscnc_tf._channels.operations import (
     Barrier,
     Combination,
     Concatenation,
     Depthwise,
     Elementwise,
+    Grouped,
     Linear,
+    Mixing,
     Normalisation,
     Operation,
     Rearrangement,
+    Scaling,
     Step,
 )
+from tscnc_tf._keras import layers as kernel_layers
 
 # Names of layers, in both Kerases.
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU", "Activation")
@@ -141,6 +144,8 @@ class Reader:
             return [self._activation(call)]
         if name == "Rescaling":
             return [self._rescaling(call)]
+        if name == "Normalization":
+            return [_scaling(call)]
         return [self._rearrangement(call, name)]
 
     def _dense(self, call: Call) -> list[Step]:
@@ -151,10 +156,10 @@ class Reader:
 
     def _convolution(self, call: Call, transposed: bool) -> list[Step]:
         layer = call.layer
-        if getattr(layer, "groups", 1) != 1:
-            raise _NotUnderstoodError(f"is a convolution of {layer.groups} groups")
         if getattr(layer, "lora_enabled", False):
             raise _NotUnderstoodError("has a low-rank addition")
+        if getattr(layer, "groups", 1) != 1:
+            return self._activated(call, [_grouped(call)])
         folds = _needs_no_padding(call)
         if transposed:  # its windows overlap differently at the border, whatever the padding
             folds = {*layer.kernel_size, *layer.strides} == {1}
@@ -182,17 +187,26 @@ class Reader:
         if id(function) in self._elementwise:
             return [*operations, Elementwise(call, inner, outputs, function=function)]
         reason = f"{call.name!r} has the activation {_name_of(function)}, which may mix channels"
-        return [*operations, Barrier(call, inner, outputs, reason)]
+        kind = Mixing if self._mixes(function) else Barrier
+        return [*operations, kind(call, inner, outputs, reason)]
 
-    def _activation(self, call: Call) -> Operation:
+    def _mixes(self, function: Any) -> bool:
+        """Tell whether an activation is one in which each channel depends on all of them."""
+        known = vars(self.library.activations)  # tf_keras has no log_softmax
+        return any(function is known[name] for name in ("softmax", "log_softmax") if name in known)
+
+    def _activation(self, call: Call) -> Step:
         function = getattr(call.layer, "activation", None)
+        if self._mixes(function):
+            reason = f"{call.name!r} is {_name_of(function)}, which mixes channels"
+            return Mixing(call, call.inputs, call.outputs, reason)
         if function is not None and id(function) not in self._elementwise:
             raise _NotUnderstoodError(f"is {_name_of(function)}, which may mix channels")
         return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
-    def _rescaling(self, call: Call) -> Operation:
+    def _rescaling(self, call: Call) -> Step:
         if np.ndim(call.layer.scale) or np.ndim(call.layer.offset):
-            raise _NotUnderstoodError("scales each channel differently")
+            return _scaling(call)
         return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
     def _normalisation(self, call: Call) -> Operation:
@@ -282,6 +296,22 @@ def _depthwise(call: Call, attribute: str, bias: np.ndarray | None) -> Depthwise
         kernel=kernel,
         bias=bias,
         folds=_needs_no_padding(call),
+    )
+
+
+def _scaling(call: Call) -> Scaling:
+    kind = type(call.layer).__name__
+    reason = f"{call.name!r} ({kind}) scales each channel differently"
+    return Scaling(call, call.inputs, call.outputs, reason)
+
+
+def _grouped(call: Call) -> Grouped:
+    groups = call.layer.groups
+    reason = f"{call.name!r} ({type(call.layer).__name__}) is a convolution of {groups} groups"
+    kernel = _values(call.layer.kernel)
+    outputs = [_like(call.outputs[0])]
+    return Grouped(
+        call, call.inputs, outputs, reason, attribute="kernel", kernel=kernel, groups=groups
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf.pruning.compaction.graph import Call, Tensor
+from tscnc_tf._channels.graph import Call, Tensor
 
 Channels = np.ndarray  # one value per channel: floats (constants, NaN: unknown) or booleans
 
@@ -79,13 +79,8 @@ class Barrier(Step):
     """Whatever is not understood, and the model's own inputs and outputs: channels stay."""
 
 
-class Operation(Step, abc.ABC):
-    """A step that is understood; it has one output."""
-
-    @property
-    def output(self) -> Tensor:
-        """The only output."""
-        return self.outputs[0]
+class Followed(Step, abc.ABC):
+    """A step of which it is known how the channels of its one output depend on its inputs."""
 
     @abc.abstractmethod
     def constants(self, given: list[Channels]) -> Channels:
@@ -99,6 +94,72 @@ class Operation(Step, abc.ABC):
             given: the constants of the inputs.
         """
         return [wanted] * len(given)
+
+
+class Scaling(Barrier, Followed):
+    """A fixed function of each channel by itself, another one for each; channels stay."""
+
+    def constants(self, given: list[Channels]) -> Channels:
+        """Return no constants where the channel is none."""
+        return np.where(np.isnan(given[0]), np.nan, 0.0)
+
+
+class Mixing(Barrier, Followed):
+    """An activation in which each channel depends on all, such as softmax; channels stay."""
+
+    def constants(self, given: list[Channels]) -> Channels:
+        """Return no constants where any channel is none."""
+        return np.full(given[0].shape, np.nan if np.isnan(given[0]).any() else 0.0)
+
+    def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
+        """Return all channels if any is wanted."""
+        return [np.full(given[0].shape, bool(wanted.any()))]
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Grouped(Barrier, Followed):
+    """A convolution in groups of channels; what it reads is known, and all its channels stay.
+
+    Attributes:
+        attribute, kernel: the kernel, (taps..., in / groups, out), and the layer's name for it.
+        groups: the number of groups.
+    """
+
+    attribute: str
+    kernel: np.ndarray
+    groups: int
+
+    def _counts(self) -> np.ndarray:
+        """Return how many weights that are not zero lead from each input to each output."""
+        taps = tuple(range(self.kernel.ndim - 2))
+        own = np.count_nonzero(self.kernel, axis=taps)
+        rows, outputs = own.shape
+        counts = np.zeros((self.groups, rows, self.groups, outputs // self.groups), int)
+        every = np.arange(self.groups)
+        counts[every, :, every] = np.moveaxis(own.reshape(rows, self.groups, -1), 1, 0)
+        return counts.reshape(self.groups * rows, outputs)
+
+    def constants(self, given: list[Channels]) -> Channels:
+        """Return 0 where no filter reads anything but constants, else NaN."""
+        counts = self._counts()
+        return np.where(counts[np.isnan(given[0])].any(axis=0), np.nan, 0.0)
+
+    def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:  # noqa: ARG002
+        """Return which inputs the wanted filters read."""
+        return [np.count_nonzero(self._counts()[:, wanted], axis=1) > 0]
+
+    def between(self, inputs: Channels, outputs: Channels) -> int:
+        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        return int(self._counts()[inputs][:, outputs].sum())
+
+
+class Operation(Followed):
+    """A step that is understood, whose channels can be removed."""
+
+    @property
+    def output(self) -> Tensor:
+        """The only output."""
+        return self.outputs[0]
 
     def ties(self) -> Iterator[Tie]:
         """Yield which channels are one: as a rule, each of an input and the same of the output."""
@@ -267,6 +328,10 @@ class Linear(_Weighted):
         rows = np.flatnonzero(chosen & np.isfinite(constants) & (constants != 0))
         return constants[rows] @ self._forwards()[..., rows, :].astype(np.float64).sum(self.taps)
 
+    def between(self, inputs: Channels, outputs: Channels) -> int:
+        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        return int(np.count_nonzero(self._forwards()[..., inputs, :][..., outputs]))
+
     def constants(self, given: list[Channels]) -> Channels:
         """Return b + Σ c over the taps where no filter reads anything but foldable constants."""
         foldable = self.foldable(given[0])
@@ -311,6 +376,11 @@ class Depthwise(_Weighted):
     def __post_init__(self) -> None:
         self.multiplier = self.kernel.shape[-1]
         self.reads = (self.kernel != 0).any(axis=self.taps).reshape(-1)
+
+    def between(self, inputs: Channels, outputs: Channels) -> int:
+        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        counts = np.count_nonzero(self.kernel, axis=self.taps)
+        return int(counts[inputs[:, np.newaxis] & outputs.reshape(counts.shape)].sum())
 
     def constants(self, given: list[Channels]) -> Channels:
         """Return b + c Σ kernel, where no window reaches over the border."""

@@ -1,0 +1,173 @@
+"""Adversarial weight perturbation, against a computation by NumPy."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import FLAVOURS, blobs, conv_model, dense_model, images
+
+import tscnc_tf as tscnc
+from tscnc_tf.training import AWP
+
+RATE, GAMMA = 0.5, 0.2
+
+
+@pytest.fixture(params=FLAVOURS)
+def name(request):
+    return request.param
+
+
+def trainer_for(model, name, *, awp=None, loss=None, jit_compile=False, **options):
+    """A trainer whose adversary next to stands still."""
+    trainer = tscnc.AdversarialTraining(
+        model,
+        attack=tscnc.attacks.PGD(epsilon=1e-7, steps=1, start="none"),
+        loss=loss or tscnc.losses.Madry(),
+        awp=awp,
+    )
+    trainer.compile(
+        optimizer=FLAVOURS[name].optimizers.SGD(RATE, **options), jit_compile=jit_compile
+    )
+    return trainer
+
+
+def linear(name):
+    library = FLAVOURS[name]
+    inputs = library.Input((6,))
+    return library.Model(inputs, library.layers.Dense(3, name="logits")(inputs))
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def slopes(kernel, bias, x, y):
+    error = (softmax(x @ kernel + bias) - np.eye(3)[y]) / len(x)
+    return x.T @ error, error.sum(axis=0)
+
+
+def by_hand(kernel, bias, x, y, mask, steps):
+    """Return kernel and bias after steps of descent at the perturbed kernel."""
+    for _ in range(steps):
+        slope = slopes(kernel, bias, x, y)[0] * mask
+        perturbed = kernel + GAMMA * np.linalg.norm(kernel) * slope / np.linalg.norm(slope)
+        of_kernel, of_bias = slopes(perturbed, bias, x, y)
+        kernel, bias = (kernel - RATE * of_kernel) * mask, bias - RATE * of_bias
+    return kernel, bias
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_each_step_descends_at_the_perturbed_weights(name, sparsity, jit_compile):
+    model = linear(name)
+    if sparsity:
+        tscnc.prune_now(model, sparsity)
+    kernel, bias = (weight.astype("float64") for weight in model.get_weights())
+    mask = kernel != 0
+    assert mask.mean() == 1 - sparsity
+    x, y = blobs(32)
+    trainer = trainer_for(model, name, awp=AWP(GAMMA), jit_compile=jit_compile)
+    trainer.fit(x, y, batch_size=32, epochs=5, verbose=0)
+    expected = by_hand(kernel, bias, x.astype("float64"), y, mask, 5)
+    for mine, theirs, start in zip(model.get_weights(), expected, (kernel, bias), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=2e-6)
+        assert np.max(np.abs(mine - start)) > 1e-2
+    np.testing.assert_array_equal(model.get_weights()[0] == 0, ~mask)
+
+
+def test_penalties_are_those_of_the_weights_themselves(name):
+    """Without data that matter, the penalty's slope alone moves a kernel."""
+    model = dense_model(FLAVOURS[name], kernel_regularizer="l2")
+    before = model.get_layer("hidden").get_weights()[0]
+    trainer = trainer_for(model, name, awp=AWP(GAMMA))
+    trainer.fit(np.zeros((8, 6), np.float32), np.arange(8) % 3, batch_size=8, verbose=0)
+    after = model.get_layer("hidden").get_weights()[0]
+    np.testing.assert_allclose(after, before * (1 - RATE * 2 * 0.01), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [tscnc.losses.TRADES(beta=3.0), tscnc.losses.MART()], ids=repr)
+def test_batch_norm_and_the_schedule_see_one_step(name, loss):
+    """At a tiny gamma a step is that without perturbation, moving statistics included."""
+    x, y = images(32)
+    ours, theirs = conv_model(FLAVOURS[name]), conv_model(FLAVOURS[name])
+    theirs.set_weights(ours.get_weights())
+    for model, awp in ((ours, AWP(1e-7)), (theirs, None)):
+        trainer = trainer_for(model, name, awp=awp, loss=loss)
+        trainer.fit(x, y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+    for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5)
+
+
+def test_it_begins_when_it_is_set(name):
+    x, y = blobs(32)
+    ours, theirs = linear(name), linear(name)
+    theirs.set_weights(ours.get_weights())
+    trainer, other = trainer_for(ours, name), trainer_for(theirs, name)
+    for each in (trainer, other):
+        each.fit(x, y, batch_size=32, verbose=0)
+    np.testing.assert_array_equal(ours.get_weights()[0], theirs.get_weights()[0])
+    kernel, bias = ours.get_weights()
+    trainer.awp = AWP(GAMMA)
+    for each in (trainer, other):
+        each.fit(x, y, batch_size=32, verbose=0)
+    expected = by_hand(kernel, bias, x, y, np.ones_like(kernel), 1)
+    np.testing.assert_allclose(ours.get_weights()[0], expected[0], rtol=1e-4, atol=1e-6)
+    assert np.max(np.abs(ours.get_weights()[0] - theirs.get_weights()[0])) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_in_half_precision_the_weights_stay_their_own(name, policy):
+    """A kernel without a slope is put back as it was."""
+    model = dense_model(FLAVOURS[name], dtype=policy)
+    before = model.get_layer("hidden").get_weights()[0]
+    trainer = trainer_for(model, name, awp=AWP(GAMMA))
+    x, y = blobs(16)
+    trainer.fit(np.zeros_like(x), y, batch_size=8, verbose=0)
+    np.testing.assert_allclose(model.get_layer("hidden").get_weights()[0], before, atol=1e-6)
+    trainer.fit(x, y, batch_size=8, verbose=0)
+    after = model.get_layer("hidden").get_weights()[0]
+    assert np.all(np.isfinite(after)) and np.max(np.abs(after - before)) > 1e-3
+
+
+def test_it_works_while_scores_are_trained(name):
+    model = dense_model(FLAVOURS[name])
+    model = tscnc.prune(model, method="scores", sparsity=0.5, layers="hidden")
+    dense = np.asarray(model.pruner.triples()[0][1])
+    x, y = blobs(32)
+    trainer_for(model, name, awp=AWP(GAMMA), momentum=0.9).fit(x, y, batch_size=8, verbose=0)
+    after = model.get_layer("hidden").get_weights()[0]
+    assert np.mean(after == 0) == 0.5
+    np.testing.assert_array_equal(after, np.where(after == 0, 0, dense))
+
+
+def test_a_saved_trainer_has_it(name, tmp_path):
+    trainer = trainer_for(linear(name), name, awp=AWP(GAMMA))
+    trainer.save(tmp_path / "trainer.keras")
+    loaded = FLAVOURS[name].models.load_model(tmp_path / "trainer.keras")
+    assert loaded.awp == AWP(GAMMA)
+    trainer.awp = None
+    assert "awp" not in trainer.get_config()
+
+
+def test_several_replicas_are_refused():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        trainer = trainer_for(linear("keras"), "keras", awp=AWP())
+    x, y = blobs(16)
+    with pytest.raises(ValueError, match="awp must be None under a strategy of several replicas"):
+        trainer.fit(x, y, batch_size=16, verbose=0)
+    keras.backend.clear_session()
+
+
+def test_errors_name_the_argument():
+    for gamma in (0.0, -1.0):
+        with pytest.raises(ValueError, match="gamma must be > 0"):
+            AWP(gamma)
+    with pytest.raises(TypeError, match=r"awp must be None or an AWP, .*got 0\.005"):
+        trainer_for(linear("keras"), "keras", awp=0.005)
+    trainer = trainer_for(linear("keras"), "keras")
+    with pytest.raises(TypeError, match="awp must be None or an AWP"):
+        trainer.awp = "yes"

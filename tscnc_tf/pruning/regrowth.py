@@ -1,0 +1,167 @@
+"""Regrowth: the smallest weights that are kept give their places to others, now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tscnc_tf import _checks, _configs, _keras
+from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.pruning.selection import Magnitude, finite
+from tscnc_tf.pruning.structures import Move, Structure, Unstructured
+from tscnc_tf.pruning.targets import Target
+
+__all__ = ["Regrowth"]
+
+
+@_keras.register
+@dataclasses.dataclass(frozen=True)
+class Regrowth(_configs.Configurable):
+    r"""Lets the kept weights of a sparse network change places as it is trained.
+
+    Every `frequency` steps, in every weight tensor, the fraction
+
+    .. math:: f(t) = \tfrac12\,\text{fraction}\,(1 + \cos(\pi t / T)), \quad
+        T = \text{until} \cdot \text{steps}
+
+    of the weights that are kept, rounded to a number, goes: those of the smallest magnitude. As
+    many are kept in their place, so that the sparsity stays exactly what the schedule says: where
+    the gradient of the loss is largest in magnitude, among all that are zero or go. What is new
+    begins at 0, and at 0 in the slots of the optimizer (momenta, second moments, averages). From
+    step T on, the masks stay. With structures other than `Unstructured` whole units go and come, by
+    the means of their weights; with `NM` as many come in every group as go.
+
+    The **gradient** is the one that the optimizer is given in this very step: that of the training
+    loss with all its penalties, the robust loss under `AdversarialTraining`, and of all weights, as
+    those that are pruned are zero in the layer, and their gradient is there. So it costs nothing. A
+    step whose gradients are not finite moves nothing; where several batches are accumulated, their
+    sum counts, and under a distribution strategy that of all replicas.
+
+    Where the schedule asks for its final sparsity at step 1, as `OneShot(sparsity)` does, the
+    pruner prunes when it is made: the network is sparse from the start. (Of weights drawn at
+    random the largest are at random places.) With a schedule that rises, a dense network is pruned
+    and regrows on the way.
+
+    Args:
+        fraction: of the kept weights that go at first, in (0, 1).
+        criterion: what is kept in their place: "gradient", or "random" for any weight.
+        until: the share of `steps` after which nothing moves any more, in (0, 1].
+        frequency: number of optimizer steps from one move to the next, >= 1.
+        steps: number of optimizer steps of the training, counted as the pruner counts them; None
+            for the `end_step` of the schedule.
+        across_layers: whether weights of all tensors take each other's places, so that tensors
+            become denser and sparser while the sparsity of all together stays; each keeps its
+            `min_weights`. For `Unstructured` only.
+        seed: of what is random, >= 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8)])
+        >>> regrowth = tscnc.pruning.Regrowth(frequency=10, steps=1000)
+        >>> schedule = tscnc.schedules.OneShot(0.75)
+        >>> model = tscnc.prune(model, schedule, engine="masks", regrowth=regrowth)
+        >>> tscnc.inspection.sparsity(model).sparsity
+        0.75
+
+    Reference:
+        Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, algorithm 1 (there the optimizer
+        pauses in a step that moves weights; here it does not); Chen et al. 2022, "Sparsity winning
+        twice", arXiv 2202.09844, for adversarial training (Flying Bird; in their Flying Bird+ the
+        sparsity follows validation losses and ends wherever these lead, while here it is the
+        schedule's); Mocanu et al. 2018, arXiv 1707.04780, for random places.
+    """
+
+    fraction: float = 0.3
+    criterion: str = "gradient"
+    until: float = 0.75
+    frequency: int = 100
+    steps: int | None = None
+    across_layers: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _checks.number("fraction", self.fraction, above=0.0, below=1.0)
+        _checks.one_of("criterion", self.criterion, ("gradient", "random"))
+        _checks.number("until", self.until, above=0.0, maximum=1.0)
+        _checks.integer("frequency", self.frequency, minimum=1)
+        if self.steps is not None:
+            _checks.integer("steps", self.steps, minimum=2)
+        _checks.boolean("across_layers", self.across_layers)
+        _checks.integer("seed", self.seed, minimum=0)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it is to be given the gradients of a step."""
+        return self.criterion == "gradient"
+
+    def require(self, structure: Structure, targets: Sequence[Target], schedule: Any) -> None:
+        """Raise a ValueError unless it goes with what a pruner was asked for."""
+        if self.across_layers and not isinstance(structure, Unstructured):
+            raise ValueError(
+                f"across_layers must be False with structure={structure!r}, whose units are of "
+                "different sizes in different layers."
+            )
+        structure.require_equal_units(targets)
+        if self.last_step(schedule) < 1:
+            raise ValueError(
+                f"steps must be given to Regrowth, the number of optimizer steps of the training: "
+                f"{schedule!r} does not say how long it is."
+            )
+
+    def last_step(self, schedule: Any) -> int:
+        """Return the step T from which nothing moves any more; 0 if that is not known."""
+        steps = getattr(schedule, "end_step", -1) if self.steps is None else self.steps
+        return round(self.until * steps) if steps > 1 else 0
+
+    def is_due(self, schedule: Any, before: tf.Tensor, now: tf.Tensor) -> tf.Tensor:
+        """Return whether weights move at a step after `before` up to `now`."""
+        is_met = now // self.frequency > before // self.frequency
+        return is_met & (now < self.last_step(schedule))
+
+    def share(self, schedule: Any, step: tf.Tensor) -> tf.Tensor:
+        """Return the fraction of the kept weights that go at a step."""
+        progress = tf.cast(step, tf.float32) / self.last_step(schedule)
+        return 0.5 * self.fraction * (1.0 + tf.cos(math.pi * tf.minimum(progress, 1.0)))
+
+    def masks(
+        self,
+        structure: Structure,
+        pairs: Sequence[tuple[Target, Any]],
+        gradients: Sequence[Any],
+        *,
+        share: tf.Tensor,
+        step: tf.Tensor,
+        min_weights: int,
+    ) -> list[tf.Tensor]:
+        """Return the masks after a move.
+
+        Args:
+            structure: of the pruner.
+            pairs: (target, mask) of each weight.
+            gradients: of the loss by each, not looked at where places are random.
+            share: fraction of the kept weights that go.
+            step: the present one, for the seeds.
+            min_weights: what every weight tensor keeps at least.
+        """
+        weights = [tf.convert_to_tensor(tensor_variable(target.variable)) for target, _ in pairs]
+        worths = [finite(Magnitude()(weight)) for weight in weights]
+        widest = tf.float64 if any(w.dtype == tf.float64 for w in worths) else tf.float32
+        moves = []
+        for index, (target, mask) in enumerate(pairs):
+            worth = tf.cast(worths[index], widest)
+            if self.needs_gradients:
+                gain = tf.cast(tf.abs(gradients[index]), worth.dtype)
+            else:
+                seed = tf.stack([tf.constant(self.seed, tf.int32), tf.cast(step, tf.int32)])
+                seed = tf.random.experimental.stateless_fold_in(seed, index)
+                gain = tf.random.stateless_uniform(target.shape, seed, dtype=worth.dtype)
+            moves.append(Move(target, tf.convert_to_tensor(mask), worth, gain))
+        return structure.moved(moves, share, min_weights if self.across_layers else 0)

@@ -1,0 +1,138 @@
+"""Importance by gradient times weight, measured on data: what the loss would lose with a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tscnc_tf import _checks, _keras, attacks, losses
+from tscnc_tf._keras.flavours import tensor_variable
+
+__all__ = ["Taylor"]
+
+
+class Taylor:
+    r"""The importance of weights by the gradient of a loss on given data, for pruning at once.
+
+    To set a weight w to zero changes the loss, to first order, by -g w, with g its gradient. The
+    importance is the root of the mean square of that over batches b,
+
+    .. math:: s = |w| \sqrt{\textstyle\sum_b \frac{n_b}{N}\, g_b^2}, \qquad
+        g_b = \frac{1}{n_b} \sum_{i \in b} \frac{\partial \ell(x_i', y_i)}{\partial w}
+
+    with :math:`n_b` of the N examples in batch b. (Over all data at once the gradient of a trained
+    network is next to nothing, which is why squares are averaged.) Structures compare the means
+    over their units. With an attack, :math:`x_i'` are adversarial examples, and what is pruned is
+    what robustness needs least. The network runs as at inference.
+
+    It is measured when the pruner is made, on the weights as they are then, and the pruner prunes
+    at once: `prune_now(model, sparsity, criterion=Taylor(...))`, or with regrowth
+    `prune(model, OneShot(sparsity), criterion=..., regrowth=...)`. A saved pruner does not hold it.
+
+    Args:
+        x: inputs of the model, `(examples, ...)`; a few hundred training examples.
+        y: labels, as in `tscnc_tf.losses`.
+        attack: an attack of `tscnc_tf.attacks` that follows the gradient, such as that of a
+            trainer; None for the inputs as they are.
+        loss: a loss of `tscnc_tf.losses`, such as that of a trainer; None for cross-entropy.
+        batch_size: examples in a batch.
+        seed: of the attack.
+
+    Raises:
+        TypeError: `attack` follows no gradient or `loss` is none of these.
+        ValueError: there are no examples, or `y` has another number of them.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+        >>> x, y = np.zeros((8, 4), "float32"), np.arange(8) % 2
+        >>> x[:, 1] = y  # the others are never seen
+        >>> model = tscnc.prune_now(model, 0.75, criterion=tscnc.pruning.Taylor(x, y))
+        >>> np.flatnonzero(np.any(model.layers[-1].kernel, axis=1)).tolist()
+        [1]
+
+    Reference:
+        Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", arXiv 1906.10771,
+        equation 8, without the square, which changes no order.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        *,
+        attack: attacks.GradientAttack | None = None,
+        loss: losses.RobustLoss | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(attack, attacks.GradientAttack | None):
+            raise TypeError(
+                "attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, or "
+                f"None, got {attack!r}."
+            )
+        if not isinstance(loss, losses.RobustLoss | None):
+            raise TypeError(
+                f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
+            )
+        self.x, self.y = np.asarray(x), np.asarray(y)
+        if not len(self.x) or len(self.x) != len(self.y):
+            raise ValueError(
+                "x and y must hold the same number of examples, at least one, got "
+                f"{len(self.x)} and {len(self.y)}."
+            )
+        self.loss = losses.Madry() if loss is None else loss
+        self.attack = attack and attack.with_defaults(
+            objective=self.loss.objective, start=self.loss.start
+        )
+        self.batch_size = _checks.integer("batch_size", batch_size, minimum=1)
+        self.seed = _checks.integer("seed", seed, minimum=0)
+
+    def importance(self, model: Any, variables: Sequence[Any]) -> list[tf.Tensor]:
+        """Return the importance of weights of a model, one tensor for each variable."""
+        weights = [tensor_variable(variable) for variable in variables]
+        gradient = tf.function(
+            lambda x, y, seed: self._gradients(model, weights, x, y, seed),
+            autograph=False,
+            reduce_retracing=True,
+        )
+        squares = [np.zeros(weight.shape) for weight in weights]
+        for batch, start in enumerate(range(0, len(self.x), self.batch_size)):
+            x, y = (each[start : start + self.batch_size] for each in (self.x, self.y))
+            found = gradient(tf.constant(x), tf.constant(y), tf.constant([self.seed, batch]))
+            for total, each in zip(squares, found, strict=True):
+                total += len(x) / len(self.x) * np.square(np.asarray(each, np.float64))
+        return [
+            tf.abs(tf.cast(weight, tf.float64)) * np.sqrt(total)
+            for weight, total in zip(weights, squares, strict=True)
+        ]
+
+    def _gradients(self, model: Any, weights: list[Any], x: Any, y: Any, seed: Any) -> list[Any]:
+        """Return the gradients of the mean loss of a batch."""
+        adversarial, reference = x, self.loss.reference(x)
+        if self.attack is not None:
+            inference = _keras.inference(model)
+            origin = inference(x) if reference is None else reference
+            adversarial = self.attack.perturb(inference, x, y, seed=seed, clean_logits=origin)
+            adversarial = tf.stop_gradient(adversarial)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            logits = model(adversarial, training=False)
+            clean = model(x, training=False) if self.loss.uses_clean else logits
+            extra = () if reference is None else (reference,)
+            value = self.loss.robust(y, clean, logits, *extra)
+            if self.loss.adds_clean_loss:
+                value += losses.cross_entropy(y, clean)
+            value = tf.reduce_mean(value)
+        return tape.gradient(value, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+    def __repr__(self) -> str:
+        return (
+            f"Taylor(<{len(self.x)} examples>, attack={self.attack!r}, loss={self.loss!r}, "
+            f"batch_size={self.batch_size}, seed={self.seed})"
+        )
