@@ -165,6 +165,10 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"regrowth": {"share": 0.3}}}, ValueError, r"prune.regrowth must have names of"),
         ({"prune": {"regrowth": {"until": 2}}}, ValueError, "prune.regrowth: until must be <= 1"),
         ({"prune": {"regrowth": {}}}, ValueError, "prune.regrowth must be null with method='sco"),
+        *(
+            ({"prune": {"method": "magnitude", **values}}, ValueError, "is for method='scores'")
+            for values in ({"scope": "learned"}, {"perturb_scores": 0.1})
+        ),
         ({"name": 3}, TypeError, "name must be text, got 3"),
         ({"evaluate": {"attack": "fgsm"}}, ValueError, "evaluate.attack must be one of 'pgd'"),
         *(
@@ -546,6 +550,15 @@ def test_the_evaluation_opens_with_what_it_judged_and_an_experiment_says_what_to
     assert judged.masks.keys() == tuned.masks.keys()
     with pytest.raises(FileNotFoundError, match=r"open one of its stages, 1-train, 2-prune"):
         tscnc.experiments.open_stage(finished)
+
+
+def test_scores_are_perturbed_and_shares_learned_as_the_recipe_says():
+    chosen = recipe(**{"prune.scope": "learned", "prune.perturb_scores": 0.03})
+    data = stages.dataset(chosen)
+    trainer = stages.trainer(chosen, "prune", data, previous=stages.network(chosen, data))
+    (pruner,) = masks.pruners(trainer.model)
+    assert "scope=Learned(" in repr(pruner) and len(pruner.shares) == len(pruner.targets)
+    assert pruner.perturb_scores == 0.03
 
 
 def test_scores_choose_as_often_as_the_recipe_says():

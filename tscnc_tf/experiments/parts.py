@@ -26,7 +26,7 @@ ARCHITECTURES = {
 }
 STAGES = ("train", "prune", "finetune")
 ATTACKS = ("pgd", "apgd", "autoattack")
-SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition")
+SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition", "learned")
 REGROWTH = ("fraction", "criterion", "until", "frequency", "across_layers")
 LOSSES = ("trades", "madry", "mart")
 WEIGHT_DECAYS = ("l2", "decoupled")
@@ -319,8 +319,10 @@ class Pruning(Training):
             are trained, a schedule prunes them).
         layers: a name pattern or a list of them, which layers are pruned; None for all but the
             first convolution and the classifier (layers named "stem" and "logits").
-        scope: as in `pruning.Pruner`, or "condition": by `pruning.condition_budgets` of the dense
-            network.
+        scope: as in `pruning.Pruner`; with "scores" also "learned", see `pruning.Learned`; or
+            "condition": by `pruning.condition_budgets` of the dense network.
+        perturb_scores: with "scores", the radius of a step on them against training before each of
+            theirs, see `pruning.ScorePruner`; 0 for none.
         min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
         min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
         min_per_input: number of weights that every input channel or unit keeps, see there.
@@ -341,6 +343,7 @@ class Pruning(Training):
     method: Annotated[str, _one_of("scores", "magnitude")] = "scores"
     layers: Patterns = None
     scope: Annotated[Any, _scope] = "layer"
+    perturb_scores: Factor = 0.0
     min_weights: Count = 1
     min_per_filter: CountOrZero = 0
     min_per_input: CountOrZero = 0
@@ -353,6 +356,12 @@ class Pruning(Training):
         if self.method == "scores" and self.average:
             raise ValueError(
                 f"average must be 0 with method='scores', got {self.average}: weights are frozen."
+            )
+        if self.method == "magnitude" and (self.scope == "learned" or self.perturb_scores):
+            name = "scope" if self.scope == "learned" else "perturb_scores"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} is for method='scores', got method='magnitude', "
+                "which trains no scores."
             )
         if self.method == "scores" and self.regrowth is not None:
             raise ValueError(

@@ -249,6 +249,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
             method="scores",
             sparsity=recipe.sparsity,
             frequency=part.frequency or 1,
+            perturb_scores=part.perturb_scores,
             **options,
         )
     if steps < 2:
