@@ -68,8 +68,8 @@ class Learned(_configs.Configurable):
         ...     [keras.Input((64,)), keras.layers.Dense(32), keras.layers.Dense(10)])
         >>> model = tscnc.prune(
         ...     model, method="scores", sparsity=0.75, scope=tscnc.pruning.Learned(start="erk"))
-        >>> {name: round(share, 2) for name, share in model.pruner.shares.items()}
-        {'dense': 0.2, 'dense_1': 0.56}
+        >>> [round(share, 2) for share in model.pruner.shares.values()]
+        [0.2, 0.56]
 
     Reference:
         Zhao & Wressnegger 2023, "Holistic adversarially robust pruning" (HARP), arXiv 2412.14714.
