@@ -236,7 +236,7 @@ class ScorePruner(Pruner):
         the gradient that is computed in the block, and brings back the weights that they choose.
 
         `AdversarialTraining` does so in each step. It costs one more training pass (forward and
-        backward) and one more choice of the weights: with PGD of 10 steps about a sixth of a step.
+        backward) and one more choice of the weights.
         Keras' own `fit` can't, and refuses. A loop of your own computes its gradients in this
         block, and calls `apply_gradients` there.
 
