@@ -117,6 +117,16 @@ def test_masks_are_held_against_a_plain_step(folder):
     assert found["goal_met"] == (found["ratios"]["masks"]["wall"]["of_medians"] <= 0.05)
 
 
+def test_steps_of_scores_are_held_against_those_of_plain_ones(folder):
+    found = result(folder, "scores")
+    assert_times(found["times"], found["rounds"])
+    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+    for name in ("learned", "perturbed"):
+        ratio = found["ratios"][name]["wall"]["of_medians"]
+        assert ratio == pytest.approx(medians[name] / medians["scores"])
+    assert found["goal_met"] == (found["ratios"]["learned"]["wall"]["of_medians"] <= 1.05)
+
+
 def test_the_step_is_exported_with_all_its_state(folder):
     found = result(folder, "stablehlo")
     assert found["compiles"] and found["weights_finite"] and found["weights_moved"]

@@ -236,9 +236,8 @@ class ScorePruner(Pruner):
         the gradient that is computed in the block, and brings back the weights that they choose.
 
         `AdversarialTraining` does so in each step. It costs one more training pass (forward and
-        backward) and one more choice of the weights.
-        Keras' own `fit` can't, and refuses. A loop of your own computes its gradients in this
-        block, and calls `apply_gradients` there.
+        backward) and one more choice of the weights. Keras' own `fit` can't, and refuses. A loop of
+        your own computes its gradients in this block, and calls `apply_gradients` there.
 
         Args:
             loss: computes the value to descend, a scalar. What else it changes (moving statistics,
