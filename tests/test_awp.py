@@ -171,3 +171,12 @@ def test_errors_name_the_argument():
     trainer = trainer_for(linear("keras"), "keras")
     with pytest.raises(TypeError, match="awp must be None or an AWP"):
         trainer.awp = "yes"
+
+
+def test_weights_and_the_scores_that_choose_them_are_not_perturbed_together(name):
+    model = tscnc.prune(
+        dense_model(FLAVOURS[name]), method="scores", sparsity=0.5, perturb_scores=0.1
+    )
+    trainer = trainer_for(model, name, awp=AWP(GAMMA))
+    with pytest.raises(ValueError, match=r"awp must be None for a model of perturb_scores=0\.1"):
+        trainer.fit(*blobs(32), verbose=0)

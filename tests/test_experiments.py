@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -169,6 +170,7 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
             ({"prune": {"method": "magnitude", **values}}, ValueError, "is for method='scores'")
             for values in ({"scope": "learned"}, {"perturb_scores": 0.1})
         ),
+        ({"prune": {"perturb_scores": 0.1, "awp": 0.01}}, ValueError, "prune.awp must be 0 with"),
         ({"name": 3}, TypeError, "name must be text, got 3"),
         ({"evaluate": {"attack": "fgsm"}}, ValueError, "evaluate.attack must be one of 'pgd'"),
         *(
@@ -628,6 +630,44 @@ def test_fine_tuning_may_begin_with_the_channels_of_the_dense_network():
     for mine, theirs in zip(found, expected.get_weights(), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
     assert np.any(np.abs(found[-1] - dense.get_weights()[-1]) > 1e-3)
+
+
+def test_fine_tuning_is_recalibrated_on_images_of_all_classes(monkeypatch):
+    chosen = recipe(**{"finetune.recalibrate": True})
+    data = stages.dataset(chosen)
+    order = np.argsort(data.y_train, kind="stable")
+    data = dataclasses.replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
+    monkeypatch.setattr(stages, "CALIBRATION", 40)
+    seen = []
+    monkeypatch.setattr(stages.pruning, "recalibrate", lambda _, x, dense: seen.append(x))
+    network = stages.network(chosen, data)
+    stages.trainer(chosen, "finetune", data, previous=network, teacher=network)
+    (images,) = seen
+    assert len(images) == 40
+    x, y = data.arrays("train")
+    found = {int(y[(x == image).all((1, 2, 3))][0]) for image in images}
+    assert found == set(range(10))
+
+
+def test_weights_that_have_just_come_back_are_trained_on():
+    """They are zero as those are that are pruned, and only the masks know of them."""
+    chosen = recipe()
+    data = stages.dataset(chosen)
+    pruned = stages.network(chosen, data)
+    tscnc.prune_now(pruned, 0.9, layers=stages.pruned_layers(chosen.prune))
+    (pruner,) = masks.pruners(pruned)
+    kept = {target.name: np.array(mask) for target, mask in pruner.masked_targets()}
+    previous = tscnc.strip(pruned)
+    places = {}
+    for name, mask in kept.items():
+        places[name] = tuple(np.argwhere(~mask)[0])
+        mask[places[name]] = True
+    trainer = stages.trainer(chosen, "finetune", data, previous=previous, kept=kept)
+    trainer.fit(*data.arrays("train"), batch_size=64, epochs=1, verbose=0)
+    (pruner,) = masks.pruners(trainer.model)
+    for target, mask in pruner.masked_targets():
+        np.testing.assert_array_equal(mask, kept[target.name])
+        assert np.array(target.variable)[places[target.name]] != 0
 
 
 def test_other_data_are_refused(finished, tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def test_counts_stay_whatever_the_structure_and_the_scope(options, sparsity, cri
 
 def test_across_layers_the_counts_move_and_their_sum_stays(library):
     regrowth = Regrowth(0.5, frequency=1, steps=20, across_layers=True)
-    model = compiled(pruned(library, regrowth, min_weights=4), library)
+    model = compiled(pruned(library, regrowth, min_weights=4, scope="global"), library)
     start = counts(model)
     found = []
     for _ in range(6):
@@ -442,7 +442,14 @@ def test_arguments_are_checked(arguments, error, message):
                 regrowth=Regrowth(steps=9, across_layers=True),
             ),
             ValueError,
-            "across_layers must be False",
+            "across_layers must be False with structure",
+        ),
+        (
+            lambda m: Pruner(
+                m, schedules.OneShot(0.5), regrowth=Regrowth(steps=9, across_layers=True)
+            ),
+            ValueError,
+            "across_layers must be False with scope='layer'.*scope='global'",
         ),
         (lambda m: tscnc.prune_now(m, 0.5, regrowth=MOVING), TypeError, "prune_now freezes"),
         (

@@ -557,10 +557,20 @@ against: [uniform]
 """
 
 
-@pytest.mark.parametrize("value", [("prune.scope", "condition"), ("finetune.loss", "rslad")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        ("prune.scope", "condition"),
+        ("prune.regrowth", {"fraction": 0.5}),
+        ("finetune.loss", "rslad"),
+        ("finetune.recalibrate", True),
+    ],
+)
 def test_what_needs_the_dense_network_is_not_exported_before_it_is_there(tmp_path, plan, value):
     measured = dataclasses.replace(plan, arms={**plan.arms, "other": dict([value])})
-    with pytest.raises(ValueError, match="arm with {}={!r}, which needs the dense".format(*value)):
+    with pytest.raises(
+        ValueError, match=re.escape("arm with {}={!r}, which needs the network".format(*value))
+    ):
         accelerate.export(measured, tmp_path / "there")
     assert not (tmp_path / "there").exists()
 
@@ -692,6 +702,13 @@ def test_networks_are_judged_by_pgd_and_by_autoattack_once(plan, tmp_path, monke
     monkeypatch.setattr(flattery.experiments, "run", None)
     assert main(words) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_a_plan_whose_arms_are_tuned_has_no_networks_to_judge(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TUNED)
+    words = ["flattery", "--plan", str(tmp_path / "tiny.yaml")]
+    with pytest.raises(SystemExit, match="without tuning is wanted, got 'tiny': take --quick"):
+        main([*words, "--results", str(tmp_path), "--scratch", str(tmp_path / "scratch")])
 
 
 def test_the_difference_between_pgd_and_autoattack_is_over_all_seeds(tmp_path):

@@ -76,7 +76,10 @@ def _flattery(
 ) -> None:
     path = options.results / f"{plan.name}-flattery.csv"
     seeds = plan.seeds if options.seeds is None else options.seeds
-    flattery.judge(plan, settings, seeds, path, options.scratch / plan.name)
+    try:
+        flattery.judge(plan, settings, seeds, path, options.scratch / plan.name)
+    except ValueError as error:
+        sys.exit(str(error))
     text = flattery.tables(path)
     console.print(text, markup=False, soft_wrap=True)
     if options.write:

@@ -106,12 +106,18 @@ def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
 
 def _require_exportable(plan: Plan) -> None:
     for run in plan.runs({}):
-        for value, what in (("condition", "prune.scope"), ("rslad", "finetune.loss")):
-            part, name = what.split(".")
-            if getattr(getattr(run.recipe, part), name) == value:
+        prune, finetune = run.recipe.prune, run.recipe.finetune
+        unfit = {
+            "prune.scope": prune.scope if prune.scope == "condition" else None,
+            "prune.regrowth": prune.regrowth,
+            "finetune.loss": finetune.loss if finetune.loss == "rslad" else None,
+            "finetune.recalibrate": finetune.recalibrate or None,
+        }
+        for name, value in unfit.items():
+            if value is not None:
                 raise ValueError(
-                    f"plan {plan.name!r} has an arm with {what}={value!r}, which needs the dense "
-                    "network when it is exported: give it one that does without."
+                    f"plan {plan.name!r} has an arm with {name}={value!r}, which needs the network "
+                    "of the stage before when it is exported: give it one that does without."
                 )
 
 
@@ -161,7 +167,7 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
     per_epoch = data.steps_per_epoch(settings.batch_size)
     select_from = 1
     if stage == "prune" and settings.method == "magnitude":
-        select_from = math.ceil(settings.ramp * settings.epochs)
+        select_from = max(1, math.ceil(settings.ramp * settings.epochs))
     accelerator.export_stage(
         trainer,
         folder,

@@ -57,8 +57,15 @@ def judge(
         scratch: the folder for the experiments, which are left there.
 
     Raises:
+        ValueError: the plan lacks an arm, or its arms are tuned.
         RuntimeError: another process works in `scratch`.
     """
+    arms = [network.arm for network in NETWORKS]
+    if plan.tuning or not set(arms) <= set(plan.arms):
+        raise ValueError(
+            f"a plan with the arms {sorted(set(arms))} and without tuning is wanted, got "
+            f"{plan.name!r}: take --quick."
+        )
     scratch = scratch / "flattery"
     with locks.exclusive(scratch):
         rows = {tuple(row[name] for name in PLACE): row for row in table.read(path)}

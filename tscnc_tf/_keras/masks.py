@@ -45,9 +45,11 @@ class AttachedPruner(Protocol):
 
     Attributes:
         state: its variables, a layer of the model's Keras.
+        perturb_scores: the radius of its step against training in `perturbed`, 0 for none.
     """
 
     state: Any
+    perturb_scores: float
 
     def masked_variables(self) -> list[tuple[Any, Any]]:
         """Return the pairs (weight, mask) of the weights that are pruned now."""

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf._keras import keras, tf_keras
-from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf._keras.flavours import sum_over_replicas, tensor_variable
 
 Pairs = list[tuple[Any, Any]]  # of a gradient and a weight
 
@@ -247,11 +247,8 @@ def summed_up(optimizer: Any, gradients: list[Any], variables: list[Any]) -> lis
             g if g is None else g / scale + tensor_variable(sums[positions[key(variable)]])
             for g, variable in pairs
         ]
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return gradients
     known = [gradient for gradient in gradients if gradient is not None]
-    found = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, known))
+    found = iter(sum_over_replicas(known))
     return [gradient if gradient is None else next(found) for gradient in gradients]
 
 

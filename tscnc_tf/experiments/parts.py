@@ -353,6 +353,11 @@ class Pruning(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.perturb_scores and self.awp:
+            raise ValueError(
+                f"awp must be 0 with perturb_scores={self.perturb_scores}, got {self.awp}: one "
+                "perturbs the weights, the other the scores that choose them. Take one of them."
+            )
         if self.method == "scores" and self.average:
             raise ValueError(
                 f"average must be 0 with method='scores', got {self.average}: weights are frozen."

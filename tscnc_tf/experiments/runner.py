@@ -131,7 +131,8 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     previous = outputs[-1].model if outputs else None
     teacher = outputs[0].model if outputs else None
-    trainer = stages.trainer(recipe, stage, data, previous=previous, teacher=teacher)
+    kept = outputs[-1].masks if outputs else None
+    trainer = stages.trainer(recipe, stage, data, previous=previous, teacher=teacher, kept=kept)
     fitting.fit(recipe, stage, data, trainer, folder, on_batch)
     model = trainer.model
     with fitting.averaged(model, trainer.optimizer):

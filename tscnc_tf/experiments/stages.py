@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from tscnc_tf import (
     _keras,
@@ -19,6 +21,7 @@ from tscnc_tf import (
     pruning,
     regularizers,
 )
+from tscnc_tf._keras import masks
 from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
@@ -113,6 +116,7 @@ def trainer(
     *,
     previous: Any = None,
     teacher: Any = None,
+    kept: Mapping[str, np.ndarray] | None = None,
 ) -> AdversarialTraining:
     """Return the compiled trainer of a stage, before its first step.
 
@@ -123,6 +127,8 @@ def trainer(
         previous: the model of the stage before; None for the first.
         teacher: the dense, robust model, to distil from with the loss "rslad", and to recalibrate
             by.
+        kept: for "finetune", by weight which entries are trained; None for those that are not zero.
+            What has just come back in regrowth is zero, too.
     """
     settings: Training = getattr(recipe, stage)
     count = steps(recipe, stage, data)
@@ -133,9 +139,11 @@ def trainer(
     if stage == "prune":
         model = _pruned(recipe, model, count)
     elif stage == "finetune":
-        pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
+        _freeze(recipe, model, kept)
         if recipe.finetune.recalibrate:
-            pruning.recalibrate(model, data.arrays("train")[0][:CALIBRATION], dense=teacher)
+            count_of_images = min(CALIBRATION, len(data.y_train))
+            images = data.subset(count_of_images, seed=recipe.seed).arrays("train")[0]
+            pruning.recalibrate(model, images, dense=teacher)
     made = AdversarialTraining(
         model,
         attack=attacks.PGD(
@@ -273,6 +281,15 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         regrowth = {"frequency": max(1, steps // 50), **part.regrowth}
         options["regrowth"] = pruning.Regrowth(**regrowth, steps=steps, seed=recipe.seed)
     return pruning.prune(model, schedule, engine="masks", **options)
+
+
+def _freeze(recipe: Recipe, model: Any, kept: Mapping[str, np.ndarray] | None) -> None:
+    """Fix the masks of a network that is not pruned yet, at its zeros or as they are given."""
+    pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
+    if kept:
+        (pruner,) = masks.pruners(model)
+        for target, mask in pruner.masked_targets():
+            mask.assign(kept[target.name])
 
 
 def _loss(settings: Training, teacher: Any) -> losses.RobustLoss:

@@ -24,6 +24,12 @@ def final_sparsity(schedule: Schedule) -> float:
     return float(str(np.float32(schedule(tf.constant(_FAR, tf.int64))[1])))
 
 
+def is_at_once(schedule: Schedule) -> bool:
+    """Tell whether a schedule asks for its final sparsity at step 1."""
+    due, sparsity = schedule(tf.constant(1, tf.int64))
+    return bool(due) and float(np.float32(sparsity)) == np.float32(final_sparsity(schedule))
+
+
 def due_between(
     schedule: Schedule, before: tf.Tensor, now: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:

@@ -169,7 +169,7 @@ def prune(
             f"engine must be 'masks' for the Keras 3 model {model.name!r}: tfmot's wrappers take "
             "tf_keras models only."
         )
-    if "regrowth" in options:
+    if options.pop("regrowth", None) is not None:
         raise TypeError(
             "regrowth is an option of engine='masks', which prunes tf_keras models, too: tfmot's "
             "wrappers don't give weights back. Pass prune(model, schedule, engine='masks', "
@@ -190,7 +190,7 @@ def _prune_by_scores(
         raise ValueError(
             f"engine must be 'masks' (or left out) with method='scores', got {engine!r}."
         )
-    if "regrowth" in options:
+    if options.pop("regrowth", None) is not None:
         raise TypeError(
             "regrowth must be left out with method='scores', by which weights come back anyway: "
             "each keeps its score."

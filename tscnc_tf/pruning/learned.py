@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras, _reports, functional
-from tscnc_tf._keras import optimizers
+from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import sum_over_replicas, tensor_variable, update_everywhere
 from tscnc_tf.pruning.scopes import SCOPES, Scope, Units, fitting
 from tscnc_tf.pruning.targets import Target
@@ -204,7 +204,7 @@ class TrainedShares:
             news = (logits + moved, moved)
             for variable, old, new in zip(self._variables, (logits, velocities), news, strict=True):
                 value = tf.where(is_sound, new, old)
-                strategy.extended.update(tensor_variable(variable), _assign, args=(value,))
+                strategy.extended.update(tensor_variable(variable), masks.assign, args=(value,))
 
         update_everywhere(model, update)
 
@@ -274,7 +274,3 @@ def share_out(wanted: Any, lowest: Any, highest: Any, total: Any) -> tf.Tensor:
     left = tf.cast(total - tf.reduce_sum(whole), tf.int32)
     one_more = functional.largest_per_row(found - whole, left)
     return tf.cast(whole, tf.int32) + tf.cast(one_more, tf.int32)
-
-
-def _assign(variable: Any, value: Any) -> Any:
-    return variable.assign(value)

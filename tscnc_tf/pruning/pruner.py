@@ -146,7 +146,7 @@ class Pruner(StepCount):
         if not isinstance(regrowth, Regrowth | None):
             raise TypeError(f"regrowth must be a Regrowth(...) or None, got {regrowth!r}.")
         require_schedule(schedule)
-        is_at_once = _is_at_once(schedule)
+        is_at_once = scheduling.is_at_once(schedule)
         measured = criterion if isinstance(criterion, Taylor) else None
         if measured and not is_at_once:
             raise ValueError(
@@ -231,7 +231,7 @@ class Pruner(StepCount):
         self._selection = Selection(self.targets, sparsity=self._asked, **options)
         self.target_sparsity = self.structure.reachable(self._asked)
         if regrowth is not None:
-            regrowth.require(self.structure, self.targets, schedule)
+            regrowth.require(self.structure, options["scope"], self.targets, schedule)
         self.regrowth = regrowth
         self._shares: learned.TrainedShares | None = None
         self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
@@ -495,6 +495,8 @@ class Pruner(StepCount):
             self._step(optimizer, True, gradients)
         return result
 
+    perturb_scores = 0.0  # it has none
+
     def perturbed(self, loss: Any) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
         """Return the context in which the gradient of a loss is taken; here it does nothing."""
         return contextlib.nullcontext()
@@ -690,11 +692,3 @@ class Pruner(StepCount):
             f"scope={self._selection.scope!r}, min_weights={self._selection.min_weights}"
             f"{f', regrowth={self.regrowth!r}' if self.regrowth else ''})"
         )
-
-
-def _is_at_once(schedule: Any) -> bool:
-    """Tell whether a schedule asks for its final sparsity at step 1."""
-    due, sparsity = schedule(tf.constant(1, tf.int64))
-    return bool(due) and float(np.float32(sparsity)) == np.float32(
-        scheduling.final_sparsity(schedule)
-    )

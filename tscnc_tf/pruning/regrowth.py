@@ -29,11 +29,12 @@ class Regrowth(_configs.Configurable):
         T = \text{until} \cdot \text{steps}
 
     of the weights that are kept, rounded to a number, goes: those of the smallest magnitude. As
-    many are kept in their place, so that the sparsity stays exactly what the schedule says: where
-    the gradient of the loss is largest in magnitude, among all that are zero or go. What is new
-    begins at 0, and at 0 in the slots of the optimizer (momenta, second moments, averages). From
-    step T on, the masks stay. With structures other than `Unstructured` whole units go and come, by
-    the means of their weights; with `NM` as many come in every group as go.
+    many are kept in their place, so that the masks keep exactly as many weights as the schedule
+    says: where the gradient of the loss is largest in magnitude, among all that are zero or go.
+    What is new begins at 0, and at 0 in the slots of the optimizer (momenta, second moments,
+    averages). From step T on, the masks stay; until then weights that have just come are zero in a
+    stripped or exported model, too. With structures other than `Unstructured` whole units go and
+    come, by the means of their weights; with `NM` as many come in every group as go.
 
     The **gradient** is the one that the optimizer is given in this very step: that of the training
     loss with all its penalties, the robust loss under `AdversarialTraining`, and of all weights, as
@@ -55,7 +56,7 @@ class Regrowth(_configs.Configurable):
             for the `end_step` of the schedule.
         across_layers: whether weights of all tensors take each other's places, so that tensors
             become denser and sparser while the sparsity of all together stays; each keeps its
-            `min_weights`. For `Unstructured` only.
+            `min_weights`. For `Unstructured` only, with scope "global" or "lamp".
         seed: of what is random, >= 0.
 
     Raises:
@@ -102,12 +103,19 @@ class Regrowth(_configs.Configurable):
         """Whether it is to be given the gradients of a step."""
         return self.criterion == "gradient"
 
-    def require(self, structure: Structure, targets: Sequence[Target], schedule: Any) -> None:
+    def require(
+        self, structure: Structure, scope: Any, targets: Sequence[Target], schedule: Any
+    ) -> None:
         """Raise a ValueError unless it goes with what a pruner was asked for."""
         if self.across_layers and not isinstance(structure, Unstructured):
             raise ValueError(
                 f"across_layers must be False with structure={structure!r}, whose units are of "
                 "different sizes in different layers."
+            )
+        if self.across_layers and scope not in ("global", "lamp"):
+            raise ValueError(
+                f"across_layers must be False with scope={scope!r}, which gives each layer its "
+                "own number of weights. Take scope='global' or scope='lamp'."
             )
         structure.require_equal_units(targets)
         if self.last_step(schedule) < 1:

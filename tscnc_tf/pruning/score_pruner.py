@@ -568,7 +568,8 @@ class ScorePruner(Pruner):
         return (
             f"ScorePruner({self.model.name!r}, {self.schedule.sparsity:g}, "
             f"frequency={self.frequency}, also_train={self.also_train!r}, "
-            f"structure={self.structure!r}, scope={self._selection.scope!r}, "
+            f"perturb_scores={self.perturb_scores:g}, structure={self.structure!r}, "
+            f"scope={self._selection.scope!r}, "
             f"min_weights={self._selection.min_weights})"
         )
 

@@ -469,6 +469,12 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 "would perturb its weights in another direction."
             )
 
+        if radius := max((each.perturb_scores for each in masks.pruners(self.model)), default=0.0):
+            raise ValueError(
+                f"awp must be None for a model of perturb_scores={radius:g}, got {self._awp!r}: "
+                "one perturbs weights, the other the scores that choose them. Take one of them."
+            )
+
         def raised() -> tf.Tensor:
             clean = self._inference(x) if self.robust_loss.uses_clean else known
             adversarial = self._inference(x_adversarial)
