@@ -656,7 +656,7 @@ def test_weights_that_have_just_come_back_are_trained_on():
     pruned = stages.network(chosen, data)
     tscnc.prune_now(pruned, 0.9, layers=stages.pruned_layers(chosen.prune))
     (pruner,) = masks.pruners(pruned)
-    kept = {target.name: np.array(mask) for target, mask in pruner.masked_targets()}
+    kept = {target.name: mask.numpy() for target, mask in pruner.masked_targets()}
     previous = tscnc.strip(pruned)
     places = {}
     for name, mask in kept.items():
@@ -667,7 +667,7 @@ def test_weights_that_have_just_come_back_are_trained_on():
     (pruner,) = masks.pruners(trainer.model)
     for target, mask in pruner.masked_targets():
         np.testing.assert_array_equal(mask, kept[target.name])
-        assert np.array(target.variable)[places[target.name]] != 0
+        assert target.variable.numpy()[places[target.name]] != 0
 
 
 def test_other_data_are_refused(finished, tmp_path, monkeypatch):
