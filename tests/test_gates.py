@@ -737,7 +737,9 @@ def test_inspection_sees_kernels_as_they_act(library):
     model = with_spread_gates(library)
     folded = gates.fold(model)
     seen, plainly = inspection.sparsity(model), inspection.sparsity(folded)
-    assert seen == plainly
+    assert seen.not_followed
+    assert seen.without_paths().rows == plainly.rows
+    assert seen.model_sparsity == plainly.model_sparsity
     assert seen.rows[0].zeros == 9 * (6 - gates.report(model).rows[0].open_gates) > 0
     assert inspection.condition_numbers(model) == inspection.condition_numbers(folded)
     assert inspection.sizes(model) == inspection.sizes(folded)

@@ -134,7 +134,9 @@ def test_it_acts_once_in_each_step(name, way):
 
 
 def test_it_acts_once_under_a_strategy_of_two_replicas(name):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
     with strategy.scope():
         model = dense_model(FLAVOURS[name])
         loss = FLAVOURS[name].losses.SparseCategoricalCrossentropy(from_logits=True)

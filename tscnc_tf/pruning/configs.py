@@ -59,7 +59,9 @@ def deserialize_schedule(config: dict[str, Any], model: Any) -> Any:
 
 
 def serialize(obj: Any, model: Any) -> Any:
-    """Return an object as its model's Keras serializes it."""
+    """Return an object as its model's Keras serializes it; text stays as it is."""
+    if isinstance(obj, str):  # which tf_keras does not take while it writes a SavedModel
+        return obj
     if getattr(obj, "__name__", "") == "<lambda>":
         raise ValueError(
             f"{obj!r} can't be saved with model {model.name!r}, as a lambda has no name: write it "
