@@ -204,11 +204,6 @@ def after_step(model: Any, optimizer: Any) -> None:
         pruner.step(optimizer, is_constrained=True)
 
 
-def assign(variable: Any, value: Any) -> Any:
-    """Set a variable to a value."""
-    return variable.assign(value)
-
-
 def keep(variable: Any, mask: Any) -> Any:
     """Set a variable to zero where its mask is False."""
     return variable.assign(kept(variable, mask))

@@ -274,12 +274,13 @@ def reset_companions(
     for companion in companions(optimizer, [variable])[0]:
         variable = tensor_variable(companion)
         if companion is averaged:
-            strategy.extended.update(variable, _assign, args=(tensor_variable(value),))
+            strategy.extended.update(variable, assign, args=(tensor_variable(value),))
         else:
             strategy.extended.update(variable, _reset, args=(past,))
 
 
-def _assign(variable: Any, value: Any) -> Any:
+def assign(variable: Any, value: Any) -> Any:
+    """Set a variable to a value; for `strategy.extended.update`."""
     return variable.assign(value)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras, _reports, functional
-from tscnc_tf._keras import masks, optimizers
+from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import sum_over_replicas, tensor_variable, update_everywhere
 from tscnc_tf.pruning.scopes import SCOPES, Scope, Units, fitting
 from tscnc_tf.pruning.targets import Target
@@ -204,7 +204,9 @@ class TrainedShares:
             news = (logits + moved, moved)
             for variable, old, new in zip(self._variables, (logits, velocities), news, strict=True):
                 value = tf.where(is_sound, new, old)
-                strategy.extended.update(tensor_variable(variable), masks.assign, args=(value,))
+                strategy.extended.update(
+                    tensor_variable(variable), optimizers.assign, args=(value,)
+                )
 
         update_everywhere(model, update)
 

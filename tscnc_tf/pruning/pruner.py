@@ -14,7 +14,8 @@ from tscnc_tf import _keras
 from tscnc_tf._keras import adapted, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
-from tscnc_tf._keras.masks import assign, keep, kept
+from tscnc_tf._keras.masks import keep, kept
+from tscnc_tf._keras.optimizers import assign
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning import learned
 from tscnc_tf.pruning.configs import (

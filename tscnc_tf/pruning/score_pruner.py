@@ -17,7 +17,8 @@ from tscnc_tf import _checks, _keras, functional
 from tscnc_tf._keras import adapted, flavours, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
-from tscnc_tf._keras.masks import assign, kept
+from tscnc_tf._keras.masks import kept
+from tscnc_tf._keras.optimizers import assign
 from tscnc_tf.pruning import learned, structures
 from tscnc_tf.pruning import scores as arithmetic
 from tscnc_tf.pruning.learned import Learned
