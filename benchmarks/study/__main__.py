@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.study run|report|flattery|export|collect`."""
+"""The command line: `python -m benchmarks.study run|report|export|collect`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
-from benchmarks.study import accelerate, flattery, report, work
+from benchmarks.study import accelerate, report, work
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.table import Store
 
 RESULTS = HERE.parent / "results" / "study"
 DOCUMENT = HERE.parents[1] / "docs" / "study.md"
 
-WHAT = ("run", "report", "flattery", "export", "collect")
+WHAT = ("run", "report", "export", "collect")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,9 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     scratch = options.scratch / plan.name
     store = Store(options.results / f"{plan.name}.csv", scratch / "results")
     console = Console()
-    if options.what == "flattery":
-        _flattery(plan, settings, options, console)
-        return 0
     work.require_current(plan.wanted(store.read()), store)
     if options.what == "report":
         _report(plan, store, options, console)
@@ -69,21 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     more = bool(job.missing())
     console.print("More is to do: run the same command again." if more else "All done.")
     return 75 if more else 0
-
-
-def _flattery(
-    plan: Plan, settings: list[str], options: argparse.Namespace, console: Console
-) -> None:
-    path = options.results / f"{plan.name}-flattery.csv"
-    seeds = plan.seeds if options.seeds is None else options.seeds
-    try:
-        flattery.judge(plan, settings, seeds, path, options.scratch / plan.name)
-    except ValueError as error:
-        sys.exit(str(error))
-    text = flattery.tables(path)
-    console.print(text, markup=False, soft_wrap=True)
-    if options.write:
-        report.insert(DOCUMENT, path.stem, text)
 
 
 def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Console) -> None:
@@ -111,12 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
     )
     parser.add_argument("--settings", nargs="+", help="in these settings only")
-    parser.add_argument("--seeds", nargs="+", type=int, help="flattery: of these seeds only")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("outputs/study"))
-    parser.add_argument("--write", action="store_true", help="report, flattery: into docs/study.md")
+    parser.add_argument("--write", action="store_true", help="report: into docs/study.md")
     return parser
 
 

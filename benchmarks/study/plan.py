@@ -226,14 +226,14 @@ class Plan:
             for arm in self.arms:
                 if not self.sparsities(setting, arm):
                     continue
-                before: Tried = ()
+                runs, before = dict[tuple[Any, ...], Run](), tuple[tuple[Choice, Any], ...]()
                 for choice, best in self._rounds(found, setting, arm):
                     for seed in tuning.seeds:
                         for value in choice.values:
-                            tried = (*before, (choice, value))
-                            sparsity = self._sparsity(setting, arm)
-                            yield self._run(setting, arm, sparsity, seed, tried, _name(tried))
+                            run = self._trial(setting, arm, seed, (*before, (choice, value)))
+                            runs[run.place] = run
                     before = (*before, (choice, best))
+                yield from runs.values()
 
     def tuned(self, found: Found, setting: str, arm: str) -> dict[str, Any]:
         """Return the value that each completed round has chosen, by the first of its names."""
@@ -253,12 +253,12 @@ class Plan:
         rounds: list[tuple[Choice, Any]] = []
         if setting not in self.tuning or not self.sparsities(setting, arm):
             return rounds
-        tuning, sparsity = self.tuning[setting], self._sparsity(setting, arm)
+        tuning = self.tuning[setting]
         for choice in tuning.choices(arm):
             scores = []
             for value in choice.values:
-                name = _name((*rounds, (choice, value)))
-                places = [(setting, arm, name, sparsity, seed) for seed in tuning.seeds]
+                tried = (*rounds, (choice, value))
+                places = [self._trial(setting, arm, s, tried).place for s in tuning.seeds]
                 if all(place in found for place in places):
                     scores.append(float(np.mean([score(found[place]) for place in places])))
             is_complete = len(scores) == len(choice.values)
@@ -267,18 +267,20 @@ class Plan:
                 break
         return rounds
 
-    def _sparsity(self, setting: str, arm: str) -> float:
-        """Return the sparsity that an arm is tuned at."""
+    def _trial(self, setting: str, arm: str, seed: int, tried: Tried) -> Run:
+        """Return a trial; where its last value changes nothing, the one of the round before."""
         sparsities, wanted = self.sparsities(setting, arm), self.tuning[setting].sparsity
-        return wanted if wanted in sparsities else max(sparsities)
+        sparsity = wanted if wanted in sparsities else max(sparsities)
+        run = self._run(setting, arm, sparsity, seed, tried, _name(tried))
+        before = self._trial(setting, arm, seed, tried[:-1]) if tried[1:] else run
+        return before if before.recipe == run.recipe else run
 
     def _run(
         self, setting: str, arm: str, sparsity: float, seed: int, tried: Tried, trial: str = ""
     ) -> Run:
         recipe = Recipe.from_dict(self.settings[setting]).baseline().override(self._values(arm))
-        for choice, value in tried:
-            recipe = recipe.override(dict.fromkeys(choice.names, value))
-        recipe = recipe.override({"sparsity": sparsity, "seed": seed})
+        chosen = {name: value for choice, value in tried for name in choice.names}
+        recipe = recipe.override({**chosen, "sparsity": sparsity, "seed": seed})
         return Run(setting, arm, trial, sparsity, seed, recipe)
 
     def _values(self, arm: str) -> dict[str, Any]:

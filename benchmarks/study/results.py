@@ -34,6 +34,7 @@ class Result:
     Attributes:
         cell, arm, seed: where it stands in the study.
         clean, robust: accuracies on the test set.
+        pgd: accuracy under PGD, NaN where that is what has judged.
         zeros: the effective sparsity: zeros, and weights on no path, among all kernels.
         lipschitz: the empirical local Lipschitz constant.
         condition: the worst condition number of the pruned kernels; inf if one has not full rank.
@@ -47,6 +48,7 @@ class Result:
     seed: int
     clean: float
     robust: float
+    pgd: float
     zeros: float
     lipschitz: float
     condition: float
@@ -65,6 +67,7 @@ class Result:
             content["seed"],
             content["clean"],
             content["robust"],
+            content.get("pgd", {}).get("worst", math.nan),
             content["effective_zeros"],
             float(content["lipschitz"]),
             max(float(row["condition_number"]) for row in kernels),

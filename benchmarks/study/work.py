@@ -17,9 +17,9 @@ from rich.console import Console
 
 from benchmarks.study.plan import PLACE, Plan, Run
 from benchmarks.study.table import Store
-from tscnc_tf import experiments
+from tscnc_tf import evaluate_robustness, experiments
 from tscnc_tf._reports import jsonable, versions
-from tscnc_tf.experiments import Recipe, locks
+from tscnc_tf.experiments import Recipe, locks, stages
 from tscnc_tf.experiments.folders import read_json
 from tscnc_tf.experiments.recipe import differences
 
@@ -156,7 +156,7 @@ def finished(run: Run, scratch: pathlib.Path) -> dict[str, Any]:
     until = "finetune" if run.trial else "evaluate"
     dense = shared / "1-train"
     experiments.run(run.recipe, folder, dense=dense, until=until, progress=False)
-    return trained(run, folder) if run.trial else trained(run, folder) | judged(folder)
+    return trained(run, folder) if run.trial else trained(run, folder) | judged(run, folder)
 
 
 def folder_of(run: Run, scratch: pathlib.Path) -> pathlib.Path:
@@ -181,11 +181,11 @@ def kernels(conditions: Mapping[str, Any], pruned: Set[str]) -> dict[str, dict[s
 
 def trained(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Return where a run stands, its recipe, and the chosen epoch of each stage of training."""
-    stages = _stages(folder)
-    data = stages["train"].manifest["data"]
+    outputs = _stages(folder)
+    data = outputs["train"].manifest["data"]
     chosen = {
         stage: output.metrics[output.manifest["chosen_epoch"] - 1]
-        for stage, output in stages.items()
+        for stage, output in outputs.items()
     }
     return {
         **dict(zip(PLACE, run.place, strict=True)),
@@ -205,7 +205,7 @@ def trained(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def judged(folder: pathlib.Path) -> dict[str, Any]:
+def judged(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Return the figures of a finished network: on the test set, and of its kernels."""
     place = folder / "4-evaluate"
     report, conditions, lipschitz, zeros = (
@@ -218,12 +218,30 @@ def judged(folder: pathlib.Path) -> dict[str, Any]:
         "examples": report["examples"],
         "epsilon": report["attacks"][0]["epsilon"],
         "attacks": {attack["name"]: attack["accuracy"] for attack in report["attacks"]},
+        **({} if run.recipe.evaluate.attack == "pgd" else {"pgd": by_pgd(run, folder)}),
         "notes": [*report["warnings"], *report["notes"]],
         "lipschitz": lipschitz["mean"],
         "zeros": zeros["sparsity"],
         "effective_zeros": zeros["effective_sparsity"],
         "kernels": kernels(conditions, set(_stages(folder)["prune"].masks)),
     }
+
+
+def by_pgd(run: Run, folder: pathlib.Path) -> dict[str, float]:
+    """Return the accuracies under PGD, which many reports rest on: of each attack and the worst."""
+    x, y = stages.dataset(run.recipe).arrays("test")
+    report = evaluate_robustness(
+        experiments.open_stage(folder / "3-finetune").model,
+        x,
+        y,
+        stages.test_attacks(run.recipe.override({"evaluate.attack": "pgd"})),
+        batch_size=run.recipe.evaluate.batch_size,
+        seed=run.seed,
+        diagnose=False,
+        progress=False,
+    ).to_dict()
+    by_attack = {attack["name"]: attack["accuracy"] for attack in report["attacks"]}
+    return {**by_attack, "worst": report["robust"]["accuracy"]}
 
 
 def _stages(folder: pathlib.Path) -> dict[str, experiments.StageOutput]:
