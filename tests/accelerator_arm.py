@@ -122,18 +122,23 @@ class Arm:
         average = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": None}
         sgd = optimizers.SGD(decay, momentum=0.9, nesterov=True, name="sgd", **average)
         self._stage("dense", trainer(self.model, tscnc.losses.TRADES(6.0), sgd))
-        schedule = tscnc.schedules.CosineSparsity(0.2, 0.7, 1, 5, frequency=2)
-        tscnc.prune(self.model, schedule, engine="masks")
+        schedule = tscnc.schedules.CosineSparsity(0.2, 0.7, 1, 3, frequency=2)
+        # Weights come back in the very last step, too, and are zero where it ends.
+        regrowth = tscnc.pruning.Regrowth(frequency=2, until=1.0, steps=6)
+        tscnc.prune(self.model, schedule, engine="masks", regrowth=regrowth)
         adam = optimizers.Adam(1e-3, epsilon=1e-3, **average)
         made = trainer(self.model, tscnc.losses.Madry(), adam)
         self._stage("prune", made, finish=self.model.pruner.finalize)
+        kept = [mask.numpy() for _, mask in self.model.pruner.masked_variables()]
         tscnc.pruning.freeze_mask(tscnc.strip(self.model))
+        for (_, mask), value in zip(self.model.pruner.masked_variables(), kept, strict=True):
+            mask.assign(value)
         made = trainer(self.model, tscnc.losses.TRADES(2.0), optimizers.SGD(0.02))
-        self._stage("tune", made, begin=accelerator.masks_from_zeros(self.model))
+        self._stage("tune", made, inherits=("model", "pruner/mask"))
 
-    def _stage(self, name, made, begin=None, finish=None):
-        with scrambled(made) if self.networks else contextlib.nullcontext():
-            export(made, self.folder, name, begin=begin, finish=finish, **STAGES[name])
+    def _stage(self, name, made, finish=None, inherits=("model",)):
+        with scrambled(made, inherits) if self.networks else contextlib.nullcontext():
+            export(made, self.folder, name, finish=finish, inherits=inherits, **STAGES[name])
         step = tf.function(lambda x, y: made.train_step((x, y)), jit_compile=True, autograph=False)
         number, self.networks[name], self.logs[name] = len(self.networks), [], []
         for epoch in range(STAGES[name]["epochs"]):
@@ -190,10 +195,10 @@ def cut_out(image, pad, shift, flip):
 
 
 @contextlib.contextmanager
-def scrambled(made):
-    """Have other weights inside the block: those of TensorFlow must not get into an export."""
-    variables = accelerator.trainer_variables(made)
-    held = {name: v.numpy() for name, v in variables.items() if name.startswith("model/")}
+def scrambled(made, inherits):
+    """Have other values inside the block: those of TensorFlow must not get into an export."""
+    variables, start = accelerator.trainer_variables(made), tuple(f"{role}/" for role in inherits)
+    held = {name: v.numpy() for name, v in variables.items() if name.startswith(start)}
     assign(variables, {name: np.full_like(value, 0.5) for name, value in held.items()})
     yield
     assign(variables, held)

@@ -7,14 +7,13 @@ they end with.
 
 from benchmarks.accelerator.names import model_variables, restore, trainer_variables
 from benchmarks.accelerator.programs import Program, export
-from benchmarks.accelerator.stages import Augmentation, export_stage, masks_from_zeros
+from benchmarks.accelerator.stages import Augmentation, export_stage
 
 __all__ = [
     "Augmentation",
     "Program",
     "export",
     "export_stage",
-    "masks_from_zeros",
     "model_variables",
     "restore",
     "trainer_variables",

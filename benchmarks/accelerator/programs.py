@@ -39,6 +39,8 @@ _MAIN = re.compile(
 _LOCATION = re.compile(
     r""" loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)|^#loc.*\n""", re.MULTILINE
 )
+_FUNCTION = re.compile(r"func\.func private (@[\w.$-]+)")
+_SYMBOL = re.compile(r"@[\w.$-]+")
 # A copy is a thing of XLA's; in StableHLO a value needs none.
 _COPY = re.compile(r"mhlo\.copy (%\S+) : (tensor<.*?>)(?=\s)")
 
@@ -181,7 +183,7 @@ def _outputs(structure: Any) -> dict[str, tf.TensorSpec]:
 def _portable(name: str, text: str) -> str:
     """Return a program in StableHLO alone, without the places in the code it came from.
 
-    Nor the name that TensorFlow counts up, so that what is the same stays the same: JAX compiles it
+    Nor names that TensorFlow counts up, so that what is the same stays the same: JAX compiles it
     but once, if it has a cache.
     """
     if re.search(r"= stablehlo\.rng ", text):
@@ -192,6 +194,8 @@ def _portable(name: str, text: str) -> str:
         )
     text = _COPY.sub(r"stablehlo.reshape \1 : (\2) -> \2", _LOCATION.sub("", text))
     text = re.sub(r"^module @\S+", "module @program", text, count=1, flags=re.MULTILINE)
+    functions = {old: f"@function_{i}" for i, old in enumerate(_FUNCTION.findall(text))}
+    text = _SYMBOL.sub(lambda found: functions.get(found[0], found[0]), text)
     foreign = sorted(set(re.findall(r'= "?(mhlo\.\w+)', text)))
     if foreign:
         raise ValueError(f"program {name!r} has operations that are not StableHLO's: {foreign}.")

@@ -15,9 +15,9 @@ import tensorflow as tf
 from benchmarks.accelerator import names, programs
 from tscnc_tf import _checks, _files, _keras, attacks
 from tscnc_tf._keras import masks, optimizers
-from tscnc_tf._keras.flavours import tensor_variable
 
 SELECTIONS = ("best", "last")
+INHERITABLE = ("model", "pruner", "pruner/mask", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +81,14 @@ def export_stage(
         augmentation: of the training images; None for none.
         seed: of the order of the examples and of the augmentation.
         begin: called without arguments, it assigns what else is to follow from the inherited
-            variables, by TensorFlow operations; for example `masks_from_zeros(model)`.
+            variables, by TensorFlow operations; for example `model.pruner.begin`.
         finish: what else is to be done in the end, likewise; for example `model.pruner.finalize`.
         plain: returns the network in another form, such as without gates: values by the names of
             variables (`model_variables`), made by TensorFlow operations. The runner writes it as
             `STAGE-plain.npz`, for another arm to begin with.
-        inherits: the roles of the variables that the stage takes over from the one before: "model",
-            "pruner", "optimizer". The others begin as they are now.
+        inherits: what the stage takes over from the one before, of `INHERITABLE`: the variables of
+            which roles, "pruner/mask" being the masks alone, as a stage that only trains what is
+            kept needs them. The others begin as they are now.
         select: which network is handed on, and tested: that of the "best" epoch by the accuracy
             under attack on the validation set (of equals the first), or of the "last".
         select_from: the first epoch, counted from 1, that may be the best.
@@ -104,7 +105,7 @@ def export_stage(
     _require_folder_name(name)
     _checks.one_of("select", select, SELECTIONS)
     for role in inherits:
-        _checks.one_of("inherits", role, names.ROLES[:3])
+        _checks.one_of("inherits", role, INHERITABLE)
     if evaluation_batch_size is None:
         evaluation_batch_size = batch_size
     numbers = {
@@ -159,24 +160,6 @@ def export_stage(
         _files.write_text(draft / "stage.json", json.dumps(settings, indent=1) + "\n")
     _files.write_text(arm / "arm.json", json.dumps({"stages": [*stages, name]}, indent=1) + "\n")
     return arm / name
-
-
-def masks_from_zeros(model: Any) -> Callable[[], None]:
-    """Return a `begin` that lets a pruned model keep the zeros it inherits, and freezes its masks.
-
-    What `freeze_mask` does for a model at hand: for fine-tuning.
-
-    Args:
-        model: a model with a `Pruner`, such as `freeze_mask` gives, or with parts that have one.
-    """
-
-    def begin() -> None:
-        for weight, mask in masks.masked_variables(model):
-            mask.assign(tf.not_equal(tensor_variable(weight), 0))
-        for pruner in masks.pruners(model):
-            pruner.freeze()
-
-    return begin
 
 
 def _require_compiled(trainer: Any) -> None:

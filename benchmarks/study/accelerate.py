@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import json
 import math
+import operator
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -33,6 +34,21 @@ from tscnc_tf.experiments.recipe import differences
 RUNNER = pathlib.Path(accelerator.__file__).parent / "runner"
 _NO_CACHES = shutil.ignore_patterns("__pycache__")
 
+# What can't be exported: the name of a value, which of its values, why, and what can be.
+_LATER = "it needs the dense network, which is not there yet"
+_ALIKE = "one program takes the steps of all epochs of a stage"
+_UNFIT: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    ("prune.scope", lambda scope: scope == "condition", _LATER, "'learned'"),
+    ("finetune.loss", lambda loss: loss == "rslad", _LATER, "'trades'"),
+    ("finetune.recalibrate", bool, _LATER, "False"),
+    ("evaluate.attack", lambda kind: kind != "pgd", "its steps differ in shape", "'pgd'"),
+    *(
+        (f"{stage}.{name}", bool, _ALIKE, "0")
+        for stage in stages.STAGES
+        for name in ("average_from", "awp_from")
+    ),
+)
+
 
 def export(plan: Plan, folder: pathlib.Path) -> None:
     """Write everything that the accelerator needs into a folder; what is there is left alone.
@@ -44,9 +60,12 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
 
     Each arm has the recipe that it was made by.
 
+    They are run setting by setting, sparsity by sparsity as the plan has them, and seed by seed.
+
     Raises:
-        ValueError: an arm needs what only the dense network can tell, which is not there yet; or
-            what the folder holds was made by another recipe, on other data or for another runner.
+        ValueError: an arm can't be exported, such as one that needs what only the dense network can
+            tell, which is not there yet; or what the folder holds was made by another recipe, on
+            other data or for another runner.
     """
     _require_exportable(plan)
     if not (folder / "runner").exists():
@@ -54,7 +73,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             shutil.copytree(RUNNER, draft, ignore=_NO_CACHES, dirs_exist_ok=True)
     _require_runner(folder / "runner")
     loaded: dict[Any, datasets.Dataset] = {}
-    for run in plan.runs({}):
+    for turn, run in enumerate(_in_order(plan)):
         key = (run.setting, run.seed)
         if key not in loaded:
             loaded = {key: stages.dataset(run.recipe)}
@@ -68,7 +87,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
         if not dense.exists():
             with _files.new_directory("folder", dense) as draft:
                 _export_stage(run.recipe, "train", data, draft)
-                _files.write_text(draft / "needs.json", _needs(run.seed, 0, images.name))
+                _files.write_text(draft / "needs.json", _needs((turn, 0), images.name))
                 folders.write_json(draft / folders.RECIPE, run.recipe.first_stage().to_dict())
         _require_recipe(dense, run.recipe.first_stage().to_dict())
         if not (place / run.name).exists():
@@ -76,7 +95,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
                 for stage in ("prune", "finetune"):
                     _export_stage(run.recipe, stage, data, draft)
                 form = "plain" if run.recipe.gates.sparsity_factor else "best"
-                needs = _needs(run.seed, 1, images.name, dense.name, f"train-{form}.npz")
+                needs = _needs((turn, 1), images.name, dense.name, f"train-{form}.npz")
                 _files.write_text(draft / "needs.json", needs)
                 folders.write_json(draft / folders.RECIPE, work.portable(run, data.metadata))
         _require_recipe(place / run.name, work.portable(run, data.metadata))
@@ -104,20 +123,22 @@ def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
     return found
 
 
+def _in_order(plan: Plan) -> list[Run]:
+    """Return the runs, those of one setting and sparsity together."""
+    runs = list(plan.runs({}))
+    places = list(dict.fromkeys((run.setting, run.sparsity) for run in runs))
+    return sorted(runs, key=lambda run: places.index((run.setting, run.sparsity)))
+
+
 def _require_exportable(plan: Plan) -> None:
     for run in plan.runs({}):
-        prune, finetune = run.recipe.prune, run.recipe.finetune
-        unfit = {
-            "prune.scope": prune.scope if prune.scope == "condition" else None,
-            "prune.regrowth": prune.regrowth,
-            "finetune.loss": finetune.loss if finetune.loss == "rslad" else None,
-            "finetune.recalibrate": finetune.recalibrate or None,
-        }
-        for name, value in unfit.items():
-            if value is not None:
+        for name, is_unfit, why, instead in _UNFIT:
+            value = operator.attrgetter(name)(run.recipe)
+            if is_unfit(value):
                 raise ValueError(
-                    f"plan {plan.name!r} has an arm with {name}={value!r}, which needs the network "
-                    "of the stage before when it is exported: give it one that does without."
+                    f"arm {run.arm!r} of plan {plan.name!r} has {name}={value!r}, which can't be "
+                    f"exported: {why}. Give it {name}={instead}, or run the plan where TensorFlow "
+                    "is (`python -m benchmarks.study run`)."
                 )
 
 
@@ -149,21 +170,15 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
     settings = getattr(recipe, stage)
-    for name in ("average_from", "awp_from"):
-        if begin := getattr(settings, name):
-            raise ValueError(
-                f"{stage}.{name} must be 0, got {begin}: on an accelerator, all epochs of a stage "
-                "are alike."
-            )
     stages.library(recipe).backend.clear_session()  # layers without a name are counted anew
     previous = None if stage == "train" else stages.network(recipe, data)
     trainer = stages.trainer(recipe, stage, data, previous=previous)
     model = trainer.model
-    begin = None
-    if stage == "prune" and settings.method == "scores":
-        begin = model.pruner.begin
-    elif stage == "finetune":
-        begin = accelerator.masks_from_zeros(model)
+    begin = model.pruner.begin if stage == "prune" else None
+    if stage == "prune":
+        # It sets them, whatever they are; zeros need no place in a file.
+        for variable in (*model.pruner.state.dense, *model.pruner.state.scores):
+            variable.assign(tf.zeros_like(variable))
     per_epoch = data.steps_per_epoch(settings.batch_size)
     select_from = 1
     if stage == "prune" and settings.method == "magnitude":
@@ -183,6 +198,7 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
         seed=recipe.seed,
         begin=begin,
         plain=_plain(recipe, data, model) if stage == "train" else None,
+        inherits=("model", "pruner/mask") if stage == "finetune" else ("model",),
         select_from=select_from,
     )
 
@@ -239,10 +255,10 @@ def _parts(data: datasets.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _needs(
-    seed: int, rank: int, images: str, dense: str | None = None, file: str | None = None
+    order: tuple[int, int], images: str, dense: str | None = None, file: str | None = None
 ) -> str:
     """Return what `run_all.py` wants to know of an arm: its turn, and the folders beside it."""
-    return json.dumps({"order": [seed, rank], "data": images, "from": dense, "file": file}) + "\n"
+    return json.dumps({"order": order, "data": images, "from": dense, "file": file}) + "\n"
 
 
 def network_of(run: Run, folder: pathlib.Path) -> Any:

@@ -147,9 +147,8 @@ class Pruner(StepCount):
         if not isinstance(regrowth, Regrowth | None):
             raise TypeError(f"regrowth must be a Regrowth(...) or None, got {regrowth!r}.")
         require_schedule(schedule)
-        is_at_once = scheduling.is_at_once(schedule)
         measured = criterion if isinstance(criterion, Taylor) else None
-        if measured and not is_at_once:
+        if measured and not scheduling.is_at_once(schedule):
             raise ValueError(
                 f"criterion={criterion!r} is measured once, and {schedule!r} prunes later: take "
                 "prune_now(model, sparsity, criterion=...), or schedules.OneShot(sparsity)."
@@ -169,8 +168,19 @@ class Pruner(StepCount):
         )
         if found is not layers:
             self._check_new()
-            if is_at_once and (measured or regrowth):
+            if measured or self._is_sparse_from_the_start:
                 self._prune_to_the_end(measured)
+
+    def begin(self) -> None:
+        """Begin to prune the weights as they are, as the constructor does: choose them anew.
+
+        It consists of TensorFlow operations, for a program that is given the weights later. It does
+        not measure the importance that a `Taylor` criterion has measured on data.
+        """
+        for mask in self.state.masks:
+            mask.assign(tf.ones_like(mask))
+        if self._is_sparse_from_the_start:
+            self._prune_to_the_end()
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
@@ -234,6 +244,8 @@ class Pruner(StepCount):
         if regrowth is not None:
             regrowth.require(self.structure, options["scope"], self.targets, schedule)
         self.regrowth = regrowth
+        # In a dense network weights would not change places.
+        self._is_sparse_from_the_start = bool(regrowth) and scheduling.is_at_once(schedule)
         self._shares: learned.TrainedShares | None = None
         self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
         self.state = self._new_state()
