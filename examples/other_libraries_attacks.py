@@ -1,4 +1,4 @@
-"""Evaluate a network by attacks of CleverHans, Adversarial Robustness Toolbox (ART), foolbox.
+"""Evaluate a network by attacks of CleverHans, foolbox and ART (Adversarial Robustness Toolbox).
 
 `attacks.CleverHans` runs that library's attacks by name. Of any other one, a callable
 `(model, x, y) -> x_adv` is an attack; `attacks.Custom` declares its ball, so that the evaluation
