@@ -141,9 +141,10 @@ def test_the_plans_are_paired_and_balanced(name):
     assert len({(run.setting, run.name) for run in runs}) == len(runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert all(run.recipe.seed == run.seed for run in runs)
-    uniform = {(run.setting, run.seed): run.recipe for run in runs if run.arm == "uniform"}
+    found = {(run.setting, run.arm, run.seed): run.recipe for run in runs}
     for run in runs:
-        pair = uniform[run.setting, run.seed]
+        arm = "uniform" if "uniform" in plan.arms else plan.base(run.arm) or run.arm
+        pair = found[run.setting, arm, run.seed]
         for part in ("data", "network", "adversary", "evaluate", "seed"):
             assert getattr(run.recipe, part) == getattr(pair, part)
         for part in ("train", "prune", "finetune"):  # nobody trains longer, or against less
