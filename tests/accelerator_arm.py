@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -20,6 +21,13 @@ from batches import Epoch
 from prepare import prepare
 
 from benchmarks import accelerator
+
+# Compiling takes most of the runner's time here: little is optimized, and nothing compiled twice.
+HASTY = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 BATCH, STEPS, EVALUATION = 8, 2, 6
 COUNTS = {"train": 21, "validation": 10, "test": 15}  # the last batches have room left
@@ -90,7 +98,9 @@ def export(made, folder, name, **settings):
 
 def run(*arguments):
     """Run the runner in a process that has neither TensorFlow nor tscnc_tf, and return it."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command(*arguments), env=HASTY, capture_output=True, text=True, check=False
+    )
 
 
 def command(*arguments):

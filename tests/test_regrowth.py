@@ -196,6 +196,26 @@ def test_across_layers_the_counts_move_and_their_sum_stays(library):
     assert any(each != start for each in found)
 
 
+def test_the_weights_of_a_program_are_chosen_when_it_is_given_them():
+    """By `begin`, a graph; where the schedule rises, all are there at first."""
+    for schedule in (schedules.OneShot(0.75), schedules.CosineSparsity(0.5, 0.75, 1, 12)):
+        model = dense_model(keras)
+        pruner = Pruner(model, schedule, regrowth=Regrowth(steps=40))
+        begin = tf.function(pruner.begin, jit_compile=True, autograph=False)
+        weights = [flavours.tensor_variable(target.variable) for target in pruner.targets]
+        others = [np.random.default_rng(1).normal(size=weight.shape) for weight in weights]
+        for weight, other in zip(weights, others, strict=True):
+            weight.assign(other)
+        begin()
+        for other, kernel, mask in zip(others, kernels(model), masks(model), strict=True):
+            is_rising = isinstance(schedule, schedules.CosineSparsity)
+            count = other.size if is_rising else other.size // 4
+            np.testing.assert_array_equal(
+                mask, first(np.abs(other), count, np.ones(mask.shape, bool))
+            )
+            np.testing.assert_array_equal(kernel, np.where(mask, np.float32(other), 0))
+
+
 def test_a_schedule_that_rises_prunes_on_the_way():
     schedule = schedules.CosineSparsity(0.0, 0.75, 1, 12, frequency=3)
     model = pruned(keras, None, 0.0)

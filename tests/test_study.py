@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from accelerator_arm import HASTY
+from batches import Epoch, Images
 from scipy import stats
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -593,6 +595,18 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path, plan, name, value,
     assert not (tmp_path / "there").exists()
 
 
+def test_the_first_runs_on_an_accelerator_are_those_of_the_first_cell():
+    plan = Plan.read(HERE / "accelerator.yaml")
+    runs = accelerate.in_order(plan)
+    assert sorted(map(str, runs)) == sorted(map(str, plan.runs({})))
+    cells = [(run.setting, run.sparsity) for run in runs]
+    levels = [(setting, level) for setting in plan.settings for level in (0.99, 0.95, 0.0)]
+    assert list(dict.fromkeys(cells)) == levels and sorted(cells, key=levels.index) == cells
+    for cell in levels:
+        seeds = [run.seed for run, place in zip(runs, cells, strict=True) if place == cell]
+        assert seeds == sorted(seeds)
+
+
 def test_an_arm_that_diverges_is_left_out_and_told_of(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(accelerate.RUNNER))
     run_all = importlib.import_module("run_all")
@@ -644,11 +658,7 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, monke
         "sys.path[0] = 'runner'; runpy.run_path('runner/run_all.py', run_name='__main__')"
     )
     command = [sys.executable, "-c", code, "."]
-    hasty = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # many programs are the same
-    }
-    options_of_run = {"cwd": folder, "env": {**os.environ, **hasty}, "text": True}
+    options_of_run = {"cwd": folder, "env": HASTY, "text": True}
     first = subprocess.run([*command, "--minutes", "0.001"], check=False, **options_of_run)
     assert first.returncode == 75
     done = subprocess.run(command, check=False, capture_output=True, **options_of_run)
@@ -710,14 +720,12 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, monke
 
 def _train_on_the_batches_of_the_runner(monkeypatch, images):
     """Let experiments that share a dense network have the batches that the runner draws."""
-    monkeypatch.syspath_prepend(str(accelerate.RUNNER))
-    batches = importlib.import_module("batches")
     numbers = itertools.chain([0], itertools.cycle([0, 1]))  # of stages, in their arms
 
     def training(_, size, *, seed, **options):
         assert options["first_epoch"] == 0
-        there = batches.Images(images, "train")
-        epoch = batches.Epoch.drawn(len(there), (seed, next(numbers), 0), pad=1, flip=True)
+        there = Images(images, "train")
+        epoch = Epoch.drawn(len(there), (seed, next(numbers), 0), pad=1, flip=True)
         cut = [there.cut(epoch.batch(i, size), pad=1) for i in range(len(there) // size)]
         return tf.data.Dataset.from_tensor_slices(tuple(map(np.stack, zip(*cut, strict=True))))
 

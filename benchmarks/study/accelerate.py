@@ -58,9 +58,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
     * `SETTING/dense-HASH-SEED/`: arms of one stage.
     * `SETTING/ARM-.../`: arms of two stages; needs.json says with which dense one they begin.
 
-    Each arm has the recipe that it was made by.
-
-    They are run setting by setting, sparsity by sparsity as the plan has them, and seed by seed.
+    Each arm has the recipe that it was made by. They are run `in_order`.
 
     Raises:
         ValueError: an arm can't be exported, such as one that needs what only the dense network can
@@ -73,7 +71,7 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
             shutil.copytree(RUNNER, draft, ignore=_NO_CACHES, dirs_exist_ok=True)
     _require_runner(folder / "runner")
     loaded: dict[Any, datasets.Dataset] = {}
-    for turn, run in enumerate(_in_order(plan)):
+    for turn, run in enumerate(in_order(plan)):
         key = (run.setting, run.seed)
         if key not in loaded:
             loaded = {key: stages.dataset(run.recipe)}
@@ -101,6 +99,16 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
         _require_recipe(place / run.name, work.portable(run, data.metadata))
 
 
+def in_order(plan: Plan) -> list[Run]:
+    """Return the runs in the order in which the accelerator is to take them.
+
+    That is setting by setting, sparsity by sparsity as the plan has them, and seed by seed.
+    """
+    runs = list(plan.runs({}))
+    places = list(dict.fromkeys((run.setting, run.sparsity) for run in runs))
+    return sorted(runs, key=lambda run: places.index((run.setting, run.sparsity)))
+
+
 def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
     """Write the results of the runs that are finished as the study keeps them; return their names.
 
@@ -121,13 +129,6 @@ def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
             found.append(run.name)
     store.enter()
     return found
-
-
-def _in_order(plan: Plan) -> list[Run]:
-    """Return the runs, those of one setting and sparsity together."""
-    runs = list(plan.runs({}))
-    places = list(dict.fromkeys((run.setting, run.sparsity) for run in runs))
-    return sorted(runs, key=lambda run: places.index((run.setting, run.sparsity)))
 
 
 def _require_exportable(plan: Plan) -> None:

@@ -65,7 +65,7 @@ def has_failed(arm: pathlib.Path) -> bool:
 
 
 def ordered(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the arms: seed by seed, those that others begin with first."""
+    """Return the arms by their order, in which those that others begin with come first."""
     arms = []
     for path in folder.glob("*/*/needs.json"):
         needs = json.loads(path.read_text())
