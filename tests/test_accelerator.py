@@ -322,6 +322,28 @@ def test_randomness_that_is_not_in_the_state_is_refused(tmp_path):
         accelerator.export({"draw": accelerator.Program(draw)}, tmp_path)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_the_value_of_a_variable_as_a_constant_is_refused(held, tmp_path):
+    index, values = tf.Variable(1), tf.Variable([1.0, 2.0, 3.0])
+
+    def take():
+        found = values[index] if held else tf.gather(values, index)
+        index.assign(0)
+        return {"found": found}
+
+    programs = {"take": accelerator.Program(take)}
+    if held:
+        with pytest.raises(ValueError, match="'take' holds the value of a variable as a constant"):
+            accelerator.export(programs, tmp_path)
+    else:
+        accelerator.export(programs, tmp_path)
+        bundle = Bundle(tmp_path)
+        state = bundle.initial()
+        take = bundle.program("take")
+        assert [float(take(state)["found"]) for _ in range(2)] == [2.0, 1.0]
+    assert int(index) == 1
+
+
 def test_tensors_from_outside_are_inputs_like_variables(tmp_path):
     outside = tf.constant([1.0, 2.0])
     plan = accelerator.export(

@@ -15,6 +15,7 @@ TensorFlow; `state.npz`, the variables of them all as they are now, by name; and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -79,7 +80,8 @@ def export(
 
     Raises:
         ValueError: a program draws random numbers that don't follow from its state and arguments,
-            or its inputs and outputs are not the arguments, variables and results of its function.
+            holds the value of a variable as a constant, or its inputs and outputs are not the
+            arguments, variables and results of its function.
     """
     traced = {name: _Traced.of(name, program) for name, program in programs.items()}
     known = names.with_others(named(), [v for t in traced.values() for v in t.state])
@@ -141,7 +143,10 @@ class _Traced:
             for tensor in graph.captured_inputs
         ]
         outputs = _outputs(graph.structured_outputs)
-        text = function.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
+        lower = functools.partial(
+            function.experimental_get_compiler_ir(*arguments), stage="stablehlo"
+        )
+        text = lower()
         aliases = {int(m["output"] or 0): int(m["input"]) for m in _ALIAS.finditer(text)}
         found = _MAIN.search(text)
         counts = {
@@ -153,8 +158,43 @@ class _Traced:
                 raise ValueError(f"program {name!r} has {count} {what}, but {known} are known.")
         if sorted(aliases) != list(range(len(outputs), len(outputs) + len(aliases))):
             raise ValueError(f"program {name!r} assigns variables in unknown places: {aliases}.")
+        main = text[found.start() :].partition("\n  func.func ")[0]
+        used = {int(number) for number in re.findall(r"%arg(\d+)(?!\d|:)", main)}
+        unused = [v for i, v in enumerate(state, start=len(arguments)) if i not in used]
+        _require_no_values(name, lower, text, unused)
         assigned = [aliases[index] - len(arguments) for index in sorted(aliases)]
         return cls(_portable(name, text), state, assigned, outputs)
+
+
+def _require_no_values(
+    name: str, lower: Callable[[], str], text: str, unused: Sequence[tf.Variable]
+) -> None:
+    """Raise if a program holds values of variables as they are now, instead of reading them.
+
+    XLA does so where it must know at compile time what follows from a variable: an index by which
+    is sliced, or a shape.
+
+    Args:
+        name: of the program.
+        lower: returns its text.
+        text: as it was returned.
+        unused: the inputs that it does not look at. Most are only written.
+    """
+    held = [(variable, variable.numpy()) for variable in unused]
+    try:
+        for variable, value in held:
+            other = ~value if value.dtype == bool else value + np.ones_like(value)
+            variable.assign(other)
+        changed = bool(held) and _portable(name, lower()) != _portable(name, text)
+    finally:
+        for variable, value in held:
+            variable.assign(value)
+    if changed:
+        raise ValueError(
+            f"program {name!r} holds the value of a variable as a constant, of one among "
+            f"{[variable.name for variable in unused]}: XLA must know at compile time what follows "
+            "from it. Take tf.gather, where a tensor is sliced by what follows from a variable."
+        )
 
 
 def _constant(name: str, tensor: tf.Tensor) -> tf.Variable:

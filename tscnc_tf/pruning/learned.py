@@ -270,8 +270,10 @@ def share_out(wanted: Any, lowest: Any, highest: Any, total: Any) -> tf.Tensor:
     is_below = sums <= total * (1.0 + 1e-12)
     before = tf.maximum(tf.reduce_sum(tf.cast(is_below, tf.int32)) - 1, 0)
     after = tf.minimum(before + 1, corners.shape[0] - 1)
-    way = tf.math.divide_no_nan(total - sums[before], sums[after] - sums[before])
-    found = numbers(corners[before] + way * (corners[after] - corners[before]))
+    # Gathered: to slice by an index, XLA would hold all that it follows from as a constant.
+    (low, high), (begin, end) = (tf.unstack(tf.gather(x, [before, after])) for x in (sums, corners))
+    way = tf.math.divide_no_nan(total - low, high - low)
+    found = numbers(begin + way * (end - begin))
     whole = tf.floor(found + 1e-6)
     left = tf.cast(total - tf.reduce_sum(whole), tf.int32)
     one_more = functional.largest_per_row(found - whole, left)

@@ -230,7 +230,8 @@ def _erk(shapes: Sequence[tuple[int, ...]]) -> Any:
         factors = (kept - dense) / rest
         fits = factors * raw[order] <= 1.0 + 1e-9
         fits = tf.concat([fits[:-1], [True]], axis=0)
-        factor = factors[tf.argmax(tf.cast(fits, tf.int32))]
+        # Gathered: to slice by an index, XLA would hold the step as a constant.
+        factor = tf.gather(factors, tf.argmax(tf.cast(fits, tf.int32)))
         density = tf.clip_by_value(factor * raw, 0.0, 1.0)
         return tf.unstack(tf.cast(1.0 - density, tf.float32))
 
