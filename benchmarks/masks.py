@@ -51,7 +51,7 @@ def run(options: record.Options) -> None:
 
     below = [times["train"], times["update"]]
     ratios = {
-        name: {clock: measure.ratio([times[name]], below, clock) for clock in ("wall", "cpu")}
+        name: measure.ratios([times[name]], below)
         for name in functions
         if name not in ("train", "update")
     }

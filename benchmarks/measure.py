@@ -104,3 +104,8 @@ def ratio(above: list[Timing], below: list[Timing], clock: str = "wall") -> Rati
         of_fastest=sum(min(s.values) for s in tops) / sum(min(s.values) for s in bottoms),
         of_rounds=Summary.of(rounds),
     )
+
+
+def ratios(above: list[Timing], below: list[Timing]) -> dict[str, Ratio]:
+    """Return the ratio of two sums of times by each clock: "wall" and "cpu"."""
+    return {clock: ratio(above, below, clock) for clock in ("wall", "cpu")}

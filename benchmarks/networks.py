@@ -1,4 +1,4 @@
-"""Networks to measure on: those of the literature on CIFAR-10, for 32x32x3 inputs, as logits."""
+"""Networks to measure on, as logits: those of the literature on CIFAR-10, and dense ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,28 @@ def tiny() -> Any:
     )
 
 
+def mlp(units: int) -> Any:
+    """Two hidden layers on 784 inputs, as of digits of 28x28 pixels."""
+    layers = tf_keras.layers
+    return tf_keras.Sequential(
+        [
+            layers.InputLayer(input_shape=(784,)),
+            layers.Dense(units, activation="relu"),
+            layers.Dense(units, activation="relu"),
+            layers.Dense(CLASSES, name="logits"),
+        ],
+        name=f"mlp{units}",
+    )
+
+
 def _of_the_literature(network: Callable[..., Any]) -> Callable[[], Any]:
     return functools.partial(network, classes=CLASSES, library="tf_keras")
 
 
 NETWORKS: dict[str, Callable[[], Any]] = {
     "tiny": tiny,
+    "mlp512": functools.partial(mlp, 512),
+    "mlp1024": functools.partial(mlp, 1024),
     "resnet20": _of_the_literature(applications.ResNet20),
     "resnet18": _of_the_literature(applications.ResNet18),
     "vgg16": _of_the_literature(applications.VGG16),

@@ -32,11 +32,7 @@ def run(options: record.Options) -> None:
     times = measure.interleaved(functions, rounds)
 
     ratios = {
-        name: {
-            clock: measure.ratio([times[name]], [times["scores"]], clock)
-            for clock in ("wall", "cpu")
-        }
-        for name in ("learned", "perturbed")
+        name: measure.ratios([times[name]], [times["scores"]]) for name in ("learned", "perturbed")
     }
     learned = ratios["learned"]["wall"]
     path = record.write(

@@ -41,9 +41,7 @@ def run(options: record.Options) -> None:
     ratio = measure.ratio([times["step"]], below)
     cpu_ratio = measure.ratio([times["step"]], below, "cpu")
     ablations = {
-        name: {clock: measure.ratio([times[name]], below, clock) for clock in ("wall", "cpu")}
-        for name in _ABLATED
-        if name in functions
+        name: measure.ratios([times[name]], below) for name in _ABLATED if name in functions
     }
     path = record.write(
         options,

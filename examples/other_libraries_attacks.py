@@ -1,10 +1,10 @@
-"""Evaluate a network by attacks of CleverHans and of the Adversarial Robustness Toolbox (ART).
+"""Evaluate a network by attacks of CleverHans, foolbox and ART (Adversarial Robustness Toolbox).
 
 `attacks.CleverHans` runs that library's attacks by name. Of any other one, a callable
 `(model, x, y) -> x_adv` is an attack; `attacks.Custom` declares its ball, so that the evaluation
 also checks that its outputs stay inside.
 
-    pip install adversarial-robustness-toolbox
+    pip install adversarial-robustness-toolbox foolbox
     python examples/other_libraries_attacks.py [--epochs 20] [--seed 0]
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 
+import foolbox
 import numpy as np
+import tensorflow as tf
 import tf_keras
 from art.attacks.evasion import AutoProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
@@ -22,6 +24,7 @@ from sklearn.model_selection import train_test_split
 import tscnc_tf as tscnc
 
 EPSILON = 0.1
+L2_EPSILON = 0.5
 
 
 def art_apgd(model, x, y):
@@ -37,6 +40,14 @@ def art_apgd(model, x, y):
         classifier, eps=EPSILON, eps_step=EPSILON / 4, max_iter=20, nb_random_init=1, verbose=False
     )
     return attack.generate(np.asarray(x), np.asarray(y))
+
+
+def foolbox_ddn(model, x, y):
+    """The decoupled direction and norm attack, which looks for the nearest adversarial example."""
+    network = foolbox.TensorFlowModel(model, bounds=(0.0, 1.0))
+    attack = foolbox.attacks.DDNAttack(steps=100)
+    _, x_adversarial, _ = attack(network, x, tf.cast(y, tf.int64), epsilons=L2_EPSILON)
+    return x_adversarial
 
 
 def main() -> None:
@@ -75,6 +86,7 @@ def main() -> None:
             options={"nb_iter": 20, "eps_iter": EPSILON / 4},
         ),
         tscnc.attacks.Custom(art_apgd, epsilon=EPSILON, name="ART Auto-PGD"),
+        tscnc.attacks.Custom(foolbox_ddn, epsilon=L2_EPSILON, norm="l2", name="foolbox DDN"),
     ]
     print(tscnc.evaluate_robustness(model, x_test, y_test, attacks=attacks, seed=args.seed))
 

@@ -127,6 +127,19 @@ def test_steps_of_scores_are_held_against_those_of_plain_ones(folder):
     assert found["goal_met"] == (found["ratios"]["learned"]["wall"]["of_medians"] <= 1.05)
 
 
+def test_the_condition_penalty_of_some_steps_is_held_against_steps_without(folder):
+    found = result(folder, "dense")
+    network = found["networks"]["tiny"]
+    assert_times(network["times"], found["rounds"])
+    medians = {name: timing["wall"]["median"] for name, timing in network["times"].items()}
+    assert set(medians) == {"without", "each", "rarely"}
+    for name in ("each", "rarely"):
+        ratio = network["ratios"][name]["wall"]["of_medians"]
+        assert ratio == pytest.approx(medians[name] / medians["without"])
+    rarely = network["ratios"]["rarely"]["wall"]["of_medians"]
+    assert found["goal_met"] == (rarely <= 1.05)
+
+
 def test_the_step_is_exported_with_all_its_state(folder):
     found = result(folder, "stablehlo")
     assert found["compiles"] and found["weights_finite"] and found["weights_moved"]

@@ -19,7 +19,9 @@ SHOWS = {
     "paper": ["smoke, 1-train", "smoke, 3-finetune", "PGD-2 linf 0.1 margin", "worst case"],
     "theory": ["TSCNC, retrained", "99.9%", "worst κ", "theory.png and theory.json are in"],
     "theory_figure": ["TSCNC, retrained", "99.9%", "68.3% (57 to 81)", "theory.png is in"],
-    "other_libraries_attacks": ["CleverHans momentum_iterative_method linf 0.1", "ART Auto-PGD"],
+    "other_libraries_attacks": [
+        *("CleverHans momentum_iterative_method linf 0.1", "ART Auto-PGD", "foolbox DDN")
+    ],
 }
 WRITING = {"quickstart", "keras3_quickstart", "paper", "theory", "theory_figure"}
 

@@ -19,10 +19,10 @@ EXAMPLES = {
     "element": regularizers.TransformedL1(1e-3, a=0.5),
     "filter": regularizers.TransformedL1(1e-3, groups="filter"),
     "input": regularizers.TransformedL1(1e-3, groups="input"),
-    "log_ratio": regularizers.ConditionNumber(1e-2),
+    "log_ratio": regularizers.ConditionNumber(1e-2, every=3),
     "authors": regularizers.ConditionNumber(1e-2, form="authors"),
     "orthogonal": regularizers.ConditionNumber(1e-2, form="orthogonal"),
-    "TSCNC": regularizers.TSCNC(1e-3, 1e-2, a=2.0, groups="filter"),
+    "TSCNC": regularizers.TSCNC(1e-3, 1e-2, a=2.0, groups="filter", every=2),
     "RegularizerSum": regularizers.RegularizerSum([regularizers.ConditionNumber(1e-2), "l2"]),
 }
 FINAL = {"TransformedL1", "ConditionNumber", "TSCNC", "RegularizerSum"}
@@ -210,6 +210,29 @@ def test_training_on_the_condition_number_lowers_it(rng):
     assert after < 2 * np.exp(size * float(functional.log_ratio(kernel)) / 2)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_in_steps_of_training_every_third_has_three_times_the_condition_penalty(rng, jit_compile):
+    kernel = tf.Variable(rng.normal(size=(6, 4)), dtype=tf.float32)
+    sparse, condition = regularizers.TransformedL1(1e-3), regularizers.ConditionNumber(1e-2)
+    both = regularizers.TSCNC(1e-3, 1e-2, every=3)
+
+    @tf.function(jit_compile=jit_compile)
+    def in_step(step):
+        with tf.GradientTape() as tape, regularizers.in_step(step):
+            value = both(kernel)
+        return value, tape.gradient(value, kernel)
+
+    def expected(times):
+        with tf.GradientTape() as tape:
+            value = sparse(kernel) + times * condition(kernel)
+        return value, tape.gradient(value, kernel)
+
+    for step, times in enumerate([3.0, 0.0, 0.0, 3.0]):
+        for found, right in zip(in_step(tf.constant(step)), expected(times), strict=True):
+            np.testing.assert_allclose(found, right, rtol=1e-5)
+    np.testing.assert_allclose(both(kernel), expected(1.0)[0], rtol=1e-6)
+
+
 def test_the_registered_names_hide_nothing_of_keras():
     registered = tf_keras.utils.get_custom_objects().items()
     bare = [
@@ -273,6 +296,7 @@ def test_the_smallest_ridge_is_finite_on_a_singular_kernel():
             "groups must be one of",
         ),
         (lambda: regularizers.ConditionNumber(1.0, form="det"), ValueError, "form must be one of"),
+        (lambda: regularizers.TSCNC(1.0, 1.0, every=0), ValueError, "every must be >= 1, got 0"),
         (
             lambda: regularizers.ConditionNumber(1.0, ridge=0.0),
             ValueError,

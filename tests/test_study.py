@@ -129,7 +129,7 @@ def trials_with(plan, robust):
             found[run.place] = content(run, validation={"finetune": {"robust": robust(run)}})
 
 
-@pytest.mark.parametrize("name", ["cpu", "quick", "accelerator"])
+@pytest.mark.parametrize("name", ["cpu", "recovery", "quick", "accelerator"])
 def test_the_plans_are_paired_and_balanced(name):
     plan = Plan.read(HERE / f"{name}.yaml")
     runs = list(plan.runs(trials_with(plan, lambda run: 0.5)))
@@ -138,9 +138,10 @@ def test_the_plans_are_paired_and_balanced(name):
     assert len({(run.setting, run.name) for run in runs}) == len(runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert all(run.recipe.seed == run.seed for run in runs)
-    uniform = {(run.setting, run.seed): run.recipe for run in runs if run.arm == "uniform"}
+    found = {(run.setting, run.arm, run.seed): run.recipe for run in runs}
     for run in runs:
-        pair = uniform[run.setting, run.seed]
+        arm = "uniform" if "uniform" in plan.arms else plan.base(run.arm) or run.arm
+        pair = found[run.setting, arm, run.seed]
         for part in ("data", "network", "adversary", "evaluate", "seed"):
             assert getattr(run.recipe, part) == getattr(pair, part)
         for part in ("train", "prune", "finetune"):  # nobody trains longer, or against less
@@ -474,7 +475,7 @@ def test_tables_are_put_between_their_marks(tmp_path):
         report.insert(path, "other", "new")
 
 
-@pytest.mark.parametrize("name", ["cpu", "accelerator"])
+@pytest.mark.parametrize("name", ["cpu", "recovery", "quick", "accelerator"])
 def test_the_document_shows_the_results_that_are_there(name, tmp_path):
     plan, store = Plan.read(HERE / f"{name}.yaml"), Store(RESULTS / f"{name}.csv", tmp_path)
     found = store.read()

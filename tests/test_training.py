@@ -178,6 +178,31 @@ def test_the_logs_add_up(loss, flavour):
     assert logs["val_clean_accuracy"] == pytest.approx(hits.mean())
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_condition_penalty_in_every_second_step_is_twice_as_large_there(flavour):
+    library, (x, y) = FLAVOURS[flavour], blobs(16)
+
+    def trained(factor, every, rate, steps):
+        library.utils.set_random_seed(0)
+        penalty = regularizers.ConditionNumber(factor, every=every)
+        model = pruning.add_regularizers(dense_model(library), penalty)
+        trainer = trainer_for(model, optimizer=library.optimizers.SGD(rate))
+        logs = []
+        for _ in range(steps):
+            trainer.reset_metrics()
+            logs.append(trainer.train_on_batch(x, y, return_dict=True)["penalty"])
+        return trainer, logs
+
+    trainer, logs = trained(0.5, every=2, rate=0.0, steps=3)
+    full = float(tf.add_n(trainer.model.losses))
+    assert logs == pytest.approx([2 * full, 0.0, 2 * full], rel=1e-5)
+    assert trainer.evaluate(x, y, verbose=0, return_dict=True)["penalty"] == pytest.approx(full)
+    rarely, _ = trained(0.5, every=2, rate=0.1, steps=1)
+    always, _ = trained(1.0, every=1, rate=0.1, steps=1)
+    for mine, other in zip(rarely.get_weights(), always.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
+
+
 class Counter:
     """Counts its calls in training and in inference mode, as they run."""
 

@@ -9,8 +9,11 @@ must be told how to read the kernel.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any, Self
 
 import tensorflow as tf
@@ -28,6 +31,18 @@ _MIN_RIDGE = 1e-12
 _PROJECTIONS = ("query", "key", "value", "gate")
 _ATTENTION_OUTPUT = "attention_output"
 _EINSUM = re.compile(r"einsum_dense(_\d+)?")
+# The number of the training step that penalties are computed in; None outside of such steps.
+_STEP: contextvars.ContextVar[Any] = contextvars.ContextVar("step", default=None)
+
+
+@contextlib.contextmanager
+def in_step(step: Any) -> Iterator[None]:
+    """Compute penalties for a training step of that number, an integer tensor, in this context."""
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
 
 
 class KernelRegularizer(_keras.Regularizer):
@@ -215,14 +230,19 @@ class ConditionNumber(KernelRegularizer):
     see `functional.log_ratio`.
 
     The factorisation costs about `p n² + n³` operations in float64 per step for a `(p, n)` matrix:
-    next to nothing beside an adversarial step on convolutions, but not for a dense layer with
-    thousands of units on both sides.
+    next to nothing beside an adversarial step on convolutions, but more than the step itself where
+    dense layers have many hundreds of units on both sides. There `every` helps.
 
     Args:
         factor: a number >= 0.
         form: one of the three names above.
         ridge: for `log_ratio`, relative to the mean eigenvalue of G, >= 1e-12: eigenvalues far
             below it don't count.
+        every: k >= 1: of the steps of an `AdversarialTraining` only each k-th has the penalty, k
+            times as large, so that the mean over k steps is what it is at 1 as long as the kernel
+            changes little between them; in between it is 0, and costs nothing. Take it with an
+            optimizer that averages by momentum, and k well below the steps of an epoch. Wherever
+            else the penalty is computed, in Keras' own `fit` as well, it is there in full.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:
@@ -236,7 +256,8 @@ class ConditionNumber(KernelRegularizer):
 
     Reference:
         TSCNC, arXiv 2503.20454; Guggenheimer, Edelman & Johnson 1995 for the bound; Bansal et al.
-        2018, arXiv 1810.09102, for soft orthogonality.
+        2018, arXiv 1810.09102, for soft orthogonality; Karras et al. 2020, arXiv 1912.04958,
+        appendix B, for a penalty in each k-th step ("lazy regularization").
     """
 
     def __init__(
@@ -245,6 +266,7 @@ class ConditionNumber(KernelRegularizer):
         form: str = "log_ratio",
         ridge: float = 1e-6,
         *,
+        every: int = 1,
         layout: str = "standard",
         channel_groups: int = 1,
     ) -> None:
@@ -252,8 +274,19 @@ class ConditionNumber(KernelRegularizer):
         self.factor = _checks.factor("factor", factor)
         self.form = _checks.one_of("form", form, FORMS)
         self.ridge = _ridge(ridge)
+        self.every = _checks.integer("every", every, minimum=1)
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
+        step = _STEP.get()
+        if self.every == 1 or step is None:
+            return self._in_full(kernel)
+        return tf.cond(
+            tf.equal(step % self.every, 0),
+            lambda: self.every * self._in_full(kernel),
+            lambda: tf.zeros((), kernel.dtype),
+        )
+
+    def _in_full(self, kernel: tf.Tensor) -> tf.Tensor:
         matrices = functional.matrices(kernel, **self._reading)
         if self.form == "log_ratio":
             values = functional.log_ratio(matrices, ridge=self.ridge)
@@ -265,7 +298,7 @@ class ConditionNumber(KernelRegularizer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        own = {"factor": self.factor, "form": self.form, "ridge": self.ridge}
+        own = {"factor": self.factor, "form": self.form, "ridge": self.ridge, "every": self.every}
         return {**own, **super().get_config()}
 
 
@@ -277,7 +310,7 @@ class TSCNC(KernelRegularizer):
         sparsity_factor: factor of the sparse constraint, >= 0.
         condition_factor: factor of the condition number constraint, >= 0.
         a, groups: see `TransformedL1`.
-        form, ridge: see `ConditionNumber`.
+        form, ridge, every: see `ConditionNumber`; the sparse constraint acts in every step.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:
@@ -302,6 +335,7 @@ class TSCNC(KernelRegularizer):
         form: str = "log_ratio",
         ridge: float = 1e-6,
         *,
+        every: int = 1,
         layout: str = "standard",
         channel_groups: int = 1,
     ) -> None:
@@ -309,7 +343,9 @@ class TSCNC(KernelRegularizer):
         self.sparsity_factor = _checks.factor("sparsity_factor", sparsity_factor)
         self.condition_factor = _checks.factor("condition_factor", condition_factor)
         self._sparse = TransformedL1(sparsity_factor, a, groups, **self._reading)
-        self._condition = ConditionNumber(condition_factor, form, ridge, **self._reading)
+        self._condition = ConditionNumber(
+            condition_factor, form, ridge, every=every, **self._reading
+        )
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
         return self._sparse(kernel) + self._condition(kernel)

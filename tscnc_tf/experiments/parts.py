@@ -219,6 +219,8 @@ class Constraints(Checked):
         condition_factor: factor of the condition number constraint; 0 for off.
         a: shape of the transformed l1 penalty, also of that on the gates.
         form: form of the condition number constraint.
+        every: number of steps of which one has the condition number constraint, see
+            `regularizers.ConditionNumber`.
         layers: a name pattern or a list of them, which layers; None for all.
         stages: the stages in which they act; after "train" they act on the masked kernels.
     """
@@ -227,6 +229,7 @@ class Constraints(Checked):
     condition_factor: Factor = 1e-2
     a: Positive = 1.0
     form: Annotated[str, _one_of(*regularizers.FORMS)] = "log_ratio"
+    every: Count = 1
     layers: Patterns = None
     stages: Annotated[Any, functools.partial(_each, check=_one_of(*STAGES))] = ("train",)
 

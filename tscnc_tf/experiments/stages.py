@@ -220,6 +220,7 @@ def _constrained(recipe: Recipe, stage: str, model: Any) -> Any:
             condition_factor=part.condition_factor,
             a=part.a,
             form=part.form,
+            every=part.every,
         )
         model = pruning.add_regularizers(model, penalty, layers=part.layers)
     if stage == "train" and smooth.sparsity_factor:

@@ -381,7 +381,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
                     clean, adversarial = tf.split(both, 2)
                 else:
                     clean, adversarial = known, self.model(x_adversarial, training=True)
-            terms = self._terms(y, clean, adversarial, reference, sample_weight)
+            with regularizers.in_step(optimizers.batches(self.optimizer)):
+                terms = self._terms(y, clean, adversarial, reference, sample_weight)
             if not result:  # where the gradient is taken at perturbed scores, the logs are not
                 result.update(clean=clean, adversarial=adversarial, terms=terms)
             value = tf.reduce_mean(terms["loss"]) + terms["penalty"]
