@@ -157,18 +157,16 @@ assert not {k for k in changed if "KERAS" in k}, changed
 print(tscnc_tf.schedules.OneShot(0.5))
 assert "tensorflow_model_optimization" in sys.modules
 assert os.environ.get("TF_USE_LEGACY_KERAS") == before.get("TF_USE_LEGACY_KERAS")
-print(tf.keras.__version__)
+if first != "tfmot":
+    import keras
+    assert tf.keras.__version__ == keras.__version__, "tf.keras is no longer Keras 3"
 """
 
 
 @pytest.mark.parametrize("first", ["nothing", "keras", "tfmot"])
 def test_importing_leaves_the_process_as_it_was(first):
     """After TensorFlow alone; after `keras` and `tf.keras` in use; and after tfmot."""
-    import keras
-
-    schedule, version = fresh_process(IMPORT, first).splitlines()
-    assert schedule == "OneShot(final_sparsity=0.5, begin_step=0)"
-    assert first == "tfmot" or version == keras.__version__
+    assert fresh_process(IMPORT, first).strip() == "OneShot(final_sparsity=0.5, begin_step=0)"
 
 
 def test_keras_3_on_another_backend_is_refused(monkeypatch):
