@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import itertools
 import os
+import platform
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -26,10 +29,24 @@ hypothesis.settings.load_profile("tests")
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
 
+# Tests after which freed memory is given back, in the middle of a file too.
+_RELEASE_EVERY = 25
+_tests = itertools.count(1)
+_LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def pytest_collection_finish():
+    """Have the garbage collector pass over what the imports have made, which stays."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed every generator, and drop the global state that Keras keeps between models."""
+    if next(_tests) % _RELEASE_EVERY == 0:
+        gc.collect()
+        trim()
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
 
@@ -40,9 +57,18 @@ def released():
     yield
     keras.backend.clear_session()
     tf_keras.backend.clear_session()
+    gc.unfreeze()  # what refers to a graph must be found
     gc.collect()
     dismantle_unreachable_graphs()
     gc.collect()
+    gc.freeze()
+    trim()
+
+
+def trim():
+    """Give freed memory back to the system, most of which the C library keeps until it is told."""
+    if _LIBC is not None:
+        _LIBC.malloc_trim(0)
 
 
 def dismantle_unreachable_graphs():

@@ -408,20 +408,26 @@ def test_logits_and_normalisation_are_computed_in_full_precision(policy, library
 LOAD = """
 import sys, importlib
 import numpy as np
-library = importlib.import_module(sys.argv[1])
-model = library.models.load_model(sys.argv[2])
+for name in sys.argv[2:]:
+    model = importlib.import_module(name).models.load_model(f"{sys.argv[1]}/{name}.keras")
+    np.save(f"{sys.argv[1]}/{name}.npy", model(np.load(sys.argv[1] + "/x.npy")))
 assert "tscnc_tf" not in sys.modules
-np.save(sys.argv[4], model(np.load(sys.argv[3])))
 """
 
 
-def test_files_load_where_tscnc_tf_is_not(library, tmp_path):
-    model = shake(applications.SmallCNN(mean=MEAN, std=STD, library=library))
-    paths = [tmp_path / name for name in ("model.keras", "x.npy", "logits.npy")]
-    model.save(paths[0])
-    np.save(paths[1], pixels(shape=(32, 32, 3)))
-    fresh_process(LOAD, library, *paths)
-    np.testing.assert_allclose(np.load(paths[2]), model(np.load(paths[1])), rtol=1e-5, atol=1e-5)
+def test_files_load_where_tscnc_tf_is_not(tmp_path):
+    x = pixels(shape=(32, 32, 3))
+    np.save(tmp_path / "x.npy", x)
+    models = {
+        name: shake(applications.SmallCNN(mean=MEAN, std=STD, library=name)) for name in FLAVOURS
+    }
+    for name, model in models.items():
+        model.save(tmp_path / f"{name}.keras")
+    fresh_process(LOAD, tmp_path, *models)
+    for name, model in models.items():
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{name}.npy"), model(x), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_from_pruning_to_the_export(library, tmp_path):

@@ -365,39 +365,41 @@ RESUME = """
 import importlib, sys
 import numpy as np
 import tscnc_tf as tscnc
-name, teachers_file, trainers_file, data_file, end_file = sys.argv[1:]
-x, y = np.load(data_file).values()
-library = importlib.import_module(name)
-trainer = library.models.load_model(trainers_file)
-assert trainer.robust_loss == tscnc.losses.RSLAD(None, alpha=0.75)
-try:
+for name in sys.argv[2:]:
+    library, folder = importlib.import_module(name), f"{sys.argv[1]}/{name}"
+    x, y = np.load(folder + "/data.npz").values()
+    trainer = library.models.load_model(folder + "/trainer.keras")
+    assert trainer.robust_loss == tscnc.losses.RSLAD(None, alpha=0.75)
+    try:
+        trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False)
+    except ValueError as error:
+        print(error)
+    teacher = library.models.load_model(folder + "/teacher.keras")
+    trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)
     trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False)
-except ValueError as error:
-    print(error)
-teacher = library.models.load_model(teachers_file)
-trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)
-trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False)
-np.savez(end_file, *trainer.model.get_weights())
+    np.savez(folder + "/end.npz", *trainer.model.get_weights())
 """
 
 
-def test_training_goes_on_in_a_fresh_process_once_the_teacher_is_given(library, tmp_path):
-    x, y = images(48)
-    teacher, student = conv_teacher(library), conv_model(library)
-    trainer = trainer_for(student, teacher, alpha=0.75, seed=7)
-    fit(trainer, (x, y), epochs=1)
-    names = ("teacher.keras", "trainer.keras", "data.npz", "end.npz")
-    files = [tmp_path / name for name in names]
-    teacher.save(files[0])
-    trainer.save(files[1])
-    np.savez(files[2], x=x, y=y)
-    fit(trainer, (x, y), epochs=1)
-    printed = fresh_process(RESUME, library.__name__, *files)
-    assert "RSLAD has no teacher, which is not saved with a trainer" in printed
-    assert "trainer.robust_loss.with_teacher(teacher)" in printed
-    with np.load(files[3]) as end:
-        for one, other in zip(student.get_weights(), end.values(), strict=True):
-            np.testing.assert_array_equal(one, other)
+def test_training_goes_on_in_a_fresh_process_once_the_teacher_is_given(tmp_path):
+    (x, y), students = images(48), {}
+    for name, library in FLAVOURS.items():
+        teacher, students[name] = conv_teacher(library), conv_model(library)
+        trainer = trainer_for(students[name], teacher, alpha=0.75, seed=7)
+        fit(trainer, (x, y), epochs=1)
+        folder = tmp_path / name
+        folder.mkdir()
+        teacher.save(folder / "teacher.keras")
+        trainer.save(folder / "trainer.keras")
+        np.savez(folder / "data.npz", x=x, y=y)
+        fit(trainer, (x, y), epochs=1)
+    printed = fresh_process(RESUME, tmp_path, *students)
+    assert printed.count("RSLAD has no teacher, which is not saved with a trainer") == 2
+    assert printed.count("trainer.robust_loss.with_teacher(teacher)") == 2
+    for name, student in students.items():
+        with np.load(tmp_path / name / "end.npz") as end:
+            for one, other in zip(student.get_weights(), end.values(), strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 def test_the_teachers_weights_are_not_in_the_file(library, tmp_path):

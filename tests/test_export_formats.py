@@ -23,7 +23,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 from ai_edge_litert.interpreter import Interpreter
-from helpers import FLAVOURS, fresh_process, images, interrupted, names
+from helpers import FLAVOURS, images, interrupted, names
 
 from tscnc_tf import (
     EvaluationWarning,
@@ -933,14 +933,6 @@ def test_a_missing_extra_is_named(tmp_path, form, module, monkeypatch):
     if module in ("ai_edge_litert.interpreter", "onnxruntime"):
         with pytest.raises(ImportError, match=rf'pip install "tscnc_tf\[{form}\]"'):
             LOADS[form](tmp_path / "file")
-
-
-def test_nothing_of_it_is_imported_unasked():
-    code = (
-        "import sys, tscnc_tf.export; "
-        "print({'ai_edge_litert', 'onnx', 'onnxruntime', 'tf2onnx'} & set(sys.modules))"
-    )
-    assert fresh_process(code).strip() == "set()"
 
 
 def test_exporting_leaves_the_process_as_it_was(tmp_path):

@@ -140,66 +140,74 @@ LOAD = """
 import importlib, sys
 import numpy as np
 import tscnc_tf as tscnc
-library = importlib.import_module(sys.argv[1])
-model = library.models.load_model(sys.argv[2])
-print(type(model).__name__, model.pruner.steps, model.pruner.frozen)
-np.savez(sys.argv[3], *[mask.numpy() for mask in model.pruner.state.masks])
+for name in sys.argv[2:]:
+    library = importlib.import_module(name)
+    model = library.models.load_model(f"{sys.argv[1]}/{name}.keras")
+    print(type(model).__name__, model.pruner.steps, model.pruner.frozen)
+    np.savez(f"{sys.argv[1]}/{name}.npz", *[mask.numpy() for mask in model.pruner.state.masks])
 """
 
 
-def test_a_fresh_process_needs_nothing_but_the_import(library, tmp_path):
-    model = half_trained(library)
-    model.save(tmp_path / "model.keras")
-    paths = [tmp_path / name for name in ("model.keras", "masks.npz")]
-    printed = fresh_process(LOAD, library.__name__, *paths)
-    assert printed.split() == ["MaskedFunctional", "4", "False"]
-    with np.load(paths[1]) as found:
-        for mine, theirs in zip(masks(model), found.values(), strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+def test_a_fresh_process_needs_nothing_but_the_import(tmp_path):
+    models = {name: half_trained(library) for name, library in FLAVOURS.items()}
+    for name, model in models.items():
+        model.save(tmp_path / f"{name}.keras")
+    lines = fresh_process(LOAD, tmp_path, *models).splitlines()
+    assert lines == ["MaskedFunctional 4 False"] * 2
+    for name, model in models.items():
+        with np.load(tmp_path / f"{name}.npz") as found:
+            for mine, theirs in zip(masks(model), found.values(), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
 
 
 TRAIN = """
 import importlib, os, sys
 import numpy as np
 import tscnc_tf as tscnc
-flavour, folder, end, kill_at = sys.argv[1:]
-library = importlib.import_module(flavour)
-library.utils.set_random_seed(0)
-layers = library.layers
-inputs = library.Input((6,))
-outputs = layers.Dense(3)(layers.Dense(8, activation="relu")(inputs))
-model = library.Model(inputs, outputs)
-tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.75, 1, 30, 1), engine="masks")
-model.compile(library.optimizers.Adam(0.01),
-              library.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
 
 
-class Kill(library.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        if model.optimizer.iterations == int(kill_at):
-            os._exit(3)
+def train(flavour, folder, end, kill_at):
+    library = importlib.import_module(flavour)
+    library.backend.clear_session()
+    library.utils.set_random_seed(0)
+    layers = library.layers
+    inputs = library.Input((6,))
+    outputs = layers.Dense(3)(layers.Dense(8, activation="relu")(inputs))
+    model = library.Model(inputs, outputs)
+    tscnc.prune(model, tscnc.schedules.CosineSparsity(0.0, 0.75, 1, 30, 1), engine="masks")
+    model.compile(library.optimizers.Adam(0.01),
+                  library.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+
+    class Kill(library.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if model.optimizer.iterations == int(kill_at):
+                os._exit(3)
+
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(64, 6)).astype("float32"), rng.integers(0, 3, 64)
+    if os.path.exists(folder + "/last.keras"):
+        model = library.models.load_model(folder + "/last.keras")
+    done = int(model.optimizer.iterations) // 8
+    keep = library.callbacks.ModelCheckpoint(folder + "/last.keras")
+    model.fit(x, y, batch_size=8, epochs=5, initial_epoch=done, shuffle=False, verbose=0,
+              callbacks=[Kill(), *tscnc.callbacks.pruning_callbacks(), keep])
+    np.savez(end, *model.get_weights(), *[mask.numpy() for mask in model.pruner.state.masks])
 
 
-rng = np.random.default_rng(0)
-x, y = rng.uniform(size=(64, 6)).astype("float32"), rng.integers(0, 3, 64)
-if os.path.exists(folder + "/last.keras"):
-    model = library.models.load_model(folder + "/last.keras")
-done = int(model.optimizer.iterations) // 8
-keep = library.callbacks.ModelCheckpoint(folder + "/last.keras")
-model.fit(x, y, batch_size=8, epochs=5, initial_epoch=done, shuffle=False, verbose=0,
-          callbacks=[Kill(), *tscnc.callbacks.pruning_callbacks(), keep])
-np.savez(end, *model.get_weights(), *[mask.numpy() for mask in model.pruner.state.masks])
+for flavour, name, kill_at in zip(*[iter(sys.argv[2:])] * 3, strict=True):
+    folder = f"{sys.argv[1]}/{flavour}-{name}"
+    os.makedirs(folder, exist_ok=True)
+    train(flavour, folder, folder + ".npz", kill_at)
 """
 
 
-def test_training_that_was_killed_goes_on_bit_for_bit(library, tmp_path):
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "whole").mkdir()
+def test_training_that_was_killed_goes_on_bit_for_bit(tmp_path):
+    """Killed in the middle of the third epoch, and begun again in a process of its own."""
 
-    def train(name, kill_at):
-        arguments = [library.__name__, tmp_path / name, tmp_path / f"{name}.npz", kill_at]
+    def train(*runs):
+        arguments = [str(word) for run in runs for word in run]
         done = subprocess.run(
-            [sys.executable, "-c", TRAIN, *map(str, arguments)],
+            [sys.executable, "-c", TRAIN, str(tmp_path), *arguments],
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
             capture_output=True,
             text=True,
@@ -209,12 +217,17 @@ def test_training_that_was_killed_goes_on_bit_for_bit(library, tmp_path):
         assert done.returncode in (0, 3), done.stderr[-3000:]
         return done.returncode
 
-    assert train("whole", -1) == 0
-    assert train("killed", 21) == 3, "in the middle of the third epoch"
-    assert train("killed", -1) == 0
-    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "killed.npz") as killed:
-        for one, other in zip(whole.values(), killed.values(), strict=True):
-            np.testing.assert_array_equal(one, other)
+    whole = [(flavour, "whole", -1) for flavour in FLAVOURS]
+    killed = [(flavour, "killed", 21) for flavour in FLAVOURS]
+    again = [(flavour, "killed", -1) for flavour in FLAVOURS]
+    assert train(*whole, killed[0]) == 3
+    assert train(again[0], killed[1]) == 3
+    assert train(again[1]) == 0
+    for flavour in FLAVOURS:
+        paths = [tmp_path / f"{flavour}-{name}.npz" for name in ("whole", "killed")]
+        with np.load(paths[0]) as one, np.load(paths[1]) as other:
+            for mine, theirs in zip(one.values(), other.values(), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
 
 
 @tf_keras.saving.register_keras_serializable("tests")
@@ -288,20 +301,30 @@ def test_a_deep_copy_of_a_pruned_layer_is_plain(library):
     assert not any(masking.own_constraint(weight) for weight in twin.weights)
 
 
-def test_a_stripped_model_is_as_if_it_had_never_been_pruned(library, tmp_path):
-    model = conv_model(library)
-    plain, weights = type(model), len(model.weights)
-    half_way = pruning.prune(model, schedules.OneShot(0.5), engine="masks")
-    half_way.pruner.finalize()
-    model = pruning.strip(half_way)
-    assert type(model) is plain
-    assert len(model.weights) == weights
-    assert not hasattr(model, "pruner")
-    model.save(tmp_path / "plain.keras")
-    code = "import sys, importlib; lib = importlib.import_module(sys.argv[1]); "
-    code += "print(lib.models.load_model(sys.argv[2]).count_params())"
-    printed = fresh_process(code, library.__name__, tmp_path / "plain.keras")
-    assert int(printed.split()[-1]) == model.count_params()
+PLAIN = """
+import importlib, sys
+for name in sys.argv[2:]:
+    model = importlib.import_module(name).models.load_model(f"{sys.argv[1]}/{name}.keras")
+    print(model.count_params())
+assert "tscnc_tf" not in sys.modules
+"""
+
+
+def test_a_stripped_model_is_as_if_it_had_never_been_pruned(tmp_path):
+    counts = []
+    for name, library in FLAVOURS.items():
+        model = conv_model(library)
+        plain, weights = type(model), len(model.weights)
+        half_way = pruning.prune(model, schedules.OneShot(0.5), engine="masks")
+        half_way.pruner.finalize()
+        model = pruning.strip(half_way)
+        assert type(model) is plain
+        assert len(model.weights) == weights
+        assert not hasattr(model, "pruner")
+        model.save(tmp_path / f"{name}.keras")
+        counts.append(model.count_params())
+    printed = fresh_process(PLAIN, tmp_path, *FLAVOURS)
+    assert [int(line) for line in printed.splitlines()] == counts
 
 
 def test_other_formats_have_no_place_for_masks_and_say_so(library, tmp_path):

@@ -481,34 +481,38 @@ def test_averaged_weights_are_masked_when_training_ends(kind):
 
 
 CONTINUE = """
-import sys
-import importlib
+import importlib, pathlib, sys
 import numpy as np
 import tscnc_tf as tscnc
-x, y = np.load(sys.argv[1]).values()
-library = importlib.import_module(sys.argv[4])
-with tscnc.pruning.prune_scope():
-    trainer = library.models.load_model(sys.argv[2])
-trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False,
-            callbacks=tscnc.callbacks.pruning_callbacks())
-np.savez(sys.argv[3], *trainer.model.get_weights())
-print(repr(trainer.attack), repr(trainer.robust_loss), trainer.seed)
+folder = pathlib.Path(sys.argv[1])
+x, y = np.load(folder / "data.npz").values()
+for name in sys.argv[2:]:
+    library = importlib.import_module(name.partition("-")[0])
+    with tscnc.pruning.prune_scope():
+        trainer = library.models.load_model(folder / f"{name}.keras")
+    trainer.fit(x, y, batch_size=16, verbose=0, shuffle=False,
+                callbacks=tscnc.callbacks.pruning_callbacks())
+    np.savez(folder / f"{name}.npz", *trainer.model.get_weights())
+    print(repr(trainer.attack), repr(trainer.robust_loss), trainer.seed)
 """
 
 
 @SHORT
-def test_training_goes_on_in_a_fresh_process_bit_for_bit(tmp_path, kind):
+def test_training_goes_on_in_a_fresh_process_bit_for_bit(tmp_path):
     x, y = images(48)
     np.savez(tmp_path / "data.npz", x=x, y=y)
-    trainer = trainer_for(kind.pruned_conv(end_step=5), seed=7)
-    fit(trainer, (x, y), epochs=1)
-    trainer.save(tmp_path / "half.keras")
-    fit(trainer, (x, y), epochs=1)
-    paths = [tmp_path / name for name in ("data.npz", "half.keras", "end.npz")]
-    printed = fresh_process(CONTINUE, *paths, kind.flavour)
-    assert printed.strip() == f"{PGD!r} {LOSSES['TRADES']!r} 7"
-    with np.load(tmp_path / "end.npz") as end:
-        assert_same(trainer.model.get_weights(), list(end.values()))
+    trainers = {}
+    for kind in KINDS:
+        name = f"{kind.flavour}-{kind.engine}"
+        trainers[name] = trainer = trainer_for(kind.pruned_conv(end_step=5), seed=7)
+        fit(trainer, (x, y), epochs=1)
+        trainer.save(tmp_path / f"{name}.keras")
+        fit(trainer, (x, y), epochs=1)
+    printed = fresh_process(CONTINUE, tmp_path, *trainers)
+    assert printed.splitlines() == [f"{PGD!r} {LOSSES['TRADES']!r} 7"] * 3
+    for name, trainer in trainers.items():
+        with np.load(tmp_path / f"{name}.npz") as end:
+            assert_same(trainer.model.get_weights(), list(end.values()))
 
 
 class Recording(schedules.ConditionGated):
