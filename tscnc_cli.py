@@ -387,12 +387,13 @@ def compact(model: pathlib.Path, output: pathlib.Path, overwrite: bool) -> Resul
 @click.option("--output", required=True, type=FILE, help="A folder (saved_model) or a file.")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "int8"]),
+    type=click.Choice(["float32", "float16", "int8"]),
     default="float32",
     show_default=True,
     help="Of litert.",
 )
 @click.option("--calibration", metavar="DATA", help="Whose training images int8 is calibrated on.")
+@click.option("--sparse", is_flag=True, help="Kernels in sparse form, of litert.")
 @click.option("--overwrite", is_flag=True, help="Replace an export at --output.")
 def export(
     model: pathlib.Path,
@@ -400,6 +401,7 @@ def export(
     output: pathlib.Path,
     precision: str,
     calibration: str | None,
+    sparse: bool,
     overwrite: bool,
 ) -> Result:
     """Write MODEL as a SavedModel, a LiteRT or an ONNX file, checked against it.
@@ -408,11 +410,14 @@ def export(
     tscnc export model.keras --format saved_model --output served
     tscnc export model.keras --format onnx --output model.onnx
     tscnc export m.keras --format litert --precision int8 --calibration cifar10 --output m.tflite
+    tscnc export model.keras --format litert --sparse --output model.tflite
     """
     tscnc = _package()
 
-    if kind != "litert" and (precision != "float32" or calibration):
-        raise click.UsageError("--precision and --calibration are for --format litert only.")
+    if kind != "litert" and (precision != "float32" or calibration or sparse):
+        raise click.UsageError(
+            "--precision, --calibration and --sparse are for --format litert only."
+        )
     if (precision == "int8") != (calibration is not None):
         raise click.UsageError("--precision int8 and --calibration need each other.")
     _require_free(output, overwrite)
@@ -420,7 +425,12 @@ def export(
     if kind == "litert":
         inputs = None if calibration is None else _arrays(calibration, "train")[0][:512]
         report: Any = tscnc.export_litert(
-            loaded, output, precision=precision, calibration=inputs, overwrite=overwrite
+            loaded,
+            output,
+            precision=precision,
+            calibration=inputs,
+            sparse=sparse,
+            overwrite=overwrite,
         )
     elif kind == "onnx":
         report = tscnc.export_onnx(loaded, output, overwrite=overwrite)

@@ -420,7 +420,9 @@ def test_what_int8_asks_for(tmp_path):
         call(small(), tmp_path / "file", calibration=np.ones((2, 4)))
     with pytest.raises(ValueError, match=r"calibration must be float32 \(any, 4\), got .*\(2, 5\)"):
         call(small(), tmp_path / "file", precision="int8", calibration=np.ones((2, 5)))
-    with pytest.raises(ValueError, match="precision must be one of 'float32', 'int8', got 'int4'"):
+    with pytest.raises(
+        ValueError, match="precision must be one of 'float32', 'float16', 'int8', got 'int4'"
+    ):
         call(small(), tmp_path / "file", precision="int4")
     with pytest.raises(TypeError, match="model must be a Keras 3 or tf_keras model"):
         call(len, tmp_path / "file", precision="int8", calibration=np.ones((2, 4)))

@@ -8,7 +8,7 @@ the axes, is zero wherever the kernel is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,34 @@ class Constant(NamedTuple):
     def zeros(self) -> int:
         """How many of its entries are zero, as stored."""
         return int(self.values.size - np.count_nonzero(self.values))
+
+
+class Form(NamedTuple):
+    """How a file holds a kernel.
+
+    Attributes:
+        kind: "dense", "sparse", or "dense on loading": sparse in the file only.
+        size: its bytes in the file, with those that say where its entries are.
+        reason: why it is dense where sparse kernels were asked for; else an empty text.
+    """
+
+    kind: str
+    size: int
+    reason: str = ""
+
+
+class Converted(NamedTuple):
+    """What a converter has made.
+
+    Attributes:
+        content: the file.
+        forms: how it holds its constants, by their names; those that are missing are dense.
+        dense_bytes: what the file would be with all kernels dense; None if they are.
+    """
+
+    content: bytes
+    forms: Mapping[str, Form] = {}
+    dense_bytes: int | None = None
 
 
 def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[Constant | None]:

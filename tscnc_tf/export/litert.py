@@ -1,4 +1,4 @@
-"""LiteRT (TensorFlow Lite): one file for phones and microcontrollers, in float32 or int8."""
+"""LiteRT (TensorFlow Lite): one file for phones and microcontrollers, dense or sparse."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _extras, _probe
-from tscnc_tf.export import preflight, writer
+from tscnc_tf.export import preflight, sparse_litert, writer
 from tscnc_tf.export.calibration import examples
-from tscnc_tf.export.constants import Constant
+from tscnc_tf.export.constants import Constant, Converted
 from tscnc_tf.export.report import ExportedTensor, FileExportReport
 from tscnc_tf.export.served_file import ServedFile, require_file
 
@@ -33,6 +33,7 @@ def export_litert(
     *,
     precision: str = "float32",
     calibration: Any = None,
+    sparse: bool = False,
     expected_sparsity: float | None = None,
     probe: Any = None,
     overwrite: bool = False,
@@ -46,11 +47,19 @@ def export_litert(
 
     In float32 the logits may differ by 1e-4 of the largest one (or of 1), as for a SavedModel: the
     converter multiplies BatchNorms into kernels, and LiteRT takes sums in another order. (Small
-    networks differ by 1e-7, a ResNet-50 of random weights by 6e-5.) In int8 weights and activations
+    networks differ by 1e-7, a ResNet-50 of random weights by 6e-5.) In float16 only the weights are
+    of that precision, and the logits may differ by 1e-2. In int8 weights and activations
     are quantised (per channel and symmetric the weights, so that 0.0 is stored as 0), input and
     output stay float32, and any finite difference is allowed: it depends on data and training what
     8 bits cost. The report says how much it was, and whether the classes are the same; robust
     accuracy is to be measured again, with `attacks.Transfer`.
+
+    With `sparse=True` kernels of many zeros are written as their other entries and where these are,
+    which makes the file smaller. Dense layers are then run in that form, and so faster, where their
+    zeros come in blocks of inputs: prune them in `pruning.Block.for_litert()`, or to 99 %. Other
+    kernels are made dense when the file is loaded, and run as ever; of these, LiteRT runs 1x1
+    convolutions sparsely on some processors (ARM, not x86 with AVX). The report says how each
+    kernel is stored, and why. LiteRT for microcontrollers can't load such a file.
 
     Needs `pip install "tscnc_tf[litert]"`.
 
@@ -59,7 +68,7 @@ def export_litert(
             Only LiteRT's own operations are used, so that every interpreter runs the file: a
             recurrent layer must be built with `unroll=True`.
         path: the file to make; its name usually ends in `.tflite`.
-        precision: "float32" or "int8".
+        precision: "float32", "float16" or "int8".
         calibration: for int8, and only for it: typical inputs, from which the ranges of the
             activations are taken; some hundred examples of the training set. Either one batch as
             the model takes it, shape (examples, ...), or an iterable of batches: a batched
@@ -67,6 +76,7 @@ def export_litert(
             as Keras takes it. All examples are used; what is endless is refused, and so is what
             doesn't say how many it has, after 4,096 examples: pass `dataset.take(n)` or
             `itertools.islice(batches, n)`.
+        sparse: whether kernels are in sparse form where that makes them smaller.
         expected_sparsity: as for `export_saved_model`.
         probe: a batch of inputs to compare logits on. None takes the first 8 examples of
             `calibration`, or draws 8 from U[0, 1), seeded.
@@ -96,7 +106,8 @@ def export_litert(
         [('last', (3, 4), 9)]
     """
     _extras.require_extra("ai_edge_litert.interpreter", "litert")
-    _checks.one_of("precision", precision, ("float32", "int8"))
+    _checks.one_of("precision", precision, ("float32", "float16", "int8"))
+    sparse = _checks.boolean("sparse", sparse)
     settings = {}
     if precision == "int8":
         calibration = examples(model, calibration)
@@ -104,8 +115,8 @@ def export_litert(
         if probe is None:
             probe = tf.nest.map_structure(lambda array: array[: _probe.EXAMPLES], calibration)
     elif calibration is not None:
-        raise ValueError("calibration is for precision='int8' only: float32 needs none.")
-    form = LiteRT(settings, precision, calibration)
+        raise ValueError(f"calibration is for precision='int8' only: {precision} needs none.")
+    form = LiteRT(settings, precision, calibration, sparse=sparse)
     return form.export(
         model, path, expected_sparsity=expected_sparsity, probe=probe, overwrite=overwrite
     )
@@ -155,21 +166,24 @@ class LiteRT(writer.FileFormat):
 
     Args:
         settings: for the report.
-        precision: "float32" or "int8".
+        precision: "float32", "float16" or "int8".
         calibration: examples as arrays, for int8; else None.
+        sparse: whether kernels are in sparse form.
     """
 
     name = "LiteRT"
     distributions = ("ai-edge-litert",)
     load = staticmethod(load_litert)
 
-    def __init__(self, settings: dict[str, int], precision: str, calibration: Any) -> None:
+    def __init__(
+        self, settings: dict[str, int], precision: str, calibration: Any, *, sparse: bool = False
+    ) -> None:
         super().__init__(settings, precision)
-        self._calibration = calibration
+        self._calibration, self._sparse = calibration, sparse
 
     def convert(
         self, ready: preflight.Checked, serve: Callable[..., Any], signature: list[tf.TensorSpec]
-    ) -> bytes:
+    ) -> Converted:
         """Return the file, made by way of a SavedModel: only so it has a signature."""
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             # It is the converter itself that uses the interpreter, to calibrate.
@@ -178,25 +192,31 @@ class LiteRT(writer.FileFormat):
             converter = tf.lite.TFLiteConverter.from_saved_model(
                 folder, signature_keys=[_SIGNATURE]
             )
+            reduces, is_sparse = self.precision != "float32", self._sparse
+            converter.optimizations = [
+                *([tf.lite.Optimize.DEFAULT] if reduces else []),
+                *([tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if is_sparse else []),
+            ]
+            if self.precision == "float16":
+                converter.target_spec.supported_types = [tf.float16]
             if self._calibration is not None:
-                converter.optimizations = [tf.lite.Optimize.DEFAULT]
                 converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
                 converter.representative_dataset = functools.partial(
                     _batches, signature, self._calibration
                 )
             try:
-                return converter.convert()
+                content = converter.convert()
             except Exception as error:
                 error.add_note(
                     f"LiteRT's converter could not convert model {ready.stripped.name!r}. Only "
                     "LiteRT's own operations are used; a recurrent layer needs unroll=True."
                 )
                 raise
+        return sparse_litert.settle(content) if self._sparse else Converted(content)
 
     def constants(self, content: bytes) -> list[Constant]:
-        """Return the weights in a file: its constants of float32 and int8."""
-        schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
-        dtypes = {schema.TensorType.FLOAT32: "<f4", schema.TensorType.INT8: "i1"}
+        """Return the weights in a file: its constants of floats and int8."""
+        schema, dtypes = sparse_litert.schema, sparse_litert.DTYPES
         model = schema.Model.GetRootAs(content, 0)
         found = []
         for subgraph in map(model.Subgraphs, range(model.SubgraphsLength())):
@@ -209,6 +229,9 @@ class LiteRT(writer.FileFormat):
                 points = quantization.ZeroPointAsNumpy() if quantization else 0
                 points = tuple(map(int, points)) if isinstance(points, np.ndarray) else ()
                 shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
+                if tensor.Sparsity() is not None:
+                    sparsity = schema.SparsityParametersT.InitFromObj(tensor.Sparsity())
+                    values = sparse_litert.expanded(sparsity, shape, values)
                 found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
         return found
 

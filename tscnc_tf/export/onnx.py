@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _extras
 from tscnc_tf.export import preflight, writer
-from tscnc_tf.export.constants import Constant
+from tscnc_tf.export.constants import Constant, Converted
 from tscnc_tf.export.report import ExportedTensor, FileExportReport
 from tscnc_tf.export.served_file import ServedFile, require_file
 
@@ -130,7 +130,7 @@ class ONNX(writer.FileFormat):
         ready: preflight.Checked,  # noqa: ARG002 - the endpoint is enough here
         serve: Callable[..., Any],
         signature: list[tf.TensorSpec],
-    ) -> bytes:
+    ) -> Converted:
         """Return the file, as tf2onnx makes it, with all weights in it and checked by ONNX."""
         onnx = _extras.require_extra("onnx", "onnx")
         convert = _extras.require_extra("tf2onnx.convert", "onnx")
@@ -150,7 +150,7 @@ class ONNX(writer.FileFormat):
                 f"The model can't be written as ONNX with opset {self.settings['opset']}: {error} "
                 "Exchange the layer that uses the operation, or try a newer opset."
             ) from error
-        return proto.SerializeToString()
+        return Converted(proto.SerializeToString())
 
     def constants(self, content: bytes) -> list[Constant]:
         """Return the weights in a file: its constants of float32, those of loops included."""

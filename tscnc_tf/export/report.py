@@ -68,6 +68,11 @@ class ExportedKernel(_reports.WeightRecord):
         model_zeros: how many of them are zero in the model.
         zeros: how many of them are zero in the file. At least as many: small weights may be
             rounded to zero, and the zeros of a BatchNorm may have been multiplied in.
+        stored: "dense"; "sparse" if it is also run in sparse form; "dense on loading" if it is
+            sparse in the file only.
+        stored_bytes: what it takes in the file, with what says where its entries are; None for a
+            weight that the converter has split.
+        reason: why it is dense where sparse kernels were asked for; else an empty text.
     """
 
     name: str
@@ -77,6 +82,9 @@ class ExportedKernel(_reports.WeightRecord):
     weights: int
     model_zeros: int
     zeros: int
+    stored: str = "dense"
+    stored_bytes: int | None = None
+    reason: str = ""
 
 
 class _Export(_reports.Report):
@@ -220,7 +228,8 @@ class FileExportReport(_Export):
     Attributes:
         path: the file, absolute.
         format: "LiteRT" or "ONNX".
-        precision: of the weights and sums, "float32" or "int8".
+        precision: "float32"; "float16" of the weights, the sums being in float32; or "int8" of
+            both.
         weights: the zeros of the model that was exported.
         kernels: the zeros of the file, kernel by kernel.
         inputs, outputs: the tensors that the file takes and returns.
@@ -229,8 +238,10 @@ class FileExportReport(_Export):
         same_class: the share of the probe's examples for which model and file return the same
             class; None for several outputs, or one logit.
         file_bytes: the size of the file.
+        dense_bytes: what it would be with all kernels dense; None where no sparse ones were asked
+            for.
         gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
-        ideal_sparse_bytes: as in `ExportReport`; None for int8: it counts floats.
+        ideal_sparse_bytes: as in `ExportReport`; None but for float32: it counts these.
         sha256: its digest.
         settings: what else it was made with: the number of calibration examples, the opset.
         expected_sparsity, max_logit_difference, probe_examples, versions: as in `ExportReport`.
@@ -251,6 +262,7 @@ class FileExportReport(_Export):
     same_class: float | None
     probe_examples: int
     file_bytes: int
+    dense_bytes: int | None
     gzip_bytes: int
     ideal_sparse_bytes: int | None
     sha256: str
@@ -263,33 +275,50 @@ class FileExportReport(_Export):
         return sum(row.zeros for row in self.kernels) / sum(row.weights for row in self.kernels)
 
     def _table(self) -> _reports.Table:
-        def cells(weights: int, model_zeros: int, zeros: int) -> tuple[str, ...]:
-            return (
-                f"{weights:,}",
-                f"{model_zeros:,}",
-                f"{zeros:,}",
-                _reports.percent(zeros / weights),
-            )
-
+        counts = [(row.weights, row.model_zeros, row.zeros) for row in self.kernels]
+        columns = ["kernel", "shape in the file", "dtype", "weights", "zeros", "in the file"]
+        columns.append("sparsity")
+        rows = [
+            [row.name, _reports.shape(row.shape), row.dtype, *_counted(*count)]
+            for row, count in zip(self.kernels, counts, strict=True)
+        ]
+        footer = ["all kernels", "", "", *_counted(*map(sum, zip(*counts, strict=True)))]
         allowed = "any" if self.logit_tolerance is None else f"{self.logit_tolerance:.3g}"
         same = "" if self.same_class is None else f"; same class: {100 * self.same_class:.1f} %"
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        counts = [(row.weights, row.model_zeros, row.zeros) for row in self.kernels]
-        shapes = [_reports.shape(row.shape) for row in self.kernels]
-        return _reports.Table(
-            f"{self.format} ({self.precision}) {self.path}",
-            ("kernel", "shape in the file", "dtype", "weights", "zeros", "in the file", "sparsity"),
-            [
-                (row.name, shape, row.dtype, *cells(*count))
-                for row, shape, count in zip(self.kernels, shapes, counts, strict=True)
-            ],
-            ("all kernels", "", "", *cells(*map(sum, zip(*counts, strict=True)))),
-            self._notes(
-                self.file_bytes,
-                f"(allowed: {allowed}){same}",
-                *([f"Settings: {settings}."] if settings else []),
-            ),
-        )
+        notes = []
+        if self.settings:
+            given = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+            notes.append(f"Settings: {given}.")
+        if self.dense_bytes is not None:
+            columns += ["stored", "bytes"]
+            for row, kernel in zip(rows, self.kernels, strict=True):
+                row += [kernel.stored, _reports.size(kernel.stored_bytes)]
+            footer += ["", _reports.size(sum(row.stored_bytes or 0 for row in self.kernels))]
+            notes += self._storage(self.dense_bytes)
+        title = f"{self.format} ({self.precision}) {self.path}"
+        noted = self._notes(self.file_bytes, f"(allowed: {allowed}){same}", *notes)
+        return _reports.Table(title, columns, rows, footer, noted)
+
+    def _storage(self, dense_bytes: int) -> list[str]:
+        """Return the notes on sparse kernels."""
+        share = f"{self.file_bytes / dense_bytes:.2f}"
+        notes = [f"With dense kernels: {_reports.size(dense_bytes)}; this is {share} of it."]
+        for reason in dict.fromkeys(row.reason for row in self.kernels if row.reason):
+            names = ", ".join(row.name for row in self.kernels if row.reason == reason)
+            notes.append(f"Dense ({reason}): {names}.")
+        if any(row.stored == "dense on loading" for row in self.kernels):
+            notes.append(
+                "What is dense on loading makes the file smaller and nothing faster, but for 1x1 "
+                "convolutions on processors where LiteRT runs these sparsely (ARM, not x86 with "
+                "AVX). LiteRT for microcontrollers can't load it."
+            )
+        return notes
+
+
+def _counted(weights: int, model_zeros: int, zeros: int) -> list[str]:
+    """Return the cells of numbers of weights and zeros."""
+    share = _reports.percent(zeros / weights)
+    return [f"{weights:,}", f"{model_zeros:,}", f"{zeros:,}", share]
 
 
 def _rows(kind: type, rows: list[dict[str, Any]]) -> tuple[Any, ...]:

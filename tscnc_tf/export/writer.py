@@ -6,6 +6,7 @@ import abc
 import contextlib
 import gzip
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -21,6 +22,9 @@ from tscnc_tf.export import constants, preflight
 from tscnc_tf.export.report import ExportedKernel, FileExportReport
 from tscnc_tf.export.served_file import ServedFile
 from tscnc_tf.inspection import weights
+
+# How many times the difference of logits that float32 may have each precision may have.
+_TOLERANCES = {"float32": 1.0, "float16": 100.0, "int8": math.inf}
 
 
 class Format(abc.ABC):
@@ -79,7 +83,7 @@ class FileFormat(Format):
     Attributes:
         name: of the format.
         distributions: whose versions the report gives; by the names that pip knows.
-        precision: "float32" or "int8".
+        precision: "float32", "float16" or "int8".
         settings: for the report.
         load: returns a file as a function.
     """
@@ -96,7 +100,7 @@ class FileFormat(Format):
     @abc.abstractmethod
     def convert(
         self, ready: preflight.Checked, serve: Callable[..., Any], signature: list[tf.TensorSpec]
-    ) -> bytes:
+    ) -> constants.Converted:
         """Return the file for a model, given its endpoint and the specs of that."""
 
     @abc.abstractmethod
@@ -126,11 +130,12 @@ class FileFormat(Format):
         named = {spec.name: array for spec, array in zip(signature, batch, strict=True)}
         with flavours.scope(ready.model):
             originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
-            content = self.convert(ready, serve, signature)
+            converted = self.convert(ready, serve, signature)
+        content = converted.content
         draft.write_bytes(content)
-        kernels = _kernels(self.name, ready, self.constants(content))
+        kernels = _kernels(self.name, ready, self.constants(content), converted.forms)
         served = self.load(draft)
-        allowed = ready.tolerance if is_exact else float("inf")
+        allowed = ready.tolerance * _TOLERANCES[self.precision]
         what = f"the {self.name} file"
         outputs = _probe.outputs(served, named)
         apart = preflight.require_same(what, outputs, originals, allowed)
@@ -147,10 +152,11 @@ class FileFormat(Format):
             inputs=served.inputs,
             outputs=served.outputs,
             max_logit_difference=apart,
-            logit_tolerance=allowed if is_exact else None,
+            logit_tolerance=allowed if math.isfinite(allowed) else None,
             same_class=_same_class(outputs, originals),
             probe_examples=ready.examples,
             file_bytes=len(content),
+            dense_bytes=converted.dense_bytes,
             gzip_bytes=len(gzip.compress(content, 9, mtime=0)),
             ideal_sparse_bytes=ready.ideal_sparse_bytes if is_exact else None,
             sha256=hashlib.sha256(content).hexdigest(),
@@ -213,7 +219,10 @@ def write_saved_model(
 
 
 def _kernels(
-    form: str, ready: preflight.Checked, found: Iterable[constants.Constant]
+    form: str,
+    ready: preflight.Checked,
+    found: Iterable[constants.Constant],
+    forms: Mapping[str, constants.Form],
 ) -> tuple[ExportedKernel, ...]:
     """Return the rows of a report, after checking that all zeros are in the file."""
     held = constants.find([weight.values for weight in weights.listed(ready.model)], found)
@@ -226,6 +235,7 @@ def _kernels(
             continue
         if any(constant.zero_points):
             faults.append(f"{constant.name} does not store 0.0 as 0 but {constant.zero_points}")
+        stored = forms.get(constant.name, constants.Form("dense", constant.values.nbytes))
         rows.append(
             ExportedKernel(
                 name=row.name,
@@ -235,6 +245,9 @@ def _kernels(
                 weights=row.weights,
                 model_zeros=row.zeros,
                 zeros=constant.zeros,
+                stored=stored.kind,
+                stored_bytes=stored.size,
+                reason=stored.reason,
             )
         )
     if faults:

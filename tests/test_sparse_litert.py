@@ -1,0 +1,214 @@
+"""Sparse kernels in LiteRT files: what they hold, how large they are, and that they are run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from helpers import FLAVOURS
+
+from tscnc_tf import attacks, evaluate_robustness, export, pruning
+from tscnc_tf.export import sparse_litert
+
+# Dead filters are no matter here.
+pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
+every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+SHAPE = (8, 8, 3)
+
+
+def network(library, width=32, units=64):
+    """A 3x3, a depthwise and a 1x1 convolution, and two dense layers."""
+    library.utils.set_random_seed(0)
+    layers = library.layers
+    return library.Sequential(
+        [
+            library.Input(SHAPE, name="image"),
+            layers.Conv2D(width, 3, padding="same", activation="relu", name="conv"),
+            layers.DepthwiseConv2D(3, padding="same", name="depth"),
+            layers.Conv2D(2 * width, 1, activation="relu", name="point"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(units, activation="relu", name="hidden"),
+            layers.Dense(10, name="logits"),
+        ]
+    )
+
+
+def pruned(library, sparsity, structure=None, **options):
+    """The network with so many zeros in its inner kernels, those of the dense layer in blocks."""
+    model = network(library, **options)
+    convolutions = ["conv", "depth", "point"]
+    model = pruning.strip(pruning.prune_now(model, sparsity, layers=convolutions))
+    return pruning.strip(pruning.prune_now(model, sparsity, layers="hidden", structure=structure))
+
+
+@pytest.fixture
+def images(rng):
+    return rng.random((32, *SHAPE), np.float32)
+
+
+def exported(model, path, **options):
+    report = export.export_litert(model, path / "net.tflite", sparse=True, **options)
+    return report, {kernel.name: kernel for kernel in report.kernels}
+
+
+def loaded_kernels(path):
+    """Return the constants that the interpreter has in the end, by its own kernels."""
+    interpreter = Interpreter(
+        str(path),
+        experimental_preserve_all_tensors=True,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    interpreter.allocate_tensors()
+    interpreter.invoke()
+    found = []
+    for detail in interpreter.get_tensor_details():
+        if len(detail["shape"]) > 1 and not detail["sparsity_parameters"]:
+            found.append(interpreter.get_tensor(detail["index"]))
+    return found
+
+
+@every_flavour
+def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp_path, images):
+    model = pruned(library, 0.9, pruning.Block.for_litert())
+    report, kernels = exported(model, tmp_path)
+    dense = export.export_litert(model, tmp_path / "dense.tflite")
+    assert {name: kernel.stored for name, kernel in kernels.items()} == {
+        **dict.fromkeys(["conv", "depth", "point"], "dense on loading"),
+        "hidden": "sparse",
+        "logits": "dense",
+    }
+    assert kernels["logits"].reason == "too few zeros for the converter"
+    for kernel in dense.kernels:
+        mine = kernels[kernel.name]
+        assert (mine.zeros, mine.shape) == (kernel.zeros, kernel.shape)
+        assert (mine.stored_bytes < kernel.stored_bytes) == (mine.stored != "dense")
+    for size in (1, 5):
+        served = export.load_litert(tmp_path / "net.tflite")(images[:size])
+        np.testing.assert_allclose(served, model(images[:size]), atol=1e-5)
+    assert report.dense_bytes == pytest.approx(dense.file_bytes, rel=0.02)
+    assert dense.dense_bytes is None and "stored" not in str(dense)
+    shown = str(report)
+    assert "Dense (too few zeros for the converter): logits." in shown
+    assert f"this is {report.file_bytes / report.dense_bytes:.2f} of it" in shown
+
+
+@pytest.mark.parametrize(("sparsity", "goal"), [(0.9, 0.2), (0.95, 0.13), (0.99, 0.08)])
+def test_the_file_is_small(sparsity, goal, tmp_path):
+    model = pruned(FLAVOURS["keras"], sparsity, width=256)
+    report, _ = exported(model, tmp_path)
+    assert report.file_bytes <= goal * report.dense_bytes
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_the_interpreter_makes_the_kernels_of_the_model_dense(precision, tmp_path):
+    """In float16 the converter forgets to make blocks dense, and memory behind them is read."""
+    model = pruned(FLAVOURS["tf_keras"], 0.9, pruning.Block(4, 1))
+    _, kernels = exported(model, tmp_path, precision=precision)
+    if precision == "float16":
+        assert kernels["hidden"].stored == "dense on loading"
+    found = [each for each in loaded_kernels(tmp_path / "net.tflite") if each.dtype == np.float32]
+    for name, turned in (("conv", (3, 0, 1, 2)), ("point", (3, 0, 1, 2)), ("depth", (3, 0, 1, 2))):
+        layer = model.get_layer(name)
+        kernel = np.asarray(layer.depthwise_kernel if name == "depth" else layer.kernel)
+        kernel = kernel.transpose(turned).astype("f2" if precision == "float16" else "f4")
+        assert any(
+            each.shape == kernel.shape and np.array_equal(each, kernel.astype("f4"))
+            for each in found
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "stored", "reason"),
+    [(16, "sparse", ""), (1, "dense", "LiteRT runs no int8 dense layer")],
+)
+def test_int8_has_blocks_of_its_own_and_runs_without(rows, stored, reason, tmp_path, images):
+    assert pruning.Block.for_litert("int8") == pruning.Block(16, 1)
+    model = pruned(FLAVOURS["keras"], 0.9, pruning.Block(rows, 1))
+    options = {"precision": "int8", "calibration": images}
+    report, kernels = exported(model, tmp_path, **options)
+    assert kernels["hidden"].stored == stored
+    assert kernels["hidden"].reason.startswith(reason)
+    assert kernels["point"].stored == "dense on loading"
+    dense = export.export_litert(model, tmp_path / "dense.tflite", **options)
+    ours, theirs = (
+        export.load_litert(tmp_path / name)(images) for name in ("net.tflite", "dense.tflite")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)  # a step of 8 bits
+    assert [each.zeros for each in report.kernels] == [each.zeros for each in dense.kernels]
+
+
+def test_float16_halves_a_dense_file(tmp_path, images):
+    model = network(FLAVOURS["keras"], width=128)
+    reports = {
+        precision: export.export_litert(model, tmp_path / precision, precision=precision)
+        for precision in ("float32", "float16")
+    }
+    halves = reports["float16"]
+    assert halves.file_bytes < 0.6 * reports["float32"].file_bytes
+    assert {kernel.dtype for kernel in halves.kernels} == {"float16"}
+    assert halves.ideal_sparse_bytes is None
+    assert 0 < halves.max_logit_difference <= halves.logit_tolerance
+    served = export.load_litert(tmp_path / "float16")(images)
+    np.testing.assert_allclose(served, model(images), atol=1e-2)
+
+
+def test_a_sparse_file_is_evaluated(tmp_path, images):
+    model = pruned(FLAVOURS["keras"], 0.9)
+    exported(model, tmp_path)
+    labels = np.argmax(model(images), axis=1)
+    served = export.load_litert(tmp_path / "net.tflite")
+
+    square = attacks.Square(epsilon=0.01, queries=3)
+    report = evaluate_robustness(served, images, labels, square, progress=False)
+    assert report.clean_accuracy == 1
+
+
+class Axis:
+    """An axis as the schema has it."""
+
+    def __init__(self, size=None, ends=(), indices=()):
+        self.format, self.denseSize = int(size is None), size or 0
+        self.arraySegments, self.arrayIndices = Vector(ends), Vector(indices)
+
+
+class Vector:
+    """A list of indices."""
+
+    def __init__(self, values):
+        self.values = values
+
+
+class Parameters:
+    """How a tensor is sparse."""
+
+    def __init__(self, order, blocks, axes):
+        self.traversalOrder, self.blockMap, self.dimMetadata = order, blocks, axes
+
+
+def test_sparse_tensors_are_read_by_their_definition():
+    """The examples are those of the schema: rows, columns first, and blocks of two by two."""
+    matrix = np.array([[1, 0, 2, 3], [0, 4, 0, 0], [0, 0, 5, 0]])
+    by_rows = Parameters([0, 1], None, [Axis(3), Axis(None, [0, 3, 4, 5], [0, 2, 3, 1, 2])])
+    by_columns = Parameters([1, 0], None, [Axis(4), Axis(None, [0, 1, 2, 4, 5], [0, 1, 0, 2, 0])])
+    for parameters, values in ((by_rows, [1, 2, 3, 4, 5]), (by_columns, [1, 4, 2, 5, 3])):
+        dense = sparse_litert.expanded(parameters, matrix.shape, np.array(values))
+        np.testing.assert_array_equal(dense, matrix)
+    blocked = np.array([[1, 0, 0, 0], [0, 4, 0, 0], [0, 0, 2, 5], [0, 0, 3, 0]])
+    axes = [Axis(2), Axis(None, [0, 1, 2], [0, 1]), Axis(2), Axis(2)]
+    values = np.array([1, 0, 0, 4, 2, 5, 3, 0])
+    dense = sparse_litert.expanded(Parameters([0, 1, 2, 3], [0, 1], axes), (4, 4), values)
+    np.testing.assert_array_equal(dense, blocked)
+    # The columns of each block first.
+    values = np.array([1, 0, 0, 4, 2, 3, 5, 0])
+    dense = sparse_litert.expanded(Parameters([0, 1, 3, 2], [0, 1], axes), (4, 4), values)
+    np.testing.assert_array_equal(dense, blocked)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    model = network(FLAVOURS["keras"])
+    with pytest.raises(TypeError, match="sparse must be True or False, got 'yes'"):
+        export.export_litert(model, tmp_path / "net.tflite", sparse="yes")
+    with pytest.raises(ValueError, match="precision must be one of 'float32', 'int8'"):
+        pruning.Block.for_litert("float16")
+    with pytest.raises(ValueError, match="calibration is for precision='int8' only: float16"):
+        export.export_litert(model, tmp_path / "m", precision="float16", calibration=np.ones(1))
