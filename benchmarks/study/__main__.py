@@ -77,11 +77,14 @@ def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Cons
     if options.write:
         picture = DOCUMENT.with_name(f"study-{plan.name}.png")
         title = "Robust accuracy by sparsity and by effective condition number"
+        results = report.read(found)  # none if there are only trials yet
+        shown = f"![{title}]({picture.name})\n\n{text}" if results else text
         try:
-            report.insert(DOCUMENT, plan.name, f"![{title}]({picture.name})\n\n{text}")
+            report.insert(DOCUMENT, plan.name, shown)
         except ValueError as error:
             sys.exit(f"{error} Leave out --write: this plan has no place there.")
-        report.plot(plan, report.read(found), picture)
+        if results:
+            report.plot(plan, results, picture)
 
 
 def _parser() -> argparse.ArgumentParser:
