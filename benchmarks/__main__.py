@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from benchmarks import networks, record
 
-BENCHMARKS = ("step", "rivals", "condition", "dense", "masks", "scores", "stablehlo")
+BENCHMARKS = ("step", "rivals", "condition", "dense", "masks", "scores", "litert", "stablehlo")
 BY_NAME_ONLY = ("parity",)  # needs libraries that nothing else does
 
 

@@ -140,6 +140,18 @@ def test_the_condition_penalty_of_some_steps_is_held_against_steps_without(folde
     assert found["goal_met"] == (rarely <= 1.05)
 
 
+def test_sparse_files_are_held_against_dense_ones(folder):
+    found = result(folder, "litert")
+    assert_times(found["times"], found["rounds"])
+    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+    assert len(medians) == 7
+    for name, ratio in found["ratios"].items():
+        assert ratio["wall"]["of_medians"] == pytest.approx(medians["dense"] / medians[name])
+    assert list(found["sizes"]) == ["0.9", "0.95", "0.99"]
+    for size in found["sizes"].values():
+        assert size["share"] == pytest.approx(size["sparse"] / size["dense"])
+
+
 def test_the_step_is_exported_with_all_its_state(folder):
     found = result(folder, "stablehlo")
     assert found["compiles"] and found["weights_finite"] and found["weights_moved"]

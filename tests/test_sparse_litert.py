@@ -77,7 +77,7 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
         "hidden": "sparse",
         "logits": "dense",
     }
-    assert kernels["logits"].reason == "too few zeros for the converter"
+    assert kernels["logits"].reason == "the converter has left it so"
     for kernel in dense.kernels:
         mine = kernels[kernel.name]
         assert (mine.zeros, mine.shape) == (kernel.zeros, kernel.shape)
@@ -88,7 +88,7 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
     assert report.dense_bytes == pytest.approx(dense.file_bytes, rel=0.02)
     assert dense.dense_bytes is None and "stored" not in str(dense)
     shown = str(report)
-    assert "Dense (too few zeros for the converter): logits." in shown
+    assert "Dense (the converter has left it so): logits." in shown
     assert f"this is {report.file_bytes / report.dense_bytes:.2f} of it" in shown
 
 
@@ -119,7 +119,7 @@ def test_the_interpreter_makes_the_kernels_of_the_model_dense(precision, tmp_pat
 
 @pytest.mark.parametrize(
     ("rows", "stored", "reason"),
-    [(16, "sparse", ""), (1, "dense", "LiteRT runs no int8 dense layer")],
+    [(16, "sparse", ""), (1, "dense", "LiteRT does not run this layer")],
 )
 def test_int8_has_blocks_of_its_own_and_runs_without(rows, stored, reason, tmp_path, images):
     assert pruning.Block.for_litert("int8") == pruning.Block(16, 1)
@@ -212,3 +212,67 @@ def test_what_cannot_be_is_refused(tmp_path):
         pruning.Block.for_litert("float16")
     with pytest.raises(ValueError, match="calibration is for precision='int8' only: float16"):
         export.export_litert(model, tmp_path / "m", precision="float16", calibration=np.ones(1))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_a_kernel_of_zeros_stays_dense(precision, tmp_path, images):
+    """The converter writes no entries at all for it."""
+    model = pruned(FLAVOURS["keras"], 0.9)
+    model.get_layer("point").kernel.assign(np.zeros((1, 1, 32, 64)))
+    calibration = images if precision == "int8" else None
+    _, kernels = exported(model, tmp_path, precision=precision, calibration=calibration)
+    assert (kernels["point"].stored, kernels["point"].zeros) == ("dense", 2048)
+    assert kernels["point"].reason == "it has no entries"
+
+
+@pytest.mark.parametrize(
+    ("precision", "stored", "reason"),
+    [
+        ("float32", "dense on loading", ""),
+        ("float16", "dense", "LiteRT does not run this layer on a kernel that is made dense"),
+    ],
+)
+def test_a_transposed_convolution_is_run(precision, stored, reason, tmp_path, images):
+    layers = FLAVOURS["keras"].layers
+    model = FLAVOURS["keras"].Sequential(
+        [
+            FLAVOURS["keras"].Input(SHAPE),
+            layers.Conv2DTranspose(64, 3, padding="same", name="up"),
+            layers.Conv2D(64, 3, name="conv"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(10, name="logits"),
+        ]
+    )
+    model = pruning.strip(pruning.prune_now(model, 0.9, layers=["up", "conv"]))
+    _, kernels = exported(model, tmp_path, precision=precision)
+    assert kernels["up"].stored == stored and kernels["up"].reason.startswith(reason)
+    served = export.load_litert(tmp_path / "net.tflite")
+    np.testing.assert_allclose(served(images), model(images), atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_the_size_with_dense_kernels_is_that_of_the_dense_file(precision, tmp_path, images):
+    model = pruned(FLAVOURS["keras"], 0.9)
+    options = {"precision": precision, "calibration": images if precision == "int8" else None}
+    report, _ = exported(model, tmp_path, **options)
+    dense = export.export_litert(model, tmp_path / "dense.tflite", **options)
+    assert report.dense_bytes == pytest.approx(dense.file_bytes, rel=0.1)
+    assert report.file_bytes < dense.file_bytes
+
+
+def test_what_a_sparse_form_changes_is_noticed(tmp_path, images, monkeypatch):
+    """Where any difference to the model is allowed, the dense file is what is compared with."""
+    model = pruned(FLAVOURS["keras"], 0.9)
+    settle = sparse_litert.settle
+
+    def broken(content):
+        other = sparse_litert._File(settle(content).dense)
+        for graph, number in other.constants():
+            data = other.model.buffers[graph.tensors[number].buffer].data
+            other.model.buffers[graph.tensors[number].buffer].data = data[::-1].copy()
+        return settle(content)._replace(dense=other.content())
+
+    monkeypatch.setattr(sparse_litert, "settle", broken)
+    with pytest.raises(ValueError, match="LiteRT file with sparse kernels"):
+        exported(model, tmp_path, precision="int8", calibration=images)
+    assert not (tmp_path / "net.tflite").exists()

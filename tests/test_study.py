@@ -730,3 +730,18 @@ def _train_on_the_batches_of_the_runner(monkeypatch, images):
         return tf.data.Dataset.from_tensor_slices(tuple(map(np.stack, zip(*cut, strict=True))))
 
     monkeypatch.setattr(datasets.Dataset, "training", training)
+
+
+def test_arms_run_after_those_that_they_begin_with(tmp_path):
+    """Whatever the order says: another plan may have been exported into the folder."""
+    sys.path.insert(0, str(ROOT / "benchmarks" / "accelerator" / "runner"))
+    try:
+        run_all = importlib.import_module("run_all")
+    finally:
+        sys.path.pop(0)
+    for name, order, dense in (("late", 0, "dense"), ("dense", 1, None), ("other", 2, "dense")):
+        arm = tmp_path / "images" / name
+        arm.mkdir(parents=True)
+        (arm / "needs.json").write_text(json.dumps({"order": [order, 0], "from": dense}))
+    found = run_all.ordered(tmp_path)
+    assert [arm.name for arm in found] == ["dense", "late", "other"]

@@ -240,9 +240,11 @@ class ConditionNumber(KernelRegularizer):
             below it don't count.
         every: k >= 1: of the steps of an `AdversarialTraining` only each k-th has the penalty, k
             times as large, so that the mean over k steps is what it is at 1 as long as the kernel
-            changes little between them; in between it is 0, and costs nothing. Take it with an
-            optimizer that averages by momentum, and k well below the steps of an epoch. Wherever
-            else the penalty is computed, in Keras' own `fit` as well, it is there in full.
+            changes little between them; in between it is 0, and costs nothing. Take it with SGD
+            with momentum, and k well below the steps of an epoch. What is normalised for each step
+            does not see that mean: gradients clipped by their norm, Adam's second moments, scores
+            perturbed by `perturb_scores`. Wherever else the penalty is computed, in Keras' own
+            `fit` as well, it is there in full.
         layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
 
     Raises:

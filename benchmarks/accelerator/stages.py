@@ -228,10 +228,10 @@ def _averages(trainer: Any) -> list[tuple[Any, Any]]:
 
 
 def _begin(averages: list[tuple[Any, Any]], begin: Callable[[], Any] | None) -> None:
+    if begin is not None:
+        begin()  # may prune the weights that the averages begin with
     for weight, average in averages:
         average.assign(weight)
-    if begin is not None:
-        begin()
 
 
 def _stages(arm: pathlib.Path) -> list[str]:

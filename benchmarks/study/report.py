@@ -204,8 +204,8 @@ def _ahead(arm: Mapping[int, Result], base: Mapping[int, Result], count: int) ->
 
 def _flattery(found: Sequence[Result]) -> str:
     """Return how much of the accuracy under PGD a stronger attack takes; nothing without one."""
-    gaps = [result.pgd - result.robust for result in found if not math.isnan(result.pgd)]
-    return _points(figures.estimate(gaps), signed=True)
+    gaps = [result.pgd - result.robust for result in found]
+    return "–" if any(map(math.isnan, gaps)) else _points(figures.estimate(gaps), signed=True)
 
 
 def _mean(found: Sequence[Result], name: str) -> Estimate:

@@ -238,6 +238,7 @@ def by_pgd(run: Run, folder: pathlib.Path) -> dict[str, float]:
         batch_size=run.recipe.evaluate.batch_size,
         seed=run.seed,
         diagnose=False,
+        state_path=folder / "pgd-state.json",
         progress=False,
     ).to_dict()
     by_attack = {attack["name"]: attack["accuracy"] for attack in report["attacks"]}

@@ -56,12 +56,12 @@ class Converted(NamedTuple):
     Attributes:
         content: the file.
         forms: how it holds its constants, by their names; those that are missing are dense.
-        dense_bytes: what the file would be with all kernels dense; None if they are.
+        dense: the file with all kernels dense; None if they are.
     """
 
     content: bytes
     forms: Mapping[str, Form] = {}
-    dense_bytes: int | None = None
+    dense: bytes | None = None
 
 
 def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[Constant | None]:

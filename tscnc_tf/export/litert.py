@@ -216,7 +216,8 @@ class LiteRT(writer.FileFormat):
 
     def constants(self, content: bytes) -> list[Constant]:
         """Return the weights in a file: its constants of floats and int8."""
-        schema, dtypes = sparse_litert.schema, sparse_litert.DTYPES
+        schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
+        dtypes = sparse_litert.DTYPES
         model = schema.Model.GetRootAs(content, 0)
         found = []
         for subgraph in map(model.Subgraphs, range(model.SubgraphsLength())):

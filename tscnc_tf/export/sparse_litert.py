@@ -11,23 +11,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tensorflow.lite.python import schema_py_generated as schema
-from tensorflow.lite.tools import flatbuffer_utils
 
+from tscnc_tf import _extras
 from tscnc_tf.export.constants import Converted, Form
 
-DTYPES: dict[int, np.dtype[Any]] = {
-    schema.TensorType.FLOAT32: np.dtype("<f4"),
-    schema.TensorType.FLOAT16: np.dtype("<f2"),
-    schema.TensorType.INT8: np.dtype("i1"),
-}
-SPARSE, DENSIFIED = "sparse", "dense on loading"
-# The only operations that read a sparse tensor; any other takes its entries for those of a dense
-# one, and reads on behind them.
-_READERS = (schema.BuiltinOperator.DENSIFY, schema.BuiltinOperator.FULLY_CONNECTED)
+# Numbers of the format, which stay as they are: dtypes of kernels, a dense axis, operations.
+DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 9: np.dtype("i1")}
+_FLOAT16, _INT8 = 1, 9
+_DENSE_AXIS = 0
+_CONV_2D, _DEPTHWISE_CONV_2D, _DEQUANTIZE, _FULLY_CONNECTED, _DENSIFY = 3, 4, 6, 9, 124
+# Bytes that an operation takes which makes a kernel dense, its tensor and its lists included; and
+# what the scales and zero points take that the tensor repeats, for each output.
+_OVERHEAD, _PER_SCALE = 256, 12
+_EMPTY = "it has no entries"
 _TOO_LARGE = "no smaller in sparse form"
-_NOT_RUN = "LiteRT runs no int8 dense layer whose kernel is made dense on loading"
-_TOO_FEW = "too few zeros for the converter"
+_NOT_RUN = "LiteRT does not run this layer on a kernel that is made dense on loading"
+_LEFT = "the converter has left it so"
 
 
 def expanded(parameters: Any, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
@@ -44,7 +43,7 @@ def expanded(parameters: Any, shape: Sequence[int], values: np.ndarray) -> np.nd
     """
     places = np.zeros((1, 0), np.int64)  # of what there is so far: a row each, a column per axis
     for axis in parameters.dimMetadata:
-        if axis.format == schema.DimensionType.DENSE:
+        if axis.format == _DENSE_AXIS:
             inner = np.tile(np.arange(axis.denseSize), len(places))
             outer = np.repeat(places, axis.denseSize, axis=0)
         else:
@@ -66,73 +65,94 @@ def expanded(parameters: Any, shape: Sequence[int], values: np.ndarray) -> np.nd
 def settle(content: bytes) -> Converted:
     """Return a file whose sparse kernels pay and can be run.
 
-    A kernel that is no smaller in sparse form is made dense again, and so is one whose sparse form
-    LiteRT is known not to run. Where an operation would take a sparse kernel for a dense one, it is
-    made dense in front of it.
+    A kernel is made dense again that is no smaller in sparse form, with all that goes with it, and
+    so is one whose sparse form LiteRT is known not to run. Where an operation would take a sparse
+    kernel for a dense one, it is made dense in front of it.
     """
     file = _File(content)
     reasons = {}
     for graph, number in file.sparse():
         tensor = graph.tensors[number]
         dense = file.dense(tensor)
-        reason = _TOO_LARGE if file.size(tensor) >= dense.nbytes else ""
-        if tensor.type == schema.TensorType.INT8 and not reason:
-            readers = [
-                kind
-                for operation in file.readers(graph, number, schema.BuiltinOperator.DENSIFY)
-                for kind in file.kinds(graph, operation.outputs[0])
-            ]
-            reason = _NOT_RUN if schema.BuiltinOperator.FULLY_CONNECTED in readers else ""
-        if reason:
+        if reason := _fault(file, graph, number, dense.nbytes):
             reasons[tensor.name.decode()] = reason
             file.make_dense(graph, number, dense)
-        elif set(file.kinds(graph, number)) - set(_READERS):
+        elif set(file.kinds(graph, number)) - {_DENSIFY, _FULLY_CONNECTED}:
             file.make_dense_on_loading(graph, number)
     forms = {}
     for graph, number in file.constants():
         tensor, name = graph.tensors[number], graph.tensors[number].name.decode()
-        kind, reason = "dense", reasons.get(name, _TOO_FEW)
+        kind, reason = "dense", reasons.get(name, _LEFT)
         if tensor.sparsity is not None:
-            is_run = schema.BuiltinOperator.FULLY_CONNECTED in file.kinds(graph, number)
-            kind, reason = SPARSE if is_run else DENSIFIED, ""
+            is_run = _FULLY_CONNECTED in file.kinds(graph, number)
+            kind, reason = "sparse" if is_run else "dense on loading", ""
         forms[name] = Form(kind, file.size(tensor), reason)
     settled = file.content()
     for graph, number in file.sparse():
         file.make_dense(graph, number, file.dense(graph.tensors[number]))
-    return Converted(settled, forms, len(file.content()))
+    return Converted(settled, forms, file.content())
+
+
+def _fault(file: _File, graph: Any, number: int, dense_size: int) -> str:
+    """Return why a sparse kernel is to be dense, or an empty text."""
+    tensor = graph.tensors[number]
+    is_run = set(file.kinds(graph, number)) == {_FULLY_CONNECTED}
+    size = file.size(tensor) + (0 if is_run else _OVERHEAD + _PER_SCALE * _scales(tensor))
+    if not size or not len(file.values(tensor)):
+        return _EMPTY
+    if size >= dense_size:
+        return _TOO_LARGE
+    readers = file.kinds_behind(graph, number)
+    if tensor.type == _INT8 and not is_run and _FULLY_CONNECTED in readers:
+        return _NOT_RUN
+    if tensor.type == _FLOAT16 and readers - {_CONV_2D, _DEPTHWISE_CONV_2D, _FULLY_CONNECTED}:
+        return _NOT_RUN
+    return ""
 
 
 class _File:
     """A LiteRT file, unpacked."""
 
     def __init__(self, content: bytes) -> None:
-        self.model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+        self.schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
+        utils = _extras.require_extra("ai_edge_litert.tools.flatbuffer_utils", "litert")
+        self.model = utils.convert_bytearray_to_object(bytearray(content))
+        self._packed = utils.convert_object_to_bytearray
+        if any(buffer.offset > 1 for buffer in self.model.buffers):
+            raise ValueError(
+                "sparse must be False for a file of more than 2 GB, whose weights stand behind it."
+            )
 
     def content(self) -> bytes:
         """Return the file."""
-        return flatbuffer_utils.convert_object_to_bytearray(self.model)
+        return bytes(self._packed(self.model))
 
     def constants(self) -> Iterator[tuple[Any, int]]:
         """Yield the constants of numbers that kernels have: their graphs and numbers there."""
         for graph in self.model.subgraphs:
             for number, tensor in enumerate(graph.tensors):
-                if tensor.type in DTYPES and self.model.buffers[tensor.buffer].data is not None:
+                if tensor.type in DTYPES and (tensor.sparsity or len(self.values(tensor))):
                     yield graph, number
 
     def sparse(self) -> list[tuple[Any, int]]:
         """Return those of them that are sparse."""
         return [(g, number) for g, number in self.constants() if g.tensors[number].sparsity]
 
+    def values(self, tensor: Any) -> np.ndarray:
+        """Return the bytes of a tensor's entries."""
+        data = self.model.buffers[tensor.buffer].data
+        return np.asarray([] if data is None else data, np.uint8)
+
     def dense(self, tensor: Any) -> np.ndarray:
         """Return the dense array of a sparse tensor."""
-        values = np.asarray(self.model.buffers[tensor.buffer].data, np.uint8)
-        return expanded(tensor.sparsity, tensor.shape, values.view(DTYPES[tensor.type]))
+        values = self.values(tensor).view(DTYPES[tensor.type])
+        return expanded(tensor.sparsity, tensor.shape, values)
 
     def size(self, tensor: Any) -> int:
         """Return the bytes of a constant, with those that say where its entries are."""
-        size = len(self.model.buffers[tensor.buffer].data)
+        size = len(self.values(tensor))
         for axis in tensor.sparsity.dimMetadata if tensor.sparsity else ():
-            if axis.format != schema.DimensionType.DENSE:
+            if axis.format != _DENSE_AXIS:
                 vectors = (axis.arraySegments, axis.arrayIndices)
                 size += sum(np.asarray(vector.values).nbytes for vector in vectors)
         return size
@@ -146,17 +166,27 @@ class _File:
         readers = [each for each in graph.operators if number in each.inputs]
         return [each for each in readers if self._kind(each) == kind]
 
+    def kinds_behind(self, graph: Any, number: int) -> set[int]:
+        """Return the kinds that take a tensor once it is dense, and of floats as they compute."""
+        found = set(self.kinds(graph, number))
+        for kind in (_DENSIFY, _DEQUANTIZE):
+            for operation in self.readers(graph, number, kind):
+                found |= self.kinds_behind(graph, operation.outputs[0])
+        return found - {_DENSIFY, _DEQUANTIZE}
+
     def make_dense(self, graph: Any, number: int, dense: np.ndarray) -> None:
         """Give a sparse tensor its dense array, and drop what made it dense on loading."""
         tensor, buffers = graph.tensors[number], self.model.buffers
         tensors = [each for other in self.model.subgraphs for each in other.tensors]
         if sum(each.buffer == tensor.buffer for each in tensors) > 1:
-            buffers.append(schema.BufferT())
+            buffers.append(self.schema.BufferT())
             tensor.buffer = len(buffers) - 1
         buffers[tensor.buffer].data = dense.reshape(-1).view(np.uint8)
         tensor.sparsity = None
-        for operation in self.readers(graph, number, schema.BuiltinOperator.DENSIFY):
+        for operation in self.readers(graph, number, _DENSIFY):
             graph.operators.remove(operation)
+            unused = graph.tensors[operation.outputs[0]]
+            unused.name, unused.quantization = b"", None
             for other in graph.operators:
                 _replace(other, operation.outputs[0], number)
 
@@ -164,7 +194,7 @@ class _File:
         """Put an operation between a sparse tensor and those that would take it for a dense one."""
         tensor = graph.tensors[number]
         graph.tensors.append(
-            schema.TensorT(
+            self.schema.TensorT(
                 name=tensor.name + b"_dense",
                 shape=tensor.shape,
                 type=tensor.type,
@@ -174,15 +204,18 @@ class _File:
         )
         made, first = len(graph.tensors) - 1, len(graph.operators)
         for place, operation in enumerate(graph.operators):
-            if number in operation.inputs and self._kind(operation) not in _READERS:
+            if number in operation.inputs and self._kind(operation) not in (
+                _DENSIFY,
+                _FULLY_CONNECTED,
+            ):
                 _replace(operation, number, made)
                 first = min(first, place)
-        densify = schema.OperatorT(
-            opcodeIndex=self._opcode(schema.BuiltinOperator.DENSIFY),
+        densify = self.schema.OperatorT(
+            opcodeIndex=self._opcode(_DENSIFY),
             inputs=np.array([number], np.int32),
             outputs=np.array([made], np.int32),
-            builtinOptionsType=schema.BuiltinOptions.DensifyOptions,
-            builtinOptions=schema.DensifyOptionsT(),
+            builtinOptionsType=self.schema.BuiltinOptions.DensifyOptions,
+            builtinOptions=self.schema.DensifyOptionsT(),
         )
         graph.operators.insert(first, densify)
 
@@ -193,10 +226,16 @@ class _File:
         """Return the number of a kind of operation among those of the file."""
         codes = self.model.operatorCodes
         if kind not in [code.builtinCode for code in codes]:
-            codes.append(schema.OperatorCodeT(kind, None, 1, kind))
+            codes.append(self.schema.OperatorCodeT(kind, None, 1, kind))
         return [code.builtinCode for code in codes].index(kind)
 
 
 def _replace(operation: Any, old: int, new: int) -> None:
     """Have an operation take another tensor."""
     operation.inputs = np.where(operation.inputs == old, new, operation.inputs).astype(np.int32)
+
+
+def _scales(tensor: Any) -> int:
+    """Return how many scales a quantised tensor has."""
+    scale = None if tensor.quantization is None else tensor.quantization.scale
+    return 0 if scale is None else len(scale)

@@ -148,11 +148,8 @@ class Pruner(StepCount):
             raise TypeError(f"regrowth must be a Regrowth(...) or None, got {regrowth!r}.")
         require_schedule(schedule)
         measured = criterion if isinstance(criterion, Taylor) else None
-        if measured and not scheduling.is_at_once(schedule):
-            raise ValueError(
-                f"criterion={criterion!r} is measured once, and {schedule!r} prunes later: take "
-                "prune_now(model, sparsity, criterion=...), or schedules.OneShot(sparsity)."
-            )
+        if measured:
+            measured.require(schedule)
         found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
         if found is not layers:  # else the pruner is restored, or follows one of scores
             learned.require_fixed(scope)
@@ -172,10 +169,10 @@ class Pruner(StepCount):
                 self._prune_to_the_end(measured)
 
     def begin(self) -> None:
-        """Begin to prune the weights as they are, as the constructor does: choose them anew.
+        """Keep all weights; where the network is sparse from the start, choose them as they are.
 
-        It consists of TensorFlow operations, for a program that is given the weights later. It does
-        not measure the importance that a `Taylor` criterion has measured on data.
+        It is for a program of TensorFlow operations that is given the weights later, before the
+        first step of a new pruner. An importance measured on data is not measured again.
         """
         for mask in self.state.masks:
             mask.assign(tf.ones_like(mask))
@@ -192,11 +189,7 @@ class Pruner(StepCount):
 
     @staticmethod
     def of_masks(
-        model: Any,
-        found: Candidates,
-        kept: Sequence[Any],
-        sparsity: float,
-        **options: Any,
+        model: Any, found: Candidates, kept: Sequence[Any], sparsity: float, **options: Any
     ) -> Pruner:
         """Return a frozen pruner of a model.
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses
 from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.functional import scheduling
 
 __all__ = ["Taylor"]
 
@@ -92,6 +93,14 @@ class Taylor:
         )
         self.batch_size = _checks.integer("batch_size", batch_size, minimum=1)
         self.seed = _checks.integer("seed", seed, minimum=0)
+
+    def require(self, schedule: Any) -> None:
+        """Raise a ValueError unless a schedule prunes at once, when the importance is known."""
+        if not scheduling.is_at_once(schedule):
+            raise ValueError(
+                f"criterion={self!r} is measured once, and {schedule!r} prunes later: take "
+                "prune_now(model, sparsity, criterion=...), or schedules.OneShot(sparsity)."
+            )
 
     def importance(self, model: Any, variables: Sequence[Any]) -> list[tf.Tensor]:
         """Return the importance of weights of a model, one tensor for each variable."""

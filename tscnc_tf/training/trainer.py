@@ -375,14 +375,17 @@ class AdversarialTraining(flavours.Trainer, _Base):
         weights = self._perturbed_weights(x, y, x_adversarial, known, reference, sample_weight)
 
         def total() -> tf.Tensor:
+            with regularizers.in_step(optimizers.batches(self.optimizer)):
+                return loss_at_weights()
+
+        def loss_at_weights() -> tf.Tensor:
             with perturbation.at(*weights):
                 if self.robust_loss.uses_clean:
                     both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
                     clean, adversarial = tf.split(both, 2)
                 else:
                     clean, adversarial = known, self.model(x_adversarial, training=True)
-            with regularizers.in_step(optimizers.batches(self.optimizer)):
-                terms = self._terms(y, clean, adversarial, reference, sample_weight)
+            terms = self._terms(y, clean, adversarial, reference, sample_weight)
             if not result:  # where the gradient is taken at perturbed scores, the logs are not
                 result.update(clean=clean, adversarial=adversarial, terms=terms)
             value = tf.reduce_mean(terms["loss"]) + terms["penalty"]

@@ -65,12 +65,15 @@ def has_failed(arm: pathlib.Path) -> bool:
 
 
 def ordered(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the arms by their order, in which those that others begin with come first."""
-    arms = []
-    for path in folder.glob("*/*/needs.json"):
-        needs = json.loads(path.read_text())
-        arms.append((needs["order"], str(path.parent), path.parent))
-    return [arm for _, _, arm in sorted(arms)]
+    """Return the arms by their order, those that others begin with before these."""
+    paths = folder.glob("*/*/needs.json")
+    needs = {path.parent: json.loads(path.read_text()) for path in paths}
+    arms: dict[pathlib.Path, None] = {}
+    for arm in sorted(needs, key=lambda arm: (needs[arm]["order"], str(arm))):
+        if needs[arm]["from"]:
+            arms[arm.parent / needs[arm]["from"]] = None
+        arms[arm] = None
+    return list(arms)
 
 
 if __name__ == "__main__":

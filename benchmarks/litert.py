@@ -1,0 +1,106 @@
+"""What sparse LiteRT files save: bytes on convolutions, time on dense layers."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+import tscnc_tf as tscnc
+from benchmarks import measure, networks, record
+
+SPARSITIES = (0.9, 0.95, 0.99)
+SIZES = (0.20, 0.13, 0.08)  # at most, of the dense file
+BLOCKS, SINGLE = (2.5, 4.0, 10.0), (None, None, 5.0)  # at least, times as fast
+_STRUCTURES = {"blocks": tscnc.pruning.Block.for_litert(), "single weights": None}
+
+
+def run(options: record.Options) -> None:
+    """Export, time one inference in the same rounds, print a table and write `litert.json`."""
+    large = options.pick("network", "resnet18", "tiny")
+    dense_layers = "tiny" if options.smoke else "mlp1024"
+    rounds = options.pick("rounds", 200, 2)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "At a sparsity of", UserWarning)  # dead filters
+        place = pathlib.Path(folder)
+        sizes = {f"{sparsity:g}": _size(large, sparsity, place) for sparsity in SPARSITIES}
+        functions = {"dense": _inference(dense_layers, None, 0.0, place)}
+        for name, structure in _STRUCTURES.items():
+            for sparsity in SPARSITIES:
+                key = f"{name} {sparsity:g}"
+                functions[key] = _inference(dense_layers, structure, sparsity, place)
+        times = measure.interleaved(functions, rounds, warm_up=5)
+    ratios = {
+        name: measure.ratios([times["dense"]], [times[name]])
+        for name in functions
+        if name != "dense"
+    }
+    goals = {
+        f"{name} {sparsity:g}": goal
+        for name, wanted in zip(_STRUCTURES, (BLOCKS, SINGLE), strict=True)
+        for sparsity, goal in zip(SPARSITIES, wanted, strict=True)
+    }
+    path = record.write(
+        options,
+        "litert",
+        {
+            "networks": [large, dense_layers],
+            "rounds": rounds,
+            "sizes": sizes,
+            "times": times,
+            "ratios": ratios,
+            "goals": {"sizes": SIZES, "times_as_fast": goals},
+            "goal_met": all(
+                found["share"] <= goal for found, goal in zip(sizes.values(), SIZES, strict=True)
+            )
+            and all(
+                goal is None or ratios[name]["wall"].of_medians >= goal
+                for name, goal in goals.items()
+            ),
+        },
+    )
+    rows = [
+        (f"{dense_layers}: {name}", *record.milliseconds(timing)) for name, timing in times.items()
+    ]
+    notes = [
+        f"{large}, {100 * float(sparsity):g} % zeros: {found['sparse']:,} of "
+        f"{found['dense']:,} bytes, {record.against(found['share'], goal)}"
+        for (sparsity, found), goal in zip(sizes.items(), SIZES, strict=True)
+    ]
+    notes += [
+        f"{dense_layers}, {name}: {ratio['wall'].of_medians:.1f} times as fast as dense"
+        + (f" (goal: at least {goals[name]:g})" if goals[name] else "")
+        for name, ratio in ratios.items()
+    ]
+    title = f"One inference, one thread, float32, {rounds} rounds"
+    record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def _size(network: str, sparsity: float, folder: pathlib.Path) -> dict[str, Any]:
+    model = tscnc.prune_now(networks.build(network), sparsity, scope="global")
+    report = tscnc.export_litert(model, folder / "sized.tflite", sparse=True, overwrite=True)
+    share = report.file_bytes / report.dense_bytes
+    return {"sparse": report.file_bytes, "dense": report.dense_bytes, "share": share}
+
+
+def _inference(
+    network: str, structure: Any, sparsity: float, folder: pathlib.Path
+) -> Callable[[], None]:
+    """Return a function that runs a network on one example, its hidden layers pruned."""
+    model = networks.build(network)
+    if sparsity:
+        hidden = [layer.name for layer in model.layers if layer.name != "logits"]
+        model = tscnc.prune_now(model, sparsity, layers=hidden, structure=structure)
+    path = folder / f"{network}-{structure}-{sparsity}.tflite"
+    tscnc.export_litert(model, path, sparse=bool(sparsity))
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    (given,) = interpreter.get_input_details()
+    x = np.random.default_rng(0).random((1, *given["shape"][1:]), np.float32)
+    interpreter.set_tensor(given["index"], x)
+    return interpreter.invoke
