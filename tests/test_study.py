@@ -732,13 +732,10 @@ def _train_on_the_batches_of_the_runner(monkeypatch, images):
     monkeypatch.setattr(datasets.Dataset, "training", training)
 
 
-def test_arms_run_after_those_that_they_begin_with(tmp_path):
+def test_arms_run_after_those_that_they_begin_with(tmp_path, monkeypatch):
     """Whatever the order says: another plan may have been exported into the folder."""
-    sys.path.insert(0, str(ROOT / "benchmarks" / "accelerator" / "runner"))
-    try:
-        run_all = importlib.import_module("run_all")
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(str(accelerate.RUNNER))
+    run_all = importlib.import_module("run_all")
     for name, order, dense in (("late", 0, "dense"), ("dense", 1, None), ("other", 2, "dense")):
         arm = tmp_path / "images" / name
         arm.mkdir(parents=True)
