@@ -703,7 +703,7 @@ def test_a_study_on_an_accelerator_is_exported_run_and_collected(tmp_path, monke
     assert counts["uniform"] == counts["alive"]
     totals = {sum(each.values()) for each in counts.values()}
     assert totals == {sum(mask.size for mask in masks.values()) * 2 // 5}
-    assert len({str(counts[arm]) for arm in ("uniform", "regrowth", "harp")}) == 3
+    assert counts["uniform"] not in (counts["regrowth"], counts["harp"])
     # What is pruned has begun with the network that the gated one is at inference.
     gates = runs["gates"]
     data = stages.dataset(gates.recipe)
