@@ -49,7 +49,8 @@ def run(options: record.Options) -> None:
         options,
         "litert",
         {
-            "networks": [large, dense_layers],
+            "network": [large, dense_layers],
+            "batch_size": 1,
             "rounds": rounds,
             "sizes": sizes,
             "times": times,
