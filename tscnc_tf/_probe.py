@@ -127,25 +127,28 @@ def examples(batch: Any) -> int:
     return int(tf.nest.flatten(batch)[0].shape[0])
 
 
-def outputs(function: Any, batch: Any, what: str = "the model") -> list[np.ndarray]:
+def outputs(
+    function: Any,
+    batch: Any,
+    what: str = "The model",
+    way_out: str = "Repair the model, or pass another probe=.",
+) -> list[np.ndarray]:
     """Return a function's outputs for a batch as a flat list of float64 arrays.
 
     Args:
         function: what is called.
         batch: its argument.
         what: the function, for the error.
+        way_out: what to do about it, likewise.
 
     Raises:
         ValueError: one is not finite, so that nothing can be compared with it.
     """
     arrays = [np.asarray(output).astype(np.float64) for output in tf.nest.flatten(function(batch))]
     if not all(np.isfinite(array).all() for array in arrays):
-        way = "Repair the model, or pass another probe=."
-        if what != "the model":
-            way = "Its format does not carry this model: choose another precision or format."
         raise ValueError(
-            f"The logits of {what} on the probe batch hold NaN or infinity, so nothing can be "
-            f"compared with them. {way}"
+            f"{what}'s logits on the probe batch hold NaN or infinity, so nothing can be compared "
+            f"with them. {way_out}"
         )
     return arrays
 

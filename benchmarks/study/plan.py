@@ -226,7 +226,8 @@ class Plan:
             for arm in self.arms:
                 if not self.sparsities(setting, arm):
                     continue
-                runs, before = dict[tuple[Any, ...], Run](), tuple[tuple[Choice, Any], ...]()
+                runs: dict[tuple[Any, ...], Run] = {}
+                before: Tried = ()
                 for choice, best in self._rounds(found, setting, arm):
                     for seed in tuning.seeds:
                         for value in choice.values:

@@ -7,6 +7,7 @@ the converter puts one that makes the kernel dense once the file is loaded (`DEN
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ _CONV_2D, _DEPTHWISE_CONV_2D, _DEQUANTIZE, _FULLY_CONNECTED, _DENSIFY = 3, 4, 6,
 # Bytes that an operation takes which makes a kernel dense, its tensor and its lists included; and
 # what the scales and zero points take that the tensor repeats, for each output.
 _OVERHEAD, _PER_SCALE = 256, 12
+# The only operations that read a sparse tensor; any other takes it for a dense one.
+_READERS = (_DENSIFY, _FULLY_CONNECTED)
 _EMPTY = "it has no entries"
 _TOO_LARGE = "no smaller in sparse form"
 _NOT_RUN = "LiteRT does not run this layer on a kernel that is made dense on loading"
@@ -72,12 +75,10 @@ def settle(content: bytes) -> Converted:
     file = _File(content)
     reasons = {}
     for graph, number in file.sparse():
-        tensor = graph.tensors[number]
-        dense = file.dense(tensor)
-        if reason := _fault(file, graph, number, dense.nbytes):
-            reasons[tensor.name.decode()] = reason
-            file.make_dense(graph, number, dense)
-        elif set(file.kinds(graph, number)) - {_DENSIFY, _FULLY_CONNECTED}:
+        if reason := _fault(file, graph, number):
+            reasons[graph.tensors[number].name.decode()] = reason
+            file.make_dense(graph, number)
+        elif file.kinds(graph, number) - set(_READERS):
             file.make_dense_on_loading(graph, number)
     forms = {}
     for graph, number in file.constants():
@@ -89,18 +90,18 @@ def settle(content: bytes) -> Converted:
         forms[name] = Form(kind, file.size(tensor), reason)
     settled = file.content()
     for graph, number in file.sparse():
-        file.make_dense(graph, number, file.dense(graph.tensors[number]))
+        file.make_dense(graph, number)
     return Converted(settled, forms, file.content())
 
 
-def _fault(file: _File, graph: Any, number: int, dense_size: int) -> str:
+def _fault(file: _File, graph: Any, number: int) -> str:
     """Return why a sparse kernel is to be dense, or an empty text."""
     tensor = graph.tensors[number]
-    is_run = set(file.kinds(graph, number)) == {_FULLY_CONNECTED}
+    is_run = file.kinds(graph, number) == {_FULLY_CONNECTED}
     size = file.size(tensor) + (0 if is_run else _OVERHEAD + _PER_SCALE * _scales(tensor))
-    if not size or not len(file.values(tensor)):
+    if not len(file.values(tensor)):
         return _EMPTY
-    if size >= dense_size:
+    if size >= math.prod(map(int, tensor.shape)) * DTYPES[tensor.type].itemsize:
         return _TOO_LARGE
     readers = file.kinds_behind(graph, number)
     if tensor.type == _INT8 and not is_run and _FULLY_CONNECTED in readers:
@@ -157,38 +158,39 @@ class _File:
                 size += sum(np.asarray(vector.values).nbytes for vector in vectors)
         return size
 
-    def kinds(self, graph: Any, number: int) -> list[int]:
-        """Return the kinds of the operations that take a tensor."""
-        return [self._kind(each) for each in graph.operators if number in each.inputs]
+    def readers(self, graph: Any, number: int) -> list[tuple[int, Any]]:
+        """Return the operations that take a tensor, with their kinds."""
+        return [(self._kind(each), each) for each in graph.operators if number in each.inputs]
 
-    def readers(self, graph: Any, number: int, kind: int) -> list[Any]:
-        """Return the operations of a kind that take a tensor."""
-        readers = [each for each in graph.operators if number in each.inputs]
-        return [each for each in readers if self._kind(each) == kind]
+    def kinds(self, graph: Any, number: int) -> set[int]:
+        """Return the kinds of the operations that take a tensor."""
+        return {kind for kind, _ in self.readers(graph, number)}
 
     def kinds_behind(self, graph: Any, number: int) -> set[int]:
         """Return the kinds that take a tensor once it is dense, and of floats as they compute."""
-        found = set(self.kinds(graph, number))
-        for kind in (_DENSIFY, _DEQUANTIZE):
-            for operation in self.readers(graph, number, kind):
-                found |= self.kinds_behind(graph, operation.outputs[0])
-        return found - {_DENSIFY, _DEQUANTIZE}
+        found = set()
+        for kind, operation in self.readers(graph, number):
+            passes_on = kind in (_DENSIFY, _DEQUANTIZE)
+            found |= self.kinds_behind(graph, operation.outputs[0]) if passes_on else {kind}
+        return found
 
-    def make_dense(self, graph: Any, number: int, dense: np.ndarray) -> None:
+    def make_dense(self, graph: Any, number: int) -> None:
         """Give a sparse tensor its dense array, and drop what made it dense on loading."""
         tensor, buffers = graph.tensors[number], self.model.buffers
+        dense = self.dense(tensor)
         tensors = [each for other in self.model.subgraphs for each in other.tensors]
         if sum(each.buffer == tensor.buffer for each in tensors) > 1:
             buffers.append(self.schema.BufferT())
             tensor.buffer = len(buffers) - 1
         buffers[tensor.buffer].data = dense.reshape(-1).view(np.uint8)
         tensor.sparsity = None
-        for operation in self.readers(graph, number, _DENSIFY):
-            graph.operators.remove(operation)
-            unused = graph.tensors[operation.outputs[0]]
-            unused.name, unused.quantization = b"", None
-            for other in graph.operators:
-                _replace(other, operation.outputs[0], number)
+        for kind, operation in self.readers(graph, number):
+            if kind == _DENSIFY:
+                graph.operators.remove(operation)
+                unused = graph.tensors[operation.outputs[0]]
+                unused.name, unused.quantization = b"", None
+                for other in graph.operators:
+                    _replace(other, operation.outputs[0], number)
 
     def make_dense_on_loading(self, graph: Any, number: int) -> None:
         """Put an operation between a sparse tensor and those that would take it for a dense one."""
@@ -202,14 +204,10 @@ class _File:
                 hasRank=True,
             )
         )
-        made, first = len(graph.tensors) - 1, len(graph.operators)
-        for place, operation in enumerate(graph.operators):
-            if number in operation.inputs and self._kind(operation) not in (
-                _DENSIFY,
-                _FULLY_CONNECTED,
-            ):
-                _replace(operation, number, made)
-                first = min(first, place)
+        made = len(graph.tensors) - 1
+        others = [each for kind, each in self.readers(graph, number) if kind not in _READERS]
+        for operation in others:
+            _replace(operation, number, made)
         densify = self.schema.OperatorT(
             opcodeIndex=self._opcode(_DENSIFY),
             inputs=np.array([number], np.int32),
@@ -217,7 +215,7 @@ class _File:
             builtinOptionsType=self.schema.BuiltinOptions.DensifyOptions,
             builtinOptions=self.schema.DensifyOptionsT(),
         )
-        graph.operators.insert(first, densify)
+        graph.operators.insert(graph.operators.index(others[0]), densify)
 
     def _kind(self, operation: Any) -> int:
         return self.model.operatorCodes[operation.opcodeIndex].builtinCode

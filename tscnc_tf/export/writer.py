@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import gzip
 import hashlib
 import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -27,6 +29,7 @@ from tscnc_tf.inspection import weights
 _TOLERANCES = {"float32": 1.0, "float16": 100.0, "int8": math.inf}
 # How far logits in 8 bits may be apart that differ in roundings only, as a share of the largest.
 _QUANTA = 0.05
+_NOT_CARRIED = "The format does not carry this model: choose another precision or format."
 
 
 class Format(abc.ABC):
@@ -139,19 +142,23 @@ class FileFormat(Format):
         served = self.load(draft)
         allowed = ready.tolerance * _TOLERANCES[self.precision]
         what = f"the {self.name} file"
-        outputs = _probe.outputs(served, named, what)
+        served_outputs = functools.partial(
+            _probe.outputs, what=f"The {self.name} file", way_out=_NOT_CARRIED
+        )
+        outputs = served_outputs(served, named)
         apart = preflight.require_same(what, outputs, originals, allowed)
         # A converter that has frozen the number of examples would show with another one.
-        single = _probe.outputs(served, {name: array[:1] for name, array in named.items()}, what)
+        single = served_outputs(served, {name: array[:1] for name, array in named.items()})
         preflight.require_same(what, single, [array[:1] for array in originals], allowed)
         if converted.dense is not None:
             # Whatever a precision costs, to store zeros in another way costs next to nothing.
-            draft.write_bytes(converted.dense)
-            dense = _probe.outputs(self.load(draft), named, f"{what} with dense kernels")
+            with tempfile.TemporaryDirectory() as folder:
+                twin = pathlib.Path(folder) / "dense"
+                twin.write_bytes(converted.dense)
+                dense = served_outputs(self.load(twin), named)
             largest = max(float(np.abs(array).max()) for array in dense)
             close = min(allowed, max(ready.tolerance, _QUANTA * largest))
             preflight.require_same(f"{what} with sparse kernels", outputs, dense, close)
-            draft.write_bytes(content)
         return FileExportReport(
             path=str(goal),
             format=self.name,

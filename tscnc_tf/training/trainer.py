@@ -375,10 +375,6 @@ class AdversarialTraining(flavours.Trainer, _Base):
         weights = self._perturbed_weights(x, y, x_adversarial, known, reference, sample_weight)
 
         def total() -> tf.Tensor:
-            with regularizers.in_step(optimizers.batches(self.optimizer)):
-                return loss_at_weights()
-
-        def loss_at_weights() -> tf.Tensor:
             with perturbation.at(*weights):
                 if self.robust_loss.uses_clean:
                     both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
@@ -394,7 +390,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
         ascended = functools.partial(flavours.without_trace, self.model, total)
         training = masks.training(self.model, self.optimizer)
-        with training, masks.perturbed(self.model, ascended):
+        in_step = regularizers.in_step(optimizers.batches(self.optimizer))
+        with training, in_step, masks.perturbed(self.model, ascended):
             flavours.minimize(self.optimizer, total, self.model.trainable_variables)
         wrappers.advance(self.model, steps)
         masks.after_step(self.model, self.optimizer)
