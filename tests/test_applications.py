@@ -26,6 +26,12 @@ LOOKS = {  # a small form of each family
     "lenet5": lambda **options: applications.LeNet5(
         width=4, hidden=16, input_shape=(8, 8, 3), **options
     ),
+    "mobilenetv1": lambda **options: applications.MobileNetV1(
+        width=0.25, strides=2, input_shape=(8, 8, 3), **options
+    ),
+    "mobilenetv2": lambda **options: applications.MobileNetV2(
+        width=0.125, strides=2, input_shape=(8, 8, 3), **options
+    ),
 }
 
 
@@ -83,6 +89,21 @@ def lenet5_count(height, channels):
     return convolutions + ((height // 4) ** 2 * 64 + 1) * 1024 + 1025 * 10
 
 
+def mobilenetv1_count():
+    widths = [32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
+    blocks = ((9 + 2) * before + conv(1, before, now) for before, now in itertools.pairwise(widths))
+    return conv(3, 3, 32) + sum(blocks) + 1025 * 10
+
+
+def mobilenetv2_count():
+    widths = [16, *[24] * 2, *[32] * 3, *[64] * 4, *[96] * 3, *[160] * 3, 320]
+    total = conv(3, 3, 32) + (9 + 2) * 32 + conv(1, 32, 16)
+    for before, now in itertools.pairwise(widths):
+        wide = 6 * before
+        total += conv(1, before, wide) + (9 + 2) * wide + conv(1, wide, now)
+    return total + conv(1, 320, 1280) + 1281 * 10
+
+
 LITERATURE = 14_728_266  # VGG-16 with BatchNorm and one dense layer, its convolutions with biases
 BIASES = 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512
 COUNTS = {
@@ -96,6 +117,8 @@ COUNTS = {
     "VGG16": (vgg_count(0), LITERATURE - BIASES),
     "VGG8": (vgg8_count(32, 3), 814_570),
     "LeNet5": (lenet5_count(32, 3), 4_259_274),
+    "MobileNetV1": (mobilenetv1_count(), 3_217_226),
+    "MobileNetV2": (mobilenetv2_count(), 2_236_682),
     "SmallCNN": (
         conv(3, 3, 16) + conv(3, 16, 16) + conv(3, 16, 32) + conv(3, 32, 32) + 33 * 10,
         17_082,
@@ -135,6 +158,31 @@ def test_smaller_images_take_smaller_networks(library):
     assert model.get_layer("stem").kernel.shape == (3, 3, 3, 6)
     assert model.get_layer("stage_2_conv_1").kernel.shape == (3, 3, 6, 12)
     assert model.get_layer("hidden_1").kernel.shape == (8 * 8 * 12, 10)
+
+
+@pytest.mark.parametrize("width", [0.35, 1.3])
+def test_mobilenets_are_as_wide_as_those_of_keras(width):
+    for ours, theirs in (
+        (applications.MobileNetV1, keras.applications.MobileNet),
+        (applications.MobileNetV2, keras.applications.MobileNetV2),
+    ):
+        shape = (96, 96, 3)
+        model = ours(width=width, strides=5, input_shape=shape)
+        other = theirs(input_shape=shape, alpha=width, weights=None, classes=10)
+        if ours is applications.MobileNetV2:  # Keras' first one cuts off instead of rounding
+            assert size(model.trainable_weights) == size(other.trainable_weights)
+        assert len(convolutions_and_dense(model)) == len(convolutions_and_dense(other))
+
+
+def test_a_mobilenet_has_as_many_strides_as_asked_for(library):
+    for network in (applications.MobileNetV1, applications.MobileNetV2):
+        for strides in (1, 4):
+            model = network(width=0.1, strides=strides, input_shape=(16, 16, 3), library=library)
+            assert model.get_layer("pool").input.shape[1:3] == (16 // 2**strides,) * 2
+        with pytest.raises(ValueError, match="strides must be <= 5, got 6"):
+            network(strides=6)
+        with pytest.raises(ValueError, match="height and width of 32 or more"):
+            network(strides=5, input_shape=(31, 32, 3))
 
 
 def test_the_list_of_networks_is_complete():
@@ -197,6 +245,39 @@ class ByHand:
                 x = y + (self.conv(active, shortcut, stride) if self.has(shortcut) else x)
         return self.head(self.norm_relu(x, "final_norm"))
 
+    def evenly(self, x, name, stride=1):
+        """A strided convolution padded by 1 on each side, of each channel if it is depthwise."""
+        layer = self.model.get_layer(name)
+        x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
+        kernel = tf.convert_to_tensor(layer.get_weights()[0])
+        if type(layer).__name__ == "DepthwiseConv2D":
+            return tf.nn.depthwise_conv2d(x, kernel, (1, stride, stride, 1), "VALID")
+        return tf.nn.conv2d(x, kernel, stride, "VALID")
+
+    def mobilenetv1(self, x):
+        x = self.norm_relu(self.evenly(x, "stem", 2), "stem_norm")
+        for stage, blocks in enumerate((1, 2, 2, 6, 2), start=1):
+            for block in range(1, blocks + 1):
+                place = f"stage_{stage}_block_{block}"
+                stride = 2 if (stage, block) == (2, 1) else 1
+                x = self.evenly(x, f"{place}_depthwise", stride)
+                x = self.conv(self.norm_relu(x, f"{place}_depthwise_norm"), f"{place}_pointwise")
+                x = self.norm_relu(x, f"{place}_norm")
+        return self.head(x)
+
+    def mobilenetv2(self, x):
+        x = self.norm_relu(self.evenly(x, "stem", 2), "stem_norm")
+        for stage, blocks in enumerate((1, 2, 3, 4, 3, 3, 1), start=1):
+            for block in range(1, blocks + 1):
+                place, y = f"stage_{stage}_block_{block}", x
+                if stage > 1:
+                    y = self.norm_relu(self.conv(y, f"{place}_expand"), f"{place}_expand_norm")
+                y = self.evenly(y, f"{place}_depthwise", 2 if (stage, block) == (2, 1) else 1)
+                y = self.norm_relu(y, f"{place}_depthwise_norm")
+                y = self.norm(self.conv(y, f"{place}_project"), f"{place}_norm")
+                x = x + y if x.shape == y.shape else y
+        return self.head(self.norm_relu(self.conv(x, "stage_8_expand"), "stage_8_norm"))
+
     def vgg8(self, x):
         return self.dense(self.stages(x, 3))
 
@@ -233,6 +314,8 @@ FORMULAS = {
     "small_cnn": lambda hand, x: hand.plain(x),
     "vgg8": lambda hand, x: hand.vgg8(x),
     "lenet5": lambda hand, x: hand.lenet5(x),
+    "mobilenetv1": lambda hand, x: hand.mobilenetv1(x),
+    "mobilenetv2": lambda hand, x: hand.mobilenetv2(x),
 }
 
 

@@ -8,7 +8,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from helpers import FLAVOURS
 
 from tscnc_tf import attacks, evaluate_robustness, export, pruning
-from tscnc_tf.export import sparse_litert
+from tscnc_tf.export import litert_file, sparse_litert
 
 # Dead filters are no matter here.
 pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
@@ -191,16 +191,16 @@ def test_sparse_tensors_are_read_by_their_definition():
     by_rows = Parameters([0, 1], None, [Axis(3), Axis(None, [0, 3, 4, 5], [0, 2, 3, 1, 2])])
     by_columns = Parameters([1, 0], None, [Axis(4), Axis(None, [0, 1, 2, 4, 5], [0, 1, 0, 2, 0])])
     for parameters, values in ((by_rows, [1, 2, 3, 4, 5]), (by_columns, [1, 4, 2, 5, 3])):
-        dense = sparse_litert.expanded(parameters, matrix.shape, np.array(values))
+        dense = litert_file.expanded(parameters, matrix.shape, np.array(values))
         np.testing.assert_array_equal(dense, matrix)
     blocked = np.array([[1, 0, 0, 0], [0, 4, 0, 0], [0, 0, 2, 5], [0, 0, 3, 0]])
     axes = [Axis(2), Axis(None, [0, 1, 2], [0, 1]), Axis(2), Axis(2)]
     values = np.array([1, 0, 0, 4, 2, 5, 3, 0])
-    dense = sparse_litert.expanded(Parameters([0, 1, 2, 3], [0, 1], axes), (4, 4), values)
+    dense = litert_file.expanded(Parameters([0, 1, 2, 3], [0, 1], axes), (4, 4), values)
     np.testing.assert_array_equal(dense, blocked)
     # The columns of each block first.
     values = np.array([1, 0, 0, 4, 2, 3, 5, 0])
-    dense = sparse_litert.expanded(Parameters([0, 1, 3, 2], [0, 1], axes), (4, 4), values)
+    dense = litert_file.expanded(Parameters([0, 1, 3, 2], [0, 1], axes), (4, 4), values)
     np.testing.assert_array_equal(dense, blocked)
 
 
@@ -266,7 +266,7 @@ def test_what_a_sparse_form_changes_is_noticed(tmp_path, images, monkeypatch):
     settle = sparse_litert.settle
 
     def broken(content):
-        other = sparse_litert._File(settle(content).dense)
+        other = litert_file.File(settle(content).dense)
         for graph, number in other.constants():
             data = other.model.buffers[graph.tensors[number].buffer].data
             other.model.buffers[graph.tensors[number].buffer].data = data[::-1].copy()

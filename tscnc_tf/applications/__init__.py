@@ -20,7 +20,7 @@ pooling after them, BatchNorm before each activation (but for hidden dense layer
 BatchNorm, which would take them away, and projections as shortcuts where the shape changes. (LeNet5
 is as in its papers: kernels of 5x5, pooling after each convolution, biases, no BatchNorm.)
 BatchNorm keeps 0.9 of its averages at each step. Strided convolutions pad as `padding="same"` does,
-at the end only; PyTorch pads at both ends.
+at the end only; PyTorch pads at both ends, and so do the MobileNets here.
 
 The first convolution is called `stem` and the classifier `logits` in all of them, all other
 convolutions `stage_...`, so that `layers="stage_*"` leaves out what is best left alone.
@@ -28,12 +28,15 @@ convolutions `stage_...`, so that `layers="stage_*"` leaves out what is best lef
 Under a mixed precision policy the normalisation and the logits are computed in float32.
 """
 
+from tscnc_tf.applications.mobilenet import MobileNetV1, MobileNetV2
 from tscnc_tf.applications.plain import VGG8, VGG16, LeNet5, SmallCNN
 from tscnc_tf.applications.resnet import ResNet18, ResNet20
 from tscnc_tf.applications.wide_resnet import WideResNet, WRN28x4, WRN28x10, WRN34x10, WRN40x4
 
 __all__ = [
     "LeNet5",
+    "MobileNetV1",
+    "MobileNetV2",
     "ResNet18",
     "ResNet20",
     "SmallCNN",

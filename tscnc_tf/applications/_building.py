@@ -85,18 +85,34 @@ class Builder:
         *,
         size: int = 3,
         stride: int = 1,
+        padding: str = "same",
         use_bias: bool = False,
     ) -> Any:
-        """Return a convolution of x, padded to the size of x over the stride."""
+        """Return a convolution of x, as a rule padded to the size of x over the stride."""
         return self.layers.Conv2D(
             filters,
             size,
             strides=stride,
-            padding="same",
+            padding=padding,
             use_bias=use_bias,
             kernel_initializer=self._initializer(),
             name=name,
         )(x)
+
+    def depthwise(self, x: Any, name: str, *, stride: int = 1, padding: str = "same") -> Any:
+        """Return a 3x3 convolution of each channel of x by itself."""
+        return self.layers.DepthwiseConv2D(
+            3,
+            strides=stride,
+            padding=padding,
+            use_bias=False,
+            depthwise_initializer=self._initializer_per_channel(x.shape[-1]),
+            name=name,
+        )(x)
+
+    def padded(self, x: Any, name: str) -> Any:
+        """Return x with a row and a column of zeros on each side."""
+        return self.layers.ZeroPadding2D(1, name=name)(x)
 
     def normalized(self, x: Any, name: str) -> Any:
         """Return x after BatchNorm."""
@@ -132,6 +148,23 @@ class Builder:
             name="logits",
         )(x)
         return self._library.Model(self._inputs, logits, name=self._name)
+
+    def _initializer_per_channel(self, channels: int) -> Any:
+        """Return an initializer for a depthwise kernel.
+
+        Keras takes all channels for inputs of each filter, which has one. Its weights would be too
+        small by the root of the number of channels, layer after layer.
+        """
+        initializer = self._initializer()
+        scaling = self._library.initializers.VarianceScaling
+        if not isinstance(initializer, scaling) or initializer.mode != "fan_in":
+            return initializer
+        return scaling(
+            scale=initializer.scale * channels,
+            mode=initializer.mode,
+            distribution=initializer.distribution,
+            seed=initializer.seed,
+        )
 
     def _initializer(self) -> Any:
         """Return an initializer for one kernel; one that all share might draw the same for all."""

@@ -15,6 +15,8 @@ ARCHITECTURES = {
     "small-cnn": "SmallCNN",
     "lenet-5": "LeNet5",
     "vgg-8": "VGG8",
+    "mobilenet-v1": "MobileNetV1",
+    "mobilenet-v2": "MobileNetV2",
     "resnet-18": "ResNet18",
     "resnet-20": "ResNet20",
     "vgg-16": "VGG16",

@@ -20,6 +20,12 @@ from tscnc_tf.export.report import (
 )
 from tscnc_tf.export.saved_model import ServedModel, export_saved_model, load_saved_model
 from tscnc_tf.export.served_file import ServedFile
+from tscnc_tf.export.sparse_inference import (
+    PointwiseConvolution,
+    SparseInferenceReport,
+    SparseObstacle,
+    sparse_inference,
+)
 
 __all__ = [
     "export_litert",
@@ -28,11 +34,15 @@ __all__ = [
     "load_litert",
     "load_onnx",
     "load_saved_model",
+    "sparse_inference",
     "ExportReport",
     "ExportedKernel",
     "ExportedTensor",
     "ExportedVariable",
     "FileExportReport",
+    "PointwiseConvolution",
     "ServedFile",
     "ServedModel",
+    "SparseInferenceReport",
+    "SparseObstacle",
 ]

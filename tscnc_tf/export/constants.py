@@ -57,11 +57,14 @@ class Converted(NamedTuple):
         content: the file.
         forms: how it holds its constants, by their names; those that are missing are dense.
         dense: the file with all kernels dense; None if they are.
+        pointwise: how many 1x1 convolutions are run sparsely on some processors, and how many there
+            are; None if no kernel is sparse.
     """
 
     content: bytes
     forms: Mapping[str, Form] = {}
     dense: bytes | None = None
+    pointwise: tuple[int, int] | None = None
 
 
 def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[Constant | None]:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _extras, _probe
-from tscnc_tf.export import preflight, sparse_litert, writer
+from tscnc_tf.export import litert_file, preflight, sparse_litert, writer
 from tscnc_tf.export.calibration import examples
 from tscnc_tf.export.constants import Constant, Converted
 from tscnc_tf.export.report import ExportedTensor, FileExportReport
@@ -217,7 +217,7 @@ class LiteRT(writer.FileFormat):
     def constants(self, content: bytes) -> list[Constant]:
         """Return the weights in a file: its constants of floats and int8."""
         schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
-        dtypes = sparse_litert.DTYPES
+        dtypes = litert_file.DTYPES
         model = schema.Model.GetRootAs(content, 0)
         found = []
         for subgraph in map(model.Subgraphs, range(model.SubgraphsLength())):
@@ -232,7 +232,7 @@ class LiteRT(writer.FileFormat):
                 shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
                 if tensor.Sparsity() is not None:
                     sparsity = schema.SparsityParametersT.InitFromObj(tensor.Sparsity())
-                    values = sparse_litert.expanded(sparsity, shape, values)
+                    values = litert_file.expanded(sparsity, shape, values)
                 found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
         return found
 

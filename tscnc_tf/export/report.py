@@ -240,6 +240,8 @@ class FileExportReport(_Export):
         file_bytes: the size of the file.
         dense_bytes: what it would be with all kernels dense; None where no sparse ones were asked
             for.
+        pointwise: of the 1x1 convolutions, how many LiteRT runs sparsely on some processors, and
+            how many there are (see `sparse_inference`); None for a file without sparse kernels.
         gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
         ideal_sparse_bytes: as in `ExportReport`; None but for float32: it counts these.
         sha256: its digest.
@@ -263,6 +265,7 @@ class FileExportReport(_Export):
     probe_examples: int
     file_bytes: int
     dense_bytes: int | None
+    pointwise: tuple[int, int] | None
     gzip_bytes: int
     ideal_sparse_bytes: int | None
     sha256: str
@@ -309,9 +312,13 @@ class FileExportReport(_Export):
         if any(row.stored == "dense on loading" for row in self.kernels):
             notes.append(
                 "What is dense on loading makes the file smaller and nothing faster, but for 1x1 "
-                "convolutions on processors where LiteRT runs these sparsely (ARM, not x86 with "
-                "AVX). LiteRT for microcontrollers can't load it."
+                "convolutions. LiteRT for microcontrollers can't load it."
             )
+        if self.pointwise is not None and self.pointwise[1]:
+            sparse, count = self.pointwise
+            where = "on ARM, WebAssembly, RISC-V, and x86 without AVX"
+            why = "" if sparse == count else " `export.sparse_inference` says why."
+            notes.append(f"1x1 convolutions run sparsely {where}: {sparse} of {count}.{why}")
         return notes
 
 

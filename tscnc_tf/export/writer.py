@@ -174,6 +174,7 @@ class FileFormat(Format):
             probe_examples=ready.examples,
             file_bytes=len(content),
             dense_bytes=None if converted.dense is None else len(converted.dense),
+            pointwise=converted.pointwise,
             gzip_bytes=len(gzip.compress(content, 9, mtime=0)),
             ideal_sparse_bytes=ready.ideal_sparse_bytes if is_exact else None,
             sha256=hashlib.sha256(content).hexdigest(),

@@ -1,0 +1,317 @@
+"""Which 1x1 convolutions LiteRT runs sparsely: what is said, what is mended, and what really runs.
+
+Processors that do are asked by emulation of one, where `qemu-x86_64` is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import FLAVOURS
+
+from tscnc_tf import applications, export, pruning
+from tscnc_tf.export import litert_file, sparse_graph
+
+pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
+KERAS = FLAVOURS["keras"]
+EMULATOR = shutil.which("qemu-x86_64")
+
+
+def network(rest, library=KERAS, *, size=16, padding="even", first=None):
+    """An image, a strided convolution, a depthwise one, a 1x1 one, and the rest."""
+    library.utils.set_random_seed(0)
+    layers = library.layers
+    image = x = library.Input((size, size, 3), name="image")
+    if first is not None:
+        x = first(layers, x)
+    if padding == "even":
+        x, padding = layers.ZeroPadding2D(1, name="pad")(x), "valid"
+    x = layers.Conv2D(8, 3, strides=2, padding=padding, activation="relu", name="stem")(x)
+    x = layers.DepthwiseConv2D(3, padding="same", activation="relu", name="depth")(x)
+    x = layers.Conv2D(64, 1, activation="relu", name="point_1")(x)
+    return library.Model(image, rest(layers, x))
+
+
+def pruned(model, sparsity=0.9):
+    return pruning.strip(pruning.prune_now(model, sparsity, layers="point_*"))
+
+
+def mean(layers, x, **options):
+    return layers.GlobalAveragePooling2D(name="mean", **options)(x)
+
+
+def dense(layers, x):
+    return layers.Dense(4, name="logits")(mean(layers, x))
+
+
+def point(layers, x, number=2, **options):
+    return layers.Conv2D(64, 1, name=f"point_{number}", **options)(x)
+
+
+def head_of_convolution(layers, x):
+    x = layers.Conv2D(4, 1, name="logits")(mean(layers, point(layers, x), keepdims=True))
+    return layers.Reshape((4,), name="flat")(x)
+
+
+def head_of_dense(layers, x):
+    return layers.Dense(4, name="logits")(mean(layers, x, keepdims=True))
+
+
+def enlarged(layers, x):
+    x = layers.UpSampling2D(4, name="larger")(mean(layers, x, keepdims=True))
+    return layers.GlobalMaxPooling2D()(layers.Conv2D(4, 3, name="last")(x))
+
+
+def two_ways(layers, x):
+    side = layers.MaxPooling2D(2, name="largest")(point(layers, x))
+    both = [mean(layers, x), layers.Flatten()(side)]
+    return layers.Dense(4, name="logits")(layers.Concatenate()(both))
+
+
+def pooled(layers, x):
+    return dense(layers, point(layers, layers.MaxPooling2D(2, name="largest")(x)))
+
+
+def squeezed(layers, x):
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = point(layers, gate, 2, activation="sigmoid")
+    return dense(layers, point(layers, layers.Multiply(name="gated")([x, gate]), 3))
+
+
+def residual(layers, x):
+    return dense(layers, layers.Add(name="sum")([x, point(layers, x)]))
+
+
+def normalised(layers, x):
+    x = layers.Add(name="sum")([x, point(layers, x)])
+    x = layers.BatchNormalization(name="norm", beta_initializer="ones")(x)
+    return dense(layers, point(layers, layers.ReLU()(x), 3))
+
+
+def subtracted(layers, x):
+    return dense(layers, layers.Subtract(name="difference")([x, point(layers, x)]))
+
+
+def strided(layers, x):
+    return dense(layers, point(layers, x, strides=2))
+
+
+def widened(layers, x):
+    return dense(layers, layers.Conv2D(64, 3, padding="same", name="wide")(x))
+
+
+# The rest of a network, its other options, the 1x1 convolutions that are run sparsely, and a part
+# of what is said of the others.
+NETWORKS = {
+    "mean and dense": (dense, {}, {"point_1"}, ""),
+    "convolution behind the mean": (
+        head_of_convolution,
+        {},
+        {"point_1", "point_2"},
+        "mean (RESHAPE)",
+    ),
+    "dense layer of an image of one pixel": (head_of_dense, {}, {"point_1"}, ""),
+    "image behind the mean": (enlarged, {}, {"point_1"}, ""),
+    "two ways": (two_ways, {}, set(), "largest (MAX_POOL_2D): LiteRT has no pooling"),
+    "pooled": (pooled, {}, set(), "largest (MAX_POOL_2D): LiteRT has no pooling"),
+    "squeeze and excitation": (squeezed, {}, {"point_1", "point_2", "point_3"}, ""),
+    "residual": (residual, {}, {"point_1", "point_2"}, ""),
+    "constants per channel": (normalised, {}, {"point_1", "point_2", "point_3"}, ""),
+    "subtracted": (subtracted, {}, set(), "difference (SUB): LiteRT has no form of it"),
+    "strided": (strided, {}, set(), "point_2 (CONV_2D): it is a 1x1 convolution with strides"),
+    "widened": (widened, {}, set(), "wide (CONV_2D): it is a 3x3 convolution of stride 1 on 64"),
+    "even size": (dense, {"padding": "same"}, set(), "stem (CONV_2D): its padding is uneven"),
+    "odd size": (dense, {"padding": "same", "size": 17}, {"point_1"}, ""),
+    "not padded": (dense, {"padding": "valid"}, set(), "padded by 0 above, 0 below, 0 left"),
+}
+
+
+def build(name, library=KERAS):
+    rest, options, *_ = NETWORKS[name]
+    return pruned(network(rest, library, **options))
+
+
+@pytest.fixture
+def images(rng):
+    return rng.random((3, 16, 16, 3), np.float32)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_report_says_what_is_run_sparsely_and_why_not(name):
+    _, _, sparse, said = NETWORKS[name]
+    report = export.sparse_inference(build(name))
+    assert {row.name for row in report.rows if row.is_sparse} == sparse
+    assert said in str(report)
+    assert report.sparse == len(sparse) and report.faults == ()
+    assert all(row.is_sparse == (row.reason == "") for row in report.rows)
+    for row in report.rows:
+        if row.name.startswith("point"):
+            assert row.sparsity == pytest.approx(0.9, abs=0.01)
+
+
+def test_tf_keras_has_the_same_report():
+    ours, theirs = (export.sparse_inference(build("pooled", lib)) for lib in FLAVOURS.values())
+    assert ours == theirs
+    assert ours.to_dict()["obstacles"] == [
+        {
+            "name": "largest",
+            "operation": "MAX_POOL_2D",
+            "why": "LiteRT has no pooling with the channels first",
+            "change": "a depthwise convolution of stride 2 instead",
+        }
+    ]
+    assert "of largest (MAX_POOL_2D)" in ours._repr_html_()
+
+
+def raw(model, path):
+    """The file as the converter writes it."""
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+    path.write_bytes(converter.convert())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("convolution behind the mean", "logits"),
+        ("dense layer of an image of one pixel", "logits"),
+        ("image behind the mean", "mean"),
+        ("two ways", "point_2"),
+        ("residual", None),
+    ],
+)
+def test_faults_of_files_from_elsewhere_are_named(name, fault, tmp_path):
+    report = export.sparse_inference(str(raw(build(name), tmp_path / "raw.tflite")))
+    assert len(report.faults) == (fault is not None)
+    if fault:
+        assert report.faults[0].startswith(fault) or fault == "logits"
+        assert "it can't be loaded, or returns wrong results" in str(report)
+
+
+def test_few_zeros_and_dense_files_are_run_dense(tmp_path):
+    model = network(dense)
+    half = pruned(model, 0.66)
+    report = export.sparse_inference(half)
+    assert not report.sparse and "no more than two thirds" in report.rows[0].reason
+    assert export.sparse_inference(pruned(model, 0.68)).sparse == 1
+    export.export_litert(build("mean and dense"), tmp_path / "net.tflite")
+    report = export.sparse_inference(tmp_path / "net.tflite")
+    assert not report.sparse and "the file has no sparse kernels" in report.rows[0].reason
+
+
+def test_int8_is_run_dense(tmp_path, images):
+    options = {"precision": "int8", "calibration": images, "sparse": True}
+    report = export.export_litert(build("mean and dense"), tmp_path / "net.tflite", **options)
+    assert "does not compute in floats" in str(export.sparse_inference(report.path))
+
+
+@pytest.mark.parametrize("network", [applications.MobileNetV1, applications.MobileNetV2])
+def test_mobilenets_are_run_sparsely_throughout(network):
+    model = network(width=0.35, input_shape=(16, 16, 3), mean=(0.5,) * 3, std=(0.25,) * 3)
+    layers = "*_pointwise" if "V1" in network.__name__ else ["*_expand", "*_project"]
+    model = pruning.strip(pruning.prune_now(model, 0.9, layers=layers))
+    report = export.sparse_inference(model)
+    assert report.sparse == len(report.rows) == (13 if "V1" in network.__name__ else 34)
+
+
+@pytest.mark.parametrize("name", ["odd size", "constants per channel", "image behind the mean"])
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_what_is_changed_keeps_the_function_for_any_number_of_examples(library, name, tmp_path):
+    model = build(name, library)
+    export.export_litert(model, tmp_path / "net.tflite", sparse=True)
+    served = export.load_litert(tmp_path / "net.tflite")
+    for count in (1, 3):
+        x = np.random.default_rng(count).random((count, *model.input_shape[1:]), np.float32)
+        np.testing.assert_allclose(served(x), model(x), atol=1e-5)
+
+
+def test_nothing_is_changed_where_nothing_is_gained(tmp_path):
+    content = raw(build("even size"), tmp_path / "raw.tflite").read_bytes()
+    before = litert_file.File(content)
+    after = litert_file.File(sparse_graph.prepared(content))
+    kinds = [
+        [file.kind(each) for each in file.model.subgraphs[0].operators] for file in (before, after)
+    ]
+    assert kinds[0] == kinds[1]
+
+
+def test_what_is_no_file_of_litert_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        export.sparse_inference(tmp_path / "missing.tflite")
+    (tmp_path / "net.tflite").write_text("nothing of that kind")
+    with pytest.raises(ValueError, match="that is no LiteRT file"):
+        export.sparse_inference(tmp_path / "net.tflite")
+
+
+_RUN = """
+import json, sys, time
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+found = {}
+for path in sys.argv[1:]:
+    try:
+        interpreter = Interpreter(path, num_threads=1)
+        interpreter.allocate_tensors()
+        (given,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
+        x = np.random.default_rng(0).random(given["shape"], np.float32)
+        interpreter.set_tensor(given["index"], x)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            interpreter.invoke()
+            times.append(time.perf_counter() - begin)
+        found[path] = [min(times), interpreter.get_tensor(output["index"]).ravel().tolist()]
+    except Exception as error:
+        found[path] = [None, str(error)]
+print(json.dumps(found))
+"""
+
+
+def emulated(paths):
+    """Return the times and outputs of files on a processor without AVX; None and errors."""
+    command = [EMULATOR, "-cpu", "Westmere", sys.executable, "-c", _RUN, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {pathlib.Path(path).stem: outcome for path, outcome in found.items()}
+
+
+@pytest.mark.skipif(EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+def test_on_a_processor_without_avx_the_files_are_right_and_as_the_report_says(tmp_path):
+    """All networks, as exported and, of those with faults, as the converter writes them."""
+    paths, expected = [], {}
+    faulty = ("convolution behind the mean", "image behind the mean", "two ways")
+    for name in NETWORKS:
+        model = build(name)
+        path = tmp_path / f"{name}.tflite"
+        export.export_litert(model, path, sparse=True)
+        x = np.random.default_rng(0).random((1, *model.input_shape[1:]), np.float32)
+        expected[name] = np.asarray(model(x)).ravel()
+        paths.append(path)
+        if name in faulty:
+            paths.append(raw(model, tmp_path / f"raw {name}.tflite"))
+    found = emulated(paths)
+    for name, logits in expected.items():
+        _, outputs = found[name]
+        np.testing.assert_allclose(outputs, logits, atol=1e-5, err_msg=name)
+    assert found["raw convolution behind the mean"][0] is None
+    for name in faulty[1:]:
+        assert np.max(np.abs(np.array(found[f"raw {name}"][1]) - expected[name])) > 1e-4
+
+
+@pytest.mark.skipif(EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+def test_on_a_processor_without_avx_zeros_are_worth_their_time(tmp_path):
+    model = network(dense, size=64)
+    small, large = tmp_path / "sparse.tflite", tmp_path / "dense.tflite"
+    export.export_litert(pruned(model, 0.95), small, sparse=True)
+    export.export_litert(pruned(model, 0.95), large)
+    found = emulated([small, large])
+    assert found["sparse"][0] < found["dense"][0]

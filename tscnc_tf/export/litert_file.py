@@ -1,0 +1,185 @@
+"""A LiteRT file, unpacked: its graphs, its operations by their names, its constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import _extras
+
+# Numbers of the format, which stay as they are: dtypes of kernels, a dense axis.
+DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 9: np.dtype("i1")}
+INT8 = 9
+_DENSE_AXIS = 0
+# What passes a constant on as another one when the file is loaded.
+PASSING = ("DENSIFY", "DEQUANTIZE")
+# Operations whose options are called after more than them.
+_OPTIONS = {"MAXIMUM": "MaximumMinimum"}
+
+
+class File:
+    """A LiteRT file, unpacked.
+
+    Args:
+        content: the file.
+
+    Raises:
+        ValueError: its weights stand behind it, as those of a file of more than 2 GB do.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
+        utils = _extras.require_extra("ai_edge_litert.tools.flatbuffer_utils", "litert")
+        self.model = utils.convert_bytearray_to_object(bytearray(content))
+        self._packed = utils.convert_object_to_bytearray
+        self._names = {
+            number: name
+            for name, number in vars(self.schema.BuiltinOperator).items()
+            if not name.startswith("_")
+        }
+        if any(buffer.offset > 1 for buffer in self.model.buffers):
+            raise ValueError(
+                "sparse must be False for a file of more than 2 GB, whose weights stand behind it."
+            )
+
+    def content(self) -> bytes:
+        """Return the file."""
+        return bytes(self._packed(self.model))
+
+    def constants(self) -> Iterator[tuple[Any, int]]:
+        """Yield the constants of numbers that kernels have: their graphs and numbers there."""
+        for graph in self.model.subgraphs:
+            for number, tensor in enumerate(graph.tensors):
+                if tensor.type in DTYPES and (tensor.sparsity or len(self.values(tensor))):
+                    yield graph, number
+
+    def values(self, tensor: Any) -> np.ndarray:
+        """Return the bytes of a tensor's entries."""
+        data = self.model.buffers[tensor.buffer].data
+        return np.asarray([] if data is None else data, np.uint8)
+
+    def array(self, tensor: Any) -> np.ndarray:
+        """Return the dense array of a constant kernel."""
+        values = self.values(tensor).view(DTYPES[tensor.type])
+        if tensor.sparsity is None:
+            return values.reshape(tensor.shape)
+        return expanded(tensor.sparsity, tensor.shape, values)
+
+    def integers(self, graph: Any, number: int) -> list[int] | None:
+        """Return the entries of a constant of 32-bit integers, None if it is no constant."""
+        values = self.values(graph.tensors[number])
+        return values.view("<i4").tolist() if len(values) else None
+
+    def kind(self, operation: Any) -> str:
+        """Return what an operation is, by the format's name, such as `CONV_2D`."""
+        return self._names[self.model.operatorCodes[operation.opcodeIndex].builtinCode]
+
+    def readers(self, graph: Any, number: int) -> list[Any]:
+        """Return the operations that take a tensor."""
+        return [each for each in graph.operators if number in each.inputs]
+
+    def kinds(self, graph: Any, number: int) -> set[str]:
+        """Return the kinds of the operations that take a tensor."""
+        return {self.kind(each) for each in self.readers(graph, number)}
+
+    def kinds_behind(self, graph: Any, number: int) -> set[str]:
+        """Return the kinds that take a tensor once it is dense, and of floats as they compute."""
+        found = set()
+        for operation in self.readers(graph, number):
+            kind = self.kind(operation)
+            passes_on = kind in PASSING
+            found |= self.kinds_behind(graph, operation.outputs[0]) if passes_on else {kind}
+        return found
+
+    def add_constant(self, graph: Any, name: bytes, array: np.ndarray) -> int:
+        """Add a constant of float32 or 32-bit integers to a graph; return its number."""
+        number = self.add_tensor(
+            graph, name=name, shape=array.shape, type=0 if array.dtype == np.float32 else 2
+        )
+        buffer = self.schema.BufferT()
+        buffer.data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.model.buffers.append(buffer)
+        graph.tensors[number].buffer = len(self.model.buffers) - 1
+        return number
+
+    def add_tensor(self, graph: Any, **fields: Any) -> int:
+        """Add a tensor to a graph; return its number."""
+        for name in {"shape", "shapeSignature"} & fields.keys():
+            if fields[name] is not None:
+                fields[name] = np.asarray(fields[name], np.int32)
+        graph.tensors.append(self.schema.TensorT(hasRank=True, **fields))
+        return len(graph.tensors) - 1
+
+    def put_in_front(
+        self, graph: Any, kind: str, inputs: Iterable[int], output: int, readers: Sequence[Any]
+    ) -> Any:
+        """Put an operation in front of the first of those that take its output; return it."""
+        of_readers = [any(each is one for one in readers) for each in graph.operators]
+        return self.put_in(graph, kind, inputs, output, of_readers.index(True))
+
+    def put_in(self, graph: Any, kind: str, inputs: Iterable[int], output: int, place: int) -> Any:
+        """Put an operation into a graph, at a place in its order; return it."""
+        schema = self.schema
+        codes, number = self.model.operatorCodes, getattr(schema.BuiltinOperator, kind)
+        if number not in [code.builtinCode for code in codes]:
+            codes.append(schema.OperatorCodeT(number, None, 1, number))
+        name = _OPTIONS.get(kind, kind.title()) + "Options"
+        operation = schema.OperatorT(
+            opcodeIndex=[code.builtinCode for code in codes].index(number),
+            inputs=np.array(list(inputs), np.int32),
+            outputs=np.array([output], np.int32),
+            builtinOptionsType=getattr(schema.BuiltinOptions, name),
+            builtinOptions=getattr(schema, f"{name}T")(),
+        )
+        graph.operators.insert(place, operation)
+        return operation
+
+
+def replace(operation: Any, old: int, new: int) -> None:
+    """Have an operation take another tensor."""
+    operation.inputs = np.where(operation.inputs == old, new, operation.inputs).astype(np.int32)
+
+
+def expanded(parameters: Any, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
+    """Return the dense array of a tensor in sparse form.
+
+    Its axes, and the axes of its blocks behind them, are gone through in an order of its own. Each
+    either has all indices, or lists those that there are (compressed sparse rows); the entries come
+    in that order.
+
+    Args:
+        parameters: the tensor's `SparsityParametersT`.
+        shape: of the dense array.
+        values: the entries, one-dimensional.
+    """
+    places = np.zeros((1, 0), np.int64)  # of what there is so far: a row each, a column per axis
+    for axis in parameters.dimMetadata:
+        if axis.format == _DENSE_AXIS:
+            inner = np.tile(np.arange(axis.denseSize), len(places))
+            outer = np.repeat(places, axis.denseSize, axis=0)
+        else:
+            inner = np.asarray(axis.arrayIndices.values, np.int64)
+            ends = np.asarray(axis.arraySegments.values, np.int64)
+            outer = np.repeat(places, ends[1:] - ends[:-1], axis=0)
+        places = np.column_stack([outer, inner])
+    order = list(parameters.traversalOrder)
+    index = [places[:, order.index(axis)] for axis in range(len(shape))]
+    blocks = () if parameters.blockMap is None else parameters.blockMap
+    for number, axis in enumerate(blocks, start=len(shape)):
+        level = order.index(number)
+        index[axis] = index[axis] * parameters.dimMetadata[level].denseSize + places[:, level]
+    dense = np.zeros(tuple(shape), values.dtype)
+    dense[tuple(index)] = values
+    return dense
+
+
+def bytes_of(file: File, tensor: Any) -> int:
+    """Return the bytes of a constant, with those that say where its entries are."""
+    size = len(file.values(tensor))
+    for axis in tensor.sparsity.dimMetadata if tensor.sparsity else ():
+        if axis.format != _DENSE_AXIS:
+            vectors = (axis.arraySegments, axis.arrayIndices)
+            size += sum(np.asarray(vector.values).nbytes for vector in vectors)
+    return size
