@@ -55,6 +55,11 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "resnet18": _of_the_literature(applications.ResNet18),
     "vgg16": _of_the_literature(applications.VGG16),
     "wrn28_4": _of_the_literature(applications.WRN28x4),
+    "mobilenet_v1": _of_the_literature(functools.partial(applications.MobileNetV1, width=0.5)),
+    "mobilenet_v2": _of_the_literature(functools.partial(applications.MobileNetV2, width=0.5)),
+    "tiny_mobilenet": _of_the_literature(
+        functools.partial(applications.MobileNetV1, width=0.1, input_shape=(8, 8, 3))
+    ),
 }
 
 

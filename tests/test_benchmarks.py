@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, networks
+from benchmarks import emulation, measure, networks
 from benchmarks.__main__ import BENCHMARKS, main
 from tscnc_tf._keras import layers
 
@@ -150,6 +150,17 @@ def test_sparse_files_are_held_against_dense_ones(folder):
     assert list(found["sizes"]) == ["0.9", "0.95", "0.99"]
     for size in found["sizes"].values():
         assert size["share"] == pytest.approx(size["sparse"] / size["dense"])
+
+
+@pytest.mark.skipif(emulation.EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+def test_sparse_1x1_convolutions_are_held_against_dense_ones(tmp_path, capsys):
+    main(["--smoke", "--output", str(tmp_path), "pointwise"])
+    assert "13 of 13 1x1 convolutions sparse" in capsys.readouterr().out
+    found = result(tmp_path, "pointwise")
+    each = found["networks"]["tiny_mobilenet"]["0.95"]
+    medians = {form: summary["median"] for form, summary in each["seconds"].items()}
+    assert each["ratio"]["of_medians"] == pytest.approx(medians["dense"] / medians["sparse"])
+    assert found["goal_met"] == (each["ratio"]["of_medians"] >= 3)
 
 
 def test_the_step_is_exported_with_all_its_state(folder):

@@ -5,10 +5,7 @@ Processors that do are asked by emulation of one, where `qemu-x86_64` is install
 
 from __future__ import annotations
 
-import json
 import pathlib
-import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -16,12 +13,17 @@ import pytest
 import tensorflow as tf
 from helpers import FLAVOURS
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from benchmarks import emulation
 from tscnc_tf import applications, export, pruning
 from tscnc_tf.export import litert_file, sparse_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
 KERAS = FLAVOURS["keras"]
-EMULATOR = shutil.which("qemu-x86_64")
+needs_emulator = pytest.mark.skipif(
+    emulation.EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)"
+)
 
 
 def network(rest, library=KERAS, *, size=16, padding="even", first=None):
@@ -251,40 +253,7 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
         export.sparse_inference(tmp_path / "net.tflite")
 
 
-_RUN = """
-import json, sys, time
-import numpy as np
-from ai_edge_litert.interpreter import Interpreter
-
-found = {}
-for path in sys.argv[1:]:
-    try:
-        interpreter = Interpreter(path, num_threads=1)
-        interpreter.allocate_tensors()
-        (given,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
-        x = np.random.default_rng(0).random(given["shape"], np.float32)
-        interpreter.set_tensor(given["index"], x)
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            interpreter.invoke()
-            times.append(time.perf_counter() - begin)
-        found[path] = [min(times), interpreter.get_tensor(output["index"]).ravel().tolist()]
-    except Exception as error:
-        found[path] = [None, str(error)]
-print(json.dumps(found))
-"""
-
-
-def emulated(paths):
-    """Return the times and outputs of files on a processor without AVX; None and errors."""
-    command = [EMULATOR, "-cpu", "Westmere", sys.executable, "-c", _RUN, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {pathlib.Path(path).stem: outcome for path, outcome in found.items()}
-
-
-@pytest.mark.skipif(EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+@needs_emulator
 def test_on_a_processor_without_avx_the_files_are_right_and_as_the_report_says(tmp_path):
     """All networks, as exported and, of those with faults, as the converter writes them."""
     paths, expected = [], {}
@@ -298,20 +267,19 @@ def test_on_a_processor_without_avx_the_files_are_right_and_as_the_report_says(t
         paths.append(path)
         if name in faulty:
             paths.append(raw(model, tmp_path / f"raw {name}.tflite"))
-    found = emulated(paths)
+    found = emulation.run(paths, rounds=0)
     for name, logits in expected.items():
-        _, outputs = found[name]
-        np.testing.assert_allclose(outputs, logits, atol=1e-5, err_msg=name)
-    assert found["raw convolution behind the mean"][0] is None
+        np.testing.assert_allclose(found[name].output, logits, atol=1e-5, err_msg=name)
+    assert "failed to prepare" in found["raw convolution behind the mean"].error
     for name in faulty[1:]:
-        assert np.max(np.abs(np.array(found[f"raw {name}"][1]) - expected[name])) > 1e-4
+        assert np.max(np.abs(np.array(found[f"raw {name}"].output) - expected[name])) > 1e-4
 
 
-@pytest.mark.skipif(EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+@needs_emulator
 def test_on_a_processor_without_avx_zeros_are_worth_their_time(tmp_path):
     model = network(dense, size=64)
     small, large = tmp_path / "sparse.tflite", tmp_path / "dense.tflite"
     export.export_litert(pruned(model, 0.95), small, sparse=True)
     export.export_litert(pruned(model, 0.95), large)
-    found = emulated([small, large])
-    assert found["sparse"][0] < found["dense"][0]
+    found = emulation.run([small, large])
+    assert min(found["sparse"].seconds) < min(found["dense"].seconds)

@@ -151,7 +151,7 @@ def sparse_inference(model: Any) -> SparseInferenceReport:
         ...     layers.GlobalAveragePooling2D(),
         ...     layers.Dense(10),
         ... ])
-        >>> pruned = pruning.prune_now(model, 0.9, layers="wide")
+        >>> pruned = pruning.prune_now(model, 0.8, layers="wide")
         >>> [(row.name, row.is_sparse) for row in export.sparse_inference(pruned).rows]
         [('wide', True)]
     """

@@ -1,0 +1,62 @@
+"""LiteRT files on a processor without AVX, emulated by QEMU: what they return, and how fast."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+EMULATOR = shutil.which("qemu-x86_64")
+_SCRIPT = """
+import json, sys, time
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+found, runs = {}, {}
+for path in sys.argv[2:]:
+    try:
+        interpreter = Interpreter(path, num_threads=1)
+        interpreter.allocate_tensors()
+        (given,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
+        x = np.random.default_rng(0).random(given["shape"], np.float32)
+        interpreter.set_tensor(given["index"], x)
+        interpreter.invoke()
+    except (RuntimeError, ValueError) as error:
+        found[path] = [[], None, str(error)]
+        continue
+    found[path] = [[], interpreter.get_tensor(output["index"]).ravel().tolist(), ""]
+    runs[path] = interpreter.invoke
+for _ in range(int(sys.argv[1])):
+    for path, run in runs.items():
+        begin = time.perf_counter()
+        run()
+        found[path][0].append(time.perf_counter() - begin)
+print(json.dumps(found))
+"""
+
+
+class Outcome(NamedTuple):
+    """What became of a file.
+
+    Attributes:
+        seconds: of each round of one inference, on one thread.
+        output: what it returns for one example, uniform in [0, 1) with seed 0; None if it failed.
+        error: why it failed, or an empty text.
+    """
+
+    seconds: list[float]
+    output: list[float] | None
+    error: str
+
+
+def run(paths: Iterable[pathlib.Path], rounds: int = 5) -> dict[str, Outcome]:
+    """Return what becomes of files, by their stems; all are run once in each round."""
+    command = [str(EMULATOR), "-cpu", "Westmere", sys.executable, "-c", _SCRIPT, str(rounds)]
+    command += map(str, paths)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {pathlib.Path(path).stem: Outcome(*outcome) for path, outcome in found.items()}
