@@ -13,7 +13,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from benchmarks import networks, record
 
 BENCHMARKS = ("step", "rivals", "condition", "dense", "masks", "scores", "litert", "stablehlo")
-BY_NAME_ONLY = ("parity", "pointwise")  # need what nothing else does: libraries, an emulator
+BY_NAME_ONLY = (
+    "parity",
+    "parity_seeds",
+    "pointwise",
+)  # need what nothing else does: libraries, an emulator
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -365,6 +365,20 @@ def test_the_opset(tmp_path):
         export.export_onnx(small(), tmp_path / "file", opset="15")
 
 
+@pytest.mark.parametrize("count", [1, 3, 20])  # fewer and more than the probe's 8
+def test_an_onnx_file_of_one_batch_size(tmp_path, count, rng):
+    model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,), name="last")])
+    report = export.export_onnx(model, tmp_path / "net.onnx", batch_size=count)
+    assert report.inputs[0].shape == (count, 4) and report.outputs[0].shape == (count, 3)
+    assert report.settings["batch_size"] == report.probe_examples == count
+    assert "Kernels are dense, as ONNX Runtime has no others" in str(report)
+    x = rng.random((count, 4), np.float32)
+    served = export.load_onnx(tmp_path / "net.onnx")
+    np.testing.assert_allclose(served(x), model(x), atol=1e-6)
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        export.export_onnx(model, tmp_path / "net.onnx", batch_size=0)
+
+
 # int8
 
 

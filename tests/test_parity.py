@@ -77,3 +77,13 @@ def test_a_run_is_kept(tmp_path):
     again = parity.Run.kept(tmp_path / "a" / "run.npz", attack)
     assert first.accuracy == again.accuracy == 0.5 and first.wall == again.wall >= 0
     assert len(calls) == 1
+
+
+def test_the_reference_is_held_against_itself_with_other_seeds(tmp_path):
+    main(["parity_seeds", "--smoke", "--output", str(tmp_path)])
+    for norm, found in json.loads((tmp_path / "parity_seeds.json").read_text())["norms"].items():
+        left = {name: each["accuracy"] for name, each in found.items()}
+        together = left.pop("reference, all seeds")
+        assert len(left) == 4 and together <= min(left[f"reference, seed {i}"] for i in range(3))
+        assert abs(left["here, seed 0"] - together) <= 5 / EXAMPLES
+        assert all(("broken" in each) == (norm == "l2") for each in found.values())

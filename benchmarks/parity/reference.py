@@ -83,7 +83,7 @@ def torch_logits(network: Any, x: np.ndarray) -> np.ndarray:
 
 
 def references(
-    model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool
+    model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool, seed: int = 0
 ) -> dict[str, Judged]:
     """Return torchattacks' attacks on a network in torch, by name.
 
@@ -100,7 +100,7 @@ def references(
     if gap > 1e-4:
         raise ValueError(f"the network in torch is another one: its logits differ by {gap:g}.")
     x, y = torch_images(data.x), torch.tensor(data.y.astype("int64"))
-    common = {"norm": _NORMS[norm], "eps": EPSILONS[norm], "seed": 0}
+    common = {"norm": _NORMS[norm], "eps": EPSILONS[norm], "seed": seed}
     attacks = {
         "apgd-ce": torchattacks.APGD(network, loss="ce", steps=budget.steps, **common),
         "apgd-t": torchattacks.APGDT(network, steps=budget.steps, n_classes=10, **common),

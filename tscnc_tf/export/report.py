@@ -298,6 +298,11 @@ class FileExportReport(_Export):
                 row += [kernel.stored, _reports.size(kernel.stored_bytes)]
             footer += ["", _reports.size(sum(row.stored_bytes or 0 for row in self.kernels))]
             notes += self._storage(self.dense_bytes)
+        if self.format == "ONNX":
+            notes.append(
+                "Kernels are dense, as ONNX Runtime has no others: zeros make the file neither "
+                "smaller nor faster. `compact` does, and `export_litert(sparse=True)`."
+            )
         title = f"{self.format} ({self.precision}) {self.path}"
         noted = self._notes(self.file_bytes, f"(allowed: {allowed}){same}", *notes)
         return _reports.Table(title, columns, rows, footer, noted)

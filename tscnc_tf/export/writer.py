@@ -90,6 +90,7 @@ class FileFormat(Format):
         distributions: whose versions the report gives; by the names that pip knows.
         precision: "float32", "float16" or "int8".
         settings: for the report.
+        batch_size: the number of examples that the file takes; None for any.
         load: returns a file as a function.
     """
 
@@ -98,9 +99,14 @@ class FileFormat(Format):
     load: ClassVar[Callable[..., ServedFile]]
     new = staticmethod(_files.new_file)
 
-    def __init__(self, settings: Mapping[str, int], precision: str = "float32") -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, int],
+        precision: str = "float32",
+        batch_size: int | None = None,
+    ) -> None:
         self.kind = f"a file of {self.name}"
-        self.settings, self.precision = settings, precision
+        self.settings, self.precision, self.batch_size = settings, precision, batch_size
 
     @abc.abstractmethod
     def convert(
@@ -132,6 +138,13 @@ class FileFormat(Format):
         is_exact = self.precision == "float32"
         serve, signature = endpoint(ready.stripped, ready.specs)
         batch = tf.nest.flatten(ready.batch)
+        if self.batch_size is not None:
+            taken = np.arange(self.batch_size) % ready.examples
+            batch = [array[taken] for array in batch]
+            signature = [
+                tf.TensorSpec((self.batch_size, *spec.shape[1:]), spec.dtype, name=spec.name)
+                for spec in signature
+            ]
         named = {spec.name: array for spec, array in zip(signature, batch, strict=True)}
         with flavours.scope(ready.model):
             originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
@@ -147,9 +160,10 @@ class FileFormat(Format):
         )
         outputs = served_outputs(served, named)
         apart = preflight.require_same(what, outputs, originals, allowed)
-        # A converter that has frozen the number of examples would show with another one.
-        single = served_outputs(served, {name: array[:1] for name, array in named.items()})
-        preflight.require_same(what, single, [array[:1] for array in originals], allowed)
+        if self.batch_size is None:
+            # A converter that has frozen the number of examples would show with another one.
+            single = served_outputs(served, {name: array[:1] for name, array in named.items()})
+            preflight.require_same(what, single, [array[:1] for array in originals], allowed)
         if converted.dense is not None:
             # Whatever a precision costs, to store zeros in another way costs next to nothing.
             with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +185,7 @@ class FileFormat(Format):
             max_logit_difference=apart,
             logit_tolerance=allowed if math.isfinite(allowed) else None,
             same_class=_same_class(outputs, originals),
-            probe_examples=ready.examples,
+            probe_examples=self.batch_size or ready.examples,
             file_bytes=len(content),
             dense_bytes=None if converted.dense is None else len(converted.dense),
             pointwise=converted.pointwise,
