@@ -162,6 +162,15 @@ def test_the_baseline_has_no_constraints_and_is_otherwise_the_same():
         ({"prune": {"method": "luck"}}, ValueError, "prune.method must be one of 'scores'"),
         ({"prune": {"scope": "kappa"}}, ValueError, "prune.scope must be one of 'layer'"),
         ({"prune": {"min_per_filter": -1}}, ValueError, "prune.min_per_filter must be >= 0"),
+        ({"prune": {"structure": "rows"}}, ValueError, "prune.structure must be of weights, filt"),
+        ({"prune": {"structure": {"block": 4}}}, ValueError, "structure.block must be two integ"),
+        ({"prune": {"structure": {"nm": [4, 2]}}}, ValueError, "structure.nm: m must be >= 5"),
+        ({"prune": {"structure": {"rows": [4, 2]}}}, ValueError, "structure must be of weights"),
+        (
+            {"prune": {"structure": "filters", "min_per_filter": 1}},
+            ValueError,
+            "min_per_filter must be 0 with structure='filters'",
+        ),
         ({"prune": {"regrowth": 0.3}}, TypeError, "prune.regrowth must be names with values"),
         ({"prune": {"regrowth": {"share": 0.3}}}, ValueError, r"prune.regrowth must have names of"),
         ({"prune": {"regrowth": {"until": 2}}}, ValueError, "prune.regrowth: until must be <= 1"),
@@ -561,6 +570,24 @@ def test_scores_are_perturbed_and_shares_learned_as_the_recipe_says():
     (pruner,) = masks.pruners(trainer.model)
     assert "scope=Learned(" in repr(pruner) and len(pruner.shares) == len(pruner.targets)
     assert pruner.perturb_scores == 0.03
+
+
+@pytest.mark.parametrize(
+    ("structure", "made"),
+    [
+        ("filters", tscnc.pruning.Filters()),
+        ({"block": [4, 1]}, tscnc.pruning.Block.for_litert()),
+        ({"nm": [2, 4]}, tscnc.pruning.NM(2, 4)),
+    ],
+)
+@pytest.mark.parametrize("method", ["scores", "magnitude"])
+def test_structures_are_pruned_as_the_recipe_says(method, structure, made):
+    chosen = recipe(**{"prune.method": method, "prune.structure": structure, "sparsity": 0.5})
+    assert type(chosen).from_dict(chosen.to_dict()) == chosen
+    data = stages.dataset(chosen)
+    trainer = stages.trainer(chosen, "prune", data, previous=stages.network(chosen, data))
+    (pruner,) = masks.pruners(trainer.model)
+    assert pruner.structure == made
 
 
 def test_scores_choose_as_often_as_the_recipe_says():

@@ -29,6 +29,8 @@ ARCHITECTURES = {
 STAGES = ("train", "prune", "finetune")
 ATTACKS = ("pgd", "apgd", "autoattack")
 SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition", "learned")
+SIZED = {"block": pruning.Block, "nm": pruning.NM}
+STRUCTURES = ("weights", "filters", "{block: [rows, columns]}", "{nm: [n, m]}")
 REGROWTH = ("fraction", "criterion", "until", "frequency", "across_layers")
 LOSSES = ("trades", "madry", "mart")
 WEIGHT_DECAYS = ("l2", "decoupled")
@@ -105,6 +107,23 @@ def _scope(name: str, value: Any) -> Any:
         raise ValueError(f"{name} must name at least one pattern, got {{}}.")
     for pattern, sparsity in value.items():
         _checks.sparsity(f"{name}[{pattern!r}]", sparsity)
+    return value
+
+
+def _structure(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping) and len(value) == 1:
+        (kind, sizes), *_ = value.items()
+        if kind not in SIZED:
+            raise ValueError(f"{name} must be of {', '.join(STRUCTURES)}, got {value!r}.")
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) != 2:
+            raise ValueError(f"{name}.{kind} must be two integers, got {sizes!r}.")
+        try:
+            SIZED[kind](*sizes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}.{kind}: {error}") from error
+        return value
+    if isinstance(value, Mapping) or value not in ("weights", "filters"):
+        raise ValueError(f"{name} must be of {', '.join(STRUCTURES)}, got {value!r}.")
     return value
 
 
@@ -328,8 +347,11 @@ class Pruning(Training):
             "condition": by `pruning.condition_budgets` of the dense network.
         perturb_scores: with "scores", the radius of a step on them against training before each of
             theirs, see `pruning.ScorePruner`; 0 for none.
+        structure: what is pruned: single "weights", whole "filters", {"block": [rows, columns]} for
+            `pruning.Block`, or {"nm": [n, m]} for `pruning.NM`.
         min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
-        min_per_filter: number of weights that every filter keeps, see `pruning.Unstructured`.
+        min_per_filter: of single weights, the number that every filter keeps, see
+            `pruning.Unstructured`.
         min_per_input: number of weights that every input channel or unit keeps, see there.
         ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for all
             at once, at the first step.
@@ -349,6 +371,7 @@ class Pruning(Training):
     layers: Patterns = None
     scope: Annotated[Any, _scope] = "layer"
     perturb_scores: Factor = 0.0
+    structure: Annotated[Any, _structure] = "weights"
     min_weights: Count = 1
     min_per_filter: CountOrZero = 0
     min_per_input: CountOrZero = 0
@@ -373,6 +396,12 @@ class Pruning(Training):
                 f"{name}={getattr(self, name)!r} is for method='scores', got method='magnitude', "
                 "which trains no scores."
             )
+        for name in ("min_per_filter", "min_per_input"):
+            if getattr(self, name) and self.structure != "weights":
+                raise ValueError(
+                    f"{name} must be 0 with structure={self.structure!r}, got "
+                    f"{getattr(self, name)}: only of single weights a number can be kept."
+                )
         if self.method == "scores" and self.regrowth is not None:
             raise ValueError(
                 f"regrowth must be null with method='scores', got {self.regrowth!r}: there weights "

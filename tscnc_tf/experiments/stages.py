@@ -22,7 +22,7 @@ from tscnc_tf import (
     regularizers,
 )
 from tscnc_tf._keras import masks
-from tscnc_tf.experiments.parts import ARCHITECTURES, STAGES, Pruning, Training
+from tscnc_tf.experiments.parts import ARCHITECTURES, SIZED, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
 
@@ -243,7 +243,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         "layers": pruned_layers(part),
         "scope": part.scope,
         "min_weights": part.min_weights,
-        "structure": pruning.Unstructured(part.min_per_filter, part.min_per_input),
+        "structure": _structure(part),
     }
     if part.scope == "condition":
         options["scope"] = pruning.condition_budgets(
@@ -282,6 +282,15 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         regrowth = {"frequency": max(1, steps // 50), **part.regrowth}
         options["regrowth"] = pruning.Regrowth(**regrowth, steps=steps, seed=recipe.seed)
     return pruning.prune(model, schedule, engine="masks", **options)
+
+
+def _structure(part: Pruning) -> Any:
+    if part.structure == "filters":
+        return pruning.Filters()
+    if part.structure == "weights":
+        return pruning.Unstructured(part.min_per_filter, part.min_per_input)
+    ((kind, sizes),) = part.structure.items()
+    return SIZED[kind](*sizes)
 
 
 def _freeze(recipe: Recipe, model: Any, kept: Mapping[str, np.ndarray] | None) -> None:
