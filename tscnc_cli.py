@@ -290,7 +290,8 @@ def inspect_model(model: pathlib.Path) -> Result:
     """Show the zeros, condition numbers, dead filters and sizes of MODEL.
 
     MODEL is a Keras model, or a SavedModel written by this package, of which the zeros and sizes
-    are shown that its manifest records.
+    are shown that its manifest records; or a LiteRT file (.tflite), of which it is shown which 1x1
+    convolutions are run sparsely, and what stands in the way of the others.
 
     \b
     tscnc inspect model.keras
@@ -298,6 +299,9 @@ def inspect_model(model: pathlib.Path) -> Result:
     """
     from tscnc_tf import export, inspection
 
+    if model.suffix == ".tflite":
+        report = export.sparse_inference(model)
+        return report.to_dict(), report
     loaded = _load(model)
     if isinstance(loaded, export.ServedModel):
         return loaded.report.to_dict(), loaded.report
