@@ -294,7 +294,11 @@ class Graph:
                 obstacles.update(dict.fromkeys(self._obstacles(number, members)))
             readers = self._readers.get(node.output, [])
             is_passed_on = any(id(each) in members for each in readers)
-            if not is_passed_on and (_END not in node.roles or self.keeps_axes(node)):
+            if self._is_mean_of_channels(node):
+                leaks.append(node)
+                why = "it is a mean over other axes than those of the image"
+                part.leaving.append(node.obstacle._replace(why=why))
+            elif not is_passed_on and (_END not in node.roles or self.keeps_axes(node)):
                 leaks.append(node)
                 part.leaving += [each.obstacle for each in readers] or [self._output(node.output)]
             if node.kernel is not None:
@@ -327,6 +331,13 @@ class Graph:
         """Tell whether an operation is a mean that returns an image of one pixel."""
         return node.obstacle.operation in _MEANS and len(self.shape(node.output)) == 4
 
+    def _is_mean_of_channels(self, node: Node) -> bool:
+        """Tell whether an operation is a mean that LiteRT takes over the wrong axes."""
+        if node.obstacle.operation not in _MEANS:
+            return False
+        axes = self.file.integers(self.graph, int(node.operation.inputs[1]))
+        return axes is None or {axis % 4 for axis in axes} != {1, 2}
+
     def means_to_end_in(self) -> list[Node]:
         """Return the means that keep the axes, and lead to nothing but improper ends of parts."""
         leaks = [leak for part in self.parts for leak in part.leaks]
@@ -334,6 +345,8 @@ class Graph:
 
     def _means_before(self, node: Node) -> list[Node] | None:
         """Return the means that keep the axes, and that all of an operation comes from, or None."""
+        if self._is_mean_of_channels(node):
+            return None
         if self.keeps_axes(node):
             return [node]
         found = []
