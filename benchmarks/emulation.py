@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EMULATOR = shutil.which("qemu-x86_64")
 _SCRIPT = """
@@ -16,21 +16,25 @@ import json, sys, time
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
+rounds, batch_size = map(int, sys.argv[1:3])
 found, runs = {}, {}
-for path in sys.argv[2:]:
+for path in sys.argv[3:]:
     try:
         interpreter = Interpreter(path, num_threads=1)
+        (given,) = interpreter.get_input_details()
+        shape = [batch_size, *given["shape"][1:]]
+        interpreter.resize_tensor_input(given["index"], shape)
         interpreter.allocate_tensors()
-        (given,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
-        x = np.random.default_rng(0).random(given["shape"], np.float32)
+        x = np.random.default_rng(0).random(shape, np.float32)
         interpreter.set_tensor(given["index"], x)
         interpreter.invoke()
     except (RuntimeError, ValueError) as error:
         found[path] = [[], None, str(error)]
         continue
-    found[path] = [[], interpreter.get_tensor(output["index"]).ravel().tolist(), ""]
+    indices = [output["index"] for output in interpreter.get_output_details()]
+    found[path] = [[], [interpreter.get_tensor(index).tolist() for index in indices], ""]
     runs[path] = interpreter.invoke
-for _ in range(int(sys.argv[1])):
+for _ in range(rounds):
     for path, run in runs.items():
         begin = time.perf_counter()
         run()
@@ -44,18 +48,20 @@ class Outcome(NamedTuple):
 
     Attributes:
         seconds: of each round of one inference, on one thread.
-        output: what it returns for one example, uniform in [0, 1) with seed 0; None if it failed.
+        outputs: what it returns for examples that are uniform in [0, 1), with seed 0; None if it
+            failed.
         error: why it failed, or an empty text.
     """
 
     seconds: list[float]
-    output: list[float] | None
+    outputs: list[Any] | None
     error: str
 
 
-def run(paths: Iterable[pathlib.Path], rounds: int = 5) -> dict[str, Outcome]:
+def run(paths: Iterable[pathlib.Path], rounds: int = 5, batch_size: int = 1) -> dict[str, Outcome]:
     """Return what becomes of files, by their stems; all are run once in each round."""
-    command = [str(EMULATOR), "-cpu", "Westmere", sys.executable, "-c", _SCRIPT, str(rounds)]
+    command = [str(EMULATOR), "-cpu", "Westmere", sys.executable, "-c", _SCRIPT]
+    command += [str(rounds), str(batch_size)]
     command += map(str, paths)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -7,6 +7,8 @@ import tempfile
 import warnings
 from typing import Any
 
+import numpy as np
+
 import tscnc_tf as tscnc
 from benchmarks import emulation, measure, networks, record
 
@@ -80,6 +82,9 @@ def _compared(
             files.append(path)
         reports[f"{sparsity:g}"] = report
     outcomes = emulation.run(files, rounds)
+    for sparsity in reports:
+        outputs = [outcomes[f"{name} {sparsity} {form}"].outputs for form in ("dense", "sparse")]
+        np.testing.assert_allclose(*outputs, atol=1e-4)
     found = {}
     for sparsity, report in reports.items():
         seconds = {

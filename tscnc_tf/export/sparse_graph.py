@@ -8,9 +8,9 @@ of single entries, and ends in a mean over the image or in a depth-to-space. It 
 whatever is computed in it comes from it, and goes nowhere else. And more than two thirds of the
 weights of its 1x1 convolutions are zero.
 
-XNNPACK looks at what comes into such a part, and not at what leaves it by another way than an end,
-nor at whether a mean keeps the axes of the image, whose order is then another one: the file fails
-to load, or its results are wrong. `prepared` sees to it that neither happens.
+XNNPACK gets parts wrong whose results leave them by another way than an end, or in which a mean
+keeps the axes of the image, whose order is then another one: the file fails to load, or its results
+are wrong. Here such parts are not sound, and `prepared` sees to it that only sound ones are run.
 """
 
 from __future__ import annotations
@@ -21,25 +21,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tscnc_tf.export.litert_file import PASSING, File, replace
+from tscnc_tf.export.litert_file import DTYPES, PASSING, File, replace
 
 _ELEMENTWISE = {
     *("ABS", "CEIL", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG"),
     *("RELU", "RELU6", "RELU_0_TO_1", "RELU_N1_TO_1", "ROUND", "RSQRT", "SQRT", "SQUARE", "TANH"),
 }
+# What stops XNNPACK where it takes a result of a part; anything else may get a wrong one.
+_STOPPING = {
+    *("AVERAGE_POOL_2D", "CONCATENATION", "DIV", "MAXIMUM", "MAX_POOL_2D", "MINIMUM", "POW"),
+    *("SOFTMAX", "STRIDED_SLICE", "SUB"),
+}
 _SAME = 0
-_FLOATS = (0, 1)
+_FLOATS, _INTEGERS = (0, 1), (3, 7, 9, 17)  # of 8, 16, 8 and 4 bits
 _START, _INSIDE, _END = "start", "inside", "end"
 _MEANS = ("MEAN", "SUM")
+_WITH_KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 # Rows of zeros before and behind an image, columns of zeros before and behind.
 Pads = tuple[int, int, int, int]
 
 
 class Obstacle(NamedTuple):
-    """What keeps a part of a graph from being run sparsely.
+    """What keeps a part of a graph from being run sparsely, and rightly.
 
     Attributes:
-        tensor: the name of the tensor that the operation returns.
+        tensor: the name of the operation's kernel, or of the tensor that it returns.
         operation: its kind.
         why: what is wrong with it.
         change: what would help, or an empty text.
@@ -57,8 +63,9 @@ class Node:
 
     Attributes:
         operation: as the file has it.
+        padding: the operation that pads for it alone, or None.
         inputs: the tensors that are not constant.
-        output: the tensor that it returns.
+        output: the first tensor that it returns.
         kernel: of a 1x1 convolution, the number of the constant; else None.
         pads: the rows and columns of zeros around its input; None if they depend on its size.
         roles: what it can be in a part that is run sparsely, none of them if it can't be in one.
@@ -66,12 +73,18 @@ class Node:
     """
 
     operation: Any
+    padding: Any
     inputs: list[int]
     output: int
     kernel: int | None
     pads: Pads | None
     roles: frozenset[str]
     obstacle: Obstacle
+
+    @property
+    def kind(self) -> str:
+        """What the operation is."""
+        return self.obstacle.operation
 
 
 @dataclasses.dataclass
@@ -80,23 +93,33 @@ class Part:
 
     Attributes:
         nodes: the operations.
-        obstacles: what stands in the way.
-        leaks: operations of it whose results leave it otherwise than by a proper end.
-        leaving: what takes these results.
-        weights, zeros: of its 1x1 convolutions.
+        obstacles: why they can't be run so, or not rightly.
+        faults: those of them whose results would be wrong.
+        stops: whether XNNPACK sees for itself that they can't be run so.
+        weights, zeros: of the 1x1 convolutions.
     """
 
     nodes: list[Node]
-    obstacles: list[Obstacle]
-    leaks: list[Node]
-    leaving: list[Obstacle]
+    obstacles: list[Obstacle] = dataclasses.field(default_factory=list)
+    faults: list[Node] = dataclasses.field(default_factory=list)
+    stops: bool = False
     weights: int = 0
     zeros: int = 0
 
     @property
+    def has_zeros(self) -> bool:
+        """Whether so many weights are zero that LiteRT runs it sparsely."""
+        return 3 * self.zeros > 2 * self.weights
+
+    @property
     def is_run(self) -> bool:
-        """Whether LiteRT takes it for one that is to be run sparsely."""
-        return not self.obstacles and 3 * self.zeros > 2 * self.weights
+        """Whether it is run sparsely, and rightly."""
+        return self.has_zeros and not self.obstacles
+
+    @property
+    def starts(self) -> list[Node]:
+        """The convolutions of images that it begins with."""
+        return [node for node in self.nodes if _START in node.roles]
 
 
 class Graph:
@@ -110,10 +133,11 @@ class Graph:
     def __init__(self, file: File, graph: Any) -> None:
         self.file, self.graph = file, graph
         self._made = {int(out): each for each in graph.operators for out in each.outputs}
-        found = {id(each): self._node(each) for each in graph.operators if not self._is_fixed(each)}
-        padded = {id(self._padding(node.operation)) for node in found.values()}
+        operators = [each for each in graph.operators if len(each.outputs)]
+        found = {id(each): self._node(each) for each in operators if not self._is_fixed(each)}
+        padded = {id(node.padding) for node in found.values()}
         self.nodes = [node for key, node in found.items() if key not in padded]
-        self._makers = {node.output: node for node in self.nodes}
+        self._makers = {int(out): node for node in self.nodes for out in node.operation.outputs}
         self._readers: dict[int, list[Node]] = {}
         for node in self.nodes:
             for number in node.inputs:
@@ -155,13 +179,19 @@ class Graph:
         inputs = [each for each in inputs if self.constant(each) is None]
         if padding is not None:
             inputs = [int(padding.inputs[0])]
-        kernel = None
-        if self.file.kind(operation) == "CONV_2D" and self._kernel_size(operation) == (1, 1):
-            kernel = self.constant(int(operation.inputs[1]))
+        kind, kernel, output = self.file.kind(operation), None, int(operation.outputs[0])
+        name = self.name(output)
+        if (
+            kind in _WITH_KERNELS
+            and (number := self.constant(int(operation.inputs[1]))) is not None
+        ):
+            name = self.name(number)
+            is_known = self.graph.tensors[number].type in DTYPES
+            if kind == "CONV_2D" and is_known and self._kernel_size(operation) == (1, 1):
+                kernel = number
         roles, why, change = self._role(operation, inputs, pads)
-        output = int(operation.outputs[0])
-        obstacle = Obstacle(self.name(output), self.file.kind(operation), why, change)
-        return Node(operation, inputs, output, kernel, pads, frozenset(roles), obstacle)
+        obstacle = Obstacle(name, kind, why, change)
+        return Node(operation, padding, inputs, output, kernel, pads, frozenset(roles), obstacle)
 
     def _padding(self, operation: Any) -> Any:
         """Return the operation in front of a convolution that pads for it alone, or None."""
@@ -204,8 +234,9 @@ class Graph:
         kind = self.file.kind(operation)
         if kind in ("RESHAPE", "SHAPE"):
             return set(), "it changes the axes", ""
-        tensors = [self.graph.tensors[each] for each in (*inputs, *operation.outputs)]
-        if any(each.type not in _FLOATS for each in tensors):
+        types = [self.graph.tensors[each].type for each in (*inputs, *operation.outputs)]
+        is_float = self.graph.tensors[operation.outputs[0]].type in _FLOATS
+        if not is_float or set(types) & set(_INTEGERS):
             return set(), "it does not compute in floats", ""
         if kind == "CONV_2D":
             return self._role_of_convolution(operation, pads)
@@ -216,7 +247,7 @@ class Graph:
             return {_END}, "", ""
         if kind in _MEANS and has_image:
             return {_INSIDE, _END}, "", ""
-        if kind in (*_ELEMENTWISE, "FULLY_CONNECTED") and has_image:
+        if kind in (*_ELEMENTWISE, "FULLY_CONNECTED", "RESIZE_BILINEAR") and has_image:
             return {_INSIDE}, "", ""
         if kind in ("ADD", "MUL"):
             first = self.constant(int(operation.inputs[0]))
@@ -225,7 +256,8 @@ class Graph:
                 return {_INSIDE}, "", ""
             if has_image and first is not None and len(sizes) == 4 and sizes[:3] == (1, 1, 1):
                 return {_INSIDE}, "", ""
-            return set(), "it takes something else than two images or a constant per channel", ""
+            why = "it takes something else than two images, or a constant per channel in float32"
+            return set(), why, ""
         if kind in ("MAX_POOL_2D", "AVERAGE_POOL_2D"):
             change = "a depthwise convolution of stride 2 instead"
             return set(), "LiteRT has no pooling with the channels first", change
@@ -248,7 +280,7 @@ class Graph:
         if size == (3, 3) and strides == (2, 2) and channels == 3:
             if pads == (1, 1, 1, 1):
                 return {_START}, "", ""
-            return set(), _uneven(pads), 'ZeroPadding2D(1) before it, and padding="valid"'
+            return set(), *self._uneven(operation, pads, 1)
         name = f"{size[0]}x{size[1]} convolution of stride {strides[0]} on {channels} channels"
         change = "depthwise and 1x1 convolutions, and a 3x3 one of stride 2 on the image"
         return set(), f"it is a {name}", change
@@ -267,7 +299,27 @@ class Graph:
         even = height // 2
         if pads == (even, even, even, even):
             return {_INSIDE}, "", ""
-        return set(), _uneven(pads), f'ZeroPadding2D({even}) before it, and padding="valid"'
+        return set(), *self._uneven(operation, pads, even)
+
+    def _uneven(self, operation: Any, pads: Pads | None, even: int) -> tuple[str, str]:
+        """Return what is wrong with a padding, and what would help."""
+        change = f'ZeroPadding2D({even}) before it, and padding="valid"'
+        maker = self._made.get(int(operation.inputs[0]))
+        if (
+            maker is not None
+            and self.file.kind(maker) == "PAD"
+            and self._padding(operation) is None
+        ):
+            return "its padding serves other layers, too", f"a ZeroPadding2D({even}) of its own"
+        if pads is None and min(self.shape(int(operation.inputs[0]))[1:3]) < 1:
+            return "its padding depends on the size of the image", change
+        if pads is None:
+            return "its padding is uneven, as that of strides on an even size is", change
+        above, below, left, right = pads
+        return (
+            f"it is padded by {above} above, {below} below, {left} left and {right} right",
+            change,
+        )
 
     def _connected(self) -> Iterator[list[Node]]:
         """Yield the operations that can be run sparsely, connected by what they pass on."""
@@ -284,71 +336,88 @@ class Graph:
         yield from {id(group): group for group in groups.values()}.values()
 
     def _part(self, nodes: list[Node]) -> Part:
-        obstacles, leaks = dict[Obstacle, None](), []
         members = {id(node) for node in nodes if node.roles & {_INSIDE, _END}}
-        part = Part(nodes, [], [], [])
+        part = Part(nodes)
         for node in nodes:
             if id(node) not in members:
                 continue
             for number in node.inputs:
-                obstacles.update(dict.fromkeys(self._obstacles(number, members)))
-            readers = self._readers.get(node.output, [])
-            is_passed_on = any(id(each) in members for each in readers)
-            if self._is_mean_of_channels(node):
-                leaks.append(node)
-                why = "it is a mean over other axes than those of the image"
-                part.leaving.append(node.obstacle._replace(why=why))
-            elif not is_passed_on and (_END not in node.roles or self.keeps_axes(node)):
-                leaks.append(node)
-                part.leaving += [each.obstacle for each in readers] or [self._output(node.output)]
+                self._look_at_input(part, number, members)
+            self._look_at_output(part, node, members)
             if node.kernel is not None:
                 kernel = self.file.array(self.graph.tensors[node.kernel])
                 part.weights += kernel.size
                 part.zeros += kernel.size - int(np.count_nonzero(kernel))
-        part.obstacles, part.leaks = list(obstacles), leaks
+        part.obstacles = list(dict.fromkeys(part.obstacles))
+        part.faults = list({id(node): node for node in part.faults}.values())
         return part
 
-    def _obstacles(self, number: int, members: set[int]) -> Iterator[Obstacle]:
-        """Yield what is wrong with a tensor that operations of a part take."""
+    def _look_at_input(self, part: Part, number: int, members: set[int]) -> None:
+        """Note what is wrong with a tensor that an operation of a part takes."""
         maker = self._makers.get(number)
         if maker is None:
             why = "the input of the graph comes into it without a 3x3 convolution of stride 2"
-            yield Obstacle(self.name(number), "INPUT", why, "such a convolution in front")
+            change = "such a convolution in front"
+            part.obstacles.append(Obstacle(self.name(number), "INPUT", why, change))
+            part.stops = True
         elif not maker.roles & {_START, _INSIDE}:
-            yield maker.obstacle
-        elif number in self.graph.outputs:
-            yield self._output(number)
-        for reader in self._readers.get(number, []):
-            # Features without an image have one layout only.
-            is_dense = reader.obstacle.operation == "FULLY_CONNECTED"
-            if id(reader) not in members and not is_dense:
-                yield reader.obstacle
+            part.obstacles.append(_with_reason(maker, "it ends a part that is run sparsely"))
+            part.stops = True
+        else:
+            if number in self.graph.outputs:
+                part.obstacles.append(self._output(number))
+                part.faults.append(maker)
+            for reader in self._readers.get(number, []):
+                # A dense layer of features without an image is no matter: they have one layout.
+                if id(reader) not in members and reader.kind != "FULLY_CONNECTED":
+                    part.obstacles.append(_with_reason(reader, "it begins another part"))
+                    if reader.kind in _STOPPING:
+                        part.stops = True
+                    else:
+                        part.faults.append(maker)
+
+    def _look_at_output(self, part: Part, node: Node, members: set[int]) -> None:
+        """Note whether an operation of a part is one that LiteRT gets wrong, or an improper end."""
+        readers = self._readers.get(node.output, [])
+        if why := self._is_wrong(node):
+            part.obstacles.append(node.obstacle._replace(why=why))
+            part.faults.append(node)
+        elif _END not in node.roles and not any(id(each) in members for each in readers):
+            outside = [_with_reason(each, "it begins another part") for each in readers]
+            part.obstacles += outside or [self._output(node.output)]
+            part.faults.append(node)
+
+    def _is_wrong(self, node: Node) -> str:
+        """Return what LiteRT gets wrong about an operation with channels first, or nothing."""
+        if node.kind in ("FULLY_CONNECTED", "RESIZE_BILINEAR"):
+            return "LiteRT does not do it rightly with the channels first"
+        if node.kind in _MEANS and self._axes(node) != {1, 2}:
+            return "it is a mean over other axes than those of the image"
+        if self._keeps_axes(node):
+            return "it keeps the axes of the image (keepdims=True), which LiteRT takes for others"
+        return ""
 
     def _output(self, number: int) -> Obstacle:
         return Obstacle(self.name(number), "OUTPUT", "it is an output of the graph", "")
 
-    def keeps_axes(self, node: Node) -> bool:
-        """Tell whether an operation is a mean that returns an image of one pixel."""
-        return node.obstacle.operation in _MEANS and len(self.shape(node.output)) == 4
-
-    def _is_mean_of_channels(self, node: Node) -> bool:
-        """Tell whether an operation is a mean that LiteRT takes over the wrong axes."""
-        if node.obstacle.operation not in _MEANS:
-            return False
+    def _axes(self, node: Node) -> set[int]:
+        """Return the axes that a mean is taken over; none if they are no constant."""
         axes = self.file.integers(self.graph, int(node.operation.inputs[1]))
-        return axes is None or {axis % 4 for axis in axes} != {1, 2}
+        return {axis % 4 for axis in axes or ()}
+
+    def _keeps_axes(self, node: Node) -> bool:
+        """Tell whether an operation is a mean that returns an image of one pixel."""
+        return node.kind in _MEANS and len(self.shape(node.output)) == 4
 
     def means_to_end_in(self) -> list[Node]:
         """Return the means that keep the axes, and lead to nothing but improper ends of parts."""
-        leaks = [leak for part in self.parts for leak in part.leaks]
-        return [mean for leak in leaks for mean in self._means_before(leak) or ()]
+        found = [self._means_before(fault) or [] for part in self.parts for fault in part.faults]
+        return list({id(mean): mean for means in found for mean in means}.values())
 
     def _means_before(self, node: Node) -> list[Node] | None:
         """Return the means that keep the axes, and that all of an operation comes from, or None."""
-        if self._is_mean_of_channels(node):
-            return None
-        if self.keeps_axes(node):
-            return [node]
+        if self._keeps_axes(node):
+            return [node] if self._axes(node) == {1, 2} else None
         found = []
         for number in node.inputs:
             maker = self._makers.get(number)
@@ -359,8 +428,8 @@ class Graph:
             found += means
         return found
 
-    def leaks(self) -> list[Node]:
-        """Return what makes the file fail where it is run sparsely."""
+    def faults(self) -> list[Node]:
+        """Return the operations whose results are wrong, or keep the file from being loaded."""
         has_end = any(
             _END in node.roles
             and any(
@@ -370,13 +439,13 @@ class Graph:
             )
             for node in self.nodes
         )
-        return [leak for part in self.parts if has_end and part.is_run for leak in part.leaks]
+        run = [part for part in self.parts if part.starts and part.has_zeros and not part.stops]
+        return [fault for part in run if has_end for fault in part.faults]
 
 
-def _uneven(pads: Pads | None) -> str:
-    if pads is None:
-        return "its padding is uneven, as that of strides on an even size is"
-    return f"it is padded by {pads[0]} above, {pads[1]} below, {pads[2]} left and {pads[3]} right"
+def _with_reason(node: Node, reason: str) -> Obstacle:
+    """Return an operation as an obstacle, for a reason of the place where it stands, if need be."""
+    return node.obstacle if node.obstacle.why else node.obstacle._replace(why=reason)
 
 
 def graphs(file: File) -> list[Graph]:
@@ -387,33 +456,45 @@ def graphs(file: File) -> list[Graph]:
 def prepared(content: bytes) -> bytes:
     """Return a file of the same function whose 1x1 convolutions are run sparsely where they can be.
 
-    "same" paddings that are even for the size of the image are written as such, constants per
-    channel in the form that is taken, and parts end in their means, if this makes more of the file
-    run sparsely. What LiteRT would run wrongly is then run as ever.
+    What `changed` does is done if it makes more of the file run sparsely. Parts that are not sound
+    are kept from being run so.
     """
-    original, changed = File(content), File(content)
-    for graph in changed.model.subgraphs:
-        _pad_evenly(changed, graph)
-        _spread_constants(changed, graph)
-        while means := Graph(changed, graph).means_to_end_in():
-            _flatten(changed, graph, means[0])
-    file = changed if counts(changed) > counts(original) else original
+    file, other = File(content), File(changed(content))
+    if counts(other) > counts(file):
+        file = other
     for graph in file.model.subgraphs:
-        while leaks := (seen := Graph(file, graph)).leaks():
-            _keep_out(file, graph, seen.part_of(leaks[0]))
+        for part in Graph(file, graph).parts:
+            if part.obstacles and part.weights:
+                _keep_out(file, graph, part)
+    return file.content()
+
+
+def changed(content: bytes, *, ends: bool = True) -> bytes:
+    """Return a file of the same function in a form that more can be run sparsely of.
+
+    "same" paddings that are even for the size of the image are written as such, constants per
+    channel in the form that is taken. With `ends`, means that keep the axes of the image return
+    features, which get them afterwards, if all that follows is to be run as ever.
+    """
+    file = File(content)
+    for graph in file.model.subgraphs:
+        _pad_evenly(file, graph)
+        _spread_constants(file, graph)
+        while ends and (means := Graph(file, graph).means_to_end_in()):
+            for mean in means:
+                _flatten(file, graph, mean)
     return file.content()
 
 
 def counts(file: File) -> tuple[int, int]:
-    """Return how many 1x1 convolutions are run sparsely, and rightly, and how many there are."""
+    """Return how many 1x1 convolutions are run sparsely, and how many there are."""
     seen = graphs(file)
-    sound = [part for graph in seen for part in graph.parts if part.is_run and not part.leaks]
-    nodes = (
-        [node for part in sound for node in part.nodes],
-        [n for graph in seen for n in graph.nodes],
+    run = [node for graph in seen for part in graph.parts if part.is_run for node in part.nodes]
+    sparse, count = (
+        sum(node.kernel is not None for node in nodes)
+        for nodes in (run, [node for graph in seen for node in graph.nodes])
     )
-    sparse, total = (sum(node.kernel is not None for node in each) for each in nodes)
-    return sparse, total
+    return sparse, count
 
 
 def _flatten(file: File, graph: Any, mean: Node) -> None:
@@ -441,11 +522,14 @@ def _without(shape: Any, axes: set[int]) -> Any:
     return None if shape is None else [size for axis, size in enumerate(shape) if axis not in axes]
 
 
-def _keep_out(file: File, graph: Any, part: Part | None) -> None:
+def _keep_out(file: File, graph: Any, part: Part) -> None:
     """Have a part begin with what is not run with channels first: the larger of x and x."""
-    members = {id(node.operation) for node in part.nodes} if part else set()
-    for number in {node.output for node in part.nodes if _START in node.roles} if part else ():
-        given = graph.tensors[number]
+    members = {id(each) for node in part.nodes for each in (node.operation, node.padding)}
+    for start in part.starts:
+        readers = [each for each in file.readers(graph, start.output) if id(each) in members]
+        if not readers:
+            continue
+        given = graph.tensors[start.output]
         made = file.add_tensor(
             graph,
             name=given.name + b"_passed_on",
@@ -453,10 +537,9 @@ def _keep_out(file: File, graph: Any, part: Part | None) -> None:
             shapeSignature=given.shapeSignature,
             type=given.type,
         )
-        readers = [each for each in file.readers(graph, number) if id(each) in members]
         for each in readers:
-            replace(each, number, made)
-        file.put_in_front(graph, "MAXIMUM", [number, number], made, readers)
+            replace(each, start.output, made)
+        file.put_in_front(graph, "MAXIMUM", [start.output] * 2, made, readers)
 
 
 def _pad_evenly(file: File, graph: Any) -> None:

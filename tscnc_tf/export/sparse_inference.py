@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = ["PointwiseConvolution", "SparseInferenceReport", "SparseObstacle", "s
 PROCESSORS = "ARM, WebAssembly, RISC-V, and x86 without AVX"
 _FEW_ZEROS = "no more than two thirds of the weights in its part of the graph are zero"
 _LAYER = "of the convolution itself"
+_NOT_WRITTEN = "the file is not written so; export_litert(sparse=True) would"
 _NO_SPARSE = "the file has no sparse kernels, without which LiteRT runs all of them dense"
 
 
@@ -73,8 +74,9 @@ class SparseInferenceReport(_reports.Report):
     Attributes:
         rows: the convolutions, in the order of the graph.
         obstacles: what stands in the way of those that are run dense.
-        faults: layers whose results would be wrong, or keep the file from being loaded; never in
-            files that `export_litert` has written.
+        faults: layers whose results are wrong on such processors, or keep the file from being
+            loaded; none in files that `export_litert` has written, where what LiteRT gets wrong is
+            run dense.
     """
 
     rows: tuple[PointwiseConvolution, ...]
@@ -108,7 +110,7 @@ class SparseInferenceReport(_reports.Report):
         return _reports.Table(title, columns, rows, None, notes)
 
 
-def sparse_inference(model: Any) -> SparseInferenceReport:
+def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
     """Tell which 1x1 convolutions LiteRT runs sparsely, and what stands in the way of the others.
 
     On ARM, WebAssembly, RISC-V, and on x86 without AVX, LiteRT (by its library XNNPACK) runs 1x1
@@ -124,12 +126,14 @@ def sparse_inference(model: Any) -> SparseInferenceReport:
 
     `applications.MobileNetV1` and `MobileNetV2` are so. What can be changed without changing the
     function, `export_litert(sparse=True)` changes by itself: "same" paddings that are even for the
-    size of the image, constants per channel, and ends that LiteRT would get wrong.
+    size of the image, constants per channel, and ends that LiteRT would get wrong. Parts that it
+    would get wrong otherwise, as with squeeze and excitation, are run dense in such files.
 
     Needs `pip install "tscnc_tf[litert]"`.
 
     Args:
         model: a built model of either Keras, as for `export_litert`; or the path of a LiteRT file.
+        probe: for a model, as for `export_litert`.
 
     Returns:
         A `SparseInferenceReport`. `print` it.
@@ -161,61 +165,85 @@ def sparse_inference(model: Any) -> SparseInferenceReport:
         content = path.read_bytes()
         if content[4:8] != b"TFL3":
             raise ValueError(f"model is a path, {path}, that is no LiteRT file.")
-        return inspected(content)
+        return inspected(content, {})
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
-        litert.export_litert(model, path, sparse=True)
-        return inspected(path.read_bytes(), (layer.name for layer in layers.flatten(model)))
+        report = litert.export_litert(model, path, sparse=True, probe=probe)
+        names = {layer.name: layer.name for layer in layers.flatten(model)}
+        names |= {row.tensor: row.name for row in report.kernels if row.tensor is not None}
+        return inspected(path.read_bytes(), names)
 
 
-def inspected(content: bytes, names: Iterable[str] = ()) -> SparseInferenceReport:
-    """Return the report on a file, given the names of the layers that it has been made of."""
-    file, known = File(content), frozenset(names)
+def inspected(content: bytes, names: Mapping[str, str]) -> SparseInferenceReport:
+    """Return the report on a file, given the names of the layers that its tensors are of."""
+    file, better = File(content), File(sparse_graph.changed(content, ends=False))
     has_sparse = any(graph.tensors[number].sparsity for graph, number in file.constants())
     rows, obstacles, faults = [], dict[SparseObstacle, None](), []
-    for graph in sparse_graph.graphs(file):
-        leaks = graph.leaks() if has_sparse else []
-        faults += [_layer(leak.obstacle.tensor, known) for leak in leaks]
+    graphs = zip(sparse_graph.graphs(file), sparse_graph.graphs(better), strict=True)
+    for graph, other in graphs:
+        found = graph.faults() if has_sparse else []
+        faults += [_layer(fault.obstacle.tensor, names) for fault in found]
+        # What could be changed without changing the function is no reason.
+        twins = {node.output: node for node in other.nodes}
         for node in graph.nodes:
             if node.kernel is None:
                 continue
             kernel = file.array(graph.graph.tensors[node.kernel])
             part, reason = graph.part_of(node), ""
-            found = [node.obstacle]
-            if part is not None:
-                found = [each for each in part.obstacles if each.operation != "MAXIMUM"]
-                found = found or part.leaving
-            if found:
-                named = [SparseObstacle(_layer(each.tensor, known), *each[1:]) for each in found]
-                reason = _LAYER if part is None else f"of {named[0].name} ({named[0].operation})"
-                obstacles |= dict.fromkeys(named)
-            elif part is not None and not part.is_run:
-                reason = _FEW_ZEROS
+            if part is None or not part.is_run:
+                seen = _obstacles(other, twins.get(node.output, node), names)
+                obstacles |= dict.fromkeys(seen)
+                reason = _reason(seen, node, part)
             elif not has_sparse:
                 reason = _NO_SPARSE
             rows.append(
                 PointwiseConvolution(
-                    name=_layer(graph.name(node.kernel), known),
+                    name=_layer(node.obstacle.tensor, names),
                     weights=kernel.size,
                     zeros=kernel.size - int(np.count_nonzero(kernel)),
                     is_sparse=not reason,
                     reason=reason,
                 )
             )
-    return SparseInferenceReport(tuple(rows), tuple(obstacles), tuple(faults))
+    return SparseInferenceReport(tuple(rows), tuple(obstacles), tuple(dict.fromkeys(faults)))
 
 
-def _layer(tensor: str, known: frozenset[str]) -> str:
+def _obstacles(
+    graph: sparse_graph.Graph, node: sparse_graph.Node, names: Mapping[str, str]
+) -> list[SparseObstacle]:
+    """Return what keeps a convolution from being run sparsely, but for its zeros."""
+    part = graph.part_of(node)
+    found = [node.obstacle] if part is None else part.obstacles
+    # What `prepared` has put before a part is there for the other reasons.
+    found = [each for each in found if each.operation != "MAXIMUM"] or found
+    return [SparseObstacle(_layer(each.tensor, names), *each[1:]) for each in found]
+
+
+def _reason(
+    obstacles: list[SparseObstacle], node: sparse_graph.Node, part: sparse_graph.Part | None
+) -> str:
+    """Return why a convolution is run dense, in few words."""
+    if obstacles and not node.roles:
+        return _LAYER
+    if obstacles:
+        return f"of {obstacles[0].name} ({obstacles[0].operation})"
+    return _NOT_WRITTEN if part is None or part.has_zeros else _FEW_ZEROS
+
+
+def _layer(tensor: str, names: Mapping[str, str]) -> str:
     """Return the name of the layer that a tensor is of, as far as its name says it.
 
     A name is that of the operation in the model, with the layers that it is in: `net/conv/Relu`,
     or of several that have become one: `net/conv/Relu;net/conv/convolution`. Keras 3 numbers what
     has been called before.
     """
+    if tensor in names:
+        return names[tensor]
+    layers_of_model = frozenset(names.values())
     for name in reversed(tensor.split(";")):
         for each in reversed(name.split("/")):
             for candidate in (each, re.sub(r"_\d+$", "", each)):
-                if candidate in known:
+                if candidate in layers_of_model:
                     return candidate
     scopes = tensor.split(";")[-1].split("/")
     return scopes[-2] if len(scopes) > 1 else tensor

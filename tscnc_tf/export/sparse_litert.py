@@ -77,6 +77,8 @@ def _fault(file: File, graph: Any, number: int) -> str:
     if size >= math.prod(map(int, tensor.shape)) * DTYPES[tensor.type].itemsize:
         return _TOO_LARGE
     readers = file.kinds_behind(graph, number)
+    if is_run and int(tensor.shape[-1]) == 1:
+        return _NOT_RUN
     if tensor.type == INT8 and not is_run and "FULLY_CONNECTED" in readers:
         return _NOT_RUN
     if tensor.type == _FLOAT16 and readers - {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}:
