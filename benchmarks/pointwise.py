@@ -54,7 +54,7 @@ def run(options: record.Options) -> None:
         for sparsity, each in by_sparsity.items():
             what = f"{name}, {100 * float(sparsity):g} %"
             rows += [
-                (f"{what}: {form}", *_milliseconds(each["seconds"][form]))
+                (f"{what}: {form}", *record.milliseconds(_timing(each["seconds"][form]))[:3])
                 for form in ("dense", "sparse")
             ]
             goal = f" (goal: at least {GOAL:g})" if sparsity == "0.95" else ""
@@ -64,8 +64,7 @@ def run(options: record.Options) -> None:
                 f"{each['share']:.3f} of the dense file"
             )
     title = f"One inference, one thread, float32, emulated processor without AVX, {rounds} rounds"
-    columns = ("what", "median", "lower quartile", "upper quartile")
-    record.show(title, columns, rows, notes, path)
+    record.show(title, record.COLUMNS[:4], rows, notes, path)
 
 
 def _compared(
@@ -91,7 +90,7 @@ def _compared(
             form: measure.Summary.of(outcomes[f"{name} {sparsity} {form}"].seconds)
             for form in ("dense", "sparse")
         }
-        times = {form: measure.Timing(each, each) for form, each in seconds.items()}
+        times = {form: _timing(each) for form, each in seconds.items()}
         sparse, convolutions = report.pointwise or (0, 0)
         found[sparsity] = {
             "seconds": seconds,
@@ -103,6 +102,6 @@ def _compared(
     return found
 
 
-def _milliseconds(seconds: measure.Summary) -> list[str]:
-    values = (seconds.median, seconds.lower_quartile, seconds.upper_quartile)
-    return [f"{1e3 * value:,.1f} ms" for value in values]
+def _timing(seconds: measure.Summary) -> measure.Timing:
+    """Return times of an emulator, which has one clock."""
+    return measure.Timing(seconds, seconds)

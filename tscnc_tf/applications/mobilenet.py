@@ -55,7 +55,7 @@ def MobileNetV1(*, width: float = 1.0, strides: int = 3, **options: Unpack[Optio
     for stage, (channels, blocks, stride) in enumerate(_V1, start=1):
         for block in range(1, blocks + 1):
             place = f"stage_{stage}_block_{block}"
-            now = stride if block == 1 and strides > stage - 1 else 1
+            now = stride if block == 1 and strides >= stage else 1
             x = _depthwise(build, x, place, now)
             x = build.convolution(x, f"{place}_pointwise", _channels(channels, width), size=1)
             x = build.activated(build.normalized(x, f"{place}_norm"), f"{place}_activation")

@@ -117,10 +117,7 @@ def _structure(name: str, value: Any) -> Any:
             raise ValueError(f"{name} must be of {', '.join(STRUCTURES)}, got {value!r}.")
         if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) != 2:
             raise ValueError(f"{name}.{kind} must be two integers, got {sizes!r}.")
-        try:
-            SIZED[kind](*sizes)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}.{kind}: {error}") from error
+        _made(f"{name}.{kind}", SIZED[kind], *sizes)
         return value
     if isinstance(value, Mapping) or value not in ("weights", "filters"):
         raise ValueError(f"{name} must be of {', '.join(STRUCTURES)}, got {value!r}.")
@@ -132,11 +129,16 @@ def _regrowth(name: str, value: Any) -> Any:
         raise TypeError(f"{name} must be names with values, of {REGROWTH}, got {value!r}.")
     if unknown := [key for key in value if key not in REGROWTH]:
         raise ValueError(f"{name} must have names of {REGROWTH}, got {unknown}.")
+    _made(name, pruning.Regrowth, **value)
+    return value
+
+
+def _made(name: str, make: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Make something of a setting's values; its errors begin with the setting's name."""
     try:
-        pruning.Regrowth(**value)
+        make(*args, **options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
-    return value
 
 
 _positive = functools.partial(_checks.integer, minimum=1)

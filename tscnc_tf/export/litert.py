@@ -237,8 +237,8 @@ class LiteRT(writer.FileFormat):
         return found
 
     def holds(self, content: bytes) -> bool:
-        """Tell by the identifier of the FlatBuffers schema."""
-        return content[4:8] == b"TFL3"
+        """Tell whether this is a file of the format."""
+        return litert_file.is_litert(content)
 
 
 class _ServedLiteRT(ServedFile):

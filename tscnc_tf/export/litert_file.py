@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,19 @@ class File:
                 if tensor.type in DTYPES and (tensor.sparsity or len(self.values(tensor))):
                     yield graph, number
 
+    def sparse(self) -> list[tuple[Any, int]]:
+        """Return those of them that are sparse."""
+        return [(g, number) for g, number in self.constants() if g.tensors[number].sparsity]
+
+    def size(self, tensor: Any) -> int:
+        """Return the bytes of a constant, with those that say where its entries are."""
+        size = len(self.values(tensor))
+        for axis in tensor.sparsity.dimMetadata if tensor.sparsity else ():
+            if axis.format != _DENSE_AXIS:
+                vectors = (axis.arraySegments, axis.arrayIndices)
+                size += sum(np.asarray(vector.values).nbytes for vector in vectors)
+        return size
+
     def values(self, tensor: Any) -> np.ndarray:
         """Return the bytes of a tensor's entries."""
         data = self.model.buffers[tensor.buffer].data
@@ -95,21 +108,42 @@ class File:
 
     def add_constant(self, graph: Any, name: bytes, array: np.ndarray) -> int:
         """Add a constant of float32 or 32-bit integers to a graph; return its number."""
-        number = self.add_tensor(
-            graph, name=name, shape=array.shape, type=0 if array.dtype == np.float32 else 2
-        )
+        dtype = 0 if array.dtype == np.float32 else 2
+        shape = np.asarray(array.shape, np.int32)
+        tensor = self.schema.TensorT(name=name, shape=shape, type=dtype, hasRank=True)
         buffer = self.schema.BufferT()
         buffer.data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.model.buffers.append(buffer)
-        graph.tensors[number].buffer = len(self.model.buffers) - 1
-        return number
+        tensor.buffer = len(self.model.buffers) - 1
+        graph.tensors.append(tensor)
+        return len(graph.tensors) - 1
 
-    def add_tensor(self, graph: Any, **fields: Any) -> int:
-        """Add a tensor to a graph; return its number."""
-        for name in {"shape", "shapeSignature"} & fields.keys():
-            if fields[name] is not None:
-                fields[name] = np.asarray(fields[name], np.int32)
-        graph.tensors.append(self.schema.TensorT(hasRank=True, **fields))
+    def add_like(
+        self,
+        graph: Any,
+        number: int,
+        suffix: bytes,
+        sizes: Callable[[np.ndarray], np.ndarray] = np.copy,
+    ) -> int:
+        """Add a tensor that is computed, like another one; return its number.
+
+        Args:
+            graph: a graph.
+            number: of the other tensor.
+            suffix: what is added to its name.
+            sizes: returns the shape, given that of the other.
+        """
+        given = graph.tensors[number]
+        signature = given.shapeSignature
+        tensor = self.schema.TensorT(
+            name=given.name + suffix,
+            shape=np.asarray(sizes(given.shape), np.int32),
+            shapeSignature=None if signature is None else np.asarray(sizes(signature), np.int32),
+            type=given.type,
+            quantization=given.quantization,
+            hasRank=True,
+        )
+        graph.tensors.append(tensor)
         return len(graph.tensors) - 1
 
     def put_in_front(
@@ -135,6 +169,17 @@ class File:
         )
         graph.operators.insert(place, operation)
         return operation
+
+
+def is_litert(content: bytes) -> bool:
+    """Tell by the identifier of the FlatBuffers schema."""
+    return content[4:8] == b"TFL3"
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor, with the size -1 for any."""
+    signature = tensor.shape if tensor.shapeSignature is None else tensor.shapeSignature
+    return () if signature is None else tuple(map(int, signature))
 
 
 def replace(operation: Any, old: int, new: int) -> None:
@@ -173,13 +218,3 @@ def expanded(parameters: Any, shape: Sequence[int], values: np.ndarray) -> np.nd
     dense = np.zeros(tuple(shape), values.dtype)
     dense[tuple(index)] = values
     return dense
-
-
-def bytes_of(file: File, tensor: Any) -> int:
-    """Return the bytes of a constant, with those that say where its entries are."""
-    size = len(file.values(tensor))
-    for axis in tensor.sparsity.dimMetadata if tensor.sparsity else ():
-        if axis.format != _DENSE_AXIS:
-            vectors = (axis.arraySegments, axis.arrayIndices)
-            size += sum(np.asarray(vector.values).nbytes for vector in vectors)
-    return size

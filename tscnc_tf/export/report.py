@@ -17,6 +17,9 @@ __all__ = [
     "FileExportReport",
 ]
 
+# Where LiteRT has sparse kernels for 1x1 convolutions.
+PROCESSORS = "ARM, WebAssembly, RISC-V, and x86 without AVX"
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportedTensor(_reports.Record):
@@ -321,9 +324,10 @@ class FileExportReport(_Export):
             )
         if self.pointwise is not None and self.pointwise[1]:
             sparse, count = self.pointwise
-            where = "on ARM, WebAssembly, RISC-V, and x86 without AVX"
             why = "" if sparse == count else " `export.sparse_inference` says why."
-            notes.append(f"1x1 convolutions run sparsely {where}: {sparse} of {count}.{why}")
+            notes.append(
+                f"1x1 convolutions run sparsely on {PROCESSORS}: {sparse} of {count}.{why}"
+            )
         return notes
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tscnc_tf.export.litert_file import DTYPES, PASSING, File, replace
+from tscnc_tf.export.litert_file import DTYPES, PASSING, File, replace, shape_of
 
 _ELEMENTWISE = {
     *("ABS", "CEIL", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG"),
@@ -36,7 +36,9 @@ _SAME = 0
 _FLOATS, _INTEGERS = (0, 1), (3, 7, 9, 17)  # of 8, 16, 8 and 4 bits
 _START, _INSIDE, _END = "start", "inside", "end"
 _MEANS = ("MEAN", "SUM")
-_WITH_KERNELS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+_CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D")
+# What is put in front of a part that is not to be run sparsely: the larger of x and x.
+BARRIER = "MAXIMUM"
 # Rows of zeros before and behind an image, columns of zeros before and behind.
 Pads = tuple[int, int, int, int]
 
@@ -67,7 +69,6 @@ class Node:
         inputs: the tensors that are not constant.
         output: the first tensor that it returns.
         kernel: of a 1x1 convolution, the number of the constant; else None.
-        pads: the rows and columns of zeros around its input; None if they depend on its size.
         roles: what it can be in a part that is run sparsely, none of them if it can't be in one.
         obstacle: why not.
     """
@@ -77,7 +78,6 @@ class Node:
     inputs: list[int]
     output: int
     kernel: int | None
-    pads: Pads | None
     roles: frozenset[str]
     obstacle: Obstacle
 
@@ -163,9 +163,7 @@ class Graph:
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Return the shape of a tensor, with the size -1 for any."""
-        tensor = self.graph.tensors[number]
-        signature = tensor.shape if tensor.shapeSignature is None else tensor.shapeSignature
-        return () if signature is None else tuple(map(int, signature))
+        return shape_of(self.graph.tensors[number])
 
     def _is_fixed(self, operation: Any) -> bool:
         """Tell whether an operation returns a constant."""
@@ -174,7 +172,7 @@ class Graph:
         )
 
     def _node(self, operation: Any) -> Node:
-        padding, pads = self._padding(operation), self._pads(operation)
+        padding = self._padding(operation)
         inputs = [int(each) for each in operation.inputs if each >= 0]
         inputs = [each for each in inputs if self.constant(each) is None]
         if padding is not None:
@@ -182,20 +180,20 @@ class Graph:
         kind, kernel, output = self.file.kind(operation), None, int(operation.outputs[0])
         name = self.name(output)
         if (
-            kind in _WITH_KERNELS
+            kind in (*_CONVOLUTIONS, "FULLY_CONNECTED")
             and (number := self.constant(int(operation.inputs[1]))) is not None
         ):
             name = self.name(number)
             is_known = self.graph.tensors[number].type in DTYPES
             if kind == "CONV_2D" and is_known and self._kernel_size(operation) == (1, 1):
                 kernel = number
-        roles, why, change = self._role(operation, inputs, pads)
+        roles, why, change = self._role(operation, inputs, self._pads(operation, padding))
         obstacle = Obstacle(name, kind, why, change)
-        return Node(operation, padding, inputs, output, kernel, pads, frozenset(roles), obstacle)
+        return Node(operation, padding, inputs, output, kernel, frozenset(roles), obstacle)
 
     def _padding(self, operation: Any) -> Any:
         """Return the operation in front of a convolution that pads for it alone, or None."""
-        if self.file.kind(operation) not in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+        if self.file.kind(operation) not in _CONVOLUTIONS:
             return None
         given = int(operation.inputs[0])
         maker = self._made.get(given)
@@ -207,14 +205,14 @@ class Graph:
         is_valid = operation.builtinOptions.padding != _SAME
         return maker if is_alone and fits and is_valid else None
 
-    def _pads(self, operation: Any) -> Pads | None:
+    def _pads(self, operation: Any, padding: Any) -> Pads | None:
         """Return what a convolution is padded by, None if that depends on the size."""
-        if (padding := self._padding(operation)) is not None:
+        if padding is not None:
             sizes = self.file.integers(self.graph, int(padding.inputs[1])) or []
             top, bottom, left, right = sizes[2:6]
             return top, bottom, left, right
         options = operation.builtinOptions
-        if self.file.kind(operation) not in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+        if self.file.kind(operation) not in _CONVOLUTIONS:
             return None
         if options.padding != _SAME:
             return 0, 0, 0, 0
@@ -325,15 +323,17 @@ class Graph:
         """Yield the operations that can be run sparsely, connected by what they pass on."""
         groups = {id(node): [node] for node in self.nodes if node.roles}
         for node in self.nodes:
-            for number in node.inputs if node.roles & {_INSIDE, _END} else ():
-                maker = self._makers.get(number)
-                if maker is None or not maker.roles & {_START, _INSIDE}:
-                    continue
+            for maker in self._partners(node) if node.roles & {_INSIDE, _END} else ():
                 ours, theirs = groups[id(node)], groups[id(maker)]
                 if ours is not theirs:
                     ours += theirs
                     groups.update((id(each), ours) for each in theirs)
         yield from {id(group): group for group in groups.values()}.values()
+
+    def _partners(self, node: Node) -> list[Node]:
+        """Return the operations that pass something on to another in a part."""
+        makers = (self._makers.get(number) for number in node.inputs)
+        return [maker for maker in makers if maker and maker.roles & {_START, _INSIDE}]
 
     def _part(self, nodes: list[Node]) -> Part:
         members = {id(node) for node in nodes if node.roles & {_INSIDE, _END}}
@@ -430,15 +430,7 @@ class Graph:
 
     def faults(self) -> list[Node]:
         """Return the operations whose results are wrong, or keep the file from being loaded."""
-        has_end = any(
-            _END in node.roles
-            and any(
-                self._makers[each].roles & {_START, _INSIDE}
-                for each in node.inputs
-                if each in self._makers
-            )
-            for node in self.nodes
-        )
+        has_end = any(_END in node.roles and self._partners(node) for node in self.nodes)
         run = [part for part in self.parts if part.starts and part.has_zeros and not part.stops]
         return [fault for part in run if has_end for fault in part.faults]
 
@@ -453,20 +445,22 @@ def graphs(file: File) -> list[Graph]:
     return [Graph(file, graph) for graph in file.model.subgraphs]
 
 
-def prepared(content: bytes) -> bytes:
+def prepared(content: bytes) -> tuple[bytes, tuple[int, int]]:
     """Return a file of the same function whose 1x1 convolutions are run sparsely where they can be.
 
     What `changed` does is done if it makes more of the file run sparsely. Parts that are not sound
-    are kept from being run so.
+    are kept from being run so. Beside the file stands how many 1x1 convolutions are run sparsely,
+    and how many there are.
     """
     file, other = File(content), File(changed(content))
-    if counts(other) > counts(file):
-        file = other
+    count, count_of_other = counts(file), counts(other)
+    if count_of_other > count:
+        file, count = other, count_of_other
     for graph in file.model.subgraphs:
         for part in Graph(file, graph).parts:
             if part.obstacles and part.weights:
                 _keep_out(file, graph, part)
-    return file.content()
+    return file.content(), count
 
 
 def changed(content: bytes, *, ends: bool = True) -> bytes:
@@ -500,14 +494,7 @@ def counts(file: File) -> tuple[int, int]:
 def _flatten(file: File, graph: Any, mean: Node) -> None:
     """Have a mean return features without axes of an image, and give these to it afterwards."""
     kept = graph.tensors[mean.output]
-    axes = {axis % 4 for axis in file.integers(graph, int(mean.operation.inputs[1])) or ()}
-    made = file.add_tensor(
-        graph,
-        name=kept.name + b"_without_axes",
-        shape=_without(kept.shape, axes),
-        shapeSignature=_without(kept.shapeSignature, axes),
-        type=kept.type,
-    )
+    made = file.add_like(graph, mean.output, b"_without_axes", lambda sizes: sizes[[0, 3]])
     sizes = np.array(kept.shape, np.int32)
     sizes[0] = -1  # any number of examples
     shape = file.add_constant(graph, kept.name + b"_shape", sizes)
@@ -518,58 +505,39 @@ def _flatten(file: File, graph: Any, mean: Node) -> None:
     reshape.builtinOptions.newShape = sizes
 
 
-def _without(shape: Any, axes: set[int]) -> Any:
-    return None if shape is None else [size for axis, size in enumerate(shape) if axis not in axes]
-
-
 def _keep_out(file: File, graph: Any, part: Part) -> None:
-    """Have a part begin with what is not run with channels first: the larger of x and x."""
+    """Have a part begin with what is not run with channels first."""
     members = {id(each) for node in part.nodes for each in (node.operation, node.padding)}
     for start in part.starts:
         readers = [each for each in file.readers(graph, start.output) if id(each) in members]
         if not readers:
             continue
-        given = graph.tensors[start.output]
-        made = file.add_tensor(
-            graph,
-            name=given.name + b"_passed_on",
-            shape=given.shape,
-            shapeSignature=given.shapeSignature,
-            type=given.type,
-        )
+        made = file.add_like(graph, start.output, b"_passed_on")
         for each in readers:
             replace(each, start.output, made)
-        file.put_in_front(graph, "MAXIMUM", [start.output] * 2, made, readers)
+        file.put_in_front(graph, BARRIER, [start.output] * 2, made, readers)
 
 
 def _pad_evenly(file: File, graph: Any) -> None:
     """Write "same" paddings of strided convolutions out where they are even."""
     for operation in list(graph.operators):
-        if file.kind(operation) not in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+        if file.kind(operation) not in _CONVOLUTIONS:
             continue
         options, number = operation.builtinOptions, int(operation.inputs[0])
-        given = graph.tensors[number]
-        signature = given.shape if given.shapeSignature is None else given.shapeSignature
+        signature = shape_of(graph.tensors[number])
         kernel = graph.tensors[operation.inputs[1]].shape
         dilated = (options.dilationHFactor, options.dilationWFactor) != (1, 1)
         strides = (options.strideH, options.strideW)
         if options.padding != _SAME or strides == (1, 1) or dilated or min(signature[1:]) < 1:
             continue
-        sizes = zip(map(int, signature[1:3]), map(int, kernel[1:3]), strides, strict=True)
+        sizes = zip(signature[1:3], map(int, kernel[1:3]), strides, strict=True)
         totals = [max((-(-size // stride) - 1) * stride + k - size, 0) for size, k, stride in sizes]
         if any(total % 2 for total in totals) or not any(totals):
             continue
-        (rows, columns), shape = (total // 2 for total in totals), np.array(given.shape)
+        rows, columns = (total // 2 for total in totals)
         pads = np.array([[0, 0], [rows, rows], [columns, columns], [0, 0]], np.int32)
-        padded = None if given.shapeSignature is None else given.shapeSignature + pads.sum(axis=1)
-        made = file.add_tensor(
-            graph,
-            name=given.name + b"_padded",
-            shape=shape + pads.sum(axis=1),
-            shapeSignature=padded,
-            type=given.type,
-        )
-        sizes_of_pads = file.add_constant(graph, given.name + b"_pads", pads)
+        made = file.add_like(graph, number, b"_padded", pads.sum(axis=1).__add__)
+        sizes_of_pads = file.add_constant(graph, graph.tensors[number].name + b"_pads", pads)
         replace(operation, number, made)
         file.put_in_front(graph, "PAD", [number, sizes_of_pads], made, [operation])
         options.padding = file.schema.Padding.VALID

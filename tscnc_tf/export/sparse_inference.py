@@ -15,12 +15,12 @@ import numpy as np
 from tscnc_tf import _extras, _reports
 from tscnc_tf._keras import layers
 from tscnc_tf.export import litert, sparse_graph
-from tscnc_tf.export.litert_file import File
+from tscnc_tf.export.litert_file import File, is_litert
+from tscnc_tf.export.report import PROCESSORS
 from tscnc_tf.export.served_file import require_file
 
 __all__ = ["PointwiseConvolution", "SparseInferenceReport", "SparseObstacle", "sparse_inference"]
 
-PROCESSORS = "ARM, WebAssembly, RISC-V, and x86 without AVX"
 _FEW_ZEROS = "no more than two thirds of the weights in its part of the graph are zero"
 _LAYER = "of the convolution itself"
 _NOT_WRITTEN = "the file is not written so; export_litert(sparse=True) would"
@@ -163,7 +163,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
         _extras.require_extra("ai_edge_litert.interpreter", "litert")
         path = require_file(model)
         content = path.read_bytes()
-        if content[4:8] != b"TFL3":
+        if not is_litert(content):
             raise ValueError(f"model is a path, {path}, that is no LiteRT file.")
         return inspected(content, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +177,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
 def inspected(content: bytes, names: Mapping[str, str]) -> SparseInferenceReport:
     """Return the report on a file, given the names of the layers that its tensors are of."""
     file, better = File(content), File(sparse_graph.changed(content, ends=False))
-    has_sparse = any(graph.tensors[number].sparsity for graph, number in file.constants())
+    has_sparse = bool(file.sparse())
     rows, obstacles, faults = [], dict[SparseObstacle, None](), []
     graphs = zip(sparse_graph.graphs(file), sparse_graph.graphs(better), strict=True)
     for graph, other in graphs:
@@ -215,7 +215,7 @@ def _obstacles(
     part = graph.part_of(node)
     found = [node.obstacle] if part is None else part.obstacles
     # What `prepared` has put before a part is there for the other reasons.
-    found = [each for each in found if each.operation != "MAXIMUM"] or found
+    found = [each for each in found if each.operation != sparse_graph.BARRIER] or found
     return [SparseObstacle(_layer(each.tensor, names), *each[1:]) for each in found]
 
 

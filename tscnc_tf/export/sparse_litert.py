@@ -14,7 +14,7 @@ import numpy as np
 
 from tscnc_tf.export import sparse_graph
 from tscnc_tf.export.constants import Converted, Form
-from tscnc_tf.export.litert_file import DTYPES, INT8, File, bytes_of, replace
+from tscnc_tf.export.litert_file import DTYPES, INT8, File, replace
 
 _FLOAT16 = 1
 # Bytes that an operation takes which makes a kernel dense, its tensor and its lists included; and
@@ -39,7 +39,7 @@ def settle(content: bytes) -> Converted:
     """
     file = File(content)
     reasons = {}
-    for graph, number in _sparse(file):
+    for graph, number in file.sparse():
         if reason := _fault(file, graph, number):
             reasons[graph.tensors[number].name.decode()] = reason
             _make_dense(file, graph, number)
@@ -52,26 +52,20 @@ def settle(content: bytes) -> Converted:
         if tensor.sparsity is not None:
             is_run = "FULLY_CONNECTED" in file.kinds(graph, number)
             kind, reason = "sparse" if is_run else "dense on loading", ""
-        forms[name] = Form(kind, bytes_of(file, tensor), reason)
+        forms[name] = Form(kind, file.size(tensor), reason)
     settled, pointwise = file.content(), None
-    if _sparse(file):
-        settled = sparse_graph.prepared(settled)
-        pointwise = sparse_graph.counts(File(settled))
-    for graph, number in _sparse(file):
+    if file.sparse():
+        settled, pointwise = sparse_graph.prepared(settled)
+    for graph, number in file.sparse():
         _make_dense(file, graph, number)
     return Converted(settled, forms, file.content(), pointwise)
-
-
-def _sparse(file: File) -> list[tuple[Any, int]]:
-    """Return the sparse constants."""
-    return [(g, number) for g, number in file.constants() if g.tensors[number].sparsity]
 
 
 def _fault(file: File, graph: Any, number: int) -> str:
     """Return why a sparse kernel is to be dense, or an empty text."""
     tensor = graph.tensors[number]
     is_run = file.kinds(graph, number) == {"FULLY_CONNECTED"}
-    size = bytes_of(file, tensor) + (0 if is_run else _OVERHEAD + _PER_SCALE * _scales(tensor))
+    size = file.size(tensor) + (0 if is_run else _OVERHEAD + _PER_SCALE * _scales(tensor))
     if not len(file.values(tensor)):
         return _EMPTY
     if size >= math.prod(map(int, tensor.shape)) * DTYPES[tensor.type].itemsize:
@@ -107,14 +101,7 @@ def _make_dense(file: File, graph: Any, number: int) -> None:
 
 def _make_dense_on_loading(file: File, graph: Any, number: int) -> None:
     """Put an operation between a sparse tensor and those that would take it for a dense one."""
-    tensor = graph.tensors[number]
-    made = file.add_tensor(
-        graph,
-        name=tensor.name + b"_dense",
-        shape=tensor.shape,
-        type=tensor.type,
-        quantization=tensor.quantization,
-    )
+    made = file.add_like(graph, number, b"_dense")
     others = [each for each in file.readers(graph, number) if file.kind(each) not in _READERS]
     for operation in others:
         replace(operation, number, made)
