@@ -178,6 +178,27 @@ def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
         context.merge_call(update)
 
 
+def require_one_worker(model: Any) -> None:
+    """Raise if several workers are to train a model of Keras 3.
+
+    Raises:
+        NotImplementedError: it was made under `MultiWorkerMirroredStrategy` with several workers.
+    """
+    if not isinstance(model, keras.Model):
+        return
+    strategy = model.distribute_strategy
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    workers = sum(map(len, strategy.cluster_resolver.cluster_spec().as_dict().values()))
+    if workers > 1:
+        raise NotImplementedError(
+            f"model {getattr(model, 'name', model)!r} is of Keras 3, whose fit fails under "
+            f"MultiWorkerMirroredStrategy (here {workers} workers), with and without this package: "
+            "build it of tf_keras.layers, or train on the devices of one machine by "
+            "MirroredStrategy."
+        )
+
+
 def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
     """Return the sums of tensors over all replicas, where this is the code of one of several."""
     context = tf.distribute.get_replica_context()

@@ -31,6 +31,7 @@ from tscnc_tf._keras.flavours import (
     depending_on_batch,
     is_variable,
     library_of,
+    require_one_worker,
     reset_functions,
     tensor_variable,
 )
@@ -578,7 +579,9 @@ def attach(model: Any, pruner: AttachedPruner) -> None:
 
     Raises:
         ValueError: the model has an attribute `pruner` of its own.
+        NotImplementedError: it is of Keras 3, and several workers are to train it.
     """
+    require_one_worker(model)
     plain: Any = type(model)
     if hasattr(model, "pruner"):
         raise ValueError(

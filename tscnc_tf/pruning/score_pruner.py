@@ -536,6 +536,7 @@ class ScorePruner(Pruner):
             variable = tensor_variable(target.variable)
             strategy.extended.update(variable, _act, args=(dense, mask))
 
+    @tf.autograph.experimental.do_not_convert  # it can't read a body that is a docstring only
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
         """Leave what an optimizer keeps for scores as it is: what is pruned may come back."""
 

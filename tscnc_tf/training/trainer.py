@@ -128,6 +128,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
     ) -> None:
         library = _keras.library("model", model)
         _keras.require_built("model", model)
+        flavours.require_one_worker(model)
         inputs.require_attack(attack)
         inputs.require_awp(awp)
         regularizers.require_layouts(model)

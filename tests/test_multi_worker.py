@@ -1,0 +1,101 @@
+"""Two workers in two processes train as two devices of one process do; and go on after a loss."""
+
+from __future__ import annotations
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import multi_worker
+import numpy as np
+import pytest
+import tensorflow as tf
+
+PROGRAM = pathlib.Path(multi_worker.__file__)
+
+
+def two_free_ports() -> int:
+    """Return a port that is free, and whose successor is."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("localhost", 0))
+            port = one.getsockname()[1]
+            try:
+                two.bind(("localhost", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def run(folder: pathlib.Path, stage: str) -> None:
+    """Run both workers until the second has ended; then the first ends, or is stopped."""
+    command = [sys.executable, str(PROGRAM)]
+    port = two_free_ports()
+    logs = [folder / f"{stage}-{index}.log" for index in range(2)]
+    workers = []
+    for index, log in enumerate(logs):
+        with log.open("w") as output:
+            arguments = [str(index), str(port), str(folder), stage]
+            workers.append(
+                subprocess.Popen([*command, *arguments], stdout=output, stderr=subprocess.STDOUT)
+            )
+    try:
+        ended = workers[1].wait(timeout=300)
+        assert ended == (17 if stage == "first" else 0), logs[1].read_text()[-3000:]
+        if stage != "first":  # else it waits for the other one, for longer than a test should
+            assert workers[0].wait(timeout=60) == 0, logs[0].read_text()[-3000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of two workers' results; one was lost at the end, and both were started again."""
+    folder = tmp_path_factory.mktemp("workers")
+    run(folder, "first")
+    assert not list(folder.glob("restored-*"))
+    run(folder, "again")
+    return folder
+
+
+def weights(folder: pathlib.Path, name: str) -> list[np.ndarray]:
+    """Return what was saved under a name."""
+    with np.load(folder / f"{name}.npz") as arrays:
+        return list(arrays.values())
+
+
+def assert_identical(one, two):
+    for each, other in zip(one, two, strict=True):
+        np.testing.assert_array_equal(each, other)
+
+
+@pytest.mark.parametrize("case", multi_worker.CASES)
+def test_both_workers_end_as_two_devices_of_one_process(trained, case):
+    first = weights(trained, f"{case}-0")
+    assert_identical(first, weights(trained, f"{case}-1"))
+    devices = tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+    one_process = multi_worker.train(case, devices)
+    kernels = [each for each in first if each.shape in ((3, 3, 1, 4), (144, 3))][:2]
+    zeros = sum(int(np.sum(each == 0)) for each in kernels)
+    assert zeros == (0 if case == "gates" else 0.75 * (36 + 432))
+    for each, other in zip(first, one_process, strict=True):
+        np.testing.assert_allclose(each, other, atol=1e-6)
+        np.testing.assert_array_equal(each == 0, other == 0)
+
+
+def test_after_the_loss_of_a_worker_the_end_is_the_same(trained):
+    undisturbed = weights(trained, f"{multi_worker.BACKED_UP}-0")
+    for index in range(2):
+        assert_identical(weights(trained, f"restored-{index}"), undisturbed)
+
+
+def test_keras_3_is_refused_by_name(trained):
+    for index in range(2):
+        said = (trained / f"refused-{index}.txt").read_text()
+        assert "MultiWorkerMirroredStrategy" in said
+        assert "tf_keras" in said
