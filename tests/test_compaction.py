@@ -291,6 +291,146 @@ def test_concatenated_channels_go_one_by_one(library):
     assert done.model.get_layer("c").kernel.shape == (2, 2, 6, 5)
 
 
+def joined(library, tensors, how, axis=-1):
+    """Join tensors by the layer, or by a function."""
+    if how == "layer":
+        return library.layers.Concatenate(axis=axis, name="joined")(tensors)
+    return tf.concat(tensors, axis) if library is tf_keras else keras.ops.concatenate(tensors, axis)
+
+
+@both
+@pytest.mark.parametrize("axis", [-1, 3])
+@pytest.mark.parametrize("how", ["layer", "function"])
+def test_joined_channels_go_through_normalisation_and_activation(library, how, axis):
+    layers = library.layers
+    inputs = library.Input((6, 6, 2))
+    a = layers.Conv2D(4, 3, activation="sigmoid", name="a")(inputs)
+    b = layers.Conv2D(5, 3, use_bias=False, name="b")(inputs)
+    x = joined(library, [a, b], how, axis)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Activation("sigmoid")(x)
+    x = layers.Conv2D(3, 2, name="c")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [0, 3])
+    kill(model, "b", [1])
+    unread(model, "c", [4 + 2])
+    norm, kernel = model.get_layer("norm"), model.get_layer("c").kernel.numpy()
+    done = check(model)
+    assert filters(done) == {
+        **{"a": (4, 2), "b": (5, 3), "norm": (9, 5)},
+        **{"c": (3, 3), "logits": (2, 2)},
+    }
+    assert not done.kept
+    assert not done.left_alone
+    # 9·2·2+2 and 9·2·3; 4·5; 4·5·3+3; 3·2+2
+    assert done.parameters_after == 38 + 54 + 20 + 63 + 8
+    sent = np.zeros(9)
+    sent[[0, 3]] = 1 / (1 + np.exp(-model.get_layer("a").bias.numpy()[[0, 3]]))
+    sent = (sent - norm.moving_mean) / np.sqrt(norm.moving_variance + norm.epsilon)
+    sent = 1 / (1 + np.exp(-(sent * norm.gamma + norm.beta)))
+    dead = [0, 3, 5]
+    bias = model.get_layer("c").bias + sent[dead] @ kernel[:, :, dead].sum((0, 1))
+    new = done.model.get_layer("c")
+    np.testing.assert_allclose(new.bias.numpy(), bias, rtol=1e-5)
+    np.testing.assert_array_equal(new.kernel.numpy(), kernel[:, :, [1, 2, 4, 7, 8]])
+
+
+@both
+def test_a_densely_connected_network(library):
+    layers = library.layers
+
+    def norm(x, name):
+        return layers.Activation("relu")(layers.BatchNormalization(name=name)(x))
+
+    inputs = library.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, use_bias=False, name="stem")(inputs)
+    for number in (1, 2):
+        y = layers.Conv2D(6, 1, use_bias=False, name=f"narrow{number}")(norm(x, f"n{number}"))
+        y = layers.Conv2D(3, 3, padding="same", name=f"wide{number}")(norm(y, f"m{number}"))
+        x = layers.Concatenate(name=f"join{number}")([x, y])
+    x = layers.Conv2D(5, 1, use_bias=False, name="transition")(norm(x, "n3"))
+    x = layers.AveragePooling2D(2)(x)
+    x = layers.GlobalAveragePooling2D()(norm(x, "n4"))
+    model = randomise(library.Model(inputs, layers.Dense(3, name="logits")(x)))
+    kill(model, "stem", [2])
+    kill(model, "wide1", [0, 1])
+    kill(model, "wide2", [2])
+    kill(model, "narrow1", [5])
+    kill(model, "transition", [4])
+    model.get_layer("m1").beta.assign([1.0] * 5 + [-9.0])  # zero after ReLU, as "wide1" pads
+    for name in ("n1", "n2", "n3"):
+        beta = model.get_layer(name).beta
+        beta.assign(np.full(beta.shape, 9.0, "float32"))  # not zero after ReLU
+    unread(model, "transition", [3])  # which "narrow1" and "narrow2" still read
+    done = check(model)
+    assert filters(done) == {
+        **{"stem": (4, 3), "n1": (4, 3), "narrow1": (6, 5), "m1": (6, 5), "wide1": (3, 1)},
+        **{"n2": (7, 4), "narrow2": (6, 6), "m2": (6, 6), "wide2": (3, 2)},
+        **{"n3": (10, 6), "transition": (5, 4), "n4": (5, 4), "logits": (3, 3)},
+    }
+    assert not done.kept
+    assert not done.left_alone
+    # "narrow1", "narrow2" and "transition" got a bias for what the dead channels sent
+    blocks = [(12, 3 * 5 + 5, 20, 9 * 5 + 1), (16, 4 * 6 + 6, 24, 9 * 6 * 2 + 2)]
+    rest = (9 * 3 * 3, 24, 6 * 4 + 4, 16, 4 * 3 + 3)
+    assert done.parameters_after == sum(map(sum, [*blocks, rest]))
+
+
+@both
+def test_a_branch_joined_with_itself_and_read_elsewhere(library):
+    layers = library.layers
+    inputs = library.Input((5,))
+    a = layers.Dense(6, activation="sigmoid", name="a")(inputs)
+    twice = layers.Concatenate(name="twice")([a, a])
+    x = layers.Dense(3, activation="tanh", name="first")(twice)
+    y = layers.Dense(3, name="second")(a)
+    x = layers.Concatenate(name="joined")([x, y, a])
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [0])
+    unread(model, "first", [1, 6 + 1])  # of both copies, ...
+    unread(model, "first", [2, 6 + 2, 3])
+    unread(model, "second", [1, 2])  # ... and here, ...
+    unread(model, "logits", [6 + 1])  # ... and there; of 2 not there, and of 3 one copy only
+    done = check(model)
+    assert filters(done) == {"a": (6, 4), "first": (3, 3), "second": (3, 3), "logits": (2, 2)}
+    assert done.model.get_layer("first").kernel.shape == (2 * 4, 3)
+    assert done.model.get_layer("second").kernel.shape == (4, 3)
+    assert done.model.get_layer("logits").kernel.shape == (3 + 3 + 4, 2)
+    assert done.parameters_after == (5 * 4 + 4) + (8 * 3 + 3) + (4 * 3 + 3) + (10 * 2 + 2)
+    assert not done.kept
+
+
+@both
+def test_of_a_branch_that_is_entirely_dead_one_channel_stays(library):
+    layers = library.layers
+    inputs = library.Input((5,))
+    a = layers.Dense(4, activation="sigmoid", name="a")(inputs)
+    x = layers.Concatenate(name="joined")([a, inputs])
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", range(4))
+    done = check(model)
+    assert filters(done) == {"a": (4, 1), "logits": (2, 2)}
+    assert reasons(done, "a") == {"Keras has no layers without any filter": 1}
+
+
+@both
+@pytest.mark.parametrize("how", ["layer", "function"])
+def test_what_is_joined_along_another_axis_stays(library, how):
+    layers = library.layers
+    inputs = library.Input((4, 5))
+    a, b = (layers.Dense(6, name=name)(inputs) for name in "ab")
+    x = joined(library, [a, b], how, axis=1)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [0])
+    kill(model, "b", [0])
+    done = check(model)
+    assert done.parameters_after == done.parameters_before
+    (left,) = done.left_alone
+    assert left.reason.endswith(") joins axis 1, not the channels")
+    assert reasons(done, "a") == reasons(done, "b") == {left.reason: 1}
+
+
 @both
 def test_depthwise_and_separable_convolutions(library):
     layers = library.layers

@@ -42,11 +42,13 @@ _COMBINING: dict[str, dict[str, Any]] = {
     "Minimum": {"function": np.minimum},
     "Multiply": {"function": np.multiply, "absorbs": True},
 }
-# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras makes layers of.
-_ARITHMETIC = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
+# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras makes layers of;
+# first those that are the same as a layer.
+_SAME_AS = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
     "math.multiply": "Multiply",
     "math.maximum": "Maximum",
     "math.minimum": "Minimum",
+    "concat": "Concatenate",
 }
 _FUNCTIONS = {"Negative", "Divide", "TrueDivide", "Relu", "ReLU", "Relu6", "ReLU6"} | {
     *("Sigmoid", "HardSigmoid", "Silu", "HardSilu", "Tanh"),
@@ -127,7 +129,7 @@ class Reader:
         if name in _COMBINING:
             return [self._combination(call, name)]
         if name == "Concatenate":
-            return [self._concatenation(call)]
+            return [self._concatenation(call, call.layer.axis)]
         if len(call.inputs) != 1:
             raise _NotUnderstoodError("is not understood")
         if name == "Dense":
@@ -251,9 +253,9 @@ class Reader:
         reason = f"at {call.name!r} another branch still uses the channel"
         return Combination(call, call.inputs, call.outputs, reason, **_COMBINING[name])
 
-    def _concatenation(self, call: Call) -> Operation:
-        if call.layer.axis not in (-1, len(call.inputs[0].shape) - 1):
-            raise _NotUnderstoodError(f"joins axis {call.layer.axis}, not the channels")
+    def _concatenation(self, call: Call, axis: Any) -> Operation:
+        if axis not in (-1, len(call.inputs[0].shape) - 1):
+            raise _NotUnderstoodError(f"joins axis {axis}, not the channels")
         return Concatenation(call, call.inputs, call.outputs)
 
     def _function(self, call: Call) -> list[Step]:
@@ -265,7 +267,9 @@ class Reader:
             name = call.layer.symbol or ""
         else:
             raise _NotUnderstoodError("is not understood")
-        combining = _ARITHMETIC.get(name, name)
+        combining = _SAME_AS.get(name, name)
+        if combining == "Concatenate":
+            return [self._concatenation(call, _axis_of(call))]
         if combining in _COMBINING and len(call.inputs) == 2:
             return [self._combination(call, combining)]
         scalars = tf.nest.flatten((call.args, list(call.kwargs.values())))
@@ -350,6 +354,12 @@ def count_flops(call: Call, layer: Any) -> int | None:
     present = [getattr(layer, kernel, None) for kernel in kernels]
     entries = {id(kernel): math.prod(kernel.shape) for kernel in present if kernel is not None}
     return 2 * sum(entries.values()) * positions
+
+
+def _axis_of(call: Call) -> Any:
+    """Return the axis that a function of Keras 3 or TensorFlow joins its inputs along."""
+    given = (*call.args[1:], call.kwargs.get("axis"))  # tf.concat(values, axis)
+    return getattr(call.layer, "axis", given[0])
 
 
 def _values(variable: Any) -> np.ndarray:
