@@ -469,6 +469,149 @@ def test_depthwise_and_separable_convolutions(library):
     assert rows["separable"].flops_after == 2 * (54 + 18) * 36
 
 
+def grouped_network(library, padding="valid", **options):
+    """A block of ResNeXt: 12 channels in 4 groups of 3, which make 2 each."""
+    layers = library.layers
+    inputs = library.Input((7, 7, 2))
+    x = layers.Conv2D(12, 1, name="expand")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Activation("sigmoid")(x)
+    options = {"groups": 4, "padding": padding, "activation": "softplus"} | options
+    x = layers.Conv2D(8, 3, name="grouped", **options)(x)
+    x = layers.Conv2D(3, 1, name="project")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    return randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+
+
+@both
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_dead_groups_go_whole(library, use_bias):
+    model = grouped_network(library, use_bias=use_bias)
+    kill(model, "grouped", [2, 3])  # the second group
+    unread(model, "project", [6, 7])  # the fourth
+    kernel = model.get_layer("grouped").kernel.numpy()
+    done = check(model)
+    assert filters(done) == {
+        **{"expand": (12, 6), "norm": (12, 6), "grouped": (8, 4)},
+        **{"project": (3, 3), "logits": (2, 2)},
+    }
+    new = done.model.get_layer("grouped")
+    assert (new.groups, new.use_bias) == (2, use_bias)
+    np.testing.assert_array_equal(new.kernel.numpy(), kernel[..., [0, 1, 4, 5]])
+    np.testing.assert_array_equal(
+        done.model.get_layer("expand").kernel.numpy(),
+        model.get_layer("expand").kernel.numpy()[..., [0, 1, 2, 6, 7, 8]],
+    )
+    # 2·6+6, 4·6, 3·3·3·4 (+4), 4·3+3, 3·2+2
+    assert done.parameters_after == 18 + 24 + 108 + 4 * use_bias + 15 + 8
+    rows = {row.name: row for row in done.layers}
+    assert (rows["grouped"].flops_before, rows["grouped"].flops_after) == (
+        2 * 216 * 25,
+        2 * 108 * 25,
+    )
+    assert not done.kept
+    assert not done.left_alone
+
+
+@both
+def test_groups_lose_equal_numbers_of_inputs_and_filters(library):
+    model = grouped_network(library)
+    kill(model, "expand", [0, 4, 8, 9])  # one of each group, a constant that is not zero
+    kill(model, "grouped", [1, 2, 5, 7])
+    kernel, bias = (variable.numpy() for variable in model.get_layer("grouped").weights)
+    norm = model.get_layer("norm")
+    sent = (model.get_layer("expand").bias - norm.moving_mean) * norm.gamma
+    sent = (sent / np.sqrt(norm.moving_variance + norm.epsilon) + norm.beta).numpy()
+    sent = 1 / (1 + np.exp(-sent))
+    done = check(model)
+    assert filters(done) == {
+        **{"expand": (12, 8), "norm": (12, 8), "grouped": (8, 4)},
+        **{"project": (3, 3), "logits": (2, 2)},
+    }
+    new = done.model.get_layer("grouped")
+    assert new.groups == 4
+    assert new.kernel.shape == (3, 3, 2, 4)
+    for place, (filter_, dead) in enumerate(zip([0, 3, 4, 6], [0, 4, 8, 9], strict=True)):
+        rest = np.delete(kernel[..., filter_], dead % 3, axis=-1)
+        np.testing.assert_array_equal(new.kernel.numpy()[..., place], rest)
+        folded = bias[filter_] + sent[dead] * kernel[:, :, dead % 3, filter_].sum()
+        np.testing.assert_allclose(new.bias.numpy()[place], folded, rtol=1e-5)
+    assert done.parameters_after == (2 * 8 + 8) + 32 + (9 * 2 * 4 + 4) + (4 * 3 + 3) + 8
+    assert not done.kept
+
+
+@both
+def test_groups_with_fewer_dead_channels_hold_those_of_others(library):
+    model = grouped_network(library)
+    kill(model, "expand", [0, 1, 3, 6, 7, 8, 9])  # two, one, three and one
+    kill(model, "grouped", [0, 2, 4, 5])  # one, one, two and none
+    done = check(model)  # the third group goes; of the first, a dead input stays, and two filters
+    assert filters(done) == {
+        **{"expand": (12, 6), "norm": (12, 6), "grouped": (8, 6)},
+        **{"project": (3, 3), "logits": (2, 2)},
+    }
+    assert done.model.get_layer("grouped").groups == 3
+    reason = "'grouped' has groups of equal size"
+    assert reasons(done, "expand") == {reason: 1}
+    assert reasons(done, "grouped") == {reason: 2}
+    again = check(done.model)
+    assert again.parameters_after == again.parameters_before
+
+
+@both
+def test_groups_whose_inputs_are_read_elsewhere_stay(library):
+    layers = library.layers
+    inputs = library.Input((7, 6))
+    x = layers.Dense(6, activation="tanh", name="a")(inputs)
+    y = layers.Conv1D(6, 2, groups=3, padding="same", name="grouped")(x)
+    y = layers.Conv1D(4, 3, groups=2, name="second")(y)
+    x = layers.Concatenate()([layers.Flatten()(y), layers.Flatten()(x)])
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "grouped", [0, 1])
+    kill(model, "second", [0])
+    kill(model, "a", [4])
+    model.get_layer("a").bias.assign([1.0] * 6)
+    done = check(model)
+    assert filters(done)["grouped"] == (6, 6)
+    reason = "'grouped' has groups of equal size"
+    assert reasons(done, "grouped") == {reason: 2}
+    assert reasons(done, "second") == {"'second' has groups of equal size": 1}
+    assert reasons(done, "a") == {"'grouped' pads a constant with zeros (padding='same')": 1}
+
+
+@both
+def test_of_groups_that_are_all_dead_one_filter_stays(library):
+    model = grouped_network(library, padding="same")
+    kill(model, "grouped", range(8))
+    done = check(model)
+    assert filters(done) == {
+        **{"expand": (12, 1), "norm": (12, 1), "grouped": (8, 1)},
+        **{"project": (3, 1), "logits": (2, 2)},
+    }
+    assert done.model.get_layer("grouped").groups == 1
+    assert reasons(done, "grouped") == {"Keras has no layers without any filter": 1}
+
+
+@both
+@pytest.mark.parametrize("kind", ["Conv1D", "Conv2D"])
+def test_grouped_convolutions_one_after_the_other(library, kind):
+    layers = library.layers
+    convolution = getattr(layers, kind)
+    inputs = library.Input((9,) * int(kind[4]) + (4,))
+    x = convolution(8, 2, groups=2, activation="sigmoid", name="one")(inputs)
+    x = convolution(8, 2, groups=4, activation="sigmoid", name="two")(x)
+    x = convolution(6, 2, groups=2, name="three")(x)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(layers.Flatten()(x))))
+    kill(model, "one", [0, 1, 4, 5])
+    kill(model, "two", [2, 6])
+    kill(model, "three", [0, 3])
+    done = check(model)
+    # The first and third group of "two" read constants only: they go with what "three" reads there.
+    assert filters(done) == {"one": (8, 4), "two": (8, 2), "three": (6, 4), "logits": (2, 2)}
+    assert [done.model.get_layer(name).groups for name in ("one", "two", "three")] == [2, 2, 2]
+    assert not done.kept
+
+
 @both
 def test_squeeze_and_excite_lets_zero_channels_go(library):
     layers = library.layers
@@ -604,13 +747,12 @@ def test_layers_that_are_not_understood_are_left_alone_and_named(library):
     x = layers.Conv2D(4, 1, name="b")(x)
     x = Doubled(name="doubled")(x)
     x = MyConv(4, 1, name="mine")(x)
-    x = layers.Conv2D(4, 1, groups=2, name="grouped")(x)
     x = layers.Conv2D(4, 1, name="c")(x)
     x = layers.LayerNormalization(name="layernorm")(x)
     x = layers.Conv2D(4, 1, activation="softmax", name="d")(x)
     x = layers.Conv2D(4, 1, name="e")(x)
     model = randomise(library.Model(inputs, layers.GlobalAveragePooling2D()(x)))
-    for name in ("shared", "a", "b", "mine", "grouped", "c", "d"):
+    for name in ("shared", "a", "b", "mine", "c", "d"):
         kill(model, name, [0, 1])
     done = check(model)
     assert done.parameters_after == done.parameters_before
@@ -619,7 +761,6 @@ def test_layers_that_are_not_understood_are_left_alone_and_named(library):
         "flip": "'flip' (Lambda) is not understood",
         "doubled": "'doubled' (Doubled) is not understood",
         "mine": "'mine' (MyConv) is not understood",
-        "grouped": "'grouped' (Conv2D) is a convolution of 2 groups",
         "layernorm": "'layernorm' (LayerNormalization) is not understood",
         "d": "'d' has the activation softmax, which may mix channels",
     }
@@ -991,7 +1132,18 @@ def test_a_compacted_model_can_be_saved_and_trained(library, tmp_path):
 @st.composite
 def networks(draw):
     """Steps of a random network, and which filters of it are dead."""
-    kinds = ("conv", "same", "norm", "act", "depthwise", "residual", "concat", "pool", "gate")
+    kinds = (
+        "conv",
+        "same",
+        "norm",
+        "act",
+        "depthwise",
+        "residual",
+        "concat",
+        "pool",
+        "gate",
+        "grouped",
+    )
     steps = draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=6))
     return steps, draw(st.integers(0, 2**16)), draw(st.sampled_from([0.3, 0.6, 0.9]))
 
@@ -1018,6 +1170,10 @@ def build(library, steps, rng):
             x = layers.Add()([x, layers.Conv2D(channels, 1)(y)])
         elif kind == "concat":
             x = layers.Concatenate()([layers.Conv2D(3, 1, activation=act)(x), x])
+        elif kind == "grouped":
+            x = layers.Conv2D(6, 1, activation=act)(x)
+            padding = "same" if size < 2 or rng.integers(2) else "valid"
+            x = layers.Conv2D(9, 2, groups=3, padding=padding, activation=act)(x)
         elif kind == "pool":
             x = layers.MaxPooling2D(2, strides=1, padding="same")(x)
         else:

@@ -160,15 +160,13 @@ class Reader:
         layer = call.layer
         if getattr(layer, "lora_enabled", False):
             raise _NotUnderstoodError("has a low-rank addition")
+        options: dict[str, Any] = {"size": "filters", "folds": _needs_no_padding(call)}
         if getattr(layer, "groups", 1) != 1:
-            return self._activated(call, [_grouped(call)])
-        folds = _needs_no_padding(call)
+            options |= {"kind": Grouped, "groups": layer.groups}
         if transposed:  # its windows overlap differently at the border, whatever the padding
             folds = {*layer.kernel_size, *layer.strides} == {1}
-        return self._activated(
-            call,
-            [_linear(call, call.inputs, size="filters", folds=folds, transposed=transposed)],
-        )
+            options |= {"transposed": True, "folds": folds}
+        return self._activated(call, [_linear(call, call.inputs, **options)])
 
     def _depthwise(self, call: Call) -> list[Step]:
         attribute = "depthwise_kernel" if self.library is _keras.tf_keras else "kernel"
@@ -309,18 +307,14 @@ def _scaling(call: Call) -> Scaling:
     return Scaling(call, call.inputs, call.outputs, reason)
 
 
-def _grouped(call: Call) -> Grouped:
-    groups = call.layer.groups
-    reason = f"{call.name!r} ({type(call.layer).__name__}) is a convolution of {groups} groups"
-    kernel = _values(call.layer.kernel)
-    outputs = [_like(call.outputs[0])]
-    return Grouped(
-        call, call.inputs, outputs, reason, attribute="kernel", kernel=kernel, groups=groups
-    )
-
-
-def _linear(call: Call, inputs: list[Tensor], attribute: str = "kernel", **options: Any) -> Linear:
-    return Linear(
+def _linear(
+    call: Call,
+    inputs: list[Tensor],
+    attribute: str = "kernel",
+    kind: type[Linear] = Linear,
+    **options: Any,
+) -> Linear:
+    return kind(
         call,
         inputs,
         [_like(call.outputs[0])],

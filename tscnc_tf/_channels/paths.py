@@ -14,7 +14,6 @@ from tscnc_tf._channels.operations import (
     Combination,
     Depthwise,
     Followed,
-    Grouped,
     Linear,
 )
 
@@ -61,7 +60,7 @@ def weights_on_paths(model: Any) -> dict[int, int]:
             reached[step.inputs[0]], wanted[step.outputs[0]]
         )
         for step in steps
-        if isinstance(step, Linear | Depthwise | Grouped)
+        if isinstance(step, Linear | Depthwise)
     }
 
 

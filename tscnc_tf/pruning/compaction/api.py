@@ -33,15 +33,17 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     thereby, and so on. Constants are followed through BatchNorm (in inference mode), element-wise
     activations, pooling, flattening, additions, products and concatenations, and a layer without a
     bias gets one if it needs it. A channel that is added to others (a residual network) goes only
-    if every branch can lose it.
+    if every branch can lose it, and one that is concatenated in several places only from all of
+    them. Of a convolution in groups, dead groups go whole; the others lose as many inputs, and as
+    many filters, as are dead in each of them, since Keras has groups of equal size only.
 
     What can't be removed stays, and `kept` says why: a constant other than zero, say, does not fold
     into a convolution with padding="same", since that sees zeros at the border. Layers that are not
-    understood (attention, recurrent layers, `Lambda`, your own classes, grouped convolutions,
-    layers that are used twice, ...) are left alone with all channels that touch them, and
-    `left_alone` names them. Inputs and outputs of the model keep their shapes, layers their names,
-    dtypes, regularizers and `trainable`. The result is for inference: in training, BatchNorm and
-    dropout would have treated the constants differently.
+    understood (attention, recurrent layers, `Lambda`, your own classes, layers that are used twice,
+    ...) are left alone with all channels that touch them, and `left_alone` names them. Inputs and
+    outputs of the model keep their shapes, layers their names, dtypes, regularizers and
+    `trainable`. The result is for inference: in training, BatchNorm and dropout would have treated
+    the constants differently.
 
     Args:
         model: a Sequential or functional model of either Keras, built, without pruning wrappers
