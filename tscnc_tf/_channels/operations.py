@@ -254,16 +254,21 @@ class _Weighted(Operation):
     """An operation with a kernel.
 
     Attributes:
-        attribute, kernel: the kernel and the layer's name for it.
+        attribute, kernel: the kernel and the layer's name for it; "part.kernel" if a layer inside
+            of the layer has it.
         bias: or None.
+        bias_attribute: the layer's name for it.
         folds: whether a constant c of an input channel adds the same c · Σ kernel everywhere.
             With zeros around the input it does not, unless c = 0.
+        counts: whether its outputs are filters of the layer, and not only something in between.
     """
 
     attribute: str
     kernel: np.ndarray
     bias: np.ndarray | None
+    bias_attribute: str = "bias"
     folds: bool = True
+    counts: bool = True
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -330,30 +335,42 @@ class Linear(_Weighted):
         """Yield nothing: inputs and filters go each by themselves."""
         yield from ()
 
-    def _kept_kernel(self, rows: Channels, columns: Channels) -> np.ndarray:
-        """Return the kernel for the inputs and outputs that stay."""
+    def _kept_kernel(self, plan: ChannelPlan) -> np.ndarray:
+        """Return the kernel for the inputs and outputs that stay, of the shape that it has."""
+        rows, columns = plan.keeps[self.inputs[0]], plan.keeps[self.output]
         kernel = self._forwards()[..., rows, :][..., columns]
         return np.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
-    def _sizes(self, rows: Channels, columns: Channels) -> dict[str, Any]:  # noqa: ARG002
+    def _kept_bias(self, bias: Channels, plan: ChannelPlan) -> np.ndarray:  # noqa: ARG002
+        """Return the bias of the outputs that stay, of the shape that it has."""
+        return bias
+
+    def _sizes(self, plan: ChannelPlan) -> dict[str, Any]:
         """Return the configuration for the inputs and outputs that stay."""
-        return {self.size: int(columns.sum())}
+        return {self.size: int(plan.keeps[self.output].sum())}
+
+    def _added(self, plan: ChannelPlan) -> Channels:
+        """Return what the inputs that go have added to the outputs that stay."""
+        # What is removed is unread, or constant; of a constant that stays nothing is to be added.
+        given, gone = plan.constants[self.inputs[0]], ~plan.keeps[self.inputs[0]]
+        return self._folded(given, gone & self.foldable(given))[plan.keeps[self.output]]
+
+    def _gets_bias(self, plan: ChannelPlan) -> bool:
+        """Tell whether the layer needs a bias, and has none."""
+        return self.bias is None and bool(self._added(plan).any())
 
     def edit(self, plan: ChannelPlan) -> Edit:
         """Return the rows and columns that stay, and the bias with what the others added."""
-        rows, columns = plan.keeps[self.inputs[0]], plan.keeps[self.output]
-        config = self._sizes(rows, columns)
-        weights = {self.attribute: self._kept_kernel(rows, columns)}
-        # What is removed is unread, or constant; of a constant that stays nothing is to be added.
-        given = plan.constants[self.inputs[0]]
-        added = self._folded(given, ~rows & self.foldable(given))[columns]
+        config, added = self._sizes(plan), self._added(plan)
+        weights = {self.attribute: self._kept_kernel(plan)}
         if self.bias is not None:
-            bias = self.bias[columns]
+            bias = self.bias[plan.keeps[self.output]]
             shifted = (bias.astype(np.float64) + added).astype(bias.dtype)
-            weights["bias"] = np.where(added != 0, shifted, bias)
-        elif added.any():
+            bias = np.where(added != 0, shifted, bias)
+            weights[self.bias_attribute] = self._kept_bias(bias, plan)
+        elif self._gets_bias(plan):
             config["use_bias"] = True
-            weights["bias"] = added.astype(self.kernel.dtype)
+            weights[self.bias_attribute] = self._kept_bias(added.astype(self.kernel.dtype), plan)
         return Edit(config, weights)
 
 
@@ -397,25 +414,25 @@ class Grouped(Linear):
         return [filled(side, alive).reshape(-1) for side in (rows, columns)]
 
     def _by_group(self, kept: Channels) -> list[np.ndarray]:
-        """Return the places within their group of the channels that stay, for each group left."""
-        return [np.flatnonzero(group) for group in kept.reshape(self.groups, -1) if group.any()]
+        """Return the places in their group of the channels that stay, for each group."""
+        return [np.flatnonzero(group) for group in kept.reshape(self.groups, -1)]
 
-    def _kept_kernel(self, rows: Channels, columns: Channels) -> np.ndarray:
-        alive = columns.reshape(self.groups, -1).any(axis=1)
-        kernels = np.split(self.kernel, self.groups, axis=-1)
+    def _kept_kernel(self, plan: ChannelPlan) -> np.ndarray:
         parts = [
-            kernel[..., places, :][..., filters]
-            for kernel, places, filters in zip(
-                [kernels[group] for group in np.flatnonzero(alive)],
-                self._by_group(rows),
-                self._by_group(columns),
+            kernel[..., rows, :][..., columns]
+            for kernel, rows, columns in zip(
+                np.split(self.kernel, self.groups, axis=-1),
+                self._by_group(plan.keeps[self.inputs[0]]),
+                self._by_group(plan.keeps[self.output]),
                 strict=True,
             )
+            if columns.size
         ]
         return np.concatenate(parts, axis=-1)
 
-    def _sizes(self, rows: Channels, columns: Channels) -> dict[str, Any]:
-        return super()._sizes(rows, columns) | {"groups": len(self._by_group(columns))}
+    def _sizes(self, plan: ChannelPlan) -> dict[str, Any]:
+        groups = sum(columns.size > 0 for columns in self._by_group(plan.keeps[self.output]))
+        return super()._sizes(plan) | {"groups": groups}
 
 
 def filled(held: np.ndarray, chosen: Channels) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def weights_on_paths(model: Any) -> dict[int, int]:
     reached = _reached(graph.inputs, steps)
     wanted = _wanted(graph.outputs, steps, reached)
     return {
-        id(getattr(step.call.layer, step.attribute)): step.between(
+        id(operator.attrgetter(step.attribute)(step.call.layer)): step.between(
             reached[step.inputs[0]], wanted[step.outputs[0]]
         )
         for step in steps

@@ -35,13 +35,15 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     bias gets one if it needs it. A channel that is added to others (a residual network) goes only
     if every branch can lose it, and one that is concatenated in several places only from all of
     them. Of a convolution in groups, dead groups go whole; the others lose as many inputs, and as
-    many filters, as are dead in each of them, since Keras has groups of equal size only.
+    many filters, as are dead in each of them, since Keras has groups of equal size only. Of
+    `MultiHeadAttention`, heads go whose values are all constants, or are not read by the output
+    projection, and as many values as are dead in each of the other heads; sizes of keys stay.
 
     What can't be removed stays, and `kept` says why: a constant other than zero, say, does not fold
     into a convolution with padding="same", since that sees zeros at the border. Layers that are not
-    understood (attention, recurrent layers, `Lambda`, your own classes, layers that are used twice,
-    ...) are left alone with all channels that touch them, and `left_alone` names them. Inputs and
-    outputs of the model keep their shapes, layers their names, dtypes, regularizers and
+    understood (recurrent layers, `GroupQueryAttention`, `Lambda`, your own classes, layers that are
+    used twice, ...) are left alone with all channels that touch them, and `left_alone` names them.
+    Inputs and outputs of the model keep their shapes, layers their names, dtypes, regularizers and
     `trainable`. The result is for inference: in training, BatchNorm and dropout would have treated
     the constants differently.
 

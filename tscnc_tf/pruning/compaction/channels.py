@@ -164,20 +164,16 @@ class ChannelAnalysis:
             changed |= bool(backwards.any() or forwards.any())
         return changed
 
-    def obstacles(self) -> dict[Call, dict[str, int]]:
+    def obstacles(self) -> dict[Call, collections.Counter[str]]:
         """Return why filters stay whose output is constant or not needed."""
-        inner = {o.inputs[0] for o in self.operations if o.inputs[0] not in o.call.inputs}
-        inner = {o.inputs[0] for o in self.operations if isinstance(o, Linear)} & inner
-        found: dict[Call, dict[str, int]] = {}
+        found: dict[Call, collections.Counter[str]] = {}
         for operation in self.operations:
-            if not isinstance(operation, Linear | Depthwise):
+            if not isinstance(operation, Linear | Depthwise) or not operation.counts:
                 continue
             made = operation.output
-            if made in inner:
-                continue  # of a separable convolution, the filters are those of its second half
             held, reasons = self.held[made], self.reasons[made]
             dead = (np.isfinite(self.constants[made]) | ~self.needed[made]) & (held != "")
             if dead.any():
-                texts = np.where(reasons == "", held, reasons)[dead]
-                found[operation.call] = dict(collections.Counter(texts.tolist()))
+                texts = collections.Counter(np.where(reasons == "", held, reasons)[dead].tolist())
+                found[operation.call] = found.get(operation.call, collections.Counter()) + texts
         return found
