@@ -937,6 +937,76 @@ def test_a_nested_model_that_is_used_twice_is_left_alone(library):
     assert reasons(done, "first") == {"'inner' (Sequential) is used 2 times": 1}
 
 
+def subclass(library, kind):
+    """A built model of a class of its own, with methods that its copy may have or not."""
+    layers = library.layers
+    inputs = library.Input((5,))
+    hidden = layers.Dense(4, activation="sigmoid", name="hidden")
+    head = layers.Dense(2, name="logits")
+    if kind == "sequential":
+
+        class Own(library.Sequential):
+            def describe(self):
+                return "mine"
+
+        return Own([inputs, hidden, head], name="own")
+    if kind == "constructor":
+
+        class Own(library.Model):
+            def __init__(self, width=2, **options):
+                outputs = head(hidden(inputs))
+                super().__init__(inputs=inputs, outputs=outputs, **options)
+                self.width = width
+
+        return Own(name="own")
+
+    class Own(library.Model):
+        def train_step(self, data):
+            return {"loss": tf.reduce_sum(data[0])}
+
+    return Own(inputs, head(hidden(inputs)), name="own")
+
+
+@both
+@pytest.mark.parametrize("kind", ["sequential", "constructor", "same constructor"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_subclasses_with_a_graph(library, kind, pruned):
+    model = randomise(subclass(library, kind))
+    own = type(model)
+    kill(model, "hidden", [1, 3])
+    if pruned:  # the pruner gives the model another class
+        pruner = tscnc.pruning.Pruner(model, tscnc.schedules.OneShot(0.5), layers="logits")
+        pruner.finalize()
+        done = compact(model)
+        np.testing.assert_allclose(done.model(probe(model)), model(probe(model)), atol=1e-5)
+    else:
+        done = check(model)
+    read = model.get_layer("logits").kernel.numpy()[[0, 2]].any(axis=1)
+    assert pruned or read.all()
+    assert filters(done)["hidden"] == (4, read.sum())
+    plain = {"sequential": library.Sequential, "constructor": None}.get(kind, own)
+    if plain is None:
+        plain = type(library.Model(i := library.Input((1,)), library.layers.Dense(1)(i)))
+    assert type(done.model) is plain
+    assert done.model.name == "own"
+
+
+@both
+def test_a_subclass_with_a_graph_inside_of_another_model(library):
+    layers = library.layers
+    inputs = library.Input((3,))
+    inner = subclass(library, "constructor")
+    x = layers.Dense(5, activation="tanh", name="first")(inputs)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="last")(inner(x))))
+    kill(inner, "hidden", [0])
+    kill(inner, "logits", [1])
+    kill(model, "first", [2])
+    sizes = filters(check(model))
+    assert sizes == {
+        **{"first": (5, 4), "own/hidden": (4, 3), "own/logits": (2, 1), "last": (2, 2)}
+    }
+
+
 def tripled(x):
     return 3.0 * x
 
@@ -1067,8 +1137,13 @@ def test_what_can_not_be_compacted_gets_an_error_with_a_way_out(library):
         def call(self, inputs):
             return inputs
 
-    with pytest.raises(ValueError, match="subclassed model"):
+    with pytest.raises(ValueError, match=r"subclassed model \(Own\).* build it as a Sequential"):
         compact(Own())
+    trainer = tscnc.AdversarialTraining(
+        dense_model(library), attack=tscnc.attacks.FGSM(epsilon=0.1), loss=tscnc.losses.Madry()
+    )
+    with pytest.raises(ValueError, match=r"not the trainer: pass trainer\.model"):
+        compact(trainer)
 
     class Changed(library.Model):
         def call(self, inputs, training=None, mask=None):

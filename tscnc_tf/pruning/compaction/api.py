@@ -49,8 +49,10 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
     Args:
         model: a Sequential or functional model of either Keras, built, without pruning wrappers
-            and without gates. Nested models are followed. It is not changed, but for the masks of
-            its `Pruner` being applied, if it has one; the smaller model has none
+            and without gates. Nested models are followed. A class of your own on top of these may
+            have more methods, and no `call`: of a functional one the result is of the same class,
+            if its constructor takes inputs and outputs, else of Keras' own. It is not changed, but
+            for the masks of its `Pruner` being applied, if it has one; the smaller model has none
             (`pruning.freeze_mask` keeps its zeros where it is trained on).
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
             rows drawn from U[0, 1), seeded.
@@ -63,7 +65,8 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is subclassed, not built, still wrapped for pruning or gated, holds a layer
+        ValueError: it is subclassed with a `call` of its own or holds such a model, is a trainer
+            (pass `trainer.model`), not built, still wrapped for pruning or gated, holds a layer
             that can't be rebuilt from its configuration, or `probe` does not fit it.
         RuntimeError: the logits differ by more than the tolerance; no model is returned.
 
@@ -85,7 +88,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         Hao Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, for removing filters and
         the weights that read them.
     """
-    library = _keras.library("model", model)
+    library = flavours.require_network(model)
     _keras.require_graph_model("model", model)
     _keras.require_built("model", model)
     if library is _keras.tf_keras and wrappers.wrapped_layers(model):
