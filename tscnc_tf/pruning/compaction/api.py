@@ -41,7 +41,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
     What can't be removed stays, and `kept` says why: a constant other than zero, say, does not fold
     into a convolution with padding="same", since that sees zeros at the border. Layers that are not
-    understood (recurrent layers, `GroupQueryAttention`, `Lambda`, your own classes, layers that are
+    understood (recurrent layers, `LayerNormalization`, `Lambda`, your own classes, layers that are
     used twice, ...) are left alone with all channels that touch them, and `left_alone` names them.
     Inputs and outputs of the model keep their shapes, layers their names, dtypes, regularizers and
     `trainable`. The result is for inference: in training, BatchNorm and dropout would have treated
