@@ -291,6 +291,146 @@ def test_concatenated_channels_go_one_by_one(library):
     assert done.model.get_layer("c").kernel.shape == (2, 2, 6, 5)
 
 
+def joined(library, tensors, how, axis=-1):
+    """Join tensors by the layer, or by a function."""
+    if how == "layer":
+        return library.layers.Concatenate(axis=axis, name="joined")(tensors)
+    return tf.concat(tensors, axis) if library is tf_keras else keras.ops.concatenate(tensors, axis)
+
+
+@both
+@pytest.mark.parametrize("axis", [-1, 3])
+@pytest.mark.parametrize("how", ["layer", "function"])
+def test_joined_channels_go_through_normalisation_and_activation(library, how, axis):
+    layers = library.layers
+    inputs = library.Input((6, 6, 2))
+    a = layers.Conv2D(4, 3, activation="sigmoid", name="a")(inputs)
+    b = layers.Conv2D(5, 3, use_bias=False, name="b")(inputs)
+    x = joined(library, [a, b], how, axis)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Activation("sigmoid")(x)
+    x = layers.Conv2D(3, 2, name="c")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [0, 3])
+    kill(model, "b", [1])
+    unread(model, "c", [4 + 2])
+    norm, kernel = model.get_layer("norm"), model.get_layer("c").kernel.numpy()
+    done = check(model)
+    assert filters(done) == {
+        **{"a": (4, 2), "b": (5, 3), "norm": (9, 5)},
+        **{"c": (3, 3), "logits": (2, 2)},
+    }
+    assert not done.kept
+    assert not done.left_alone
+    # 9·2·2+2 and 9·2·3; 4·5; 4·5·3+3; 3·2+2
+    assert done.parameters_after == 38 + 54 + 20 + 63 + 8
+    sent = np.zeros(9)
+    sent[[0, 3]] = 1 / (1 + np.exp(-model.get_layer("a").bias.numpy()[[0, 3]]))
+    sent = (sent - norm.moving_mean) / np.sqrt(norm.moving_variance + norm.epsilon)
+    sent = 1 / (1 + np.exp(-(sent * norm.gamma + norm.beta)))
+    dead = [0, 3, 5]
+    bias = model.get_layer("c").bias + sent[dead] @ kernel[:, :, dead].sum((0, 1))
+    new = done.model.get_layer("c")
+    np.testing.assert_allclose(new.bias.numpy(), bias, rtol=1e-5)
+    np.testing.assert_array_equal(new.kernel.numpy(), kernel[:, :, [1, 2, 4, 7, 8]])
+
+
+@both
+def test_a_densely_connected_network(library):
+    layers = library.layers
+
+    def norm(x, name):
+        return layers.Activation("relu")(layers.BatchNormalization(name=name)(x))
+
+    inputs = library.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, use_bias=False, name="stem")(inputs)
+    for number in (1, 2):
+        y = layers.Conv2D(6, 1, use_bias=False, name=f"narrow{number}")(norm(x, f"n{number}"))
+        y = layers.Conv2D(3, 3, padding="same", name=f"wide{number}")(norm(y, f"m{number}"))
+        x = layers.Concatenate(name=f"join{number}")([x, y])
+    x = layers.Conv2D(5, 1, use_bias=False, name="transition")(norm(x, "n3"))
+    x = layers.AveragePooling2D(2)(x)
+    x = layers.GlobalAveragePooling2D()(norm(x, "n4"))
+    model = randomise(library.Model(inputs, layers.Dense(3, name="logits")(x)))
+    kill(model, "stem", [2])
+    kill(model, "wide1", [0, 1])
+    kill(model, "wide2", [2])
+    kill(model, "narrow1", [5])
+    kill(model, "transition", [4])
+    model.get_layer("m1").beta.assign([1.0] * 5 + [-9.0])  # zero after ReLU, as "wide1" pads
+    for name in ("n1", "n2", "n3"):
+        beta = model.get_layer(name).beta
+        beta.assign(np.full(beta.shape, 9.0, "float32"))  # not zero after ReLU
+    unread(model, "transition", [3])  # which "narrow1" and "narrow2" still read
+    done = check(model)
+    assert filters(done) == {
+        **{"stem": (4, 3), "n1": (4, 3), "narrow1": (6, 5), "m1": (6, 5), "wide1": (3, 1)},
+        **{"n2": (7, 4), "narrow2": (6, 6), "m2": (6, 6), "wide2": (3, 2)},
+        **{"n3": (10, 6), "transition": (5, 4), "n4": (5, 4), "logits": (3, 3)},
+    }
+    assert not done.kept
+    assert not done.left_alone
+    # "narrow1", "narrow2" and "transition" got a bias for what the dead channels sent
+    blocks = [(12, 3 * 5 + 5, 20, 9 * 5 + 1), (16, 4 * 6 + 6, 24, 9 * 6 * 2 + 2)]
+    rest = (9 * 3 * 3, 24, 6 * 4 + 4, 16, 4 * 3 + 3)
+    assert done.parameters_after == sum(map(sum, [*blocks, rest]))
+
+
+@both
+def test_a_branch_joined_with_itself_and_read_elsewhere(library):
+    layers = library.layers
+    inputs = library.Input((5,))
+    a = layers.Dense(6, activation="sigmoid", name="a")(inputs)
+    twice = layers.Concatenate(name="twice")([a, a])
+    x = layers.Dense(3, activation="tanh", name="first")(twice)
+    y = layers.Dense(3, name="second")(a)
+    x = layers.Concatenate(name="joined")([x, y, a])
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [0])
+    unread(model, "first", [1, 6 + 1])  # of both copies, ...
+    unread(model, "first", [2, 6 + 2, 3])
+    unread(model, "second", [1, 2])  # ... and here, ...
+    unread(model, "logits", [6 + 1])  # ... and there; of 2 not there, and of 3 one copy only
+    done = check(model)
+    assert filters(done) == {"a": (6, 4), "first": (3, 3), "second": (3, 3), "logits": (2, 2)}
+    assert done.model.get_layer("first").kernel.shape == (2 * 4, 3)
+    assert done.model.get_layer("second").kernel.shape == (4, 3)
+    assert done.model.get_layer("logits").kernel.shape == (3 + 3 + 4, 2)
+    assert done.parameters_after == (5 * 4 + 4) + (8 * 3 + 3) + (4 * 3 + 3) + (10 * 2 + 2)
+    assert not done.kept
+
+
+@both
+def test_of_a_branch_that_is_entirely_dead_one_channel_stays(library):
+    layers = library.layers
+    inputs = library.Input((5,))
+    a = layers.Dense(4, activation="sigmoid", name="a")(inputs)
+    x = layers.Concatenate(name="joined")([a, inputs])
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", range(4))
+    done = check(model)
+    assert filters(done) == {"a": (4, 1), "logits": (2, 2)}
+    assert reasons(done, "a") == {"Keras has no layers without any filter": 1}
+
+
+@both
+@pytest.mark.parametrize("how", ["layer", "function"])
+def test_what_is_joined_along_another_axis_stays(library, how):
+    layers = library.layers
+    inputs = library.Input((4, 5))
+    a, b = (layers.Dense(6, name=name)(inputs) for name in "ab")
+    x = joined(library, [a, b], how, axis=1)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [0])
+    kill(model, "b", [0])
+    done = check(model)
+    assert done.parameters_after == done.parameters_before
+    (left,) = done.left_alone
+    assert left.reason.endswith(") joins axis 1, not the channels")
+    assert reasons(done, "a") == reasons(done, "b") == {left.reason: 1}
+
+
 @both
 def test_depthwise_and_separable_convolutions(library):
     layers = library.layers
@@ -327,6 +467,149 @@ def test_depthwise_and_separable_convolutions(library):
     assert (rows["deep"].flops_before, rows["deep"].flops_after) == (2 * 108 * 64, 2 * 72 * 64)
     assert rows["separable"].flops_before == 2 * (72 + 40) * 36
     assert rows["separable"].flops_after == 2 * (54 + 18) * 36
+
+
+def grouped_network(library, padding="valid", **options):
+    """A block of ResNeXt: 12 channels in 4 groups of 3, which make 2 each."""
+    layers = library.layers
+    inputs = library.Input((7, 7, 2))
+    x = layers.Conv2D(12, 1, name="expand")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Activation("sigmoid")(x)
+    options = {"groups": 4, "padding": padding, "activation": "softplus"} | options
+    x = layers.Conv2D(8, 3, name="grouped", **options)(x)
+    x = layers.Conv2D(3, 1, name="project")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    return randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+
+
+@both
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_dead_groups_go_whole(library, use_bias):
+    model = grouped_network(library, use_bias=use_bias)
+    kill(model, "grouped", [2, 3])  # the second group
+    unread(model, "project", [6, 7])  # the fourth
+    kernel = model.get_layer("grouped").kernel.numpy()
+    done = check(model)
+    assert filters(done) == {
+        **{"expand": (12, 6), "norm": (12, 6), "grouped": (8, 4)},
+        **{"project": (3, 3), "logits": (2, 2)},
+    }
+    new = done.model.get_layer("grouped")
+    assert (new.groups, new.use_bias) == (2, use_bias)
+    np.testing.assert_array_equal(new.kernel.numpy(), kernel[..., [0, 1, 4, 5]])
+    np.testing.assert_array_equal(
+        done.model.get_layer("expand").kernel.numpy(),
+        model.get_layer("expand").kernel.numpy()[..., [0, 1, 2, 6, 7, 8]],
+    )
+    # 2·6+6, 4·6, 3·3·3·4 (+4), 4·3+3, 3·2+2
+    assert done.parameters_after == 18 + 24 + 108 + 4 * use_bias + 15 + 8
+    rows = {row.name: row for row in done.layers}
+    assert (rows["grouped"].flops_before, rows["grouped"].flops_after) == (
+        2 * 216 * 25,
+        2 * 108 * 25,
+    )
+    assert not done.kept
+    assert not done.left_alone
+
+
+@both
+def test_groups_lose_equal_numbers_of_inputs_and_filters(library):
+    model = grouped_network(library)
+    kill(model, "expand", [0, 4, 8, 9])  # one of each group, a constant that is not zero
+    kill(model, "grouped", [1, 2, 5, 7])
+    kernel, bias = (variable.numpy() for variable in model.get_layer("grouped").weights)
+    norm = model.get_layer("norm")
+    sent = (model.get_layer("expand").bias - norm.moving_mean) * norm.gamma
+    sent = (sent / np.sqrt(norm.moving_variance + norm.epsilon) + norm.beta).numpy()
+    sent = 1 / (1 + np.exp(-sent))
+    done = check(model)
+    assert filters(done) == {
+        **{"expand": (12, 8), "norm": (12, 8), "grouped": (8, 4)},
+        **{"project": (3, 3), "logits": (2, 2)},
+    }
+    new = done.model.get_layer("grouped")
+    assert new.groups == 4
+    assert new.kernel.shape == (3, 3, 2, 4)
+    for place, (filter_, dead) in enumerate(zip([0, 3, 4, 6], [0, 4, 8, 9], strict=True)):
+        rest = np.delete(kernel[..., filter_], dead % 3, axis=-1)
+        np.testing.assert_array_equal(new.kernel.numpy()[..., place], rest)
+        folded = bias[filter_] + sent[dead] * kernel[:, :, dead % 3, filter_].sum()
+        np.testing.assert_allclose(new.bias.numpy()[place], folded, rtol=1e-5)
+    assert done.parameters_after == (2 * 8 + 8) + 32 + (9 * 2 * 4 + 4) + (4 * 3 + 3) + 8
+    assert not done.kept
+
+
+@both
+def test_groups_with_fewer_dead_channels_hold_those_of_others(library):
+    model = grouped_network(library)
+    kill(model, "expand", [0, 1, 3, 6, 7, 8, 9])  # two, one, three and one
+    kill(model, "grouped", [0, 2, 4, 5])  # one, one, two and none
+    done = check(model)  # the third group goes; of the first, a dead input stays, and two filters
+    assert filters(done) == {
+        **{"expand": (12, 6), "norm": (12, 6), "grouped": (8, 6)},
+        **{"project": (3, 3), "logits": (2, 2)},
+    }
+    assert done.model.get_layer("grouped").groups == 3
+    reason = "'grouped' has groups of equal size"
+    assert reasons(done, "expand") == {reason: 1}
+    assert reasons(done, "grouped") == {reason: 2}
+    again = check(done.model)
+    assert again.parameters_after == again.parameters_before
+
+
+@both
+def test_groups_whose_inputs_are_read_elsewhere_stay(library):
+    layers = library.layers
+    inputs = library.Input((7, 6))
+    x = layers.Dense(6, activation="tanh", name="a")(inputs)
+    y = layers.Conv1D(6, 2, groups=3, padding="same", name="grouped")(x)
+    y = layers.Conv1D(4, 3, groups=2, name="second")(y)
+    x = layers.Concatenate()([layers.Flatten()(y), layers.Flatten()(x)])
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "grouped", [0, 1])
+    kill(model, "second", [0])
+    kill(model, "a", [4])
+    model.get_layer("a").bias.assign([1.0] * 6)
+    done = check(model)
+    assert filters(done)["grouped"] == (6, 6)
+    reason = "'grouped' has groups of equal size"
+    assert reasons(done, "grouped") == {reason: 2}
+    assert reasons(done, "second") == {"'second' has groups of equal size": 1}
+    assert reasons(done, "a") == {"'grouped' pads a constant with zeros (padding='same')": 1}
+
+
+@both
+def test_of_groups_that_are_all_dead_one_filter_stays(library):
+    model = grouped_network(library, padding="same")
+    kill(model, "grouped", range(8))
+    done = check(model)
+    assert filters(done) == {
+        **{"expand": (12, 1), "norm": (12, 1), "grouped": (8, 1)},
+        **{"project": (3, 1), "logits": (2, 2)},
+    }
+    assert done.model.get_layer("grouped").groups == 1
+    assert reasons(done, "grouped") == {"Keras has no layers without any filter": 1}
+
+
+@both
+@pytest.mark.parametrize("kind", ["Conv1D", "Conv2D"])
+def test_grouped_convolutions_one_after_the_other(library, kind):
+    layers = library.layers
+    convolution = getattr(layers, kind)
+    inputs = library.Input((9,) * int(kind[4]) + (4,))
+    x = convolution(8, 2, groups=2, activation="sigmoid", name="one")(inputs)
+    x = convolution(8, 2, groups=4, activation="sigmoid", name="two")(x)
+    x = convolution(6, 2, groups=2, name="three")(x)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(layers.Flatten()(x))))
+    kill(model, "one", [0, 1, 4, 5])
+    kill(model, "two", [2, 6])
+    kill(model, "three", [0, 3])
+    done = check(model)
+    # The first and third group of "two" read constants only: they go with what "three" reads there.
+    assert filters(done) == {"one": (8, 4), "two": (8, 2), "three": (6, 4), "logits": (2, 2)}
+    assert [done.model.get_layer(name).groups for name in ("one", "two", "three")] == [2, 2, 2]
+    assert not done.kept
 
 
 @both
@@ -464,13 +747,12 @@ def test_layers_that_are_not_understood_are_left_alone_and_named(library):
     x = layers.Conv2D(4, 1, name="b")(x)
     x = Doubled(name="doubled")(x)
     x = MyConv(4, 1, name="mine")(x)
-    x = layers.Conv2D(4, 1, groups=2, name="grouped")(x)
     x = layers.Conv2D(4, 1, name="c")(x)
     x = layers.LayerNormalization(name="layernorm")(x)
     x = layers.Conv2D(4, 1, activation="softmax", name="d")(x)
     x = layers.Conv2D(4, 1, name="e")(x)
     model = randomise(library.Model(inputs, layers.GlobalAveragePooling2D()(x)))
-    for name in ("shared", "a", "b", "mine", "grouped", "c", "d"):
+    for name in ("shared", "a", "b", "mine", "c", "d"):
         kill(model, name, [0, 1])
     done = check(model)
     assert done.parameters_after == done.parameters_before
@@ -479,7 +761,6 @@ def test_layers_that_are_not_understood_are_left_alone_and_named(library):
         "flip": "'flip' (Lambda) is not understood",
         "doubled": "'doubled' (Doubled) is not understood",
         "mine": "'mine' (MyConv) is not understood",
-        "grouped": "'grouped' (Conv2D) is a convolution of 2 groups",
         "layernorm": "'layernorm' (LayerNormalization) is not understood",
         "d": "'d' has the activation softmax, which may mix channels",
     }
@@ -656,6 +937,76 @@ def test_a_nested_model_that_is_used_twice_is_left_alone(library):
     assert reasons(done, "first") == {"'inner' (Sequential) is used 2 times": 1}
 
 
+def subclass(library, kind):
+    """A built model of a class of its own, with methods that its copy may have or not."""
+    layers = library.layers
+    inputs = library.Input((5,))
+    hidden = layers.Dense(4, activation="sigmoid", name="hidden")
+    head = layers.Dense(2, name="logits")
+    if kind == "sequential":
+
+        class Own(library.Sequential):
+            def describe(self):
+                return "mine"
+
+        return Own([inputs, hidden, head], name="own")
+    if kind == "constructor":
+
+        class Own(library.Model):
+            def __init__(self, width=2, **options):
+                outputs = head(hidden(inputs))
+                super().__init__(inputs=inputs, outputs=outputs, **options)
+                self.width = width
+
+        return Own(name="own")
+
+    class Own(library.Model):
+        def train_step(self, data):
+            return {"loss": tf.reduce_sum(data[0])}
+
+    return Own(inputs, head(hidden(inputs)), name="own")
+
+
+@both
+@pytest.mark.parametrize("kind", ["sequential", "constructor", "same constructor"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_subclasses_with_a_graph(library, kind, pruned):
+    model = randomise(subclass(library, kind))
+    own = type(model)
+    kill(model, "hidden", [1, 3])
+    if pruned:  # the pruner gives the model another class
+        pruner = tscnc.pruning.Pruner(model, tscnc.schedules.OneShot(0.5), layers="logits")
+        pruner.finalize()
+        done = compact(model)
+        np.testing.assert_allclose(done.model(probe(model)), model(probe(model)), atol=1e-5)
+    else:
+        done = check(model)
+    read = model.get_layer("logits").kernel.numpy()[[0, 2]].any(axis=1)
+    assert pruned or read.all()
+    assert filters(done)["hidden"] == (4, read.sum())
+    plain = {"sequential": library.Sequential, "constructor": None}.get(kind, own)
+    if plain is None:
+        plain = type(library.Model(i := library.Input((1,)), library.layers.Dense(1)(i)))
+    assert type(done.model) is plain
+    assert done.model.name == "own"
+
+
+@both
+def test_a_subclass_with_a_graph_inside_of_another_model(library):
+    layers = library.layers
+    inputs = library.Input((3,))
+    inner = subclass(library, "constructor")
+    x = layers.Dense(5, activation="tanh", name="first")(inputs)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="last")(inner(x))))
+    kill(inner, "hidden", [0])
+    kill(inner, "logits", [1])
+    kill(model, "first", [2])
+    sizes = filters(check(model))
+    assert sizes == {
+        **{"first": (5, 4), "own/hidden": (4, 3), "own/logits": (2, 1), "last": (2, 2)}
+    }
+
+
 def tripled(x):
     return 3.0 * x
 
@@ -679,11 +1030,11 @@ def test_other_layers_come_along_as_they_are(library):
         kill(model, name, [0, 2])
     done = check(model)
     assert {name: sizes for name, sizes in filters(done).items() if sizes[0] != sizes[1]} == {
-        "c": (6, 4)
+        **{"a": (4, 2), "c": (6, 4)}
     }
-    names = ["adapted", "own", "attention", "recurrent", "prelu"]
+    names = ["adapted", "own", "recurrent", "prelu"]
     assert [row.layer for row in done.left_alone] == names
-    assert {row.layer: row.channels for row in done.kept} == {"own": 2, "a": 2, "b": 2, "d": 2}
+    assert {row.layer: row.channels for row in done.kept} == {"own": 2, "b": 2, "d": 2}
     assert done.model.inputs[0].shape[0] == 5
     assert done.model.get_layer("own").activation is tripled
 
@@ -786,8 +1137,13 @@ def test_what_can_not_be_compacted_gets_an_error_with_a_way_out(library):
         def call(self, inputs):
             return inputs
 
-    with pytest.raises(ValueError, match="subclassed model"):
+    with pytest.raises(ValueError, match=r"subclassed model \(Own\).* build it as a Sequential"):
         compact(Own())
+    trainer = tscnc.AdversarialTraining(
+        dense_model(library), attack=tscnc.attacks.FGSM(epsilon=0.1), loss=tscnc.losses.Madry()
+    )
+    with pytest.raises(ValueError, match=r"not the trainer: pass trainer\.model"):
+        compact(trainer)
 
     class Changed(library.Model):
         def call(self, inputs, training=None, mask=None):
@@ -851,7 +1207,18 @@ def test_a_compacted_model_can_be_saved_and_trained(library, tmp_path):
 @st.composite
 def networks(draw):
     """Steps of a random network, and which filters of it are dead."""
-    kinds = ("conv", "same", "norm", "act", "depthwise", "residual", "concat", "pool", "gate")
+    kinds = (
+        "conv",
+        "same",
+        "norm",
+        "act",
+        "depthwise",
+        "residual",
+        "concat",
+        "pool",
+        "gate",
+        "grouped",
+    )
     steps = draw(st.lists(st.sampled_from(kinds), min_size=2, max_size=6))
     return steps, draw(st.integers(0, 2**16)), draw(st.sampled_from([0.3, 0.6, 0.9]))
 
@@ -878,6 +1245,10 @@ def build(library, steps, rng):
             x = layers.Add()([x, layers.Conv2D(channels, 1)(y)])
         elif kind == "concat":
             x = layers.Concatenate()([layers.Conv2D(3, 1, activation=act)(x), x])
+        elif kind == "grouped":
+            x = layers.Conv2D(6, 1, activation=act)(x)
+            padding = "same" if size < 2 or rng.integers(2) else "valid"
+            x = layers.Conv2D(9, 2, groups=3, padding=padding, activation=act)(x)
         elif kind == "pool":
             x = layers.MaxPooling2D(2, strides=1, padding="same")(x)
         else:

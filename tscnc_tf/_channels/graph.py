@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +22,12 @@ class Tensor:
     Attributes:
         shape: with the batch; None is an axis of any size.
         dtype: the name of its dtype.
+        masked: whether Keras knows a mask for it, as behind an embedding with mask_zero=True.
     """
 
     shape: tuple[int | None, ...]
     dtype: str
+    masked: bool = False
 
     @property
     def channels(self) -> int:
@@ -67,6 +70,15 @@ class Call:
         """Whether the arguments are the tensors alone: no training=True, no initial state."""
         others = tf.nest.flatten((self.args[1:], list(self.kwargs.values())))
         return all(_is_symbolic(arg) or _is_unset(arg) for arg in others)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments that are given by their names, with the tensors for the symbolic ones."""
+        symbols = filter(_is_symbolic, tf.nest.flatten((self.args, self.kwargs)))
+        tensors = {id(symbol): t for symbol, t in zip(symbols, self.inputs, strict=True)}
+        bound = inspect.signature(self.layer.call).bind(*self.args, **self.kwargs).arguments
+        named = {name: tensors.get(id(value), value) for name, value in bound.items()}
+        return {name: value for name, value in named.items() if not _is_unset(value)}
 
     def apply(self, value: Any) -> Any:
         """Return what the layer makes of `value` in the place of its one symbolic tensor."""
@@ -212,7 +224,8 @@ def _is_unset(arg: Any) -> bool:
 
 
 def _tensor(symbol: Any) -> Tensor:
-    return Tensor(_shape(symbol), tf.as_dtype(symbol.dtype).name)
+    masked = getattr(symbol, "_keras_mask", None) is not None
+    return Tensor(_shape(symbol), tf.as_dtype(symbol.dtype).name, masked)
 
 
 def _shape(symbol: Any) -> tuple[int | None, ...]:

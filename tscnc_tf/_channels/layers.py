@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._channels.attention import Attention, Projection
 from tscnc_tf._channels.graph import Call, Graph, Tensor
 from tscnc_tf._channels.operations import (
     Barrier,
@@ -42,11 +43,13 @@ _COMBINING: dict[str, dict[str, Any]] = {
     "Minimum": {"function": np.minimum},
     "Multiply": {"function": np.multiply, "absorbs": True},
 }
-# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras makes layers of.
-_ARITHMETIC = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
+# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras makes layers of;
+# first those that are the same as a layer.
+_SAME_AS = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
     "math.multiply": "Multiply",
     "math.maximum": "Maximum",
     "math.minimum": "Minimum",
+    "concat": "Concatenate",
 }
 _FUNCTIONS = {"Negative", "Divide", "TrueDivide", "Relu", "ReLU", "Relu6", "ReLU6"} | {
     *("Sigmoid", "HardSigmoid", "Silu", "HardSilu", "Tanh"),
@@ -79,6 +82,9 @@ class Reader:
         holders: collections.Counter[int] = collections.Counter()
         for layer in {call.layer for call in graph.calls}:
             holders.update({id(weight) for weight in getattr(layer, "weights", ())})
+        self._is_masked = any(
+            t.masked for call in graph.calls for t in (*call.inputs, *call.outputs)
+        )
         self._shared = {weight for weight, count in holders.items() if count > 1}
         self._elementwise = {id(function) for function in _TF_ELEMENTWISE}
         for name in _ELEMENTWISE:
@@ -120,14 +126,18 @@ class Reader:
 
     def _understood(self, call: Call) -> list[Step]:
         layer, name = call.layer, type(call.layer).__name__
+        if type(layer) is getattr(self.library.layers, "GroupQueryAttention", None):
+            raise _NotUnderstoodError("has heads that share keys and values")
         if type(layer) is not getattr(self.library.layers, name, None):
             return self._function(call)  # a class of the same name is not the layer that we know
+        if name == "MultiHeadAttention":
+            return self._attention(call)
         if not call.is_plain:
             raise _NotUnderstoodError("is called with more than its inputs")
         if name in _COMBINING:
             return [self._combination(call, name)]
         if name == "Concatenate":
-            return [self._concatenation(call)]
+            return [self._concatenation(call, call.layer.axis)]
         if len(call.inputs) != 1:
             raise _NotUnderstoodError("is not understood")
         if name == "Dense":
@@ -149,33 +159,70 @@ class Reader:
         return [self._rearrangement(call, name)]
 
     def _dense(self, call: Call) -> list[Step]:
-        layer = call.layer
-        if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
-            raise _NotUnderstoodError("is quantised, or has a low-rank addition")
+        _require_plain_kernel(call.layer)
         return self._activated(call, [_linear(call, call.inputs, size="units")])
 
     def _convolution(self, call: Call, transposed: bool) -> list[Step]:
         layer = call.layer
         if getattr(layer, "lora_enabled", False):
             raise _NotUnderstoodError("has a low-rank addition")
+        options: dict[str, Any] = {"size": "filters", "folds": _needs_no_padding(call)}
         if getattr(layer, "groups", 1) != 1:
-            return self._activated(call, [_grouped(call)])
-        folds = _needs_no_padding(call)
+            options |= {"kind": Grouped, "groups": layer.groups}
         if transposed:  # its windows overlap differently at the border, whatever the padding
             folds = {*layer.kernel_size, *layer.strides} == {1}
-        return self._activated(
-            call,
-            [_linear(call, call.inputs, size="filters", folds=folds, transposed=transposed)],
-        )
+            options |= {"transposed": True, "folds": folds}
+        return self._activated(call, [_linear(call, call.inputs, **options)])
 
     def _depthwise(self, call: Call) -> list[Step]:
         attribute = "depthwise_kernel" if self.library is _keras.tf_keras else "kernel"
         return self._activated(call, [_depthwise(call, attribute, _bias_of(call.layer))])
 
     def _separable(self, call: Call) -> list[Step]:
-        first = _depthwise(call, "depthwise_kernel", None)
+        first = _depthwise(call, "depthwise_kernel", None, counts=False)
         second = _linear(call, first.outputs, "pointwise_kernel", size="filters")
         return self._activated(call, [first, second])
+
+    def _attention(self, call: Call) -> list[Step]:
+        layer, given, config = call.layer, call.named, call.layer.get_config()
+        query, value, is_causal = given["query"], given["value"], given.get("use_causal_mask")
+        key = given.get("key", value)
+        if given.keys() - {"query", "value", "key", "use_causal_mask"}:
+            raise _NotUnderstoodError("is called with more than its inputs")
+        if len(layer._output_dense.kernel.shape) != 3:
+            raise _NotUnderstoodError("makes several axes of its output")
+        # Where each position sees itself at least, no mean is of nothing.
+        sees_itself = query is value and len(query.shape) == 3
+        masks = self._is_masked or config.get("sliding_window") is not None
+        masks |= bool(is_causal) and not sees_itself
+        projections: list[Projection] = []
+
+        def projected(part: str, source: Tensor, size: str, **options: Any) -> Projection:
+            _require_plain_kernel(getattr(layer, f"_{part}_dense"))
+            made = _projection(call, part, source, size=size, others=projections, **options)
+            projections.append(made)
+            return made
+
+        steps: list[Step] = [
+            projected("query", query, "key_dim", counts=False),
+            projected("key", key, "key_dim", counts=False),
+            projected("value", value, "value_dim"),
+        ]
+        heads = [_like(steps[2].outputs[0])]
+        reason = f"{call.name!r} makes 0 of a constant where all positions are masked"
+        inputs = [step.outputs[0] for step in steps]
+        steps.append(Attention(call, inputs, heads, reason, heads=config["num_heads"], masks=masks))
+        if config.get("use_gate"):
+            steps.append(projected("gate", query, "value_dim", counts=False))
+            gate, gated = [_like(heads[0])], [_like(heads[0])]
+            function = self.library.activations.sigmoid
+            steps.append(Elementwise(call, steps[-1].outputs, gate, function=function))
+            reason = f"{call.name!r} has a gate, which the constant of a head varies by"
+            product = _COMBINING["Multiply"]
+            steps.append(Combination(call, [*heads, *gate], gated, reason, **product))
+            heads = gated
+        steps.append(projected("output", heads[0], "output_shape", reads_heads=True))
+        return steps
 
     def _activated(self, call: Call, operations: list[Step]) -> list[Step]:
         """Return the operations with the layer's own activation after them."""
@@ -251,9 +298,9 @@ class Reader:
         reason = f"at {call.name!r} another branch still uses the channel"
         return Combination(call, call.inputs, call.outputs, reason, **_COMBINING[name])
 
-    def _concatenation(self, call: Call) -> Operation:
-        if call.layer.axis not in (-1, len(call.inputs[0].shape) - 1):
-            raise _NotUnderstoodError(f"joins axis {call.layer.axis}, not the channels")
+    def _concatenation(self, call: Call, axis: Any) -> Operation:
+        if axis not in (-1, len(call.inputs[0].shape) - 1):
+            raise _NotUnderstoodError(f"joins axis {axis}, not the channels")
         return Concatenation(call, call.inputs, call.outputs)
 
     def _function(self, call: Call) -> list[Step]:
@@ -265,7 +312,9 @@ class Reader:
             name = call.layer.symbol or ""
         else:
             raise _NotUnderstoodError("is not understood")
-        combining = _ARITHMETIC.get(name, name)
+        combining = _SAME_AS.get(name, name)
+        if combining == "Concatenate":
+            return [self._concatenation(call, _axis_of(call))]
         if combining in _COMBINING and len(call.inputs) == 2:
             return [self._combination(call, combining)]
         scalars = tf.nest.flatten((call.args, list(call.kwargs.values())))
@@ -285,7 +334,38 @@ def _like(tensor: Tensor, channels: int | None = None) -> Tensor:
     return Tensor((*tensor.shape[:-1], channels or tensor.channels), tensor.dtype)
 
 
-def _depthwise(call: Call, attribute: str, bias: np.ndarray | None) -> Depthwise:
+def _projection(
+    call: Call, part: str, source: Tensor, reads_heads: bool = False, **options: Any
+) -> Projection:
+    """Return a projection of an attention layer, with its kernel as a matrix."""
+    inside, config = f"_{part}_dense", call.layer.get_config()
+    weights = getattr(call.layer, inside)
+    kernel = _values(weights.kernel)
+    outputs = call.outputs
+    if not reads_heads:
+        outputs = [_like(source, kernel.shape[1] * kernel.shape[2])]
+        options |= {"shape": f"{part}_shape" if f"{part}_shape" in config else ""}
+    return Projection(
+        call,
+        [source],
+        outputs,
+        attribute=f"{inside}.kernel",
+        bias_attribute=f"{inside}.bias",
+        kernel=kernel.reshape(source.channels, -1),
+        bias=_values(weights.bias).reshape(-1) if config["use_bias"] else None,
+        heads=config["num_heads"],
+        reads_heads=reads_heads,
+        **options,
+    )
+
+
+def _require_plain_kernel(layer: Any) -> None:
+    """Refuse a layer whose kernel is not all that it multiplies by."""
+    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
+        raise _NotUnderstoodError("is quantised, or has a low-rank addition")
+
+
+def _depthwise(call: Call, attribute: str, bias: np.ndarray | None, **options: Any) -> Depthwise:
     kernel = _values(getattr(call.layer, attribute))
     return Depthwise(
         call,
@@ -296,6 +376,7 @@ def _depthwise(call: Call, attribute: str, bias: np.ndarray | None) -> Depthwise
         kernel=kernel,
         bias=bias,
         folds=_needs_no_padding(call),
+        **options,
     )
 
 
@@ -305,18 +386,14 @@ def _scaling(call: Call) -> Scaling:
     return Scaling(call, call.inputs, call.outputs, reason)
 
 
-def _grouped(call: Call) -> Grouped:
-    groups = call.layer.groups
-    reason = f"{call.name!r} ({type(call.layer).__name__}) is a convolution of {groups} groups"
-    kernel = _values(call.layer.kernel)
-    outputs = [_like(call.outputs[0])]
-    return Grouped(
-        call, call.inputs, outputs, reason, attribute="kernel", kernel=kernel, groups=groups
-    )
-
-
-def _linear(call: Call, inputs: list[Tensor], attribute: str = "kernel", **options: Any) -> Linear:
-    return Linear(
+def _linear(
+    call: Call,
+    inputs: list[Tensor],
+    attribute: str = "kernel",
+    kind: type[Linear] = Linear,
+    **options: Any,
+) -> Linear:
+    return kind(
         call,
         inputs,
         [_like(call.outputs[0])],
@@ -350,6 +427,12 @@ def count_flops(call: Call, layer: Any) -> int | None:
     present = [getattr(layer, kernel, None) for kernel in kernels]
     entries = {id(kernel): math.prod(kernel.shape) for kernel in present if kernel is not None}
     return 2 * sum(entries.values()) * positions
+
+
+def _axis_of(call: Call) -> Any:
+    """Return the axis that a function of Keras 3 or TensorFlow joins its inputs along."""
+    given = (*call.args[1:], call.kwargs.get("axis"))  # tf.concat(values, axis)
+    return getattr(call.layer, "axis", given[0])
 
 
 def _values(variable: Any) -> np.ndarray:

@@ -116,43 +116,6 @@ class Mixing(Barrier, Followed):
         return [np.full(given[0].shape, bool(wanted.any()))]
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Grouped(Barrier, Followed):
-    """A convolution in groups of channels; what it reads is known, and all its channels stay.
-
-    Attributes:
-        attribute, kernel: the kernel, (taps..., in / groups, out), and the layer's name for it.
-        groups: the number of groups.
-    """
-
-    attribute: str
-    kernel: np.ndarray
-    groups: int
-
-    def _counts(self) -> np.ndarray:
-        """Return how many weights that are not zero lead from each input to each output."""
-        taps = tuple(range(self.kernel.ndim - 2))
-        own = np.count_nonzero(self.kernel, axis=taps)
-        rows, outputs = own.shape
-        counts = np.zeros((self.groups, rows, self.groups, outputs // self.groups), int)
-        every = np.arange(self.groups)
-        counts[every, :, every] = np.moveaxis(own.reshape(rows, self.groups, -1), 1, 0)
-        return counts.reshape(self.groups * rows, outputs)
-
-    def constants(self, given: list[Channels]) -> Channels:
-        """Return 0 where no filter reads anything but constants, else NaN."""
-        counts = self._counts()
-        return np.where(counts[np.isnan(given[0])].any(axis=0), np.nan, 0.0)
-
-    def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:  # noqa: ARG002
-        """Return which inputs the wanted filters read."""
-        return [np.count_nonzero(self._counts()[:, wanted], axis=1) > 0]
-
-    def between(self, inputs: Channels, outputs: Channels) -> int:
-        """Return how many weights that are not zero lead from these inputs to these outputs."""
-        return int(self._counts()[inputs][:, outputs].sum())
-
-
 class Operation(Followed):
     """A step that is understood, whose channels can be removed."""
 
@@ -160,6 +123,19 @@ class Operation(Followed):
     def output(self) -> Tensor:
         """The only output."""
         return self.outputs[0]
+
+    @property
+    def form(self) -> str:
+        """Why `completed` adds channels."""
+        return ""
+
+    def completed(self, held: list[Channels]) -> list[Channels]:
+        """Return which channels have to stay so that Keras has such a layer, groups of one size.
+
+        Args:
+            held: which channels of the inputs, and after them of the output, stay otherwise.
+        """
+        return held
 
     def ties(self) -> Iterator[Tie]:
         """Yield which channels are one: as a rule, each of an input and the same of the output."""
@@ -278,16 +254,21 @@ class _Weighted(Operation):
     """An operation with a kernel.
 
     Attributes:
-        attribute, kernel: the kernel and the layer's name for it.
+        attribute, kernel: the kernel and the layer's name for it; "part.kernel" if a layer inside
+            of the layer has it.
         bias: or None.
+        bias_attribute: the layer's name for it.
         folds: whether a constant c of an input channel adds the same c · Σ kernel everywhere.
             With zeros around the input it does not, unless c = 0.
+        counts: whether its outputs are filters of the layer, and not only something in between.
     """
 
     attribute: str
     kernel: np.ndarray
     bias: np.ndarray | None
+    bias_attribute: str = "bias"
     folds: bool = True
+    counts: bool = True
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -318,15 +299,23 @@ class Linear(_Weighted):
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        self.reads = (self._forwards() != 0).any(axis=self.taps)
+        self.reads = self._by_channel((self._forwards() != 0).any(axis=self.taps))
 
     def _forwards(self) -> np.ndarray:
         return np.swapaxes(self.kernel, -1, -2) if self.transposed else self.kernel
 
+    def _by_channel(self, entries: np.ndarray) -> np.ndarray:
+        """Return entries for each input and output, from entries for the kernel's last two axes."""
+        return entries
+
+    def _sums(self, rows: np.ndarray) -> np.ndarray:
+        """Return the sums over the taps for some inputs and all outputs."""
+        return self._forwards()[..., rows, :].astype(np.float64).sum(self.taps)
+
     def _folded(self, constants: Channels, chosen: Channels) -> Channels:
         """Return what the chosen input channels add to the outputs, all being constants."""
         rows = np.flatnonzero(chosen & np.isfinite(constants) & (constants != 0))
-        return constants[rows] @ self._forwards()[..., rows, :].astype(np.float64).sum(self.taps)
+        return constants[rows] @ self._sums(rows)
 
     def between(self, inputs: Channels, outputs: Channels) -> int:
         """Return how many weights that are not zero lead from these inputs to these outputs."""
@@ -346,24 +335,116 @@ class Linear(_Weighted):
         """Yield nothing: inputs and filters go each by themselves."""
         yield from ()
 
-    def edit(self, plan: ChannelPlan) -> Edit:
-        """Return the rows and columns that stay, and the bias with what the others added."""
+    def _kept_kernel(self, plan: ChannelPlan) -> np.ndarray:
+        """Return the kernel for the inputs and outputs that stay, of the shape that it has."""
         rows, columns = plan.keeps[self.inputs[0]], plan.keeps[self.output]
         kernel = self._forwards()[..., rows, :][..., columns]
-        kernel = np.swapaxes(kernel, -1, -2) if self.transposed else kernel
-        config: dict[str, Any] = {self.size: int(columns.sum())}
-        weights = {self.attribute: kernel}
+        return np.swapaxes(kernel, -1, -2) if self.transposed else kernel
+
+    def _kept_bias(self, bias: Channels, plan: ChannelPlan) -> np.ndarray:  # noqa: ARG002
+        """Return the bias of the outputs that stay, of the shape that it has."""
+        return bias
+
+    def _sizes(self, plan: ChannelPlan) -> dict[str, Any]:
+        """Return the configuration for the inputs and outputs that stay."""
+        return {self.size: int(plan.keeps[self.output].sum())}
+
+    def _added(self, plan: ChannelPlan) -> Channels:
+        """Return what the inputs that go have added to the outputs that stay."""
         # What is removed is unread, or constant; of a constant that stays nothing is to be added.
-        given = plan.constants[self.inputs[0]]
-        added = self._folded(given, ~rows & self.foldable(given))[columns]
+        given, gone = plan.constants[self.inputs[0]], ~plan.keeps[self.inputs[0]]
+        return self._folded(given, gone & self.foldable(given))[plan.keeps[self.output]]
+
+    def _gets_bias(self, plan: ChannelPlan) -> bool:
+        """Tell whether the layer needs a bias, and has none."""
+        return self.bias is None and bool(self._added(plan).any())
+
+    def edit(self, plan: ChannelPlan) -> Edit:
+        """Return the rows and columns that stay, and the bias with what the others added."""
+        config, added = self._sizes(plan), self._added(plan)
+        weights = {self.attribute: self._kept_kernel(plan)}
         if self.bias is not None:
-            bias = self.bias[columns]
+            bias = self.bias[plan.keeps[self.output]]
             shifted = (bias.astype(np.float64) + added).astype(bias.dtype)
-            weights["bias"] = np.where(added != 0, shifted, bias)
-        elif added.any():
+            bias = np.where(added != 0, shifted, bias)
+            weights[self.bias_attribute] = self._kept_bias(bias, plan)
+        elif self._gets_bias(plan):
             config["use_bias"] = True
-            weights["bias"] = added.astype(self.kernel.dtype)
+            weights[self.bias_attribute] = self._kept_bias(added.astype(self.kernel.dtype), plan)
         return Edit(config, weights)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Grouped(Linear):
+    """A convolution in groups of channels: those that stay are of equal size, dead ones go whole.
+
+    Its kernel is (taps..., in / groups, out), the outputs of one group after the other.
+
+    Attributes:
+        groups: the number of groups.
+    """
+
+    groups: int
+
+    def _by_channel(self, entries: np.ndarray) -> np.ndarray:
+        """Return entries for each input and output, 0 for those of different groups."""
+        size, outputs = entries.shape
+        result = np.zeros((self.groups, size, self.groups, outputs // self.groups), entries.dtype)
+        every = np.arange(self.groups)
+        result[every, :, every] = np.moveaxis(entries.reshape(size, self.groups, -1), 1, 0)
+        return result.reshape(self.groups * size, outputs)
+
+    def _sums(self, rows: np.ndarray) -> np.ndarray:
+        return self._by_channel(self.kernel.astype(np.float64).sum(self.taps))[rows]
+
+    def between(self, inputs: Channels, outputs: Channels) -> int:
+        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        counts = self._by_channel(np.count_nonzero(self.kernel, axis=self.taps))
+        return int(counts[inputs][:, outputs].sum())
+
+    @property
+    def form(self) -> str:
+        """Why `completed` adds channels."""
+        return f"{self.call.name!r} has groups of equal size"
+
+    def completed(self, held: list[Channels]) -> list[Channels]:
+        """Return as many inputs, and outputs, in each group of which anything stays."""
+        rows, columns = (side.reshape(self.groups, -1) for side in held)
+        alive = np.any(np.concatenate([rows, columns], axis=1), axis=1)
+        return [filled(side, alive).reshape(-1) for side in (rows, columns)]
+
+    def _by_group(self, kept: Channels) -> list[np.ndarray]:
+        """Return the places in their group of the channels that stay, for each group."""
+        return [np.flatnonzero(group) for group in kept.reshape(self.groups, -1)]
+
+    def _kept_kernel(self, plan: ChannelPlan) -> np.ndarray:
+        parts = [
+            kernel[..., rows, :][..., columns]
+            for kernel, rows, columns in zip(
+                np.split(self.kernel, self.groups, axis=-1),
+                self._by_group(plan.keeps[self.inputs[0]]),
+                self._by_group(plan.keeps[self.output]),
+                strict=True,
+            )
+            if columns.size
+        ]
+        return np.concatenate(parts, axis=-1)
+
+    def _sizes(self, plan: ChannelPlan) -> dict[str, Any]:
+        groups = sum(columns.size > 0 for columns in self._by_group(plan.keeps[self.output]))
+        return super()._sizes(plan) | {"groups": groups}
+
+
+def filled(held: np.ndarray, chosen: Channels) -> np.ndarray:
+    """Return `held` with the first of the other columns, so that chosen rows have equally many.
+
+    Args:
+        held: booleans; a row that is not chosen has none.
+        chosen: rows, which get one column at least.
+    """
+    counts = held.sum(axis=1)
+    missing = max(1, counts.max()) - counts
+    return held | (chosen[:, np.newaxis] & (np.cumsum(~held, axis=1) <= missing[:, np.newaxis]))
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from tscnc_tf._channels.operations import (
     Combination,
     Depthwise,
     Followed,
-    Grouped,
     Linear,
 )
 
@@ -57,11 +57,11 @@ def weights_on_paths(model: Any) -> dict[int, int]:
     reached = _reached(graph.inputs, steps)
     wanted = _wanted(graph.outputs, steps, reached)
     return {
-        id(getattr(step.call.layer, step.attribute)): step.between(
+        id(operator.attrgetter(step.attribute)(step.call.layer)): step.between(
             reached[step.inputs[0]], wanted[step.outputs[0]]
         )
         for step in steps
-        if isinstance(step, Linear | Depthwise | Grouped)
+        if isinstance(step, Linear | Depthwise)
     }
 
 

@@ -64,7 +64,10 @@ class Rebuilder:
         return config
 
     def weights(self, layer: Any) -> Mapping[str, Any]:  # noqa: ARG002
-        """Return values by the attributes of a copy that hold something else than the old layer."""
+        """Return values by the attributes of a copy that hold something else than the old layer.
+
+        An attribute of a layer inside of it is called by both names, as in "part.kernel".
+        """
         return {}
 
     def channels(self, model: Any) -> list[int | None]:
@@ -239,7 +242,7 @@ class Rebuilder:
         given: set[int] = set()
         for old, new in self._made:
             for name, value in self.weights(old).items():
-                variable = getattr(new, name)
+                variable = operator.attrgetter(name)(new)
                 variable.assign(value)
                 given.add(id(variable))
         for old, new in self.pairs:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _keras
 from tscnc_tf._keras import PACKAGE, keras, layers, tf_keras
 
 _TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -56,6 +57,17 @@ class Trainer:
     """Marks models that train another one, `model`, which is pruned and exported."""
 
     model: Any
+
+
+def require_network(model: Any) -> types.ModuleType:
+    """Return the Keras of a model; raise a ValueError for a trainer around one."""
+    library = _keras.library("model", model)
+    if isinstance(model, Trainer):
+        raise ValueError(
+            "model must be the network itself, not the trainer: pass trainer.model, and make a "
+            "trainer of what is returned if it is to be trained."
+        )
+    return library
 
 
 class Callback(tf_keras.callbacks.Callback, keras.callbacks.Callback):

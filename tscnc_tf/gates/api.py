@@ -139,7 +139,7 @@ def fold(model: Any) -> Any:
     _keras.library("model", model)
     if not gated.gated_layers(model):
         return model
-    library = _require_network(model)
+    library = flavours.require_network(model)
     _keras.require_graph_model(
         "model", model, "The gated layers' `gated_variables()` say what to multiply by what."
     )
@@ -222,7 +222,7 @@ class _Folding(cloning.Rebuilder):
 
 def _require_plain(model: Any) -> types.ModuleType:
     """Return the Keras of a model that can be given gates; raise for all others."""
-    library = _require_network(model)
+    library = flavours.require_network(model)
     _keras.require_graph_model("model", model, "There, put `Gated(layer)` in a layer's place.")
     _keras.require_built("model", model)
     if found := [layer.name for layer in gated.gated_layers(model)]:
@@ -231,17 +231,6 @@ def _require_plain(model: Any) -> types.ModuleType:
         raise ValueError(
             f"model {model.name!r} is being pruned: add gates first and call prune on what is "
             "returned, or strip the model before."
-        )
-    return library
-
-
-def _require_network(model: Any) -> types.ModuleType:
-    """Return the Keras of a model; raise for a trainer around one."""
-    library = _keras.library("model", model)
-    if isinstance(model, flavours.Trainer):
-        raise ValueError(
-            "model must be the network itself, not the trainer: pass trainer.model, and make a "
-            "trainer of what is returned if it is to be trained."
         )
     return library
 

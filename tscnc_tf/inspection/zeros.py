@@ -177,10 +177,11 @@ def sparsity(model: Any) -> SparsityReport:
     The **effective** sparsity also counts weights that are on no path of non-zero weights from an
     input of the model to an output: what they compute is a constant, or is never read. Paths are
     followed channel by channel, through convolutions, grouped and depthwise ones too, dense layers,
-    BatchNorm (a scale of 0 ends a path), activations, pooling, flattening, additions and
-    concatenations, in Sequential and functional models. A channel that no input reaches may still
-    send on a constant, by its bias; that is no path. Of a model with anything else, such as
-    attention, or gates and wrappers that are not yet folded, the report says why it is not known.
+    BatchNorm (a scale of 0 ends a path), activations, pooling, flattening, additions,
+    concatenations and `MultiHeadAttention`, in Sequential and functional models. A channel that no
+    input reaches may still send on a constant, by its bias; that is no path. Of a model with
+    anything else, such as recurrent layers, or gates and wrappers that are not yet folded, the
+    report says why it is not known.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.

@@ -33,20 +33,26 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     thereby, and so on. Constants are followed through BatchNorm (in inference mode), element-wise
     activations, pooling, flattening, additions, products and concatenations, and a layer without a
     bias gets one if it needs it. A channel that is added to others (a residual network) goes only
-    if every branch can lose it.
+    if every branch can lose it, and one that is concatenated in several places only from all of
+    them. Of a convolution in groups, dead groups go whole; the others lose as many inputs, and as
+    many filters, as are dead in each of them, since Keras has groups of equal size only. Of
+    `MultiHeadAttention`, heads go whose values are all constants, or are not read by the output
+    projection, and as many values as are dead in each of the other heads; sizes of keys stay.
 
     What can't be removed stays, and `kept` says why: a constant other than zero, say, does not fold
     into a convolution with padding="same", since that sees zeros at the border. Layers that are not
-    understood (attention, recurrent layers, `Lambda`, your own classes, grouped convolutions,
-    layers that are used twice, ...) are left alone with all channels that touch them, and
-    `left_alone` names them. Inputs and outputs of the model keep their shapes, layers their names,
-    dtypes, regularizers and `trainable`. The result is for inference: in training, BatchNorm and
-    dropout would have treated the constants differently.
+    understood (recurrent layers, `LayerNormalization`, `Lambda`, your own classes, layers that are
+    used twice, ...) are left alone with all channels that touch them, and `left_alone` names them.
+    Inputs and outputs of the model keep their shapes, layers their names, dtypes, regularizers and
+    `trainable`. The result is for inference: in training, BatchNorm and dropout would have treated
+    the constants differently.
 
     Args:
         model: a Sequential or functional model of either Keras, built, without pruning wrappers
-            and without gates. Nested models are followed. It is not changed, but for the masks of
-            its `Pruner` being applied, if it has one; the smaller model has none
+            and without gates. Nested models are followed. A class of your own on top of these may
+            have more methods, and no `call`: of a functional one the result is of the same class,
+            if its constructor takes inputs and outputs, else of Keras' own. It is not changed, but
+            for the masks of its `Pruner` being applied, if it has one; the smaller model has none
             (`pruning.freeze_mask` keeps its zeros where it is trained on).
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
             rows drawn from U[0, 1), seeded.
@@ -59,7 +65,8 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is subclassed, not built, still wrapped for pruning or gated, holds a layer
+        ValueError: it is subclassed with a `call` of its own or holds such a model, is a trainer
+            (pass `trainer.model`), not built, still wrapped for pruning or gated, holds a layer
             that can't be rebuilt from its configuration, or `probe` does not fit it.
         RuntimeError: the logits differ by more than the tolerance; no model is returned.
 
@@ -81,7 +88,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         Hao Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, for removing filters and
         the weights that read them.
     """
-    library = _keras.library("model", model)
+    library = flavours.require_network(model)
     _keras.require_graph_model("model", model)
     _keras.require_built("model", model)
     if library is _keras.tf_keras and wrappers.wrapped_layers(model):

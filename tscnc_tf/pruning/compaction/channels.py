@@ -126,15 +126,34 @@ class ChannelAnalysis:
             self.held[tensor] = np.where((held == "") & chosen, reason, held).astype(object)
 
     def _spread(self) -> None:
+        """Carry `held` to all that is tied to it and that layers need beside it."""
+        self._carry()
+        while any(self._complete(operation) for operation in self.operations):
+            self._carry()
+
+    def _complete(self, operation: Step) -> bool:
+        """Hold what a layer needs to have a form that Keras has; tell whether that is more."""
+        if not isinstance(operation, Operation):
+            return False
+        tensors = [*operation.inputs, operation.output]
+        before = [self.held[tensor] != "" for tensor in tensors]
+        changed = False
+        for tensor, was, wanted in zip(tensors, before, operation.completed(before), strict=True):
+            if (wanted & ~was).any():
+                self._hold([tensor], operation.form if was.any() else AT_LEAST_ONE, wanted)
+                changed = True
+        return changed
+
+    def _carry(self) -> None:
         """Carry `held` along the ties, in both directions, until nothing changes."""
         changed = True
         while changed:
             changed = False
             for operations in (self.operations, self.operations[::-1]):
                 for operation in operations:
-                    changed |= self._spread_at(operation)
+                    changed |= self._carry_at(operation)
 
-    def _spread_at(self, operation: Step) -> bool:
+    def _carry_at(self, operation: Step) -> bool:
         changed = False
         for position, source, target in operation.ties():
             before, after = self.held[operation.inputs[position]], self.held[operation.outputs[0]]
@@ -145,20 +164,16 @@ class ChannelAnalysis:
             changed |= bool(backwards.any() or forwards.any())
         return changed
 
-    def obstacles(self) -> dict[Call, dict[str, int]]:
+    def obstacles(self) -> dict[Call, collections.Counter[str]]:
         """Return why filters stay whose output is constant or not needed."""
-        inner = {o.inputs[0] for o in self.operations if o.inputs[0] not in o.call.inputs}
-        inner = {o.inputs[0] for o in self.operations if isinstance(o, Linear)} & inner
-        found: dict[Call, dict[str, int]] = {}
+        found: dict[Call, collections.Counter[str]] = {}
         for operation in self.operations:
-            if not isinstance(operation, Linear | Depthwise):
+            if not isinstance(operation, Linear | Depthwise) or not operation.counts:
                 continue
             made = operation.output
-            if made in inner:
-                continue  # of a separable convolution, the filters are those of its second half
             held, reasons = self.held[made], self.reasons[made]
             dead = (np.isfinite(self.constants[made]) | ~self.needed[made]) & (held != "")
             if dead.any():
-                texts = np.where(reasons == "", held, reasons)[dead]
-                found[operation.call] = dict(collections.Counter(texts.tolist()))
+                texts = collections.Counter(np.where(reasons == "", held, reasons)[dead].tolist())
+                found[operation.call] = found.get(operation.call, collections.Counter()) + texts
         return found

@@ -46,7 +46,7 @@ class Kept(_reports.Record):
 
     Attributes:
         layer: the layer's name.
-        channels: how many of its filters.
+        channels: how many of its filters; of attention, values of its heads count as well.
         reason: why they stay.
     """
 
