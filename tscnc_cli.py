@@ -290,8 +290,8 @@ def inspect_model(model: pathlib.Path) -> Result:
     """Show the zeros, condition numbers, dead filters and sizes of MODEL.
 
     MODEL is a Keras model, or a SavedModel written by this package, of which the zeros and sizes
-    are shown that its manifest records; or a LiteRT file (.tflite), of which it is shown which 1x1
-    convolutions are run sparsely, and what stands in the way of the others.
+    are shown that its manifest records; or a LiteRT file (.tflite), of which the zeros and sizes
+    are shown, which 1x1 convolutions are run sparsely, and what stands in the way of the others.
 
     \b
     tscnc inspect model.keras
@@ -300,16 +300,19 @@ def inspect_model(model: pathlib.Path) -> Result:
     from tscnc_tf import export, inspection
 
     if model.suffix == ".tflite":
-        report = export.sparse_inference(model)
-        return report.to_dict(), report
-    loaded = _load(model)
-    if isinstance(loaded, export.ServedModel):
-        return loaded.report.to_dict(), loaded.report
-    reports = {
-        "sparsity": inspection.sparsity(loaded),
-        "condition_numbers": inspection.condition_numbers(loaded),
-        "sizes": inspection.sizes(loaded),
-    }
+        reports = {
+            "sizes": inspection.sizes(model),
+            "sparse_inference": export.sparse_inference(model),
+        }
+    else:
+        loaded = _load(model)
+        if isinstance(loaded, export.ServedModel):
+            return loaded.report.to_dict(), loaded.report
+        reports = {
+            "sparsity": inspection.sparsity(loaded),
+            "condition_numbers": inspection.condition_numbers(loaded),
+            "sizes": inspection.sizes(loaded),
+        }
     return (
         {name: report.to_dict() for name, report in reports.items()},
         "\n\n".join(map(str, reports.values())),

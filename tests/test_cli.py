@@ -218,7 +218,10 @@ def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, t
         assert report["examples"] == 24
         assert "PGD-2 linf 0.1 from" in report["attacks"][0]["name"]
     shown = as_json("inspect", tmp_path / "m.tflite")
-    assert shown == {"rows": [], "obstacles": [], "faults": []}  # it has no 1x1 convolutions
+    nothing = {"rows": [], "obstacles": [], "faults": []}
+    assert shown["sparse_inference"] == nothing  # it has no 1x1 convolutions
+    assert shown["sizes"]["file_bytes"] == (tmp_path / "m.tflite").stat().st_size
+    assert {row["dtype"] for row in shown["sizes"]["rows"]} == {"int8"}
     # Without a source, AutoAttack does what it can do without gradients.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", tscnc.EvaluationWarning)

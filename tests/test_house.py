@@ -21,6 +21,7 @@ LAYERS = {
     "_extras": 0,
     "_channels": 1,
     "_plots": 1,
+    "_litert_file": 1,
     "_probe": 1,
     "_timing": 1,
     "functional": 1,

@@ -16,8 +16,8 @@ from helpers import FLAVOURS
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import emulation
-from tscnc_tf import applications, export, pruning
-from tscnc_tf.export import litert_file, sparse_graph
+from tscnc_tf import _litert_file, applications, export, pruning
+from tscnc_tf.export import sparse_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
 KERAS = FLAVOURS["keras"]
@@ -264,8 +264,8 @@ def test_what_is_changed_keeps_the_function_for_any_number_of_examples(library, 
 
 def test_nothing_is_changed_where_nothing_is_gained(tmp_path):
     content = raw(build("even size"), tmp_path / "raw.tflite").read_bytes()
-    before = litert_file.File(content)
-    after = litert_file.File(sparse_graph.prepared(content)[0])
+    before = _litert_file.File(content)
+    after = _litert_file.File(sparse_graph.prepared(content)[0])
     kinds = [
         [file.kind(each) for each in file.model.subgraphs[0].operators] for file in (before, after)
     ]

@@ -7,8 +7,8 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from helpers import FLAVOURS
 
-from tscnc_tf import attacks, evaluate_robustness, export, pruning
-from tscnc_tf.export import litert_file, sparse_litert
+from tscnc_tf import _litert_file, attacks, evaluate_robustness, export, inspection, pruning
+from tscnc_tf.export import sparse_litert
 
 # Dead filters are no matter here.
 pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
@@ -191,16 +191,16 @@ def test_sparse_tensors_are_read_by_their_definition():
     by_rows = Parameters([0, 1], None, [Axis(3), Axis(None, [0, 3, 4, 5], [0, 2, 3, 1, 2])])
     by_columns = Parameters([1, 0], None, [Axis(4), Axis(None, [0, 1, 2, 4, 5], [0, 1, 0, 2, 0])])
     for parameters, values in ((by_rows, [1, 2, 3, 4, 5]), (by_columns, [1, 4, 2, 5, 3])):
-        dense = litert_file.expanded(parameters, matrix.shape, np.array(values))
+        dense = _litert_file.expanded(parameters, matrix.shape, np.array(values))
         np.testing.assert_array_equal(dense, matrix)
     blocked = np.array([[1, 0, 0, 0], [0, 4, 0, 0], [0, 0, 2, 5], [0, 0, 3, 0]])
     axes = [Axis(2), Axis(None, [0, 1, 2], [0, 1]), Axis(2), Axis(2)]
     values = np.array([1, 0, 0, 4, 2, 5, 3, 0])
-    dense = litert_file.expanded(Parameters([0, 1, 2, 3], [0, 1], axes), (4, 4), values)
+    dense = _litert_file.expanded(Parameters([0, 1, 2, 3], [0, 1], axes), (4, 4), values)
     np.testing.assert_array_equal(dense, blocked)
     # The columns of each block first.
     values = np.array([1, 0, 0, 4, 2, 3, 5, 0])
-    dense = litert_file.expanded(Parameters([0, 1, 3, 2], [0, 1], axes), (4, 4), values)
+    dense = _litert_file.expanded(Parameters([0, 1, 3, 2], [0, 1], axes), (4, 4), values)
     np.testing.assert_array_equal(dense, blocked)
 
 
@@ -266,7 +266,7 @@ def test_what_a_sparse_form_changes_is_noticed(tmp_path, images, monkeypatch):
     settle = sparse_litert.settle
 
     def broken(content):
-        other = litert_file.File(settle(content).dense)
+        other = _litert_file.File(settle(content).dense)
         for graph, number in other.constants():
             data = other.model.buffers[graph.tensors[number].buffer].data
             other.model.buffers[graph.tensors[number].buffer].data = data[::-1].copy()
@@ -276,3 +276,35 @@ def test_what_a_sparse_form_changes_is_noticed(tmp_path, images, monkeypatch):
     with pytest.raises(ValueError, match="LiteRT file with sparse kernels"):
         exported(model, tmp_path, precision="int8", calibration=images)
     assert not (tmp_path / "net.tflite").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_sizes_of_a_file_are_what_the_export_has_counted(precision, images, tmp_path):
+    model = pruned(FLAVOURS["keras"], 0.9)
+    options = {"calibration": images} if precision == "int8" else {}
+    report, kernels = exported(model, tmp_path, precision=precision, **options)
+    path = tmp_path / "net.tflite"
+    found = inspection.sizes(path)
+    assert found.file_bytes == report.file_bytes == path.stat().st_size
+    assert found.gzip_bytes == pytest.approx(report.gzip_bytes, abs=32)
+    rows = {row.name: row for row in found.rows}
+    assert len(rows) == len(kernels) == 5
+    for kernel in kernels.values():
+        row = rows[kernel.tensor]
+        assert (row.weights, row.weights - row.nonzeros) == (kernel.weights, kernel.zeros)
+        assert row.dense_bytes == row.weights * np.dtype(precision).itemsize
+        assert row.stored_bytes == kernel.stored_bytes
+    point, logits = rows[kernels["point"].tensor], rows[kernels["logits"].tensor]
+    assert point.stored_bytes < point.dense_bytes
+    assert logits.stored_bytes == logits.dense_bytes
+    weights = sum(row.stored_bytes for row in found.rows) + found.other_bytes
+    assert 0.3 * found.file_bytes < weights < found.file_bytes
+    assert "whole file" in str(found)
+
+
+def test_sizes_of_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path must be a file"):
+        inspection.sizes(tmp_path / "none.tflite")
+    (tmp_path / "text.tflite").write_text("no such thing")
+    with pytest.raises(ValueError, match=r"that is no LiteRT file"):
+        inspection.sizes(tmp_path / "text.tflite")

@@ -180,6 +180,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         stream.write(text)
 
 
+def require_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return `path` as an absolute Path, if there is a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = pathlib.Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise FileNotFoundError(f"path must be a file with an exported model, got {file}.")
+    return file
+
+
 def _absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
     try:
         return pathlib.Path(path).expanduser().absolute()

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _extras, _probe
-from tscnc_tf.export import litert_file, preflight, sparse_litert, writer
+from tscnc_tf import _checks, _extras, _files, _litert_file, _probe
+from tscnc_tf.export import preflight, sparse_litert, writer
 from tscnc_tf.export.calibration import examples
 from tscnc_tf.export.constants import Constant, Converted
 from tscnc_tf.export.report import ExportedTensor, FileExportReport
-from tscnc_tf.export.served_file import ServedFile, require_file
+from tscnc_tf.export.served_file import ServedFile
 
 __all__ = ["export_litert", "load_litert"]
 
@@ -150,7 +150,7 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
         [[0.0, 0.0, 0.0]]
     """
     library = _extras.require_extra("ai_edge_litert.interpreter", "litert")
-    file = require_file(path)
+    file = _files.require_file(path)
     try:
         interpreter = library.Interpreter(str(file), num_threads=os.cpu_count())
         runner = interpreter.get_signature_runner(_SIGNATURE)
@@ -217,7 +217,7 @@ class LiteRT(writer.FileFormat):
     def constants(self, content: bytes) -> list[Constant]:
         """Return the weights in a file: its constants of floats and int8."""
         schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
-        dtypes = litert_file.DTYPES
+        dtypes = _litert_file.DTYPES
         model = schema.Model.GetRootAs(content, 0)
         found = []
         for subgraph in map(model.Subgraphs, range(model.SubgraphsLength())):
@@ -232,13 +232,13 @@ class LiteRT(writer.FileFormat):
                 shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
                 if tensor.Sparsity() is not None:
                     sparsity = schema.SparsityParametersT.InitFromObj(tensor.Sparsity())
-                    values = litert_file.expanded(sparsity, shape, values)
+                    values = _litert_file.expanded(sparsity, shape, values)
                 found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
         return found
 
     def holds(self, content: bytes) -> bool:
         """Tell whether this is a file of the format."""
-        return litert_file.is_litert(content)
+        return _litert_file.is_litert(content)
 
 
 class _ServedLiteRT(ServedFile):

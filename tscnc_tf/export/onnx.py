@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _extras
+from tscnc_tf import _checks, _extras, _files
 from tscnc_tf.export import preflight, writer
 from tscnc_tf.export.constants import Constant, Converted
 from tscnc_tf.export.report import ExportedTensor, FileExportReport
-from tscnc_tf.export.served_file import ServedFile, require_file
+from tscnc_tf.export.served_file import ServedFile
 
 __all__ = ["export_onnx", "load_onnx"]
 
@@ -117,7 +117,7 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
         [[0.0, 0.0, 0.0]]
     """
     library = _extras.require_extra("onnxruntime", "onnx")
-    file = require_file(path)
+    file = _files.require_file(path)
     try:
         session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     except Exception as error:  # each kind of fault has a class of its own, without a common base

@@ -109,13 +109,5 @@ class ServedFile(abc.ABC):
         return [results[tensor.name] for tensor in self._outputs]
 
 
-def require_file(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return `path` as an absolute Path, if there is a file."""
-    file = pathlib.Path(path).expanduser().absolute()
-    if not file.is_file():
-        raise FileNotFoundError(f"path must be a file with an exported model, got {file}.")
-    return file
-
-
 def _spec(tensor: ExportedTensor) -> tf.TensorSpec:
     return tf.TensorSpec(tensor.shape, tensor.dtype)

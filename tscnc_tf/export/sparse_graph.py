@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tscnc_tf.export.litert_file import DTYPES, PASSING, File, replace, shape_of
+from tscnc_tf._litert_file import DTYPES, PASSING, File, replace, shape_of
 
 _ELEMENTWISE = {
     *("ABS", "CEIL", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG"),

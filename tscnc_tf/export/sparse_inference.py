@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _extras, _reports
+from tscnc_tf import _reports
 from tscnc_tf._keras import layers
+from tscnc_tf._litert_file import File, read
 from tscnc_tf.export import litert, sparse_graph
-from tscnc_tf.export.litert_file import File, is_litert
 from tscnc_tf.export.report import PROCESSORS
-from tscnc_tf.export.served_file import require_file
 
 __all__ = ["PointwiseConvolution", "SparseInferenceReport", "SparseObstacle", "sparse_inference"]
 
@@ -160,12 +159,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
         [('wide', True)]
     """
     if isinstance(model, str | os.PathLike):
-        _extras.require_extra("ai_edge_litert.interpreter", "litert")
-        path = require_file(model)
-        content = path.read_bytes()
-        if not is_litert(content):
-            raise ValueError(f"model is a path, {path}, that is no LiteRT file.")
-        return inspected(content, {})
+        return inspected(read(model), {})
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
         report = litert.export_litert(model, path, sparse=True, probe=probe)

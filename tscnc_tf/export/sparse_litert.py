@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from tscnc_tf._litert_file import DTYPES, INT8, File, replace
 from tscnc_tf.export import sparse_graph
 from tscnc_tf.export.constants import Converted, Form
-from tscnc_tf.export.litert_file import DTYPES, INT8, File, replace
 
 _FLOAT16 = 1
 # Bytes that an operation takes which makes a kernel dense, its tensor and its lists included; and

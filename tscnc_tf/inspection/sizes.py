@@ -1,9 +1,10 @@
-"""How many bytes the weights take: dense, compressed, and in the formats that leave zeros out."""
+"""How many bytes weights take: dense, compressed, in formats that leave zeros out, in a file."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _reports
+from tscnc_tf import _checks, _litert_file, _reports
 from tscnc_tf.inspection import weights
 
 NOTE = (
     "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: each "
     "zero is stored in full width, uncompressed, and so is the optimizer's state, if there is one. "
     "Compress the file, or use a sparse format of its own with a reader for it."
+)
+FILE_NOTE = (
+    "The whole file holds the graph beside the weights; gzip is that of the whole file. "
+    "export_litert(sparse=True) writes kernels without their zeros."
 )
 
 
@@ -40,6 +45,7 @@ class KernelSize(_reports.Record):
         limit_bytes: n·H(k/n) bits to tell where the zeros are, and the others. No format takes
             less for zeros in places that are independent of each other; gzip may, where they make a
             pattern or the values repeat. H is the binary entropy.
+        stored_bytes: in a LiteRT file, with the indices of a sparse form; None of a model.
     """
 
     _derived = ("sparsity", "ratio", "ideal_sparse_bytes", "ideal_format")
@@ -54,6 +60,7 @@ class KernelSize(_reports.Record):
     bitmap_bytes: int
     csr_bytes: int
     limit_bytes: int
+    stored_bytes: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -85,7 +92,9 @@ class SizeReport(_reports.Report):
         rows: one per kernel, then one per other weight, as in `sparsity`.
         other_weights: the number of all other weights: biases, normalisation, embeddings.
         other_bytes: their size; they are dense in every format.
-        gzip_bytes: of all weights in one gzip stream (level 9); None if not asked for.
+        gzip_bytes: of all weights, or of the file, in one gzip stream (level 9); None if not asked
+            for.
+        file_bytes: of the LiteRT file; None of a model.
     """
 
     _derived = ("dense_bytes", "ideal_sparse_bytes", "limit_bytes", "ratio", "gzip_ratio")
@@ -94,6 +103,7 @@ class SizeReport(_reports.Report):
     other_weights: int
     other_bytes: int
     gzip_bytes: int | None
+    file_bytes: int | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -123,13 +133,16 @@ class SizeReport(_reports.Report):
     def _table(self) -> _reports.Table:
         size = _reports.size
         packed = "" if self.gzip_ratio is None else f"gzip {_times(self.gzip_ratio)}, "
-        columns = ["weight", "shape", "dtype", "zeros", "dense", "gzip", "bitmap", "CSR"]
+        is_file = self.file_bytes is not None
+        columns = ["weight", "shape", "dtype", "zeros"]
+        columns += [*(["in file"] if is_file else []), "dense", "gzip", "bitmap", "CSR"]
         rows = [
             (
                 row.name,
                 _reports.shape(row.shape),
                 row.dtype,
                 _reports.percent(row.sparsity),
+                *([size(row.stored_bytes)] if is_file else []),
                 *map(size, (row.dense_bytes, row.gzip_bytes, row.bitmap_bytes, row.csr_bytes)),
                 f"{size(row.ideal_sparse_bytes)} ({row.ideal_format})",
                 _times(row.ratio),
@@ -138,13 +151,16 @@ class SizeReport(_reports.Report):
             for row in self.rows
         ]
         other = size(self.other_bytes)
-        rows.append(("others", f"{self.other_weights}", "", "", other, *[""] * 3, other, "", ""))
+        here = [other] if is_file else []  # the same in every format
+        others = ("others", f"{self.other_weights}", "", "")
+        rows.append((*others, *here, other, *[""] * 3, other, "", ""))
         return _reports.Table(
             "Bytes of the weights",
             [*columns, "ideal sparse", "ratio", "limit"],
             rows,
             (
-                *("whole model", "", "", ""),
+                *("whole file" if is_file else "whole model", "", "", ""),
+                *([size(self.file_bytes)] if is_file else []),
                 *(size(self.dense_bytes), size(self.gzip_bytes), "", ""),
                 *(size(self.ideal_sparse_bytes), _times(self.ratio), size(self.limit_bytes)),
             ),
@@ -152,7 +168,7 @@ class SizeReport(_reports.Report):
                 f"Smaller than dense: {packed}ideal sparse {_times(self.ratio)}; if only the "
                 "values were stored and the entropy of the zeros' places, "
                 f"{_times(self.dense_bytes / self.limit_bytes)}.",
-                NOTE,
+                FILE_NOTE if is_file else NOTE,
             ],
         )
 
@@ -175,8 +191,12 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     to fewer bits is another way to save, and not looked at here. Of a layer that Keras has
     quantized the integers count, without scales and statistics; LoRA's factors count as merged.
 
+    Of a LiteRT file, the rows are its constants of two axes or more, dense or in sparse form, by
+    the names of their tensors, and `stored_bytes` says what they take there.
+
     Args:
-        model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
+        model: a built Keras 3 or tf_keras model, with or without pruning wrappers; or the path of a
+            LiteRT file.
         gzip: whether to compress all weights as well, which takes seconds for a hundred MiB.
 
     Returns:
@@ -184,8 +204,11 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
         `report.gzip_bytes`. The same weights give the same figures.
 
     Raises:
-        TypeError: `model` is no Keras model, or `gzip` not a boolean.
-        ValueError: it has no weights yet, or neither kernels nor pruned weights.
+        TypeError: `model` is neither a Keras model nor a path, or `gzip` not a boolean.
+        ValueError: it has no weights yet, or neither kernels nor pruned weights; or it is the path
+            of no LiteRT file.
+        FileNotFoundError: there is no file at the path.
+        ImportError: LiteRT is not installed, and `model` is a path.
 
     Reference:
         Cover & Thomas, "Elements of Information Theory", 2nd ed. 2006, section 5.4 (the limit);
@@ -200,6 +223,8 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
         (288, 72)
     """
     _checks.boolean("gzip", gzip)
+    if isinstance(model, str | os.PathLike):
+        return _of_file(model, gzip)
     rows = {id(weight.variable): _row(weight, gzip) for weight in weights.listed(model)}
     arrays = [(v, _stored(values, v)) for v, values in weights.all_weights(model)]
     others = [values for variable, values in arrays if id(variable) not in rows]
@@ -211,21 +236,62 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     )
 
 
+def _of_file(path: str | os.PathLike[str], gzip: bool) -> SizeReport:
+    """Return the report on a LiteRT file."""
+    content = _litert_file.read(path)
+    file = _litert_file.File(content)
+    rows, held, other_weights, other_bytes = [], set(), 0, 0
+    for graph in file.model.subgraphs:
+        for tensor in graph.tensors:
+            stored = file.size(tensor)
+            if not stored or tensor.buffer in held:
+                continue
+            held.add(tensor.buffer)  # constants of the same content share one
+            shape = _litert_file.shape_of(tensor)
+            if tensor.type not in _litert_file.DTYPES or len(shape) < 2:
+                other_weights += math.prod(shape)
+                other_bytes += stored
+                continue
+            values = file.array(tensor)
+            # Filters come first, but for those of depthwise convolutions.
+            outputs = shape[0] if shape[0] > 1 else shape[-1]
+            rows.append(_sizes(tensor.name.decode(), values, values, outputs, gzip, stored))
+    return SizeReport(
+        rows=tuple(rows),
+        other_weights=other_weights,
+        other_bytes=other_bytes,
+        gzip_bytes=_gzip_bytes([np.frombuffer(content, np.uint8)]) if gzip else None,
+        file_bytes=len(content),
+    )
+
+
 def _row(weight: weights.Weight, gzip: bool) -> KernelSize:
-    stored = _stored(weight.values, weight.variable)
-    count, nonzeros = weight.values.size, int(np.count_nonzero(weight.values))
-    item = stored.nbytes / count  # of int4 two fit into a byte
     outputs = weight.values.shape[-1]
     if isinstance(weight, weights.KernelWeight):
         groups, _, _, per_group = weight.canonical().shape
         outputs = groups * per_group
+    stored = _stored(weight.values, weight.variable)
+    return _sizes(weight.name, weight.values, stored, outputs, gzip)
+
+
+def _sizes(
+    name: str,
+    values: np.ndarray,
+    stored: np.ndarray,
+    outputs: int,
+    gzip: bool,
+    stored_bytes: int | None = None,
+) -> KernelSize:
+    """Return the sizes of a weight, given its values as they act and as they are stored."""
+    count, nonzeros = values.size, int(np.count_nonzero(values))
+    item = stored.nbytes / count  # of int4 two fit into a byte
     inputs = count // outputs
     alive = math.ceil(nonzeros * item)
     share = nonzeros / count
     entropy = -sum(q * math.log2(q) for q in (share, 1.0 - share) if q)
     return KernelSize(
-        name=weight.name,
-        shape=weight.values.shape,
+        name=name,
+        shape=values.shape,
         dtype=stored.dtype.name if stored.size == count else f"packed {stored.dtype.name}",
         weights=count,
         nonzeros=nonzeros,
@@ -234,6 +300,7 @@ def _row(weight: weights.Weight, gzip: bool) -> KernelSize:
         bitmap_bytes=math.ceil(count / 8) + alive,
         csr_bytes=alive + min(_csr(outputs, inputs, nonzeros), _csr(inputs, outputs, nonzeros)),
         limit_bytes=math.ceil(count * entropy / 8) + alive,
+        stored_bytes=stored_bytes,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _extras
+from tscnc_tf import _extras, _files
 
 # Numbers of the format, which stay as they are: dtypes of kernels, a dense axis.
 DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 9: np.dtype("i1")}
@@ -41,7 +42,8 @@ class File:
         }
         if any(buffer.offset > 1 for buffer in self.model.buffers):
             raise ValueError(
-                "sparse must be False for a file of more than 2 GB, whose weights stand behind it."
+                "A LiteRT file of more than 2 GB, whose weights stand behind the graph, can be "
+                "neither read nor made sparse here: export it with sparse=False."
             )
 
     def content(self) -> bytes:
@@ -174,6 +176,22 @@ class File:
 def is_litert(content: bytes) -> bool:
     """Tell by the identifier of the FlatBuffers schema."""
     return content[4:8] == b"TFL3"
+
+
+def read(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a LiteRT file.
+
+    Raises:
+        ImportError: LiteRT is not installed.
+        FileNotFoundError: there is no file at `path`.
+        ValueError: it is no LiteRT file.
+    """
+    _extras.require_extra("ai_edge_litert.interpreter", "litert")
+    file = _files.require_file(path)
+    content = file.read_bytes()
+    if not is_litert(content):
+        raise ValueError(f"model is a path, {file}, that is no LiteRT file.")
+    return content
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
