@@ -80,7 +80,7 @@ def export(
 
     Raises:
         ValueError: a program draws random numbers that don't follow from its state and arguments,
-            holds the value of a variable as a constant, or its inputs and outputs are not the
+            holds as a constant what follows from a variable, or its inputs and outputs are not the
             arguments, variables and results of its function.
     """
     traced = {name: _Traced.of(name, program) for name, program in programs.items()}
@@ -180,20 +180,24 @@ def _require_no_values(
         text: as it was returned.
         unused: the inputs that it does not look at. Most are only written.
     """
-    held = [(variable, variable.numpy()) for variable in unused]
-    try:
-        for variable, value in held:
-            other = ~value if value.dtype == bool else value + np.ones_like(value)
-            variable.assign(other)
-        changed = bool(held) and _portable(name, lower()) != _portable(name, text)
-    finally:
-        for variable, value in held:
-            variable.assign(value)
-    if changed:
+
+    def follows_from(variables: Sequence[tf.Variable]) -> bool:
+        """Tell whether other values of some variables make another program."""
+        values = [variable.numpy() for variable in variables]
+        try:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(~value if value.dtype == bool else value + np.ones_like(value))
+            return _portable(name, lower()) != _portable(name, text)
+        finally:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+
+    if unused and follows_from(unused):
+        found = [each.name for each in unused if follows_from([each])]
         raise ValueError(
-            f"program {name!r} holds the value of a variable as a constant, of one among "
-            f"{[variable.name for variable in unused]}: XLA must know at compile time what follows "
-            "from it. Take tf.gather, where a tensor is sliced by what follows from a variable."
+            f"program {name!r} holds as a constant what follows from the values of "
+            f"{found or [each.name for each in unused]}: XLA must know it at compile time. Take "
+            "tf.gather, where a tensor is sliced by what follows from a variable."
         )
 
 
