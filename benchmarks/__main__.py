@@ -12,7 +12,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from benchmarks import networks, record
 
-BENCHMARKS = ("step", "rivals", "condition", "dense", "masks", "scores", "litert", "stablehlo")
+BENCHMARKS = (
+    *("step", "rivals", "condition", "dense", "masks", "scores"),
+    *("litert", "structures", "stablehlo"),
+)
 BY_NAME_ONLY = (
     "parity",
     "parity_seeds",

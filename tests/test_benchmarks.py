@@ -236,3 +236,16 @@ def test_a_wrong_command_line_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_structures_are_held_against_the_dense_network(folder):
+    found = result(folder, "structures")
+    assert set(found["times"]) == {"dense 0", "two of four 0.5", "filters 0.5"}
+    assert_times(found["times"], found["rounds"])
+    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+    for name, share in found["share_of_dense"].items():
+        assert share == pytest.approx(medians[name] / medians["dense 0"])
+    # Filters take inputs of the next layer along: of its weights a quarter stays.
+    weights, sizes = found["weights"], found["bytes"]
+    assert weights["dense 0"] > 1.8 * weights["two of four 0.5"] > 1.6 * weights["filters 0.5"]
+    assert sizes["dense 0"] > sizes["two of four 0.5"] > sizes["filters 0.5"]

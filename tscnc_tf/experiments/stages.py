@@ -243,7 +243,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
         "layers": pruned_layers(part),
         "scope": part.scope,
         "min_weights": part.min_weights,
-        "structure": _structure(part),
+        "structure": structure(part),
     }
     if part.scope == "condition":
         options["scope"] = pruning.condition_budgets(
@@ -284,7 +284,8 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
     return pruning.prune(model, schedule, engine="masks", **options)
 
 
-def _structure(part: Pruning) -> Any:
+def structure(part: Pruning) -> Any:
+    """Return what is pruned, as an object."""
     if part.structure == "filters":
         return pruning.Filters()
     if part.structure == "weights":

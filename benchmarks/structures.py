@@ -1,0 +1,100 @@
+"""What the structure of the zeros saves in LiteRT: bytes, and the time of one inference.
+
+The networks are those of `benchmarks/study/structure.yaml`, which says what each costs in accuracy.
+How long they take follows from how many weights, blocks and filters stay, not from their values; so
+they are pruned here without training.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+
+import tscnc_tf as tscnc
+from benchmarks import measure, record
+from benchmarks.study.plan import HERE, Plan
+from tscnc_tf.experiments import Recipe, stages
+from tscnc_tf.experiments.parts import ARCHITECTURES
+
+GOAL = 1 / 3  # of the dense network's time, at most, for the fastest that is accurate enough
+_PLAN = HERE / "structure.yaml"
+
+
+def run(options: record.Options) -> None:
+    """Export, time one inference in the same rounds, print a table and write `structures.json`."""
+    plan = Plan.read(_PLAN)
+    rounds = options.pick("rounds", 300, 2)
+    runs = [each for each in plan.runs({}) if each.seed == plan.seeds[0]]
+    if options.smoke:
+        runs = [each for each in runs if each.sparsity in (0.0, 0.5)]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "At a sparsity of", UserWarning)  # dead filters
+        made = {
+            f"{each.arm} {each.sparsity:g}": exported(
+                each.recipe, pathlib.Path(folder) / f"{place}.tflite", options.smoke
+            )
+            for place, each in enumerate(runs)
+        }
+        functions = {name: inference(report.path) for name, report in made.items()}
+        times = measure.interleaved(functions, rounds, warm_up=5)
+    dense = "dense 0"
+    share = {
+        name: measure.ratios([times[name]], [times[dense]])["wall"].of_medians for name in times
+    }
+    sizes = {name: report.file_bytes for name, report in made.items()}
+    weights = {name: sum(k.weights - k.zeros for k in r.kernels) for name, r in made.items()}
+    path = record.write(
+        options,
+        "structures",
+        {
+            "network": "tiny" if options.smoke else runs[0].recipe.network.architecture,
+            "batch_size": 1,
+            "rounds": rounds,
+            "bytes": sizes,
+            "weights": weights,
+            "times": times,
+            "share_of_dense": share,
+            "goal": GOAL,
+        },
+    )
+    rows = [(name, *record.milliseconds(timing)) for name, timing in times.items()]
+    notes = [
+        f"{name}: {share[name]:.2f} of the dense network's time, {sizes[name]:,} bytes, "
+        f"{weights[name]:,} weights that are not zero"
+        for name in times
+    ]
+    title = f"One inference, one thread, float32, {rounds} rounds"
+    record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def exported(recipe: Recipe, path: pathlib.Path, smoke: bool) -> Any:
+    """Return the report on a file with a recipe's network, pruned at once as its plan says.
+
+    Filters are removed; the zeros of all other structures are left out where that is smaller.
+    """
+    build = getattr(tscnc.applications, ARCHITECTURES[recipe.network.architecture])
+    shape = {"width": 4, "hidden": 16} if smoke else recipe.network.options
+    model = build(input_shape=(28, 28, 1), classes=10, library="keras", **shape)
+    if not recipe.sparsity:
+        return tscnc.export_litert(model, path)
+    layers, structure = stages.pruned_layers(recipe.prune), stages.structure(recipe.prune)
+    model = tscnc.prune_now(model, recipe.sparsity, layers=layers, structure=structure)
+    if isinstance(structure, tscnc.pruning.Filters):
+        return tscnc.export_litert(tscnc.pruning.compact(model).model, path)
+    return tscnc.export_litert(model, path, sparse=True)
+
+
+def inference(path: pathlib.Path) -> Callable[[], None]:
+    """Return a function that runs a file on one example, by one thread."""
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    (given,) = interpreter.get_input_details()
+    x = np.random.default_rng(0).random((1, *given["shape"][1:]), np.float32)
+    interpreter.set_tensor(given["index"], x)
+    return interpreter.invoke
