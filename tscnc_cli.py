@@ -20,7 +20,6 @@ import re
 import sys
 import types
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
@@ -514,27 +513,9 @@ def _load(path: pathlib.Path) -> Any:
         return tscnc.experiments.open_stage(path).model
     if path.is_dir():
         return tscnc.load_saved_model(path)
-    return _load_keras(path)
+    from tscnc_tf._keras import files
 
-
-def _load_keras(path: pathlib.Path) -> Any:
-    """Load a .keras or .h5 file by the Keras that wrote it."""
-    import h5py
-    import numpy as np
-
-    from tscnc_tf import _keras
-
-    try:
-        if path.suffix == ".h5":
-            with h5py.File(path) as file:
-                version = np.asarray(file.attrs["keras_version"]).astype(str).item()
-        else:
-            with zipfile.ZipFile(path) as archive:
-                version = json.loads(archive.read("metadata.json"))["keras_version"]
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a model in a .keras or .h5 file: {error}") from error
-    library = _keras.keras if version.startswith("3.") else _keras.tf_keras
-    return library.models.load_model(path, compile=False)
+    return files.load_model(path)
 
 
 def _save(model: Any, path: pathlib.Path) -> None:

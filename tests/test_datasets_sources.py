@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import pathlib
 import re
 import sys
 import urllib.error
+import zipfile
 
 import keras
 import numpy as np
@@ -16,7 +18,7 @@ import tensorflow as tf
 from keras.src.utils import file_utils
 from PIL import Image
 
-from tscnc_tf.datasets import load, resizing, sources
+from tscnc_tf.datasets import load, npz, resizing, sources
 
 
 def arrays(train=30, test=12, shape=(8, 8, 3), classes=3, seed=0):
@@ -190,6 +192,24 @@ def test_damaged_npz_files_are_named(tmp_path, written):
 def test_pickles_are_refused(written):
     with pytest.raises(ValueError, match="Arrays of Python objects are refused, as loading them"):
         load(written(x_train=np.array([1, "a"], object)))
+
+
+def test_files_that_unpack_to_more_than_the_memory_are_refused(written, monkeypatch):
+    path = written()
+    load(path)
+    monkeypatch.setattr(npz, "_memory", lambda: 2000)
+    with pytest.raises(ValueError, match=r"mine\.npz unpacks to 0\.0 GiB, and this machine has"):
+        load(path)
+    with zipfile.ZipFile(path, "w") as archive:  # 700 bytes that say that they are terabytes
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            header = io.BytesIO()
+            kind = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 32, 32, 3)}
+            np.lib.format.write_array_header_1_0(header, kind)
+            archive.writestr(f"{name}.npy", header.getvalue())
+    with pytest.raises(
+        ValueError, match=r"mine\.npz can't be read as an \.npz file of plain arrays"
+    ):
+        load(path)
 
 
 def packed(folder, images):

@@ -44,7 +44,7 @@ LAYERS = {
 }
 KERAS = (
     *("__init__", "adapted", "layers", "flavours", "optimizers"),
-    *("wrappers", "gated", "models", "cloning", "masks"),
+    *("wrappers", "gated", "models", "cloning", "masks", "files"),
 )
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -55,12 +57,43 @@ def _entries(path: pathlib.Path) -> dict[str, Any]:
     try:
         # From a stream that is closed here: NumPy leaves its own open if a file is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            _require_memory(path, file.zip)
             return {key: file[key] if key in known else None for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except _TooLargeError:
+        raise
+    except (
+        *(OSError, ValueError, EOFError, AttributeError, TypeError),
+        *(zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError),
+    ) as error:
         raise ValueError(
             f"{path} can't be read as an .npz file of plain arrays: {error}. Arrays of Python "
             "objects are refused, as loading them can run any code."
         ) from error
+
+
+class _TooLargeError(ValueError):
+    """A file unpacks to more than there is memory."""
+
+
+def _require_memory(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
+    """Raise if what a file says that it unpacks to is more than the machine's memory.
+
+    No more than that is read of it. A few kilobytes can say terabytes.
+    """
+    size, memory = sum(info.file_size for info in archive.infolist()), _memory()
+    if memory is not None and size > memory:
+        raise _TooLargeError(
+            f"{path} unpacks to {size / 2**30:,.1f} GiB, and this machine has "
+            f"{memory / 2**30:,.1f} GiB of memory: take a part of it, or images of a smaller size."
+        )
+
+
+def _memory() -> int | None:
+    """Return the bytes of memory of this machine, None where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _unpacked(path: pathlib.Path, entries: dict[str, Any], split: str) -> list[bytes]:

@@ -40,7 +40,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _keras, _plots, _reports
+from tscnc_tf import _files, _plots, _reports
+from tscnc_tf._keras import files
 from tscnc_tf._reports import jsonable
 from tscnc_tf.datasets import Dataset
 from tscnc_tf.experiments import locks
@@ -314,15 +315,14 @@ def write_model(path: pathlib.Path, model: Any) -> None:
             whole.unlink(missing_ok=True)
 
 
-def load_model(path: pathlib.Path, recipe: Mapping[str, Any]) -> Any:
-    """Load a network of an experiment by the Keras that its recipe names.
+def load_model(path: pathlib.Path) -> Any:
+    """Load a network of an experiment.
 
     Raises:
-        ValueError: it can't be loaded.
+        ValueError: it can't be loaded, or holds code.
     """
-    library = _keras.LIBRARIES[recipe["network"]["library"]]
     with _reading(path):
-        return library.models.load_model(path, compile=False)
+        return files.load_model(path)
 
 
 # Checkpoints of stages that are not complete
@@ -416,7 +416,7 @@ class StageOutput(_reports.Report):
 
     def _load(self, name: str) -> Any:
         require_whole(self._training_folder, name)
-        return load_model(self._training_folder / name, self.manifest["recipe"])
+        return load_model(self._training_folder / name)
 
     @property
     def _training_folder(self) -> pathlib.Path:

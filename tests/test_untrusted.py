@@ -1,0 +1,173 @@
+"""Model files from strangers: what is code in them is refused, and not run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import tf_keras
+from helpers import FLAVOURS
+
+from tscnc_tf import applications, gates, pruning, regularizers, schedules
+from tscnc_tf._keras import files
+
+MARK = "ran"
+every_format = pytest.mark.parametrize("suffix", [".keras", ".h5"])
+every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
+    pytest.mark.filterwarnings("ignore:At a sparsity of"),
+]
+
+
+def saved(model, path):
+    model.save(path)
+    return path
+
+
+def rewritten(path, change):
+    """Change the configuration in a file, given as text."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = change(file.attrs["model_config"])
+        return path
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    content["config.json"] = change(content["config.json"].decode()).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+@every_flavour
+@every_format
+def test_lambdas_are_refused_and_not_run(library, suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = library.Sequential(
+        [
+            library.Input((4,)),
+            library.layers.Lambda(lambda x: (__import__("pathlib").Path("ran").touch(), x)[1]),
+        ]
+    )
+    path = saved(model, tmp_path / f"model{suffix}")
+    pathlib.Path(MARK).unlink()  # calling the model has made it
+    with pytest.raises(ValueError, match=r"Python function|arbitrary code execution"):
+        files.load_model(path)
+    assert not pathlib.Path(MARK).exists()
+
+
+NAMED = {
+    "a function of a module": ("activation", {"module": "os", "config": "system"}),
+    "a builtin": ("activation", {"module": "builtins", "config": "exec"}),
+    "what a module of Keras has imported": (
+        "activation",
+        {"module": "tf_keras.src.utils.data_utils", "config": "urlretrieve"},
+    ),
+    "a function of Keras that is none of networks": (
+        "activation",
+        {"module": "keras.utils", "config": "get_file"},
+    ),
+    "an attribute of what was imported": (
+        "activation",
+        {"module": "tf_keras.activations", "config": "backend.os.system"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_functions_that_a_file_names_are_refused(case, tmp_path):
+    name, named = NAMED[case]
+    layer = tf_keras.layers.Dense(2, activation="relu", input_shape=(3,))
+    path = saved(tf_keras.Sequential([layer]), tmp_path / "model.keras")
+    function = {"class_name": "function", "registered_name": named["config"], **named}
+
+    def change(text):
+        assert f'"{name}": "relu"' in text
+        return text.replace(f'"{name}": "relu"', f'"{name}": {json.dumps(function)}')
+
+    with pytest.raises(ValueError, match=r"names .*, which would be run as code") as error:
+        files.load_model(rewritten(path, change))
+    assert f"{named['module']}.{named['config']}" in str(error.value)
+    assert "load it by tf_keras.models.load_model(path" in str(error.value)
+
+
+@pytest.mark.parametrize(("module", "name"), [("subprocess", "Popen"), ("keras.utils", "get_file")])
+def test_classes_that_a_file_names_are_those_of_the_libraries(module, name, tmp_path):
+    layer = tf_keras.layers.Dense(2, input_shape=(3,), name="one")
+    path = saved(tf_keras.Sequential([layer]), tmp_path / "model.keras")
+    dense = '"module": "keras.layers", "class_name": "Dense"'
+
+    def change(text):
+        assert text.count(dense) == 1
+        return text.replace(dense, f'"module": "{module}", "class_name": "{name}"')
+
+    with pytest.raises(ValueError, match=f"names {module}.{name}, which would be run"):
+        files.load_model(rewritten(path, change))
+
+
+@every_format
+@pytest.mark.parametrize("function", ["io.write_file", "py_function", "compat.v1.py_func"])
+def test_functions_of_tensorflow_that_do_more_than_compute(function, suffix, tmp_path):
+    inputs = tf_keras.Input((4,))
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(2)(inputs + 1.0))
+    path = saved(model, tmp_path / f"model{suffix}")
+    assert files.load_model(path).count_params() == 10
+
+    def change(text):
+        assert '"function": "__operators__.add"' in text
+        return text.replace('"__operators__.add"', f'"{function}"')
+
+    with pytest.raises(ValueError, match=f"calls tf.{function}, which would be run as code"):
+        files.load_model(rewritten(path, change))
+
+
+def models(library):
+    """Models of many kinds of layers, and with what this package adds to them."""
+    layers = library.layers
+    shape = (8, 8, 3)
+    inputs = library.Input(shape)
+    plain = layers.Conv2D(4, 3, activation="gelu", kernel_initializer="he_normal")(inputs)
+    plain = layers.Activation("tanh")(layers.BatchNormalization()(plain * 2.0))
+    plain = layers.Dense(3, kernel_constraint="max_norm")(layers.Flatten()(plain))
+    yield library.Model(inputs, plain)
+    yield applications.LeNet5(input_shape=shape, classes=3, library=library.__name__, hidden=8)
+    small = applications.SmallCNN(input_shape=shape, classes=3, library=library.__name__, width=4)
+    small = pruning.add_regularizers(small, regularizers.TSCNC(1e-5, 1e-2))
+    yield gates.add_gates(small, sparsity_factor=1.0)
+    yield pruning.prune(small, schedules.CosineSparsity(0.0, 0.5, 1, 3), engine="masks")
+
+
+@every_flavour
+def test_all_that_this_package_and_keras_write_is_loaded(library, tmp_path, rng):
+    x = rng.random((2, 8, 8, 3), np.float32)
+    for index, model in enumerate(models(library)):
+        loaded = files.load_model(saved(model, tmp_path / f"{index}.keras"))
+        np.testing.assert_array_equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("content", [b"", b"no such thing"])
+@every_format
+def test_other_files_are_named(content, suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.\w+ is not a model in a \.keras or \.h5 file"):
+        files.load_model(path)
+
+
+def test_keras_3_refuses_by_itself(tmp_path):
+    layer = keras.layers.Dense(2, activation="relu")
+    path = saved(keras.Sequential([keras.Input((3,)), layer]), tmp_path / "model.keras")
+    function = {"class_name": "function", "module": "os", "config": "system"}
+    function["registered_name"] = "system"
+
+    def change(text):
+        return text.replace('"activation": "relu"', f'"activation": {json.dumps(function)}')
+
+    with pytest.raises((TypeError, ValueError)):
+        files.load_model(rewritten(path, change))
