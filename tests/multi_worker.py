@@ -20,6 +20,7 @@ import tscnc_tf as tscnc
 BACKED_UP = "scores"  # the case that a worker is lost in
 EPOCHS = 4
 LOST_IN = 2  # epoch
+EXIT_CODE = 17  # of the worker that is lost
 
 
 def network(case: str):
@@ -73,12 +74,24 @@ def train(case: str, strategy: tf.distribute.Strategy, callbacks=()) -> list[np.
     return [np.asarray(each) for each in trainer.get_weights()]
 
 
+class Record(tf_keras.callbacks.Callback):
+    """Write down which epochs begin."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_epoch_begin(self, epoch, logs=None):
+        with self.path.open("a") as file:
+            file.write(f"{epoch}\n")
+
+
 class Lost(tf_keras.callbacks.Callback):
     """End this process at the beginning of an epoch, as if its machine had failed."""
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == LOST_IN:
-            os._exit(17)
+            os._exit(EXIT_CODE)
 
 
 def refused(strategy: tf.distribute.Strategy) -> str:
@@ -102,7 +115,10 @@ def main(index: int, port: int, folder: pathlib.Path, stage: str) -> None:
         for case in CASES:
             np.savez(folder / f"{case}-{index}.npz", *train(case, strategy))
         (folder / f"refused-{index}.txt").write_text(refused(strategy))
-    callbacks = [tf_keras.callbacks.BackupAndRestore(str(folder / "backup"))]
+    callbacks = [
+        tf_keras.callbacks.BackupAndRestore(str(folder / "backup")),
+        Record(folder / f"epochs-{stage}-{index}.txt"),
+    ]
     if stage == "first" and index == 1:
         callbacks.append(Lost())
     np.savez(folder / f"restored-{index}.npz", *train(BACKED_UP, strategy, callbacks))

@@ -337,6 +337,46 @@ def test_joined_channels_go_through_normalisation_and_activation(library, how, a
 
 
 @both
+@pytest.mark.parametrize("what", ["concatenation", "query", "value"])
+def test_constants_among_the_inputs_leave_a_layer_alone(library, what):
+    layers = library.layers
+    inputs = library.Input((6, 4), batch_size=5)
+    x = layers.Dense(5, activation="tanh", name="dense")(inputs)
+    constant = tf.ones((5, 6, 3))
+    if what == "concatenation":
+        x, name = joined(library, [x, constant], "function"), "joins a constant to its inputs"
+    else:
+        attention, name = layers.MultiHeadAttention(3, 2), "has a constant for its query, key"
+        x = attention(constant, x) if what == "query" else attention(x, constant)
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "dense", [1, 3])
+    assert name in tscnc.inspection.sparsity(model).not_followed
+    if library is tf_keras and what != "concatenation":
+        with pytest.raises(ValueError, match="is called on a constant tensor: make that a weight"):
+            compact(model)
+        return
+    done = check(model, probe=probe(model))
+    assert filters(done)["dense"] == (5, 5)
+    (left,) = done.left_alone
+    assert name in left.reason
+
+
+@both
+def test_a_reshape_that_is_used_twice_keeps_its_shape(library):
+    layers = library.layers
+    inputs = library.Input((4,))
+    shared = layers.Reshape((1, 6), name="shared")
+    a, b = layers.Dense(6, name="a")(inputs), layers.Dense(6, name="b")(inputs)
+    x = layers.Flatten()(layers.Concatenate()([shared(a), shared(b)]))
+    model = randomise(library.Model(inputs, layers.Dense(2, name="logits")(x)))
+    kill(model, "a", [1, 2])
+    kill(model, "b", [4])
+    done = check(model)
+    assert filters(done) == {"a": (6, 6), "b": (6, 6), "logits": (2, 2)}
+    assert {left.reason for left in done.left_alone} == {"'shared' (Reshape) is used 2 times"}
+
+
+@both
 def test_a_densely_connected_network(library):
     layers = library.layers
 

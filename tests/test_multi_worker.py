@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import multi_worker
 import numpy as np
@@ -41,10 +42,15 @@ def run(folder: pathlib.Path, stage: str) -> None:
                 subprocess.Popen([*command, *arguments], stdout=output, stderr=subprocess.STDOUT)
             )
     try:
-        ended = workers[1].wait(timeout=300)
-        assert ended == (17 if stage == "first" else 0), logs[1].read_text()[-3000:]
+        deadline = time.monotonic() + 900
+        while workers[1].poll() is None:
+            assert not workers[0].poll(), logs[0].read_text()[-3000:]
+            assert time.monotonic() < deadline, logs[1].read_text()[-3000:]
+            time.sleep(0.2)
+        expected = multi_worker.EXIT_CODE if stage == "first" else 0
+        assert workers[1].returncode == expected, logs[1].read_text()[-3000:]
         if stage != "first":  # else it waits for the other one, for longer than a test should
-            assert workers[0].wait(timeout=60) == 0, logs[0].read_text()[-3000:]
+            assert workers[0].wait(timeout=300) == 0, logs[0].read_text()[-3000:]
     finally:
         for worker in workers:
             worker.kill()
@@ -89,8 +95,16 @@ def test_both_workers_end_as_two_devices_of_one_process(trained, case):
 
 
 def test_after_the_loss_of_a_worker_the_end_is_the_same(trained):
+    lost, end = multi_worker.LOST_IN, multi_worker.EPOCHS
     undisturbed = weights(trained, f"{multi_worker.BACKED_UP}-0")
     for index in range(2):
+        begun, again = (
+            [int(epoch) for epoch in (trained / f"epochs-{stage}-{index}.txt").read_text().split()]
+            for stage in ("first", "again")
+        )
+        assert begun[:2] == [0, 1]
+        # The first worker may have been stopped before it had written the last epoch's backup.
+        assert again in ([*range(lost, end)], [*range(lost - 1, end)])
         assert_identical(weights(trained, f"restored-{index}"), undisturbed)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tf_keras
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from helpers import FLAVOURS
 
@@ -303,8 +305,54 @@ def test_sizes_of_a_file_are_what_the_export_has_counted(precision, images, tmp_
 
 
 def test_sizes_of_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path must be a file"):
+    with pytest.raises(FileNotFoundError, match="model must be a file"):
         inspection.sizes(tmp_path / "none.tflite")
     (tmp_path / "text.tflite").write_text("no such thing")
-    with pytest.raises(ValueError, match=r"that is no LiteRT file"):
+    with pytest.raises(ValueError, match=r"path of no LiteRT file, .*text\.tflite"):
         inspection.sizes(tmp_path / "text.tflite")
+    for content in (b"\0\0\0\0TFL3", b"\x1c\0\0\0TFL3" + b"\x14" * 300):
+        (tmp_path / "text.tflite").write_bytes(content)
+        with pytest.raises(ValueError, match=r"text\.tflite is cut off or damaged"):
+            inspection.sizes(tmp_path / "text.tflite")
+        with pytest.raises(ValueError, match=r"text\.tflite is cut off or damaged"):
+            export.sparse_inference(tmp_path / "text.tflite")
+
+
+def converted(model, path, **options):
+    """Write a file by LiteRT's converter alone; int8, if there are examples for it."""
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    for name, value in options.items():
+        setattr(converter, name, value)
+    path.write_bytes(converter.convert())
+    return path
+
+
+def test_sizes_of_files_without_kernels_and_of_nothing_but_zeros(tmp_path):
+    layers = tf_keras.layers
+    path = converted(tf_keras.Sequential([layers.ReLU(input_shape=(4,))]), tmp_path / "r.tflite")
+    found = inspection.sizes(path)
+    assert (found.rows, found.dense_bytes, found.ratio) == ((), 0, 1.0)
+    assert "whole file" in str(found)
+    dense = layers.Dense(64, use_bias=False, kernel_initializer="zeros", input_shape=(8,))
+    found = inspection.sizes(converted(tf_keras.Sequential([dense]), tmp_path / "z.tflite"))
+    assert (found.rows[0].nonzeros, found.rows[0].limit_bytes) == (0, 0)
+    assert "inf×" in str(found)
+
+
+@pytest.mark.filterwarnings("ignore:Statistics for quantized inputs")
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+def test_zeros_of_integers_are_what_stands_for_zero(tmp_path, rng):
+    table = rng.uniform(0.5, 3.0, (50, 16)).astype(np.float32) * (rng.random((50, 16)) < 0.5)
+    inputs = tf_keras.Input((), batch_size=1, dtype="int32")
+    embedding = tf_keras.layers.Embedding(50, 16)
+    model = tf_keras.Model(inputs, embedding(inputs))
+    embedding.set_weights([table])
+    path = converted(
+        model,
+        tmp_path / "e.tflite",
+        optimizations=[tf.lite.Optimize.DEFAULT],
+        representative_dataset=lambda: ([np.array([i], np.int32)] for i in range(50)),
+    )
+    (row,) = inspection.sizes(path).rows
+    assert (row.dtype, row.dense_bytes) == ("int8", 800)
+    assert row.sparsity == np.mean(table == 0)

@@ -180,15 +180,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         stream.write(text)
 
 
-def require_file(path: str | os.PathLike[str]) -> pathlib.Path:
+def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
     """Return `path` as an absolute Path, if there is a file.
+
+    Args:
+        name: what the caller calls the path, for the error message.
+        path: a path, `~` allowed.
 
     Raises:
         FileNotFoundError: there is none.
     """
     file = pathlib.Path(path).expanduser().absolute()
     if not file.is_file():
-        raise FileNotFoundError(f"path must be a file with an exported model, got {file}.")
+        raise FileNotFoundError(f"{name} must be a file with an exported model, got {file}.")
     return file
 
 

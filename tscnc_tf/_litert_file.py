@@ -25,15 +25,24 @@ class File:
 
     Args:
         content: the file.
+        source: where it comes from, for error messages.
 
     Raises:
-        ValueError: its weights stand behind it, as those of a file of more than 2 GB do.
+        ValueError: it is damaged, or its weights stand behind it, as those of a file of more than
+            2 GB do.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, source: str = "the LiteRT file") -> None:
         self.schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
         utils = _extras.require_extra("ai_edge_litert.tools.flatbuffer_utils", "litert")
-        self.model = utils.convert_bytearray_to_object(bytearray(content))
+        try:
+            self.model = utils.convert_bytearray_to_object(bytearray(content))
+            _ = self.model.buffers[0], self.model.subgraphs[0]  # None, if it is damaged
+        except Exception as error:  # of many kinds
+            raise ValueError(
+                f"{source} is cut off or damaged ({type(error).__name__}: {error}): export it "
+                "again."
+            ) from error
         self._packed = utils.convert_object_to_bytearray
         self._names = {
             number: name
@@ -42,8 +51,8 @@ class File:
         }
         if any(buffer.offset > 1 for buffer in self.model.buffers):
             raise ValueError(
-                "A LiteRT file of more than 2 GB, whose weights stand behind the graph, can be "
-                "neither read nor made sparse here: export it with sparse=False."
+                f"{source} is of more than 2 GB, and its weights stand behind the graph, where "
+                "they are not looked at: export with sparse=False, and inspect the Keras model."
             )
 
     def content(self) -> bytes:
@@ -81,6 +90,16 @@ class File:
         if tensor.sparsity is None:
             return values.reshape(tensor.shape)
         return expanded(tensor.sparsity, tensor.shape, values)
+
+    def acting(self, tensor: Any) -> np.ndarray:
+        """Return the dense array of a constant kernel, integers less what stands for 0.0."""
+        values, quantization = self.array(tensor), tensor.quantization
+        points = None if quantization is None else quantization.zeroPoint
+        if points is None or not np.any(points):
+            return values
+        shape = [1] * values.ndim
+        shape[quantization.quantizedDimension if len(points) > 1 else 0] = len(points)
+        return values.astype(np.int64) - np.reshape(points, shape)
 
     def integers(self, graph: Any, number: int) -> list[int] | None:
         """Return the entries of a constant of 32-bit integers, None if it is no constant."""
@@ -187,10 +206,12 @@ def read(path: str | os.PathLike[str]) -> bytes:
         ValueError: it is no LiteRT file.
     """
     _extras.require_extra("ai_edge_litert.interpreter", "litert")
-    file = _files.require_file(path)
+    file = _files.require_file("model", path)
     content = file.read_bytes()
     if not is_litert(content):
-        raise ValueError(f"model is a path, {file}, that is no LiteRT file.")
+        raise ValueError(
+            f"model is the path of no LiteRT file, {file}: of a Keras model, pass the model itself."
+        )
     return content
 
 

@@ -67,9 +67,9 @@ class Call:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the arguments are the tensors alone: no training=True, no initial state."""
-        others = tf.nest.flatten((self.args[1:], list(self.kwargs.values())))
-        return all(_is_symbolic(arg) or _is_unset(arg) for arg in others)
+        """Whether the arguments are tensors of the model alone: no constants, no training=True."""
+        given = tf.nest.flatten((self.args, list(self.kwargs.values())))
+        return all(_is_symbolic(arg) or _is_unset(arg) for arg in given)
 
     @property
     def named(self) -> dict[str, Any]:

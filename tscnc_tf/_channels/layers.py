@@ -112,7 +112,7 @@ class Reader:
         if id(layer) in self.graph.opaque:
             return self.graph.opaque[id(layer)]
         weights = getattr(layer, "weights", [])
-        if call.uses > 1 and weights:
+        if call.uses > 1 and (weights or type(layer).__name__ == "Reshape"):
             return f"is used {call.uses} times"
         if any(id(weight) in self._shared for weight in weights):
             return "shares a weight with another layer"
@@ -189,6 +189,8 @@ class Reader:
         key = given.get("key", value)
         if given.keys() - {"query", "value", "key", "use_causal_mask"}:
             raise _NotUnderstoodError("is called with more than its inputs")
+        if not all(isinstance(each, Tensor) for each in (query, value, key)):
+            raise _NotUnderstoodError("has a constant for its query, key or value")
         if len(layer._output_dense.kernel.shape) != 3:
             raise _NotUnderstoodError("makes several axes of its output")
         # Where each position sees itself at least, no mean is of nothing.
@@ -301,6 +303,8 @@ class Reader:
     def _concatenation(self, call: Call, axis: Any) -> Operation:
         if axis not in (-1, len(call.inputs[0].shape) - 1):
             raise _NotUnderstoodError(f"joins axis {axis}, not the channels")
+        if sum(tensor.channels for tensor in call.inputs) != call.outputs[0].channels:
+            raise _NotUnderstoodError("joins a constant to its inputs")
         return Concatenation(call, call.inputs, call.outputs)
 
     def _function(self, call: Call) -> list[Step]:

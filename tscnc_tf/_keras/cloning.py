@@ -203,7 +203,15 @@ class Rebuilder:
         inputs = [self._input(symbol, n) for symbol, n in zip(model.inputs, sizes, strict=True)]
         if self.library is tf_keras:
             given = inputs[0] if is_sequential and len(inputs) == 1 else inputs
-            return tf_keras.models.clone_model(model, given, clone_function=copy)
+            try:
+                return tf_keras.models.clone_model(model, given, clone_function=copy)
+            except TypeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"model {model.name!r} can't be built anew: tf_keras' own clone_model fails "
+                    f"({reason}). It does so where a layer is called on a constant tensor: make "
+                    "that a weight of a layer, or an input."
+                ) from error
         # Keras 3's clone_model would compile the copy as well.
         if is_sequential:
             return keras.Sequential([*inputs, *map(copy, model.layers)], name=model.name)

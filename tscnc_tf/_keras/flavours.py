@@ -204,7 +204,7 @@ def require_one_worker(model: Any) -> None:
     workers = sum(map(len, strategy.cluster_resolver.cluster_spec().as_dict().values()))
     if workers > 1:
         raise NotImplementedError(
-            f"model {getattr(model, 'name', model)!r} is of Keras 3, whose fit fails under "
+            f"model {model.name!r} is of Keras 3, whose fit fails under "
             f"MultiWorkerMirroredStrategy (here {workers} workers), with and without this package: "
             "build it of tf_keras.layers, or train on the devices of one machine by "
             "MirroredStrategy."

@@ -150,7 +150,7 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
         [[0.0, 0.0, 0.0]]
     """
     library = _extras.require_extra("ai_edge_litert.interpreter", "litert")
-    file = _files.require_file(path)
+    file = _files.require_file("path", path)
     try:
         interpreter = library.Interpreter(str(file), num_threads=os.cpu_count())
         runner = interpreter.get_signature_runner(_SIGNATURE)

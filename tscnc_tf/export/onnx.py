@@ -117,7 +117,7 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
         [[0.0, 0.0, 0.0]]
     """
     library = _extras.require_extra("onnxruntime", "onnx")
-    file = _files.require_file(path)
+    file = _files.require_file("path", path)
     try:
         session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     except Exception as error:  # each kind of fault has a class of its own, without a common base

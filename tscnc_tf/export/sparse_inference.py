@@ -159,7 +159,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
         [('wide', True)]
     """
     if isinstance(model, str | os.PathLike):
-        return inspected(read(model), {})
+        return inspected(read(model), {}, str(model))
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
         report = litert.export_litert(model, path, sparse=True, probe=probe)
@@ -168,9 +168,11 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
         return inspected(path.read_bytes(), names)
 
 
-def inspected(content: bytes, names: Mapping[str, str]) -> SparseInferenceReport:
+def inspected(
+    content: bytes, names: Mapping[str, str], source: str = "the LiteRT file"
+) -> SparseInferenceReport:
     """Return the report on a file, given the names of the layers that its tensors are of."""
-    file, better = File(content), File(sparse_graph.changed(content, ends=False))
+    file, better = File(content, source), File(sparse_graph.changed(content, ends=False))
     has_sparse = bool(file.sparse())
     rows, obstacles, faults = [], dict[SparseObstacle, None](), []
     graphs = zip(sparse_graph.graphs(file), sparse_graph.graphs(better), strict=True)

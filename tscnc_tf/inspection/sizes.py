@@ -31,8 +31,9 @@ class KernelSize(_reports.Record):
     """The bytes of one kernel, or of another weight that is pruned or can be, in several formats.
 
     Attributes:
-        name: the layer's name, and which of its weights, where there are several.
-        shape: the shape of the variable.
+        name: the layer's name, and which of its weights, where there are several; of a file, the
+            tensor's name.
+        shape: the shape of the variable, or of the tensor.
         dtype: the name of its dtype.
         weights: the number of entries, n.
         nonzeros: how many of them are not zero, k.
@@ -89,8 +90,11 @@ class SizeReport(_reports.Report):
     """The bytes of a model's weights, kernel by kernel; `print` it for a table.
 
     Attributes:
-        rows: one per kernel, then one per other weight, as in `sparsity`.
-        other_weights: the number of all other weights: biases, normalisation, embeddings.
+        rows: one per kernel, then one per other weight, as in `sparsity`; of a file, one per
+            constant of floats or int8 with two axes or more (equal ones are stored once, and have
+            one row).
+        other_weights: the number of all other weights: biases, normalisation, embeddings; of a
+            file, of all other constants, shapes and axes among them.
         other_bytes: their size; they are dense in every format.
         gzip_bytes: of all weights, or of the file, in one gzip stream (level 9); None if not asked
             for.
@@ -123,7 +127,7 @@ class SizeReport(_reports.Report):
     @property
     def ratio(self) -> float:
         """How many times smaller than dense the ideal sparse size is."""
-        return self.dense_bytes / self.ideal_sparse_bytes
+        return _ratio(self.dense_bytes, self.ideal_sparse_bytes)
 
     @property
     def gzip_ratio(self) -> float | None:
@@ -167,7 +171,7 @@ class SizeReport(_reports.Report):
             [
                 f"Smaller than dense: {packed}ideal sparse {_times(self.ratio)}; if only the "
                 "values were stored and the entropy of the zeros' places, "
-                f"{_times(self.dense_bytes / self.limit_bytes)}.",
+                f"{_times(_ratio(self.dense_bytes, self.limit_bytes))}.",
                 FILE_NOTE if is_file else NOTE,
             ],
         )
@@ -239,23 +243,24 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
 def _of_file(path: str | os.PathLike[str], gzip: bool) -> SizeReport:
     """Return the report on a LiteRT file."""
     content = _litert_file.read(path)
-    file = _litert_file.File(content)
+    file = _litert_file.File(content, str(path))
     rows, held, other_weights, other_bytes = [], set(), 0, 0
     for graph in file.model.subgraphs:
-        for tensor in graph.tensors:
+        for number, tensor in enumerate(graph.tensors):
             stored = file.size(tensor)
             if not stored or tensor.buffer in held:
                 continue
             held.add(tensor.buffer)  # constants of the same content share one
+            name = (tensor.name or b"").decode() or f"tensor {number}"
             shape = _litert_file.shape_of(tensor)
             if tensor.type not in _litert_file.DTYPES or len(shape) < 2:
                 other_weights += math.prod(shape)
                 other_bytes += stored
                 continue
-            values = file.array(tensor)
             # Filters come first, but for those of depthwise convolutions.
             outputs = shape[0] if shape[0] > 1 else shape[-1]
-            rows.append(_sizes(tensor.name.decode(), values, values, outputs, gzip, stored))
+            values = file.acting(tensor)
+            rows.append(_sizes(name, values, file.array(tensor), outputs, gzip, stored))
     return SizeReport(
         rows=tuple(rows),
         other_weights=other_weights,
@@ -329,6 +334,11 @@ def _gzip_bytes(arrays: Iterable[np.ndarray]) -> int:
     """Return the length of arrays, one after the other, as a gzip stream without a file name."""
     stream = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
     return sum(len(stream.compress(array.tobytes())) for array in arrays) + len(stream.flush())
+
+
+def _ratio(dense: int, size: int) -> float:
+    """Return how many times smaller a size is; of nothing, it is 1."""
+    return dense / size if size else math.inf if dense else 1.0
 
 
 def _times(ratio: float) -> str:

@@ -128,7 +128,7 @@ class ChannelAnalysis:
     def _spread(self) -> None:
         """Carry `held` to all that is tied to it and that layers need beside it."""
         self._carry()
-        while any(self._complete(operation) for operation in self.operations):
+        while sum(map(self._complete, self.operations)):  # of all, and not until the first
             self._carry()
 
     def _complete(self, operation: Step) -> bool:
