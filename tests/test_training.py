@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 
@@ -428,6 +429,26 @@ def test_two_replicas_take_the_steps_of_one_device(kind):
     two, masks_of_two = after(two_devices().scope())
     assert_same(one, two, atol=1e-5)
     assert_same(masks_of_one, masks_of_two)
+
+
+@pytest.mark.parametrize(
+    "strategy", [tf.distribute.OneDeviceStrategy, tf.distribute.MirroredStrategy]
+)
+def test_xla_under_a_strategy_of_one_device(kind, strategy):
+    def after(scope):
+        tf_keras.utils.set_random_seed(3)
+        with scope:
+            model = kind.prune(kind.dense(), schedules.CosineSparsity(0.0, 0.75, 1, 3, 1))
+            attack = attacks.PGD(epsilon=0.1, steps=2)
+            trainer = AdversarialTraining(model, attack=attack, loss=losses.Madry())
+            trainer.compile(kind.sgd(), jit_compile=True)
+        fit(trainer, blobs(32), epochs=2, batch_size=16)
+        return cloning.bare(model).get_weights()
+
+    devices = "CPU:0" if strategy is tf.distribute.OneDeviceStrategy else ["CPU:0"]
+    plain = after(contextlib.nullcontext())
+    assert_same(plain, after(strategy(devices).scope()), atol=1e-6)
+    assert np.mean(plain[0] == 0) > 0.5
 
 
 def test_a_checkpoint_written_at_any_moment_holds_the_zeros_of_its_masks(tmp_path, kind):

@@ -190,6 +190,11 @@ def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
         context.merge_call(update)
 
 
+def is_distributed(model: Any) -> bool:
+    """Tell whether a model was made under a distribution strategy, maybe one of a single device."""
+    return not type(model.distribute_strategy).__name__.startswith("_Default")
+
+
 def require_one_worker(model: Any) -> None:
     """Raise if several workers are to train a model of Keras 3.
 

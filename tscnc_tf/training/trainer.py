@@ -335,8 +335,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Whether XLA compiles the steps, but for the checks of a batch, which go before.
 
         XLA drops checks. So Keras is told that XLA is off while it makes the steps, and what
-        follows the checks is compiled here. (With several replicas Keras compiles the whole, and
-        nothing is checked.)
+        follows the checks is compiled here. (Under a distribution strategy Keras compiles the
+        whole, and nothing is checked.)
         """
         return self._wants_xla and not self._checks_before_xla
 
@@ -350,7 +350,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     @property
     def _checks_before_xla(self) -> bool:
-        return self._is_at_work and self.distribute_strategy.num_replicas_in_sync == 1
+        return self._is_at_work and not flavours.is_distributed(self)
 
     def _compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return what follows the checks, compiled by XLA where that is asked for."""
