@@ -276,7 +276,7 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         export.sparse_inference(tmp_path / "missing.tflite")
     (tmp_path / "net.tflite").write_text("nothing of that kind")
-    with pytest.raises(ValueError, match="that is no LiteRT file"):
+    with pytest.raises(ValueError, match="path of no LiteRT file"):
         export.sparse_inference(tmp_path / "net.tflite")
 
 
