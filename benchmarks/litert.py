@@ -99,6 +99,11 @@ def _inference(
         model = tscnc.prune_now(model, sparsity, layers=hidden, structure=structure)
     path = folder / f"{network}-{structure}-{sparsity}.tflite"
     tscnc.export_litert(model, path, sparse=bool(sparsity))
+    return inference(path)
+
+
+def inference(path: pathlib.Path) -> Callable[[], None]:
+    """Return a function that runs a file on one example, by one thread."""
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()

@@ -10,14 +10,11 @@ from __future__ import annotations
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Callable
 from typing import Any
-
-import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 
 import tscnc_tf as tscnc
 from benchmarks import measure, record
+from benchmarks.litert import inference
 from benchmarks.study.plan import HERE, Plan
 from tscnc_tf.experiments import Recipe, stages
 from tscnc_tf.experiments.parts import ARCHITECTURES
@@ -88,13 +85,3 @@ def exported(recipe: Recipe, path: pathlib.Path, smoke: bool) -> Any:
     if isinstance(structure, tscnc.pruning.Filters):
         return tscnc.export_litert(tscnc.pruning.compact(model).model, path)
     return tscnc.export_litert(model, path, sparse=True)
-
-
-def inference(path: pathlib.Path) -> Callable[[], None]:
-    """Return a function that runs a file on one example, by one thread."""
-    interpreter = Interpreter(str(path), num_threads=1)
-    interpreter.allocate_tensors()
-    (given,) = interpreter.get_input_details()
-    x = np.random.default_rng(0).random((1, *given["shape"][1:]), np.float32)
-    interpreter.set_tensor(given["index"], x)
-    return interpreter.invoke

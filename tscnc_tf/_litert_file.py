@@ -91,9 +91,10 @@ class File:
             return values.reshape(tensor.shape)
         return expanded(tensor.sparsity, tensor.shape, values)
 
-    def acting(self, tensor: Any) -> np.ndarray:
-        """Return the dense array of a constant kernel, integers less what stands for 0.0."""
-        values, quantization = self.array(tensor), tensor.quantization
+    @staticmethod
+    def acting(tensor: Any, values: np.ndarray) -> np.ndarray:
+        """Return the dense array of a constant kernel less the integers that stand for 0.0."""
+        quantization = tensor.quantization
         points = None if quantization is None else quantization.zeroPoint
         if points is None or not np.any(points):
             return values

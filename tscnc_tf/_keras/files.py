@@ -26,8 +26,6 @@ _COMPUTING = {"math", "nn", "linalg", "signal", "image", "random", "bitwise", "s
 _NOT_COMPUTING = {"py_function", "numpy_function", "py_func", "print", "function"} | {
     *("load_library", "load_op_library", "recompute_grad", "get_symbol_from_name"),
 }
-
-
 _OPERATIONS = ("TFOpLambda", "SlicingOpLambda")  # layers that call a function of TensorFlow
 # What `Lambda` says of its functions in its configuration, and of those that are written in Python.
 _LAMBDAS = ("function_type", "output_shape_type", "mask_type")

@@ -259,8 +259,9 @@ def _of_file(path: str | os.PathLike[str], gzip: bool) -> SizeReport:
                 continue
             # Filters come first, but for those of depthwise convolutions.
             outputs = shape[0] if shape[0] > 1 else shape[-1]
-            values = file.acting(tensor)
-            rows.append(_sizes(name, values, file.array(tensor), outputs, gzip, stored))
+            values = file.array(tensor)
+            acting = file.acting(tensor, values)
+            rows.append(_sizes(name, acting, values, outputs, gzip, stored))
     return SizeReport(
         rows=tuple(rows),
         other_weights=other_weights,
