@@ -121,3 +121,31 @@ def test_a_pruned_part_is_looked_at_once_an_epoch_and_not_in_each_batch(library,
     assert made == [model.optimizer] * 2
     assert pruner.steps == 12
     assert pruning.report(model).sparsity == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
+def test_what_is_not_finite_is_said_in_its_step(library, rng):
+    """By the loss alone it would be seen one step later, or not at all."""
+    x = rng.random((8, 6)).astype("float32")
+    y = rng.integers(0, 3, 8)
+    losses = library.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def fit(rate=0.1, weights=None):
+        model = dense_model(library)
+        model.compile(library.optimizers.SGD(rate), losses)
+        watch = [callbacks.RaiseOnNaN()]
+        options = {"batch_size": 4, "shuffle": False, "verbose": 0, "callbacks": watch}
+        model.fit(x, y, sample_weight=weights, epochs=2, **options)
+        return model
+
+    assert all(np.isfinite(weight).all() for weight in fit().get_weights())
+    with pytest.raises(
+        ValueError,
+        match=r"After batch 1 of epoch 1 weights are NaN or infinite: \S*hidden/kernel, ",
+    ):
+        fit(rate=float("inf"))
+    bad = np.ones(8, "float32")
+    bad[5] = np.nan
+    words = "After batch 2 of epoch 1 loss is nan, and 4 of 4 weights are NaN or infinite. Lower"
+    with pytest.raises(ValueError, match=words):
+        fit(weights=bad)

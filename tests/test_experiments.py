@@ -781,9 +781,9 @@ def run_killed(recipe, folder, *moments):
     tscnc.experiments.run(recipe, folder, progress=False)
 
 
-def require_same(folder, other):
+def require_same(folder, other, *stages):
     """Make sure that two experiments have ended with the same metrics and weights, bit for bit."""
-    for stage in ("1-train", "2-prune", "3-finetune"):
+    for stage in stages or ("1-train", "2-prune", "3-finetune"):
         mine, theirs = (tscnc.experiments.open_stage(f / stage) for f in (folder, other))
         assert mine.metrics == theirs.metrics
         for name in ("model", "last"):
@@ -818,9 +818,35 @@ def stop_after(monkeypatch, owner, name, when):
     monkeypatch.setattr(owner, name, stopping)
 
 
+def end(number, frame):
+    """Do what a signal does in these tests."""
+    raise StoppedError
+
+
+@contextlib.contextmanager
+def asked_to_end(monkeypatch, stage, epoch, batch):
+    """Send SIGTERM to this process before a batch of a stage ends."""
+    original = fitting.CheckpointCallback.on_train_batch_end
+
+    def on_batch(self, number, logs=None):
+        if (self.model.name, len(self.rows), number) == (stage, epoch, batch):
+            signal.raise_signal(signal.SIGTERM)
+        original(self, number, logs)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            patch.setattr(fitting.CheckpointCallback, "on_train_batch_end", on_batch)
+            yield
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     tmp_path, monkeypatch
 ):
+    """At the end of an epoch; then, being asked to end, within one."""
     gated = recipe(
         **{"gates.sparsity_factor": 1e-3, "gates.layers": "stage_*", "prune.method": "magnitude"},
         **{"prune.epochs": 1, "finetune.epochs": 1, "train.average_from": 1},
@@ -828,11 +854,52 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     )
     whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        stop_after(patch, folders, "write_state", lambda _, epochs, *rest: epochs == 1)
+        stop_after(patch, folders, "write_state", lambda _, progress, *rest: progress.epochs == 1)
         tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
     assert not folders.is_complete(tmp_path / "stopped" / "1-train")
+    for stage, epoch, batch, state in (
+        ("train", 1, 0, "1-train/state-1-1"),
+        ("train", 1, 0, "1-train/state-1-2"),  # the first batch of what was left
+        ("prune", 0, 0, "2-prune/state-0-1"),
+    ):
+        with asked_to_end(monkeypatch, stage, epoch, batch):
+            tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
+        (found,) = (tmp_path / "stopped" / state).parent.glob("state-*")
+        assert found == tmp_path / "stopped" / state
     tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
     require_same(tmp_path / "stopped", whole)
+
+
+def test_tf_keras_goes_on_within_an_epoch(tmp_path, monkeypatch):
+    short = recipe(**{"network.library": "tf_keras", "train.average": 0.9})
+    run = functools.partial(tscnc.experiments.run, short, until="train", progress=False)
+    whole = run(tmp_path / "whole")
+    with asked_to_end(monkeypatch, "train", 1, 0):
+        run(tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "1-train" / "state-1-1").is_dir()
+    run(tmp_path / "stopped")
+    require_same(tmp_path / "stopped", whole, "1-train")
+
+
+def test_a_weight_that_is_not_finite_ends_the_stage_and_the_last_checkpoint_stays(
+    tmp_path, monkeypatch
+):
+    original = fitting.CheckpointCallback.on_epoch_begin
+
+    def on_epoch_begin(self, epoch, logs=None):
+        original(self, epoch, logs)
+        if epoch == 1:
+            self.model.optimizer.learning_rate = float("inf")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.CheckpointCallback, "on_epoch_begin", on_epoch_begin)
+        words = "After batch 1 of epoch 2 weights are NaN or infinite: stem/kernel, "
+        with pytest.raises(ValueError, match=words):
+            tscnc.experiments.run(recipe(**{"train.decay": "constant"}), tmp_path, progress=False)
+    (state,) = (tmp_path / "1-train").glob("state-*")
+    assert state.name == "state-1"
+    best = folders.read_arrays(tmp_path / "1-train" / "best.npz")
+    assert all(np.isfinite(value).all() for value in best.values())
 
 
 @pytest.mark.parametrize("library", ["keras", "tf_keras"])
@@ -1036,7 +1103,9 @@ def half(copied, tmp_path_factory):
     """A run that was stopped in its second stage, after two epochs."""
     folder = tmp_path_factory.mktemp("half") / "tiny"
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(StoppedError):
-        stop_after(monkeypatch, folders, "write_state", lambda _, epochs, *rest: epochs == 2)
+        stop_after(
+            monkeypatch, folders, "write_state", lambda _, progress, *rest: progress.epochs == 2
+        )
         tscnc.experiments.run(recipe(), folder, dense=copied / "1-train", progress=False)
     return folder
 
@@ -1216,7 +1285,9 @@ def test_what_a_full_disk_refuses_is_named(tmp_path, library, kind, rng):
         "json": lambda: folders.write_json(goal, values.tolist()),
         "arrays": lambda: folders.write_arrays(goal, {"values": values}),
         "model": lambda: folders.write_model(goal, model),
-        "state": lambda: folders.write_state(tmp_path, 1, tf.train.Checkpoint(model=model), []),
+        "state": lambda: folders.write_state(
+            tmp_path, folders.Progress(1), tf.train.Checkpoint(model=model), [], {}
+        ),
     }[kind]
     with small_files(), pytest.raises(OSError) as caught:
         write()
@@ -1224,3 +1295,16 @@ def test_what_a_full_disk_refuses_is_named(tmp_path, library, kind, rng):
     assert not list(tmp_path.iterdir())
     write()
     assert goal.exists()
+
+
+def test_a_folder_that_is_removed_while_it_runs_is_named(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    original = folders.write_state
+
+    def remove(*arguments):
+        original(*arguments)
+        shutil.rmtree(run)
+
+    monkeypatch.setattr(folders, "write_state", remove)
+    with pytest.raises(FileNotFoundError, match=f"{run}/1-train was removed or renamed while"):
+        tscnc.experiments.run(recipe(), run, progress=False)

@@ -18,7 +18,14 @@ from tscnc_tf._keras import flavours, gated, masks, optimizers, tf_keras, wrappe
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
 
-__all__ = ["ConditionFeed", "GateLogger", "KernelLogger", "UpdatePruning", "pruning_callbacks"]
+__all__ = [
+    "ConditionFeed",
+    "GateLogger",
+    "KernelLogger",
+    "RaiseOnNaN",
+    "UpdatePruning",
+    "pruning_callbacks",
+]
 
 
 def pruning_callbacks(
@@ -45,6 +52,7 @@ def pruning_callbacks(
         >>> import tscnc_tf as tscnc
         >>> callbacks = tscnc.callbacks.pruning_callbacks(log_kernels=True)
     """
+    log_kernels = _checks.boolean("log_kernels", log_kernels)
     callbacks = [
         UpdatePruning(),
         ConditionFeed(_checks.integer("condition_frequency", condition_frequency, minimum=1)),
@@ -265,6 +273,72 @@ class ConditionFeed(flavours.Callback):
             worst = max(getattr(row, schedule.measure) for report in reports for row in report.rows)
             for copy in {id(each.schedule): each.schedule for each in governed}.values():
                 copy.update(worst, step)
+
+
+class RaiseOnNaN(flavours.Callback):
+    """Raise an error in the step in which a figure of the logs, or a weight, stops being finite.
+
+    Keras' `TerminateOnNaN` looks at the loss and ends `fit` as if all were well. A gradient that is
+    not finite leaves the loss of its own step as it is and ruins the weights; this callback reads
+    all of them after each step, on the device. Give it before the callbacks that write checkpoints,
+    so that none is written of what it refuses.
+
+    Raises:
+        ValueError: in `fit`; it names the epoch, the batch, and the figures or the weights.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> import tscnc_tf as tscnc
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> model.compile(keras.optimizers.SGD(1e38), "mse")
+        >>> x = np.array([[1.0], [9.0]])
+        >>> model.fit(x, 9.0 * x, callbacks=[tscnc.callbacks.RaiseOnNaN()], verbose=0)
+        Traceback (most recent call last):
+        ValueError: After batch 1 of epoch 1 weights are NaN or infinite: ...
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._epoch = 0
+        self._names: list[str] = []
+        self._are_finite: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Find the weights."""
+        weights = [each for each in self.model.weights if tf.as_dtype(each.dtype).is_floating]
+        self._names = [getattr(each, "path", each.name).partition(":")[0] for each in weights]
+        tensors = [flavours.tensor_variable(weight) for weight in weights]
+        # The concrete function: `tf.function` warns of many that are compiled at one place.
+        self._are_finite = tf.function(
+            lambda: tf.stack([tf.reduce_all(tf.math.is_finite(each)) for each in tensors]),
+            autograph=False,
+        ).get_concrete_function()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Take note of the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Look at the logs and the weights."""
+        finite = self._are_finite().numpy()
+        wrong = {
+            name: value for name, value in (logs or {}).items() if not np.all(np.isfinite(value))
+        }
+        if not wrong and finite.all():
+            return
+        where = f"After batch {batch + 1} of epoch {self._epoch + 1}"
+        names = [name for name, each in zip(self._names, finite, strict=True) if not each]
+        if wrong:
+            what = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+            if names:
+                what += f", and {len(names)} of {len(finite)} weights are NaN or infinite"
+        else:
+            what = f"weights are NaN or infinite: {', '.join(names[:5])}"
+            what += f" and {len(names) - 5} others" if len(names) > 5 else ""
+        raise ValueError(
+            f"{where} {what}. Lower the learning rate or the factors of the penalties, or clip the "
+            "gradients; then go on from the last checkpoint."
+        )
 
 
 class _Governed(NamedTuple):

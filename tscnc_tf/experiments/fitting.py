@@ -1,9 +1,11 @@
-"""Training one stage so that it can be killed at any moment and resumed, bit for bit."""
+"""Training one stage so that it can be ended at any moment and resumed, bit for bit."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +14,9 @@ import tensorflow as tf
 
 from tscnc_tf import datasets, gates, inspection, pruning
 from tscnc_tf._keras import flavours, gated, masks, optimizers
-from tscnc_tf.callbacks import pruning_callbacks
+from tscnc_tf.callbacks import RaiseOnNaN, pruning_callbacks
 from tscnc_tf.experiments import folders, stages
+from tscnc_tf.experiments.folders import Progress
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.training import AdversarialTraining
 
@@ -34,6 +37,9 @@ def fit(
     of the optimizer, masks and scores, counters of random draws. The order of the examples and
     their augmentation depend on seed and epoch only.
 
+    If the process is asked to end, by SIGTERM or Ctrl-C, the same is written after the step that it
+    is in; then the signal acts as it would have at once. A second one is not waited for.
+
     Args:
         recipe: of the experiment.
         stage: "train", "prune" or "finetune".
@@ -41,26 +47,35 @@ def fit(
         trainer: of the stage, before its first step; trained in place.
         folder: of the stage.
         on_batch: called after each step with the number of steps of the stage so far.
+
+    Raises:
+        ValueError: the loss or a weight stops being finite, see `callbacks.RaiseOnNaN`.
     """
     settings = getattr(recipe, stage)
-    checkpoints = CheckpointCallback(recipe, stage, data, folder, on_batch)
-    done = checkpoints.resume(trainer)
-    if done == settings.epochs:
-        return
-    trainer.fit(
-        data.training(
-            settings.batch_size,
-            seed=recipe.seed,
-            augment=recipe.data.augment,
-            first_epoch=done,
-        ),
-        steps_per_epoch=data.steps_per_epoch(settings.batch_size),
-        initial_epoch=done,
-        epochs=settings.epochs,
-        shuffle=False,
-        verbose=0,
-        callbacks=[*pruning_callbacks(), checkpoints],
-    )
+    steps = data.steps_per_epoch(settings.batch_size)
+    with SignalNote() as note:
+        checkpoints = CheckpointCallback(recipe, stage, data, folder, on_batch, note)
+        while (begin := checkpoints.resume(trainer)) < (settings.epochs,):
+            batches = data.training(
+                settings.batch_size,
+                seed=recipe.seed,
+                augment=recipe.data.augment,
+                first_epoch=begin.epochs,
+            )
+            # The rest of an epoch is trained by itself, and goes on from what it has written.
+            trainer.fit(
+                batches.skip(begin.steps),
+                steps_per_epoch=steps - begin.steps,
+                initial_epoch=begin.epochs,
+                epochs=begin.epochs + 1 if begin.steps else settings.epochs,
+                shuffle=False,
+                verbose=0,
+                callbacks=[
+                    *(() if begin.steps else pruning_callbacks()),
+                    RaiseOnNaN(),
+                    checkpoints,
+                ],
+            )
 
 
 def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray], int]:
@@ -94,6 +109,50 @@ def averaged(model: Any, optimizer: Any) -> Iterator[None]:
         model.set_weights(weights)
 
 
+class SignalNote:
+    """Takes note of SIGTERM and SIGINT during a block, to be acted on where the block wants to.
+
+    Only the main thread gets signals, and only one of each block is noted: another one acts at
+    once, as do those that the process ignores or leaves to something else than Python.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalNote:
+        """Begin to take note."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, kind: Any, *rest: object) -> None:
+        """Let signals act as before, and one that was noted now, unless the block has failed."""
+        self._restore()
+        if kind is None:
+            self.act()
+
+    def __bool__(self) -> bool:
+        """Tell whether there was a signal."""
+        return self._signal is not None
+
+    def act(self) -> None:
+        """Let the signal that was noted, if there is one, do what it would have done."""
+        if self._signal is not None:
+            number, self._signal = self._signal, None
+            signal.raise_signal(number)
+
+    def _take(self, number: int, frame: object) -> None:
+        self._signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
 class CheckpointCallback(flavours.Callback):
     """Validates after each epoch, and writes the best weights, the metrics and a checkpoint."""
 
@@ -104,36 +163,56 @@ class CheckpointCallback(flavours.Callback):
         data: datasets.Dataset,
         folder: pathlib.Path,
         on_batch: Callable[[int], None],
+        note: SignalNote,
     ) -> None:
         super().__init__()
         self.settings = getattr(recipe, stage)
         self.recipe, self.data, self.folder = recipe, data, folder
-        self.on_batch = on_batch
+        self.on_batch, self.note = on_batch, note
+        self.steps = data.steps_per_epoch(self.settings.batch_size)
         self.rows: list[dict[str, Any]] = []
         self._validator: Any = None
+        self._begin = Progress(0)
+        self._logs: dict[str, np.ndarray] = {}
 
-    def resume(self, trainer: AdversarialTraining) -> int:
-        """Restore the last checkpoint; return the number of epochs done."""
+    def resume(self, trainer: AdversarialTraining) -> Progress:
+        """Restore the last checkpoint; return how far it is."""
         trainer.optimizer.build(trainer.trainable_variables)
         found = folders.states(self.folder)
-        done, state = found[0] if found else (0, None)
-        folders.tidy(self.folder, keep=done)
-        if state is None:
-            return 0
-        self.rows = folders.read_state(state, _checkpoint(trainer))
-        folders.write_metrics(self.folder, self.rows)
-        return done
+        self._begin, state = found[0] if found else (Progress(0), None)
+        folders.tidy(self.folder, keep=self._begin)
+        if state is not None:
+            self.rows, self._logs = folders.read_state(state, _checkpoint(trainer))
+            folders.write_metrics(self.folder, self.rows)
+        return self._begin
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Let the perturbation of the weights begin with its first epoch."""
+        """Let the perturbation of the weights begin with its first epoch; go on with the logs."""
         self.model.awp = stages.awp(self.settings, epoch)
+        if self._logs:
+            for name, variable in self._log_variables().items():
+                variable.assign(self._logs[name])
+            self._logs = {}
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Report the progress."""
-        self.on_batch(len(self.rows) * self.params["steps"] + batch + 1)
+        """Report the progress; end here, if the process is to end."""
+        epochs = len(self.rows)
+        done = batch + 1 + (self._begin.steps if epochs == self._begin.epochs else 0)
+        self.on_batch(epochs * self.steps + done)
+        if self.note and done < self.steps:
+            state = {name: variable.numpy() for name, variable in self._log_variables().items()}
+            folders.write_state(
+                self.folder, Progress(epochs, done), _checkpoint(self.model), self.rows, state
+            )
+            self.note.act()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Validate; write the best weights, the metrics and the checkpoint, in this order."""
+        """Validate; write the best weights, the metrics and the checkpoint, in this order.
+
+        Raises:
+            FileNotFoundError: the folder has been removed.
+        """
+        folders.require_there(self.folder)
         trainer = self.model
         if epoch < self.settings.average_from:
             optimizers.restart_averages(trainer.optimizer, trainer.model.trainable_variables)
@@ -144,8 +223,12 @@ class CheckpointCallback(flavours.Callback):
                 folders.write_arrays(self.folder / folders.BEST, arrays)
         self.rows.append({name: float(value) for name, value in row.items()} | {"epoch": epoch + 1})
         folders.write_metrics(self.folder, self.rows)
-        folders.write_state(self.folder, epoch + 1, _checkpoint(trainer), self.rows)
-        folders.tidy(self.folder, keep=epoch + 1)
+        folders.write_state(self.folder, Progress(epoch + 1), _checkpoint(trainer), self.rows, {})
+        self.note.act()
+
+    def _log_variables(self) -> dict[str, Any]:
+        variables = [v for metric in self.model.metrics for v in metric.variables]
+        return {f"variable{index}": variable for index, variable in enumerate(variables)}
 
     def _validate(self, model: Any) -> dict[str, float]:
         if self._validator is None:

@@ -19,8 +19,8 @@
             saved_model/    to serve
             manifest.json
 
-While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint, and
-`evaluation.json` what the attacks have done.
+While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint (`state-EPOCH-STEP/`, if
+the run was asked to end within an epoch), and `evaluation.json` what the attacks have done.
 
 Files are checked against the manifest before they are used, so that the error about a damaged one
 names it. Folders that were written before manifests had digests are read without these checks.
@@ -35,7 +35,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -60,6 +60,7 @@ STAGE_FOLDERS = {
 MANIFEST, RECIPE, DATA = "manifest.json", "recipe.json", "data.json"
 BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
 METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
+LOGS = "logs.npz"
 EVALUATION_STATE = "evaluation.json"
 
 
@@ -122,6 +123,16 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
         write_json(folder / DATA, data.metadata)
 
 
+def require_there(folder: pathlib.Path) -> None:
+    """Raise a FileNotFoundError if the folder of a stage, or that of its experiment, is gone."""
+    recipe = folder.parent / RECIPE  # a later file may have made the folder anew
+    if not folder.is_dir() or (folder.name in STAGE_FOLDERS.values() and not recipe.is_file()):
+        raise FileNotFoundError(
+            f"folder {folder} was removed or renamed while the experiment was running in it. Start "
+            "the experiment again; if the folder is elsewhere now, with its path there."
+        )
+
+
 def require_same_data(folder: pathlib.Path, known: Mapping[str, Any], data: Dataset) -> None:
     """Raise a ValueError unless the metadata recorded in a folder are those of `data`."""
     theirs = known.get("fingerprint")
@@ -162,10 +173,10 @@ def copy_dense(dense: StageOutput, folder: pathlib.Path) -> None:
             shutil.copytree(dense.folder, draft, dirs_exist_ok=True)
 
 
-def tidy(folder: pathlib.Path, keep: int | None = None) -> None:
-    """Remove drafts of killed processes, and all checkpoints but that of epoch `keep`."""
-    for epoch, path in states(folder):
-        if epoch != keep:
+def tidy(folder: pathlib.Path, keep: Progress | None = None) -> None:
+    """Remove drafts of killed processes, and all checkpoints but the one at `keep`."""
+    for progress, path in states(folder):
+        if progress != keep:
             shutil.rmtree(path, ignore_errors=True)
     for draft in _drafts(folder):
         if draft.is_dir():
@@ -328,14 +339,25 @@ def load_model(path: pathlib.Path) -> Any:
 # Checkpoints of stages that are not complete
 
 
-def states(folder: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
-    """Return the number of epochs and the folder of each checkpoint, the last one first."""
-    found = [(int(path.name.partition("-")[2]), path) for path in folder.glob(f"{STATE}-*")]
+class Progress(NamedTuple):
+    """How far a stage is: whole epochs, and steps of the next one."""
+
+    epochs: int
+    steps: int = 0
+
+
+def states(folder: pathlib.Path) -> list[tuple[Progress, pathlib.Path]]:
+    """Return how far each checkpoint is, and its folder, the last one first."""
+    found = [
+        (Progress(*map(int, path.name.split("-")[1:])), path) for path in folder.glob(f"{STATE}-*")
+    ]
     return sorted(found, reverse=True)
 
 
-def read_state(state: pathlib.Path, checkpoint: tf.train.Checkpoint) -> list[dict[str, Any]]:
-    """Restore a checkpoint, and return the metrics of the epochs before it.
+def read_state(
+    state: pathlib.Path, checkpoint: tf.train.Checkpoint
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Restore a checkpoint; return the metrics of whole epochs, and the state of those of the next.
 
     Raises:
         ValueError: a file of it is damaged, or that of the best epoch so far.
@@ -344,21 +366,36 @@ def read_state(state: pathlib.Path, checkpoint: tf.train.Checkpoint) -> list[dic
         require_whole(state)
     with _reading(state / CHECKPOINT):
         checkpoint.read(str(state / CHECKPOINT)).assert_consumed()
-    read_arrays(state.parent / BEST)  # an error now rather than at the end of the stage
-    return read_json(state / "metrics.json", _way_out(state / "metrics.json"), list)
+    rows = read_json(state / "metrics.json", _way_out(state / "metrics.json"), list)
+    if rows:
+        read_arrays(state.parent / BEST)  # an error now rather than at the end of the stage
+    return rows, read_arrays(state / LOGS) if (state / LOGS).exists() else {}
 
 
 def write_state(
     folder: pathlib.Path,
-    epochs: int,
+    progress: Progress,
     checkpoint: tf.train.Checkpoint,
     rows: Sequence[Mapping[str, Any]],
+    logs: Mapping[str, np.ndarray],
 ) -> None:
-    """Write the checkpoint of a stage after some epochs, with their metrics."""
-    with _files.new_directory(STATE, folder / f"{STATE}-{epochs}") as draft:
+    """Write the checkpoint of a stage, with the metrics of its epochs, and remove earlier ones.
+
+    Args:
+        folder: of the stage.
+        progress: how far it is.
+        checkpoint: to write.
+        rows: the metrics of whole epochs.
+        logs: the state of the metrics of the next one; none between two epochs.
+    """
+    place = f"{STATE}-{progress.epochs}" + (f"-{progress.steps}" if progress.steps else "")
+    with _files.new_directory(STATE, folder / place) as draft:
         checkpoint.write(str(draft / CHECKPOINT))
         write_json(draft / "metrics.json", rows)
+        if logs:
+            write_arrays(draft / LOGS, logs)
         write_manifest(draft, {})
+    tidy(folder, keep=progress)
 
 
 # What users open
@@ -473,7 +510,7 @@ def open_stage(folder: str | pathlib.Path) -> StageOutput:
         >>> output = tscnc.experiments.open_stage("outputs/first/3-finetune")  # doctest: +SKIP
         >>> output.metrics[-1]["validation_robust_accuracy"]  # doctest: +SKIP
     """
-    folder = pathlib.Path(folder)
+    folder = _files.absolute("folder", folder)
     if (folder / RECIPE).is_file():
         raise FileNotFoundError(
             f"folder {folder} holds a whole experiment: open one of its stages, "

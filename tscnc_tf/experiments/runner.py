@@ -63,7 +63,7 @@ def run(
         The folder.
 
     Raises:
-        TypeError: `recipe` is not a recipe.
+        TypeError: `recipe` is not a recipe, or a path no path.
         ValueError: `folder` holds an experiment with another recipe or other data; `dense` has
             another recipe; a stage can't be built, which is checked before anything is trained or
             written; or a file in `folder` is damaged: the message says which one and what to do.
@@ -81,11 +81,11 @@ def run(
     """
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {recipe!r} of type {type(recipe).__name__}.")
-    folder = pathlib.Path(folder).expanduser().absolute()
+    folder = _files.absolute("folder", folder)
     _checks.one_of("until", until, (*STAGES, "evaluate"))
     progress = _checks.boolean("progress", progress)
     new = folders.is_new(folder, recipe)
-    source = None if dense is None else folders.open_dense(pathlib.Path(dense), recipe)
+    source = None if dense is None else folders.open_dense(_files.absolute("dense", dense), recipe)
     data = stages.dataset(recipe)
     if new:
         stages.dry_run(recipe, data)
@@ -178,7 +178,12 @@ def _evaluate(
 def _complete(
     recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path, **facts: Any
 ) -> None:
-    """Write the manifest, which marks a stage as complete, and remove what is no longer needed."""
+    """Write the manifest, which marks a stage as complete, and remove what is no longer needed.
+
+    Raises:
+        FileNotFoundError: the folder of the experiment has been removed.
+    """
+    folders.require_there(folder)
     content = {
         "stage": stage,
         **facts,
