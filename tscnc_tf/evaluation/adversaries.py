@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _reports
 from tscnc_tf import attacks as attacks_
+from tscnc_tf.attacks.base import CompiledAttack
 
 
 class Source(NamedTuple):
@@ -48,6 +49,11 @@ class Adversary(NamedTuple):
     def uses_gradient(self) -> bool:
         """Whether it may follow the gradient of the model; a plain callable may."""
         return not isinstance(self.attack, attacks_.Attack) or self.attack.uses_gradient
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs compiled, and leaves no state in Python."""
+        return isinstance(self.attack, CompiledAttack)
 
     @property
     def source(self) -> Source | None:

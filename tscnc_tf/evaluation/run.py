@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,11 @@ from tscnc_tf import attacks as attacks_
 from tscnc_tf.evaluation import diagnostics, probes
 from tscnc_tf.evaluation.adversaries import Adversary, Source, adversaries, checked
 from tscnc_tf.evaluation.model_under_test import ModelUnderTest, are_tied
+from tscnc_tf.evaluation.replicas import Replicas
 from tscnc_tf.evaluation.report import AttackResult, EnsemblePart, RobustnessReport
 from tscnc_tf.evaluation.state import AttackProgress, EvaluationState, digests
+
+_ONE_PLACE = Replicas(None)
 
 
 def evaluate_robustness(
@@ -49,6 +52,9 @@ def evaluate_robustness(
     that of `attacks.AutoAttack`, the measure of the field. Outputs that are no logits, and attacks
     that leave their ball or the bounds, are errors; what makes a figure too high, such as a
     gradient that is zero, is a warning.
+
+    For a model that was built under a `tf.distribute.MirroredStrategy`, or in the scope of one, the
+    batches of PGD, AutoAttack and their like are shared out to its replicas, with the same report.
 
     Args:
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can
@@ -110,7 +116,7 @@ def evaluate_robustness(
     """
     begin = time.perf_counter()
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
-    seed = _checks.integer("seed", seed, minimum=0)
+    seed = _checks.seed("seed", seed)
     bounds = _checks.bounds("bounds", bounds)
     progress = _checks.boolean("progress", progress)
     opponents = adversaries(_chosen(attacks, epsilon, norm, bounds), bounds)
@@ -284,6 +290,7 @@ class _Evaluation:
         bounds: tuple[float, float],
     ) -> None:
         self._model = model
+        self._replicas = Replicas(model)
         self._examined = examined
         self._inputs, self._labels = data
         self._clean = clean
@@ -343,15 +350,23 @@ class _Evaluation:
             if so_far.batch == 0:
                 so_far.before = so_far.correct.copy()
             rows = np.flatnonzero(so_far.before) if opponent.parts else np.arange(len(start))
-            number = math.ceil(len(rows) / self._batch_size)
-            task = bar.add_task(part.name, total=number, completed=so_far.batch, left=0, accuracy=0)
-            run = part.on(self._model) if so_far.batch < number else None
-            for index in range(so_far.batch, number):
-                begin = time.perf_counter()
-                chosen = rows[index * self._batch_size : (index + 1) * self._batch_size]
-                self._count(part, run, index, chosen, so_far)
+            chosen = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+            todo = list(enumerate(chosen))[so_far.batch :]
+            task = bar.add_task(
+                part.name, total=len(chosen), completed=so_far.batch, left=0, accuracy=0
+            )
+            batches = (
+                (self._inputs[each], self._labels[each], (self._seed, index))
+                for index, each in todo
+            )
+            places = self._replicas if part.is_compiled else _ONE_PLACE
+            results = places.map(functools.partial(part.on, self._model), batches)
+            begin = time.perf_counter()
+            for (index, each), result in zip(todo, results, strict=True):
+                self._count(part, result, index, each, so_far)
                 so_far.batch = index + 1
-                so_far.part_seconds += time.perf_counter() - begin
+                now = time.perf_counter()
+                so_far.part_seconds, begin = so_far.part_seconds + now - begin, now
                 state.save()
                 left = int(np.sum(so_far.correct))
                 bar.update(task, advance=1, left=left, accuracy=left / len(start))
@@ -388,11 +403,11 @@ class _Evaluation:
         return parts
 
     def _count(
-        self, part: Adversary, run: Any, index: int, chosen: np.ndarray, so_far: AttackProgress
+        self, part: Adversary, result: Any, index: int, chosen: np.ndarray, so_far: AttackProgress
     ) -> None:
-        """Run an attack on a batch, check what it returns, and count."""
+        """Check what an attack returned for a batch, and count."""
         x, y = self._inputs[chosen], self._labels[chosen]
-        found, moved = checked(part, x, run(x, y, (self._seed, index)), self._bounds)
+        found, moved = checked(part, x, result, self._bounds)
         for norm, distance in moved.items():
             so_far.farthest[norm] = max(distance, so_far.farthest.get(norm, 0.0))
         logits = self._examined.logits(found)

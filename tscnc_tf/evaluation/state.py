@@ -76,7 +76,7 @@ class EvaluationState:
     """
 
     def __init__(self, path: Any, identity: Mapping[str, Any], logits: np.ndarray) -> None:
-        self._path = None if path is None else pathlib.Path(path).expanduser()
+        self._path = None if path is None else _files.absolute("state_path", path)
         self._identity = json.loads(json.dumps(jsonable(identity)))
         self._logits = logits[:_PROBED].astype(float)
         self._attacks: dict[str, AttackProgress] = {}
