@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint docs package bench clean
+.PHONY: demo test lint docs package bench bench-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +34,11 @@ package: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
+
+# On a machine with a GPU: the step, and with CIFAR10=cifar10.npz the study of large networks.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks gpu
+	$(if $(CIFAR10),$(BIN)/python -m benchmarks.study run --workers 1 --plan benchmarks/study/accelerator.yaml --data cifar10=$(CIFAR10))
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info docs/_build docs/api/generated

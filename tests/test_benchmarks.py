@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -249,3 +250,15 @@ def test_structures_are_held_against_the_dense_network(folder):
     weights, sizes = found["weights"], found["bytes"]
     assert weights["dense 0"] > 1.8 * weights["two of four 0.5"] > 1.6 * weights["filters 0.5"]
     assert sizes["dense 0"] > sizes["two of four 0.5"] > sizes["filters 0.5"]
+
+
+def test_the_step_on_a_gpu_is_timed_in_mixed_precision_and_refused_without_one(tmp_path):
+    main(["gpu", "--smoke", "--output", str(tmp_path)])
+    found = result(tmp_path, "gpu")
+    assert_times(found["times"], 2)
+    steps = {name for name in found["times"] if name.startswith("step")}
+    assert steps == {"step, float32", "step, float32, XLA", "step, mixed_float16"}
+    assert found["speed"]["step, float32"]["of_medians"] == 1.0
+    if not tf.config.list_physical_devices("GPU"):
+        with pytest.raises(SystemExit, match="TensorFlow sees no GPU here"):
+            main(["gpu", "--output", str(tmp_path)])
