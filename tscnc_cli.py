@@ -170,6 +170,41 @@ def run(
     )
 
 
+@_command()
+@click.argument("plan", metavar="SWEEP", type=EXISTING)
+@click.option("--output", required=True, type=FILE, help="Folder of the sweep.")
+@click.option(
+    "--engine",
+    type=click.Choice(["process", "ray"]),
+    default="process",
+    show_default=True,
+    help="One after the other in this process, or tasks of Ray, here or on its cluster.",
+)
+@click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Of a task.")
+@click.option("--gpus", type=click.FloatRange(0), default=0, show_default=True, help="Of a task.")
+def sweep(plan: pathlib.Path, output: pathlib.Path, engine: str, cpus: int, gpus: float) -> Result:
+    """Run all experiments of SWEEP, a YAML file of recipes, seeds and values.
+
+    A sweep that was stopped continues when the same command is called again.
+
+    \b
+    tscnc sweep sweep.yaml --output runs/sweep
+    tscnc sweep sweep.yaml --output runs/sweep --engine ray --cpus 2
+    """
+    tscnc = _package()
+
+    report = tscnc.experiments.sweep(
+        tscnc.experiments.Sweep.from_yaml(plan), output, engine=engine, cpus=cpus, gpus=gpus
+    )
+    if report.failed:
+        first = next(iter(report.failed))
+        raise ValueError(
+            f"{len(report.failed)} runs have failed, {len(report.rows)} are complete; of {first}: "
+            f"{report.failed[first]}"
+        )
+    return report.to_dict(), report
+
+
 # The options of evaluate that only some attacks have, and which ones.
 _OWNERS = {
     "version": ("autoattack",),

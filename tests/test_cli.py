@@ -389,3 +389,32 @@ def test_every_flag_is_described():
     for option in tscnc_cli._recipe_flags():
         assert len(option.help.partition("  [")[0]) > 8, option.name
         assert option.opts[0] in out
+
+
+def test_a_sweep_is_run_and_its_failures_are_errors(tmp_path, monkeypatch):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("recipes: {a: smoke, b: smoke}\nseeds: [0, 3]\n")
+    seen = {}
+
+    def sweep(plan, folder, **options):
+        seen.update(places=[run.place for run in plan.runs()], folder=folder, options=options)
+        row = {"name": "a", "seed": 0, "folder": "a/seed-0", "clean": 0.9, "robust": 0.5}
+        row |= {"zeros": 0.99, "condition_number": 2.5, "dead_filters": 0}
+        return tscnc.experiments.SweepReport(folder, (row,), failed)
+
+    monkeypatch.setattr(tscnc.experiments, "sweep", sweep)
+    failed = {}
+    words = ("sweep", file, "--output", tmp_path / "out", "--engine", "ray", "--cpus", 2)
+    found = as_json(*words)
+    assert found["rows"][0]["robust"] == 0.5
+    assert seen == {
+        "places": ["a/seed-0", "a/seed-3", "b/seed-0", "b/seed-3"],
+        "folder": tmp_path / "out",
+        "options": {"engine": "ray", "cpus": 2, "gpus": 0.0},
+    }
+    failed = {"b/seed-3": "ValueError: no"}
+    code, _, err = call(*words)
+    assert (code, err) == (
+        1,
+        "Error: ValueError: 1 runs have failed, 1 are complete; of b/seed-3: ValueError: no\n",
+    )

@@ -236,6 +236,7 @@ def parse(text: str, where: str) -> Any:
 
     Raises:
         ImportError: PyYAML is not installed.
+        TypeError: `text` is no text.
         ValueError: the text is not YAML, or a mapping has a name twice.
 
     Example:
@@ -243,6 +244,8 @@ def parse(text: str, where: str) -> Any:
         {'train': {'epochs': 3}}
     """
     yaml = _extras.require_extra("yaml", "experiments")
+    if not isinstance(text, str):
+        raise TypeError(f"text must be text of YAML, got {text!r} of type {type(text).__name__}.")
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -306,8 +309,24 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path} is based on itself, by {[str(file) for file in above]}.")
-    values = read_yaml(path)
-    bases = values.pop("base", [])
+    return with_bases(read_yaml(path), path, (*above, path))
+
+
+def with_bases(
+    values: Mapping[str, Any], path: pathlib.Path, above: tuple[pathlib.Path, ...] = ()
+) -> dict[str, Any]:
+    """Return values of a recipe on top of those of the files that their entry `base` names.
+
+    Args:
+        values: what stands in a file.
+        path: of that file.
+        above: the files that are based on these values, which these can't be based on.
+
+    Raises:
+        OSError, TypeError, ValueError: `base` names no files, or one of them is no recipe.
+    """
+    own = dict(values)
+    bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise TypeError(
@@ -315,8 +334,8 @@ def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]
         )
     result: dict[str, Any] = {}
     for base in bases:
-        result = merged(result, _read(_located(base, path.parent), (*above, path)))
-    return merged(result, values)
+        result = merged(result, _read(_located(base, path.parent), above))
+    return merged(result, own)
 
 
 def merged(below: Any, above: Any) -> Any:

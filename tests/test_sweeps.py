@@ -1,0 +1,205 @@
+"""Sweeps: what they run, that they go on, and their table; on Ray for real."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from helpers import TINY
+
+import tscnc_tf as tscnc
+from tscnc_tf.experiments import Recipe, Sweep, folders, sweep, sweeps
+
+SHORT = {f"{stage}.epochs": 1 for stage in ("train", "finetune")} | {"prune.epochs": 1}
+
+
+def tiny(**values):
+    return Recipe.from_dict(TINY).override({**SHORT, **values})
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Let experiments be files that say what was asked for; return what was run."""
+    calls = []
+
+    def run(recipe, folder, *, dense=None, until="evaluate", progress=True):
+        calls.append((recipe, str(folder), dense, until))
+        assert not progress
+        if recipe.prune.layers == "fails":
+            raise ValueError("nothing to prune")
+        name = {"train": "1-train", "evaluate": "4-evaluate"}[until]
+        stage = folders.pathlib.Path(folder) / name
+        stage.mkdir(parents=True, exist_ok=True)
+        robust = 0.5 + 0.1 * recipe.seed
+        folders.write_json(
+            stage / "report.json", {"clean": {"accuracy": 0.9}, "robust": {"accuracy": robust}}
+        )
+        folders.write_json(stage / "sparsity.json", {"sparsity": recipe.sparsity})
+        kernels = [{"condition_number": number, "dead_filters": 2} for number in ("inf", 3.0)]
+        folders.write_json(stage / "kernels.json", {"rows": kernels})
+        folders.write_manifest(stage, {"stage": until})
+
+    monkeypatch.setattr(sweeps.runner, "run", run)
+    return calls
+
+
+def read(folder):
+    with (folder / "results.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+PLAN = Sweep(
+    {
+        "plain": tiny(),
+        "global": tiny(**{"prune.scope": "global"}),
+        "other": tiny(**{"train.epochs": 2}),
+    },
+    seeds=[0, 2],
+    grid={"sparsity": [0.9, 0.99]},
+)
+
+
+def test_all_combinations_are_run_once_and_dense_networks_are_shared(runs, tmp_path):
+    report = sweep(PLAN, tmp_path)
+    places = [run.place for run in PLAN.runs()]
+    assert places[:3] == [
+        "plain/sparsity=0.9/seed-0",
+        "plain/sparsity=0.9/seed-2",
+        "plain/sparsity=0.99/seed-0",
+    ]
+    finished = [(folder, recipe) for recipe, folder, _, until in runs if until == "evaluate"]
+    assert [folder for folder, _ in finished] == [str(tmp_path / place) for place in places]
+    assert [(r.sparsity, r.seed, r.prune.scope) for _, r in finished[:6]] == [
+        *((0.9, 0, "layer"), (0.9, 2, "layer"), (0.99, 0, "layer"), (0.99, 2, "layer")),
+        *((0.9, 0, "global"), (0.9, 2, "global")),
+    ]
+    dense = {folder: dense for _, folder, dense, until in runs if until == "evaluate"}
+    # Of one seed, "plain" and "global" share one, at both sparsities, and "other" has its own.
+    assert len(set(dense.values())) == 4
+    at = [dense[str(tmp_path / f"{name}/sparsity=0.99/seed-2")] for name in PLAN.recipes]
+    assert at[0] == at[1] != at[2]
+    assert at[0] == dense[str(tmp_path / "plain/sparsity=0.9/seed-2")]
+    rows = read(tmp_path)
+    assert [row["folder"] for row in rows] == places
+    assert rows[1] == {
+        **{"name": "plain", "sparsity": "0.9", "seed": "2", "folder": places[1], "clean": "0.9"},
+        **{"robust": "0.7", "zeros": "0.9", "condition_number": "inf"},
+        "dead_filters": "4",
+    }
+    assert report.rows[1]["robust"] == 0.7
+    assert report.failed == {}
+    (line,) = [
+        line
+        for line in str(report).splitlines()
+        if line.split()[:3] == ["plain", "sparsity", "0.99"]
+    ]
+    assert line.split() == [
+        "plain",
+        "sparsity",
+        "0.99",
+        "2",
+        "90.0",
+        "±",
+        "0.0",
+        "60.0",
+        "±",
+        "14.1",
+        "99.00",
+        "∞",
+        "4.0",
+    ]
+
+
+def test_what_is_complete_is_not_run_again_and_a_failure_does_not_end_the_others(runs, tmp_path):
+    plan = Sweep({"bad": tiny(**{"prune.layers": "fails"}), "good": tiny()})
+    report = sweep(plan, tmp_path)
+    assert report.failed == {"bad/seed-0": "ValueError: nothing to prune"}
+    assert [row["name"] for row in report.rows] == ["good"]
+    assert "bad/seed-0 has failed: ValueError: nothing to prune" in str(report)
+    before = len(runs)
+    more = Sweep({"good": tiny()}, seeds=[0, 1])
+    assert [row["seed"] for row in sweep(more, tmp_path).rows] == [0, 1]
+    assert [folder for _, folder, _, _ in runs[before:]] == [str(tmp_path / "good/seed-1")]
+
+
+def test_a_sweep_is_read_from_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {epochs: 3}\n")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "recipes:\n"
+        "  a: smoke\n"
+        "  b: mine.yaml\n"
+        "  c: {base: mine.yaml, prune: {scope: global}}\n"
+        "seeds: [0, 1]\n"
+        "grid: {sparsity: [0.5], train.beta: [1.0, 2.0]}\n"
+    )
+    plan = Sweep.from_yaml(file)
+    found = {run.place: run.recipe for run in plan.runs()}
+    assert len(found) == 3 * 2 * 2
+    recipe = found["c/sparsity=0.5/train.beta=2.0/seed-1"]
+    assert (recipe.train.epochs, recipe.prune.scope, recipe.train.beta) == (3, "global", 2.0)
+    assert found["a/sparsity=0.5/train.beta=1.0/seed-0"].train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("seeds: [0]", "must have an entry recipes"),
+        ("recipes: {a: smoke}\nsedes: [0]", "unknown: sedes"),
+        ("recipes: [a]", "recipes must be recipes by names"),
+        ("recipes: {a: 3}", "recipes.a must be text or values by names, got 3"),
+        ("recipes: {a: {trian: 3}}", "recipes.a: .*trian"),
+        ("recipes: {a/b: smoke}", "recipes must be usable as the name of a file"),
+        ("recipes: {dense: smoke}", "must not have the name 'dense'"),
+        ("recipes: {a: smoke}\nseeds: 3", "seeds must be a list of values"),
+        ("recipes: {a: smoke}\nseeds: [1, 1]", "seeds must not have a value twice"),
+        ("recipes: {a: smoke}\nseeds: [-1]", "a: .*seed must be >= 0"),
+        ("recipes: {a: smoke}\ngrid: {seed: [1]}", "must not have the name 'seed'"),
+        ("recipes: {a: smoke}\ngrid: {sparsity: []}", "at least one"),
+        ("recipes: {a: smoke}\ngrid: {sparsity: [2]}", "a: sparsity must be < 1"),
+        ("recipes: {a: smoke}\ngrid: {sparsty: [0.5]}", "a: .*sparsty"),
+    ],
+)
+def test_what_is_no_sweep_is_refused_by_name(content, words, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(content)
+    with pytest.raises((TypeError, ValueError), match=rf"(?s){file}: .*{words}"):
+        Sweep.from_yaml(file)
+
+
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match="plan must be a Sweep, got 3"):
+        sweep(3, tmp_path)
+    with pytest.raises(ValueError, match="engine must be one of 'process', 'ray', got 'dask'"):
+        sweep(PLAN, tmp_path, engine="dask")
+    monkeypatch.setitem(sweeps._extras.importlib.sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'pip install "tscnc_tf\[ray\]"'):
+        sweep(PLAN, tmp_path, engine="ray")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_on_ray_runs_end_as_in_this_process(tmp_path):
+    """Two runs that share a dense network, and one that fails, in processes of Ray's."""
+    pytest.importorskip("ray")
+    recipes = {
+        "layer": tiny(),
+        "global": tiny(**{"prune.scope": "global"}),
+        "bad": tiny(**{"prune.layers": "nothing*"}),
+    }
+    report = sweep(Sweep(recipes), tmp_path / "ray", engine="ray", progress=False)
+    assert [row["name"] for row in report.rows] == ["layer", "global"]
+    assert list(report.failed) == ["bad/seed-0"]
+    assert "nothing*" in report.failed["bad/seed-0"]
+    assert sweep(Sweep({"layer": tiny()}), tmp_path / "ray", engine="ray").rows[0] == report.rows[0]
+    (dense,) = (tmp_path / "ray" / "dense").iterdir()
+    alone = tscnc.experiments.run(
+        tiny(), tmp_path / "alone", dense=dense / "1-train", progress=False
+    )
+    models = (
+        tscnc.experiments.open_stage(folder / "3-finetune").model.get_weights()
+        for folder in (alone, tmp_path / "ray" / "layer" / "seed-0")
+    )
+    for mine, theirs in zip(*models, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)

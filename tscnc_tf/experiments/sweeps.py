@@ -1,0 +1,394 @@
+"""Many experiments, recipes × values × seeds, in this process or on Ray; one table of results."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import pathlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from tscnc_tf import _checks, _extras, _files, _reports
+from tscnc_tf.experiments import folders, runner
+from tscnc_tf.experiments.recipe import Recipe, errors_begin, parse, with_bases
+
+RESULTS, DENSE = "results.csv", "dense"
+FIGURES = ("clean", "robust", "zeros", "condition_number", "dead_filters")
+ENGINES = ("process", "ray")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRun:
+    """An experiment of a sweep.
+
+    Attributes:
+        name: of its recipe in the sweep.
+        values: those of the grid.
+        recipe: with these values, and its seed.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    recipe: Recipe
+
+    @property
+    def place(self) -> str:
+        """The path of its folder in that of the sweep."""
+        chosen = [f"{name}={value}" for name, value in self.values.items()]
+        return "/".join([self.name, *chosen, f"seed-{self.recipe.seed}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Recipes by name, each with all combinations of values and several seeds.
+
+    Args:
+        recipes: recipes by names, which must be usable as those of folders.
+        seeds: the seeds that each is run with.
+        grid: lists of values by their dotted names in a recipe, as `{"sparsity": [0.9, 0.99]}`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; or a recipe does not take a value.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> recipes = {"tscnc": tscnc.experiments.Recipe()}
+        >>> plan = tscnc.experiments.Sweep(recipes, seeds=[0, 1], grid={"sparsity": [0.95, 0.99]})
+        >>> [run.place for run in plan.runs()][:2]
+        ['tscnc/sparsity=0.95/seed-0', 'tscnc/sparsity=0.95/seed-1']
+    """
+
+    recipes: Mapping[str, Recipe]
+    seeds: Sequence[int] = (0,)
+    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recipes, Mapping) or not self.recipes:
+            raise TypeError(f"recipes must be recipes by names, got {self.recipes!r}.")
+        for name, recipe in self.recipes.items():
+            _checks.file_name("recipes", name)
+            if name == DENSE:
+                raise ValueError(f"recipes must not have the name {DENSE!r}, that of a folder.")
+            if not isinstance(recipe, Recipe):
+                raise TypeError(f"recipes must be of Recipe, got {recipe!r} as {name!r}.")
+        _require_list("seeds", self.seeds)
+        if not isinstance(self.grid, Mapping):
+            raise TypeError(f"grid must be lists of values by names, got {self.grid!r}.")
+        for name, values in self.grid.items():
+            if name in ("name", "seed"):
+                raise ValueError(f"grid must not have the name {name!r}: give recipes= and seeds=.")
+            _require_list(f"grid[{name!r}]", values)
+            for value in values:
+                _checks.file_name(f"grid[{name!r}]", f"{name}={value}")
+        list(self.runs())  # each recipe checks its values
+
+    def runs(self) -> Iterator[SweepRun]:
+        """Yield the experiments, in the order in which they are run."""
+        for name, recipe in self.recipes.items():
+            for combination in itertools.product(*self.grid.values()):
+                values = dict(zip(self.grid, combination, strict=True))
+                for seed in self.seeds:
+                    with errors_begin(f"{name}: "):
+                        yield SweepRun(name, values, recipe.override({**values, "seed": seed}))
+
+    @classmethod
+    def from_yaml(cls, path: str | pathlib.Path) -> Sweep:
+        """Read a sweep from a YAML file.
+
+        Its entries are `recipes`, `seeds` and `grid`. A recipe is what stands in a recipe's file,
+        `base` included; or text, in place of `{base: text}`.
+
+        Raises:
+            ImportError: PyYAML is not installed.
+            OSError: a file is missing or can't be read.
+            TypeError, ValueError: the file is not YAML, or no sweep.
+        """
+        file = _files.absolute("path", path)
+        content = parse(file.read_text(encoding="utf-8"), str(file))
+        known = {field.name for field in dataclasses.fields(cls)}
+        with errors_begin(f"{file}: "):
+            if not isinstance(content, dict) or not content.get("recipes"):
+                raise ValueError("a sweep must have an entry recipes.")
+            if unknown := set(content) - known:
+                raise ValueError(f"unknown: {', '.join(map(str, unknown))}. A sweep has {known}.")
+            if not isinstance(content["recipes"], dict):
+                raise TypeError(f"recipes must be recipes by names, got {content['recipes']!r}.")
+            recipes = {
+                str(name): _recipe(name, given, file) for name, given in content["recipes"].items()
+            }
+            return cls(recipes, **{key: content[key] for key in known - {"recipes"} & set(content)})
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepReport(_reports.Report):
+    """What a sweep has found; `print` it for a table of means over seeds.
+
+    Attributes:
+        folder: of the sweep; `results.csv` in it has a row for each run.
+        rows: of each run that is complete its name, values, seed, folder, and `clean` and `robust`
+            accuracy on the test set, the share of `zeros`, the largest `condition_number` and
+            the number of `dead_filters`.
+        failed: of each run that has failed, by its folder, why.
+    """
+
+    folder: pathlib.Path
+    rows: tuple[Mapping[str, Any], ...]
+    failed: Mapping[str, str]
+
+    def _table(self) -> _reports.Table:
+        groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for row in self.rows:
+            chosen = [
+                f"{name} {value}"
+                for name, value in row.items()
+                if name not in ("name", "seed", "folder", *FIGURES)
+            ]
+            groups.setdefault((row["name"], ", ".join(chosen)), []).append(row)
+        rows = [
+            (name, values, str(len(found)), *(_spread(name_, found) for name_ in FIGURES))
+            for (name, values), found in groups.items()
+        ]
+        columns = ("recipe", "values", "seeds", "clean", "robust", "zeros", "worst κ", "dead")
+        notes = [f"{place} has failed: {why}" for place, why in self.failed.items()]
+        notes.append("± is the standard deviation over seeds.")
+        return _reports.Table(f"Sweep in {self.folder}", columns, rows, None, notes)
+
+
+def sweep(
+    plan: Sweep,
+    folder: str | pathlib.Path,
+    *,
+    engine: str = "process",
+    cpus: int = 1,
+    gpus: float = 0,
+    progress: bool = True,
+) -> SweepReport:
+    """Run all experiments of a sweep, those that are complete aside, and collect their results.
+
+    Each is a `run` in a folder of its own, such as `folder/NAME/sparsity=0.99/seed-0`, and goes on
+    where it was if the sweep is stopped and called again. Recipes that share the first stage share
+    its dense network, which is trained once. One that fails does not end the others.
+
+    Args:
+        plan: what to run.
+        folder: of the sweep.
+        engine: "process": one after the other in this process. "ray": as tasks of Ray, on the
+            cluster that Ray is connected to or finds (RAY_ADDRESS), else on this machine; `folder`
+            must be on a disk that all machines share. A task whose worker dies is started again.
+        cpus: cores of each task, on Ray.
+        gpus: GPUs of each task, on Ray; a fraction for several tasks on one.
+        progress: whether to say on stderr which run is done, if that is a terminal.
+
+    Returns:
+        A `SweepReport`; its rows are also in `folder/results.csv`, which is written after each run.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        ImportError: the extra "experiments", or with engine="ray" the extra "ray", is not
+            installed.
+        OSError: the disk is full, or can't be written to; the message names the file.
+
+    Example:
+        >>> import tscnc_tf as tscnc
+        >>> plan = tscnc.experiments.Sweep.from_yaml("sweep.yaml")  # doctest: +SKIP
+        >>> tscnc.experiments.sweep(plan, "outputs/sweep", engine="ray")  # doctest: +SKIP
+    """
+    if not isinstance(plan, Sweep):
+        raise TypeError(f"plan must be a Sweep, got {plan!r} of type {type(plan).__name__}.")
+    goal = _files.absolute("folder", folder)
+    cpus = _checks.integer("cpus", cpus, minimum=1)
+    gpus = _checks.number("gpus", gpus, minimum=0.0)
+    progress = _checks.boolean("progress", progress)
+    _checks.one_of("engine", engine, ENGINES)
+    runs = {run.place: run for run in plan.runs()}
+    left = {place: run for place, run in runs.items() if not _is_complete(goal / place)}
+    tasks = _tasks(left, goal)
+    failed: dict[str, str] = {}
+    console = Console(stderr=True)
+    ended = _on_ray(tasks, cpus, gpus) if engine == "ray" else _in_turn(tasks)
+    _write(runs, goal)
+    for place, error in ended:
+        if error:
+            failed[place] = error
+        else:
+            _write(runs, goal)
+        if progress and console.is_terminal:
+            console.print(f"{place}: {error or 'done'}", markup=False)
+    return SweepReport(goal, tuple(_rows(runs, goal)), failed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """An experiment that is left to run.
+
+    Attributes:
+        recipe: as nested dicts.
+        folder: of the experiment.
+        dense: the folder of the dense network that it begins with, None for its own.
+    """
+
+    recipe: Mapping[str, Any]
+    folder: str
+    dense: str | None
+
+
+def _tasks(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, _Task]:
+    """Return the tasks by their places; dense networks are shared by those that can."""
+    first = {place: _key(run.recipe) for place, run in runs.items()}
+    shared = {key for key in first.values() if list(first.values()).count(key) > 1}
+    return {
+        place: _Task(
+            run.recipe.to_dict(),
+            str(folder / place),
+            str(folder / DENSE / first[place]) if first[place] in shared else None,
+        )
+        for place, run in runs.items()
+    }
+
+
+def _key(recipe: Recipe) -> str:
+    text = json.dumps(_reports.jsonable(recipe.first_stage().to_dict()), sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed-{recipe.seed}"
+
+
+def _train_dense(task: _Task) -> str | None:
+    """Train the dense network that a task begins with; return the folder of that stage."""
+    if task.dense is None:
+        return None
+    recipe = Recipe.from_dict(task.recipe).first_stage()
+    runner.run(recipe, task.dense, until="train", progress=False)
+    return str(folders.stage_folder(pathlib.Path(task.dense), "train"))
+
+
+def _finish(task: _Task, dense: str | None) -> None:
+    """Run the rest of a task."""
+    runner.run(Recipe.from_dict(task.recipe), task.folder, dense=dense, progress=False)
+
+
+def _in_turn(tasks: Mapping[str, _Task]) -> Iterator[tuple[str, str]]:
+    """Run tasks one after the other; yield the place of each, and its error."""
+    for place, task in tasks.items():
+        try:
+            _finish(task, _train_dense(task))
+        except (ValueError, RuntimeError, FileNotFoundError) as error:
+            yield place, f"{type(error).__name__}: {error}"
+        else:
+            yield place, ""
+
+
+def _on_ray(tasks: Mapping[str, _Task], cpus: int, gpus: float) -> Iterator[tuple[str, str]]:
+    """Run tasks on Ray; yield the place of each as it ends, and its error."""
+    ray = _extras.require_extra("ray", "ray")
+    if not tasks:
+        return
+    own = not ray.is_initialized()
+    if own:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    try:
+        yield from _as_tasks(ray, tasks, cpus, gpus)
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _as_tasks(
+    ray: types.ModuleType, tasks: Mapping[str, _Task], cpus: int, gpus: float
+) -> Iterator[tuple[str, str]]:
+    threads = {name: str(cpus) for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
+    environment = {"env_vars": {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}}
+    options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": environment}
+
+    def remote(function: Callable[..., Any]) -> Any:
+        return ray.remote(**options, max_retries=3)(function)
+
+    train, finish = remote(_train_dense), remote(_finish)
+    dense: dict[str | None, Any] = {None: None}
+    running: dict[Any, str] = {}
+    for place, task in tasks.items():
+        if task.dense not in dense:
+            dense[task.dense] = train.remote(task)
+        running[finish.remote(task, dense[task.dense])] = place
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        place = running.pop(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            yield place, f"{type(cause).__name__}: {cause}"
+        else:
+            yield place, ""
+
+
+def _is_complete(folder: pathlib.Path) -> bool:
+    return folders.is_complete(folders.stage_folder(folder, "evaluate"))
+
+
+def _rows(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yield the results of the runs that are complete."""
+    for place, run in runs.items():
+        if not _is_complete(folder / place):
+            continue
+        stage = folders.stage_folder(folder / place, "evaluate")
+        report, zeros, kernels = (
+            folders.read_json(stage / f"{name}.json", f"Remove {stage}, and sweep again.")
+            for name in ("report", "sparsity", "kernels")
+        )
+        worst = [float(row["condition_number"]) for row in kernels["rows"]]
+        yield {
+            "name": run.name,
+            **run.values,
+            "seed": run.recipe.seed,
+            "folder": place,
+            "clean": report["clean"]["accuracy"],
+            "robust": report["robust"]["accuracy"],
+            "zeros": zeros["sparsity"],
+            "condition_number": max(worst),
+            "dead_filters": sum(row["dead_filters"] for row in kernels["rows"]),
+        }
+
+
+def _write(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> None:
+    """Write the table of the runs that are complete."""
+    if rows := list(_rows(runs, folder)):
+        stream = io.StringIO()
+        table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        _files.write_text(folder / RESULTS, stream.getvalue())
+
+
+def _spread(figure: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean of a figure over seeds and its standard deviation; of κ the median."""
+    values = np.array([float(row[figure]) for row in rows])
+    if figure == "condition_number":
+        return _reports.significant(float(np.median(values)))
+    scale, digits = (1, 1) if figure == "dead_filters" else (100, 2 if figure == "zeros" else 1)
+    text = f"{scale * values.mean():.{digits}f}"
+    if figure in ("clean", "robust") and len(values) > 1:
+        text += f" ± {scale * values.std(ddof=1):.{digits}f}"
+    return text
+
+
+def _recipe(name: Any, given: Any, file: pathlib.Path) -> Recipe:
+    """Return a recipe of a sweep's file."""
+    values = {"base": given} if isinstance(given, str) else given
+    if not isinstance(values, dict):
+        raise TypeError(f"recipes.{name} must be text or values by names, got {given!r}.")
+    with errors_begin(f"recipes.{name}: "):
+        return Recipe.from_dict(with_bases(values, file))
+
+
+def _require_list(name: str, values: Any) -> None:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise TypeError(f"{name} must be a list of values, at least one, got {values!r}.")
+    if len({repr(value) for value in values}) < len(values):
+        raise ValueError(f"{name} must not have a value twice, got {list(values)!r}.")
