@@ -16,11 +16,8 @@ BENCHMARKS = (
     *("step", "rivals", "condition", "dense", "masks", "scores"),
     *("litert", "structures", "stablehlo"),
 )
-BY_NAME_ONLY = (
-    "parity",
-    "parity_seeds",
-    "pointwise",
-)  # need what nothing else does: libraries, an emulator
+# They need what nothing else does, libraries, an emulator or a GPU, or measure no time.
+BY_NAME_ONLY = ("faults", "gpu", "parity", "parity_seeds", "pointwise")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=_positive, help="examples a step")
     parser.add_argument("--network", choices=list(networks.NETWORKS))
     parser.add_argument("--ablate", action="store_true", help="step: also without its parts")
+    parser.add_argument("--part", help="faults: one kind of them")
     parser.add_argument(
         "--output", type=pathlib.Path, default=record.Options.output, help="folder for the results"
     )

@@ -37,6 +37,7 @@ class Options:
         batch_size: examples a step.
         network: a name in `networks.NETWORKS`.
         ablate: whether to time the step without its parts, too.
+        part: of the benchmark, where it has parts.
         output: the folder for the JSON files.
     """
 
@@ -45,6 +46,7 @@ class Options:
     batch_size: int | None = None
     network: str | None = None
     ablate: bool = False
+    part: str | None = None
     output: pathlib.Path = pathlib.Path(__file__).parent / "results"
 
     @classmethod

@@ -56,6 +56,7 @@ HARD = {
     "tall": np.arange(12.0).reshape(6, 2),
     "tiny": 1e-30 * np.arange(12.0).reshape(6, 2),
     "huge": 1e30 * np.arange(12.0).reshape(6, 2),
+    "small": 1e-6 * np.arange(12.0).reshape(6, 2),
     "99.9 % zeros": np.where(np.random.default_rng(1).random((200, 100)) < 0.001, 1.0, 0.0),
     "all ones": np.ones((256, 256)),
 }
@@ -66,14 +67,37 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
 @pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "transformed_l1"])
 def test_hard_matrices_have_a_finite_value_and_gradient(form, name, dtype):
-    matrix = functional.matrices(HARD[name].astype(dtype)).numpy()
-    value, slope = gradient(FORMS[form], matrix)
-    assert np.isfinite(value).all()
-    assert np.isfinite(slope).all()
+    limit = float(dtype.max)
+    matrix = functional.matrices(tf.cast(np.clip(HARD[name], -limit, limit), dtype))
+    penalty = FORMS.get(form, functional.transformed_l1)
+    with tf.GradientTape() as tape:
+        tape.watch(matrix)
+        value = penalty(matrix)
+    slope = tape.gradient(value, matrix)
+    assert value.dtype == (tf.float64 if dtype == tf.float64 else tf.float32)
+    assert slope.dtype == dtype
+    assert np.all(tf.math.is_finite(value))
+    assert np.all(tf.math.is_finite(slope))
+
+
+@pytest.mark.parametrize("a", [1e-12, 1e-3, 1.0, 1e30])
+def test_transformed_l1_and_its_slope_are_exact_at_every_scale(a):
+    sizes = np.array([1e-30, 1e-12, 1e-3, 0.5, 65504.0, 1e30])
+    x = tf.constant([*sizes, *-sizes, 0.0], tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = functional.transformed_l1(x, a)
+    exact = np.abs(x.numpy().astype("float64"))
+    np.testing.assert_allclose(value, (a + 1) * exact / (a + exact), rtol=1e-6)
+    slope = np.sign(x.numpy().astype("float64")) * (a + 1) * a / (a + exact) ** 2
+    np.testing.assert_allclose(tape.gradient(value, x), slope, rtol=1e-5, atol=1e-37)
+    half = tf.constant([0.25, 65504.0], tf.float16)
+    expected = (a + 1) * half.numpy().astype("float64") / (a + half.numpy().astype("float64"))
+    np.testing.assert_allclose(functional.transformed_l1(half, a), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "graph", "xla"])

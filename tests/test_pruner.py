@@ -1121,3 +1121,22 @@ def test_a_subclassed_model_does_not_tell_what_makes_its_outputs(library):
     model = pruning.prune_now(net(), 0.5, structure=Filters(), layers="one")
     assert {row.name: row.zeros for row in pruning.report(model).rows} == {"one": 24, "two": 0}
     pruning.prune_now(net(), 0.5)  # single weights: nothing to say
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_ranked(bad):
+    model = dense_model(keras)
+    kernel, bias = model.get_layer("hidden").get_weights()
+    kernel[2, 3] = bad
+    model.get_layer("hidden").set_weights([kernel, bias])
+    for prune in (
+        lambda: pruning.prune_now(model, 0.5),
+        lambda: pruning.prune(model, schedules.OneShot(0.5), engine="masks"),
+        lambda: pruning.condition_budgets(model, 0.5),
+    ):
+        with pytest.raises(
+            ValueError, match=r"that are NaN or infinite, in hidden\. Go back to a ch"
+        ):
+            prune()
+    assert np.isfinite(model.get_layer("logits").get_weights()[0]).all()
+    pruning.prune_now(model, 0.5, layers="logits")  # the others may be pruned

@@ -98,7 +98,7 @@ def test_what_cannot_be_recalibrated(library):
         pruning.recalibrate(model, x)
     with pytest.raises(ValueError, match="the same dense and convolutional layers by name"):
         pruning.recalibrate(model, x, dense=network(library))
-    with pytest.raises(ValueError, match="x must not be empty"):
+    with pytest.raises(ValueError, match="x must hold inputs"):
         pruning.recalibrate(network(library), DATA[:0])
     with pytest.raises(ValueError, match="batch_size must be >= 1"):
         pruning.recalibrate(network(library), DATA, batch_size=0)

@@ -80,6 +80,11 @@ def integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) 
     return int(value)
 
 
+def seed(name: str, value: Any) -> int:
+    """Return a seed as an int >= 0 that fits 32 bits, those of TensorFlow's seeds."""
+    return integer(name, value, minimum=0, maximum=2**31 - 1)
+
+
 def boolean(name: str, value: Any) -> bool:
     """Return `value` if it is True or False."""
     if not isinstance(value, bool):
@@ -88,9 +93,9 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
-    """Return `value` if it is one of `choices`."""
+    """Return `value` if it is one of `choices`, texts or None."""
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
 
@@ -205,7 +210,10 @@ def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
         ValueError: x is not a batch, is empty, not finite, or leaves the bounds.
     """
     one_array("x", x)
-    x = tf.convert_to_tensor(x)
+    try:
+        x = tf.convert_to_tensor(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"x must be an array of floats, got {x!r}: {error}") from None
     require_floats(x.dtype)
     require_batch(x.shape)
     if x.shape.num_elements() == 0:

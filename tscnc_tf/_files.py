@@ -51,7 +51,7 @@ def free_path(
             be replaced.
         NotADirectoryError: one of the folders on the way is a file.
     """
-    goal = _absolute(name, path)
+    goal = absolute(name, path)
     if replacement is not None and replacement.overwrite:
         goal = goal.resolve()
     restore(goal)
@@ -157,7 +157,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         TypeError: `path` is no path.
         OSError: the disk is full, or can't be written to; the error names `path`.
     """
-    goal = _absolute("path", path).resolve()
+    goal = absolute("path", path).resolve()
     with _written(goal) as draft:
         yield draft
         _flush(draft)
@@ -180,6 +180,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         stream.write(text)
 
 
+def absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return `path` as an absolute Path, `~` being the user's folder.
+
+    Raises:
+        TypeError: `path` is no path.
+        ValueError: it holds a null character, which no system takes.
+    """
+    try:
+        found = pathlib.Path(path).expanduser().absolute()
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a path, got {path!r} of type {type(path).__name__}."
+        ) from None
+    if "\0" in str(found):
+        raise ValueError(f"{name} must be a path without null characters, got {path!r}.")
+    return found
+
+
 def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
     """Return `path` as an absolute Path, if there is a file.
 
@@ -188,21 +206,13 @@ def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
         path: a path, `~` allowed.
 
     Raises:
+        TypeError, ValueError: see `absolute`.
         FileNotFoundError: there is none.
     """
-    file = pathlib.Path(path).expanduser().absolute()
+    file = absolute(name, path)
     if not file.is_file():
         raise FileNotFoundError(f"{name} must be a file with an exported model, got {file}.")
     return file
-
-
-def _absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    try:
-        return pathlib.Path(path).expanduser().absolute()
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a path, got {path!r} of type {type(path).__name__}."
-        ) from None
 
 
 @contextlib.contextmanager

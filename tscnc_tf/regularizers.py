@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import tensorflow as tf
@@ -375,6 +375,7 @@ class RegularizerSum(_keras.Regularizer):
             regularizers, or tf_keras if all are of this package or names.
 
     Raises:
+        TypeError: it is no list.
         ValueError: the list is empty, or mixes both Kerases.
 
     Example:
@@ -385,8 +386,14 @@ class RegularizerSum(_keras.Regularizer):
     """
 
     def __init__(self, regularizers: list[Any], library: str | None = None) -> None:
+        if not isinstance(regularizers, Sequence) or isinstance(regularizers, str):
+            raise TypeError(
+                f"regularizers must be a list, got {regularizers!r} of type "
+                f"{type(regularizers).__name__}."
+            )
         if not regularizers:
             raise ValueError("regularizers must hold at least one regularizer, got an empty list.")
+        _checks.one_of("library", library, (None, *_keras.LIBRARIES))
         flavours = [library, *(_keras.flavour(r) for r in regularizers if not _is_ours(r))]
         told = {flavour for flavour in flavours if flavour is not None}
         if len(told) > 1:
@@ -395,9 +402,15 @@ class RegularizerSum(_keras.Regularizer):
             )
         self.library = told.pop() if told else "tf_keras"
         module = _keras.LIBRARIES[self.library]
-        self.regularizers = [
-            part if _is_ours(part) else module.regularizers.get(part) for part in regularizers
-        ]
+        try:
+            self.regularizers = [
+                part if _is_ours(part) else module.regularizers.get(part) for part in regularizers
+            ]
+        except ValueError as error:
+            raise ValueError(
+                f"regularizers must be of {self.library} or of tscnc_tf.regularizers, got "
+                f"{regularizers!r}: {error}"
+            ) from None
 
     def __call__(self, kernel: Any) -> tf.Tensor:
         """Return the sum of the penalties of one kernel."""
@@ -461,7 +474,7 @@ def _any_misreads(regularizer: Any) -> bool:
 
 def _layout(value: Any) -> str:
     names = (*LAYOUTS, "attention")
-    if value in names or (isinstance(value, str) and value and set(value) <= set("pio")):
+    if isinstance(value, str) and (value in names or (value and set(value) <= set("pio"))):
         return value
     raise ValueError(
         f"layout must be one of {names}, or have a letter p, i or o for each axis of the kernel, "

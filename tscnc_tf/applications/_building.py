@@ -9,6 +9,8 @@ import numpy as np
 
 from tscnc_tf import _checks, _keras
 
+MAX_WIDTH = 2**16  # filters, of the first stage
+
 
 class Options(TypedDict, total=False):
     """The keyword arguments that all networks have in common; see `tscnc_tf.applications`."""
@@ -57,7 +59,7 @@ class Builder:
         self._name = kind if name is None else name
         self._activation = activation
         self._kernel_initializer = self._library.initializers.get(kernel_initializer)
-        seed = None if seed is None else _checks.integer("seed", seed, minimum=0)
+        seed = None if seed is None else _checks.seed("seed", seed)
         self._seeds = None if seed is None else np.random.default_rng(seed)
         # Of their own, so that with dropout the first weights are the same as without.
         self._seeds_of_dropout = None if seed is None else np.random.default_rng((seed, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from tscnc_tf import _checks
-from tscnc_tf.applications._building import Builder, Options
+from tscnc_tf.applications._building import MAX_WIDTH, Builder, Options
 
 # Channels, the number of blocks, and the stride of the first of them.
 _V1 = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2))
@@ -107,7 +107,7 @@ def MobileNetV2(*, width: float = 1.0, strides: int = 3, **options: Unpack[Optio
 
 def _start(kind: str, width: Any, strides: Any, options: Options) -> tuple[Builder, float, int]:
     """Return the builder, and the checked arguments."""
-    width = _checks.number("width", width, above=0.0)
+    width = _checks.number("width", width, above=0.0, maximum=float(MAX_WIDTH))
     strides = _checks.integer("strides", strides, minimum=1, maximum=5)
     return Builder(kind, 2**strides, **options), width, strides
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from tscnc_tf import _checks
-from tscnc_tf.applications._building import Builder, Options
+from tscnc_tf.applications._building import MAX_WIDTH, Builder, Options
 
 HEADS = ("hidden", "linear")
 
@@ -40,7 +40,7 @@ def VGG16(*, head: str = "hidden", width: int = 64, **options: Unpack[Options]) 
         Simonyan & Zisserman 2015, arXiv 1409.1556, table 1, column D.
     """
     _checks.one_of("head", head, HEADS)
-    width = _checks.integer("width", width, minimum=1)
+    width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     build = Builder("vgg16", 32, **options)
     depths = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
     x = _stages(build, [(factor * width, depth) for factor, depth in depths])
@@ -78,7 +78,7 @@ def VGG8(*, width: int = 32, **options: Unpack[Options]) -> Any:
         Simonyan & Zisserman 2015, arXiv 1409.1556, whose stages these are the first three of, each
         with two convolutions.
     """
-    width = _checks.integer("width", width, minimum=1)
+    width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     build = Builder("vgg8", 8, **options)
     x = _stages(build, [(factor * width, 2) for factor in (1, 2, 4)])
     x = build.hidden(build.layers.Flatten(name="flatten")(x), "hidden_1", 8 * width)
@@ -114,7 +114,7 @@ def LeNet5(
     Reference:
         LeCun et al. 1998; widths of Madry et al. 2018, arXiv 1706.06083, section 5 (MNIST).
     """
-    width = _checks.integer("width", width, minimum=1)
+    width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     hidden = _checks.integer("hidden", hidden, minimum=1)
     size = _checks.integer("kernel_size", kernel_size, minimum=1)
     build = Builder("lenet5", 4, **options)
@@ -147,7 +147,7 @@ def SmallCNN(*, width: int = 16, **options: Unpack[Options]) -> Any:
         >>> SmallCNN(input_shape=(8, 8, 1), mean=(0.3,), std=(0.38,), seed=0).output_shape
         (None, 10)
     """
-    width = _checks.integer("width", width, minimum=1)
+    width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     build = Builder("small_cnn", 4, **options)
     x = _stages(build, ((width, 2), (2 * width, 2)))
     return build.model(build.layers.GlobalAveragePooling2D(name="pool")(x))

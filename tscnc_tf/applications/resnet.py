@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from tscnc_tf import _checks
-from tscnc_tf.applications._building import Builder, Options
+from tscnc_tf.applications._building import MAX_WIDTH, Builder, Options
 
 
 def ResNet18(*, width: int = 64, **options: Unpack[Options]) -> Any:
@@ -34,7 +34,7 @@ def ResNet18(*, width: int = 64, **options: Unpack[Options]) -> Any:
     Reference:
         He et al. 2016, arXiv 1512.03385, table 1, with the stem of section 4.2.
     """
-    width = _checks.integer("width", width, minimum=1)
+    width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     build = Builder("resnet18", 8, **options)
     widths = (width, 2 * width, 4 * width, 8 * width)
     return _residual(build, stem=width, widths=widths, blocks=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from tscnc_tf import _checks
-from tscnc_tf.applications._building import Builder, Options
+from tscnc_tf.applications._building import MAX_WIDTH, Builder, Options
 
 
 def WideResNet(
@@ -41,7 +41,7 @@ def WideResNet(
         raise ValueError(
             f"depth must be 6n + 4 for n blocks per stage (10, 16, 22, 28, ...), got {depth!r}."
         )
-    width = _checks.integer("width", width, minimum=1)
+    width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     rate = _checks.number("dropout_rate", dropout_rate, minimum=0.0, below=1.0)
     build = Builder(f"wrn{depth}x{width}", 4, **options)
     x = build.convolution(build.inputs, "stem", 16)

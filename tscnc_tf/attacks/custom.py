@@ -52,6 +52,8 @@ class Custom(Attack):
                 "function must be callable as function(model, x, y) -> x_adv, got "
                 f"{self.function!r}."
             )
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be text, got {self.name!r}.")
         if not self.name:
             own = getattr(self.function, "__name__", type(self.function).__name__)
             self._set("name", f"{own} {self._ball}")

@@ -32,6 +32,9 @@ class Dataset:
         augmentation: the default of `training`.
         provenance: how the data were processed since they were read, a line for each step.
 
+    Raises:
+        TypeError: images or labels are no arrays.
+
     Example:
         >>> import tscnc_tf as tscnc
         >>> data = tscnc.datasets.load("digits")
@@ -57,7 +60,13 @@ class Dataset:
     def __post_init__(self) -> None:
         for split in SPLITS:
             for field in (f"x_{split}", f"y_{split}"):
-                array = getattr(self, field).view()
+                array = getattr(self, field)
+                if not isinstance(array, np.ndarray):
+                    raise TypeError(
+                        f"{field} must be an array of NumPy, got a {type(array).__name__}. To load "
+                        "data from a name or a path, call datasets.load."
+                    )
+                array = array.view()
                 array.setflags(write=False)
                 object.__setattr__(self, field, array)
 

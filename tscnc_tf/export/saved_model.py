@@ -172,7 +172,7 @@ def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
         >>> served([[0.0, 0.0, 0.0, 0.0]]).numpy().tolist()
         [[0.0, 0.0, 0.0]]
     """
-    folder = pathlib.Path(path).expanduser().absolute()
+    folder = _files.absolute("path", path)
     _files.restore(folder.resolve())
     if not folder.is_dir():
         raise FileNotFoundError(f"path must be a folder with an exported model, got {folder}.")

@@ -6,7 +6,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _checks
+
 NORMS = ("linf", "l2")
+_WITH_L1 = (*NORMS, "l1")
 
 
 def project(delta: Any, epsilon: float, norm: str) -> tf.Tensor:
@@ -16,11 +19,15 @@ def project(delta: Any, epsilon: float, norm: str) -> tf.Tensor:
         delta: `(batch, ...)`.
         epsilon: the radius.
         norm: "linf", "l2" or "l1".
+
+    Raises:
+        ValueError: there is no such norm.
     """
+    _checks.one_of("norm", norm, _WITH_L1)
+    delta = tf.convert_to_tensor(delta)
     if norm == "linf":
         return tf.clip_by_value(delta, -epsilon, epsilon)
     if norm == "l1":
-        delta = tf.convert_to_tensor(delta)
         return _shrunk(delta, tf.fill(tf.shape(delta), delta.dtype.max), epsilon)
     # Measured in units of epsilon: the square of a tiny delta is zero in float32.
     return delta / tf.maximum(_l2(delta / epsilon), 1.0)
@@ -132,7 +139,12 @@ def steepest_ascent(gradient: Any, norm: str) -> tf.Tensor:
     Args:
         gradient: `(batch, ...)`.
         norm: "linf" (the sign) or "l2" (the normalised gradient).
+
+    Raises:
+        ValueError: there is no such norm.
     """
+    _checks.one_of("norm", norm, NORMS)
+    gradient = tf.convert_to_tensor(gradient)
     if norm == "linf":
         return tf.sign(gradient)
     # Scaled first: the square of a tiny gradient is zero in float32.
@@ -169,7 +181,11 @@ def random_start(shape: Any, epsilon: float, norm: str, seed: Any, dtype: Any) -
         norm: "linf" or "l2".
         seed: a pair of integers; the same seed gives the same points, with XLA and without.
         dtype: float32 or float64.
+
+    Raises:
+        ValueError: there is no such norm.
     """
+    _checks.one_of("norm", norm, NORMS)
     if norm == "linf":
         return epsilon * uniform(shape, seed, dtype)
     first, second = tf.unstack(tf.random.split(seed, 2, alg="philox"))
@@ -193,7 +209,13 @@ def normal(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
 
 
 def lengths(delta: Any, norm: str) -> tf.Tensor:
-    """Return the norm of each example's `delta`, shape `(batch,)`; "l1" too."""
+    """Return the norm of each example's `delta`, shape `(batch,)`; "l1" too.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    _checks.one_of("norm", norm, _WITH_L1)
+    delta = tf.convert_to_tensor(delta)
     if norm == "linf":
         return tf.reduce_max(tf.abs(delta), axis=_axes(delta))
     if norm == "l1":

@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _checks
+
 # A matrix whose largest entry is smaller counts as zero: a scale-free penalty pulls with a force
 # that grows as 1 / size, and would overflow.
 _ZERO = 1e-20
@@ -25,15 +27,30 @@ def transformed_l1(x: Any, a: float = 1.0) -> tf.Tensor:
         a: a number > 0.
 
     Returns:
-        A tensor of the shape of `x`.
+        A tensor of the shape of `x`, of its dtype, float32 at least.
 
     Reference:
         Ma et al. 2019, arXiv 1901.01021, after Zhang & Xin 2018. The published code of TSCNC has
         `a - x` in the denominator, which has the opposite curvature and a pole at `x = a`.
     """
-    magnitude = tf.abs(x)
-    # (a + 1) / a * |x| / (1 + |x| / a): the same number, but nothing overflows for a huge `a`.
-    return ((a + 1.0) / a) * magnitude / (1.0 + magnitude / a)
+    return _transformed_l1(_lifted(tf.convert_to_tensor(x), tf.float32), a)
+
+
+def _transformed_l1(x: tf.Tensor, a: float) -> tf.Tensor:
+    @tf.custom_gradient
+    def penalty(x: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        # Both parts of a + |x| over the larger of them, so that nothing overflows, whatever `a` is.
+        magnitude = tf.abs(x)
+        size = tf.maximum(magnitude, a)
+        scale, rest = (a + 1.0) / size, a / size
+        whole = magnitude / size + rest
+
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            return upstream * scale * rest / tf.square(whole) * tf.sign(x)
+
+        return scale * magnitude / whole, gradient
+
+    return penalty(x)
 
 
 def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
@@ -67,10 +84,14 @@ def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
     Returns:
         A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
 
+    Raises:
+        TypeError, ValueError: `ridge` is no number >= 0, or `matrix` has less than two axes.
+
     Reference:
         Guggenheimer, Edelman & Johnson 1995, "A simple estimate of the condition number of a
         linear system", for the bound.
     """
+    ridge = _checks.number("ridge", ridge, minimum=0.0)
     matrix, dtype = _as_float64(matrix)
     size = matrix.shape[-1]
     normalised = _trace_normalised(_gram(_scaled(matrix)))
@@ -97,7 +118,11 @@ def authors_penalty(matrix: Any, nu: float = 1e-5) -> tf.Tensor:
 
     Returns:
         A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
+
+    Raises:
+        TypeError, ValueError: `nu` is no number > 0, or `matrix` has less than two axes.
     """
+    nu = _checks.number("nu", nu, above=0.0)
     matrix, dtype = _as_float64(matrix)
     size = matrix.shape[-1]
     gram = _gram(matrix)
@@ -121,6 +146,9 @@ def orthogonality(matrix: Any) -> tf.Tensor:
     Returns:
         A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
 
+    Raises:
+        ValueError: `matrix` has less than two axes.
+
     Reference:
         Bansal et al. 2018, arXiv 1810.09102 (there without the normalisation by the trace).
     """
@@ -132,7 +160,29 @@ def orthogonality(matrix: Any) -> tf.Tensor:
 
 def _as_float64(matrix: Any) -> tuple[tf.Tensor, tf.DType]:
     matrix = tf.convert_to_tensor(matrix)
-    return tf.cast(matrix, tf.float64), tf.float64 if matrix.dtype == tf.float64 else tf.float32
+    if matrix.shape.rank is not None and matrix.shape.rank < 2:
+        raise ValueError(f"matrix must have rank >= 2, got shape {matrix.shape}.")
+    dtype = tf.float64 if matrix.dtype == tf.float64 else tf.float32
+    return _lifted(matrix, tf.float64), dtype
+
+
+def _lifted(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Return `x` in a dtype of the given size or more.
+
+    A gradient that is larger than all numbers of the dtype of `x`, as those of float16 where a
+    penalty pulls at a small matrix, becomes the largest of them.
+    """
+    if x.dtype.size >= dtype.size:
+        return x
+
+    @tf.custom_gradient
+    def cast(x: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        limit = float(x.dtype.max)
+        return tf.cast(x, dtype), lambda upstream: tf.cast(
+            tf.clip_by_value(upstream, -limit, limit), x.dtype
+        )
+
+    return cast(x)
 
 
 def _scaled(matrix: tf.Tensor) -> tf.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _checks
+
 LAYOUTS = ("standard", "transposed", "depthwise")
 GROUPS = ("filter", "input")
 
@@ -31,17 +33,19 @@ def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) ->
         A tensor of rank 4, `(groups, positions, inputs, outputs)`.
 
     Raises:
-        ValueError: the rank is below 2, the shape is not known, or the output channels are no
-            multiple of `channel_groups`.
+        TypeError: `channel_groups` is no integer.
+        ValueError: the rank is below 2, the shape is not known, the output channels are no
+            multiple of `channel_groups`, or there is no such layout.
     """
     kernel = tf.convert_to_tensor(kernel)
+    channel_groups = _checks.integer("channel_groups", channel_groups, minimum=1)
     shape = kernel.shape
     if shape.rank is None or shape.rank < 2 or not shape.is_fully_defined():
         raise ValueError(
             f"kernel must have a known shape of rank >= 2 (it is read as a matrix), got {shape}. "
             "Biases and normalisation weights take no such regularizer."
         )
-    if layout not in LAYOUTS:
+    if not _is_named(layout):
         order = _order(layout, shape.rank)
         sizes = [math.prod(shape[axis] for axis in axes) for axes in order]
         return tf.reshape(
@@ -71,7 +75,7 @@ def restore(values: Any, shape: Any, layout: str = "standard") -> tf.Tensor:
         layout: as in `canonical`.
     """
     shape = tuple(tf.TensorShape(shape))
-    if layout not in LAYOUTS:
+    if not _is_named(layout):
         order = [axis for axes in _order(layout, len(shape)) for axis in axes]
         values = tf.reshape(values, [shape[axis] for axis in order])
         return tf.transpose(values, [order.index(axis) for axis in range(len(order))])
@@ -122,8 +126,7 @@ def group_norms(
     Raises:
         ValueError: `groups` is neither.
     """
-    if groups not in GROUPS:
-        raise ValueError(f"groups must be one of {GROUPS}, got {groups!r}.")
+    _checks.one_of("groups", groups, GROUPS)
     kernel = canonical(kernel, layout, channel_groups)
     axes = (1, 2) if groups == "filter" else (1, 3)
     # Scaled before it is squared, so that tiny and huge weights neither vanish nor overflow; the
@@ -136,9 +139,13 @@ def group_norms(
     return tf.reshape(norms * tf.reshape(scale, tf.shape(norms)), (-1,))
 
 
+def _is_named(layout: Any) -> bool:
+    return isinstance(layout, str) and layout in LAYOUTS
+
+
 def _order(layout: str, rank: int) -> list[list[int]]:
     """Return the axes of positions, inputs and outputs that a layout of letters names."""
-    if len(layout) != rank or not set(layout) <= set("pio"):
+    if not isinstance(layout, str) or len(layout) != rank or not set(layout) <= set("pio"):
         raise ValueError(
             f"layout must be one of {LAYOUTS}, or have a letter p, i or o for each of the kernel's "
             f"{rank} axes, got {layout!r}."

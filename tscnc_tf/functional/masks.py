@@ -65,8 +65,9 @@ def largest_share(kept: Any, scores: Any, share: Any) -> tf.Tensor:
         scores: a float vector.
         share: a scalar, possibly a tensor.
     """
+    scores = tf.convert_to_tensor(scores)
     count = _count(kept)
-    going = tf.cast(tf.round(tf.cast(count, tf.float32) * share), tf.int32)
+    going = tf.cast(tf.round(tf.cast(count, tf.float32) * tf.cast(share, tf.float32)), tf.int32)
     going = tf.minimum(going, tf.size(kept) - count)
     scores = tf.where(kept, scores, tf.constant(-np.inf, scores.dtype))
     fixed = _count(tf.equal(scores, np.inf))
@@ -84,7 +85,7 @@ def largest_within(scores: Any, sizes: Any, budget: Any) -> tf.Tensor:
         sizes: an int32 vector: what each entry costs.
         budget: a scalar.
     """
-    scores = tf.convert_to_tensor(scores)
+    scores = tf.ensure_shape(scores, (None,))
     order = tf.math.top_k(scores, k=scores.shape[0], sorted=True).indices
     fits = tf.cumsum(tf.gather(tf.cast(sizes, tf.int64), order)) <= tf.cast(budget, tf.int64)
     # Scattered as numbers: not every device scatters booleans.

@@ -167,7 +167,7 @@ class _Gating(cloning.Rebuilder):
     ) -> None:
         super().__init__(library)
         self._options = options
-        self._seed = _checks.integer("seed", seed, minimum=0)
+        self._seed = _checks.seed("seed", seed)
         self._calls = kernel_layers.calls(model)
         # A chosen layer includes the layers inside it. The model itself is not tested: a predicate
         # such as "not the last layer" holds for it, too.

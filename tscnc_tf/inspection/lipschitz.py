@@ -146,7 +146,7 @@ def local_lipschitz(
     size = 2.5 * epsilon_value / steps
     size = size if step_size is None else _checks.distance("step_size", step_size)
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
-    bounds, seed = _checks.bounds("bounds", bounds), _checks.integer("seed", seed, minimum=0)
+    bounds, seed = _checks.bounds("bounds", bounds), _checks.seed("seed", seed)
     least = 64 * float(np.finfo(np.float32).eps) * max(map(abs, bounds))
     if epsilon_value < least:
         raise ValueError(

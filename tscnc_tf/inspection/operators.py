@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from tscnc_tf import _checks, functional
 from tscnc_tf._keras import layers, wrappers
@@ -47,6 +46,7 @@ def operator_singular_values(
         group). Its first entry is the operator's spectral norm.
 
     Raises:
+        TypeError: the kernel holds no numbers.
         ValueError: the kernel has no, or more than three, axes of positions, the input size has
             another number of axes, or the kernel is not finite.
 
@@ -59,7 +59,10 @@ def operator_singular_values(
         >>> operator_singular_values(moving_sum, 4).round(3)
         array([2.   , 1.414, 1.414, 0.   ])
     """
-    values = np.asarray(tf.cast(tf.convert_to_tensor(kernel), tf.float64))
+    values = np.asarray(kernel)
+    if not np.issubdtype(values.dtype, np.number):
+        raise TypeError(f"kernel must hold numbers, got {kernel!r}.")
+    values = values.astype(np.float64)
     axes = values.ndim - 2
     if not 1 <= axes <= 3:
         raise ValueError(

@@ -231,7 +231,7 @@ def speed_check(
     gated.require_none(model, "speed_check")
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     rounds = _checks.integer("rounds", rounds, minimum=1)
-    seed = _checks.integer("seed", seed, minimum=0)
+    seed = _checks.seed("seed", seed)
     if x is None:
         x = _probe.draw(model, batch_size, seed=seed, name="x")
     _, arrays = _probe.prepare(model, x, "x")

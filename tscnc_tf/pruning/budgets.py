@@ -89,7 +89,10 @@ def condition_budgets(
     ]
     if not targets:
         reasons = {target.name: reason or FROZEN for target, reason in found}
-        raise ValueError(f"model {model.name!r} has no kernel with a condition number: {reasons}.")
+        raise ValueError(
+            f"model {model.name!r} has no kernel with a condition number among layers={layers!r}, "
+            f"weights={weights!r}: {reasons}."
+        )
     total = int(functional.kept_count(sum(target.size for target in targets), sparsity))
     measures = [_Measure(target, structure) for target in targets]
     curves = [measure.curve(lowest * (1.0 - sparsity)) for measure in measures]
@@ -137,11 +140,6 @@ class _Measure:
         self._minimum = min(structure.min_per_filter * (target.outputs or 0), target.size)
         self._selection = Selection([target], None, structure, "layer", 1, 0.0)
         self._weight = tf.convert_to_tensor(tensor_variable(target.variable))
-        if not bool(tf.reduce_all(tf.math.is_finite(self._weight))):
-            raise ValueError(
-                f"kernel {target.name!r} holds NaN or infinity: the training that made it has "
-                "diverged, and it has no condition number."
-            )
 
     def curve(self, lowest: float) -> _Curve:
         """Return the measurements at densities of at least `lowest`."""

@@ -53,8 +53,8 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
 
     Raises:
         TypeError: `model` or `dense` is no Keras model.
-        ValueError: one of them is not built, the layers of `dense` are others, or there is nothing
-            to fit.
+        ValueError: one of them is not built, the layers of `dense` are others, there is nothing
+            to fit, `x` is no input of the model, or a layer returns NaN or infinity.
 
     Example:
         >>> import keras, numpy as np
@@ -70,12 +70,20 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
     Reference:
         For the statistics: arXiv 2502.15790; for the variances: arXiv 2605.21426.
     """
+    _keras.library("model", model)
     _keras.require_built("model", model)
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     inputs = np.asarray(x)
+    if not inputs.shape or not len(inputs):
+        raise ValueError(f"x must hold inputs, (examples, ...), at least one, got {x!r}.")
     batches = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
-    if not batches:
-        raise ValueError("x must not be empty: statistics are measured on it.")
+    try:
+        model(batches[0][:1], training=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"x must hold inputs of model {model.name!r}, got shape {inputs.shape} of "
+            f"{inputs.dtype}: {error}"
+        ) from None
     if dense is not None:
         _match_channels(model, dense, batches)
     norms = [layer for layer in _unique(model) if _is_a(layer, ("BatchNormalization",))]
@@ -93,6 +101,7 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
 
 def _match_channels(model: Any, dense: Any, batches: list[np.ndarray]) -> None:
     """Give each channel of dense and convolutional layers the moments of the dense network."""
+    _keras.library("dense", dense)
     _keras.require_built("dense", dense)
     own, others = (
         {layer.name: layer for layer in _unique(each) if _is_a(layer, _WITH_CHANNELS)}
@@ -159,6 +168,11 @@ def _moments(
         for batch in batches:
             model(tf.constant(batch), training=False)
     mean = total / count
+    if not np.isfinite(squares).all():
+        raise ValueError(
+            f"x must give finite values in the layers of model {model.name!r}, got NaN or infinity "
+            f"at {layer.name!r}: look for NaN in x and in the weights before it."
+        )
     return _Moments(mean, np.maximum(squares / count - mean**2, 0.0))
 
 

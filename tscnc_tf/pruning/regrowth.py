@@ -96,7 +96,7 @@ class Regrowth(_configs.Configurable):
         if self.steps is not None:
             _checks.integer("steps", self.steps, minimum=2)
         _checks.boolean("across_layers", self.across_layers)
-        _checks.integer("seed", self.seed, minimum=0)
+        _checks.seed("seed", self.seed)
 
     @property
     def needs_gradients(self) -> bool:

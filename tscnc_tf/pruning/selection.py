@@ -15,7 +15,7 @@ from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.pruning.learned import Learned, among, first
 from tscnc_tf.pruning.scopes import Scope, scope_for
 from tscnc_tf.pruning.structures import NM, Structure, Unstructured
-from tscnc_tf.pruning.targets import Target
+from tscnc_tf.pruning.targets import Target, require_finite
 
 
 @_keras.register
@@ -60,7 +60,7 @@ class Selection:
         min_weights: int,
         sparsity: float,
     ) -> None:
-        self.targets = list(targets)
+        self.targets = require_finite(list(targets))
         self.criterion = Magnitude() if criterion is None else criterion
         if not callable(self.criterion):
             raise TypeError(f"criterion must be callable, got {criterion!r}.")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
@@ -96,6 +97,21 @@ def require_unpruned(name: str, model: Any) -> None:
         )
     if wrappers.wrapped_layers(model) or masks.pruners(model):
         raise ValueError(f"{name} {model.name!r} is pruned already: strip it first.")
+
+
+def require_finite(targets: list[Target]) -> list[Target]:
+    """Return targets whose weights can be ranked.
+
+    Raises:
+        ValueError: one is NaN or infinite somewhere.
+    """
+    bad = [each.name for each in targets if not np.isfinite(np.asarray(each.variable)).all()]
+    if bad:
+        raise ValueError(
+            f"model has weights to be pruned that are NaN or infinite, in {', '.join(bad)}. Go "
+            "back to a checkpoint from before the training diverged."
+        )
+    return targets
 
 
 def candidates(

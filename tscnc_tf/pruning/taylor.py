@@ -82,17 +82,18 @@ class Taylor:
                 f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
             )
         self.x, self.y = np.asarray(x), np.asarray(y)
-        if not len(self.x) or len(self.x) != len(self.y):
+        shapes = self.x.shape, self.y.shape
+        if not all(shapes) or not shapes[0][0] or shapes[0][0] != shapes[1][0]:
             raise ValueError(
-                "x and y must hold the same number of examples, at least one, got "
-                f"{len(self.x)} and {len(self.y)}."
+                "x and y must be arrays of the same number of examples, at least one, got shapes "
+                f"{shapes[0]} and {shapes[1]}."
             )
         self.loss = losses.Madry() if loss is None else loss
         self.attack = attack and attack.with_defaults(
             objective=self.loss.objective, start=self.loss.start
         )
         self.batch_size = _checks.integer("batch_size", batch_size, minimum=1)
-        self.seed = _checks.integer("seed", seed, minimum=0)
+        self.seed = _checks.seed("seed", seed)
 
     def require(self, schedule: Any) -> None:
         """Raise a ValueError unless a schedule prunes at once, when the importance is known."""
@@ -116,6 +117,11 @@ class Taylor:
             found = gradient(tf.constant(x), tf.constant(y), tf.constant([self.seed, batch]))
             for total, each in zip(squares, found, strict=True):
                 total += len(x) / len(self.x) * np.square(np.asarray(each, np.float64))
+        if not all(np.isfinite(total).all() for total in squares):
+            raise ValueError(
+                f"criterion={self!r} has found a gradient of model {model.name!r} that is NaN or "
+                "infinite: look for NaN in x and y, and in the weights."
+            )
         return [
             tf.abs(tf.cast(weight, tf.float64)) * np.sqrt(total)
             for weight, total in zip(weights, squares, strict=True)

@@ -142,7 +142,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self._attack = attack
         self._awp = awp
         self.robust_loss = loss
-        self.seed = _checks.integer("seed", seed, minimum=0)
+        self.seed = _checks.seed("seed", seed)
         self._inference = _keras.inference(model)
         self._trackers = [library.metrics.Mean(name=name) for name in LOGS]
         self._pruners: tuple[Any, ...] = ()  # that the training step was compiled with

@@ -1,0 +1,215 @@
+"""Random calls of the public functions and classes, one argument of each being wrong."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import inspect
+import pathlib
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import keras
+import numpy as np
+import tensorflow as tf
+from hypothesis import strategies
+
+import tscnc_tf as tscnc
+from benchmarks.faults.outcome import Outcome
+from tscnc_tf import _checks, _reports
+
+CALLS, FEW = 2000, 40
+WRONG: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 2**70, 0.5, -0.5, 1.5, float("nan"), float("inf"), 1e-300, 1j),
+    *("", "x", "8/0", "../x", "linf", b"bytes", pathlib.Path("nowhere/nothing"), "\0", "x" * 5000),
+    *((), [], {}, (1, 2, 3), [None], {"x": 1}, {1: 2}, ("x", 3), (1.0, 0.0), {0.5}, range(3)),
+    *(object(), np, Ellipsis, NotImplemented, slice(1)),
+    *(np.zeros(0), np.zeros((2, 3)), np.full((4, 6), np.nan), np.array("x"), np.array([None])),
+    *(np.zeros((1, 1, 1, 1, 1), np.float16), np.arange(5), np.int8(-3), np.float32(0.1)),
+    *(tf.constant("x"), tf.ragged.constant([[1.0], [2.0, 3.0]]), tf.zeros((2, 0)), tf.float16),
+    *(keras.optimizers.SGD(), keras.metrics.Mean),
+)
+"""What is wrong in most places; where it is right by chance, the call may well succeed."""
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "evaluate_robustness": {"epsilon": 0.1, "y": np.arange(8) % 3},
+    "prune": {"schedule": tscnc.schedules.OneShot(0.5)},
+    "pruning.prune": {"schedule": tscnc.schedules.OneShot(0.5)},
+    "inspection.operator_singular_values": {"kernel": np.ones((3, 2, 2))},
+    "attacks.CleverHans": {"attack": "fast_gradient_method"},
+    "functional.random_start": {"shape": (8, 6)},
+}
+"""What some need besides the arguments without a default, or instead of what others get."""
+
+
+_TINY = {
+    "data": {"dataset": "digits", "train_examples": 64, "test_examples": 16},
+    "network": {"architecture": "small-cnn", "options": {"width": 2}},
+    **{stage: {"epochs": 1, "batch_size": 32} for stage in ("train", "prune", "finetune")},
+    "adversary": {"steps": 1},
+    "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
+}
+
+
+def scenarios(smoke: bool) -> Iterator[Outcome]:
+    """Call functions with one wrong argument; yield what became of it."""
+    outcome = Outcome("public functions and classes called with one wrong argument")
+    arguments = _arguments()
+    named = dict(public_callables())
+    calls = strategies.tuples(
+        strategies.sampled_from(sorted(named)),
+        strategies.integers(0, 2**16),
+        strategies.sampled_from(WRONG),
+    )
+
+    @hypothesis.settings(
+        max_examples=FEW if smoke else CALLS,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(calls)
+    def attempt(drawn: tuple[str, int, Any]) -> None:
+        name, place, value = drawn
+        call(outcome, name, named[name], place, value, arguments)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        attempt()
+    yield outcome
+
+
+def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield the names of functions and classes that users call, and these."""
+    for name in tscnc.__all__:
+        value = getattr(tscnc, name)
+        pairs = [(name, value)]
+        if inspect.ismodule(value):
+            pairs = [(f"{name}.{inner}", getattr(value, inner)) for inner in value.__all__]
+        for full, each in pairs:
+            is_kind = isinstance(each, type)
+            if not callable(each) or (is_kind and issubclass(each, Warning | _reports.Record)):
+                continue  # records and reports are what functions return
+            if is_kind and (inspect.isabstract(each) or issubclass(each, _reports.Report)):
+                continue
+            yield full, each
+
+
+def call(
+    outcome: Outcome,
+    name: str,
+    function: Callable[..., Any],
+    place: int,
+    value: Any,
+    arguments: dict[str, Callable[[], Any]],
+) -> None:
+    """Call a function with a wrong value at a place among its arguments; say what became of it."""
+    parameters = [
+        each
+        for each in inspect.signature(function).parameters.values()
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if not parameters:
+        outcome.count("has no arguments")
+        return
+    wrong = parameters[place % len(parameters)].name
+    given = {
+        each.name: arguments[each.name]()
+        for each in parameters
+        if each.default is each.empty and each.name != wrong
+    } | BESIDE.get(name, {})
+    given[wrong] = value
+    before = written()
+    shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
+    case = f"{name}({wrong}={shown})"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(**given)
+    except Exception as error:
+        if not is_clear(name, function, {wrong: value}, error):
+            outcome.lose(f"{case}: {type(error).__name__}: {str(error)[:200]}")
+        elif written() != before:
+            outcome.lose(f"{case}: refused, but has written {written() - before}")
+        else:
+            outcome.count("refused, clearly")
+        return
+    outcome.count("taken as it is")
+    for path in written() - before:
+        pathlib.Path(path).unlink(missing_ok=True)
+
+
+def is_clear(
+    name: str, function: Callable[..., Any], wrong: dict[str, Any], error: Exception
+) -> bool:
+    """Tell whether an error says what is wrong.
+
+    That is a TypeError or a ValueError that has the argument's name or, of a file, its path; one
+    that the
+    docstring names; or an error of the system that has the path. Functions of tensors leave what
+    tensors they take to TensorFlow.
+    """
+    of_tensors = name.startswith(("functional.", "losses."))
+    if of_tensors and isinstance(error, (TypeError, ValueError, tf.errors.OpError)):
+        return True
+    if type(error) in (TypeError, ValueError, _checks.DtypeError):
+        ((argument, value),) = wrong.items()
+        is_path = isinstance(value, str | pathlib.Path) and str(value) in str(error)
+        return is_path or re.search(rf"\b{argument}\b", str(error)) is not None
+    if isinstance(error, OSError) and error.filename:
+        return True
+    _, _, raises = (inspect.getdoc(function) or "").partition("Raises:\n")
+    named = set(re.findall(r"\b[A-Z]\w*Error\b", raises.partition("\n\n")[0]))
+    return isinstance(error, tuple(getattr(builtins, each, ()) for each in named))
+
+
+def written() -> set[str]:
+    """Return the paths of the files in the working folder."""
+    return {str(path) for path in pathlib.Path().rglob("*") if path.is_file()}
+
+
+def _arguments() -> dict[str, Callable[[], Any]]:
+    """Return what makes a sound value of each argument that has no default, by its name."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((8, 6)).astype("float32"), np.arange(8) % 3
+    logits = rng.normal(size=(8, 3)).astype("float32")
+    kernel = rng.normal(size=(6, 4)).astype("float32")
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, "relu", name="inner"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3),
+        ]
+    )
+    images = rng.random((8, 4, 4, 1)).astype("float32")
+    values: dict[str, Any] = {
+        **{"x": x, "y": y, "labels": y, "logits": logits, "reference_logits": logits},
+        **{"targets": (y + 1) % 3, "num_classes": 3, "kernel": kernel, "matrix": kernel},
+        **{"scores": kernel, "gradient": x, "delta": x, "values": kernel, "log_alpha": kernel},
+        **{"uniform": np.full_like(kernel, 0.5), "epsilon": 0.1, "norm": "linf", "seed": (0, 1)},
+        **{"shape": (6, 4), "dtype": tf.float32, "groups": "filter", "size": 24, "count": 6},
+        **{"sizes": (6, 4), "share": 0.5, "budget": 6.0, "kept": kernel > 0.0, "sparsity": 0.5},
+        **{"input_size": 8, "factor": 0.1, "sparsity_factor": 0.1, "condition_factor": 0.1},
+        **{"initial_sparsity": 0.0, "final_sparsity": 0.5, "begin_step": 0, "end_step": 10},
+        **{"max_condition_number": 9.0, "rows": 4, "columns": 1, "n": 2, "m": 4},
+        **{"depth": 16, "width": 1, "text": "1", "where": "seed", "manifest": {}, "metrics": ()},
+        **{"x_train": images, "y_train": y, "x_validation": images, "y_validation": y},
+        **{"x_test": images, "y_test": y, "class_names": ("a", "b", "c"), "name": "own"},
+        **{"augmentation": "none", "name_or_path": "digits", "folder": "nowhere"},
+        **{"attack": tscnc.attacks.FGSM(epsilon=0.1), "function": lambda *given: given[1]},
+        **{"regularizer": tscnc.regularizers.TransformedL1(0.1), "regularizers": ["l2"]},
+        **{"schedule": tscnc.schedules.OneShot(0.5), "layer": keras.layers.Dense(2)},
+        **{"loss": tscnc.losses.Madry(), "recipe": tscnc.experiments.Recipe.from_dict(_TINY)},
+    }
+    return {
+        **{name: lambda value=value: value for name, value in values.items()},
+        # Pruning may change a model, and leaves a copy of it here alone.
+        **dict.fromkeys(("model", "teacher", "source"), lambda: keras.models.clone_model(model)),
+        "path": lambda: pathlib.Path(tempfile.mkdtemp(dir=".")) / "model",
+    }

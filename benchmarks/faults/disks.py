@@ -1,0 +1,156 @@
+"""Disks that are full, folders that are taken away or closed, and clocks that run backwards."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+from benchmarks.faults import runs
+from benchmarks.faults.outcome import Outcome
+from tscnc_tf.experiments import stages
+
+SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)
+NOBODY = 65534
+_WAIT = 300.0  # seconds for something to appear
+
+
+def scenarios(smoke: bool) -> Iterator[Outcome]:
+    """Yield what became of experiments in such surroundings."""
+    recipe = runs.recipe(True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        folder.chmod(0o755)
+        whole = folder / "whole"
+        runs.process(recipe, whole).join()
+        yield _full(folder, whole, SIZES[2:4] if smoke else SIZES)
+        yield _closed(folder)
+        yield _removed(folder, runs.STAGES[:1] if smoke else runs.STAGES)
+        yield _shared(folder, whole)
+        yield _backwards(folder, whole)
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow above a size, as if the disk were full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def become_nobody() -> None:
+    """Give up the right to write where others may not, if this process has it."""
+    if os.getuid() == 0:
+        stages.dry_run(runs.recipe(True), stages.dataset(runs.recipe(True)))  # imports all it needs
+        os.setuid(NOBODY)
+
+
+def turn_clock_back() -> None:
+    """Let the clock of this process go backwards, an hour with each look at it."""
+    start, looks = time.time(), itertools.count()
+    time.time = lambda: start - 3600.0 * next(looks)
+
+
+def _full(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
+    outcome = Outcome("files that can't grow above a size, as on a full disk; then run again")
+    run = folder / "full"
+    for size in sizes:
+        process = runs.process(runs.recipe(True), run, functools.partial(limit_files, size))
+        process.join()
+        error = runs.error_of(run)
+        if process.exitcode == 0:
+            outcome.count("nothing was larger")
+        elif error.startswith("OSError") and str(run) in error.partition("\n")[0]:
+            outcome.count("the file is named")
+        else:
+            outcome.lose(f"{size} bytes: {error[:300]}")
+    _finish(outcome, run, whole)
+    return outcome
+
+
+def _closed(folder: pathlib.Path) -> Outcome:
+    outcome = Outcome("a folder that can't be written to")
+    closed = folder / "closed"
+    closed.mkdir(mode=0o555)
+    process = runs.process(runs.recipe(True), closed / "run", become_nobody)
+    process.join()
+    error = runs.error_of(closed / "run")
+    if error.startswith("PermissionError") and str(closed / "run") in error.partition("\n")[0]:
+        outcome.count("the folder is named")
+    else:
+        outcome.lose(f"exit {process.exitcode}, {error[:300]}")
+    return outcome
+
+
+def _removed(folder: pathlib.Path, names: tuple[str, ...]) -> Outcome:
+    outcome = Outcome("the folder removed while the experiment runs")
+    for stage in names:
+        run = folder / f"removed-{stage}"
+        process = runs.process(runs.recipe(True), run)
+        _wait_for(lambda run=run, stage=stage: any((run / stage).glob("state-*")), process)
+        shutil.rmtree(run, ignore_errors=True)
+        process.join()
+        error = runs.error_of(run)
+        if process.exitcode and str(run) in error:
+            outcome.count("the file is named")
+        else:
+            outcome.lose(f"in {stage}: exit {process.exitcode}, {error[:300]}")
+    return outcome
+
+
+def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
+    outcome = Outcome("a second process in the same folder")
+    run = folder / "shared"
+    first = runs.process(runs.recipe(True), run)
+    _wait_for(lambda: (run / ".lock").exists(), first)
+    second = runs.process(runs.recipe(True), run)
+    second.join()
+    error = runs.error_of(run)
+    if second.exitcode and error.startswith("RuntimeError") and f"process {first.pid}" in error:
+        outcome.count("the other process is named")
+    else:
+        outcome.lose(f"exit {second.exitcode}, {error[:300]}")
+    first.join()
+    _finish(outcome, run, whole)
+    return outcome
+
+
+def _backwards(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
+    outcome = Outcome("a clock that goes backwards")
+    run = folder / "backwards"
+    runs.process(runs.recipe(True), run, turn_clock_back).join()
+    _finish(outcome, run, whole)
+    return outcome
+
+
+def _finish(outcome: Outcome, run: pathlib.Path, whole: pathlib.Path) -> None:
+    """Run an experiment to its end, and take note of whether that is the right one."""
+    process = runs.process(runs.recipe(True), run)
+    process.join()
+    problem = runs.error_of(run)[:300] if process.exitcode else _problem(run, whole)
+    if problem:
+        outcome.lose(problem)
+    else:
+        outcome.count("same end, bit for bit")
+
+
+def _problem(run: pathlib.Path, whole: pathlib.Path) -> str:
+    try:
+        return runs.differences(run, whole)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _wait_for(condition: Callable[[], bool], process: object) -> None:
+    deadline = time.monotonic() + _WAIT
+    while not condition() and process.is_alive():  # type: ignore[attr-defined]
+        if time.monotonic() > deadline:
+            raise TimeoutError("a process has not begun to work")
+        with contextlib.suppress(InterruptedError):
+            time.sleep(0.01)

@@ -1,0 +1,97 @@
+"""A small experiment that faults happen to, in a process of its own, and whether it ended right."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pathlib
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tscnc_tf import experiments
+
+STAGES = ("1-train", "2-prune", "3-finetune")
+RECIPE = {
+    "name": "small",
+    "sparsity": 0.9,
+    "data": {"dataset": "digits", "train_examples": 512, "test_examples": 64},
+    "network": {"architecture": "small-cnn", "options": {"width": 8}},
+    "adversary": {"epsilon": 0.1, "step_size": 0.05, "steps": 2},
+    "constraints": {"sparsity_factor": 1e-5, "condition_factor": 0.1},
+    "train": {"epochs": 6, "batch_size": 32, "average": 0.9},
+    "prune": {"epochs": 6, "batch_size": 32, "method": "magnitude"},
+    "finetune": {"epochs": 6, "batch_size": 32, "weight_decay_kind": "l2"},
+    "evaluate": {"attack": "apgd", "validation_steps": 2, "batch_size": 32},
+}
+SHORT = {"train.epochs": 2, "prune.epochs": 2, "finetune.epochs": 2, "data.train_examples": 128}
+
+
+def recipe(short: bool) -> experiments.Recipe:
+    """Return the recipe of the small experiment, or of a shorter one."""
+    return experiments.Recipe.from_dict(RECIPE).override(SHORT if short else {})
+
+
+def process(
+    settings: experiments.Recipe, folder: pathlib.Path, before: Callable[[], None] | None = None
+) -> Any:
+    """Start a process that runs an experiment; its error, if there is one, is in `folder.error`.
+
+    Args:
+        settings: the recipe.
+        folder: of the experiment.
+        before: called in the process before it begins; a function of a module.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tscnc_tf", "scipy.linalg"])
+    started = context.Process(target=_run, args=(settings.to_dict(), folder, before))
+    started.start()
+    return started
+
+
+def error_of(folder: pathlib.Path) -> str:
+    """Return the error that ended the last process in a folder, its kind first; empty for none."""
+    file = _error_file(folder)
+    return file.read_text() if file.exists() else ""
+
+
+def differences(folder: pathlib.Path, whole: pathlib.Path) -> str:
+    """Return in what an experiment has ended otherwise than another one; empty for nothing."""
+    for stage in STAGES:
+        mine, theirs = (experiments.open_stage(each / stage) for each in (folder, whole))
+        if mine.metrics != theirs.metrics:
+            return f"metrics of {stage}"
+        for name in ("model", "last"):
+            models = (getattr(each, name).get_weights() for each in (mine, theirs))
+            if not all(np.array_equal(*pair) for pair in zip(*models, strict=True)):
+                return f"weights of {name}.keras of {stage}"
+    figures = [
+        json.loads((each / "4-evaluate" / "report.json").read_text())["robust"]
+        for each in (folder, whole)
+    ]
+    if figures[0] != figures[1]:
+        return "robust accuracy"
+    left = [
+        str(path.relative_to(folder))
+        for pattern in ("state-*", ".*.????????")
+        for path in folder.glob(f"*/{pattern}")
+    ]
+    return f"left over: {', '.join(left)}" if left else ""
+
+
+def _error_file(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}.error")
+
+
+def _run(settings: dict[str, Any], folder: pathlib.Path, before: Any) -> None:
+    # Opened before anything is forbidden.
+    with _error_file(folder).open("w") as stream:
+        try:
+            if before is not None:
+                before()
+            experiments.run(experiments.Recipe.from_dict(settings), folder, progress=False)
+        except Exception as raised:
+            stream.write(f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}")
+            raise SystemExit(1) from None
