@@ -76,6 +76,8 @@ def fit(
                     checkpoints,
                 ],
             )
+            if not begin.steps:
+                return
 
 
 def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray], int]:
