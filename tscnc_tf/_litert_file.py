@@ -87,19 +87,19 @@ class File:
     def array(self, tensor: Any) -> np.ndarray:
         """Return the dense array of a constant kernel."""
         values = self.values(tensor).view(DTYPES[tensor.type])
+        shape = () if tensor.shape is None else tuple(map(int, tensor.shape))
         if tensor.sparsity is None:
-            return values.reshape(tensor.shape)
-        return expanded(tensor.sparsity, tensor.shape, values)
+            return values.reshape(shape)
+        return expanded(tensor.sparsity, shape, values)
 
     @staticmethod
     def acting(tensor: Any, values: np.ndarray) -> np.ndarray:
         """Return the dense array of a constant kernel less the integers that stand for 0.0."""
-        quantization = tensor.quantization
-        points = None if quantization is None else quantization.zeroPoint
-        if points is None or not np.any(points):
+        points = zero_points(tensor)
+        if not any(points):
             return values
         shape = [1] * values.ndim
-        shape[quantization.quantizedDimension if len(points) > 1 else 0] = len(points)
+        shape[tensor.quantization.quantizedDimension if len(points) > 1 else 0] = len(points)
         return values.astype(np.int64) - np.reshape(points, shape)
 
     def integers(self, graph: Any, number: int) -> list[int] | None:
@@ -214,6 +214,13 @@ def read(path: str | os.PathLike[str]) -> bytes:
             f"model is the path of no LiteRT file, {file}: of a Keras model, pass the model itself."
         )
     return content
+
+
+def zero_points(tensor: Any) -> tuple[int, ...]:
+    """Return the integers that stand for 0.0 in a constant; none of floats."""
+    quantization = tensor.quantization
+    points = None if quantization is None else quantization.zeroPoint
+    return () if points is None else tuple(map(int, points))
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:

@@ -216,25 +216,12 @@ class LiteRT(writer.FileFormat):
 
     def constants(self, content: bytes) -> list[Constant]:
         """Return the weights in a file: its constants of floats and int8."""
-        schema = _extras.require_extra("ai_edge_litert.schema_py_generated", "litert")
-        dtypes = _litert_file.DTYPES
-        model = schema.Model.GetRootAs(content, 0)
-        found = []
-        for subgraph in map(model.Subgraphs, range(model.SubgraphsLength())):
-            for tensor in map(subgraph.Tensors, range(subgraph.TensorsLength())):
-                buffer = model.Buffers(tensor.Buffer())
-                if tensor.Type() not in dtypes or not buffer.DataLength():
-                    continue
-                values = buffer.DataAsNumpy().view(dtypes[tensor.Type()])
-                quantization = tensor.Quantization()
-                points = quantization.ZeroPointAsNumpy() if quantization else 0
-                points = tuple(map(int, points)) if isinstance(points, np.ndarray) else ()
-                shape = tuple(map(int, tensor.ShapeAsNumpy())) if tensor.ShapeLength() else ()
-                if tensor.Sparsity() is not None:
-                    sparsity = schema.SparsityParametersT.InitFromObj(tensor.Sparsity())
-                    values = _litert_file.expanded(sparsity, shape, values)
-                found.append(Constant(tensor.Name().decode(), values.reshape(shape), points))
-        return found
+        file = _litert_file.File(content)
+        tensors = [graph.tensors[number] for graph, number in file.constants()]
+        return [
+            Constant(tensor.name.decode(), file.array(tensor), _litert_file.zero_points(tensor))
+            for tensor in tensors
+        ]
 
     def holds(self, content: bytes) -> bool:
         """Tell whether this is a file of the format."""
