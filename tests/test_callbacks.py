@@ -144,6 +144,11 @@ def test_what_is_not_finite_is_said_in_its_step(library, rng):
         match=r"After batch 1 of epoch 1 weights are NaN or infinite: \S*hidden/kernel, ",
     ):
         fit(rate=float("inf"))
+    later = library.Sequential([library.layers.Dense(3)])  # built by its first batch
+    later.compile(library.optimizers.SGD(float("inf")), losses)
+    watch = callbacks.RaiseOnNaN(first_batch=6)
+    with pytest.raises(ValueError, match=r"After batch 7 of epoch 1 weights .*kernel, \S*bias\."):
+        later.fit(x, y, batch_size=4, verbose=0, callbacks=[watch])
     bad = np.ones(8, "float32")
     bad[5] = np.nan
     words = "After batch 2 of epoch 1 loss is nan, and 4 of 4 weights are NaN or infinite. Lower"

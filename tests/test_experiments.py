@@ -870,6 +870,22 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
     require_same(tmp_path / "stopped", whole)
 
 
+def test_a_signal_that_was_noted_acts_though_the_block_fails():
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(StoppedError), fitting.SignalNote() as note:
+            signal.raise_signal(signal.SIGTERM)
+            assert note
+            raise ValueError("of the block")
+        with pytest.raises(StoppedError), fitting.SignalNote():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # the second one is not waited for
+            raise AssertionError("not reached")
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_tf_keras_goes_on_within_an_epoch(tmp_path, monkeypatch):
     short = recipe(**{"network.library": "tf_keras", "train.average": 0.9})
     run = functools.partial(tscnc.experiments.run, short, until="train", progress=False)

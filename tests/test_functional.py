@@ -84,6 +84,16 @@ def test_hard_matrices_have_a_finite_value_and_gradient(form, name, dtype):
     assert np.all(tf.math.is_finite(slope))
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize("form", [*FORMS, "transformed_l1"])
+def test_integers_count_as_floats(form, dtype):
+    matrix = np.arange(6).reshape(3, 2)
+    penalty = FORMS.get(form, functional.transformed_l1)
+    value = penalty(matrix.astype(dtype))
+    assert value.dtype == tf.float32
+    np.testing.assert_allclose(value, penalty(matrix.astype("float32")), rtol=1e-6)
+
+
 @pytest.mark.parametrize("a", [1e-12, 1e-3, 1.0, 1e30])
 def test_transformed_l1_and_its_slope_are_exact_at_every_scale(a):
     sizes = np.array([1e-30, 1e-12, 1e-3, 0.5, 65504.0, 1e30])

@@ -6,6 +6,7 @@ import csv
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from helpers import TINY
 
 import tscnc_tf as tscnc
@@ -18,6 +19,13 @@ def tiny(**values):
     return Recipe.from_dict(TINY).override({**SHORT, **values})
 
 
+failures = {
+    "no weights": ValueError("nothing to prune"),
+    "too large": tf.errors.ResourceExhaustedError(None, None, "OOM"),
+    "disk": OSError(28, "No space left on device", "x"),
+}
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Let experiments be files that say what was asked for; return what was run."""
@@ -26,8 +34,9 @@ def runs(monkeypatch):
     def run(recipe, folder, *, dense=None, until="evaluate", progress=True):
         calls.append((recipe, str(folder), dense, until))
         assert not progress
-        if recipe.prune.layers == "fails":
-            raise ValueError("nothing to prune")
+        folders.write_json(folders.pathlib.Path(folder) / "recipe.json", recipe.to_dict())
+        if recipe.prune.layers in failures:
+            raise failures[recipe.prune.layers]
         name = {"train": "1-train", "evaluate": "4-evaluate"}[until]
         stage = folders.pathlib.Path(folder) / name
         stage.mkdir(parents=True, exist_ok=True)
@@ -112,15 +121,43 @@ def test_all_combinations_are_run_once_and_dense_networks_are_shared(runs, tmp_p
 
 
 def test_what_is_complete_is_not_run_again_and_a_failure_does_not_end_the_others(runs, tmp_path):
-    plan = Sweep({"bad": tiny(**{"prune.layers": "fails"}), "good": tiny()})
-    report = sweep(plan, tmp_path)
-    assert report.failed == {"bad/seed-0": "ValueError: nothing to prune"}
+    bad = {name: tiny(**{"prune.layers": name}) for name in ("no weights", "too large")}
+    report = sweep(Sweep({**bad, "good": tiny()}), tmp_path)
+    assert report.failed == {
+        "no weights/seed-0": "ValueError: nothing to prune",
+        "too large/seed-0": "ResourceExhaustedError: OOM",
+    }
     assert [row["name"] for row in report.rows] == ["good"]
-    assert "bad/seed-0 has failed: ValueError: nothing to prune" in str(report)
+    assert "no weights/seed-0 has failed: ValueError: nothing to prune" in str(report)
+    (dense,) = {dense for _, _, dense, until in runs if until == "evaluate"}
+    runs.clear()
+    sweep(Sweep({**bad, "good": tiny()}), tmp_path)
+    # What is left begins with the same dense network as before.
+    assert {dense for _, _, dense, until in runs if until == "evaluate"} == {dense}
+    with pytest.raises(OSError, match="No space left"):  # the others would meet it as well
+        sweep(Sweep({"full": tiny(**{"prune.layers": "disk"})}), tmp_path)
     before = len(runs)
     more = Sweep({"good": tiny()}, seeds=[0, 1])
     assert [row["seed"] for row in sweep(more, tmp_path).rows] == [0, 1]
     assert [folder for _, folder, _, _ in runs[before:]] == [str(tmp_path / "good/seed-1")]
+
+
+def test_a_run_by_another_recipe_is_not_taken_for_one_of_this(runs, tmp_path):
+    sweep(Sweep({"a": tiny()}), tmp_path)
+    before = len(runs)
+    with pytest.raises(ValueError, match=r"a/seed-0 holds an experiment by another .*train.beta"):
+        sweep(Sweep({"a": tiny(**{"train.beta": 2.0})}), tmp_path)
+    assert len(runs) == before
+
+
+def test_fractions_and_equal_texts_have_places():
+    plan = Sweep({"a": tiny()}, grid={"adversary.epsilon": ["8/255", 0.1]})
+    assert [run.place for run in plan.runs()] == [
+        "a/adversary.epsilon=8:255/seed-0",
+        "a/adversary.epsilon=0.1/seed-0",
+    ]
+    with pytest.raises(ValueError, match=r"grid\['prune.layers'\] must not have a value twice"):
+        Sweep({"a": tiny()}, grid={"prune.layers": [None, "None"]})
 
 
 def test_a_sweep_is_read_from_a_file(tmp_path):
@@ -173,6 +210,8 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
         sweep(3, tmp_path)
     with pytest.raises(ValueError, match="engine must be one of 'process', 'ray', got 'dask'"):
         sweep(PLAN, tmp_path, engine="dask")
+    with pytest.raises(ValueError, match="cpus and gpus are for engine='ray', got 2 and 0 with"):
+        sweep(PLAN, tmp_path, cpus=2)
     monkeypatch.setitem(sweeps._extras.importlib.sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'pip install "tscnc_tf\[ray\]"'):
         sweep(PLAN, tmp_path, engine="ray")
@@ -188,6 +227,10 @@ def test_on_ray_runs_end_as_in_this_process(tmp_path):
         "global": tiny(**{"prune.scope": "global"}),
         "bad": tiny(**{"prune.layers": "nothing*"}),
     }
+    with pytest.raises(
+        ValueError, match=r"gpus must be <= [0-9]+, what the largest machine of Ray"
+    ):
+        sweep(Sweep(recipes), tmp_path / "ray", engine="ray", gpus=99)
     report = sweep(Sweep(recipes), tmp_path / "ray", engine="ray", progress=False)
     assert [row["name"] for row in report.rows] == ["layer", "global"]
     assert list(report.failed) == ["bad/seed-0"]

@@ -283,7 +283,12 @@ class RaiseOnNaN(flavours.Callback):
     all of them after each step, on the device. Give it before the callbacks that write checkpoints,
     so that none is written of what it refuses.
 
+    Args:
+        first_batch: the number of the first batch, where `fit` goes on within an epoch: for the
+            message.
+
     Raises:
+        TypeError, ValueError: the number is no integer >= 0.
         ValueError: in `fit`; it names the epoch, the batch, and the figures or the weights.
 
     Example:
@@ -297,14 +302,19 @@ class RaiseOnNaN(flavours.Callback):
         ValueError: After batch 1 of epoch 1 weights are NaN or infinite: ...
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_batch: int = 0) -> None:
         super().__init__()
+        self._first_batch = _checks.integer("first_batch", first_batch, minimum=0)
         self._epoch = 0
         self._names: list[str] = []
         self._are_finite: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Find the weights."""
+        """Forget the weights of the last training."""
+        self._are_finite = None
+
+    def _find_weights(self) -> None:
+        """Compile the check of the weights, which some models have after a first batch only."""
         weights = [each for each in self.model.weights if tf.as_dtype(each.dtype).is_floating]
         self._names = [getattr(each, "path", each.name).partition(":")[0] for each in weights]
         tensors = [flavours.tensor_variable(weight) for weight in weights]
@@ -320,13 +330,15 @@ class RaiseOnNaN(flavours.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Look at the logs and the weights."""
+        if self._are_finite is None:
+            self._find_weights()
         finite = self._are_finite().numpy()
         wrong = {
             name: value for name, value in (logs or {}).items() if not np.all(np.isfinite(value))
         }
         if not wrong and finite.all():
             return
-        where = f"After batch {batch + 1} of epoch {self._epoch + 1}"
+        where = f"After batch {self._first_batch + batch + 1} of epoch {self._epoch + 1}"
         names = [name for name, each in zip(self._names, finite, strict=True) if not each]
         if wrong:
             what = ", ".join(f"{name} is {value}" for name, value in wrong.items())

@@ -188,6 +188,7 @@ def _arguments() -> dict[str, Callable[[], Any]]:
         ]
     )
     images = rng.random((8, 4, 4, 1)).astype("float32")
+    tiny = tscnc.experiments.Recipe.from_dict(_TINY)
     values: dict[str, Any] = {
         **{"x": x, "y": y, "labels": y, "logits": logits, "reference_logits": logits},
         **{"targets": (y + 1) % 3, "num_classes": 3, "kernel": kernel, "matrix": kernel},
@@ -205,7 +206,12 @@ def _arguments() -> dict[str, Callable[[], Any]]:
         **{"attack": tscnc.attacks.FGSM(epsilon=0.1), "function": lambda *given: given[1]},
         **{"regularizer": tscnc.regularizers.TransformedL1(0.1), "regularizers": ["l2"]},
         **{"schedule": tscnc.schedules.OneShot(0.5), "layer": keras.layers.Dense(2)},
-        **{"loss": tscnc.losses.Madry(), "recipe": tscnc.experiments.Recipe.from_dict(_TINY)},
+        **{
+            "loss": tscnc.losses.Madry(),
+            "recipe": tiny,
+            "recipes": {"tiny": tiny},
+            "plan": tscnc.experiments.Sweep({"tiny": tiny}),
+        },
     }
     return {
         **{name: lambda value=value: value for name, value in values.items()},

@@ -111,7 +111,8 @@ def _end(folder: pathlib.Path, file: pathlib.Path) -> str:
             tscnc.experiments.run(runs.recipe(True), folder, progress=False)
     except (ValueError, OSError) as error:
         # A part of a checkpoint or of a SavedModel may be named by what it is a part of.
-        names = (str(folder / file), str((folder / file).parent))
+        is_part = any(part.startswith(("state-", "saved_model")) for part in file.parts)
+        names = (str(folder / file), *([str((folder / file).parent)] if is_part else []))
         return "named" if any(name in str(error) for name in names) else f"{error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -42,6 +42,7 @@ def _signalled(
 ) -> Outcome:
     """Send a signal again and again, to one experiment after the other, until each has ended."""
     outcome = Outcome(f"{number.name} at {count} random moments of all stages")
+    within = 0
     rng = np.random.default_rng(number)
     sent = began = 0
     while sent < count:
@@ -58,10 +59,13 @@ def _signalled(
                 break
             os.kill(process.pid, number)
             process.join()
+            if process.exitcode == 0:  # it had ended a moment before
+                break
             sent += 1
             where = sorted(str(path.relative_to(run)) for path in run.glob("*/state-*"))
             complete = len(list(run.glob("*/manifest.json")))
             moments.append(where[0] if where else f"{complete} stages")
+            within += bool(where) and where[0].count("-") > 2  # N-STAGE/state-EPOCH-STEP
             if process.exitcode != -number:
                 outcome.lose(f"{number.name} was followed by exit {process.exitcode}")
         if process.exitcode:
@@ -72,4 +76,9 @@ def _signalled(
             for _ in moments:
                 outcome.count("same end, bit for bit")
         shutil.rmtree(run, ignore_errors=True)
+    if number == signal.SIGTERM:
+        if within:
+            outcome.count(f"state written within an epoch, {within} times")
+        else:
+            outcome.lose("no state was written within an epoch")
     return outcome

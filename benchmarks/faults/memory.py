@@ -16,7 +16,7 @@ import tscnc_tf as tscnc
 from benchmarks.faults.outcome import Outcome
 
 CYCLES, FEW = 200, 8
-BEFORE = 0.2  # of the cycles, while caches fill
+BEFORE = 0.5  # of the cycles, while caches and the allocator fill
 MOST = 0.05  # MiB a cycle
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,7 +88,7 @@ def _not_finite(values: tuple[float, ...]) -> Outcome:
                     warnings.simplefilter("ignore")
                     attempt()
             except ValueError as error:
-                if any(word in str(error) for word in ("NaN", "nan", "inf")):
+                if re.search(r"\b(NaN|nan|infinity|infinite|inf|finite)\b", str(error)):
                     outcome.count("said at once")
                 else:
                     outcome.lose(f"{name}, {bad}: {error}")

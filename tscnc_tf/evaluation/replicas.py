@@ -37,16 +37,21 @@ class Replicas:
         return len(self._devices)
 
     def map(
-        self, make: Callable[[], Callable[..., Any]], batches: Iterable[tuple[Any, ...]]
+        self,
+        make: Callable[[], Callable[..., Any]],
+        batches: Iterable[tuple[Any, ...]],
+        *,
+        together: bool = True,
     ) -> Iterator[Any]:
         """Yield what a function returns for each tuple of arguments, in their order.
 
         Args:
             make: returns the function; called once for each replica that is needed.
             batches: the arguments. As many are taken in advance as there are replicas.
+            together: whether several calls may run at a time; if not, all of them run here.
         """
         batches = iter(batches)
-        if len(self) == 1:
+        if len(self) == 1 or not together:
             if (first := next(batches, None)) is not None:
                 function = make()
                 yield from itertools.starmap(function, itertools.chain([first], batches))

@@ -22,8 +22,6 @@ from tscnc_tf.evaluation.replicas import Replicas
 from tscnc_tf.evaluation.report import AttackResult, EnsemblePart, RobustnessReport
 from tscnc_tf.evaluation.state import AttackProgress, EvaluationState, digests
 
-_ONE_PLACE = Replicas(None)
-
 
 def evaluate_robustness(
     model: Any,
@@ -359,8 +357,8 @@ class _Evaluation:
                 (self._inputs[each], self._labels[each], (self._seed, index))
                 for index, each in todo
             )
-            places = self._replicas if part.is_compiled else _ONE_PLACE
-            results = places.map(functools.partial(part.on, self._model), batches)
+            make = functools.partial(part.on, self._model)
+            results = self._replicas.map(make, batches, together=part.is_compiled)
             begin = time.perf_counter()
             for (index, each), result in zip(todo, results, strict=True):
                 self._count(part, result, index, each, so_far)

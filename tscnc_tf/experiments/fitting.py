@@ -72,7 +72,7 @@ def fit(
                 verbose=0,
                 callbacks=[
                     *(() if begin.steps else pruning_callbacks()),
-                    RaiseOnNaN(),
+                    RaiseOnNaN(first_batch=begin.steps),
                     checkpoints,
                 ],
             )
@@ -130,11 +130,10 @@ class SignalNote:
                     self._before[number] = signal.signal(number, self._take)
         return self
 
-    def __exit__(self, kind: Any, *rest: object) -> None:
-        """Let signals act as before, and one that was noted now, unless the block has failed."""
+    def __exit__(self, *error: object) -> None:
+        """Let signals act as before, and one that was noted now."""
         self._restore()
-        if kind is None:
-            self.act()
+        self.act()
 
     def __bool__(self) -> bool:
         """Tell whether there was a signal."""
@@ -151,8 +150,9 @@ class SignalNote:
         self._restore()
 
     def _restore(self) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        for number in list(self._before):
+            if (before := self._before.pop(number, None)) is not None:  # a signal may come between
+                signal.signal(number, before)
 
 
 class CheckpointCallback(flavours.Callback):
@@ -202,6 +202,7 @@ class CheckpointCallback(flavours.Callback):
         done = batch + 1 + (self._begin.steps if epochs == self._begin.epochs else 0)
         self.on_batch(epochs * self.steps + done)
         if self.note and done < self.steps:
+            folders.require_there(self.folder)
             state = {name: variable.numpy() for name, variable in self._log_variables().items()}
             folders.write_state(
                 self.folder, Progress(epochs, done), _checkpoint(self.model), self.rows, state

@@ -42,7 +42,7 @@ class SweepRun:
     @property
     def place(self) -> str:
         """The path of its folder in that of the sweep."""
-        chosen = [f"{name}={value}" for name, value in self.values.items()]
+        chosen = [f"{name}={value}".replace("/", ":") for name, value in self.values.items()]
         return "/".join([self.name, *chosen, f"seed-{self.recipe.seed}"])
 
 
@@ -86,9 +86,9 @@ class Sweep:
             if name in ("name", "seed"):
                 raise ValueError(f"grid must not have the name {name!r}: give recipes= and seeds=.")
             _require_list(f"grid[{name!r}]", values)
-            for value in values:
-                _checks.file_name(f"grid[{name!r}]", f"{name}={value}")
-        list(self.runs())  # each recipe checks its values
+        for run in self.runs():  # each recipe checks its values
+            for part in run.place.split("/"):
+                _checks.file_name("grid", part)
 
     def runs(self) -> Iterator[SweepRun]:
         """Yield the experiments, in the order in which they are run."""
@@ -113,18 +113,18 @@ class Sweep:
         """
         file = _files.absolute("path", path)
         content = parse(file.read_text(encoding="utf-8"), str(file))
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = [field.name for field in dataclasses.fields(cls)]
         with errors_begin(f"{file}: "):
             if not isinstance(content, dict) or not content.get("recipes"):
                 raise ValueError("a sweep must have an entry recipes.")
-            if unknown := set(content) - known:
-                raise ValueError(f"unknown: {', '.join(map(str, unknown))}. A sweep has {known}.")
+            if unknown := sorted(map(str, set(content) - set(known))):
+                raise ValueError(f"unknown: {', '.join(unknown)}. A sweep has {', '.join(known)}.")
             if not isinstance(content["recipes"], dict):
                 raise TypeError(f"recipes must be recipes by names, got {content['recipes']!r}.")
             recipes = {
                 str(name): _recipe(name, given, file) for name, given in content["recipes"].items()
             }
-            return cls(recipes, **{key: content[key] for key in known - {"recipes"} & set(content)})
+            return cls(**{**content, "recipes": recipes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,8 @@ def sweep(
         A `SweepReport`; its rows are also in `folder/results.csv`, which is written after each run.
 
     Raises:
-        TypeError, ValueError: an argument is not as described.
+        TypeError, ValueError: an argument is not as described; or there is a run by another recipe
+            in its place, or, on Ray, no machine with so many cores or GPUs.
         ImportError: the extra "experiments", or with engine="ray" the extra "ray", is not
             installed.
         OSError: the disk is full, or can't be written to; the message names the file.
@@ -208,12 +209,21 @@ def sweep(
     gpus = _checks.number("gpus", gpus, minimum=0.0)
     progress = _checks.boolean("progress", progress)
     _checks.one_of("engine", engine, ENGINES)
+    ray = _extras.require_extra("ray", "ray") if engine == "ray" else None
+    if ray is None and (cpus, gpus) != (1, 0.0):
+        raise ValueError(
+            f"cpus and gpus are for engine='ray', got {cpus} and {gpus:g} with {engine!r}, which "
+            "uses what there is: leave them out."
+        )
     runs = {run.place: run for run in plan.runs()}
-    left = {place: run for place, run in runs.items() if not _is_complete(goal / place)}
-    tasks = _tasks(left, goal)
+    for place, run in runs.items():
+        folders.is_new(goal / place, run.recipe)  # raises if it is there by another recipe
+    tasks = {
+        place: task for place, task in _tasks(runs, goal).items() if not _is_complete(goal / place)
+    }
     failed: dict[str, str] = {}
     console = Console(stderr=True)
-    ended = _on_ray(tasks, cpus, gpus) if engine == "ray" else _in_turn(tasks)
+    ended = _in_turn(tasks) if ray is None else _on_ray(ray, tasks, cpus, gpus)
     _write(runs, goal)
     for place, error in ended:
         if error:
@@ -278,25 +288,49 @@ def _in_turn(tasks: Mapping[str, _Task]) -> Iterator[tuple[str, str]]:
     for place, task in tasks.items():
         try:
             _finish(task, _train_dense(task))
-        except (ValueError, RuntimeError, FileNotFoundError) as error:
-            yield place, f"{type(error).__name__}: {error}"
+        except Exception as error:  # of any kind: it is the run's
+            yield place, _said(error)
         else:
             yield place, ""
 
 
-def _on_ray(tasks: Mapping[str, _Task], cpus: int, gpus: float) -> Iterator[tuple[str, str]]:
+def _said(error: BaseException) -> str:
+    """Return an error of a run as text.
+
+    Raises:
+        OSError: it is one of the disk, which the others would meet as well.
+    """
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise error
+    return f"{type(error).__name__}: {error}"
+
+
+def _on_ray(
+    ray: types.ModuleType, tasks: Mapping[str, _Task], cpus: int, gpus: float
+) -> Iterator[tuple[str, str]]:
     """Run tasks on Ray; yield the place of each as it ends, and its error."""
-    ray = _extras.require_extra("ray", "ray")
     if not tasks:
         return
     own = not ray.is_initialized()
     if own:
         ray.init(logging_level="ERROR", log_to_driver=False)
     try:
+        _require_resources(ray, cpus, gpus)
         yield from _as_tasks(ray, tasks, cpus, gpus)
     finally:
         if own:
             ray.shutdown()
+
+
+def _require_resources(ray: types.ModuleType, cpus: int, gpus: float) -> None:
+    """Raise a ValueError if no machine has what a task asks for: Ray would wait for one."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, asked, resource in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
+        most = max((each.get(resource, 0.0) for each in machines), default=0.0)
+        if asked > most:
+            raise ValueError(
+                f"{name} must be <= {most:g}, what the largest machine of Ray has, got {asked:g}."
+            )
 
 
 def _as_tasks(
@@ -316,16 +350,19 @@ def _as_tasks(
         if task.dense not in dense:
             dense[task.dense] = train.remote(task)
         running[finish.remote(task, dense[task.dense])] = place
-    while running:
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        place = running.pop(done)
-        try:
-            ray.get(done)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            yield place, f"{type(cause).__name__}: {cause}"
-        else:
-            yield place, ""
+    try:
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            place = running.pop(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                yield place, _said(getattr(error, "cause", None) or error)
+            else:
+                yield place, ""
+    finally:
+        for task in running:
+            ray.cancel(task)
 
 
 def _is_complete(folder: pathlib.Path) -> bool:
@@ -390,5 +427,5 @@ def _recipe(name: Any, given: Any, file: pathlib.Path) -> Recipe:
 def _require_list(name: str, values: Any) -> None:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise TypeError(f"{name} must be a list of values, at least one, got {values!r}.")
-    if len({repr(value) for value in values}) < len(values):
+    if len({str(value) for value in values}) < len(values):
         raise ValueError(f"{name} must not have a value twice, got {list(values)!r}.")

@@ -39,7 +39,8 @@ def transformed_l1(x: Any, a: float = 1.0) -> tf.Tensor:
 def _transformed_l1(x: tf.Tensor, a: float) -> tf.Tensor:
     @tf.custom_gradient
     def penalty(x: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        # Both parts of a + |x| over the larger of them, so that nothing overflows, whatever `a` is.
+        # Both parts of a + |x| over the larger of them, so that nothing overflows for any `a` that
+        # is a normal number of the dtype.
         magnitude = tf.abs(x)
         size = tf.maximum(magnitude, a)
         scale, rest = (a + 1.0) / size, a / size
@@ -172,6 +173,8 @@ def _lifted(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     A gradient that is larger than all numbers of the dtype of `x`, as those of float16 where a
     penalty pulls at a small matrix, becomes the largest of them.
     """
+    if not x.dtype.is_floating:
+        return tf.cast(x, dtype)
     if x.dtype.size >= dtype.size:
         return x
 
