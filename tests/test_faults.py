@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from benchmarks.faults import calls, damage, numbers
+from benchmarks.__main__ import main
+from benchmarks.faults import calls, damage, memory, numbers
 from benchmarks.faults.outcome import Outcome
 
 
@@ -78,3 +80,21 @@ def test_damages_change_the_content(content):
     assert found["gone"] is None
     assert found["a byte at 0%"] == bytes([content[0] ^ 0xFF]) + content[1:]
     assert found["a byte at 100%"] == content[:-1] + bytes([content[-1] ^ 0xFF])
+
+
+def test_what_became_of_a_kind_is_written_down(tmp_path):
+    main(["faults", "--smoke", "--part", "memory", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "faults_memory.json").read_text())
+    assert [each["tried"] for each in found["faults"]] == [1, 1]
+    assert all(each["lost"] == [] and sum(each["ends"].values()) == 1 for each in found["faults"])
+    with pytest.raises(SystemExit, match=r"--part must be one of numbers, .*, got 'luck'"):
+        main(["faults", "--part", "luck", "--output", str(tmp_path)])
+
+
+def test_a_loss_is_shown_and_is_a_failure(tmp_path, monkeypatch, capsys):
+    outcome = Outcome("a fault")
+    outcome.lose("the third case: nothing was said")
+    monkeypatch.setattr(memory, "scenarios", lambda smoke: [outcome])
+    with pytest.raises(SystemExit):
+        main(["faults", "--part", "memory", "--output", str(tmp_path)])
+    assert "lost: a fault: the third case: nothing was said" in capsys.readouterr().out

@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 
+from tscnc_tf import _reports
+
 
 @dataclasses.dataclass
-class Outcome:
+class Outcome(_reports.Record):
     """A kind of fault: how often it was tried, how these ended, and what was lost.
 
     Attributes:
