@@ -108,8 +108,8 @@ class APGD(Search, GradientAttack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: an argument is none of those above; or, when called with loss "dlr", the model
-            has fewer than 3 classes.
+        TypeError, ValueError: an argument is none of those above.
+        ValueError: when called with loss "dlr", the model has fewer than 3 classes.
 
     Example:
         >>> import tensorflow as tf

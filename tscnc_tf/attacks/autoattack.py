@@ -40,9 +40,9 @@ class AutoAttack(Attack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: an argument is none of those above; or, when called, the version is not
-            "standard" and the model has two classes, for which the difference of logits ratio is
-            not defined, or the call is traced.
+        TypeError, ValueError: an argument is none of those above.
+        ValueError: when called, the version is not "standard" and the model has two classes, for
+            which the difference of logits ratio is not defined, or the call is traced.
 
     Example:
         >>> attack = AutoAttack(epsilon="8/255")

@@ -33,8 +33,8 @@ class Attack(_configs.Configurable, abc.ABC):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: epsilon is not > 0, wider than the bounds, or another argument is none of those
-            above.
+        TypeError, ValueError: epsilon is not > 0, or wider than the bounds; or another argument is
+            none of those above.
     """
 
     norms: ClassVar[tuple[str, ...]] = NORMS

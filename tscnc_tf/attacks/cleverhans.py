@@ -81,8 +81,8 @@ class CleverHans(Attack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: as in `Attack`; or there is no such attack, it has another norm, an option is
-            unknown or missing, or is set by this object.
+        TypeError, ValueError: as in `Attack`; or there is no such attack, it has another norm, an
+            option is unknown or missing, or is set by this object.
 
     Example:
         >>> import tensorflow as tf

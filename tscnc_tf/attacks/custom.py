@@ -28,7 +28,7 @@ class Custom(Attack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError: function is not callable.
+        TypeError: function is not callable, or name no text.
         ValueError: as in `Attack`; and when called, the function returns another shape than x's.
 
     Example:

@@ -69,7 +69,7 @@ class FAB(Search):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is none of those above.
 
     Example:
         >>> import tensorflow as tf

@@ -476,7 +476,7 @@ class FGSM(GradientAttack):
             "cross_entropy" alone. ("kl" has no gradient at x.)
 
     Raises:
-        ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is none of those above.
 
     Example:
         >>> import tensorflow as tf
@@ -527,8 +527,8 @@ class PGD(GradientAttack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        ValueError: an argument is none of those above; or restarts would all be alike, or
-            objective "kl" has no gradient, with start "none".
+        TypeError, ValueError: an argument is none of those above; or restarts would all be alike,
+            or objective "kl" has no gradient, with start "none".
 
     Example:
         >>> import tensorflow as tf

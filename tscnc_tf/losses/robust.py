@@ -69,7 +69,7 @@ class TRADES(RobustLoss):
         beta: the weight of the second term, >= 0.
 
     Raises:
-        ValueError: beta is negative or not finite.
+        TypeError, ValueError: beta is no number, negative or not finite.
 
     Example:
         >>> loss = TRADES(beta=6.0)
@@ -131,7 +131,7 @@ class MART(RobustLoss):
         beta: the weight of the second term, >= 0.
 
     Raises:
-        ValueError: beta is negative or not finite.
+        TypeError, ValueError: beta is no number, negative or not finite.
 
     Example:
         >>> loss = MART(beta=5.0)
