@@ -297,7 +297,8 @@ class RaiseOnNaN(flavours.Callback):
         >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
         >>> model.compile(keras.optimizers.SGD(1e38), "mse")
         >>> x = np.array([[1.0], [9.0]])
-        >>> model.fit(x, 9.0 * x, callbacks=[tscnc.callbacks.RaiseOnNaN()], verbose=0)
+        >>> watch = tscnc.callbacks.RaiseOnNaN()
+        >>> model.fit(x, 9.0 * x, callbacks=[watch], verbose=0)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: After batch 1 of epoch 1 weights are NaN or infinite: ...
     """

@@ -100,11 +100,13 @@ def require_unpruned(name: str, model: Any) -> None:
 
 
 def require_finite(targets: list[Target]) -> list[Target]:
-    """Return targets whose weights can be ranked.
+    """Return targets whose weights can be ranked; in a graph they are not looked at.
 
     Raises:
         ValueError: one is NaN or infinite somewhere.
     """
+    if not tf.executing_eagerly():
+        return targets
     bad = [each.name for each in targets if not np.isfinite(np.asarray(each.variable)).all()]
     if bad:
         raise ValueError(
