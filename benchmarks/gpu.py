@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 
 from benchmarks import measure, parts, record
+from tscnc_tf.experiments import stages
 
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 GOAL = 1.10
@@ -44,13 +43,11 @@ def run(options: record.Options) -> None:
     }
     for xla, floor in floors.items():
         functions |= {
-            f"floor{', XLA' if xla else ''}: {piece}": functools.partial(floor.run, piece)
-            for piece in floor.pieces
+            _piece(piece, xla): functools.partial(floor.run, piece) for piece in floor.pieces
         }
     times = measure.interleaved(functions, rounds)
     below = {
-        xla: [times[f"floor{', XLA' if xla else ''}: {piece}"] for piece in floor.pieces]
-        for xla, floor in floors.items()
+        xla: [times[_piece(piece, xla)] for piece in floor.pieces] for xla, floor in floors.items()
     }
     over_floor = {
         _name("float32", xla): measure.ratio([times[_name("float32", xla)]], below[xla])
@@ -93,18 +90,12 @@ def _name(policy: str, xla: bool) -> str:
     return f"step, {policy}{', XLA' if xla else ''}"
 
 
-@contextlib.contextmanager
-def _policy(name: str) -> Iterator[None]:
-    before = tf_keras.mixed_precision.global_policy()
-    tf_keras.mixed_precision.set_global_policy(name)
-    try:
-        yield
-    finally:
-        tf_keras.mixed_precision.set_global_policy(before)
+def _piece(piece: str, xla: bool) -> str:
+    return f"floor{', XLA' if xla else ''}: {piece}"
 
 
 def _step(options: record.Options, network: str, size: int, policy: str, xla: bool) -> Any:
-    with _policy(policy):
+    with stages.precision(tf_keras, policy):
         model = parts.pruned_model(network)
         step = parts.step(parts.trainer(model, options.steps), jit_compile=xla)
     return functools.partial(step, *parts.batch(model, size))

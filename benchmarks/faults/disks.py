@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -124,14 +123,18 @@ def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
 def _backwards(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
     outcome = Outcome("a clock that goes backwards")
     run = folder / "backwards"
-    runs.process(runs.recipe(True), run, turn_clock_back).join()
-    _finish(outcome, run, whole)
+    _finish(outcome, run, whole, turn_clock_back)
     return outcome
 
 
-def _finish(outcome: Outcome, run: pathlib.Path, whole: pathlib.Path) -> None:
+def _finish(
+    outcome: Outcome,
+    run: pathlib.Path,
+    whole: pathlib.Path,
+    before: Callable[[], None] | None = None,
+) -> None:
     """Run an experiment to its end, and take note of whether that is the right one."""
-    process = runs.process(runs.recipe(True), run)
+    process = runs.process(runs.recipe(True), run, before)
     process.join()
     problem = runs.error_of(run)[:300] if process.exitcode else _problem(run, whole)
     if problem:
@@ -152,5 +155,4 @@ def _wait_for(condition: Callable[[], bool], process: object) -> None:
     while not condition() and process.is_alive():  # type: ignore[attr-defined]
         if time.monotonic() > deadline:
             raise TimeoutError("a process has not begun to work")
-        with contextlib.suppress(InterruptedError):
-            time.sleep(0.01)
+        time.sleep(0.01)

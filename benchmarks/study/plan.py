@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -57,8 +55,7 @@ class Run:
     @functools.cached_property
     def dense(self) -> str:
         """The name of the dense network that is pruned; equal where it is the same network."""
-        text = json.dumps(self.recipe.first_stage().to_dict(), sort_keys=True)
-        return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{self.seed}"
+        return self.recipe.dense_name()
 
     @property
     def group(self) -> str:

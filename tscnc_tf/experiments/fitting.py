@@ -52,7 +52,6 @@ def fit(
         ValueError: the loss or a weight stops being finite, see `callbacks.RaiseOnNaN`.
     """
     settings = getattr(recipe, stage)
-    steps = data.steps_per_epoch(settings.batch_size)
     with SignalNote() as note:
         checkpoints = CheckpointCallback(recipe, stage, data, folder, on_batch, note)
         while (begin := checkpoints.resume(trainer)) < (settings.epochs,):
@@ -65,7 +64,7 @@ def fit(
             # The rest of an epoch is trained by itself, and goes on from what it has written.
             trainer.fit(
                 batches.skip(begin.steps),
-                steps_per_epoch=steps - begin.steps,
+                steps_per_epoch=checkpoints.steps - begin.steps,
                 initial_epoch=begin.epochs,
                 epochs=begin.epochs + 1 if begin.steps else settings.epochs,
                 shuffle=False,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -189,6 +191,11 @@ class Recipe(Checked):
             train=self.train,
             evaluate=dataclasses.replace(self.evaluate, **of_the_test_set),
         )
+
+    def dense_name(self) -> str:
+        """Return a name for the dense network; equal where recipes can share the first stage."""
+        text = json.dumps(self.first_stage().to_dict(), sort_keys=True)
+        return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{self.seed}"
 
     @classmethod
     def leaves(cls) -> Iterator[tuple[str, Any]]:

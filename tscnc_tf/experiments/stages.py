@@ -91,7 +91,7 @@ def network(recipe: Recipe, data: datasets.Dataset) -> Any:
     """Return the network of a recipe with its initial weights, dense and without constraints."""
     part, keras = recipe.network, library(recipe)
     mean, std = data.channel_statistics() if part.normalize else (None, None)
-    with _precision(keras, part.precision):
+    with precision(keras, part.precision):
         try:
             return getattr(applications, ARCHITECTURES[part.architecture])(
                 input_shape=data.image_shape,
@@ -338,7 +338,8 @@ def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
 
 
 @contextlib.contextmanager
-def _precision(keras: types.ModuleType, policy: str) -> Iterator[None]:
+def precision(keras: types.ModuleType, policy: str) -> Iterator[None]:
+    """Have the layers that are made in the block compute by a policy, such as "mixed_float16"."""
     before = keras.mixed_precision.global_policy()
     keras.mixed_precision.set_global_policy(policy)
     try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
 import itertools
-import json
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -252,7 +250,7 @@ class _Task:
 
 def _tasks(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, _Task]:
     """Return the tasks by their places; dense networks are shared by those that can."""
-    first = {place: _key(run.recipe) for place, run in runs.items()}
+    first = {place: run.recipe.dense_name() for place, run in runs.items()}
     shared = {key for key in first.values() if list(first.values()).count(key) > 1}
     return {
         place: _Task(
@@ -262,11 +260,6 @@ def _tasks(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, _Tas
         )
         for place, run in runs.items()
     }
-
-
-def _key(recipe: Recipe) -> str:
-    text = json.dumps(_reports.jsonable(recipe.first_stage().to_dict()), sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed-{recipe.seed}"
 
 
 def _train_dense(task: _Task) -> str | None:
