@@ -343,10 +343,10 @@ def test_channel_statistics_are_those_of_the_training_part(data):
 
 
 def test_statistics_do_not_depend_on_the_size_of_the_chunks(data, monkeypatch):
-    from tscnc_tf.datasets import arrays
+    from tscnc_tf.datasets import pixels
 
     expected = data.channel_statistics()
-    monkeypatch.setattr(arrays, "CHUNK", 7)
+    monkeypatch.setattr(pixels, "CHUNK", 7)
     assert data.channel_statistics() == expected
 
 

@@ -686,7 +686,7 @@ def test_resizing_is_that_of_tensorflow_and_pillow(size, rng):
 
 
 def test_resizing_keeps_constants_and_does_not_depend_on_chunks(rng, monkeypatch):
-    from tscnc_tf.datasets import arrays as module
+    from tscnc_tf.datasets import pixels as module
 
     white = np.full((2, 30, 17, 1), 255, np.uint8)
     np.testing.assert_array_equal(resizing.resized(white, (7, 40)), 255)
@@ -715,7 +715,7 @@ def test_loading_resizes_all_parts_and_says_so(written):
     [
         ({"name_or_path": 5}, TypeError, "name_or_path must be a name or a path, got 5"),
         ({"name_or_path": "cifar"}, FileNotFoundError, "one of 'digits', 'mnist', .*, got 'cifar'"),
-        ({"name_or_path": __file__}, ValueError, "must be a folder or an .npz file, got"),
+        ({"name_or_path": __file__}, ValueError, "must be a folder, an .npz file or a TFRecord"),
         (
             {"folder": "."},
             ValueError,

@@ -215,6 +215,15 @@ def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
     return file
 
 
+def require_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
+    """Raise a ValueError if a path below a folder leads out of it, as by a symbolic link."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{path} leads to {path.resolve()}, outside of {folder}: what is elsewhere is not "
+            "read. Copy it into the folder."
+        )
+
+
 @contextlib.contextmanager
 def _written(goal: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield the draft of a file, which goes when the block ends."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from tscnc_tf import _checks
-
-CHUNK = 1000  # images that are converted to a wider dtype at a time
+from tscnc_tf.datasets.images import StoredImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Raw:
     """The arrays of a source.
 
     Attributes:
-        x_train, y_train: images and labels.
+        x_train, y_train: images, as an array or stored, and labels.
         x_test, y_test: None if the source has no test part of its own.
         class_names: in the order of the labels; None for the numbers themselves.
         augmentation: the usual one for these images; None for "crop" for grey ones, else
@@ -65,37 +63,8 @@ def checked(raw: Raw) -> Raw:
     )
 
 
-def as_floats(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels as float32 in [0, 1]: bytes divided by 255."""
-    if pixels.dtype != np.uint8:
-        return pixels
-    return np.divide(pixels, np.float32(255), dtype=np.float32)
-
-
-def statistics(pixels: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel, on the scale [0, 1].
-
-    Sums of bytes are exact, as they are taken of integers.
-    """
-    if pixels.dtype == np.uint8:
-        pairs = [_moments(_histogram(pixels[..., c])) for c in range(pixels.shape[-1])]
-        mean, deviation = zip(*pairs, strict=True)
-        return mean, deviation
-    count = pixels.size // pixels.shape[-1]
-    axes = (0, 1, 2)
-    means = sum(part.sum(axes, dtype=np.float64) for part in chunks(pixels)) / count
-    squares = sum(((part - means) ** 2).sum(axes) for part in chunks(pixels))
-    return tuple(means.tolist()), tuple(np.sqrt(squares / count).tolist())
-
-
-def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield an array in parts of `CHUNK` entries, in order."""
-    for start in range(0, len(array), CHUNK):
-        yield array[start : start + CHUNK]
-
-
-def _part(split: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    pixels = _pixels(f"x_{split}", x)
+def _part(split: str, x: Any, y: Any) -> tuple[Any, np.ndarray]:
+    pixels = x if isinstance(x, StoredImages) else _pixels(f"x_{split}", x)
     labels, _ = _checks.class_indices(f"y_{split}", y)
     if len(pixels) != len(labels):
         raise ValueError(
@@ -182,17 +151,3 @@ def _require_all_classes(y_train: np.ndarray, y_test: Any, names: tuple[str, ...
             f"{', ...' if len(absent) > 5 else ''}): number the classes 0, 1, 2, ... without gaps, "
             "and give each a training image."
         )
-
-
-def _histogram(channel: np.ndarray) -> list[int]:
-    counts = sum(np.bincount(part.reshape(-1), minlength=256) for part in chunks(channel))
-    return np.asarray(counts).tolist()
-
-
-def _moments(histogram: list[int]) -> tuple[float, float]:
-    """Return mean and standard deviation of bytes / 255; all sums are exact, in integers."""
-    count = sum(histogram)
-    total = sum(value * times for value, times in enumerate(histogram))
-    squares = sum(value * value * times for value, times in enumerate(histogram))
-    variance = (count * squares - total * total) / (count * 255) ** 2
-    return total / (count * 255), variance**0.5

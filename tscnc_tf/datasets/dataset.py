@@ -1,4 +1,4 @@
-"""A data set in memory: training, validation and test part, as arrays and as batches."""
+"""A data set: training, validation and test part, as arrays and as batches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _reports
-from tscnc_tf.datasets import arrays, pipeline, splits
+from tscnc_tf.datasets import pipeline, pixels, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
+from tscnc_tf.datasets.images import StoredImages
 
 SPLITS = ("train", "validation", "test")
 
@@ -25,7 +26,8 @@ class Dataset:
     [0, 1]; its methods return float32 in [0, 1] in either case. The arrays are read-only.
 
     Attributes:
-        x_train, x_validation, x_test: `(n, height, width, channels)`.
+        x_train, x_validation, x_test: `(n, height, width, channels)`; arrays, or `StoredImages`,
+            which are read from their files when they are needed.
         y_train, y_validation, y_test: class indices `(n,)`, int64.
         class_names: in the order of the labels.
         name: of the set.
@@ -33,7 +35,7 @@ class Dataset:
         provenance: how the data were processed since they were read, a line for each step.
 
     Raises:
-        TypeError: images or labels are no arrays.
+        TypeError: images are no arrays and not stored, or labels are no arrays.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -46,11 +48,11 @@ class Dataset:
         True
     """
 
-    x_train: np.ndarray
+    x_train: np.ndarray | StoredImages
     y_train: np.ndarray
-    x_validation: np.ndarray
+    x_validation: np.ndarray | StoredImages
     y_validation: np.ndarray
-    x_test: np.ndarray
+    x_test: np.ndarray | StoredImages
     y_test: np.ndarray
     class_names: tuple[str, ...]
     name: str
@@ -61,6 +63,8 @@ class Dataset:
         for split in SPLITS:
             for field in (f"x_{split}", f"y_{split}"):
                 array = getattr(self, field)
+                if field.startswith("x") and isinstance(array, StoredImages):
+                    continue
                 if not isinstance(array, np.ndarray):
                     raise TypeError(
                         f"{field} must be an array of NumPy, got a {type(array).__name__}. To load "
@@ -85,9 +89,14 @@ class Dataset:
         """The SHA-256 digest of all arrays: of pixels, labels and splits.
 
         It is equal on every machine, except for JPEG files whose decoders differ in the last bit.
+        Where images are stored, it is of the encoded files instead, all of which are read for it.
         """
         fields = [f"{kind}_{split}" for split in SPLITS for kind in ("x", "y")]
-        return _reports.digest((field, getattr(self, field)) for field in fields)
+        parts = ((field, getattr(self, field)) for field in fields)
+        return _reports.digest(
+            (field, part.digest() if isinstance(part, StoredImages) else part)
+            for field, part in parts
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -133,7 +142,9 @@ class Dataset:
         The last examples of an epoch that fill no batch are left out, other ones in each epoch.
         Give `fit` the argument `shuffle=False`, as Keras 3 warns of any `tf.data` without it.
 
-        The batches are gathered from a copy of the training part, which is freed with the dataset.
+        The batches are gathered from a copy of the training part, which is freed with the dataset;
+        or, if images are stored, read from their files by several threads, ahead of the model: the
+        same batches, bit for bit.
 
         A crop moves the image by up to 4 pixels of 32 (in proportion for other sizes, at least
         1) in each direction, with black at the border; a flip mirrors half of the images left to
@@ -218,14 +229,18 @@ class Dataset:
             ((359, 8, 8, 1), 'float32', 1.0)
         """
         x, y = self._filled(split)
-        return arrays.as_floats(x), y
+        return pixels.as_floats(np.asarray(x)), y
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel over the training part alone.
 
         On the scale [0, 1], computed in float64, the deviation over n (not n - 1) pixels.
         """
-        return arrays.statistics(self.x_train)
+        return self._statistics
+
+    @functools.cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return pixels.statistics(self.x_train)
 
     def subset(
         self,
@@ -270,11 +285,11 @@ class Dataset:
             notes.append(f"{split}: {size:,} of {len(y):,} images kept, seed {seed}")
         return dataclasses.replace(self, **parts, provenance=(*self.provenance, *notes))
 
-    def _part(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def _part(self, split: str) -> tuple[np.ndarray | StoredImages, np.ndarray]:
         _checks.one_of("split", split, SPLITS)
         return getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
 
-    def _filled(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def _filled(self, split: str) -> tuple[np.ndarray | StoredImages, np.ndarray]:
         x, y = self._part(split)
         if not len(y):
             raise ValueError(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from collections.abc import Sequence
 
+import numpy as np
+
+from tscnc_tf import _files
 from tscnc_tf.datasets import images
 from tscnc_tf.datasets.arrays import Raw
 
@@ -18,7 +23,8 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     anywhere inside their class folder.
 
     Raises:
-        ValueError: there are no classes, a class has no images, or an image can't be read.
+        ValueError: there are no classes, a class has no images, an image can't be read, or a
+            symbolic link leads out of the folder.
     """
     if (folder / ANNOTATIONS).is_file():
         return read_tiny_imagenet(folder, image_size)
@@ -28,11 +34,19 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
         raise ValueError(
             f"{root} has no class folders: images belong into {root}/<class>/, a folder per class."
         )
-    train = [(file, label) for label, name in enumerate(classes) for file in _files(root / name)]
+    train = [(_below(folder, root / name), label) for label, name in enumerate(classes)]
     held_out = [folder / name for name in ("test", "val") if root != folder]
     test_root = next((path for path in held_out if _folders(path)), None)
-    test = _test_files(test_root, classes) if test_root else None
-    return _raw(train, test, tuple(classes), image_size)
+    if test_root is None:
+        return _raw(folder, train, None, tuple(classes), image_size)
+    found = _folders(test_root)
+    if unknown := sorted(set(found) - set(classes)):
+        raise ValueError(
+            f"{test_root} has the class folder {unknown[0]!r}, which {root} has not: its classes "
+            f"are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}."
+        )
+    test = [(_below(folder, test_root / name), classes.index(name)) for name in found]
+    return _raw(folder, train, test, tuple(classes), image_size)
 
 
 def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
@@ -42,7 +56,8 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
 
     Raises:
         FileNotFoundError: it has no train/ or no val/val_annotations.txt.
-        ValueError: an annotation names no class, or an image is missing or can't be read.
+        ValueError: an annotation names no class, an image is missing or can't be read, or a path
+            or symbolic link leads out of the folder.
     """
     for part in (pathlib.PurePath("train"), ANNOTATIONS):
         if not (folder / part).exists():
@@ -52,7 +67,7 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
             )
     ids = _folders(folder / "train")
     numbers = {wnid: label for label, wnid in enumerate(ids)}
-    train = [(file, numbers[wnid]) for wnid in ids for file in _files(folder / "train" / wnid)]
+    train = [(_below(folder, folder / "train" / wnid), numbers[wnid]) for wnid in ids]
     test = []
     for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
         file, wnid = (*line.split("\t"), "")[:2]
@@ -61,35 +76,56 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
                 f"{folder / ANNOTATIONS} has the line {line!r}, whose second column names none of "
                 f"the {len(ids)} folders of {folder / 'train'}."
             )
-        test.append((folder / "val" / "images" / file, numbers[wnid]))
-    return _raw(train, test, _words(folder, ids), image_size)
+        path = pathlib.PurePath("val", "images", file)
+        _files.require_inside(folder, folder / path)
+        test.append(([path.as_posix()], numbers[wnid]))
+    return _raw(folder, train, test, _words(folder, ids), image_size)
+
+
+# Paths of files, relative to the data set, with the label that they have.
+_Groups = Sequence[tuple[Sequence[str], int]]
+
+
+class _Files:
+    """Image files below a folder. Their paths are kept as bytes, as there may be millions."""
+
+    def __init__(self, root: pathlib.Path, groups: _Groups) -> None:
+        self._root = root
+        self._paths = np.concatenate(
+            [np.array([os.fsencode(path) for path in paths]) for paths, _ in groups]
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def content(self, index: int) -> bytes:
+        return self._path(index).read_bytes()
+
+    def name(self, index: int) -> str:
+        return str(self._path(index))
+
+    def _path(self, index: int) -> pathlib.Path:
+        return self._root / os.fsdecode(self._paths[index])
 
 
 def _raw(
-    train: list[tuple[pathlib.Path, int]],
-    test: list[tuple[pathlib.Path, int]] | None,
+    root: pathlib.Path,
+    train: _Groups,
+    test: _Groups | None,
     names: tuple[str, ...],
     image_size: tuple[int, int] | None,
 ) -> Raw:
-    """Decode all images together: if any is in colour, all have three channels."""
-    files = [file for file, _ in train + (test or [])]
-    labels = [label for _, label in train + (test or [])]
-    pixels = images.decoded(files, lambda index: str(files[index]), image_size)
-    count = len(train)
+    """Return the images as they are stored: if any is in colour, all have three channels."""
+    pixels = images.stored(_Files(root, [*train, *(test or ())]), image_size)
+    y_train = _labels(train)
     if test is None:
-        return Raw(pixels, labels, class_names=names)
-    return Raw(*(pixels[:count], labels[:count], pixels[count:], labels[count:]), class_names=names)
+        return Raw(pixels, y_train, class_names=names)
+    count = len(y_train)
+    return Raw(*(pixels[:count], y_train, pixels[count:], _labels(test)), class_names=names)
 
 
-def _test_files(root: pathlib.Path, classes: list[str]) -> list[tuple[pathlib.Path, int]]:
-    found = _folders(root)
-    unknown = sorted(set(found) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{root} has the class folder {unknown[0]!r}, which {root.parent / 'train'} has not: "
-            f"its classes are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}."
-        )
-    return [(file, classes.index(name)) for name in found for file in _files(root / name)]
+def _labels(groups: _Groups) -> np.ndarray:
+    return np.repeat([label for _, label in groups], [len(paths) for paths, _ in groups])
 
 
 def _folders(folder: pathlib.Path) -> list[str]:
@@ -99,18 +135,27 @@ def _folders(folder: pathlib.Path) -> list[str]:
     return sorted(entry.name for entry in entries if not entry.name.startswith("."))
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the images below a class folder, ordered by their paths."""
-    files = [
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in images.SUFFIXES and not file.name.startswith(".")
-    ]
-    if not files:
+def _below(root: pathlib.Path, folder: pathlib.Path) -> list[str]:
+    """Return the paths, relative to `root`, of the images below a class folder; in their order."""
+    found = []
+    _files.require_inside(root, folder)
+    for place, folders, files in os.walk(folder):
+        for path in (pathlib.Path(place, name) for name in folders):
+            if path.is_symlink():
+                raise ValueError(
+                    f"{path} is a symbolic link to a folder, which is not followed inside of a "
+                    "class folder: put the images there, or remove it."
+                )
+        for path in (pathlib.Path(place, name) for name in files):
+            if path.suffix.lower() in images.SUFFIXES and not path.name.startswith("."):
+                if path.is_symlink():
+                    _files.require_inside(root, path)
+                found.append(path.relative_to(root).as_posix())
+    if not found:
         raise ValueError(
             f"{folder} holds no images ({', '.join(sorted(images.SUFFIXES))}): fill or remove it."
         )
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(found)
 
 
 def _words(folder: pathlib.Path, ids: list[str]) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
-"""Image files as arrays, by Pillow."""
+"""Images that stay in their files, and are decoded by Pillow when they are read."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import hashlib
 import io
-import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, Protocol, final
 
 import numpy as np
 
@@ -15,55 +17,149 @@ from tscnc_tf.datasets.resizing import resized
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _GREY = {"1", "L"}
 _COLOUR = {"LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+THREADS = os.cpu_count() or 1  # Pillow decodes without Python's lock
 
 
-def decoded(
-    items: Sequence[pathlib.Path | bytes],
-    name: Callable[[int], str],
-    image_size: tuple[int, int] | None,
-) -> np.ndarray:
-    """Return images as one array of bytes `(n, h, w, c)`: c is 1 if all are grey, else 3.
+class Files(Protocol):
+    """Encoded images by their indices: JPEG, PNG and what else Pillow reads."""
 
-    Transparency is left out.
+    def __len__(self) -> int:
+        """Return how many images there are."""
+
+    def content(self, index: int) -> bytes:
+        """Return the encoded image."""
+
+    def name(self, index: int) -> str:
+        """Return what an error message calls it."""
+
+
+@final
+class StoredImages:
+    """Images that stay in their files: what `datasets.load(..., stream=True)` gives as `x_train`.
+
+    `len(images)` is their number; `images[places]`, by a slice or an array of indices, some of
+    them, also stored. They are decoded by `np.asarray(images)`, all of them, and by the methods of
+    `Dataset`, a batch at a time. In memory are a few bytes for each: where it is.
+
+    Attributes:
+        shape: `(n, height, width, channels)`.
+        dtype: uint8.
+
+    Example:
+        >>> import numpy as np
+        >>> import tscnc_tf as tscnc
+        >>> data = tscnc.datasets.load("photos", stream=True)  # doctest: +SKIP
+        >>> pixels = np.asarray(data.x_train[:100])  # doctest: +SKIP
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        files: Files,
+        places: np.ndarray,
+        image_shape: tuple[int, int, int],
+        *,
+        resize: bool,
+    ) -> None:
+        self._files, self._places, self._resize = files, places, resize
+        self.shape = (len(places), *image_shape)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._places)
+
+    def __getitem__(self, places: Any) -> StoredImages:
+        """Return some of the images, by a slice or an array of indices."""
+        return StoredImages(self._files, self._places[places], self.shape[1:], resize=self._resize)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Decode all images."""
+        result = np.empty(self.shape, self.dtype)
+        spans = np.array_split(np.arange(len(self)), max(1, len(self) // 16))
+
+        def fill(span: np.ndarray) -> None:
+            result[span] = self.read(span)
+
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill, spans))  # the first error is raised
+        return result if dtype is None else result.astype(dtype, copy=False)
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """Return images by their indices, decoded: bytes `(n, height, width, channels)`.
+
+        Raises:
+            ValueError: a file is gone, or is not what it was.
+        """
+        result = np.empty((len(places), *self.shape[1:]), self.dtype)
+        for goal, index in zip(result, self._places[places].tolist(), strict=True):
+            goal[...] = self._decoded(index)
+        return result
+
+    def digest(self) -> np.ndarray:
+        """Return the SHA-256 digest of shape and encoded images, as bytes; nothing is decoded."""
+        found = hashlib.sha256(str(self.shape).encode())
+        for index in self._places.tolist():
+            content = self._files.content(index)
+            found.update(len(content).to_bytes(8, "little"))
+            found.update(content)
+        return np.frombuffer(found.digest(), np.uint8)
+
+    def _decoded(self, index: int) -> np.ndarray:
+        height, width, channels = self.shape[1:]
+        kind = "L" if channels == 1 else "RGB"
+        pixels = _read(self._files, index, lambda image: np.asarray(image.convert(kind)))
+        pixels = pixels.reshape(1, *pixels.shape[:2], channels)
+        if self._resize:
+            return resized(pixels, (height, width))[0]
+        if pixels.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"{self._files.name(index)} is of size {pixels.shape[1:3]} now, and was of size "
+                f"{(height, width)} when the data set was loaded: load it anew."
+            )
+        return pixels[0]
+
+
+def stored(files: Files, image_size: tuple[int, int] | None) -> StoredImages:
+    """Return images as they are stored: with 1 channel if all are grey, else 3.
+
+    Transparency is left out. Of each image the header is read.
 
     Args:
-        items: files, or their contents.
-        name: of an item by its index, for error messages.
+        files: with the images.
         image_size: what all are resized to; None: they must be of one size.
 
     Raises:
         ValueError: an image can't be read, or is not of the first one's size.
     """
     grey = True
-    expected = None
-    for index, item in enumerate(items):
-        mode, found = _read(item, name(index), lambda image: (image.mode, image.size[::-1]))
+    expected = image_size
+    for index in range(len(files)):
+        mode, found = _read(files, index, lambda image: (image.mode, image.size[::-1]))
         if mode not in _GREY | _COLOUR:
             raise ValueError(
-                f"{name(index)} has pixels of the kind {mode!r}, which have no fixed white: save "
-                "it with 8 bits per channel."
+                f"{files.name(index)} has pixels of the kind {mode!r}, which have no fixed white: "
+                "save it with 8 bits per channel."
             )
         grey = grey and mode in _GREY
-        expected = image_size or expected or found
+        expected = expected or found
         if image_size is None and found != expected:
             raise ValueError(
-                f"{name(index)} is of size {found}, and {name(0)} of size {expected}: all images "
-                "must be of one size, or be brought to one by image_size=(height, width)."
+                f"{files.name(index)} is of size {found}, and {files.name(0)} of size {expected}: "
+                "all images must be of one size, or be brought to one by "
+                "image_size=(height, width)."
             )
-    result = np.empty((len(items), *(expected or (0, 0)), 1 if grey else 3), np.uint8)
-    kind = "L" if grey else "RGB"
-    for index, item in enumerate(items):
-        pixels = _read(item, name(index), lambda image: np.asarray(image.convert(kind)))
-        pixels = pixels.reshape(1, *pixels.shape[:2], -1)
-        result[index] = resized(pixels, image_size)[0] if image_size else pixels[0]
-    return result
+    height, width = expected or (0, 0)
+    places = np.arange(len(files))
+    shape = (height, width, 1 if grey else 3)
+    return StoredImages(files, places, shape, resize=image_size is not None)
 
 
-def _read(item: pathlib.Path | bytes, name: str, look: Callable[[Any], Any]) -> Any:
+def _read(files: Files, index: int, look: Callable[[Any], Any]) -> Any:
     pillow = require_extra("PIL.Image", "datasets")
     try:
-        with pillow.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
+        with pillow.open(io.BytesIO(files.content(index))) as image:
             return look(image)
     # Pillow's errors for damaged files depend on their format.
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"{name} can't be read as an image: {error}") from error
+        raise ValueError(f"{files.name(index)} can't be read as an image: {error}") from error

@@ -7,8 +7,12 @@ import os
 import pathlib
 from typing import Any
 
-from tscnc_tf.datasets import arrays, folders, idx, npz, resizing, sources, splits
+import numpy as np
+
+from tscnc_tf import _checks
+from tscnc_tf.datasets import arrays, folders, idx, npz, resizing, sources, splits, tfrecords
 from tscnc_tf.datasets.dataset import Dataset
+from tscnc_tf.datasets.images import StoredImages
 
 
 def load(
@@ -20,6 +24,7 @@ def load(
     test_seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     image_size: tuple[int, int] | None = None,
+    stream: bool = False,
 ) -> Dataset:
     """Load a data set by its name, or a user's own by its path.
 
@@ -47,7 +52,13 @@ def load(
       `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte` (or
       `train-images.idx3-ubyte` and so on), gzipped, with `.gz` at the end, or not.
     * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
-      `<class>/*` (or `train/<class>/*`), of which a test part is cut.
+      `<class>/*` (or `train/<class>/*`), of which a test part is cut. What symbolic links lead to
+      outside of it is not read.
+    * a TFRecord file, or a folder of them, not compressed, whose names say by a word which part
+      they are of: train, and test, validation or val. An example holds an encoded image (JPEG,
+      PNG) and its class index, `image` and `label` as TensorFlow Datasets writes them, or
+      `image/encoded` and `image/class/label`. label.labels.txt, of the names of the classes, may be
+      beside them.
 
     Args:
         name_or_path: one of the names, or a path; a folder that is called like one of the names is
@@ -62,6 +73,10 @@ def load(
         folder: where the files of "svhn" and "tiny-imagenet" are, which need it, or the IDX files
             of "mnist" or "fashion_mnist".
         image_size: `(height, width)` to resize to, antialiased; None: as they are.
+        stream: whether images stay in their files, and are decoded and resized whenever they are
+            needed: for data that don't fit in memory. For folders of images (tiny-imagenet, too)
+            and TFRecord files; all that is made of them is the same, bit for bit, but for
+            `fingerprint`. All are looked at once, here.
 
     Returns:
         The data set. Equal input and arguments give equal parts on every machine.
@@ -86,12 +101,23 @@ def load(
         flips: He et al. 2016, arXiv 1512.03385, section 4.2.
     """
     size = resizing.size(image_size)
+    stream = _checks.boolean("stream", stream)
     seed, test_seed = splits.seed(seed), splits.seed(test_seed, "test_seed")
     splits.part_size("validation", validation, 0)  # errors come before anything is read
     splits.part_size("test", test, 0)
     name, raw = _read(name_or_path, folder, size)
-    raw = arrays.checked(raw)
     notes = []
+    if not stream:
+        test_images = None if raw.x_test is None else np.asarray(raw.x_test)
+        raw = dataclasses.replace(raw, x_train=np.asarray(raw.x_train), x_test=test_images)
+    elif isinstance(raw.x_train, StoredImages):
+        notes.append("images are read from their files when they are needed")
+    else:
+        raise ValueError(
+            "stream is for folders of images and TFRecord files, got stream=True with "
+            f"{name_or_path!r}: leave it out."
+        )
+    raw = arrays.checked(raw)
     if size is not None:
         raw = _resized(raw, size)
         notes.append(f"resized to {size[0]}x{size[1]}, antialiased")
@@ -135,15 +161,24 @@ def _read(
         return str(name_or_path), sources.read(str(name_or_path), where, image_size)
     path = pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
-        raw = idx.read(path) if idx.holds(path) else folders.read(path, image_size)
-        return path.resolve().name, raw
+        name = path.resolve().name
+        if idx.holds(path):
+            return name, idx.read(path)
+        reader = tfrecords if tfrecords.holds(path) else folders
+        return name, reader.read(path, image_size)
     if not path.exists():
         raise FileNotFoundError(
             f"name_or_path must be one of {', '.join(map(repr, sources.NAMES))}, or the path of an "
-            f".npz file or a folder, got {str(name_or_path)!r}: there is nothing at that path."
+            ".npz or TFRecord file or of a folder, got "
+            f"{str(name_or_path)!r}: there is nothing at that path."
         )
+    if tfrecords.is_one(path):
+        return path.stem, tfrecords.read(path, image_size)
     if path.suffix != ".npz":
-        raise ValueError(f"name_or_path must be a folder or an .npz file, got {str(path)!r}.")
+        raise ValueError(
+            "name_or_path must be a folder, an .npz file or a TFRecord file (tfrecord in its "
+            f"name), got {str(path)!r}."
+        )
     return path.stem, npz.read(path, image_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pathlib
 import zipfile
@@ -34,16 +33,9 @@ def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     if set(ARRAYS) <= set(entries):
         return Raw(*(entries[key] for key in ARRAYS), class_names=class_names)
     if set(PACKED) <= set(entries):
-        train, test = (_unpacked(path, entries, split) for split in ("train", "test"))
-        pixels = images.decoded(
-            train + test,
-            lambda i: (
-                f"{path}: image {i if i < len(train) else i - len(train)} of "
-                f"{'train' if i < len(train) else 'test'}_bytes"
-            ),
-            image_size,
-        )
-        count = len(train)
+        files = _PackedFiles(path, entries)
+        pixels = np.asarray(images.stored(files, image_size))
+        count = files.counts["train"]
         labels = entries["train_labels"], entries["test_labels"]
         return Raw(*(pixels[:count], labels[0], pixels[count:], labels[1]), class_names=class_names)
     raise ValueError(
@@ -96,7 +88,36 @@ def _memory() -> int | None:
         return None
 
 
-def _unpacked(path: pathlib.Path, entries: dict[str, Any], split: str) -> list[bytes]:
+class _PackedFiles:
+    """The image files in an .npz file: those of the training part, and then those of the test."""
+
+    def __init__(self, path: pathlib.Path, entries: dict[str, Any]) -> None:
+        self._path = path
+        self._parts = {
+            split: (entries[f"{split}_bytes"], _offsets(path, entries, split))
+            for split in ("train", "test")
+        }
+        self.counts = {split: len(offsets) - 1 for split, (_, offsets) in self._parts.items()}
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def content(self, index: int) -> bytes:
+        split, place = self._find(index)
+        content, offsets = self._parts[split]
+        return content[offsets[place] : offsets[place + 1]].tobytes()
+
+    def name(self, index: int) -> str:
+        split, place = self._find(index)
+        return f"{self._path}: image {place} of {split}_bytes"
+
+    def _find(self, index: int) -> tuple[str, int]:
+        count = self.counts["train"]
+        return ("train", index) if index < count else ("test", index - count)
+
+
+def _offsets(path: pathlib.Path, entries: dict[str, Any], split: str) -> list[int]:
+    """Return where each file of a part begins, and the end."""
     content, offsets = entries[f"{split}_bytes"], entries[f"{split}_offsets"]
     if content.dtype != np.uint8 or content.ndim != 1:
         raise ValueError(
@@ -109,5 +130,4 @@ def _unpacked(path: pathlib.Path, entries: dict[str, Any], split: str) -> list[b
             f"{path}: {split}_offsets must rise from 0 to the length of {split}_bytes, "
             f"{len(content):,}: one integer more than there are images."
         )
-    ends = offsets.tolist()
-    return [content[a:b].tobytes() for a, b in itertools.pairwise(ends)]
+    return offsets.tolist()

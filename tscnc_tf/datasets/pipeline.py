@@ -1,18 +1,23 @@
-"""Arrays as `tf.data`: training epochs that depend on seed and number only, and evaluation."""
+"""Images as `tf.data`: training epochs that depend on seed and number only, and evaluation."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tscnc_tf.datasets import augmentation
+from tscnc_tf.datasets.images import THREADS, StoredImages
 
 _FOREVER = np.iinfo(np.int64).max
 _PREFETCHED = 4  # batches
 
 
 def training(
-    x: np.ndarray,
+    x: np.ndarray | StoredImages,
     y: np.ndarray,
     *,
     batch_size: int,
@@ -28,8 +33,7 @@ def training(
     """
     steps = len(x) // batch_size
     padding = augmentation.padding(augment, x.shape[1:])
-    with tf.device("CPU:0"):
-        pixels, labels = tf.constant(x), tf.constant(y)
+    examples = _examples(x, y)
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
         draws = tf.random.stateless_uniform(
@@ -46,41 +50,63 @@ def training(
         )
 
     def batch(order: tf.Tensor, plans: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        images = tf.gather(pixels, order)
+        images, labels = examples(order)
         if augment != "none":
             images = augmentation.augmented(images, plans, padding)
-        return _scaled(images), tf.gather(labels, order)
+        return _scaled(images), labels
 
     end = _FOREVER if epochs is None else first_epoch + epochs
     batches = tf.data.Dataset.range(first_epoch, end).flat_map(epoch)
     count = tf.data.INFINITE_CARDINALITY if epochs is None else steps * epochs
     batches = batches.apply(tf.data.experimental.assert_cardinality(count))
-    return _prefetched(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
+    return _made_ahead(batches, batch)
 
 
-def evaluation(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
+def evaluation(x: np.ndarray | StoredImages, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
     """Return all examples in order; the last batch may be smaller."""
-    with tf.device("CPU:0"):
-        pixels, labels = tf.constant(x), tf.constant(y)
+    examples = _examples(x, y)
 
     def batch(places: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return _scaled(tf.gather(pixels, places)), tf.gather(labels, places)
+        images, labels = examples(places)
+        return _scaled(images), labels
 
-    batches = tf.data.Dataset.range(len(x)).batch(batch_size)
-    return _prefetched(batches.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
+    return _made_ahead(tf.data.Dataset.range(len(x)).batch(batch_size), batch)
 
 
-def _prefetched(batches: tf.data.Dataset) -> tf.data.Dataset:
-    """Return batches that are made while the model computes.
+def _examples(
+    x: np.ndarray | StoredImages, y: np.ndarray
+) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Return a function from indices to their images and labels."""
+    with tf.device("CPU:0"):
+        labels = tf.constant(y)
+        read = (
+            _reader(x)
+            if isinstance(x, StoredImages)
+            else functools.partial(tf.gather, tf.constant(x))
+        )
+    return lambda places: (read(places), tf.gather(labels, places))
+
+
+def _reader(images: StoredImages) -> Callable[[tf.Tensor], tf.Tensor]:
+    def read(places: tf.Tensor) -> tf.Tensor:
+        pixels = tf.numpy_function(images.read, [places], tf.uint8, stateful=False)
+        return tf.ensure_shape(pixels, (*places.shape, *images.shape[1:]))
+
+    return read
+
+
+def _made_ahead(places: tf.data.Dataset, batch: Callable[..., Any]) -> tf.data.Dataset:
+    """Return batches that are made, in several threads, while the model computes.
 
     Autotuning is off: its thread sleeps for up to a minute, and the deletion of an iterator, at the
     end of `fit`, waits for it.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
+    batches = places.map(batch, num_parallel_calls=THREADS, deterministic=True)
     return batches.prefetch(_PREFETCHED).with_options(options)
 
 
 def _scaled(images: tf.Tensor) -> tf.Tensor:
-    """Return float32 in [0, 1], the same as `arrays.as_floats`."""
+    """Return float32 in [0, 1], the same as `pixels.as_floats`."""
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _checks
-from tscnc_tf.datasets.arrays import chunks
+from tscnc_tf.datasets.pixels import chunks
 
 
 def size(value: Any) -> tuple[int, int] | None:

@@ -186,6 +186,7 @@ class Data(Checked):
         augment: augmentation, see `Dataset.training`; None for the usual one of the dataset.
         train_examples: number of training images that are used; None for all.
         test_examples: number of test images that are used; None for all.
+        stream: whether images stay in their files, see `tscnc_tf.datasets.load`.
     """
 
     dataset: Annotated[str, _text] = "cifar10"
@@ -196,6 +197,7 @@ class Data(Checked):
     augment: Annotated[str | None, _or_none(_one_of(*AUGMENTATIONS))] = None
     train_examples: OptionalCount = None
     test_examples: OptionalCount = None
+    stream: Flag = False
 
 
 @dataclasses.dataclass(frozen=True)

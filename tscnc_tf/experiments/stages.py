@@ -46,6 +46,7 @@ def dataset(recipe: Recipe) -> datasets.Dataset:
             test=part.test,
             image_size=part.image_size,
             seed=seed,
+            stream=part.stream,
         )
         if part.train_examples or part.test_examples:
             data = data.subset(part.train_examples, part.test_examples, seed=seed)
