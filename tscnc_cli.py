@@ -47,7 +47,7 @@ def main() -> None:
     runs/first/3-finetune, a SavedModel, or a .tflite or .onnx file (see each command).
 
     DATA is the name of a dataset ("digits", "cifar10", ...), an .npz file, or a folder of images
-    or IDX files, see tscnc_tf.datasets.load.
+    or of TFRecord or IDX files, see tscnc_tf.datasets.load.
 
     \b
     tscnc run smoke --output runs/smoke

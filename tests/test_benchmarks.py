@@ -16,7 +16,7 @@ import tensorflow as tf
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import emulation, measure, networks
+from benchmarks import emulation, measure, networks, streaming
 from benchmarks.__main__ import BENCHMARKS, main
 from tscnc_tf._keras import layers
 
@@ -162,6 +162,14 @@ def test_sparse_1x1_convolutions_are_held_against_dense_ones(tmp_path, capsys):
     medians = {form: summary["median"] for form, summary in each["seconds"].items()}
     assert each["ratio"]["of_medians"] == pytest.approx(medians["dense"] / medians["sparse"])
     assert found["goal_met"] == (each["ratio"]["of_medians"] >= 3)
+
+
+def test_streamed_data_are_measured(tmp_path):
+    streaming.write(tmp_path / "set", 300)
+    found = streaming.measured(tmp_path / "set")
+    assert all(found.pop(f"{name}_seconds") > 0 for name in ("load", "statistics", "epoch"))
+    assert found["peak_mib"] > 100
+    assert len(found["fingerprint"]) == 64
 
 
 def test_the_step_is_exported_with_all_its_state(folder):
