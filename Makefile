@@ -38,7 +38,7 @@ bench: $(INSTALLED)
 # On a machine with a GPU: the step, and with CIFAR10=cifar10.npz the study of large networks.
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks gpu
-	$(if $(CIFAR10),$(BIN)/python -m benchmarks.study run --workers 1 --plan benchmarks/study/accelerator.yaml --data cifar10=$(CIFAR10))
+	$(if $(CIFAR10),$(BIN)/python -m benchmarks.study run --plan benchmarks/study/accelerator.yaml --data cifar10=$(CIFAR10))
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info docs/_build docs/api/generated

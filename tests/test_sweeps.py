@@ -10,7 +10,7 @@ import tensorflow as tf
 from helpers import TINY
 
 import tscnc_tf as tscnc
-from tscnc_tf.experiments import Recipe, Sweep, folders, sweep, sweeps
+from tscnc_tf.experiments import Recipe, Sweep, engines, folders, sweep, sweeps
 
 SHORT = {f"{stage}.epochs": 1 for stage in ("train", "finetune")} | {"prune.epochs": 1}
 
@@ -19,6 +19,7 @@ def tiny(**values):
     return Recipe.from_dict(TINY).override({**SHORT, **values})
 
 
+DIVERGES = 7.0
 failures = {
     "no weights": ValueError("nothing to prune"),
     "too large": tf.errors.ResourceExhaustedError(None, None, "OOM"),
@@ -37,6 +38,8 @@ def runs(monkeypatch):
         folders.write_json(folders.pathlib.Path(folder) / "recipe.json", recipe.to_dict())
         if recipe.prune.layers in failures:
             raise failures[recipe.prune.layers]
+        if recipe.train.beta == DIVERGES:
+            raise ValueError("loss is NaN")
         name = {"train": "1-train", "evaluate": "4-evaluate"}[until]
         stage = folders.pathlib.Path(folder) / name
         stage.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,17 @@ def test_what_is_complete_is_not_run_again_and_a_failure_does_not_end_the_others
     assert [folder for _, folder, _, _ in runs[before:]] == [str(tmp_path / "good/seed-1")]
 
 
+def test_a_dense_network_that_diverges_is_tried_once(runs, tmp_path):
+    bad = {
+        name: tiny(**{"train.beta": DIVERGES, "prune.scope": name}) for name in ("layer", "global")
+    }
+    report = sweep(Sweep({**bad, "good": tiny()}), tmp_path)
+    error = "ValueError: loss is NaN"
+    assert report.failed == {"layer/seed-0": error, "global/seed-0": error}
+    assert [until for *_, until in runs] == ["train", "evaluate"]
+    assert [row["name"] for row in report.rows] == ["good"]
+
+
 def test_a_run_by_another_recipe_is_not_taken_for_one_of_this(runs, tmp_path):
     sweep(Sweep({"a": tiny()}), tmp_path)
     before = len(runs)
@@ -212,7 +226,7 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
         sweep(PLAN, tmp_path, engine="dask")
     with pytest.raises(ValueError, match="cpus and gpus are for engine='ray', got 2 and 0 with"):
         sweep(PLAN, tmp_path, cpus=2)
-    monkeypatch.setitem(sweeps._extras.importlib.sys.modules, "ray", None)
+    monkeypatch.setitem(engines._extras.importlib.sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'pip install "tscnc_tf\[ray\]"'):
         sweep(PLAN, tmp_path, engine="ray")
     assert not list(tmp_path.iterdir())

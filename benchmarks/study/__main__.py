@@ -14,6 +14,7 @@ from rich.console import Console
 from benchmarks.study import accelerate, report, work
 from benchmarks.study.plan import HERE, Plan
 from benchmarks.study.table import Store
+from tscnc_tf.experiments import engines
 
 RESULTS = HERE.parent / "results" / "study"
 DOCUMENT = HERE.parents[1] / "docs" / "study.md"
@@ -29,10 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    path = HERE / "quick.yaml" if options.quick else options.plan
+    path = HERE / "quick.yaml" if options.quick else options.plan.resolve()
     if wrong := [pair for pair in options.data if "=" not in pair]:
         parser.error(f"--data must be NAME=FILE, as cifar10=cifar10.npz, got {wrong[0]!r}.")
-    files = dict(pair.split("=", 1) for pair in options.data)
+    pairs = (pair.split("=", 1) for pair in options.data)
+    files = {name: str(pathlib.Path(file).resolve()) for name, file in pairs}
     try:
         plan = Plan.read(path, files)
     except OSError as error:
@@ -40,8 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = options.settings or list(plan.settings)
     if unknown := [name for name in settings if name not in plan.settings]:
         parser.error(f"--settings must be among {list(plan.settings)}, got {unknown[0]!r}.")
-    scratch = options.scratch / plan.name
-    store = Store(options.results / f"{plan.name}.csv", scratch / "results")
+    # Absolute, as a process of Ray's may have another working directory.
+    scratch = options.scratch.resolve() / plan.name
+    store = Store(options.results.resolve() / f"{plan.name}.csv", scratch / "results")
     console = Console()
     work.require_current(plan.wanted(store.read()), store)
     if options.what == "report":
@@ -54,14 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             console.print(accelerate.collect(plan, scratch, store))
         return 0
-    job = work.Job(path, files, store, scratch, options.workers, options.minutes, settings)
+    end = {"minutes": options.minutes, "engine": options.engine, "cpus": options.cpus}
+    job = work.Job(path, files, store, scratch, settings, **end)
     try:
+        engines.require(options.engine, options.cpus, 0.0)
         failed = work.supervise(job)
     finally:
         store.enter()
     console.print(report.tables(plan, store.read()), markup=False, soft_wrap=True)
     if failed:
-        console.print(f"Failed: {', '.join(failed)}; the logs are in {scratch}.")
+        for group, error in failed.items():
+            console.print(f"{group} has failed: {error}", markup=False)
         return 1
     more = bool(job.missing())
     console.print("More is to do: run the same command again." if more else "All done.")
@@ -96,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
     )
     parser.add_argument("--settings", nargs="+", help="in these settings only")
-    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--engine", choices=engines.ENGINES, default=engines.ENGINES[0])
+    parser.add_argument("--cpus", type=int, default=1, help="cores of each process of Ray's")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("outputs/study"))

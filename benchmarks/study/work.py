@@ -1,14 +1,11 @@
-"""Running a study: several processes, each taking one group of runs after the other."""
+"""Running a study: group after group, in this process or as tasks of Ray."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import math
 import pathlib
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -19,11 +16,10 @@ from benchmarks.study.plan import PLACE, Plan, Run
 from benchmarks.study.table import Store
 from tscnc_tf import evaluate_robustness, experiments
 from tscnc_tf._reports import jsonable, versions
-from tscnc_tf.experiments import Recipe, locks, stages
+from tscnc_tf.experiments import Recipe, engines, locks, stages
 from tscnc_tf.experiments.folders import read_json
 from tscnc_tf.experiments.recipe import differences
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TRAINING = ("train", "prune", "finetune")
 
 
@@ -60,92 +56,71 @@ class Job:
         store: for the results.
         scratch: the folder for the experiments themselves; of those that are done only the dense
             networks are kept.
-        workers: how many processes.
-        minutes: no group is begun after that.
         settings: which of the plan's settings.
+        minutes: no group is begun after that.
+        engine: "process", one group after the other; or "ray", as many as there are cores for.
+        cpus: cores of each group, on Ray.
     """
 
     plan: pathlib.Path
     files: Mapping[str, str]
     store: Store
     scratch: pathlib.Path
-    workers: int
-    minutes: float
     settings: Sequence[str]
+    minutes: float = math.inf
+    engine: str = "process"
+    cpus: int = 1
 
     def missing(self) -> list[Run]:
         """Return the trials and runs that can be begun now."""
         runs = Plan.read(self.plan, self.files).wanted(self.store.read())
         return self.store.missing(run for run in runs if run.setting in self.settings)
 
+    def groups(self) -> list[str]:
+        """Return the groups of these runs, in their order."""
+        return list(dict.fromkeys(run.group for run in self.missing()))
 
-def supervise(job: Job) -> list[str]:
+
+def supervise(job: Job) -> dict[str, str]:
     """Run what is missing until nothing is, or the time is over; return the groups that failed.
 
-    A group, the runs that begin with the same dense network, is a process of its own, with a share
-    of the cores. Whoever is killed loses at most an epoch: each run goes on where it was. Runs that
-    wait for trials are begun when these are done.
+    Each with its error. A group, the runs that begin with the same dense network, is one call of
+    the engine. Whoever is killed loses at most an epoch: each run goes on where it was. Runs that
+    wait for trials are begun when all that could be begun before them have ended.
     """
     console = Console(stderr=True)
-    begin, failed = time.monotonic(), list[str]()
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    missing = job.missing()
-    while True:
-        for group, process in list(running.items()):
-            if process.poll() is not None:
-                del running[group]
-                missing = job.missing()
-                elapsed = (time.monotonic() - begin) / 60
-                how = "ended"
-                if process.returncode:
-                    how = f"failed ({process.returncode}), see {_log(job, group)}"
-                    failed.append(group)
-                console.print(f"{elapsed:6.1f} min  {group} {how}, {len(missing)} runs left")
-        waiting = [run.group for run in missing if run.group not in (*running, *failed)]
-        in_time = time.monotonic() - begin < 60 * job.minutes
-        for group in list(dict.fromkeys(waiting))[: job.workers - len(running)] if in_time else ():
-            running[group] = _start(job, group)
-        if not running:
-            return failed
-        time.sleep(0.5)
+    begin, failed = time.monotonic(), dict[str, str]()
+    end = time.time() + 60 * job.minutes  # processes have no other clock in common
+    while time.time() < end:
+        groups = [group for group in job.groups() if group not in failed]
+        calls = {group: engines.Call(work, (job, group, end)) for group in groups}
+        if not calls:
+            break
+        for group, error in engines.run(calls, job.engine, cpus=job.cpus):
+            if error:
+                failed[group] = error
+            minutes = (time.monotonic() - begin) / 60
+            how = f"failed: {error}" if error else "ended"
+            left = len(job.missing())
+            console.print(f"{minutes:6.1f} min  {group} {how}, {left} runs left", markup=False)
+    return failed
 
 
-def _start(job: Job, group: str) -> subprocess.Popen[bytes]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = str(max(1, (cores or 1) // job.workers))
-    environment = {
-        **os.environ,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "TF_NUM_INTRAOP_THREADS": threads,
-        "TF_NUM_INTEROP_THREADS": threads,
-    }
-    where = (job.store.table, job.store.fresh, job.scratch)
-    arguments = [job.plan, json.dumps(dict(job.files)), *where, group]
-    command = [sys.executable, "-m", "benchmarks.study.work", *map(str, arguments)]
-    log = _log(job, group)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as stream:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
-
-
-def _log(job: Job, group: str) -> pathlib.Path:
-    """Return where a group's process says what it has to say."""
-    return job.scratch / f"{group.replace('/', '-')}.log"
-
-
-def work(plan: Plan, store: Store, scratch: pathlib.Path, group: str) -> None:
-    """Run what is missing of one group: one dense network, pruned in every way of the plan.
+def work(job: Job, group: str, end: float = math.inf) -> None:
+    """Run what is missing of one group, unless the time, in seconds of `time.time`, is over.
 
     Raises:
         RuntimeError: another process works on the group.
     """
-    with locks.exclusive(scratch / ".locks" / group):
-        runs = [run for run in plan.wanted(store.read()) if run.group == group]
-        for run in store.missing(runs):
-            begin = time.monotonic()
-            content = finished(run, scratch)
-            store.add(run, {**content, "seconds": time.monotonic() - begin})
-            shutil.rmtree(folder_of(run, scratch))
+    if time.time() > end:
+        return
+    with locks.exclusive(job.scratch / ".locks" / group):
+        for run in job.missing():
+            if run.group == group:
+                begin = time.monotonic()
+                content = finished(run, job.scratch)
+                job.store.add(run, {**content, "seconds": time.monotonic() - begin})
+                shutil.rmtree(folder_of(run, job.scratch))
 
 
 def finished(run: Run, scratch: pathlib.Path) -> dict[str, Any]:
@@ -250,9 +225,3 @@ def _stages(folder: pathlib.Path) -> dict[str, experiments.StageOutput]:
         stage: experiments.open_stage(folder / f"{number}-{stage}")
         for number, stage in enumerate(_TRAINING, start=1)
     }
-
-
-if __name__ == "__main__":
-    _plan = Plan.read(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))
-    _table, _fresh, _scratch = map(pathlib.Path, sys.argv[3:6])
-    work(_plan, Store(_table, _fresh), _scratch, sys.argv[6])

@@ -7,20 +7,18 @@ import dataclasses
 import io
 import itertools
 import pathlib
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from tscnc_tf import _checks, _extras, _files, _reports
-from tscnc_tf.experiments import folders, runner
+from tscnc_tf import _checks, _files, _reports
+from tscnc_tf.experiments import engines, folders, runner
 from tscnc_tf.experiments.recipe import Recipe, errors_begin, parse, with_bases
 
 RESULTS, DENSE = "results.csv", "dense"
 FIGURES = ("clean", "robust", "zeros", "condition_number", "dead_filters")
-ENGINES = ("process", "ray")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,24 +204,15 @@ def sweep(
     cpus = _checks.integer("cpus", cpus, minimum=1)
     gpus = _checks.number("gpus", gpus, minimum=0.0)
     progress = _checks.boolean("progress", progress)
-    _checks.one_of("engine", engine, ENGINES)
-    ray = _extras.require_extra("ray", "ray") if engine == "ray" else None
-    if ray is None and (cpus, gpus) != (1, 0.0):
-        raise ValueError(
-            f"cpus and gpus are for engine='ray', got {cpus} and {gpus:g} with {engine!r}, which "
-            "uses what there is: leave them out."
-        )
+    engines.require(engine, cpus, gpus)
     runs = {run.place: run for run in plan.runs()}
     for place, run in runs.items():
         folders.is_new(goal / place, run.recipe)  # raises if it is there by another recipe
-    tasks = {
-        place: task for place, task in _tasks(runs, goal).items() if not _is_complete(goal / place)
-    }
+    calls = _calls(runs, goal)
     failed: dict[str, str] = {}
     console = Console(stderr=True)
-    ended = _in_turn(tasks) if ray is None else _on_ray(ray, tasks, cpus, gpus)
     _write(runs, goal)
-    for place, error in ended:
+    for place, error in engines.run(calls, engine, cpus=cpus, gpus=gpus):
         if error:
             failed[place] = error
         else:
@@ -233,129 +222,34 @@ def sweep(
     return SweepReport(goal, tuple(_rows(runs, goal)), failed)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """An experiment that is left to run.
+def _calls(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, engines.Call]:
+    """Return the calls that run what is not complete, by place.
 
-    Attributes:
-        recipe: as nested dicts.
-        folder: of the experiment.
-        dense: the folder of the dense network that it begins with, None for its own.
+    Dense networks are shared by all, complete or not, that can: a run is the same, whatever is
+    complete beside it.
     """
-
-    recipe: Mapping[str, Any]
-    folder: str
-    dense: str | None
-
-
-def _tasks(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, _Task]:
-    """Return the tasks by their places; dense networks are shared by those that can."""
     first = {place: run.recipe.dense_name() for place, run in runs.items()}
-    shared = {key for key in first.values() if list(first.values()).count(key) > 1}
-    return {
-        place: _Task(
-            run.recipe.to_dict(),
-            str(folder / place),
-            str(folder / DENSE / first[place]) if first[place] in shared else None,
-        )
-        for place, run in runs.items()
-    }
+    dense: dict[str, engines.Call] = {}
+    calls = {}
+    for place, run in runs.items():
+        if _is_complete(folder / place):
+            continue
+        after = None
+        if list(first.values()).count(first[place]) > 1:
+            arguments = (run.recipe.to_dict(), str(folder / DENSE / first[place]))
+            after = dense.setdefault(first[place], engines.Call(_train_dense, arguments))
+        calls[place] = engines.Call(_run, (run.recipe.to_dict(), str(folder / place)), after)
+    return calls
 
 
-def _train_dense(task: _Task) -> str | None:
-    """Train the dense network that a task begins with; return the folder of that stage."""
-    if task.dense is None:
-        return None
-    recipe = Recipe.from_dict(task.recipe).first_stage()
-    runner.run(recipe, task.dense, until="train", progress=False)
-    return str(folders.stage_folder(pathlib.Path(task.dense), "train"))
+def _train_dense(recipe: Mapping[str, Any], folder: str) -> str:
+    """Train the dense network that a recipe begins with; return the folder of that stage."""
+    runner.run(Recipe.from_dict(recipe).first_stage(), folder, until="train", progress=False)
+    return str(folders.stage_folder(pathlib.Path(folder), "train"))
 
 
-def _finish(task: _Task, dense: str | None) -> None:
-    """Run the rest of a task."""
-    runner.run(Recipe.from_dict(task.recipe), task.folder, dense=dense, progress=False)
-
-
-def _in_turn(tasks: Mapping[str, _Task]) -> Iterator[tuple[str, str]]:
-    """Run tasks one after the other; yield the place of each, and its error."""
-    for place, task in tasks.items():
-        try:
-            _finish(task, _train_dense(task))
-        except Exception as error:  # of any kind: it is the run's
-            yield place, _said(error)
-        else:
-            yield place, ""
-
-
-def _said(error: BaseException) -> str:
-    """Return an error of a run as text.
-
-    Raises:
-        OSError: it is one of the disk, which the others would meet as well.
-    """
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-        raise error
-    return f"{type(error).__name__}: {error}"
-
-
-def _on_ray(
-    ray: types.ModuleType, tasks: Mapping[str, _Task], cpus: int, gpus: float
-) -> Iterator[tuple[str, str]]:
-    """Run tasks on Ray; yield the place of each as it ends, and its error."""
-    if not tasks:
-        return
-    own = not ray.is_initialized()
-    if own:
-        ray.init(logging_level="ERROR", log_to_driver=False)
-    try:
-        _require_resources(ray, cpus, gpus)
-        yield from _as_tasks(ray, tasks, cpus, gpus)
-    finally:
-        if own:
-            ray.shutdown()
-
-
-def _require_resources(ray: types.ModuleType, cpus: int, gpus: float) -> None:
-    """Raise a ValueError if no machine has what a task asks for: Ray would wait for one."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, asked, resource in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
-        most = max((each.get(resource, 0.0) for each in machines), default=0.0)
-        if asked > most:
-            raise ValueError(
-                f"{name} must be <= {most:g}, what the largest machine of Ray has, got {asked:g}."
-            )
-
-
-def _as_tasks(
-    ray: types.ModuleType, tasks: Mapping[str, _Task], cpus: int, gpus: float
-) -> Iterator[tuple[str, str]]:
-    threads = {name: str(cpus) for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
-    environment = {"env_vars": {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}}
-    options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": environment}
-
-    def remote(function: Callable[..., Any]) -> Any:
-        return ray.remote(**options, max_retries=3)(function)
-
-    train, finish = remote(_train_dense), remote(_finish)
-    dense: dict[str | None, Any] = {None: None}
-    running: dict[Any, str] = {}
-    for place, task in tasks.items():
-        if task.dense not in dense:
-            dense[task.dense] = train.remote(task)
-        running[finish.remote(task, dense[task.dense])] = place
-    try:
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            place = running.pop(done)
-            try:
-                ray.get(done)
-            except ray.exceptions.RayError as error:
-                yield place, _said(getattr(error, "cause", None) or error)
-            else:
-                yield place, ""
-    finally:
-        for task in running:
-            ray.cancel(task)
+def _run(recipe: Mapping[str, Any], folder: str, dense: str | None = None) -> None:
+    runner.run(Recipe.from_dict(recipe), folder, dense=dense, progress=False)
 
 
 def _is_complete(folder: pathlib.Path) -> bool:
