@@ -233,9 +233,9 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
-def test_on_ray_runs_end_as_in_this_process(tmp_path):
+def test_on_ray_runs_end_as_in_this_process(tmp_path, request):
     """Two runs that share a dense network, and one that fails, in processes of Ray's."""
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     recipes = {
         "layer": tiny(),
         "global": tiny(**{"prune.scope": "global"}),
@@ -245,6 +245,9 @@ def test_on_ray_runs_end_as_in_this_process(tmp_path):
         ValueError, match=r"gpus must be <= [0-9]+, what the largest machine of Ray"
     ):
         sweep(Sweep(recipes), tmp_path / "ray", engine="ray", gpus=99)
+    # Of one core, so that one process imports TensorFlow.
+    request.addfinalizer(ray.shutdown)
+    ray.init(num_cpus=1, logging_level="ERROR", log_to_driver=False)
     report = sweep(Sweep(recipes), tmp_path / "ray", engine="ray", progress=False)
     assert [row["name"] for row in report.rows] == ["layer", "global"]
     assert list(report.failed) == ["bad/seed-0"]
