@@ -112,8 +112,9 @@ def measured(folder: pathlib.Path) -> dict[str, Any]:
     x, y = data.subset(n_test=min(SAMPLE, len(data.y_test))).arrays("test")
     attack = tscnc.attacks.FGSM(epsilon=0.1)
     tscnc.evaluate_robustness(model.model, x, y, attack, diagnose=False, progress=False)
+    found = {**seconds, "fingerprint": data.fingerprint}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {**seconds, "peak_mib": peak, "fingerprint": data.fingerprint}
+    return {**found, "peak_mib": peak}
 
 
 if __name__ == "__main__":

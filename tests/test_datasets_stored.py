@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import pickle
 
@@ -12,6 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from tscnc_tf.datasets import StoredImages, load
+from tscnc_tf.datasets import pixels as pixels_module
 from tscnc_tf.experiments import Recipe, open_stage, run
 
 CLASSES = ("ant", "bee", "cat")
@@ -238,19 +240,37 @@ def of_no_records(root):
     write_records(root / "train.tfrecord", [])
 
 
-def of_one_more_part(root):
-    write_records(root / "more.tfrecord", [example(encoded(pictures(1)[0]), 0)])
-    write_records(root / "train.tfrecord", [example(encoded(pictures(1)[0]), 0)])
+def named(*names):
+    """Return a function that writes files of these names, of three images each."""
 
+    def write(root):
+        for name in names:
+            content = [example(encoded(p), i % 3) for i, p in enumerate(pictures(3))]
+            write_records(root / name, content)
 
-def of_test_only(root):
-    write_records(root / "test.tfrecord", [example(encoded(pictures(1)[0]), 0)])
+    return write
 
 
 def linked(root):
     elsewhere = write_records(root.parent / "train.tfrecord", [example(b"", 0)])
     root.mkdir()
     (root / "train.tfrecord").symlink_to(elsewhere)
+
+
+def linked_to_nothing(root):
+    named("train.tfrecord-00000-of-00002")(root)
+    (root / "train.tfrecord-00001-of-00002").symlink_to(root / "nothing")
+
+
+def linked_names(root):
+    named("train.tfrecord")(root)
+    (root.parent / "secret").write_text("a\nb\nc\n")
+    (root / "label.labels.txt").symlink_to(root.parent / "secret")
+
+
+def beside_folders(root):
+    folder_of(root)
+    named("train.tfrecord")(root)
 
 
 @pytest.mark.parametrize(
@@ -262,9 +282,18 @@ def linked(root):
         (of_no_image, r"train.tfrecord: record 0 can't be read as an image"),
         (without_labels, "train.tfrecord is damaged"),
         (of_no_records, "train.tfrecord holds no records"),
-        (of_one_more_part, "more.tfrecord: the names of TFRecord files must say which part"),
-        (of_test_only, "there must be one of train; got test.tfrecord"),
+        (named("more.tfrecord", "train.tfrecord"), r"more.tfrecord: .*must say which part"),
+        (named("one.tfrecord", "two.tfrecord"), r"one.tfrecord: .*got the sets one, two"),
+        (named("a_test-train.tfrecord", "b-train.tfrecord"), r"a_test-train.*must say which part"),
+        (named("a-train.tfrecord", "b-train.tfrecord"), r"b-train.*must say which part"),
+        (named("test.tfrecord"), "must have TFRecord files of train; got test"),
+        (named("train-00000-of-00003"), "there must be all shards of the set, 0 to 2 of 3"),
+        (named("train-00000-of-00001", "train-00001-of-00002"), "and none of another number"),
+        (named("train.tfrecord", "train.tfrecords"), "differ in the ending"),
         (linked, r"train.tfrecord leads to .*outside of"),
+        (linked_to_nothing, r"train.tfrecord-00001-of-00002 is no file, or a link to nothing"),
+        (linked_names, r"label.labels.txt leads to .*outside of"),
+        (beside_folders, "has both TFRecord files and the folder te|has both .* the folder tr"),
     ],
 )
 def test_what_is_wrong_with_records_is_said(write, message, tmp_path):
@@ -272,6 +301,121 @@ def test_what_is_wrong_with_records_is_said(write, message, tmp_path):
     write(root)
     with pytest.raises(ValueError, match=message):
         load(root)
+
+
+def test_parts_are_words_and_what_is_left_out_is_noted(tmp_path):
+    root = tmp_path / "set"
+    named("training.tfrecord", "testing.tfrecord", "dev.tfrecord", ".train.tfrecord.x1")(root)
+    (root / "make_tfrecords.py").write_text("")
+    data = load(root, validation=0)
+    assert (len(data.y_train), len(data.y_test)) == (3, 3)
+    assert data.provenance == ("dev is not read, as there is a test part",)
+
+
+def test_labels_of_the_imagenet_scripts_may_begin_at_1(tmp_path):
+    content = [
+        example(encoded(p), 1 + i % 3, ("image/encoded", "image/class/label"))
+        for i, p in enumerate(pictures(9))
+    ]
+    for part in ("train", "validation"):
+        write_records(tmp_path / f"{part}-00000-of-00001", content)
+    data = load(tmp_path, validation=0)
+    np.testing.assert_array_equal(data.y_train, np.arange(9) % 3)
+    assert data.provenance == ("labels: counted from 1 in the files",)
+
+
+def fifo(root):
+    os.mkfifo(root / "train" / "ant" / "x.png")
+
+
+def link_to_nothing(root):
+    (root / "train" / "ant" / "x.png").symlink_to(root / "nothing")
+
+
+def class_that_is_nothing(root):
+    (root / "train" / "dog").symlink_to(root / "nothing")
+
+
+def part_that_is_nothing(root):
+    (root / "val").symlink_to(root / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fifo, "x.png is no file, or a link to nothing"),
+        (link_to_nothing, "x.png is no file, or a link to nothing"),
+        (class_that_is_nothing, "dog is a link to nothing: remove it"),
+        (part_that_is_nothing, "val is a link to nothing: remove it"),
+    ],
+)
+def test_what_is_no_image_in_a_folder_of_images_is_said(change, message, tmp_path):
+    root = folder_of(tmp_path / "set")
+    change(root)
+    with pytest.raises(ValueError, match=message):
+        load(root)
+
+
+def test_what_is_left_out_of_a_folder_of_images_is_noted(tmp_path):
+    root = folder_of(tmp_path / "set")
+    (root / "val" / "ant").mkdir(parents=True)
+    (root / "train" / "ant" / "notes.txt").write_text("")
+    assert load(root, validation=0).provenance == (
+        "val/ is not read, as there is test/",
+        "1 files are left out, no images by name: train/ant/notes.txt ...",
+    )
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    root = folder_of(tmp_path / "set")
+    (root / "train" / "ant" / "inner").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="inner"):
+        load(root)
+
+
+def test_images_are_taken_by_slices_and_indices(tmp_path):
+    images = load(folder_of(tmp_path / "set"), validation=0, stream=True).x_train
+    pixels = np.asarray(images)
+    some = images[5:20][np.array([3, -1, 0])]
+    np.testing.assert_array_equal(np.asarray(some), pixels[[8, 19, 5]])
+    np.testing.assert_array_equal(np.asarray(images[np.arange(30) < 4]), pixels[:4])
+    assert np.asarray(images[:2], dtype=np.float32).dtype == np.float32
+    assert len(images[:0]) == 0
+    assert np.asarray(images[:0]).shape == (0, 10, 12, 3)
+    for wrong in (0, np.array([[0, 1]])):
+        with pytest.raises(TypeError, match=r"by a slice or an array of indices, got .*i : i \+ 1"):
+            images[wrong]
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(images)
+    with pytest.raises(ValueError, match="copy must not be False"):
+        np.asarray(images, copy=False)
+
+
+def test_relative_paths_are_those_of_the_moment(tmp_path, monkeypatch):
+    folder_of(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    data = load("set", validation=0, stream=True)
+    monkeypatch.chdir("/")
+    assert len(data.arrays("test")[0]) == 9
+
+
+def test_a_part_that_does_not_fit_in_memory_is_refused(tmp_path, monkeypatch):
+    root = folder_of(tmp_path / "set", train=36)
+    data = load(root, validation=0, stream=True)
+    monkeypatch.setattr(pixels_module, "memory", lambda: 10_000)
+    with pytest.raises(ValueError, match=r"the test part of set, 9 images, takes .*take a sample"):
+        data.arrays("test")
+    changes = {"data.dataset": str(root), "data.test_examples": None}
+    with pytest.raises(ValueError, match=r"data.test_examples: the test part, 9 images"):
+        run(Recipe.from_dict(RECIPE).override(changes), tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize("link", ["file", "class", "inner"])
@@ -308,6 +452,18 @@ def test_annotations_do_not_lead_out_of_tiny_imagenet(path, tmp_path):
     (root / "val" / "val_annotations.txt").write_text(line)
     with pytest.raises(ValueError, match=r"secret.png leads to .*outside of"):
         load("tiny-imagenet", folder=root)
+    (root / "val" / "val_annotations.txt").write_text("")
+    with pytest.raises(ValueError, match=r"val_annotations.txt is empty"):
+        load("tiny-imagenet", folder=root)
+    (root / "val" / "val_annotations.txt").write_text("0.png\tn01\n")
+    (tmp_path / "secret").write_text("a\tn01\n")
+    for name in ("words.txt", "val/val_annotations.txt"):
+        (root / name).unlink(missing_ok=True)
+        (root / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(ValueError, match=rf"{name} leads to .*outside of"):
+            load("tiny-imagenet", folder=root)
+        (root / name).unlink()
+        (root / "val" / "val_annotations.txt").write_text("0.png\tn01\n")
 
 
 @every_source
@@ -323,13 +479,16 @@ def test_files_that_change_later_are_named(write, tmp_path):
         data.arrays("train")
     with pytest.raises(tf.errors.InvalidArgumentError, match="load it anew"):
         collected(data.training(5, epochs=1))
+    if write is records_of:
+        with pytest.raises(ValueError, match=r"mine-train.*: record \d+ can't be read: .*anew"):
+            _ = data.fingerprint
 
 
 def test_files_that_are_gone_are_named(tmp_path):
     root = folder_of(tmp_path / "set")
     data = load(root, validation=0, stream=True)
     pathlib.Path(root / "train" / "ant" / "000.png").unlink()
-    with pytest.raises(ValueError, match=r"000.png can't be read as an image"):
+    with pytest.raises(ValueError, match=r"000.png can't be read: .*No such file"):
         data.arrays("train")
 
 

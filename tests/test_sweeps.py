@@ -222,10 +222,6 @@ def test_what_is_no_sweep_is_refused_by_name(content, words, tmp_path):
 def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="plan must be a Sweep, got 3"):
         sweep(3, tmp_path)
-    with pytest.raises(ValueError, match="engine must be one of 'process', 'ray', got 'dask'"):
-        sweep(PLAN, tmp_path, engine="dask")
-    with pytest.raises(ValueError, match="cpus and gpus are for engine='ray', got 2 and 0 with"):
-        sweep(PLAN, tmp_path, cpus=2)
     monkeypatch.setitem(engines._extras.importlib.sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'pip install "tscnc_tf\[ray\]"'):
         sweep(PLAN, tmp_path, engine="ray")
@@ -242,7 +238,7 @@ def test_on_ray_runs_end_as_in_this_process(tmp_path, request):
         "bad": tiny(**{"prune.layers": "nothing*"}),
     }
     with pytest.raises(
-        ValueError, match=r"gpus must be <= [0-9]+, what the largest machine of Ray"
+        ValueError, match=r"what one machine of Ray has, got 1 and 99; there are \d"
     ):
         sweep(Sweep(recipes), tmp_path / "ray", engine="ray", gpus=99)
     # Of one core, so that one process imports TensorFlow.

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class Replacement(NamedTuple):
@@ -224,6 +224,17 @@ def require_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
         )
 
 
+def read_inside(folder: pathlib.Path, path: pathlib.Path) -> str:
+    """Return the text of a file below a folder.
+
+    Raises:
+        ValueError: it is elsewhere, see `require_inside`.
+        OSError: it can't be read.
+    """
+    require_inside(folder, path)
+    return path.read_text(encoding="utf-8")
+
+
 @contextlib.contextmanager
 def _written(goal: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield the draft of a file, which goes when the block ends."""
@@ -248,10 +259,10 @@ def _naming(goal: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, OSError):
-            number = error.errno if error.errno in _OF_THE_DISK else None
+            number = error.errno if error.errno in OF_THE_DISK else None
         else:
             words = str(error) if str(draft) in str(error) else ""
-            number = next((each for each in _OF_THE_DISK if os.strerror(each) in words), None)
+            number = next((each for each in OF_THE_DISK if os.strerror(each) in words), None)
         if number is None:
             raise
         named = OSError(number, os.strerror(number), str(goal))

@@ -57,10 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             console.print(accelerate.collect(plan, scratch, store))
         return 0
-    end = {"minutes": options.minutes, "engine": options.engine, "cpus": options.cpus}
-    job = work.Job(path, files, store, scratch, settings, **end)
+    by = (options.engine, options.cpus, options.gpus)
     try:
-        engines.require(options.engine, options.cpus, 0.0)
+        engines.require(*by)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    job = work.Job(path, files, store, scratch, settings, options.minutes, *by)
+    try:
         failed = work.supervise(job)
     finally:
         store.enter()
@@ -103,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--settings", nargs="+", help="in these settings only")
     parser.add_argument("--engine", choices=engines.ENGINES, default=engines.ENGINES[0])
-    parser.add_argument("--cpus", type=int, default=1, help="cores of each process of Ray's")
+    parser.add_argument("--cpus", type=int, default=1, help="cores of each group, on Ray")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each group, on Ray")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("outputs/study"))

@@ -7,6 +7,7 @@ import math
 import pathlib
 import shutil
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.study.plan import PLACE, Plan, Run
 from benchmarks.study.table import Store
-from tscnc_tf import evaluate_robustness, experiments
+from tscnc_tf import _files, evaluate_robustness, experiments
 from tscnc_tf._reports import jsonable, versions
 from tscnc_tf.experiments import Recipe, engines, locks, stages
 from tscnc_tf.experiments.folders import read_json
@@ -59,7 +60,7 @@ class Job:
         settings: which of the plan's settings.
         minutes: no group is begun after that.
         engine: "process", one group after the other; or "ray", as many as there are cores for.
-        cpus: cores of each group, on Ray.
+        cpus, gpus: cores and GPUs of each group, on Ray, whose machines must share the disk.
     """
 
     plan: pathlib.Path
@@ -70,6 +71,7 @@ class Job:
     minutes: float = math.inf
     engine: str = "process"
     cpus: int = 1
+    gpus: float = 0.0
 
     def missing(self) -> list[Run]:
         """Return the trials and runs that can be begun now."""
@@ -96,7 +98,9 @@ def supervise(job: Job) -> dict[str, str]:
         calls = {group: engines.Call(work, (job, group, end)) for group in groups}
         if not calls:
             break
-        for group, error in engines.run(calls, job.engine, cpus=job.cpus):
+        for group, error in engines.run(calls, job.engine, cpus=job.cpus, gpus=job.gpus):
+            if not error and group in job.groups() and time.time() < end:
+                error = f"nothing of it is in {job.store.fresh}, a disk that all machines share?"
             if error:
                 failed[group] = error
             minutes = (time.monotonic() - begin) / 60
@@ -116,11 +120,17 @@ def work(job: Job, group: str, end: float = math.inf) -> None:
         return
     with locks.exclusive(job.scratch / ".locks" / group):
         for run in job.missing():
-            if run.group == group:
-                begin = time.monotonic()
+            if run.group != group:
+                continue
+            begin = time.monotonic()
+            try:
                 content = finished(run, job.scratch)
-                job.store.add(run, {**content, "seconds": time.monotonic() - begin})
-                shutil.rmtree(folder_of(run, job.scratch))
+            except Exception:
+                place = job.scratch / "errors" / run.setting / f"{run.name}.txt"
+                _files.write_text(place, traceback.format_exc())
+                raise
+            job.store.add(run, {**content, "seconds": time.monotonic() - begin})
+            shutil.rmtree(folder_of(run, job.scratch))
 
 
 def finished(run: Run, scratch: pathlib.Path) -> dict[str, Any]:

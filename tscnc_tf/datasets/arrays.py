@@ -21,6 +21,7 @@ class Raw:
         class_names: in the order of the labels; None for the numbers themselves.
         augmentation: the usual one for these images; None for "crop" for grey ones, else
             "crop_and_flip".
+        notes: what is to be known of how they were read, a line for each thing.
     """
 
     x_train: Any
@@ -30,6 +31,7 @@ class Raw:
     _: dataclasses.KW_ONLY
     class_names: tuple[str, ...] | None = None
     augmentation: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def checked(raw: Raw) -> Raw:
@@ -60,6 +62,7 @@ def checked(raw: Raw) -> Raw:
         *(x_train, y_train, x_test, y_test),
         class_names=names,
         augmentation=raw.augmentation or usual,
+        notes=raw.notes,
     )
 
 

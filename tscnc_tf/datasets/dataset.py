@@ -220,7 +220,7 @@ class Dataset:
             split: "test", "validation" or "train".
 
         Raises:
-            ValueError: there is no such part, or it is empty.
+            ValueError: there is no such part, it is empty, or it needs more memory than there is.
 
         Example:
             >>> import tscnc_tf as tscnc
@@ -229,6 +229,7 @@ class Dataset:
             ((359, 8, 8, 1), 'float32', 1.0)
         """
         x, y = self._filled(split)
+        pixels.require_memory(f"the {split} part of {self.name}", x.shape)
         return pixels.as_floats(np.asarray(x)), y
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import array
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from tscnc_tf.datasets import images
 from tscnc_tf.datasets.arrays import Raw
 
 ANNOTATIONS = pathlib.PurePath("val", "val_annotations.txt")
+PARTS = ("train", "test", "val")
 
 
 def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
@@ -24,29 +27,34 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
 
     Raises:
         ValueError: there are no classes, a class has no images, an image can't be read, or a
-            symbolic link leads out of the folder.
+            symbolic link leads out of the folder or nowhere.
+        OSError: a folder can't be read.
     """
     if (folder / ANNOTATIONS).is_file():
         return read_tiny_imagenet(folder, image_size)
-    root = folder / "train" if (folder / "train").is_dir() else folder
+    parts = [part for part in PARTS if part in _folders(folder)]
+    root = folder / parts[0] if parts[:1] == ["train"] else folder
     classes = _folders(root)
     if not classes:
         raise ValueError(
             f"{root} has no class folders: images belong into {root}/<class>/, a folder per class."
         )
-    train = [(_below(folder, root / name), label) for label, name in enumerate(classes)]
-    held_out = [folder / name for name in ("test", "val") if root != folder]
-    test_root = next((path for path in held_out if _folders(path)), None)
-    if test_root is None:
-        return _raw(folder, train, None, tuple(classes), image_size)
-    found = _folders(test_root)
-    if unknown := sorted(set(found) - set(classes)):
-        raise ValueError(
-            f"{test_root} has the class folder {unknown[0]!r}, which {root} has not: its classes "
-            f"are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}."
-        )
-    test = [(_below(folder, test_root / name), classes.index(name)) for name in found]
-    return _raw(folder, train, test, tuple(classes), image_size)
+    files = _ImageFiles(folder)
+    for label, name in enumerate(classes):
+        files.add(root / name, label)
+    count = len(files)
+    held_out = [folder / part for part in parts[1:] if root != folder and _folders(folder / part)]
+    notes = [f"{path.name}/ is not read, as there is {held_out[0].name}/" for path in held_out[1:]]
+    for test_root in held_out[:1]:
+        found = _folders(test_root)
+        if unknown := sorted(set(found) - set(classes)):
+            raise ValueError(
+                f"{test_root} has the class folder {unknown[0]!r}, which {root} has not: its "
+                f"classes are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}."
+            )
+        for name in found:
+            files.add(test_root / name, classes.index(name))
+    return files.raw(count, tuple(classes), image_size, notes)
 
 
 def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
@@ -57,7 +65,7 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
     Raises:
         FileNotFoundError: it has no train/ or no val/val_annotations.txt.
         ValueError: an annotation names no class, an image is missing or can't be read, or a path
-            or symbolic link leads out of the folder.
+            or symbolic link leads out of the folder or nowhere.
     """
     for part in (pathlib.PurePath("train"), ANNOTATIONS):
         if not (folder / part).exists():
@@ -67,99 +75,148 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
             )
     ids = _folders(folder / "train")
     numbers = {wnid: label for label, wnid in enumerate(ids)}
-    train = [(_below(folder, folder / "train" / wnid), numbers[wnid]) for wnid in ids]
-    test = []
-    for line in (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines():
+    files = _ImageFiles(folder)
+    for wnid in ids:
+        files.add(folder / "train" / wnid, numbers[wnid])
+    count = len(files)
+    annotations = folder / ANNOTATIONS
+    for line in _files.read_inside(folder, annotations).splitlines():
         file, wnid = (*line.split("\t"), "")[:2]
         if wnid not in numbers:
             raise ValueError(
-                f"{folder / ANNOTATIONS} has the line {line!r}, whose second column names none of "
-                f"the {len(ids)} folders of {folder / 'train'}."
+                f"{annotations} has the line {line!r}, whose second column names none of the "
+                f"{len(ids)} folders of {folder / 'train'}."
             )
-        path = pathlib.PurePath("val", "images", file)
-        _files.require_inside(folder, folder / path)
-        test.append(([path.as_posix()], numbers[wnid]))
-    return _raw(folder, train, test, _words(folder, ids), image_size)
+        files.add_file(folder / "val" / "images" / file, numbers[wnid])
+    if len(files) == count:
+        raise ValueError(f"{annotations} is empty: it must name the images of the test part.")
+    return files.raw(count, _words(folder, ids), image_size)
 
 
-# Paths of files, relative to the data set, with the label that they have.
-_Groups = Sequence[tuple[Sequence[str], int]]
+class _ImageFiles:
+    """Image files below a folder, and their labels.
 
+    Paths are kept as bytes, one after the other, as there may be millions.
+    """
 
-class _Files:
-    """Image files below a folder. Their paths are kept as bytes, as there may be millions."""
-
-    def __init__(self, root: pathlib.Path, groups: _Groups) -> None:
+    def __init__(self, root: pathlib.Path) -> None:
         self._root = root
-        self._paths = np.concatenate(
-            [np.array([os.fsencode(path) for path in paths]) for paths, _ in groups]
-        )
+        self._paths = bytearray()
+        self._ends = array.array("q")
+        self._labels = array.array("q")
+        self._left_out: list[pathlib.Path] = []
+
+    def add(self, folder: pathlib.Path, label: int) -> None:
+        """Add the images anywhere inside a class folder, in the order of their paths.
+
+        Raises:
+            ValueError: there are none; or something in it leads elsewhere or is no file.
+        """
+        _files.require_inside(self._root, folder)
+        found = []
+        for entry in _entries(folder):
+            path = pathlib.Path(entry.path)
+            if path.suffix.lower() not in images.SUFFIXES or path.name.startswith("."):
+                self._left_out.append(path)
+                continue
+            if not entry.is_file():
+                raise ValueError(f"{path} is no file, or a link to nothing: remove it.")
+            if entry.is_symlink():
+                _files.require_inside(self._root, path)
+            found.append(path.relative_to(self._root).as_posix())
+        if not found:
+            raise ValueError(
+                f"{folder} holds no images ({', '.join(sorted(images.SUFFIXES))}): fill or remove "
+                "it."
+            )
+        for name in sorted(found):
+            self._add(name, label)
+
+    def add_file(self, path: pathlib.Path, label: int) -> None:
+        """Add an image by its path.
+
+        Raises:
+            ValueError: it leads out of the folder.
+        """
+        _files.require_inside(self._root, path)
+        self._add(path.relative_to(self._root).as_posix(), label)
+
+    def raw(
+        self,
+        count: int,
+        names: tuple[str, ...],
+        image_size: tuple[int, int] | None,
+        notes: Sequence[str] = (),
+    ) -> Raw:
+        """Return the images as they are stored: if any is in colour, all have three channels.
+
+        Args:
+            count: how many of them, the first ones, are the training part.
+            names: of the classes.
+            image_size: what all are resized to.
+            notes: see `Raw`.
+        """
+        if left_out := self._left_out:
+            first = left_out[0].relative_to(self._root).as_posix()
+            notes = [
+                *notes,
+                f"{len(left_out):,} files are left out, no images by name: {first} ...",
+            ]
+        pixels = images.stored(self, image_size)
+        labels = np.array(self._labels)
+        held_out = (pixels[count:], labels[count:]) if len(self) > count else ()
+        parts = (pixels[:count], labels[:count], *held_out)
+        return Raw(*parts, class_names=names, notes=tuple(notes))
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._labels)
 
-    def content(self, index: int) -> bytes:
-        return self._path(index).read_bytes()
+    def open(self, index: int) -> BinaryIO:
+        return self._path(index).open("rb")
 
     def name(self, index: int) -> str:
         return str(self._path(index))
 
+    def _add(self, path: str, label: int) -> None:
+        self._paths += os.fsencode(path)
+        self._ends.append(len(self._paths))
+        self._labels.append(label)
+
     def _path(self, index: int) -> pathlib.Path:
-        return self._root / os.fsdecode(self._paths[index])
-
-
-def _raw(
-    root: pathlib.Path,
-    train: _Groups,
-    test: _Groups | None,
-    names: tuple[str, ...],
-    image_size: tuple[int, int] | None,
-) -> Raw:
-    """Return the images as they are stored: if any is in colour, all have three channels."""
-    pixels = images.stored(_Files(root, [*train, *(test or ())]), image_size)
-    y_train = _labels(train)
-    if test is None:
-        return Raw(pixels, y_train, class_names=names)
-    count = len(y_train)
-    return Raw(*(pixels[:count], y_train, pixels[count:], _labels(test)), class_names=names)
-
-
-def _labels(groups: _Groups) -> np.ndarray:
-    return np.repeat([label for _, label in groups], [len(paths) for paths, _ in groups])
+        begin = self._ends[index - 1] if index else 0
+        return self._root / os.fsdecode(bytes(self._paths[begin : self._ends[index]]))
 
 
 def _folders(folder: pathlib.Path) -> list[str]:
+    """Return the names of the folders in a folder, links to folders among them."""
     if not folder.is_dir():
         return []
-    entries = (entry for entry in folder.iterdir() if entry.is_dir())
-    return sorted(entry.name for entry in entries if not entry.name.startswith("."))
-
-
-def _below(root: pathlib.Path, folder: pathlib.Path) -> list[str]:
-    """Return the paths, relative to `root`, of the images below a class folder; in their order."""
     found = []
-    _files.require_inside(root, folder)
-    for place, folders, files in os.walk(folder):
-        for path in (pathlib.Path(place, name) for name in folders):
-            if path.is_symlink():
-                raise ValueError(
-                    f"{path} is a symbolic link to a folder, which is not followed inside of a "
-                    "class folder: put the images there, or remove it."
-                )
-        for path in (pathlib.Path(place, name) for name in files):
-            if path.suffix.lower() in images.SUFFIXES and not path.name.startswith("."):
-                if path.is_symlink():
-                    _files.require_inside(root, path)
-                found.append(path.relative_to(root).as_posix())
-    if not found:
-        raise ValueError(
-            f"{folder} holds no images ({', '.join(sorted(images.SUFFIXES))}): fill or remove it."
-        )
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to nothing: remove it.")
+        if path.is_dir() and not path.name.startswith("."):
+            found.append(path.name)
     return sorted(found)
+
+
+def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield what is anywhere inside a folder, but for the folders."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            elif entry.is_symlink() and entry.is_dir():
+                raise ValueError(
+                    f"{entry.path} is a symbolic link to a folder, which is not followed inside of "
+                    "a class folder: put the images there, or remove it."
+                )
+            else:
+                yield entry
 
 
 def _words(folder: pathlib.Path, ids: list[str]) -> tuple[str, ...]:
     file = folder / "words.txt"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = _files.read_inside(folder, file).splitlines() if file.is_file() else []
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     return tuple(words.get(wnid, wnid) for wnid in ids)

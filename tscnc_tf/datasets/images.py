@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import io
 import os
 from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import Any, BinaryIO, Protocol, final
 
 import numpy as np
 
 from tscnc_tf._extras import require_extra
 from tscnc_tf.datasets.resizing import resized
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {
+    *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+}
 _GREY = {"1", "L"}
 _COLOUR = {"LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-THREADS = os.cpu_count() or 1  # Pillow decodes without Python's lock
+_MOST_THREADS = 8  # as each may hold a batch
 
 
 class Files(Protocol):
@@ -26,8 +27,8 @@ class Files(Protocol):
     def __len__(self) -> int:
         """Return how many images there are."""
 
-    def content(self, index: int) -> bytes:
-        """Return the encoded image."""
+    def open(self, index: int) -> BinaryIO:
+        """Return the encoded image, as a file that is open."""
 
     def name(self, index: int) -> str:
         """Return what an error message calls it."""
@@ -39,7 +40,7 @@ class StoredImages:
 
     `len(images)` is their number; `images[places]`, by a slice or an array of indices, some of
     them, also stored. They are decoded by `np.asarray(images)`, all of them, and by the methods of
-    `Dataset`, a batch at a time. In memory are a few bytes for each: where it is.
+    `Dataset`, a batch at a time. What is in memory is where each of them is.
 
     Attributes:
         shape: `(n, height, width, channels)`.
@@ -53,6 +54,7 @@ class StoredImages:
     """
 
     dtype = np.dtype(np.uint8)
+    __iter__ = None  # it would decode image after image
 
     def __init__(
         self,
@@ -70,18 +72,30 @@ class StoredImages:
         return len(self._places)
 
     def __getitem__(self, places: Any) -> StoredImages:
-        """Return some of the images, by a slice or an array of indices."""
-        return StoredImages(self._files, self._places[places], self.shape[1:], resize=self._resize)
+        """Return some of the images, by a slice or an array of indices.
+
+        Raises:
+            TypeError: by something else, such as the index of one image.
+        """
+        chosen = self._places[places]
+        if np.ndim(chosen) != 1:
+            raise TypeError(
+                f"stored images are taken by a slice or an array of indices, got {places!r}. The "
+                "pixels of image i are np.asarray(images[i : i + 1])[0]."
+            )
+        return StoredImages(self._files, chosen, self.shape[1:], resize=self._resize)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Decode all images."""
+        if copy is False:
+            raise ValueError("stored images are decoded into a new array: copy must not be False.")
         result = np.empty(self.shape, self.dtype)
         spans = np.array_split(np.arange(len(self)), max(1, len(self) // 16))
 
         def fill(span: np.ndarray) -> None:
             result[span] = self.read(span)
 
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
             list(pool.map(fill, spans))  # the first error is raised
         return result if dtype is None else result.astype(dtype, copy=False)
 
@@ -89,7 +103,7 @@ class StoredImages:
         """Return images by their indices, decoded: bytes `(n, height, width, channels)`.
 
         Raises:
-            ValueError: a file is gone, or is not what it was.
+            ValueError: a file is gone, or no longer an image of the size that it had.
         """
         result = np.empty((len(places), *self.shape[1:]), self.dtype)
         for goal, index in zip(result, self._places[places].tolist(), strict=True):
@@ -100,7 +114,8 @@ class StoredImages:
         """Return the SHA-256 digest of shape and encoded images, as bytes; nothing is decoded."""
         found = hashlib.sha256(str(self.shape).encode())
         for index in self._places.tolist():
-            content = self._files.content(index)
+            with _opened(self._files, index) as stream:
+                content = stream.read()
             found.update(len(content).to_bytes(8, "little"))
             found.update(content)
         return np.frombuffer(found.digest(), np.uint8)
@@ -123,7 +138,7 @@ class StoredImages:
 def stored(files: Files, image_size: tuple[int, int] | None) -> StoredImages:
     """Return images as they are stored: with 1 channel if all are grey, else 3.
 
-    Transparency is left out. Of each image the header is read.
+    Transparency is left out. All images are opened, for their sizes and kinds.
 
     Args:
         files: with the images.
@@ -155,11 +170,25 @@ def stored(files: Files, image_size: tuple[int, int] | None) -> StoredImages:
     return StoredImages(files, places, shape, resize=image_size is not None)
 
 
+def threads() -> int:
+    """Return how many threads decode: Pillow does it without Python's lock."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _MOST_THREADS)
+
+
 def _read(files: Files, index: int, look: Callable[[Any], Any]) -> Any:
     pillow = require_extra("PIL.Image", "datasets")
+    with _opened(files, index) as stream:
+        try:
+            with pillow.open(stream) as image:
+                return look(image)
+        # Pillow's errors for damaged files depend on their format.
+        except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+            raise ValueError(f"{files.name(index)} can't be read as an image: {error}") from error
+
+
+def _opened(files: Files, index: int) -> BinaryIO:
     try:
-        with pillow.open(io.BytesIO(files.content(index))) as image:
-            return look(image)
-    # Pillow's errors for damaged files depend on their format.
-    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
-        raise ValueError(f"{files.name(index)} can't be read as an image: {error}") from error
+        return files.open(index)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{files.name(index)} can't be read: {error}") from error

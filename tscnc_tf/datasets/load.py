@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _files
 from tscnc_tf.datasets import arrays, folders, idx, npz, resizing, sources, splits, tfrecords
 from tscnc_tf.datasets.dataset import Dataset
 from tscnc_tf.datasets.images import StoredImages
@@ -54,10 +53,11 @@ def load(
     * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
       `<class>/*` (or `train/<class>/*`), of which a test part is cut. What symbolic links lead to
       outside of it is not read.
-    * a TFRecord file, or a folder of them, not compressed, whose names say by a word which part
-      they are of: train, and test, validation or val. An example holds an encoded image (JPEG,
-      PNG) and its class index, `image` and `label` as TensorFlow Datasets writes them, or
-      `image/encoded` and `image/class/label`. label.labels.txt, of the names of the classes, may be
+    * a TFRecord file (`.tfrecord`, or `-00000-of-00001` at the end), or a folder of them, not
+      compressed, whose names say by a word which part they are of: train; and test or, if there is
+      none, validation. An example holds an encoded image (JPEG, PNG) and its class index, `image`
+      and `label` as TensorFlow Datasets writes them, or `image/encoded` and `image/class/label`,
+      where classes may be counted from 1. label.labels.txt, of the names of the classes, may be
       beside them.
 
     Args:
@@ -76,7 +76,8 @@ def load(
         stream: whether images stay in their files, and are decoded and resized whenever they are
             needed: for data that don't fit in memory. For folders of images (tiny-imagenet, too)
             and TFRecord files; all that is made of them is the same, bit for bit, but for
-            `fingerprint`. All are looked at once, here.
+            `fingerprint`. All are opened once, here, for sizes and kinds; that pixels are bytes up
+            to 255, and not 0 and 1, is not checked.
 
     Returns:
         The data set. Equal input and arguments give equal parts on every machine.
@@ -106,7 +107,7 @@ def load(
     splits.part_size("validation", validation, 0)  # errors come before anything is read
     splits.part_size("test", test, 0)
     name, raw = _read(name_or_path, folder, size)
-    notes = []
+    notes = list(raw.notes)
     if not stream:
         test_images = None if raw.x_test is None else np.asarray(raw.x_test)
         raw = dataclasses.replace(raw, x_train=np.asarray(raw.x_train), x_test=test_images)
@@ -157,9 +158,9 @@ def _read(
             f"{folder!r} with {name_or_path!r}. A path of one's own is the first argument."
         )
     if name_or_path in sources.NAMES:
-        where = None if folder is None else pathlib.Path(folder).expanduser()
+        where = None if folder is None else _files.absolute("folder", folder)
         return str(name_or_path), sources.read(str(name_or_path), where, image_size)
-    path = pathlib.Path(name_or_path).expanduser()
+    path = _files.absolute("name_or_path", name_or_path)
     if path.is_dir():
         name = path.resolve().name
         if idx.holds(path):
@@ -172,14 +173,14 @@ def _read(
             ".npz or TFRecord file or of a folder, got "
             f"{str(name_or_path)!r}: there is nothing at that path."
         )
-    if tfrecords.is_one(path):
-        return path.stem, tfrecords.read(path, image_size)
-    if path.suffix != ".npz":
+    if path.suffix == ".npz":
+        return path.stem, npz.read(path, image_size)
+    if not tfrecords.is_one(path):
         raise ValueError(
-            "name_or_path must be a folder, an .npz file or a TFRecord file (tfrecord in its "
-            f"name), got {str(path)!r}."
+            "name_or_path must be a folder, an .npz file or a TFRecord file (.tfrecord, or "
+            f"-00000-of-00001 at the end), got {str(path)!r}."
         )
-    return path.stem, npz.read(path, image_size)
+    return path.stem, tfrecords.read(path, image_size)
 
 
 def _resized(raw: arrays.Raw, size: tuple[int, int]) -> arrays.Raw:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import pathlib
 import zipfile
 import zlib
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf.datasets import images
+from tscnc_tf.datasets import images, pixels
 from tscnc_tf.datasets.arrays import Raw
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -34,10 +34,10 @@ def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
         return Raw(*(entries[key] for key in ARRAYS), class_names=class_names)
     if set(PACKED) <= set(entries):
         files = _PackedFiles(path, entries)
-        pixels = np.asarray(images.stored(files, image_size))
-        count = files.counts["train"]
+        decoded = np.asarray(images.stored(files, image_size))
+        train, test = np.split(decoded, [files.counts["train"]])
         labels = entries["train_labels"], entries["test_labels"]
-        return Raw(*(pixels[:count], labels[0], pixels[count:], labels[1]), class_names=class_names)
+        return Raw(train, labels[0], test, labels[1], class_names=class_names)
     raise ValueError(
         f"{path} must hold {', '.join(ARRAYS)} (or packed image files: {', '.join(PACKED)}), "
         f"got {', '.join(sorted(entries)) or 'nothing'}."
@@ -72,20 +72,12 @@ def _require_memory(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
 
     No more than that is read of it. A few kilobytes can say terabytes.
     """
-    size, memory = sum(info.file_size for info in archive.infolist()), _memory()
+    size, memory = sum(info.file_size for info in archive.infolist()), pixels.memory()
     if memory is not None and size > memory:
         raise _TooLargeError(
             f"{path} unpacks to {size / 2**30:,.1f} GiB, and this machine has "
             f"{memory / 2**30:,.1f} GiB of memory: take a part of it, or images of a smaller size."
         )
-
-
-def _memory() -> int | None:
-    """Return the bytes of memory of this machine, None where it does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 class _PackedFiles:
@@ -102,10 +94,10 @@ class _PackedFiles:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def content(self, index: int) -> bytes:
+    def open(self, index: int) -> io.BytesIO:
         split, place = self._find(index)
         content, offsets = self._parts[split]
-        return content[offsets[place] : offsets[place + 1]].tobytes()
+        return io.BytesIO(content[offsets[place] : offsets[place + 1]])
 
     def name(self, index: int) -> str:
         split, place = self._find(index)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf.datasets import augmentation
-from tscnc_tf.datasets.images import THREADS, StoredImages
+from tscnc_tf.datasets.images import StoredImages, threads
 
 _FOREVER = np.iinfo(np.int64).max
 _PREFETCHED = 4  # batches
@@ -103,7 +103,7 @@ def _made_ahead(places: tf.data.Dataset, batch: Callable[..., Any]) -> tf.data.D
     """
     options = tf.data.Options()
     options.autotune.enabled = False
-    batches = places.map(batch, num_parallel_calls=THREADS, deterministic=True)
+    batches = places.map(batch, num_parallel_calls=threads(), deterministic=True)
     return batches.prefetch(_PREFETCHED).with_options(options)
 
 

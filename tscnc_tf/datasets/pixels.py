@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +32,24 @@ def statistics(pixels: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     means = sum(part.sum(axes, dtype=np.float64) for part in chunks(pixels)) / count
     squares = sum(((part - means) ** 2).sum(axes) for part in chunks(pixels))
     return tuple(means.tolist()), tuple(np.sqrt(squares / count).tolist())
+
+
+def require_memory(name: str, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if pixels of that shape, as float32, need more memory than there is."""
+    size, there = 4 * math.prod(shape), memory()
+    if there is not None and size > there:
+        raise ValueError(
+            f"{name}, {shape[0]:,} images, takes {size / 2**30:,.1f} GiB as float32, and this "
+            f"machine has {there / 2**30:,.1f} GiB of memory: take a sample."
+        )
+
+
+def memory() -> int | None:
+    """Return the bytes of memory of this machine, None where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def chunks(pixels: Any) -> Iterator[np.ndarray]:

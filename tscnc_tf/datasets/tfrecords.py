@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import re
 from collections.abc import Sequence
@@ -14,15 +15,22 @@ from tscnc_tf import _files
 from tscnc_tf.datasets import images
 from tscnc_tf.datasets.arrays import Raw
 
-# What the features of an example are called: by TensorFlow Datasets, and by the ImageNet scripts.
+# What the features of an example are called: by TensorFlow Datasets, and by the ImageNet scripts,
+# which count classes from 1.
 FEATURES = (("image", "label"), ("image/encoded", "image/class/label"))
 LABELS = "label.labels.txt"  # where TensorFlow Datasets writes the names of the classes
-_FILE = re.compile(r"tfrecord|-\d{5}-of-\d{5}$", re.IGNORECASE)
-_PART = re.compile(r"(?<![a-z])(train|test|validation|val)(?![a-z])", re.IGNORECASE)
-_HELD_OUT = ("test", "validation", "val")
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
+_FILE = re.compile(
+    r"(?P<set>.+?)(?P<end>\.tfrecords?(\.gz)?)?(-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?",
+    re.IGNORECASE | re.DOTALL,
+)
 # A record is its length (8 bytes), a checksum of that (4), the example, and a checksum of it (4).
 _BEFORE, _AROUND = 12, 16
-_AT_ONCE = 1024  # records that are looked at together
+_AT_ONCE = 1024
 
 
 class _Scan(NamedTuple):
@@ -35,43 +43,58 @@ class _Scan(NamedTuple):
 
 def is_one(path: pathlib.Path) -> bool:
     """Tell whether a file is called as TFRecord files are."""
-    return _FILE.search(path.name) is not None
+    name = _named(path)
+    return not path.name.startswith(".") and bool(name["end"] or name["shard"])
+
+
+def _named(path: pathlib.Path) -> re.Match[str]:
+    """Return the parts of a file's name."""
+    name = _FILE.fullmatch(path.name)
+    assert name is not None  # all but the set's name is optional
+    return name
 
 
 def holds(folder: pathlib.Path) -> bool:
     """Tell whether a folder has TFRecord files."""
-    return bool(_found(folder))
+    return any(map(is_one, folder.iterdir()))
 
 
 def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     """Read a TFRecord file, or a folder of them.
 
-    In a folder the part is said by a word in the name of each file: train; and test or, if there
-    is no such file, validation or val. If no name has one, all are of the training part.
+    In a folder the part is said by a word in the name of each file, of `PARTS`; what is of
+    validation is the test part if there is no other. A set without a word is the training part, if
+    it is the only one.
 
     Raises:
-        ValueError: a file is damaged or compressed, its examples are not of images and labels, or
-            the names in a folder don't say which part a file is of.
+        ValueError: a file is damaged, missing or compressed; its examples are not of images and
+            labels; or the names in a folder don't say which part a file is of.
     """
-    train, test = ([path], []) if path.is_file() else _parts(path)
-    names = _class_names(path if path.is_dir() else path.parent)
+    notes: list[str] = []
+    folder = path.parent if path.is_file() else path
+    train, test = ([path], []) if path.is_file() else _parts(path, notes)
+    names = None
+    if (folder / LABELS).is_file():
+        names = tuple(_files.read_inside(folder, folder / LABELS).splitlines())
     files = [*train, *test]
     features = _features(files[0])
     scans = [_scan(file, features) for file in files]
     pixels = images.stored(_Records(files, scans, features[0]), image_size)
     labels = np.concatenate([scan.labels for scan in scans])
-    if not test:
-        return Raw(pixels, labels, class_names=names)
+    if features == FEATURES[1] and labels.min() > 0:
+        labels -= 1
+        notes.append("labels: counted from 1 in the files")
     count = sum(len(scan.labels) for scan in scans[: len(train)])
-    held_out = pixels[count:], labels[count:]
-    return Raw(pixels[:count], labels[:count], *held_out, class_names=names)
+    held_out = (pixels[count:], labels[count:]) if test else ()
+    parts = (pixels[:count], labels[:count], *held_out)
+    return Raw(*parts, class_names=names, notes=tuple(notes))
 
 
 class _Records:
     """The images in TFRecord files."""
 
     def __init__(self, files: Sequence[pathlib.Path], scans: Sequence[_Scan], feature: str) -> None:
-        self._files, self._feature = files, feature
+        self._paths, self._feature = files, feature
         self._begins = np.concatenate([scan.begins for scan in scans])
         self._sizes = np.concatenate([scan.sizes for scan in scans])
         self._ends = np.cumsum([len(scan.begins) for scan in scans])  # indices, of each file
@@ -79,8 +102,8 @@ class _Records:
     def __len__(self) -> int:
         return len(self._begins)
 
-    def content(self, index: int) -> bytes:
-        with self._files[self._file(index)].open("rb") as stream:
+    def open(self, index: int) -> io.BytesIO:
+        with self._paths[self._file(index)].open("rb") as stream:
             stream.seek(self._begins[index])
             record = stream.read(self._sizes[index])
         try:
@@ -90,48 +113,72 @@ class _Records:
             raise ValueError(
                 "it is not what it was when the data set was loaded: load it anew."
             ) from error
-        return content
+        return io.BytesIO(content)
 
     def name(self, index: int) -> str:
         file = self._file(index)
         first = self._ends[file - 1] if file else 0
-        return f"{self._files[file]}: record {index - first}"
+        return f"{self._paths[file]}: record {index - first}"
 
     def _file(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
 
-def _found(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and is_one(path))
+def _parts(folder: pathlib.Path, notes: list[str]) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """Return the files of the training part and those of the test part; note what is left out."""
+    sets: dict[str, list[pathlib.Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if is_one(path):
+            if not path.is_file():
+                raise ValueError(f"{path} is no file, or a link to nothing: remove it.")
+            _files.require_inside(folder, path)
+            sets.setdefault(_named(path)["set"], []).append(path)
+        elif path.is_dir() and not path.name.startswith("."):
+            raise ValueError(
+                f"{folder} has both TFRecord files and the folder {path.name}: give one of them."
+            )
+    by_part: dict[str, str] = {}
+    for name, paths in sets.items():
+        _require_all_shards(paths)
+        part = _part(name, alone=len(sets) == 1)
+        if part is None or part in by_part:
+            raise ValueError(
+                f"{paths[0]}: the names of TFRecord files must say which part they are of, by one "
+                f"of the words {', '.join(PARTS)}, as in mine-train.tfrecord; got the sets "
+                f"{', '.join(sets)}."
+            )
+        by_part[part] = name
+    if "train" not in by_part:
+        raise ValueError(f"{folder} must have TFRecord files of train; got {', '.join(sets)}.")
+    held_out = [part for part in ("test", "validation") if part in by_part]
+    notes += [f"{by_part[part]} is not read, as there is a test part" for part in held_out[1:]]
+    return sets[by_part["train"]], sets[by_part[held_out[0]]] if held_out else []
 
 
-def _parts(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Return the files of the training part and those of the test part."""
-    parts: dict[str, list[pathlib.Path]] = {}
-    found = _found(folder)
-    for path in found:
-        _files.require_inside(folder, path)
-        words = {word.lower() for word in _PART.findall(path.name)}
-        parts.setdefault(words.pop() if len(words) == 1 else "", []).append(path)
-    if set(parts) == {""}:
-        return found, []
-    if "" in parts or "train" not in parts:
-        culprit = parts[""][0] if "" in parts else found[0]
+def _part(name: str, *, alone: bool) -> str | None:
+    """Return the part that a set of files is of, by the words in its name; None if that is open."""
+    found = {PARTS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in PARTS}
+    if len(found) == 1:
+        return found.pop()
+    return "train" if alone and not found else None
+
+
+def _require_all_shards(paths: Sequence[pathlib.Path]) -> None:
+    """Raise a ValueError unless a set is one file, or shards 0 to n - 1 of n."""
+    names = [_named(path) for path in paths]
+    counts = {name["shards"] for name in names}
+    if counts == {None}:
+        if len(paths) > 1:  # .tfrecord beside .tfrecords
+            raise ValueError(f"{paths[0]} and {paths[1].name} differ in the ending: remove one.")
+        return
+    expected = int(names[0]["shards"] or 0)
+    shards = [int(name["shard"] or 0) for name in names]
+    if len(counts) > 1 or shards != list(range(expected)):
         raise ValueError(
-            f"{culprit}: the names of TFRecord files must say which part they are of, by one of "
-            f"the words train, {', '.join(_HELD_OUT)}, as in mine-train.tfrecord, and there must "
-            f"be one of train; got {', '.join(path.name for path in found[:5])}"
-            f"{', ...' if len(found) > 5 else ''}."
+            f"{paths[0]}: there must be all shards of the set, 0 to {expected - 1} of {expected}, "
+            f"and none of another number; got {', '.join(path.name for path in paths[:5])}"
+            f"{', ...' if len(paths) > 5 else ''}."
         )
-    held_out = next((word for word in _HELD_OUT if word in parts), None)
-    return parts["train"], parts[held_out] if held_out else []
-
-
-def _class_names(folder: pathlib.Path) -> tuple[str, ...] | None:
-    file = folder / LABELS
-    if not file.is_file():
-        return None
-    return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
 def _features(path: pathlib.Path) -> tuple[str, str]:
@@ -161,10 +208,11 @@ def _scan(path: pathlib.Path, features: tuple[str, str]) -> _Scan:
         label: tf.io.FixedLenFeature([], tf.int64),
     }
 
-    def look(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.strings.length(records), tf.io.parse_example(records, wanted)[label]
+    def look(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.strings.length(record), tf.io.parse_single_example(record, wanted)[label]
 
-    batches = tf.data.TFRecordDataset(str(path)).batch(_AT_ONCE).map(look)
+    # Of the records themselves one is in memory at a time.
+    batches = tf.data.TFRecordDataset(str(path)).map(look).batch(_AT_ONCE)
     parts: list[Any] = []
     try:
         for sizes, labels in batches.as_numpy_iterator():

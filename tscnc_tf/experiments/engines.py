@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tscnc_tf import _checks, _extras
+from tscnc_tf import _checks, _extras, _files
 
 ENGINES = ("process", "ray")
+_PATIENCE = 60.0  # seconds for tasks that are cancelled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,21 +31,23 @@ class Call:
     after: Call | None = None
 
 
-def require(engine: str, cpus: int, gpus: float) -> None:
-    """Raise an error unless calls can be made by an engine.
+def require(engine: str, cpus: int, gpus: float) -> tuple[int, float]:
+    """Return cores and GPUs, if calls can be made with them by an engine.
 
     Raises:
-        ValueError: there is no such engine, or it does not take the cores or GPUs.
+        TypeError, ValueError: there is no such engine, or it does not take the cores or GPUs.
         ImportError: it is not installed.
     """
-    _checks.one_of("engine", engine, ENGINES)
-    if engine == "ray":
+    cpus = _checks.integer("cpus", cpus, minimum=1)
+    gpus = _checks.number("gpus", gpus, minimum=0.0)
+    if _checks.one_of("engine", engine, ENGINES) == "ray":
         _ray()
     elif (cpus, gpus) != (1, 0.0):
         raise ValueError(
             f"cpus and gpus are for engine='ray', got {cpus} and {gpus:g} with {engine!r}, which "
             "uses what there is: leave them out."
         )
+    return cpus, gpus
 
 
 def run(
@@ -59,30 +64,30 @@ def run(
         gpus: GPUs of each task.
 
     Raises:
-        ValueError: no machine has so many cores or GPUs.
+        ValueError: no machine has so many cores and GPUs.
         OSError: a call has met an error of the disk, which the others would meet as well.
     """
     return _in_turn(calls) if engine == "process" else _on_ray(calls, cpus, gpus)
 
 
 def _in_turn(calls: Mapping[str, Call]) -> Iterator[tuple[str, str]]:
-    done: dict[Call, Any] = {}
+    done: dict[Call, tuple[Any, str]] = {}  # results and errors of the calls before others
     for name, call in calls.items():
-        first = call.after
-        if first is not None and first not in done:
-            done[first] = _made(first, ())
-        before = () if first is None else (done[first],)
-        ended = next((each for each in before if isinstance(each, Exception)), None)
-        ended = _made(call, before) if ended is None else ended
-        yield name, _said(ended) if isinstance(ended, Exception) else ""
+        if call.after is None:
+            yield name, _made(call)[1]
+            continue
+        if call.after not in done:
+            done[call.after] = _made(call.after)
+        result, error = done[call.after]
+        yield name, error or _made(call, result)[1]
 
 
-def _made(call: Call, more: tuple[Any, ...]) -> Any:
-    """Make a call; return its result or its error."""
+def _made(call: Call, *more: Any) -> tuple[Any, str]:
+    """Make a call; return its result and its error, one of them empty."""
     try:
-        return call.function(*call.arguments, *more)
+        return call.function(*call.arguments, *more), ""
     except Exception as error:  # of any kind: it is the call's
-        return error
+        return None, _said(error)
 
 
 def _said(error: BaseException) -> str:
@@ -91,9 +96,9 @@ def _said(error: BaseException) -> str:
     Raises:
         OSError: it is one of the disk.
     """
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+    if isinstance(error, OSError) and error.errno in _files.OF_THE_DISK:
         raise error
-    return f"{type(error).__name__}: {error}"
+    return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def _ray() -> types.ModuleType:
@@ -118,25 +123,27 @@ def _on_ray(calls: Mapping[str, Call], cpus: int, gpus: float) -> Iterator[tuple
 def _require_resources(ray: types.ModuleType, cpus: int, gpus: float) -> None:
     """Raise a ValueError if no machine has what a task asks for: Ray would wait for one."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name, asked, resource in (("cpus", cpus, "CPU"), ("gpus", gpus, "GPU")):
-        most = max((each.get(resource, 0.0) for each in machines), default=0.0)
-        if asked > most:
-            raise ValueError(
-                f"{name} must be <= {most:g}, what the largest machine of Ray has, got {asked:g}."
-            )
+    if not any(m.get("CPU", 0.0) >= cpus and m.get("GPU", 0.0) >= gpus for m in machines):
+        there = "; ".join(f"{m.get('CPU', 0):g} and {m.get('GPU', 0):g}" for m in machines)
+        raise ValueError(
+            f"cpus and gpus must be what one machine of Ray has, got {cpus} and {gpus:g}; there "
+            f"are {there}."
+        )
 
 
 def _as_tasks(
     ray: types.ModuleType, calls: Mapping[str, Call], cpus: int, gpus: float
 ) -> Iterator[tuple[str, str]]:
     threads = {name: str(cpus) for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
-    environment = {"env_vars": {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}}
+    settings = {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}
+    if 0.0 < gpus < 1.0:  # TensorFlow would take all of its memory
+        settings["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
+    task = ray.remote(_there).options(
+        num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": settings}, max_retries=3
+    )
 
     def begun(call: Call, *more: Any) -> Any:
-        task = ray.remote(call.function).options(
-            num_cpus=cpus, num_gpus=gpus, runtime_env=environment, max_retries=3
-        )
-        return task.remote(*call.arguments, *more)
+        return task.remote(str(pathlib.Path.cwd()), call.function, *call.arguments, *more)
 
     first: dict[Call, Any] = {}
     running: dict[Any, str] = {}
@@ -158,5 +165,14 @@ def _as_tasks(
             else:
                 yield name, ""
     finally:
-        for task in running:
-            ray.cancel(task)
+        left = [*first.values(), *running]
+        for each in left:
+            ray.cancel(each)
+        if left:  # what is cancelled writes its state first
+            ray.wait(left, num_returns=len(left), timeout=_PATIENCE)
+
+
+def _there(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a working directory, which relative paths begin at."""
+    os.chdir(folder)
+    return function(*arguments)

@@ -59,6 +59,7 @@ STAGE_FOLDERS = {
 }
 MANIFEST, RECIPE, DATA = "manifest.json", "recipe.json", "data.json"
 BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
+_SHOWN = 10  # values in which recipes differ
 METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
 LOGS = "logs.npz"
 EVALUATION_STATE = "evaluation.json"
@@ -93,10 +94,17 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
         # An older recipe lacks the values that have been added since.
         theirs = merged(jsonable(Recipe().to_dict()), theirs)
         if changed := differences(theirs, jsonable(recipe.to_dict())):
+            more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise ValueError(
-                f"folder {folder} holds an experiment by another recipe, says its {RECIPE}: "
-                f"{'; '.join(changed)}. Choose another folder, or the recipe that it began with."
+                f"folder {folder} holds an experiment by another recipe, says {file}: "
+                f"{'; '.join(changed[:_SHOWN])}{more}. Choose another folder, or the recipe that "
+                "it began with."
             )
+    elif any((folder / name).exists() for name in (DATA, *STAGE_FOLDERS.values())):
+        raise FileExistsError(
+            f"folder {folder} holds an experiment, but not {file}, which says which one: put that "
+            "back, or choose another folder."
+        )
     elif folder.exists() and set(folder.iterdir()) - {*_drafts(folder), *locks.files(folder)}:
         raise FileExistsError(
             f"folder {folder} holds something else than an experiment: choose another one."
@@ -213,7 +221,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """Return the content of a manifest.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or of another stage.
     """
     file = folder / MANIFEST
     content = read_json(file, _way_out(file))
@@ -221,6 +229,9 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         content.pop("sha256", None) != manifest.seal(content)
     ):
         raise _damaged(file, "its sha256 does not match its content")
+    stage = next((each for each, name in STAGE_FOLDERS.items() if name == folder.name), None)
+    if stage is not None and content.get("stage") != stage:
+        raise _damaged(file, f"it is not of the stage {stage!r}, but of {content.get('stage')!r}")
     return content
 
 

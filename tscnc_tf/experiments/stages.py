@@ -22,6 +22,7 @@ from tscnc_tf import (
     regularizers,
 )
 from tscnc_tf._keras import masks
+from tscnc_tf.datasets import pixels
 from tscnc_tf.experiments.parts import ARCHITECTURES, SIZED, STAGES, Pruning, Training
 from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
@@ -58,13 +59,15 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
 
     Raises:
         TypeError, ValueError: a stage can't be built, or can't be evaluated: there are no images,
-            or too few classes for the attack.
+            more than fit in memory, or too few classes for the attack.
     """
     for part in ("validation", "test"):
         if not len(getattr(data, f"y_{part}")):
             raise ValueError(
                 f"data.{part} must leave images to evaluate on, got {getattr(recipe.data, part)!r}."
             )
+    with errors_begin("data.test_examples: "):
+        pixels.require_memory("the test part", data.x_test.shape)
     if data.classes < 3 and recipe.evaluate.attack != "pgd":
         raise ValueError(
             f"evaluate.attack must be 'pgd' for data of {data.classes} classes, got "

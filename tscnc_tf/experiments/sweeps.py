@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import io
@@ -201,10 +202,8 @@ def sweep(
     if not isinstance(plan, Sweep):
         raise TypeError(f"plan must be a Sweep, got {plan!r} of type {type(plan).__name__}.")
     goal = _files.absolute("folder", folder)
-    cpus = _checks.integer("cpus", cpus, minimum=1)
-    gpus = _checks.number("gpus", gpus, minimum=0.0)
     progress = _checks.boolean("progress", progress)
-    engines.require(engine, cpus, gpus)
+    cpus, gpus = engines.require(engine, cpus, gpus)
     runs = {run.place: run for run in plan.runs()}
     for place, run in runs.items():
         folders.is_new(goal / place, run.recipe)  # raises if it is there by another recipe
@@ -229,13 +228,14 @@ def _calls(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, engi
     complete beside it.
     """
     first = {place: run.recipe.dense_name() for place, run in runs.items()}
+    counts = collections.Counter(first.values())
     dense: dict[str, engines.Call] = {}
     calls = {}
     for place, run in runs.items():
         if _is_complete(folder / place):
             continue
         after = None
-        if list(first.values()).count(first[place]) > 1:
+        if counts[first[place]] > 1:
             arguments = (run.recipe.to_dict(), str(folder / DENSE / first[place]))
             after = dense.setdefault(first[place], engines.Call(_train_dense, arguments))
         calls[place] = engines.Call(_run, (run.recipe.to_dict(), str(folder / place)), after)
