@@ -322,7 +322,8 @@ def test_the_paper_recipe_names_every_value_and_agrees_with_the_defaults():
     written = dict(leaves(yaml.safe_load((SHIPPED / "paper.yaml").read_text())))
     known = dict(Recipe.leaves())
     each_settings = {"name", "data.dataset", "network.architecture"}
-    left_out = {"data.folder", "data.train_examples", "data.test_examples", "network.options"}
+    left_out = {f"data.{name}" for name in ("folder", "stream", "train_examples", "test_examples")}
+    left_out |= {"network.options"}
     not_for_its_choices = {"prune.ramp", "prune.frequency"} | {
         f"{stage}.{name}" for stage in ("prune", "finetune") for name in ("drops", "drop")
     }
@@ -1033,6 +1034,27 @@ def test_a_damaged_file_of_a_finished_run_is_named(copied, name, damage):
     assert name.rpartition("/")[2] in words
     assert "emove" in words or "hoose another folder" in words
     tscnc.experiments.run(recipe(), copied, progress=False)
+
+
+def test_a_manifest_of_another_stage_and_a_recipe_that_is_gone_are_named(copied):
+    stages = [copied / name for name in ("1-train", "3-finetune")]
+    contents = [(stage / "manifest.json").read_bytes() for stage in stages]
+    (stages[0] / "manifest.json").write_bytes(contents[1])
+    message = r"1-train/manifest.json is damaged: it is not of the stage 'train', but of 'finetune'"
+    with pytest.raises(ValueError, match=message):
+        tscnc.experiments.run(recipe(), copied)
+    with pytest.raises(ValueError, match=message):
+        tscnc.experiments.open_stage(stages[0])
+    (stages[0] / "manifest.json").write_bytes(contents[0])
+    given = (copied / "recipe.json").read_bytes()
+    (copied / "recipe.json").unlink()
+    with pytest.raises(FileExistsError, match=r"holds an experiment, but not .*recipe.json"):
+        tscnc.experiments.run(recipe(), copied)
+    (copied / "recipe.json").write_text('{"other": 1}')
+    with pytest.raises(ValueError, match=r"says .*/recipe.json: name was .*and \d+ more"):
+        tscnc.experiments.run(recipe(), copied)
+    (copied / "recipe.json").write_bytes(given)
+    tscnc.experiments.run(recipe(), copied)
 
 
 def test_what_to_remove_is_said_and_does(copied, finished, tmp_path):
