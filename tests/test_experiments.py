@@ -391,6 +391,16 @@ def test_the_kept_epoch_is_the_best_on_the_validation_set(finished):
         assert again["adversarial_accuracy"] == pytest.approx(max(scores), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras and TensorFlow
+def test_whoever_has_learned_nothing_is_warned_of_it(tmp_path):
+    values = {"data.train_examples": None, "data.validation": 200, "train.epochs": 1}
+    still = recipe(**values, **{"train.learning_rate": 1e-9})
+    with pytest.warns(UserWarning, match=r"1-train is no better than guessing: it is right on "):
+        tscnc.experiments.run(still, tmp_path / "still", until="train", progress=False)
+    moving = recipe(**{**values, "train.epochs": 2})
+    tscnc.experiments.run(moving, tmp_path / "moving", until="train", progress=False)
+
+
 def test_zeros_are_exact_from_pruning_on(finished):
     kept = tscnc.experiments.open_stage(finished / "2-prune").masks
     assert kept

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,6 +26,8 @@ from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.parts import STAGES
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.export import export_saved_model
+
+_ENOUGH = 100  # validation images, to tell from guessing
 
 
 def run(
@@ -110,6 +114,8 @@ def _run(
             folders.require_whole(goal)
             outputs.append(folders.open_stage(goal))
             folders.require_same_data(goal, outputs[-1].manifest["data"], data)
+            if stage == "train":
+                _warn_of_guessing(outputs[-1], data.y_validation)
             show(stage, stages.steps(recipe, stage, data))
             if stage == until:
                 return
@@ -117,6 +123,20 @@ def _run(
     if not folders.is_complete(goal):
         _evaluate(recipe, data, outputs[-1].model, goal, progress)
     folders.require_whole(goal)
+
+
+def _warn_of_guessing(output: folders.StageOutput, labels: np.ndarray) -> None:
+    """Warn if a stage's network is no better than guessing, on enough validation images to tell."""
+    share = np.bincount(labels).max() / len(labels)
+    best = max((row["validation_accuracy"] for row in output.metrics), default=1.0)
+    deviation = (share * (1 - share) / len(labels)) ** 0.5
+    if len(labels) >= _ENOUGH and best < share + 2 * deviation:
+        warnings.warn(
+            f"the network in {output.folder} is no better than guessing: it is right on "
+            f"{best:.1%} of the validation images at most, and the most frequent class has "
+            f"{share:.1%}. Lower train.learning_rate, or train for longer.",
+            stacklevel=2,
+        )
 
 
 def _train(
