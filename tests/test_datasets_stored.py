@@ -183,8 +183,8 @@ RECIPE = {
     "data": {"validation": 6, "train_examples": 24, "test_examples": 6, "stream": True},
     "network": {"architecture": "small-cnn", "options": {"width": 4}},
     "adversary": {"epsilon": "8/255", "step_size": "2/255", "steps": 1},
-    "train": {"epochs": 2, "batch_size": 8},
-    "prune": {"epochs": 2, "batch_size": 8},
+    "train": {"epochs": 1, "batch_size": 8},
+    "prune": {"epochs": 1, "batch_size": 8},
     "finetune": {"epochs": 1, "batch_size": 8, "recalibrate": True},
     "evaluate": {"attack": "pgd", "steps": 1, "restarts": 1, "validation_steps": 1},
 }
@@ -195,9 +195,8 @@ def test_an_experiment_ends_with_the_weights_that_arrays_give(tmp_path):
     ends = []
     for stream in (True, False):
         changes = {"data.dataset": str(root), "data.stream": stream}
-        folder = run(
-            Recipe.from_dict(RECIPE).override(changes), tmp_path / str(stream), progress=False
-        )
+        settings = Recipe.from_dict(RECIPE).override(changes)
+        folder = run(settings, tmp_path / str(stream), until="finetune", progress=False)
         ends.append(open_stage(folder / "3-finetune"))
     for one, other in zip(*(end.model.get_weights() for end in ends), strict=True):
         np.testing.assert_array_equal(one, other)

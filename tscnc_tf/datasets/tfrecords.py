@@ -25,7 +25,7 @@ PARTS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 _FILE = re.compile(
-    r"(?P<set>.+?)(?P<end>\.tfrecords?(\.gz)?)?(-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?",
+    r"\A(?P<set>.+?)(?P<end>\.tfrecords?(\.gz)?)?(-(?P<shard>\d{5})-of-(?P<shards>\d{5}))?\Z",
     re.IGNORECASE | re.DOTALL,
 )
 # A record is its length (8 bytes), a checksum of that (4), the example, and a checksum of it (4).
@@ -49,9 +49,7 @@ def is_one(path: pathlib.Path) -> bool:
 
 def _named(path: pathlib.Path) -> re.Match[str]:
     """Return the parts of a file's name."""
-    name = _FILE.fullmatch(path.name)
-    assert name is not None  # all but the set's name is optional
-    return name
+    return next(_FILE.finditer(path.name))  # all but the name of the set is optional
 
 
 def holds(folder: pathlib.Path) -> bool:
