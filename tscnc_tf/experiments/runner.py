@@ -27,7 +27,7 @@ from tscnc_tf.experiments.parts import STAGES
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.export import export_saved_model
 
-_ENOUGH = 100  # validation images, to tell from guessing
+_ENOUGH = 200  # validation images, to tell from guessing
 
 
 def run(
