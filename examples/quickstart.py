@@ -2,15 +2,18 @@
 
 A network is trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
 once as it is and once under the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
-during further training, exported as a SavedModel, loaded again and evaluated on test images.
+during further training, with one budget for all layers; the first one also with the same share of
+zeros in each layer. Each result is exported as a SavedModel, loaded again and evaluated on test
+images.
 
-    python examples/quickstart.py                 # about 3 minutes on 2 cores
+    python examples/quickstart.py                 # about 4 minutes on 2 cores
     python examples/quickstart.py --output DIR --seed 1
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import shutil
@@ -32,6 +35,10 @@ ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.05, steps=3)
 TEST_ATTACKS = tscnc.attacks.AutoAttack(epsilon=EPSILON).attacks[:2]
 # The factors were chosen on a part of the training images, before the test images were looked at.
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
+WEIGHT_DECAY = 0.01
+# What each row of the table is called: whether it has the constraints, and how the kept weights are
+# shared out over the layers.
+KINDS = {"uniform": (False, "layer"), "global": (False, "global"), "TSCNC": (True, "global")}
 
 
 def digits(seed: int) -> tuple[np.ndarray, ...]:
@@ -41,7 +48,7 @@ def digits(seed: int) -> tuple[np.ndarray, ...]:
     return train_test_split(x, data.target, test_size=0.2, random_state=seed, stratify=data.target)
 
 
-def network() -> tf_keras.Model:
+def network(constrained: bool) -> tf_keras.Model:
     """A convolutional network with 93,000 weights that returns logits."""
     layers = tf_keras.layers
     inputs = tf_keras.Input((8, 8, 1))
@@ -53,7 +60,8 @@ def network() -> tf_keras.Model:
         )(x)
     x = layers.ReLU()(layers.BatchNormalization()(x))
     x = layers.GlobalAveragePooling2D()(x)
-    return tf_keras.Model(inputs, layers.Dense(10, name="logits")(x))
+    model = tf_keras.Model(inputs, layers.Dense(10, name="logits")(x))
+    return tscnc.pruning.add_regularizers(model, CONSTRAINTS) if constrained else model
 
 
 class Advance(tf_keras.callbacks.Callback):
@@ -73,7 +81,11 @@ def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
         model, attack=ATTACK, loss=tscnc.losses.TRADES(beta=3.0), seed=args.seed
     )
     rate = tf_keras.optimizers.schedules.CosineDecay(0.1, epochs * steps_per_epoch(x, args))
-    trainer.compile(optimizer=tf_keras.optimizers.SGD(rate, momentum=0.9, nesterov=True))
+    trainer.compile(
+        optimizer=tscnc.training.SGDWithL2(
+            rate, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, library="tf_keras"
+        )
+    )
     trainer.fit(
         x,
         y,
@@ -84,7 +96,7 @@ def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
     )
 
 
-def pruned(model: tf_keras.Model, sparsity: float, x, args) -> tf_keras.Model:
+def pruned(model: tf_keras.Model, sparsity: float, scope: str, x, args) -> tf_keras.Model:
     """Return the network so that training prunes its inner convolutions.
 
     The first and the last layer stay dense, as usual: 99 % zeros would leave the stem 3 weights for
@@ -93,7 +105,7 @@ def pruned(model: tf_keras.Model, sparsity: float, x, args) -> tf_keras.Model:
     schedule = tscnc.schedules.CosineSparsity.from_epochs(
         0.0, sparsity, 0, 0.6 * args.epochs, steps_per_epoch=steps_per_epoch(x, args), frequency=5
     )
-    return tscnc.prune(model, schedule, layers="conv_*")
+    return tscnc.prune(model, schedule, layers="conv_*", engine="masks", scope=scope)
 
 
 def steps_per_epoch(x, args) -> int:
@@ -101,9 +113,9 @@ def steps_per_epoch(x, args) -> int:
     return -(-len(x) // args.batch_size)
 
 
-def evaluate(model, path: pathlib.Path, x, y, sparsity: float, seed: int) -> dict:
+def evaluate(model, path: pathlib.Path, x, y, expected: float | None, seed: int) -> dict:
     """Export a model, and evaluate the SavedModel that comes out."""
-    export = tscnc.export_saved_model(model, path, expected_sparsity=sparsity, probe=x[:8])
+    export = tscnc.export_saved_model(model, path, expected_sparsity=expected, probe=x[:8])
     served = tscnc.load_saved_model(path)
     robustness = tscnc.evaluate_robustness(
         served, x, y, attacks=TEST_ATTACKS, batch_size=256, seed=seed, progress=False
@@ -164,25 +176,26 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results = {}
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=2 * args.dense_epochs + 4 * args.epochs)
+        task = progress.add_task("", total=2 * args.dense_epochs + 6 * args.epochs)
         on_epoch = Advance(progress, task)
-        for kind in ("plain", "TSCNC"):
-            progress.update(task, description=f"training, {kind}")
+        for constrained in (False, True):
+            progress.update(task, description="training")
             tf_keras.utils.set_random_seed(args.seed)
-            dense = network()
-            if kind == "TSCNC":
-                dense = tscnc.pruning.add_regularizers(dense, CONSTRAINTS)
+            dense = network(constrained)
             train(dense, x_train, y_train, args.dense_epochs, args, on_epoch)
             weights = dense.get_weights()
-            for sparsity in (0.95, 0.99):
+            kinds = [kind for kind, (needs, _) in KINDS.items() if needs == constrained]
+            for kind, sparsity in itertools.product(kinds, (0.95, 0.99)):
                 progress.update(task, description=f"pruning to {sparsity:.0%}, {kind}")
-                dense.set_weights(weights)  # a pruned model shares them
-                model = pruned(dense, sparsity, x_train, args)
+                model = network(constrained)
+                model.set_weights(weights)
+                model = pruned(model, sparsity, KINDS[kind][1], x_train, args)
                 train(model, x_train, y_train, args.epochs, args, on_epoch)
                 path = args.output / f"{kind}_{100 * sparsity:.0f}"
                 shutil.rmtree(path, ignore_errors=True)  # of an earlier run
                 name = f"{kind} {sparsity:.0%}"
-                results[name] = evaluate(model, path, x_test, y_test, sparsity, args.seed)
+                expected = sparsity if KINDS[kind][1] == "layer" else None  # of each layer
+                results[name] = evaluate(model, path, x_test, y_test, expected, args.seed)
 
     show(results, console)
     draw(results, args.output / "singular_values.png")
