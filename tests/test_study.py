@@ -276,6 +276,32 @@ def test_one_process_at_a_time_works_on_a_group(plan, tmp_path):
     assert not (scratch / "digits").exists()
 
 
+def test_trials_that_make_others_of_their_group_wanted_are_no_failures(tmp_path, monkeypatch):
+    read(tmp_path, TUNED)
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    job = work.Job(tmp_path / "tiny.yaml", {}, store, tmp_path / "scratch", ["digits"])
+
+    def finished(run, scratch):
+        work.folder_of(run, scratch).mkdir(parents=True)
+        return content(run, validation={"finetune": {"robust": 0.5}})
+
+    monkeypatch.setattr(work, "finished", finished)
+    assert work.supervise(job) == {}
+    assert job.missing() == []
+
+
+def test_a_group_of_which_nothing_comes_is_a_failure_and_is_not_tried_for_ever(
+    plan, tmp_path, monkeypatch
+):
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    job = work.Job(tmp_path / "tiny.yaml", {}, store, tmp_path / "scratch", ["digits"])
+    tried = []
+    monkeypatch.setattr(work, "work", lambda job, group, end: tried.append(group))
+    failed = work.supervise(job)
+    assert sorted(failed) == sorted(tried) == sorted({run.group for run in plan.runs({})})
+    assert all("a disk that all machines share?" in error for error in failed.values())
+
+
 def content(run, **values):
     values = {"recipe": work.portable(run, {"name": "digits"}), "clean": 0.5, **values}
     return {**dict(zip(PLACE, run.place, strict=True)), **values}

@@ -78,10 +78,6 @@ class Job:
         runs = Plan.read(self.plan, self.files).wanted(self.store.read())
         return self.store.missing(run for run in runs if run.setting in self.settings)
 
-    def groups(self) -> list[str]:
-        """Return the groups of these runs, in their order."""
-        return list(dict.fromkeys(run.group for run in self.missing()))
-
 
 def supervise(job: Job) -> dict[str, str]:
     """Run what is missing until nothing is, or the time is over; return the groups that failed.
@@ -94,19 +90,22 @@ def supervise(job: Job) -> dict[str, str]:
     begin, failed = time.monotonic(), dict[str, str]()
     end = time.time() + 60 * job.minutes  # processes have no other clock in common
     while time.time() < end:
-        groups = [group for group in job.groups() if group not in failed]
-        calls = {group: engines.Call(work, (job, group, end)) for group in groups}
-        if not calls:
+        begun: dict[str, set[tuple[Any, ...]]] = {}
+        for run in job.missing():
+            if run.group not in failed:
+                begun.setdefault(run.group, set()).add(run.place)
+        if not begun:
             break
+        calls = {group: engines.Call(work, (job, group, end)) for group in begun}
         for group, error in engines.run(calls, job.engine, cpus=job.cpus, gpus=job.gpus):
-            if not error and group in job.groups() and time.time() < end:
+            missing = job.missing()  # trials that have ended make others of the group wanted
+            if not error and time.time() < end and begun[group] & {run.place for run in missing}:
                 error = f"nothing of it is in {job.store.fresh}, a disk that all machines share?"
             if error:
                 failed[group] = error
             minutes = (time.monotonic() - begin) / 60
             how = f"failed: {error}" if error else "ended"
-            left = len(job.missing())
-            console.print(f"{minutes:6.1f} min  {group} {how}, {left} runs left", markup=False)
+            console.print(f"{minutes:6.1f} min  {group} {how}, {len(missing)} left", markup=False)
     return failed
 
 
