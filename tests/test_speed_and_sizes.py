@@ -543,7 +543,7 @@ def assert_timed(found):
 
 
 @both
-def test_a_model_is_checked_and_left_as_it_was(k, rng, caplog):
+def test_a_model_is_checked_and_left_as_it_was(k, rng):
     model = conv_model(k)
     conv = model.get_layer("conv")
     conv.kernel.assign(sparse_values(rng, (3, 3, 1, 6), 0.9))
@@ -566,6 +566,12 @@ def test_a_model_is_checked_and_left_as_it_was(k, rng, caplog):
     assert last.verdict == "it has no zeros; a sparse product is not tried at 0 % zeros"
     assert_timed(last.as_is)
     assert "whole model" in str(report)
+
+
+def test_many_checks_give_no_warning_of_retracing(rng, caplog):
+    model = one_layer(keras.layers.Dense(9), (6,), rng)
+    for _ in range(6):  # TensorFlow warns of five
+        inspection.speed_check(model, batch_size=1, rounds=1)
     assert "retracing" not in caplog.text
 
 

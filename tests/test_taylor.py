@@ -165,3 +165,10 @@ def test_what_does_not_work_is_refused_by_name():
     with pytest.raises(ValueError, match="same number of examples, at least one, got shapes"):
         Taylor(X, Y[:3])
     assert "<20 examples>" in repr(Taylor(X, Y))
+
+
+def test_many_importances_give_no_warning_of_retracing(caplog):
+    model = linear(FLAVOURS["keras"])
+    for _ in range(6):  # TensorFlow warns of five
+        Taylor(X, Y).importance(model, [model.layers[-1].kernel])
+    assert "retracing" not in caplog.text

@@ -385,10 +385,13 @@ def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], t
     multiply = {"tf.sparse.sparse_dense_matmul": by_coordinates}
     if dtype in (tf.float32, tf.float64):  # the only ones that it takes
         multiply["tf.raw_ops.SparseMatrixMatMul"] = by_compressed_rows
-        # A function's result keeps its shape when a graph captures it.
+        # A function's result keeps its shape when a graph captures it. The concrete one:
+        # `tf.function` warns of many that are compiled at one place.
         parts = {name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")}
         convert = tf.raw_ops.SparseTensorToCSRSparseMatrix
-        compressed = tf.function(lambda: convert(**parts), autograph=False)()
+        compressed = tf.function(
+            lambda: convert(**parts), autograph=False
+        ).get_concrete_function()()
 
     def compute(product: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tf.Tensor:
         inputs = _patches(layer, x) if weight.values.ndim > 2 else x

@@ -106,11 +106,15 @@ class Taylor:
     def importance(self, model: Any, variables: Sequence[Any]) -> list[tf.Tensor]:
         """Return the importance of weights of a model, one tensor for each variable."""
         weights = [tensor_variable(variable) for variable in variables]
+        signature = [
+            tf.TensorSpec((None, *each.shape[1:]), each.dtype) for each in (self.x, self.y)
+        ]
+        # The concrete function: `tf.function` warns of many that are compiled at one place.
         gradient = tf.function(
             lambda x, y, seed: self._gradients(model, weights, x, y, seed),
+            [*signature, tf.TensorSpec((2,), tf.int32)],
             autograph=False,
-            reduce_retracing=True,
-        )
+        ).get_concrete_function()
         squares = [np.zeros(weight.shape) for weight in weights]
         for batch, start in enumerate(range(0, len(self.x), self.batch_size)):
             x, y = (each[start : start + self.batch_size] for each in (self.x, self.y))
