@@ -130,7 +130,7 @@ def _documented_arguments(cls: type) -> dict[str, str]:
 
 
 @_command(cls=_RunCommand, options_metavar="--output FOLDER [OPTIONS]")
-@click.argument("recipe")
+@click.argument("recipe", default="recommended")
 @click.option(
     "--output", required=True, type=FILE, help="Folder of the experiment, new or to be resumed."
 )
@@ -145,12 +145,13 @@ def run(
 ) -> Result:
     """Train, prune, fine-tune and evaluate a network by a RECIPE.
 
-    RECIPE is "paper" (the values of the method's authors), "cpu" (minutes on two cores), "smoke"
-    (seconds) or a YAML file. Every value of a recipe has a flag. A run that was stopped continues
-    when the same command is called again.
+    RECIPE is "recommended" (if none is given: what did best in the study of this package), "paper"
+    (the values of the method's authors, with constraints and gates), "cpu" (the recommended one in
+    minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a recipe has a flag. A
+    run that was stopped continues when the same command is called again.
 
     \b
-    tscnc run paper --dataset cifar10 --architecture resnet-18 --sparsity 0.99 --output runs/first
+    tscnc run --dataset cifar10 --architecture resnet-18 --sparsity 0.99 --output runs/first
     tscnc run mine.yaml --train.epochs 10 --prune.method magnitude --output runs/second
     """
     tscnc = _package()

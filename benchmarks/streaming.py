@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,49 +28,55 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run(options: record.Options) -> None:
-    """Stream sets of several sizes, each in a process of its own, and write what they needed."""
+    """Stream sets of each kind and size, each in a process of its own; write what they needed."""
     counts = FEW if options.smoke else COUNTS
-    found = []
-    with tempfile.TemporaryDirectory() as scratch:
+    kinds: dict[str, Any] = {}
+    for kind, write in KINDS.items():
+        found = []
         for count in counts:
-            folder = pathlib.Path(scratch, str(count))
-            write(folder, count)
-            command = [sys.executable, "-m", "benchmarks.streaming", str(folder)]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = pathlib.Path(scratch, "set")
+                write(folder, count)
+                command = [sys.executable, "-m", "benchmarks.streaming", str(folder)]
+                done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
             found.append({"examples": count, **json.loads(done.stdout.splitlines()[-1])})
-    first, last = found[0], found[-1]
-    further = last["examples"] - first["examples"]
-    slope = (last["peak_mib"] - first["peak_mib"]) * 2**20 / further
-    path = record.write(options, "streaming", {"sizes": found, "bytes_per_further_example": slope})
-    record.show(
-        f"TFRecord files of {SIDE}x{SIDE} PNG images, streamed",
-        ("examples", "peak memory", "loading", "statistics", "an epoch without a model"),
-        [
+        further = found[-1]["examples"] - found[0]["examples"]
+        slope = (found[-1]["peak_mib"] - found[0]["peak_mib"]) * 2**20 / further
+        kinds[kind] = {"sizes": found, "bytes_per_further_example": slope}
+    path = record.write(options, "streaming", kinds)
+    for kind, figures in kinds.items():
+        record.show(
+            f"{kind} of {SIDE}x{SIDE} PNG images, streamed",
+            ("examples", "peak memory", "loading", "statistics", "an epoch without a model"),
             [
-                f"{row['examples']:,}",
-                f"{row['peak_mib']:,.0f} MiB",
-                *(f"{row[f'{what}_seconds']:,.1f} s" for what in ("load", "statistics", "epoch")),
-            ]
-            for row in found
-        ],
-        [f"Bytes of memory for each further example: {record.against(slope, MOST, 1)}"],
-        path,
-    )
+                [
+                    f"{row['examples']:,}",
+                    f"{row['peak_mib']:,.0f} MiB",
+                    *(
+                        f"{row[f'{what}_seconds']:,.1f} s"
+                        for what in ("load", "statistics", "epoch")
+                    ),
+                ]
+                for row in figures["sizes"]
+            ],
+            [
+                "Bytes of memory for each further example: "
+                + record.against(figures["bytes_per_further_example"], MOST, 1)
+            ],
+            path,
+        )
 
 
-def write(folder: pathlib.Path, count: int) -> None:
-    """Write a training part of `count` images, and a test part of a tenth of them."""
+def write_records(folder: pathlib.Path, count: int) -> None:
+    """Write TFRecord files: `count` images to train, and a tenth of them to test."""
     import tensorflow as tf
 
     folder.mkdir()
-    rng = np.random.default_rng(0)
     contents = []
-    for label in range(CLASSES * 100):
-        stream = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), np.uint8)).save(stream, "PNG")
+    for label, png in images():
         features = {
-            "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[stream.getvalue()])),
-            "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label % CLASSES])),
+            "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[png])),
+            "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
         }
         example = tf.train.Example(features=tf.train.Features(feature=features))
         contents.append(example.SerializeToString())
@@ -77,6 +86,35 @@ def write(folder: pathlib.Path, count: int) -> None:
             with tf.io.TFRecordWriter(str(path)) as writer:
                 for index in span.tolist():
                     writer.write(contents[index % len(contents)])
+
+
+def write_folders(folder: pathlib.Path, count: int) -> None:
+    """Write folders of images, `count` to train and a tenth of them to test, by hard links."""
+    originals = folder / "originals"
+    originals.mkdir(parents=True)
+    files = []
+    for index, (label, png) in enumerate(images()):
+        files.append((label, originals / f"{index}.png"))
+        files[-1][1].write_bytes(png)
+    for part, size in (("train", count), ("test", count // 10)):
+        for label in range(CLASSES):
+            (folder / part / f"class-{label}").mkdir(parents=True)
+        for index in range(size):
+            label, file = files[index % len(files)]
+            os.link(file, folder / part / f"class-{label}" / f"image-{index:07d}.png")
+    shutil.rmtree(originals)
+
+
+KINDS = {"TFRecord files": write_records, "Folders": write_folders}
+
+
+def images() -> Iterator[tuple[int, bytes]]:
+    """Yield 1,000 classes and encoded images, of which sets of any size are made."""
+    rng = np.random.default_rng(0)
+    for index in range(CLASSES * 100):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), np.uint8)).save(stream, "PNG")
+        yield index % CLASSES, stream.getvalue()
 
 
 def measured(folder: pathlib.Path) -> dict[str, Any]:

@@ -164,8 +164,9 @@ def test_sparse_1x1_convolutions_are_held_against_dense_ones(tmp_path, capsys):
     assert found["goal_met"] == (each["ratio"]["of_medians"] >= 3)
 
 
-def test_streamed_data_are_measured(tmp_path):
-    streaming.write(tmp_path / "set", 300)
+@pytest.mark.parametrize("kind", streaming.KINDS)
+def test_streamed_data_are_measured(tmp_path, kind):
+    streaming.KINDS[kind](tmp_path / "set", 300)
     found = streaming.measured(tmp_path / "set")
     assert all(found.pop(f"{name}_seconds") > 0 for name in ("load", "statistics", "epoch"))
     assert found["peak_mib"] > 100

@@ -378,6 +378,9 @@ def test_flags_override_the_recipe(tmp_path):
     assert recipe.constraints.condition_factor == 0.0
     pattern = recipe_of("paper", "--prune.layers", "*conv*")
     assert pattern == Recipe.from_yaml("paper").override({"prune.layers": "*conv*"})
+    assert recipe_of("--sparsity", "0.9") == Recipe.from_yaml("recommended").override(
+        {"sparsity": 0.9}
+    )
     (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {batch_size: 7}\n")
     mine = recipe_of(tmp_path / "mine.yaml", "--train.epochs", "9")
     assert (mine.train.epochs, mine.train.batch_size, mine.data.dataset) == (9, 7, "digits")

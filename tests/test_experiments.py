@@ -257,14 +257,25 @@ def test_without_pyyaml_the_error_names_the_extra(monkeypatch):
 @pytest.mark.parametrize("data", ["cifar10", "cifar100", "tiny-imagenet"])
 @pytest.mark.parametrize("network", ["vgg-16", "resnet-18", "wrn-28-4"])
 def test_the_shipped_recipes_take_every_setting_of_the_paper(data, network):
-    for name, epochs in (("paper", 200), ("cpu", 8)):
+    for name, epochs in (("recommended", 120), ("paper", 200), ("cpu", 8)):
         changes = {"data.dataset": data, "network.architecture": network, "sparsity": 0.95}
         recipe = Recipe.from_yaml(name).override(changes)
         assert (recipe.train.epochs, recipe.sparsity) == (epochs, 0.95)
         assert {getattr(recipe, stage).weight_decay_kind for stage in stages.STAGES} == {"l2"}
-        same = {"train.epochs": 200, "train.batch_size": 128}
+        same = {"train.epochs": 200, "train.batch_size": 128, "train.decay": "steps"}
         same["train.weight_decay_kind"] = Recipe().train.weight_decay_kind
         assert recipe.override(same).train == Recipe().train
+
+
+def test_the_recommended_recipe_follows_the_study_at_the_cost_of_the_paper_s():
+    recommended, paper, cpu = (Recipe.from_yaml(name) for name in ("recommended", "paper", "cpu"))
+    assert recommended == recommended.baseline()
+    assert (recommended.prune.method, recommended.prune.scope) == ("magnitude", "global")
+    costs = [sum(getattr(r, stage).epochs for stage in stages.STAGES) for r in (recommended, paper)]
+    assert costs[0] == costs[1]
+    for recipe in (recommended, cpu):
+        assert {getattr(recipe, stage).weight_decay for stage in stages.STAGES} == {5e-4}
+    assert cpu.prune == dataclasses.replace(recommended.prune, epochs=3, batch_size=64)
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,10 @@ class Recipe(Checked):
         override earlier ones. A path in it is relative to the file.
 
         Args:
-            path: the file, or one of the names of the recipes of this package: "paper" (the values
-                of the method's authors, with constraints and gates), "cpu" (the same, reduced to
-                minutes on two cores), "smoke" (seconds). A file of such a name is "./paper".
+            path: the file, or one of the names of the recipes of this package: "recommended"
+                (what did best in the study of this package), "paper" (the values of the method's
+                authors, with constraints and gates), "cpu" (the recommended one, reduced to minutes
+                on two cores), "smoke" (seconds). A file of such a name is "./paper".
 
         Raises:
             ImportError: PyYAML is not installed.
