@@ -1,9 +1,10 @@
 """Two ways to prune a robust Keras 3 model, down to the LiteRT file for a small device.
 
-A convolutional network is trained adversarially on scikit-learn's bundled digits, under the
-constraints of TSCNC. It is then pruned in two ways during further training:
+A convolutional network is trained adversarially on scikit-learn's bundled digits. It is then pruned
+in two ways during further training:
 
-* single weights, 95 % of them: the network keeps its shape, and its file compresses well;
+* single weights, 95 % of them, one budget for all layers: the network keeps its shape, and its file
+  compresses well;
 * whole filters, two thirds of them, which `compact` then removes: a smaller network, which is
   faster on any device.
 
@@ -31,7 +32,6 @@ import tscnc_tf as tscnc
 
 ATTACK = tscnc.attacks.PGD(epsilon=0.1, step_size=0.05, steps=3)
 TEST_ATTACKS = tscnc.attacks.AutoAttack(epsilon=0.1).attacks[:2]
-CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 
 
 def network() -> keras.Model:
@@ -41,7 +41,7 @@ def network() -> keras.Model:
     for index, (filters, strides) in enumerate([(32, 1), (64, 2), (64, 1), (64, 2)]):
         name = f"conv_{index}"
         x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False, name=name)(x)
-        x = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
     return keras.Model(inputs, layers.Dense(10, name="logits")(layers.GlobalAveragePooling2D()(x)))
 
 
@@ -52,7 +52,7 @@ def train(model: keras.Model, x, y, epochs: int, args) -> None:
     trainer = tscnc.AdversarialTraining(
         model, attack=ATTACK, loss=tscnc.losses.TRADES(beta=3.0), seed=args.seed
     )
-    trainer.compile(keras.optimizers.SGD(rate, momentum=0.9, nesterov=True))
+    trainer.compile(tscnc.training.SGDWithL2(rate, momentum=0.9, nesterov=True, weight_decay=0.01))
     callbacks = tscnc.callbacks.pruning_callbacks()
     trainer.fit(x, y, args.batch_size, epochs, verbose=0, callbacks=callbacks)
 
@@ -86,26 +86,26 @@ def main() -> None:
     console = Console()
     keras.utils.set_random_seed(args.seed)
 
-    dense = tscnc.pruning.add_regularizers(network(), CONSTRAINTS)
+    dense = network()
     train(dense, x, y, args.dense_epochs, args)
     weights = dense.get_weights()
 
-    def pruned(sparsity: float, structure) -> keras.Model:
+    def pruned(sparsity: float, **options) -> keras.Model:
         """The trained network, its inner convolutions pruned during further training."""
-        model = tscnc.pruning.add_regularizers(network(), CONSTRAINTS)
+        model = network()
         model.set_weights(weights)
         schedule = tscnc.schedules.CosineSparsity.from_epochs(
             *(0.0, sparsity, 0, 0.6 * args.epochs),
             steps_per_epoch=-(-len(x) // args.batch_size),
             frequency=5,
         )
-        model = tscnc.prune(model, schedule, layers="conv_[123]", structure=structure)
+        model = tscnc.prune(model, schedule, layers="conv_[123]", **options)
         train(model, x, y, args.epochs, args)
         print(tscnc.pruning.report(model), end="\n\n")
         return tscnc.strip(model)
 
-    single = pruned(0.95, tscnc.pruning.Unstructured())
-    compaction = tscnc.pruning.compact(pruned(2 / 3, tscnc.pruning.Filters()))
+    single = pruned(0.95, scope="global")
+    compaction = tscnc.pruning.compact(pruned(2 / 3, structure=tscnc.pruning.Filters()))
     print(compaction, end="\n\n")
 
     table = Table(title="What is left", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

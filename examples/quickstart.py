@@ -54,11 +54,11 @@ def network(constrained: bool) -> tf_keras.Model:
     inputs = tf_keras.Input((8, 8, 1))
     x = layers.Conv2D(32, 3, padding="same", use_bias=False, name="stem")(inputs)
     for index, strides in enumerate((2, 1, 2)):
-        x = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
         x = layers.Conv2D(
             64, 3, strides=strides, padding="same", use_bias=False, name=f"conv_{index + 1}"
         )(x)
-    x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
     x = layers.GlobalAveragePooling2D()(x)
     model = tf_keras.Model(inputs, layers.Dense(10, name="logits")(x))
     return tscnc.pruning.add_regularizers(model, CONSTRAINTS) if constrained else model
