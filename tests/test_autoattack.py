@@ -620,6 +620,27 @@ def test_nothing_is_traced_again():
         assert len(calls) == traced and set(calls) == {None}
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_call_of_autoattack_compiles_a_model_of_keras_once(flavour):
+    class Counted(FLAVOURS[flavour].layers.Layer):
+        def call(self, x):
+            calls.append(x.shape[0])
+            return bent(x)
+
+    k, calls = FLAVOURS[flavour], []
+    inputs = k.Input((6,))
+    model = k.Model(inputs, Counted()(inputs))
+    attack = AutoAttack(epsilon=0.06, norm="linf")
+    x, y = examples(12)
+    first = attack(model, x, y, seed=1)
+    traced = calls.count(None)
+    np.testing.assert_allclose(attack.bind(model)(x, y, seed=1), first, atol=1e-6)
+    bound = calls.count(None)
+    assert bound > traced
+    np.testing.assert_array_equal(attack(model, x, y, seed=1), first)
+    assert calls.count(None) == bound
+
+
 def test_the_batch_size_does_not_change_what_is_not_random():
     x, y = examples(12, dtype="float64")
     for attack in (FAB(epsilon=0.06, steps=8), FAB(epsilon=0.06, steps=8, target_classes=None)):

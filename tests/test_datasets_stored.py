@@ -13,7 +13,6 @@ import tensorflow as tf
 from PIL import Image
 
 from tscnc_tf.datasets import StoredImages, load
-from tscnc_tf.datasets import pixels as pixels_module
 from tscnc_tf.experiments import Recipe, open_stage, run
 
 CLASSES = ("ant", "bee", "cat")
@@ -409,7 +408,7 @@ def test_relative_paths_are_those_of_the_moment(tmp_path, monkeypatch):
 def test_a_part_that_does_not_fit_in_memory_is_refused(tmp_path, monkeypatch):
     root = folder_of(tmp_path / "set", train=36)
     data = load(root, validation=0, stream=True)
-    monkeypatch.setattr(pixels_module, "memory", lambda: 10_000)
+    monkeypatch.setattr("tscnc_tf._files.memory", lambda: 10_000)
     with pytest.raises(ValueError, match=r"the test part of set, 9 images, takes .*take a sample"):
         data.arrays("test")
     changes = {"data.dataset": str(root), "data.test_examples": None}

@@ -560,16 +560,19 @@ def test_gradients_that_are_zero_are_counted():
     assert "of the type Round," in report.warnings[1]
 
 
-def test_gradients_that_are_not_a_number_are_counted():
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_are_counted(value):
     @tf.custom_gradient
     def broken(x):
         def gradient(upstream):  # as of 0 times the square root of 0
             slope = upstream @ tf.transpose(tf.constant(WEIGHTS, tf.float32))
-            return tf.where(is_cut(x)[:, None], np.nan, slope)
+            return tf.where(is_cut(x)[:, None], value, slope)
 
         return linear(x), gradient
 
-    with pytest.warns(EvaluationWarning, match=r"not a number for 75 of 300 examples \(25.00 %\)"):
+    with pytest.warns(
+        EvaluationWarning, match=r"NaN or infinite for 75 of 300 examples \(25.00 %\)"
+    ):
         report = quiet(broken, X, Y, corner_attack())
     assert report.flags == ("undefined-gradients",)
 
@@ -630,6 +633,8 @@ def test_a_model_without_any_gradient_is_diagnosed():
     np.testing.assert_array_equal(report.robust_correct, robust(EPSILON))
     for model, operation in (
         (lambda x: tf.round(10 * linear(x)), "Round"),
+        (lambda x: tf.one_hot(tf.argmax(linear(x), axis=1), CLASSES) * 9.0, "ArgMax"),
+        (lambda x: linear(tf.cast(tf.cast(10 * x, tf.int32), tf.float32) / 10), "Cast"),
         (lambda x: tf.numpy_function(lambda x: x @ WEIGHTS + BIAS, [x], tf.float32), "PyFunc"),
     ):
         with pytest.warns(EvaluationWarning):

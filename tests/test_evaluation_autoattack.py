@@ -134,6 +134,66 @@ def test_the_part_of_an_ensemble_without_gradient_is_watched_too(monkeypatch):
     assert {"black-box-wins", "ladder"} <= set(report.flags)
 
 
+def test_the_part_without_gradient_is_watched_wherever_it_comes(monkeypatch):
+    """As in "plus", where attacks by gradients follow on what Square left."""
+    short = (
+        attacks.APGD(epsilon=EPSILON, steps=5),
+        attacks.Square(epsilon=EPSILON, queries=200),
+        attacks.APGD(epsilon=EPSILON, steps=5, loss="targeted_dlr"),
+    )
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", short)
+    report = flagged(misleading, X, Y, epsilon=EPSILON, diagnose=False)
+    assert "black-box-wins" in report.flags
+
+
+def test_attacks_in_larger_balls_are_not_held_against_those_in_smaller_ones(monkeypatch):
+    gradient = attacks.APGD(epsilon=EPSILON / 4, steps=10)
+    square = attacks.Square(epsilon=EPSILON, queries=200)
+    assert quiet(linear, X, Y, [gradient, square]).flags == ()
+    other = attacks.APGD(epsilon=EPSILON / 10, norm="l2", steps=10)
+    assert quiet(linear, X, Y, [other, square]).flags == ()
+    # Nor is what another network's examples find beside a model that has no gradient to follow.
+    monkeypatch.setattr(
+        attacks.AutoAttack, "attacks", (attacks.Square(epsilon=EPSILON, queries=2),)
+    )
+    transfer = attacks.Transfer(source=linear, attack=attacks.APGD(epsilon=EPSILON, steps=10))
+    report = quiet(linear, X, Y, [attacks.AutoAttack(epsilon=EPSILON), transfer], diagnose=False)
+    assert "black-box-wins" not in report.flags
+
+
+def test_in_l1_a_sound_model_raises_no_flag_and_the_ladder_reaches_the_corners():
+    radius = 0.15
+    x, y = X[:120], Y[:120]
+    reach = np.max(np.abs(WEIGHTS[:, y].T[:, :, None] - WEIGHTS[None]), axis=1)
+    report = quiet(linear, x, y, epsilon=radius, norm="l1")
+    assert report.flags == ()
+    expected = np.all(margins(x, y) > radius * reach, axis=1)  # the bounds are further away
+    np.testing.assert_array_equal(report.robust_correct, expected)
+    ladder = probes.Probe(linear, (6,), "l1", (0.0, 1.0)).ladder(X, Y, radius)
+    assert list(ladder.by_radius)[-1] == 6.0
+    probe = probes.Probe(linear, (6,), "l1", (0.0, 1.0))
+    moved = np.sum(np.abs(probe.examples(X, Y, radius) - X), axis=1)
+    assert np.max(moved) == pytest.approx(radius, rel=1e-4)
+
+
+def test_examples_with_equal_logits_are_counted_once(monkeypatch):
+    """However many parts of an ensemble met them."""
+
+    def often_tied(x):
+        refused = tf.reduce_sum(x, axis=1) > limit
+        return tf.where(refused[:, None], tf.zeros((1, CLASSES)), linear(x))
+
+    limit = np.sort(np.sum(X, axis=1))[-len(X) // 20]
+    short = tuple(attacks.Square(epsilon=1e-6, queries=2 + more) for more in range(4))
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", short)
+    clean = quiet(often_tied, X, Y, attacks.Square(epsilon=1e-6, queries=2), diagnose=False)
+    report = flagged(often_tied, X, Y, epsilon=1e-6, diagnose=False)
+    [result] = report.attacks.values()
+    [once] = clean.attacks.values()
+    assert 0 < result.tied <= once.tied < 0.1 * len(X)
+    assert "tied-logits" not in report.flags
+
+
 def test_what_was_trained_and_pruned_by_this_package_raises_no_flag(finished):
     stage = tscnc.experiments.open_stage(finished / "3-finetune")
     data = tscnc.datasets.load("digits")
@@ -274,6 +334,9 @@ def test_a_state_of_another_evaluation_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             run(**changes)
     content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"format": 1}))
+    with pytest.raises(ValueError, match="what differs: format"):
+        run()
     content["identity"]["versions"]["tensorflow"] = "1.0"
     state.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="what differs: versions"):
@@ -282,6 +345,21 @@ def test_a_state_of_another_evaluation_is_refused(tmp_path):
         state.write_text(text)
         with pytest.raises(ValueError, match="is not the state of an evaluation"):
             run()
+
+
+def test_a_state_of_a_transfer_from_another_source_is_refused(tmp_path):
+    state = tmp_path / "state.json"
+
+    def run(source):
+        attack = attacks.Transfer(source=source, attack=attacks.FGSM(epsilon=EPSILON))
+        return evaluate_robustness(dense(keras), X, Y, attack, state_path=state, progress=False)
+
+    source, other = dense(keras, 2.0), dense(keras, 3.0)
+    other.name = source.name
+    report = run(source)
+    assert set(report.digests) == {"data", "weights", f"source {source.name}"}
+    with pytest.raises(ValueError, match=f"what differs: source {source.name}"):
+        run(other)
 
 
 def test_a_state_of_another_function_is_refused(tmp_path):

@@ -551,15 +551,19 @@ def test_what_a_later_stage_cannot_do_is_said_before_the_first(tmp_path, values,
     assert not (tmp_path / "new").exists(), "another recipe may begin there"
 
 
-def test_autoattack_needs_three_classes(tmp_path):
+def test_data_of_two_classes_are_judged_by_autoattack_too(tmp_path):
     x = np.random.default_rng(0).uniform(size=(48, 8, 8, 1)).astype("float32")
     y = np.arange(48) % 2
     np.savez(tmp_path / "two.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
     values = {"data.dataset": str(tmp_path / "two.npz"), "evaluate.attack": "apgd"}
     values |= {"data.train_examples": None, "data.test_examples": None, "data.validation": 0.25}
-    with pytest.raises(ValueError, match=r"evaluate\.attack must be 'pgd' for data of 2 classes"):
-        tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
-    assert not (tmp_path / "new").exists()
+    values |= {f"{stage}.batch_size": 12 for stage in stages.STAGES}
+    folder = tscnc.experiments.run(recipe(**values), tmp_path / "new", progress=False)
+    report = json.loads((folder / "4-evaluate" / "report.json").read_text())
+    assert [each["name"] for each in report["attacks"]] == [
+        "APGD-100 linf 0.1",
+        "APGD-100 linf 0.1 targeted_dlr",
+    ]
 
 
 def test_a_folder_must_be_one(tmp_path):

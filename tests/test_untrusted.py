@@ -10,6 +10,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS
 
@@ -112,7 +113,13 @@ def test_classes_that_a_file_names_are_those_of_the_libraries(module, name, tmp_
 
 
 @every_format
-@pytest.mark.parametrize("function", ["io.write_file", "py_function", "compat.v1.py_func"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("io.write_file", "py_function", "compat.v1.py_func", "compat.v1.write_file"),
+        *("compat.v1.load_file_system_library", "experimental.register_filesystem_plugin"),
+    ],
+)
 def test_functions_of_tensorflow_that_do_more_than_compute(function, suffix, tmp_path):
     inputs = tf_keras.Input((4,))
     model = tf_keras.Model(inputs, tf_keras.layers.Dense(2)(inputs + 1.0))
@@ -125,6 +132,54 @@ def test_functions_of_tensorflow_that_do_more_than_compute(function, suffix, tmp
 
     with pytest.raises(ValueError, match=f"calls tf.{function}, which would be run as code"):
         files.load_model(rewritten(path, change))
+
+
+def test_layers_that_run_any_operation_or_method_are_refused(tmp_path):
+    inputs = tf_keras.Input((4,))
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(2)(inputs + 1.0))
+    path = saved(model, tmp_path / "model.keras")
+    original = '"class_name": "TFOpLambda"'
+    for kind in ("TensorFlowOpLayer", "ClassMethod"):
+        replacement = f'"class_name": "{kind}"'
+        changed = rewritten(
+            saved(model, path), lambda text, new=replacement: text.replace(original, new)
+        )
+        with pytest.raises(ValueError, match=f"has a layer {kind}, which would be run as code"):
+            files.load_model(changed)
+
+
+def test_the_name_of_a_file_says_how_it_is_read(tmp_path):
+    """tf_keras reads whatever is not called .keras as HDF5, also if it is a zip archive as well."""
+    library = tf_keras
+    model = library.Sequential([library.Input((4,)), library.layers.Lambda(lambda x: 2 * x)])
+    path = saved(model, tmp_path / "model.h5").rename(tmp_path / "model.hdf5")
+    harmless = tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Dense(1)])
+    with zipfile.ZipFile(saved(harmless, tmp_path / "other.keras")) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    with zipfile.ZipFile(path) as archive, h5py.File(path) as file:
+        assert "config.json" in archive.namelist() and "model_config" in file.attrs
+    with pytest.raises(ValueError, match=r"model\.hdf5 holds a Python function"):
+        files.load_model(path)
+    with pytest.raises(ValueError, match=r"model\.zip is not a model in a \.keras or \.h5 file"):
+        files.load_model(path.rename(tmp_path / "model.zip"))
+
+
+@every_flavour
+def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(library, tmp_path, monkeypatch):
+    model = library.Sequential([library.Input((4,)), library.layers.Dense(1)])
+    path = saved(model, tmp_path / "model.keras")
+    files.load_model(path)
+    monkeypatch.setattr("tscnc_tf._files.memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"model\.keras unpacks to 0\.0 GiB, and this machine has"):
+        files.load_model(path)
+
+
+def test_functions_that_compute_are_known_to_tensorflow():
+    for name in files._COMPUTING_TOO:
+        assert callable(getattr(tf, name, None) or getattr(tf.compat.v1, name, None)), name
 
 
 def models(library):

@@ -16,6 +16,7 @@ import pathlib
 import secrets
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -213,6 +214,37 @@ def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
     if not file.is_file():
         raise FileNotFoundError(f"{name} must be a file with an exported model, got {file}.")
     return file
+
+
+class TooLargeError(ValueError):
+    """A file unpacks to more than there is memory."""
+
+
+def memory() -> int | None:
+    """Return the bytes of memory of this machine, None where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def require_memory(path: pathlib.Path, content: zipfile.ZipFile | int) -> None:
+    """Raise if a file unpacks to more than the machine's memory. A few kilobytes can be terabytes.
+
+    Args:
+        path: of the file.
+        content: the archive, of which no more is read than it says; or a number of bytes.
+
+    Raises:
+        TooLargeError: it does.
+    """
+    size = content if isinstance(content, int) else sum(i.file_size for i in content.infolist())
+    there = memory()
+    if there is not None and size > there:
+        raise TooLargeError(
+            f"{path} unpacks to {size / 2**30:,.1f} GiB, and this machine has "
+            f"{there / 2**30:,.1f} GiB of memory: take a part of it, or images of a smaller size."
+        )
 
 
 def require_inside(folder: pathlib.Path, path: pathlib.Path) -> None:

@@ -13,33 +13,56 @@ from typing import Any
 import h5py
 import numpy as np
 
+from tscnc_tf import _files
 from tscnc_tf._keras import keras, tf_keras
 
 # Whose classes a file may name.
 _TRUSTED = ("keras", "tf_keras", "tensorflow_model_optimization", "tscnc_tf")
 # Where tf_keras keeps functions that it names in files.
 _FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "regularizers")
-# Parts of TensorFlow whose functions compute, and those outside of them that do more.
+# Parts of TensorFlow whose functions only compute, and functions beside them.
 _COMPUTING = {"math", "nn", "linalg", "signal", "image", "random", "bitwise", "strings"} | {
-    *("sets", "ragged", "sparse", "__operators__", "experimental", "dtypes", "quantization"),
+    *("sets", "ragged", "sparse", "__operators__", "dtypes", "quantization"),
 }
-_NOT_COMPUTING = {"py_function", "numpy_function", "py_func", "print", "function"} | {
-    *("load_library", "load_op_library", "recompute_grad", "get_symbol_from_name"),
-}
+_COMPUTING_TOO = set(
+    """
+    abs acos acosh add add_n argmax argmin argsort asin asinh atan atan2 atanh batch_to_space
+    bitcast boolean_mask broadcast_static_shape broadcast_to cast clip_by_global_norm
+    clip_by_norm clip_by_value complex concat constant convert_to_tensor cos cosh cumsum div
+    div_no_nan divide dynamic_partition dynamic_stitch edit_distance eig einsum ensure_shape
+    equal exp expand_dims eye fill fingerprint floor floordiv floormod gather gather_nd greater
+    greater_equal guarantee_const histogram_fixed_width histogram_fixed_width_bins identity
+    identity_n less less_equal linspace log log_sigmoid logical_and logical_not logical_or
+    matmul matrix_square_root maximum meshgrid minimum mod multiply negative norm not_equal
+    one_hot ones ones_like pad parallel_stack pow range rank realdiv reciprocal reduce_all
+    reduce_any reduce_logsumexp reduce_max reduce_mean reduce_min reduce_prod reduce_sum repeat
+    reshape reverse reverse_sequence reverse_v2 roll round rsqrt saturate_cast scalar_mul
+    scatter_nd searchsorted sequence_mask shape shape_n sigmoid sign sin sinh size slice sort
+    space_to_batch space_to_batch_nd space_to_depth split sqrt square squared_difference squeeze
+    stack stop_gradient strided_slice subtract tan tanh tensor_scatter_nd_add
+    tensor_scatter_nd_max tensor_scatter_nd_min tensor_scatter_nd_sub tensor_scatter_nd_update
+    tensordot tile to_float to_int32 to_int64 transpose truediv truncatediv truncatemod unique
+    unique_with_counts unravel_index unstack where where_v2 zeros zeros_like
+    """.split()  # noqa: SIM905
+)
 _OPERATIONS = ("TFOpLambda", "SlicingOpLambda")  # layers that call a function of TensorFlow
+# Layers that run any operation by its definition, or any method of a class.
+_ANY_OPERATION = ("TensorFlowOpLayer", "ClassMethod")
+_HDF5 = (".h5", ".hdf5")
 # What `Lambda` says of its functions in its configuration, and of those that are written in Python.
 _LAMBDAS = ("function_type", "output_shape_type", "mask_type")
 _PYTHON = ("lambda", "function")
 
 
 def load_model(path: pathlib.Path) -> Any:
-    """Load a `.keras` or `.h5` file by the Keras that wrote it, without its compilation.
+    """Load a `.keras`, `.h5` or `.hdf5` file by the Keras that wrote it, without its compilation.
 
     Keras' own safe mode refuses Python lambdas in `.keras` files. tf_keras applies it neither to
     `.h5` files nor to functions that a file names, of any module; so these are looked at first.
 
     Raises:
-        ValueError: it is no such file, or it holds or names code.
+        ValueError: it is no such file, unpacks to more than there is memory, or holds or names
+            code.
     """
     config, version = _read(path)
     if version.startswith("3."):
@@ -56,8 +79,10 @@ def load_model(path: pathlib.Path) -> Any:
 
 def _read(path: pathlib.Path) -> tuple[Any, str]:
     """Return the configuration of the model in a file, and the version of its Keras."""
+    if path.suffix not in (".keras", *_HDF5):  # by which Keras, too, chooses how to read it
+        raise ValueError(f"{path} is not a model in a .keras or .h5 file, by its name.")
     try:
-        if path.suffix == ".h5":
+        if path.suffix in _HDF5:
             with h5py.File(path) as file:
                 config, version = (
                     np.asarray(file.attrs[name]).astype(str).item()
@@ -65,8 +90,11 @@ def _read(path: pathlib.Path) -> tuple[Any, str]:
                 )
             return json.loads(config), version
         with zipfile.ZipFile(path) as archive:
+            _files.require_memory(path, archive)
             version = json.loads(archive.read("metadata.json"))["keras_version"]
             return json.loads(archive.read("config.json")), version
+    except _files.TooLargeError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a model in a .keras or .h5 file: {error}") from error
 
@@ -87,6 +115,8 @@ def _code(part: dict[str, Any]) -> str:
     kind, config, module = (part.get(name) for name in ("class_name", "config", "module"))
     if kind == "__lambda__" or any(part.get(name) in _PYTHON for name in _LAMBDAS):
         return "holds a Python function"
+    if kind in _ANY_OPERATION:
+        return f"has a layer {kind}"
     if kind in _OPERATIONS and isinstance(config, dict):
         function = str(config.get("function", ""))
         return "" if _computes(function) else f"calls tf.{function}"
@@ -102,7 +132,7 @@ def _code(part: dict[str, Any]) -> str:
 def _computes(function: str) -> bool:
     """Tell whether a function of TensorFlow, given by its name, only computes."""
     names = function.removeprefix("compat.v1.").split(".")
-    return names[0] in _COMPUTING if len(names) > 1 else names[0] not in _NOT_COMPUTING
+    return names[0] in (_COMPUTING if len(names) > 1 else _COMPUTING_TOO)
 
 
 def _is_harmless(module: str, name: str, is_function: bool) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -63,7 +64,7 @@ class AutoAttack(Attack):
         super().__post_init__()
         _checks.one_of("version", self.version, VERSIONS)
 
-    @property
+    @functools.cached_property
     def attacks(self) -> tuple[Attack, ...]:
         """The attacks, in the order in which they are run."""
         ball: dict[str, Any] = {"epsilon": self.epsilon, "norm": self.norm, "bounds": self.bounds}
@@ -95,11 +96,21 @@ class AutoAttack(Attack):
         }
 
     def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
-        return self._compiled(model)(x, y, seed)
+        if _keras.flavour(model) is None:
+            return self._compiled(model)(x, y, seed)
+        # Each attack holds what it has compiled for a model of Keras.
+        return self._in_turn(model, [functools.partial(each, model) for each in self.attacks])(
+            x, y, seed
+        )
 
     def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
+        return self._in_turn(model, [attack.bind(model) for attack in self.attacks])
+
+    def _in_turn(
+        self, model: Any, runs: Sequence[Callable[..., tf.Tensor]]
+    ) -> Callable[..., tf.Tensor]:
+        """Return the attacks in turn, each on what is left, as a function of (x, y, seed)."""
         logits_fn = _keras.inference(model)
-        runs = [attack.bind(model) for attack in self.attacks]
 
         def run(x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
             if not tf.executing_eagerly():

@@ -6,9 +6,11 @@ import gzip
 import math
 import pathlib
 import zlib
+from typing import BinaryIO
 
 import numpy as np
 
+from tscnc_tf import _files
 from tscnc_tf.datasets.arrays import Raw
 
 UBYTE = 8  # the code of the one type of numbers that is read
@@ -66,7 +68,10 @@ def _names(split: str, kind: str) -> list[str]:
 
 def _found(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path | None:
     files = (folder / name for name in _names(split, kind))
-    return next((file for file in files if file.is_file()), None)
+    found = next((file for file in files if file.is_file()), None)
+    if found is not None:
+        _files.require_inside(folder, found)
+    return found
 
 
 def _required(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
@@ -81,35 +86,43 @@ def _required(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
 
 def _array(file: pathlib.Path, axes: int) -> np.ndarray:
     """Return the numbers of a file, which must have so many axes."""
-    content = _content(file)
-    header = 4 * (1 + axes)
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES:
+    try:
+        with _opened(file) as stream:
+            return _parsed(file, stream, axes)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is damaged, or cut off: {error}.") from error
+
+
+def _opened(file: pathlib.Path) -> BinaryIO:
+    with file.open("rb") as stream:
+        is_packed = stream.read(2) == b"\x1f\x8b"
+    return gzip.open(file) if is_packed else file.open("rb")  # type: ignore[return-value]
+
+
+def _parsed(file: pathlib.Path, stream: BinaryIO, axes: int) -> np.ndarray:
+    """Return the numbers of an open file; no more is unpacked than its header says."""
+    size = 4 * (1 + axes)
+    header = stream.read(size)
+    if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in TYPES:
         raise ValueError(
             f"{file} is not an IDX file: it must begin with the bytes 00 00 08 {axes:02x}, got "
-            f"{content[:4].hex(' ') or 'nothing'}."
+            f"{header[:4].hex(' ') or 'nothing'}."
         )
-    if content[2] != UBYTE:
-        raise ValueError(f"{file} must hold unsigned bytes, got {TYPES[content[2]]}.")
-    if content[3] != axes:
-        raise ValueError(f"{file} must hold an array of {axes} axes, got {content[3]}.")
-    if len(content) < header:
-        raise ValueError(f"{file} is cut off: it ends in its header, after {len(content)} bytes.")
-    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
-    expected, got = math.prod(shape), len(content) - header
-    if got != expected:
-        fault = "cut off" if got < expected else "damaged"
+    if header[2] != UBYTE:
+        raise ValueError(f"{file} must hold unsigned bytes, got {TYPES[header[2]]}.")
+    if header[3] != axes:
+        raise ValueError(f"{file} must hold an array of {axes} axes, got {header[3]}.")
+    if len(header) < size:
+        raise ValueError(f"{file} is cut off: it ends in its header, after {len(header)} bytes.")
+    shape = tuple(np.frombuffer(header[4:], ">u4").tolist())
+    expected = math.prod(shape)
+    _files.require_memory(file, expected)
+    content = stream.read(expected + 1)
+    if len(content) != expected:
+        is_short = len(content) < expected
         raise ValueError(
-            f"{file} is {fault}: its header says {' x '.join(map(str, shape))}, {expected:,} "
-            f"bytes, and {got:,} follow."
+            f"{file} is {'cut off' if is_short else 'damaged'}: its header says "
+            f"{' x '.join(map(str, shape))}, {expected:,} bytes, and "
+            f"{f'{len(content):,}' if is_short else 'more'} follow."
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-def _content(file: pathlib.Path) -> bytes:
-    content = file.read_bytes()
-    if not content.startswith(b"\x1f\x8b"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{file} is damaged, or cut off: {error}.") from error
+    return np.frombuffer(content, np.uint8).reshape(shape)

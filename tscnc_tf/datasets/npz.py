@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tscnc_tf.datasets import images, pixels
+from tscnc_tf import _files
+from tscnc_tf.datasets import images
 from tscnc_tf.datasets.arrays import Raw
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -49,9 +50,9 @@ def _entries(path: pathlib.Path) -> dict[str, Any]:
     try:
         # From a stream that is closed here: NumPy leaves its own open if a file is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            _require_memory(path, file.zip)
+            _files.require_memory(path, file.zip)
             return {key: file[key] if key in known else None for key in file.files}
-    except _TooLargeError:
+    except _files.TooLargeError:
         raise
     except (
         *(OSError, ValueError, EOFError, AttributeError, TypeError),
@@ -61,23 +62,6 @@ def _entries(path: pathlib.Path) -> dict[str, Any]:
             f"{path} can't be read as an .npz file of plain arrays: {error}. Arrays of Python "
             "objects are refused, as loading them can run any code."
         ) from error
-
-
-class _TooLargeError(ValueError):
-    """A file unpacks to more than there is memory."""
-
-
-def _require_memory(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
-    """Raise if what a file says that it unpacks to is more than the machine's memory.
-
-    No more than that is read of it. A few kilobytes can say terabytes.
-    """
-    size, memory = sum(info.file_size for info in archive.infolist()), pixels.memory()
-    if memory is not None and size > memory:
-        raise _TooLargeError(
-            f"{path} unpacks to {size / 2**30:,.1f} GiB, and this machine has "
-            f"{memory / 2**30:,.1f} GiB of memory: take a part of it, or images of a smaller size."
-        )
 
 
 class _PackedFiles:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from tscnc_tf import _files
 
 CHUNK = 1000  # images that are decoded, or converted to a wider dtype, at a time
 
@@ -36,20 +37,12 @@ def statistics(pixels: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def require_memory(name: str, shape: tuple[int, ...]) -> None:
     """Raise a ValueError if pixels of that shape, as float32, need more memory than there is."""
-    size, there = 4 * math.prod(shape), memory()
+    size, there = 4 * math.prod(shape), _files.memory()
     if there is not None and size > there:
         raise ValueError(
             f"{name}, {shape[0]:,} images, takes {size / 2**30:,.1f} GiB as float32, and this "
             f"machine has {there / 2**30:,.1f} GiB of memory: take a sample."
         )
-
-
-def memory() -> int | None:
-    """Return the bytes of memory of this machine, None where it does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def chunks(pixels: Any) -> Iterator[np.ndarray]:

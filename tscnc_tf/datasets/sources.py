@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tscnc_tf import _keras
+from tscnc_tf import _files, _keras
 from tscnc_tf._extras import require_extra
 from tscnc_tf.datasets import folders, idx
 from tscnc_tf.datasets.arrays import Raw
@@ -167,6 +167,7 @@ def _svhn(folder: pathlib.Path | None) -> Raw:
                 f"svhn needs {' and '.join(SVHN_FILES)} in a folder, given as folder=..., got "
                 f"folder={None if folder is None else str(folder)!r}: fetch {source}/{file}."
             )
+        _files.require_inside(path.parent, path)
         parts.extend(_matlab(path))
     return Raw(*parts, class_names=DIGITS, augmentation="crop")
 

@@ -47,7 +47,7 @@ class Outputs(NamedTuple):
         repeatable: whether the model returns the same for the same input.
         unit_interval: whether all its outputs lie in [0, 1].
         zero_gradients: per example, whether an attack would find its gradient exactly zero.
-        nan_gradients: per example, whether it would find what is not a number.
+        undefined_gradients: per example, whether it would find NaN or infinity.
         saturated: per example, whether softmax would be 1 in float32 for a class, by far.
         tied: per example, whether the largest logit occurs twice.
         operations: the types of operations in its graph that have no useful gradient.
@@ -56,7 +56,7 @@ class Outputs(NamedTuple):
     repeatable: bool
     unit_interval: bool
     zero_gradients: np.ndarray
-    nan_gradients: np.ndarray
+    undefined_gradients: np.ndarray
     saturated: np.ndarray
     tied: np.ndarray
     operations: Sequence[str]
@@ -97,13 +97,13 @@ def of_model(outputs: Outputs) -> list[Finding]:
                 "layers, and add an attack that needs no gradient, attacks.Square.",
             )
         )
-    if np.any(outputs.nan_gradients):
+    if np.any(outputs.undefined_gradients):
         found.append(
             Finding(
                 "undefined-gradients",
-                "The input gradient that attacks ascend is not a number for "
-                f"{_share(outputs.nan_gradients)}. Attacks by gradients do not move there, which "
-                "is no robustness: look for a square root, a norm or a division at 0, whose "
+                "The input gradient that attacks ascend is NaN or infinite for "
+                f"{_share(outputs.undefined_gradients)}. Attacks by gradients do not move there, "
+                "which is no robustness: look for a square root, a norm or a division at 0, whose "
                 "derivative is infinite though its value is finite, and add an attack that needs "
                 "no gradient, attacks.Square.",
             )
@@ -216,14 +216,16 @@ def of_results(
             )
         if result.tied > _MANY * len(clean):
             found.append(_tied(np.arange(len(clean)) < result.tied, f"under {name}"))
-        *before, last = result.stages or (None,)
-        if before and last is not None and "Square" in last.name:
-            found += _black_box(last.name, last.fooled, len(clean))
-    ours = [each for each in opponents if each.source is None]
-    by_gradient = [results[each.name].correct for each in ours if each.uses_gradient]
+        for before, stage in itertools.pairwise(result.stages):
+            if "Square" in stage.name and "Square" not in before.name:
+                found += _black_box(stage.name, stage.fooled, len(clean))
+    by_gradient = [each for each in opponents if _followed(each, results[each.name])]
     for each in opponents:
-        if by_gradient and (each.source is not None or not each.uses_gradient):
-            left = np.logical_and.reduce([clean, *by_gradient])
+        if each.source is None and each.uses_gradient:
+            continue
+        at_least = [results[other.name].correct for other in by_gradient if _is_within(each, other)]
+        if at_least:
+            left = np.logical_and.reduce([clean, *at_least])
             fooled = int(np.sum(left & ~results[each.name].correct))
             found += _black_box(each.name, fooled, len(clean))
     found += itertools.chain.from_iterable(
@@ -305,6 +307,22 @@ def _tied(chosen: np.ndarray, where: str) -> Finding:
     )
 
 
+def _followed(opponent: Adversary, result: AttackResult) -> bool:
+    """Tell whether an attack has followed the gradient of the model that is evaluated."""
+    if not opponent.parts:
+        return opponent.source is None and opponent.uses_gradient
+    run = {stage.name for stage in result.stages}
+    return any(part.uses_gradient for part in opponent.parts if part.name in run)
+
+
+def _is_within(inner: Adversary, outer: Adversary) -> bool:
+    """Tell whether the ball of an attack lies within that of another, as far as they declare it."""
+    if inner.epsilon is None or outer.epsilon is None:
+        return inner.epsilon is outer.epsilon
+    same = inner.description.get("norm") == outer.description.get("norm")
+    return same and inner.epsilon <= outer.epsilon
+
+
 def _black_box(name: str, fooled: int, examples: int) -> list[Finding]:
     if not _is_notable(fooled, examples):
         return []
@@ -312,7 +330,8 @@ def _black_box(name: str, fooled: int, examples: int) -> list[Finding]:
         Finding(
             "black-box-wins",
             f"{name}, which does not use the gradient of the model, fools it on {fooled} of "
-            f"{examples} examples that every attack by its gradient left: these attacks are led "
+            f"{examples} examples that every attack by its gradient, in no smaller a ball, left: "
+            "these attacks are led "
             "astray (gradient masking), or too weak. More queries may lower the accuracy further.",
         )
     ]

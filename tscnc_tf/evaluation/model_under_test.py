@@ -17,7 +17,7 @@ from tscnc_tf.inspection.inputs import one_tensor
 
 # Operations on floats whose gradient is zero, missing or a stand-in.
 _BREAKING = (
-    *("Round", "Rint", "Floor", "Ceil", "Sign", "FloorDiv", "Bucketize"),
+    *("Round", "Rint", "Floor", "Ceil", "Sign", "FloorDiv", "Bucketize", "ArgMax", "ArgMin"),
     *("QuantizeV2", "QuantizeAndDequantizeV2", "FakeQuantWithMinMaxVars"),
     *("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVarsPerChannel", "PyFunc", "EagerPyFunc"),
 )
@@ -86,7 +86,7 @@ class ModelUnderTest:
             )
             raise
         parts = (self._examined(*map(tf.constant, batch)) for batch in batches)
-        logits, is_zero, is_nan, is_saturated = (
+        logits, is_zero, is_undefined, is_saturated = (
             np.concatenate([tensor.numpy() for tensor in tensors])
             for tensors in zip(*parts, strict=True)
         )
@@ -102,7 +102,7 @@ class ModelUnderTest:
             repeatable=repeatable,
             unit_interval=bool(np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6),
             zero_gradients=is_zero & by_gradient,
-            nan_gradients=is_nan & by_gradient,
+            undefined_gradients=is_undefined & by_gradient,
             saturated=is_saturated & by_gradient,
             tied=are_tied(logits),
             operations=_breaking_operations(graph) if by_gradient else (),
@@ -128,7 +128,7 @@ class ModelUnderTest:
         return tf.ensure_shape(one_tensor(self._eager(x)), (None, self.classes))
 
     def _call_and_gradient(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Return the logits, and per example if its gradient is zero, has NaN, and is saturated.
+        """Return the logits, and per example if its gradient is 0, not finite, and is saturated.
 
         The gradient is that of the log-odds at the input, which attacks ascend. It is saturated
         where that of cross-entropy is zero in float32.
@@ -147,7 +147,8 @@ class ModelUnderTest:
         axes = list(range(1, x.shape.rank))
         is_zero = tf.reduce_all(tf.equal(gradient, 0.0), axis=axes)
         is_saturated = tf.abs(losses.log_odds(labels, logits)) > _SATURATED
-        return logits, is_zero, tf.reduce_any(tf.math.is_nan(gradient), axis=axes), is_saturated
+        is_undefined = tf.reduce_any(~tf.math.is_finite(gradient), axis=axes)
+        return logits, is_zero, is_undefined, is_saturated
 
 
 def are_tied(logits: np.ndarray) -> np.ndarray:
@@ -160,8 +161,12 @@ def _breaking_operations(graph: Any) -> list[str]:
     """Return the types in `_BREAKING` that a graph and the functions that it calls hold."""
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
-    integers = (tf.int32.as_datatype_enum, tf.int64.as_datatype_enum)
-    found = {
-        node.op for node in nodes if node.op in _BREAKING and node.attr["T"].type not in integers
-    }
-    return sorted(found)
+    return sorted({node.op for node in nodes if _is_breaking(node)})
+
+
+def _is_breaking(node: Any) -> bool:
+    """Tell whether an operation on floats has a gradient of zero, none, or a stand-in."""
+    if node.op == "Cast":
+        source, goal = (tf.as_dtype(node.attr[name].type) for name in ("SrcT", "DstT"))
+        return source.is_floating and goal.is_integer
+    return node.op in _BREAKING and not tf.as_dtype(node.attr["T"].type or 1).is_integer

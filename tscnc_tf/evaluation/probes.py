@@ -48,7 +48,7 @@ class Probe:
         bounds: tuple[float, float],
     ) -> None:
         self._logits_fn = logits_fn
-        self._norm = "l2" if norm == "l1" else norm
+        self._norm = norm
         self._bounds = bounds
         signature = [
             tf.TensorSpec((None, *shape), tf.float32),
@@ -68,7 +68,8 @@ class Probe:
         """
         x, y = x[:_EXAMPLES], y[:_EXAMPLES]
         width = self._bounds[1] - self._bounds[0]
-        widest = width * (float(np.sqrt(x[0].size)) if self._norm == "l2" else 1.0)
+        size = float(x[0].size)
+        widest = width * {"linf": 1.0, "l2": np.sqrt(size).item(), "l1": size}[self._norm]
         radii = [min(epsilon, widest)]
         while radii[-1] < widest:
             radii.append(min(2 * radii[-1], widest))
@@ -92,9 +93,11 @@ class Probe:
         """Return the last points, and whether one on the way fooled the model."""
         ascent = pgd.Ascent(self._logits_fn, x, labels=y, objective="cross_entropy", targeted=False)
         step_size = 2.5 * epsilon / tf.cast(steps, tf.float32)
+        # The steepest ascent of l1 moves one entry.
+        steepest = "l2" if self._norm == "l1" else self._norm
 
         def step(count: Any, point: tf.Tensor, fooled: tf.Tensor) -> tuple[Any, ...]:
-            direction = balls.steepest_ascent(ascent.gradient(point), self._norm)
+            direction = balls.steepest_ascent(ascent.gradient(point), steepest)
             moved = tf.clip_by_value(point + step_size * direction, *self._bounds)
             moved = x + balls.project(moved - x, epsilon, self._norm)
             fools = ascent.is_fooled(ascent.logits(moved))

@@ -20,7 +20,7 @@ from tscnc_tf.evaluation.adversaries import Adversary, Source, adversaries, chec
 from tscnc_tf.evaluation.model_under_test import ModelUnderTest, are_tied
 from tscnc_tf.evaluation.replicas import Replicas
 from tscnc_tf.evaluation.report import AttackResult, EnsemblePart, RobustnessReport
-from tscnc_tf.evaluation.state import AttackProgress, EvaluationState, digests
+from tscnc_tf.evaluation.state import AttackProgress, EvaluationState, digest_of_weights, digests
 
 
 def evaluate_robustness(
@@ -70,7 +70,7 @@ def evaluate_robustness(
             None for `attacks.AutoAttack` in the ball of `epsilon` and `norm`.
         epsilon: the radius of the ball, a number or a fraction such as "8/255", if there are no
             `attacks`; these have their own.
-        norm: "linf" (as None) or "l2", likewise.
+        norm: "linf" (as None), "l2" or "l1", likewise.
         batch_size: examples per batch.
         seed: batch i of each attack draws from the pair (seed, i), so that neither the order of the
             attacks nor their number matters. Plain callables seed themselves.
@@ -138,7 +138,8 @@ def evaluate_robustness(
     logits, outputs = examined.examine(batches(), by_gradient)
     clean = np.argmax(logits, axis=1) == labels
     warned = [str(finding) for finding in diagnostics.of_model(outputs)]
-    for source in _sources(opponents):
+    sources = _sources(opponents)
+    for source in sources:
         role = f"source {source.name!r} of a Transfer"
         _, outputs = ModelUnderTest(source.model, inputs[:batch_size], role).examine(
             batches(), source.by_gradient
@@ -151,6 +152,9 @@ def evaluate_robustness(
         warnings.warn(text, diagnostics.EvaluationWarning, stacklevel=2)
 
     found = digests(model, inputs, labels)
+    for name, source in zip(_reports.unique(s.name for s in sources), sources, strict=True):
+        if weights := digest_of_weights(source.model):
+            found[f"source {name}"] = weights
     identity = {
         "attacks": {opponent.name: opponent.description for opponent in opponents},
         "seed": seed,
@@ -383,7 +387,7 @@ class _Evaluation:
             correct=so_far.correct,
             largest_distance=so_far.farthest,
             seconds=so_far.seconds,
-            tied=so_far.tied,
+            tied=int(np.sum(so_far.tied)),
             stages=tuple(so_far.stages),
         )
 
@@ -414,5 +418,5 @@ class _Evaluation:
                 f"model returns NaN or infinity on what attack {part.name!r} found (batch "
                 f"{index}): its logits overflow, so that neither gradients nor accuracy mean much."
             )
-        so_far.tied += int(np.sum(are_tied(logits)))
+        so_far.tied[chosen] |= are_tied(logits)
         so_far.correct[chosen] = np.argmax(logits, axis=1) == y

@@ -15,10 +15,11 @@ from tscnc_tf import _files, _keras, _reports
 from tscnc_tf._reports import jsonable
 from tscnc_tf.evaluation.report import EnsemblePart
 
-_FORMAT = 1
+_FORMAT = 2
 # Of the logits on the first examples, which tell models without visible weights apart.
 _PROBED, _TOLERANCE = 16, 1e-3
 _SECONDS_BETWEEN_WRITES = 1.0
+_MASKS = ("correct", "before", "tied")
 
 
 @dataclasses.dataclass
@@ -28,10 +29,10 @@ class AttackProgress:
     Attributes:
         correct: per example, whether the model is right so far.
         before: the same as the current part began.
+        tied: per example, whether its largest logits were equal under an attack so far.
         part: the number of parts of an ensemble that are done; 1 for an attack that is done.
         batch: the number of batches of the current part that are done.
         farthest: the largest perturbation so far, by norm.
-        tied: how many examples had equal largest logits so far.
         seconds: the time spent so far.
         part_seconds: that of the current part.
         stages: what the parts did that are done.
@@ -39,10 +40,10 @@ class AttackProgress:
 
     correct: np.ndarray
     before: np.ndarray
+    tied: np.ndarray
     part: int = 0
     batch: int = 0
     farthest: dict[str, float] = dataclasses.field(default_factory=dict)
-    tied: int = 0
     seconds: float = 0.0
     part_seconds: float = 0.0
     stages: list[EnsemblePart] = dataclasses.field(default_factory=list)
@@ -50,14 +51,14 @@ class AttackProgress:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {name: _text(values[name]) for name in ("correct", "before")}
+        values |= {name: _text(values[name]) for name in _MASKS}
         values["stages"] = [stage.to_dict() for stage in self.stages]
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttackProgress:
         """Build an object from what `to_dict` returned."""
-        arrays = {name: _mask(values[name]) for name in ("correct", "before")}
+        arrays = {name: _mask(values[name]) for name in _MASKS}
         stages = [EnsemblePart(**stage) for stage in values["stages"]]
         return cls(**{**values, **arrays, "stages": stages})
 
@@ -86,7 +87,9 @@ class EvaluationState:
 
     def of(self, name: str, correct: np.ndarray) -> AttackProgress:
         """Return the progress of an attack, by its name; what is `correct` before it begins."""
-        return self._attacks.setdefault(name, AttackProgress(correct.copy(), correct.copy()))
+        return self._attacks.setdefault(
+            name, AttackProgress(correct.copy(), correct.copy(), np.zeros_like(correct))
+        )
 
     def save(self, *, now: bool = False) -> None:
         """Write the file, unless it was written less than a second ago.
@@ -114,7 +117,9 @@ class EvaluationState:
             found, version = content["identity"], content["format"]
             logits = np.asarray(content["logits"], float)
             attacks = {
-                name: AttackProgress.from_dict(each) for name, each in content["attacks"].items()
+                name: AttackProgress.from_dict(each)
+                for name, each in content["attacks"].items()
+                if version == _FORMAT
             }
         except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
@@ -145,14 +150,18 @@ class EvaluationState:
 def digests(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, str]:
     """Return SHA-256 of the data, and of a model's weights if it has some that can be read."""
     found = {"data": _reports.digest([("x", x), ("y", y)])}
+    weights = digest_of_weights(model)
+    return found | {"weights": weights} if weights else found
+
+
+def digest_of_weights(model: Any) -> str:
+    """Return SHA-256 of a model's weights, "" if it has none that can be read."""
     if _keras.flavour(model) is not None:
         weights = model.get_weights()
     else:
         weights = [np.asarray(each) for each in getattr(model, "variables", None) or ()]
-    if not weights:
-        return found
     named = ((str(index), weight) for index, weight in enumerate(weights))
-    return found | {"weights": _reports.digest(named)}
+    return _reports.digest(named) if weights else ""
 
 
 def _text(mask: np.ndarray) -> str:

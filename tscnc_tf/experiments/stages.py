@@ -59,7 +59,7 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
 
     Raises:
         TypeError, ValueError: a stage can't be built, or can't be evaluated: there are no images,
-            more than fit in memory, or too few classes for the attack.
+            or more than fit in memory.
     """
     for part in ("validation", "test"):
         if not len(getattr(data, f"y_{part}")):
@@ -68,11 +68,6 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
             )
     with errors_begin("data.test_examples: "):
         pixels.require_memory("the test part", data.x_test.shape)
-    if data.classes < 3 and recipe.evaluate.attack != "pgd":
-        raise ValueError(
-            f"evaluate.attack must be 'pgd' for data of {data.classes} classes, got "
-            f"{recipe.evaluate.attack!r}: the DLR loss of AutoAttack needs 3."
-        )
     model = network(recipe, data)
     for stage in STAGES:
         with errors_begin(f"{stage}: "), warnings.catch_warnings():
