@@ -70,10 +70,11 @@ class Ratio(_reports.Record):
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Run the functions in rounds, A B C A B C ..., and return the seconds that each took.
+    """Run the functions in rounds, A B C, B C A, C A B, ..., and return the seconds of each.
 
     A change of the machine's load affects all functions of a round about alike: compare times of
-    one call of this function, not of two.
+    one call of this function, not of two. Each comes first in as many rounds as any other: what is
+    first finds the caches as the collection of garbage between two rounds has left them.
 
     Args:
         functions: what to time, by name; they are called without arguments.
@@ -81,9 +82,10 @@ def interleaved(
         warm_up: the number of rounds before, in which graphs are traced and memory is allocated.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    items = list(functions.items())
     for index in range(warm_up + rounds):
         with _timing.no_garbage_collection():
-            for name, function in functions.items():
+            for name, function in items[index % len(items) :] + items[: index % len(items)]:
                 wall, cpu = time.perf_counter(), time.process_time()
                 function()
                 tf.test.experimental.sync_devices()  # an accelerator may still be at work

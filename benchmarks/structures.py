@@ -14,7 +14,7 @@ from typing import Any
 
 import tscnc_tf as tscnc
 from benchmarks import measure, record
-from benchmarks.litert import inference
+from benchmarks.litert import IN_A_ROW, inference
 from benchmarks.study.plan import HERE, Plan
 from tscnc_tf.experiments import Recipe, stages
 from tscnc_tf.experiments.parts import ARCHITECTURES
@@ -66,7 +66,7 @@ def run(options: record.Options) -> None:
         f"{weights[name]:,} weights that are not zero"
         for name in times
     ]
-    title = f"One inference, one thread, float32, {rounds} rounds"
+    title = f"{IN_A_ROW} inferences in a row, one thread, float32, {rounds} rounds"
     record.show(title, record.COLUMNS, rows, notes, path)
 
 

@@ -320,7 +320,8 @@ class FileExportReport(_Export):
         if any(row.stored == "dense on loading" for row in self.kernels):
             notes.append(
                 "What is dense on loading makes the file smaller and nothing faster, but for 1x1 "
-                "convolutions. LiteRT for microcontrollers can't load it."
+                "convolutions. LiteRT for microcontrollers can't load it: export with sparse=False "
+                "there, and make the network smaller by pruning.compact."
             )
         if self.pointwise is not None and self.pointwise[1]:
             sparse, count = self.pointwise

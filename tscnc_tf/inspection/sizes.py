@@ -18,7 +18,7 @@ from tscnc_tf.inspection import weights
 NOTE = (
     "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: each "
     "zero is stored in full width, uncompressed, and so is the optimizer's state, if there is one. "
-    "Compress the file, or use a sparse format of its own with a reader for it."
+    "Compress the file, or write a sparse one: tscnc.export_litert(sparse=True)."
 )
 FILE_NOTE = (
     "The whole file holds the graph beside the weights; gzip is that of the whole file. "

@@ -23,7 +23,8 @@ NO_FASTER = "no faster: dense kernels multiply zeros at the same speed"
 WHAT_HELPS = (
     "What does help: tscnc.pruning.compact takes dead filters out, which leaves smaller dense "
     "kernels; a runtime that knows the pattern gains by 2:4 (NVIDIA's sparse tensor cores) or by "
-    "blocks (LiteRT). Zeros without a pattern save bytes, not time: tscnc.inspection.sizes."
+    "blocks (LiteRT, by tscnc.export_litert(sparse=True), which also runs 1x1 convolutions by "
+    "their nonzero weights on some processors). Other zeros save bytes: tscnc.inspection.sizes."
 )
 
 _MULTIPLIED = tuple(  # the layers that are a product with their kernel, or one with patches
