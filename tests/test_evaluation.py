@@ -515,10 +515,13 @@ def test_a_sound_evaluation_has_no_diagnostics():
     assert report.warnings == report.notes == ()
 
 
-def test_a_model_that_changes_from_call_to_call_is_diagnosed():
+@pytest.mark.parametrize("place", ["inputs", "outputs"])
+def test_a_model_that_changes_from_call_to_call_is_diagnosed(place):
     generator = np.random.default_rng(0)
 
     def noisy(x):
+        if place == "inputs":
+            return linear(x + generator.normal(scale=0.1, size=x.shape[-1]).astype(np.float32))
         return linear(x) + generator.normal(size=CLASSES).astype(np.float32)
 
     with pytest.warns(EvaluationWarning, match="changes from call to call"):
@@ -579,7 +582,7 @@ def test_gradients_that_are_not_finite_are_counted(value):
 
 def test_logits_so_large_that_softmax_saturates_are_attacked_all_the_same():
     def sure(x):
-        return 1e3 * linear(x)
+        return 1e4 * linear(x)
 
     pgd = attacks.PGD(epsilon=EPSILON, steps=5)
     with pytest.warns(EvaluationWarning, match="^saturated-logits: The logits of .* of 300"):

@@ -194,8 +194,9 @@ def test_examples_with_equal_logits_are_counted_once(monkeypatch):
     assert "tied-logits" not in report.flags
 
 
-def test_what_was_trained_and_pruned_by_this_package_raises_no_flag(finished):
-    stage = tscnc.experiments.open_stage(finished / "3-finetune")
+@pytest.mark.parametrize("name", ["1-train", "3-finetune"])
+def test_what_was_trained_and_pruned_by_this_package_raises_no_flag(finished, name):
+    stage = tscnc.experiments.open_stage(finished / name)
     data = tscnc.datasets.load("digits")
     x, y = data.x_test[:128], data.y_test[:128]
     opponents = [

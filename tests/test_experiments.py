@@ -77,6 +77,11 @@ def test_parts_of_a_recipe_are_no_dicts(part):
             "has prune.scope.\\* twice",
         ),
         (b"a: [{b: 1, c: 2, b: 3}]", ValueError, "has a.b twice"),
+        (
+            b"name: !!python/object/apply:os.mkdir [made]",  # code is not run
+            ValueError,
+            "mine.yaml is not YAML: could not determine a constructor",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, content, kind, words):

@@ -12,6 +12,7 @@ import multi_worker
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 PROGRAM = pathlib.Path(multi_worker.__file__)
 
@@ -106,6 +107,27 @@ def test_after_the_loss_of_a_worker_the_end_is_the_same(trained):
         # The first worker may have been stopped before it had written the last epoch's backup.
         assert again in ([*range(lost, end)], [*range(lost - 1, end)])
         assert_identical(weights(trained, f"restored-{index}"), undisturbed)
+
+
+class Fails(tf_keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == multi_worker.LOST_IN:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("case", sorted({*multi_worker.CASES} - {multi_worker.BACKED_UP}))
+def test_what_else_is_pruned_or_has_gates_comes_back_from_a_backup(case, tmp_path):
+    """In one process: what is lost with a worker and restored is the same."""
+    strategy = tf.distribute.get_strategy()
+    undisturbed = multi_worker.train(case, strategy)
+    backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    with pytest.raises(InterruptedError):
+        multi_worker.train(case, strategy, [backup, Fails()])
+    epochs = multi_worker.Record(tmp_path / "epochs.txt")
+    backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    again = multi_worker.train(case, strategy, [backup, epochs])
+    assert epochs.path.read_text().split() == ["2", "3"]
+    assert_identical(again, undisturbed)
 
 
 def test_keras_3_is_refused_by_name(trained):

@@ -160,9 +160,11 @@ def test_a_sparse_file_is_evaluated(tmp_path, images):
     labels = np.argmax(model(images), axis=1)
     served = export.load_litert(tmp_path / "net.tflite")
 
-    square = attacks.Square(epsilon=0.01, queries=3)
+    square = attacks.Square(epsilon=1.0, queries=60)
     report = evaluate_robustness(served, images, labels, square, progress=False)
-    assert report.clean_accuracy == 1
+    of_network = evaluate_robustness(model, images, labels, square, progress=False)
+    assert report.clean_accuracy == 1 > report.robust_accuracy
+    np.testing.assert_array_equal(report.robust_correct, of_network.robust_correct)
 
 
 class Axis:
