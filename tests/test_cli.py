@@ -11,6 +11,7 @@ import warnings
 
 import click
 import click.testing
+import keras
 import numpy as np
 import pytest
 from helpers import FLAVOURS, conv_model, images
@@ -203,6 +204,20 @@ def test_a_model_is_pruned_compacted_inspected_and_exported(here, tmp_path, name
     served = as_json("export", small, "--format", "saved_model", "--output", tmp_path / "served")
     assert as_json("inspect", tmp_path / "served") == served
     np.testing.assert_allclose(load(tmp_path / "served")(x), load(small)(x), atol=1e-5)
+
+
+def test_a_sparse_file_is_written(tmp_path):
+    layers = keras.layers
+    conv, logits = layers.Conv2D(64, 3, name="conv"), layers.Dense(3, name="logits")
+    model = keras.Sequential([keras.Input((8, 8, 4)), conv, layers.Flatten(), logits])
+    tscnc_cli._save(tscnc.prune_now(model, 0.9, layers="conv"), tmp_path / "pruned.keras")
+    pruned, words = tmp_path / "pruned.keras", ("--format", "litert", "--output")
+    dense = as_json("export", pruned, *words, tmp_path / "dense.tflite")
+    sparse = as_json("export", pruned, "--sparse", *words, tmp_path / "sparse.tflite")
+    assert {kernel["stored"] for kernel in dense["kernels"]} == {"dense"}
+    assert "dense on loading" in {kernel["stored"] for kernel in sparse["kernels"]}
+    assert sparse["file_bytes"] < 0.5 * dense["file_bytes"]
+    assert sparse["dense_bytes"] == pytest.approx(dense["file_bytes"], rel=0.01)
 
 
 def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, tmp_path):
