@@ -216,7 +216,7 @@ def test_a_sparse_file_is_written(tmp_path):
     sparse = as_json("export", pruned, "--sparse", *words, tmp_path / "sparse.tflite")
     assert {kernel["stored"] for kernel in dense["kernels"]} == {"dense"}
     assert "dense on loading" in {kernel["stored"] for kernel in sparse["kernels"]}
-    assert sparse["file_bytes"] < 0.5 * dense["file_bytes"]
+    assert sparse["file_bytes"] < 0.85 * dense["file_bytes"]  # most of the rest are the logits
     assert sparse["dense_bytes"] == pytest.approx(dense["file_bytes"], rel=0.01)
 
 
