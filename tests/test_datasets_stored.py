@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from test_experiments import asked_to_end
 
 from tscnc_tf.datasets import StoredImages, load
 from tscnc_tf.experiments import Recipe, open_stage, run
@@ -189,12 +190,17 @@ RECIPE = {
 }
 
 
-def test_an_experiment_ends_with_the_weights_that_arrays_give(tmp_path):
+def test_an_experiment_ends_with_the_weights_that_arrays_give(tmp_path, monkeypatch):
+    """Also if it is stopped within an epoch and goes on."""
     root = folder_of(tmp_path / "set", train=36)
     ends = []
     for stream in (True, False):
         changes = {"data.dataset": str(root), "data.stream": stream}
         settings = Recipe.from_dict(RECIPE).override(changes)
+        if stream:
+            with asked_to_end(monkeypatch, "train", 0, 1):
+                run(settings, tmp_path / str(stream), progress=False)
+            assert (tmp_path / str(stream) / "1-train" / "state-0-2").exists()
         folder = run(settings, tmp_path / str(stream), until="finetune", progress=False)
         ends.append(open_stage(folder / "3-finetune"))
     for one, other in zip(*(end.model.get_weights() for end in ends), strict=True):
