@@ -109,7 +109,7 @@ KINDS = {"TFRecord files": write_records, "Folders": write_folders}
 
 
 def images() -> Iterator[tuple[int, bytes]]:
-    """Yield 1,000 classes and encoded images, of which sets of any size are made."""
+    """Yield 1,000 pairs of a class and an encoded image, of which sets of any size are made."""
     rng = np.random.default_rng(0)
     for index in range(CLASSES * 100):
         stream = io.BytesIO()

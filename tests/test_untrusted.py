@@ -150,8 +150,7 @@ def test_layers_that_run_any_operation_or_method_are_refused(tmp_path):
 
 def test_the_name_of_a_file_says_how_it_is_read(tmp_path):
     """tf_keras reads whatever is not called .keras as HDF5, also if it is a zip archive as well."""
-    library = tf_keras
-    model = library.Sequential([library.Input((4,)), library.layers.Lambda(lambda x: 2 * x)])
+    model = tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Lambda(lambda x: 2 * x)])
     path = saved(model, tmp_path / "model.h5").rename(tmp_path / "model.hdf5")
     harmless = tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Dense(1)])
     with zipfile.ZipFile(saved(harmless, tmp_path / "other.keras")) as archive:

@@ -243,7 +243,8 @@ def require_memory(path: pathlib.Path, content: zipfile.ZipFile | int) -> None:
     if there is not None and size > there:
         raise TooLargeError(
             f"{path} unpacks to {size / 2**30:,.1f} GiB, and this machine has "
-            f"{there / 2**30:,.1f} GiB of memory: take a part of it, or images of a smaller size."
+            f"{there / 2**30:,.1f} GiB of memory: take a smaller file (of data a part, or smaller "
+            "images)."
         )
 
 

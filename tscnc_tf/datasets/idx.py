@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import pathlib
 import zlib
-from typing import BinaryIO
 
 import numpy as np
 
@@ -93,13 +93,13 @@ def _array(file: pathlib.Path, axes: int) -> np.ndarray:
         raise ValueError(f"{file} is damaged, or cut off: {error}.") from error
 
 
-def _opened(file: pathlib.Path) -> BinaryIO:
+def _opened(file: pathlib.Path) -> io.BufferedIOBase:
     with file.open("rb") as stream:
         is_packed = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(file) if is_packed else file.open("rb")  # type: ignore[return-value]
+    return gzip.open(file) if is_packed else file.open("rb")
 
 
-def _parsed(file: pathlib.Path, stream: BinaryIO, axes: int) -> np.ndarray:
+def _parsed(file: pathlib.Path, stream: io.BufferedIOBase, axes: int) -> np.ndarray:
     """Return the numbers of an open file; no more is unpacked than its header says."""
     size = 4 * (1 + axes)
     header = stream.read(size)

@@ -318,7 +318,7 @@ def _followed(opponent: Adversary, result: AttackResult) -> bool:
 def _is_within(inner: Adversary, outer: Adversary) -> bool:
     """Tell whether the ball of an attack lies within that of another, as far as they declare it."""
     if inner.epsilon is None or outer.epsilon is None:
-        return inner.epsilon is outer.epsilon
+        return inner.epsilon is None and outer.epsilon is None
     same = inner.description.get("norm") == outer.description.get("norm")
     return same and inner.epsilon <= outer.epsilon
 
@@ -341,18 +341,16 @@ def _order(
     weak: Adversary, strong: Adversary, results: Mapping[str, AttackResult]
 ) -> list[Finding]:
     """Return a finding if the weaker attack of two, by epsilon or steps, fools more examples."""
-    small, large = weak.epsilon, strong.epsilon
-    if small is None or large is None or small > large:
+    if weak.epsilon is None or not _is_within(weak, strong):
         return []
-    if weak.description.get("norm") != strong.description.get("norm"):
-        return []
+    same_ball = weak.epsilon == strong.epsilon
     one_step = weak.description.get("steps") == 1 and (strong.description.get("steps") or 0) > 1
-    if small == large and not one_step:
+    if same_ball and not one_step:
         return []
     ours, theirs = results[weak.name], results[strong.name]
     if theirs.accuracy - ours.accuracy <= _NOTABLE_GAIN:
         return []
-    reason = "with a smaller epsilon" if small < large else "with a single step"
+    reason = "with a single step" if same_ball else "with a smaller epsilon"
     return [
         Finding(
             "weaker-attack-wins",

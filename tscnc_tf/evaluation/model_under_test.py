@@ -169,4 +169,5 @@ def _is_breaking(node: Any) -> bool:
     if node.op == "Cast":
         source, goal = (tf.as_dtype(node.attr[name].type) for name in ("SrcT", "DstT"))
         return source.is_floating and goal.is_integer
-    return node.op in _BREAKING and not tf.as_dtype(node.attr["T"].type or 1).is_integer
+    kind = node.attr["T"].type  # 0 if it has none
+    return node.op in _BREAKING and not (kind and tf.as_dtype(kind).is_integer)
