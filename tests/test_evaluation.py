@@ -279,13 +279,6 @@ def test_report_as_a_table():
     assert any("worst case" in line for line in lines)
 
 
-def test_progress_does_not_write_unless_to_a_terminal(capfd):
-    evaluate_robustness(linear, X, Y, corner_attack(), progress=True)
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert "corner" not in captured.err
-
-
 # --- refusals -------------------------------------------------------------------------------------
 
 

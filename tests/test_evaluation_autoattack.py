@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import re
 
 import numpy as np
 import pytest
+import rich.console
 import tensorflow as tf
-from test_evaluation import BIAS, CLASSES, EPSILON, WEIGHTS, X, Y, linear, margins, quiet, robust
+from test_evaluation import (
+    BIAS,
+    CLASSES,
+    EPSILON,
+    WEIGHTS,
+    X,
+    Y,
+    best_corner,
+    linear,
+    margins,
+    quiet,
+    robust,
+)
 
 import tscnc_tf as tscnc
 from tscnc_tf import attacks, evaluation
@@ -368,6 +384,104 @@ def test_a_state_of_another_function_is_refused(tmp_path):
     quiet(linear, X, Y, attack, state_path=state)
     with pytest.raises(ValueError, match="of another model: its logits on the first examples"):
         quiet(lambda x: linear(x) * 1.1, X, Y, attack, state_path=state)
+
+
+# --- The bar ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The lines that the bar of an evaluation shows, as on a terminal, one for each change.
+
+    The clock goes on by 40 s with each batch.
+    """
+    shown = []
+
+    class Recorded(run_module.Progress):
+        def __init__(self, *columns, **options):
+            self.seconds = 0.0
+            super().__init__(*columns, **options, auto_refresh=False, get_time=lambda: self.seconds)
+
+        def record(self):
+            console = rich.console.Console(width=160, file=io.StringIO())
+            console.print(self.make_tasks_table(self.tasks))
+            shown.append(console.file.getvalue().strip())
+
+        def add_task(self, *arguments, **options):
+            task = super().add_task(*arguments, **options)
+            self.record()
+            return task
+
+        def update(self, *arguments, **options):
+            self.seconds += 40.0
+            super().update(*arguments, **options)
+            self.record()
+
+    monkeypatch.setattr(run_module, "Progress", Recorded)
+    return shown
+
+
+def columns(line):
+    """Return what a line of the bar says: attack, examples left, accuracy in %, and the time."""
+    pattern = r"(.+?) [━╸╺ ]+ (\d+) examples left, ([\d.]+)% robust so far ([\d:-]+)"
+    name, left, accuracy, time = re.fullmatch(pattern, line).groups()
+    return name, int(left), float(accuracy), time
+
+
+def test_the_bar_shows_attack_examples_left_robust_accuracy_so_far_and_time(lines):
+    opponents = {"first": best_corner(EPSILON), "second": best_corner(2 * EPSILON)}
+    evaluate_robustness(linear, X, Y, opponents, batch_size=80)
+    clean, number = robust(0.0), np.arange(len(X))
+    expected = []
+    for name, epsilon in (("first", EPSILON), ("second", 2 * EPSILON)):
+        for batch, time in enumerate(["-:--:--", "-:--:--", "0:01:20", "0:00:40", "0:00:00"]):
+            attacked = min(80 * batch, len(X))
+            right = clean & ((number >= attacked) | robust(epsilon))
+            expected.append((name, len(X) - attacked, round(100 * np.mean(right), 1), time))
+    assert [columns(line) for line in lines] == expected
+
+
+def test_the_bar_of_autoattack_goes_on_with_what_stands(lines, monkeypatch, tmp_path):
+    parts = (
+        attacks.FGSM(epsilon=EPSILON),
+        attacks.Custom(best_corner(EPSILON), epsilon=EPSILON, name="corner"),
+    )
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", parts)
+    monkeypatch.setattr("tscnc_tf.evaluation.state._SECONDS_BETWEEN_WRITES", 0.0)
+    options = {"epsilon": EPSILON, "batch_size": 100, "diagnose": False}
+    report = evaluate_robustness(linear, X, Y, **options)
+    [result] = report.attacks.values()
+    clean, robust_, stood = 270, int(np.sum(robust(EPSILON))), result.stages[1].examples
+    assert robust_ < stood < clean
+    shown = [columns(line)[:3] for line in lines]
+    first, second = ([each for each in shown if each[0] == part.name] for part in parts)
+    assert [left for _, left, _ in first] == [270, 170, 70, 0]
+    assert [left for _, left, _ in second] == [max(stood - 100 * i, 0) for i in range(len(second))]
+    assert first[0][2] == 90.0 and first[-1][2] == second[0][2] == round(stood / 3, 1)
+    assert second[-1][2] == round(robust_ / 3, 1)
+    # One that was stopped goes on where it was.
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 2)
+        evaluate_robustness(linear, X, Y, state_path=tmp_path / "state.json", **options)
+    lines.clear()
+    evaluate_robustness(linear, X, Y, state_path=tmp_path / "state.json", **options)
+    assert [columns(line)[:3] for line in lines] == shown[2:]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "is_shown"),
+    [(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_a_bar_is_written_to_a_terminal_only(monkeypatch, capsys, terminal, progress, is_shown):
+    """To stderr, while it runs: in the end nothing is left of it."""
+    monkeypatch.setattr(
+        run_module, "Console", functools.partial(rich.console.Console, force_terminal=terminal)
+    )
+    evaluate_robustness(linear, X, Y, attacks.FGSM(epsilon=EPSILON), progress=progress)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("FGSM linf 0.05" in captured.err) == is_shown
+    assert (captured.err != "") == is_shown
 
 
 # --- Curves -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -231,7 +232,7 @@ def _examples(
         x, y = _materialised(x)
     elif y is None:
         raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
-    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32)
+    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32, copy=False)
     labels, width = _checks.class_indices("y", y)
     if len(labels) != len(inputs):
         raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
@@ -257,6 +258,25 @@ def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("x is empty: the dataset has no batches.")
     inputs, labels = zip(*batches, strict=True)
     return np.concatenate(inputs), np.concatenate(labels)
+
+
+def _bar(*, shown: bool) -> Progress:
+    """Return a bar on stderr, which writes nothing unless that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[left]} examples left, {task.fields[accuracy]:.1%} robust so far"),
+        TimeRemainingColumn(),
+    )
+    return Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+        # The default is 30 s, within which there may be no batch: then no time would be shown.
+        speed_estimate_period=math.inf,
+    )
 
 
 def _sources(opponents: Sequence[Adversary]) -> list[Source]:
@@ -304,15 +324,7 @@ class _Evaluation:
         self, opponents: Sequence[Adversary], state: EvaluationState, *, progress: bool
     ) -> dict[str, AttackResult]:
         """Return what all attacks do, by their names."""
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[left]} examples left, {task.fields[accuracy]:.1%}"),
-            TimeRemainingColumn(),
-        )
-        hidden = not (progress and console.is_terminal)
-        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        with _bar(shown=progress) as bar:
             return {opponent.name: self._attack(opponent, state, bar) for opponent in opponents}
 
     def probe(
@@ -355,7 +367,7 @@ class _Evaluation:
             chosen = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
             todo = list(enumerate(chosen))[so_far.batch :]
             task = bar.add_task(
-                part.name, total=len(chosen), completed=so_far.batch, left=0, accuracy=0
+                part.name, total=len(chosen), completed=so_far.batch, **self._shown(so_far, chosen)
             )
             batches = (
                 (self._inputs[each], self._labels[each], (self._seed, index))
@@ -370,8 +382,7 @@ class _Evaluation:
                 now = time.perf_counter()
                 so_far.part_seconds, begin = so_far.part_seconds + now - begin, now
                 state.save()
-                left = int(np.sum(so_far.correct))
-                bar.update(task, advance=1, left=left, accuracy=left / len(start))
+                bar.update(task, advance=1, **self._shown(so_far, chosen))
             bar.remove_task(task)
             if opponent.parts:
                 fooled = int(np.sum(so_far.before & ~so_far.correct))
@@ -390,6 +401,13 @@ class _Evaluation:
             tied=int(np.sum(so_far.tied)),
             stages=tuple(so_far.stages),
         )
+
+    def _shown(self, so_far: AttackProgress, batches: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return what the bar says: how many examples are not attacked yet, and the accuracy."""
+        return {
+            "left": sum(map(len, batches[so_far.batch :])),
+            "accuracy": float(np.mean(so_far.correct & self._clean)),
+        }
 
     def _parts(self, opponent: Adversary) -> list[Adversary]:
         """Return the attacks to run: of an ensemble those that the model allows."""
