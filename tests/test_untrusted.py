@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import zipfile
@@ -173,6 +174,223 @@ def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(library, tmp_pat
     files.load_model(path)
     monkeypatch.setattr("tscnc_tf._files.memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"model\.keras unpacks to 0\.0 GiB, and this machine has"):
+        files.load_model(path)
+
+
+def dense_kernel(file):
+    """Return the group, and the name in it, of the dense layer's kernel in an HDF5 file."""
+    found = []
+
+    def look(name, thing):
+        if isinstance(thing, h5py.Dataset) and thing.shape == (4, 3):
+            found.append(name)
+
+    file.visititems(look)
+    (name,) = found
+    return file[name].parent, name.rpartition("/")[2]
+
+
+def replaced_by(make):
+    """Return a change of a file that has something else in the place of the kernel."""
+
+    def change(file):
+        group, name = dense_kernel(file)
+        del group[name]
+        make(group, name)
+
+    return change
+
+
+def by_low_level(group, name, setting):
+    """Write a kernel whose creation has a setting of HDF5's."""
+    created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    setting(created)
+    space = h5py.h5s.create_simple((4, 3))
+    h5py.h5d.create(group.id, name.encode(), h5py.h5t.NATIVE_FLOAT, space, created)
+    group[name][...] = 1.0
+
+
+def odd_filter(created):
+    created.set_chunk((4, 3))
+    created.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (3,))  # Zstandard's
+
+
+def virtual(group, name):
+    layout = h5py.VirtualLayout((4, 3), "f4")
+    layout[...] = h5py.VirtualSource("/etc/passwd", "x", (4, 3))
+    group.create_virtual_dataset(name, layout)
+
+
+def second_name(file):
+    group, name = dense_kernel(file)
+    group["again"] = group[name]
+
+
+def cycle(file):
+    file["around"] = file["/"]
+
+
+def texts(group, name):
+    group.create_dataset(name, data=["a"] * 12, dtype=h5py.string_dtype())
+
+
+PASSWORDS = [("/etc/passwd", 0, 48)]
+PLANTED = {
+    "a terabyte that is not there": (
+        replaced_by(lambda group, name: group.create_dataset(name, (10**12,), "f4")),
+        "has 4,000,000,000,000 bytes, of which 0 are stored",
+    ),
+    "a terabyte of one value, packed": (
+        replaced_by(
+            lambda group, name: group.create_dataset(
+                name, (10**12,), "f4", chunks=(10**6,), compression="gzip"
+            )
+        ),
+        "has 4,000,000,000,000 bytes, of which 0 are stored",
+    ),
+    "a chunk of gigabytes": (
+        replaced_by(
+            lambda group, name: group.create_dataset(
+                name, (1,), "f4", chunks=(10**9,), maxshape=(None,), compression="gzip"
+            )
+        ),
+        "has 4,000,000,000 bytes, of which 0 are stored",
+    ),
+    "another file as storage": (
+        replaced_by(
+            lambda group, name: group.create_dataset(name, (4, 3), "f4", external=PASSWORDS)
+        ),
+        "has its values in another file",
+    ),
+    "a virtual dataset": (replaced_by(virtual), "has its values in another file"),
+    "a link to another file": (
+        replaced_by(
+            lambda group, name: group.__setitem__(name, h5py.ExternalLink("/etc/passwd", "/x"))
+        ),
+        "a link to /x elsewhere",
+    ),
+    "a soft link": (
+        replaced_by(lambda group, name: group.__setitem__(name, h5py.SoftLink("/elsewhere"))),
+        "a link to /elsewhere elsewhere",
+    ),
+    "a filter that is a library": (
+        replaced_by(lambda group, name: by_low_level(group, name, odd_filter)),
+        "is packed by a filter that HDF5 does not bring along, 32015",
+    ),
+    "texts": (replaced_by(texts), "has values of variable length"),
+    "a second name": (second_name, "has several names"),
+    "a cycle": (cycle, "/ has several names"),
+}
+
+
+def plant(path, change):
+    """Change the weights in a file of Keras."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            change(file)
+        return path
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    weights = io.BytesIO(content["model.weights.h5"])
+    with h5py.File(weights, "r+") as file:
+        change(file)
+    content["model.weights.h5"] = weights.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory):
+    """The content of a file of a dense layer, by the name of its Keras and its format."""
+    folder = tmp_path_factory.mktemp("ordinary")
+    found = {}
+    for flavour, library in FLAVOURS.items():
+        model = library.Sequential([library.Input((4,)), library.layers.Dense(3)])
+        for suffix in (".keras", ".h5"):
+            path = saved(model, folder / f"{flavour}{suffix}")
+            found[library, suffix] = path.read_bytes()
+    return found
+
+
+@every_flavour
+@every_format
+@pytest.mark.parametrize("case", PLANTED)
+def test_weights_that_are_not_in_the_file_are_refused(case, library, suffix, tmp_path, ordinary):
+    change, words = PLANTED[case]
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(ordinary[library, suffix])
+    files.load_model(path)
+    with pytest.raises(ValueError, match=rf"model\{suffix} has weights as Keras .*{words}"):
+        files.load_model(plant(path, change))
+
+
+@every_flavour
+@every_format
+def test_weights_that_are_packed_are_loaded(library, suffix, tmp_path, ordinary):
+    """By filters that come along with HDF5, whatever they shrink a thousand zeros to."""
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(ordinary[library, suffix])
+    before = files.load_model(path).get_weights()
+
+    def change(file):
+        group, name = dense_kernel(file)
+        values = group[name][...]
+        del group[name]
+        options = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+        group.create_dataset(name, data=values, chunks=(2, 3), **options)
+
+    after = files.load_model(plant(path, change)).get_weights()
+    np.testing.assert_array_equal(after[0], before[0])
+    with h5py.File(io.BytesIO(), "w") as file:
+        zeros = np.zeros(10**7, np.float32)
+        packed = file.create_dataset("zeros", data=zeros, chunks=(10**6,), compression=9)
+        assert packed.nbytes / packed.id.get_storage_size() > 900
+        assert files._fault(packed) == ""
+
+
+@every_flavour
+@pytest.mark.parametrize("names", ["layer_names", "weight_names"])
+def test_weights_that_a_file_names_again_and_again_are_refused(names, library, tmp_path, ordinary):
+    path = tmp_path / "model.h5"
+    path.write_bytes(ordinary[library, ".h5"])
+
+    def change(file):
+        for group in file["model_weights"], *file["model_weights"].values():
+            if len(group.attrs.get(names, ())):
+                first = np.array(group.attrs[names], "S")[:1]
+                group.attrs[names] = np.concatenate([first, [b"./" + first[0]]])
+
+    with pytest.raises(ValueError, match="it names a layer or weight twice"):
+        files.load_model(plant(path, change))
+
+
+def test_a_model_without_weights_in_hdf5_is_none(tmp_path, ordinary):
+    """Keras would read arrays of NumPy's then, which neither Keras writes without pickling."""
+    path = tmp_path / "model.keras"
+    path.write_bytes(ordinary[keras, ".keras"])
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name.replace(".h5", ".npz"), data)
+    with pytest.raises(ValueError, match=r"no item named 'model\.weights\.h5' in the archive"):
+        files.load_model(path)
+
+
+def test_weights_larger_than_the_memory_are_refused(tmp_path, ordinary, monkeypatch):
+    """As packed ones can be, that are in the file."""
+    path = tmp_path / "model.h5"
+    path.write_bytes(ordinary[tf_keras, ".h5"])
+
+    def change(file):
+        file.create_dataset("more", data=np.zeros(10**6, np.float32), compression="gzip")
+
+    files.load_model(plant(path, change))
+    monkeypatch.setattr("tscnc_tf._files.memory", lambda: 10**6)
+    assert path.stat().st_size < 10**5
+    with pytest.raises(ValueError, match=r"model\.h5 unpacks to 0\.0 GiB, and this machine has"):
         files.load_model(path)
 
 

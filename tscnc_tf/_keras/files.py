@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import io
 import json
+import math
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -49,6 +51,12 @@ _OPERATIONS = ("TFOpLambda", "SlicingOpLambda")  # layers that call a function o
 # Layers that run any operation by its definition, or any method of a class.
 _ANY_OPERATION = ("TensorFlowOpLayer", "ClassMethod")
 _HDF5 = (".h5", ".hdf5")
+_WEIGHTS = "model.weights.h5"  # in a .keras file
+# Filters that HDF5 and h5py bring along; others are libraries that HDF5 looks for on the disk.
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE} | {
+    *(h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF),
+}
+_SHRINKS = 1100  # times at most, where values are packed: DEFLATE stays below 1033
 # What `Lambda` says of its functions in its configuration, and of those that are written in Python.
 _LAMBDAS = ("function_type", "output_shape_type", "mask_type")
 _PYTHON = ("lambda", "function")
@@ -59,10 +67,11 @@ def load_model(path: pathlib.Path) -> Any:
 
     Keras' own safe mode refuses Python lambdas in `.keras` files. tf_keras applies it neither to
     `.h5` files nor to functions that a file names, of any module; so these are looked at first.
+    So are the weights, of both Kerases: see `_require_stored`.
 
     Raises:
-        ValueError: it is no such file, unpacks to more than there is memory, or holds or names
-            code.
+        ValueError: it is no such file, unpacks to more than there is memory, holds or names
+            code, or says that it holds weights which are not in it.
     """
     config, version = _read(path)
     if version.startswith("3."):
@@ -84,6 +93,7 @@ def _read(path: pathlib.Path) -> tuple[Any, str]:
     try:
         if path.suffix in _HDF5:
             with h5py.File(path) as file:
+                _require_stored(path, file)
                 config, version = (
                     np.asarray(file.attrs[name]).astype(str).item()
                     for name in ("model_config", "keras_version")
@@ -91,12 +101,94 @@ def _read(path: pathlib.Path) -> tuple[Any, str]:
             return json.loads(config), version
         with zipfile.ZipFile(path) as archive:
             _files.require_memory(path, archive)
+            with h5py.File(io.BytesIO(archive.read(_WEIGHTS))) as file:
+                _require_stored(path, file)
             version = json.loads(archive.read("metadata.json"))["keras_version"]
             return json.loads(archive.read("config.json")), version
-    except _files.TooLargeError:
+    except (_files.TooLargeError, _NotStoredError):
         raise
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a model in a .keras or .h5 file: {error}") from error
+
+
+class _NotStoredError(ValueError):
+    """An HDF5 file says that it holds what is not in it, or is there once for several names."""
+
+
+def _require_stored(path: pathlib.Path, file: h5py.File) -> None:
+    """Raise unless the weights that an HDF5 file names are in it, each once.
+
+    Of a few bytes Keras would else make as many weights as the memory takes, or more; and it would
+    read other files of this machine.
+
+    Args:
+        path: for the messages.
+        file: open; no values are read.
+
+    Raises:
+        TooLargeError: they are larger than the memory.
+        _NotStoredError: they are not; the message says which.
+    """
+    groups: list[h5py.Group] = []
+    datasets: list[h5py.Dataset] = []
+    reason, pending = "", [file["/"]]
+    while pending and not reason:
+        there = pending.pop()
+        if reason := _fault(there):
+            reason = f"{there.name} {reason}"
+        elif isinstance(there, h5py.Dataset):
+            datasets.append(there)
+        elif isinstance(there, h5py.Group):
+            groups.append(there)
+            links = {name: there.get(name, getlink=True) for name in there}
+            for name, link in links.items():
+                if not isinstance(link, h5py.HardLink):
+                    reason = f"{there.name} has {name}, a link to {link.path} elsewhere"
+            if not reason:
+                pending.extend(there[name] for name in links)
+    if not reason:  # what a name leads to is looked at only now that there are no links
+        named = [address for group in groups for address in _named(group)]
+        reason = "it names a layer or weight twice" if len(set(named)) < len(named) else ""
+    if reason:
+        raise _NotStoredError(
+            f"{path} has weights as Keras does not write them: {reason}. It is not loaded. If you "
+            "trust whoever has made it, load it by Keras' own load_model, and pass the model."
+        )
+    _files.require_memory(path, sum(_sizes(dataset)[0] for dataset in datasets))
+
+
+def _fault(there: Any) -> str:
+    """Return what Keras does not write in a group or dataset of an HDF5 file, "" for nothing."""
+    if h5py.h5o.get_info(there.id).rc > 1:
+        return "has several names"
+    if not isinstance(there, h5py.Dataset):
+        return ""
+    if there.external or there.is_virtual:
+        return "has its values in another file or dataset"
+    if there.dtype.hasobject:
+        return "has values of variable length"
+    created = there.id.get_create_plist()
+    filters = {created.get_filter(index)[0] for index in range(created.get_nfilters())}
+    if unknown := filters - _FILTERS:
+        return f"is packed by a filter that HDF5 does not bring along, {min(unknown)}"
+    unpacked, stored = _sizes(there)
+    if unpacked > stored * (_SHRINKS if filters else 1):
+        return f"has {unpacked:,} bytes, of which {stored:,} are stored"
+    return ""
+
+
+def _sizes(dataset: h5py.Dataset) -> tuple[int, int]:
+    """Return the bytes that reading a dataset takes, at least a chunk, and those in the file."""
+    counts = [math.prod(shape) for shape in (dataset.shape, dataset.chunks) if shape is not None]
+    return max(counts, default=0) * dataset.dtype.itemsize, dataset.id.get_storage_size()
+
+
+def _named(group: h5py.Group) -> Iterator[int]:
+    """Yield the addresses of what Keras reads of a group in an `.h5` file."""
+    for key in group.attrs:
+        if key.startswith(("layer_names", "weight_names")):
+            for name in group.attrs[key]:
+                yield h5py.h5o.get_info(group[name].id).addr
 
 
 def _mappings(config: Any) -> Iterator[dict[str, Any]]:
