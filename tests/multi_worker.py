@@ -94,15 +94,20 @@ class Lost(tf_keras.callbacks.Callback):
             os._exit(EXIT_CODE)
 
 
-def refused(strategy: tf.distribute.Strategy) -> str:
-    """Return what is said where two workers are to train a model of Keras 3."""
+def refused(strategy: tf.distribute.Strategy) -> list[str]:
+    """Return what is said where two workers are to prune or train a model of Keras 3."""
+    said = []
     with strategy.scope():
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-        try:
-            tscnc.prune(model, tscnc.schedules.OneShot(0.5))
-        except NotImplementedError as error:
-            return str(error)
-    return ""
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name="small")
+        for use in (
+            lambda: tscnc.prune(model, tscnc.schedules.OneShot(0.5)),
+            lambda: tscnc.AdversarialTraining(model, attack=tscnc.attacks.FGSM(epsilon=0.1)),
+        ):
+            try:
+                use()
+            except NotImplementedError as error:
+                said.append(str(error))
+    return said
 
 
 def main(index: int, port: int, folder: pathlib.Path, stage: str) -> None:
@@ -114,7 +119,7 @@ def main(index: int, port: int, folder: pathlib.Path, stage: str) -> None:
     if stage == "first":
         for case in CASES:
             np.savez(folder / f"{case}-{index}.npz", *train(case, strategy))
-        (folder / f"refused-{index}.txt").write_text(refused(strategy))
+        (folder / f"refused-{index}.json").write_text(json.dumps(refused(strategy)))
     callbacks = [
         tf_keras.callbacks.BackupAndRestore(str(folder / "backup")),
         Record(folder / f"epochs-{stage}-{index}.txt"),

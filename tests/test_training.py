@@ -451,6 +451,25 @@ def test_xla_under_a_strategy_of_one_device(kind, strategy):
     assert np.mean(plain[0] == 0) > 0.5
 
 
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_xla_on_several_cpu_devices_is_refused(library):
+    with two_devices().scope():
+        model = dense_model(library)
+        trainer = trainer_for(model, jit_compile=True)
+        model.compile("sgd", "mse", jit_compile=True)
+    before = model.get_weights()
+    for use in (trainer.fit, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"jit_compile must be False on several CPU .* with 2"):
+            use(*blobs(32), verbose=0)
+    assert_same(before, model.get_weights())
+    trainer.jit_compile = False
+    trainer.fit(*blobs(32), verbose=0)
+    # Of any Keras model: once this is trained, the refusal may go.
+    x, _ = blobs(32)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"resource .* located in device"):
+        model.fit(x, np.zeros((32, 3), np.float32), verbose=0)
+
+
 def test_a_checkpoint_written_at_any_moment_holds_the_zeros_of_its_masks(tmp_path, kind):
     model = kind.pruned_conv()
     trainer = trainer_for(model)

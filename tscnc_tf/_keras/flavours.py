@@ -216,6 +216,24 @@ def require_one_worker(model: Any) -> None:
         )
 
 
+def require_xla(model: Any) -> None:
+    """Raise if XLA is to compile the steps of a model that is mirrored on several CPU devices.
+
+    Raises:
+        ValueError: it is to.
+    """
+    if not (model.jit_compile and is_distributed(model)):
+        return
+    devices = model.distribute_strategy.extended.worker_devices
+    kinds = {tf.DeviceSpec.from_string(device).device_type for device in devices}
+    if len(devices) > 1 and kinds == {"CPU"}:
+        raise ValueError(
+            f"jit_compile must be False on several CPU devices, got True with {len(devices)}: what "
+            "XLA compiles runs on one of them and finds variables of another in it, whatever the "
+            "Keras model. Leave jit_compile out, or train on one device."
+        )
+
+
 def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
     """Return the sums of tensors over all replicas, where this is the code of one of several."""
     context = tf.distribute.get_replica_context()

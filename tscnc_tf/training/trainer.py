@@ -249,8 +249,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Train as `Model.fit` does; arrays are checked first.
 
         Raises:
-            ValueError: the trainer is not compiled, `x` is empty or outside the attack's bounds, or
-                a label is out of range.
+            ValueError: the trainer is not compiled, `x` is empty or outside the attack's bounds, a
+                label is out of range, or XLA is asked for on several CPU devices.
         """
         if getattr(self, "optimizer", None) is None:
             raise ValueError(
@@ -292,6 +292,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         begin: Callable[[], None] = lambda: None,
     ) -> Any:
         """Let Keras compile a step, unless there is one already; return it, as it is called."""
+        flavours.require_xla(self)
         if getattr(self, name) is None or force:
             with self._at_work():
                 make(force=True)
