@@ -102,3 +102,52 @@ def test_what_was_stopped_goes_on(report, networks, tmp_path, monkeypatch):
         patch.setattr(run_module._Evaluation, "_count", stop)
         report(mirrored, state_path=path)
     assert report(mirrored, state_path=path) == report(one)
+
+
+def test_autoattack_fools_the_same_also_if_it_was_stopped(
+    rng, networks, seen, tmp_path, monkeypatch
+):
+    """All of its kinds of attacks, shortened; stopped and continued on two devices."""
+    one, mirrored = networks
+    x = rng.random((40, 6)).astype("float32")
+    y = np.argmax(one(x), axis=1)
+    ball = {"epsilon": 0.05}
+    parts = (
+        attacks.APGD(steps=3, **ball),
+        attacks.APGD(loss="targeted_dlr", steps=2, **ball),
+        attacks.FAB(steps=2, **ball),
+        attacks.Square(queries=10, **ball),
+    )
+    monkeypatch.setattr(attacks.AutoAttack, "attacks", parts)
+    monkeypatch.setattr(state, "_SECONDS_BETWEEN_WRITES", 0.0)
+    count, stop_at = run_module._Evaluation._count, [(parts[2].name, 1)]
+
+    def stop(self, part, result, index, *rest):
+        if (part.name, index) in stop_at:
+            stop_at.clear()
+            raise KeyboardInterrupt
+        count(self, part, result, index, *rest)
+
+    def evaluate(model, **options):
+        options = {"batch_size": 8, "seed": 3, "diagnose": False, "progress": False, **options}
+        found = evaluation.evaluate_robustness(model, x, y, attacks.AutoAttack(**ball), **options)
+        (result,) = found.attacks.values()
+        stages = [(part.name, part.examples, part.fooled) for part in result.stages]
+        return stages, result.correct.tolist(), result.largest_distance, result.tied
+
+    alone = evaluate(one)
+    assert seen == []
+    stages = alone[0]
+    assert [name for name, *_ in stages] == [part.name for part in parts]
+    assert all(examples > 16 for _, examples, _ in stages)  # more batches than devices
+    assert stages[0][2] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module._Evaluation, "_count", stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(mirrored, state_path=tmp_path / "state.json")
+        before = len(seen)
+        assert evaluate(mirrored, state_path=tmp_path / "state.json") == alone
+    assert {(replica, device) for replica, _, device in seen} == {(0, "CPU:0"), (1, "CPU:1")}
+    # One batch of the third is counted before the stop: all others of it are attacked afterwards.
+    batches = [-(-examples // 8) for _, examples, _ in stages]
+    assert len(seen) - before == batches[2] - 1 + batches[3]
