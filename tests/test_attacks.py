@@ -177,6 +177,10 @@ def test_admission_of_the_object(make):
             attack.get_config()
     else:
         assert type(attack).from_config(json.loads(json.dumps(attack.get_config()))) == attack
+        for library in (keras, tf_keras):  # as a saved trainer holds it
+            saved = json.loads(json.dumps(library.saving.serialize_keras_object(attack)))
+            assert saved["registered_name"] == f"tscnc_tf>{type(attack).__name__}"
+            assert library.saving.deserialize_keras_object(saved) == attack
 
 
 @every_attack

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 from tscnc_tf import losses
 from tscnc_tf.losses import MART, RSLAD, TRADES, Madry, RobustLoss
@@ -330,6 +332,10 @@ def test_the_list_of_losses_is_complete():
 def test_losses_are_frozen_and_survive_json(loss):
     assert type(loss).from_config(json.loads(json.dumps(loss.get_config()))) == loss
     assert hash(loss) == hash(type(loss)(**loss.get_config()))
+    for library in (keras, tf_keras):  # as a saved trainer holds it
+        saved = json.loads(json.dumps(library.saving.serialize_keras_object(loss)))
+        assert saved["registered_name"] == f"tscnc_tf>{type(loss).__name__}"
+        assert library.saving.deserialize_keras_object(saved) == loss
     with pytest.raises(AttributeError):
         loss.beta = 3.0
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self, final
 
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _keras
 from tscnc_tf.attacks.pgd import Ascent, GradientAttack, Plan, effort
 from tscnc_tf.attacks.search import (
     TARGET_CLASSES,
@@ -73,6 +73,7 @@ class _State(NamedTuple):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class APGD(Search, GradientAttack):
     r"""Auto-PGD: projected gradient ascent with momentum and a step size that adapts itself.

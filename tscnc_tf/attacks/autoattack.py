@@ -20,6 +20,7 @@ VERSIONS = ("standard", "plus", "rand")
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):
     """AutoAttack: four or more attacks, each run on the examples that the ones before left.

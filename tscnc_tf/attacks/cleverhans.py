@@ -53,6 +53,7 @@ _KINDS = {
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleverHans(Attack):
     """An attack of the library CleverHans (`cleverhans.tf2.attacks`), by its name there.

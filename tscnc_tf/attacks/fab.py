@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, final
 
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _keras
 from tscnc_tf.attacks.pgd import Ascent, classes_of, effort
 from tscnc_tf.attacks.search import TARGET_CLASSES, Draws, Examples, Search, choose, column, like
 from tscnc_tf.functional import balls
@@ -40,6 +40,7 @@ class _State(NamedTuple):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FAB(Search):
     r"""The fast adaptive boundary attack, which looks for the nearest adversarial example.

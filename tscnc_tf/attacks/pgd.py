@@ -458,6 +458,7 @@ def classes_of(logits: tf.Tensor) -> Any:
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FGSM(GradientAttack):
     r"""The fast gradient method: one step of length epsilon from x.
@@ -503,6 +504,7 @@ class FGSM(GradientAttack):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PGD(GradientAttack):
     r"""Projected gradient ascent in the ball.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks
+from tscnc_tf import _checks, _keras
 from tscnc_tf.attacks.pgd import Ascent, effort
 from tscnc_tf.attacks.search import Draws, Examples, Search, choose, column, like
 
@@ -46,6 +46,7 @@ class _Windows(NamedTuple):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Square(Search):
     r"""The square attack: random changes in windows of the input, kept where they help.

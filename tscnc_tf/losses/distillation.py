@@ -14,6 +14,7 @@ from tscnc_tf.losses.terms import kl_divergence, lifted
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True)
 class RSLAD(RobustLoss):
     r"""Robust soft labels: a robust teacher's clean output is the target, clean and adversarial.

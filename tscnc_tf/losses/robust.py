@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 
 import tensorflow as tf
 
-from tscnc_tf import _checks, _configs
+from tscnc_tf import _checks, _configs, _keras
 from tscnc_tf.losses.terms import cross_entropy, is_true_class, kl_divergence, lifted
 
 
@@ -56,6 +56,7 @@ class RobustLoss(_configs.Configurable, abc.ABC):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True)
 class TRADES(RobustLoss):
     r"""TRADES: accuracy on clean inputs, and an output that does not move nearby.
@@ -96,6 +97,7 @@ class TRADES(RobustLoss):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True)
 class Madry(RobustLoss):
     r"""Adversarial training: cross-entropy on the adversarial example alone.
@@ -118,6 +120,7 @@ class Madry(RobustLoss):
 
 
 @final
+@_keras.register
 @dataclasses.dataclass(frozen=True)
 class MART(RobustLoss):
     r"""MART: adversarial training that weights the KL divergence by the error on the clean example.

@@ -25,11 +25,6 @@ LOGS = (
 )
 
 
-# A saved trainer holds its attack and its loss, which themselves are registered in no Keras.
-for _part in (attacks.FGSM, attacks.PGD, losses.TRADES, losses.Madry, losses.MART, losses.RSLAD):
-    _keras.register(_part)
-
-
 _Base: Any = object  # The subclasses at the end of this file put a Keras model in its place.
 
 
