@@ -4,9 +4,9 @@ Families live in their modules; the most used functions and the one model are at
 
     import tscnc_tf as tscnc
 
-* `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.callbacks`,
-  `tscnc.pruning`, `tscnc.gates`, `tscnc.inspection`, `tscnc.applications`, `tscnc.datasets`,
-  `tscnc.experiments`
+* `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.training`,
+  `tscnc.callbacks`, `tscnc.pruning`, `tscnc.gates`, `tscnc.inspection`, `tscnc.evaluation`,
+  `tscnc.export`, `tscnc.applications`, `tscnc.datasets`, `tscnc.experiments`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
   `tscnc.evaluate_robustness`
 * `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each
@@ -21,13 +21,16 @@ from tscnc_tf import (
     attacks,
     callbacks,
     datasets,
+    evaluation,
     experiments,
+    export,
     functional,
     gates,
     inspection,
     losses,
     pruning,
     regularizers,
+    training,
 )
 from tscnc_tf.evaluation import EvaluationWarning, RobustnessReport, evaluate_robustness
 from tscnc_tf.export import (
@@ -60,7 +63,9 @@ __all__ = [
     "callbacks",
     "datasets",
     "evaluate_robustness",
+    "evaluation",
     "experiments",
+    "export",
     "export_litert",
     "export_onnx",
     "export_saved_model",
@@ -77,6 +82,7 @@ __all__ = [
     "regularizers",
     "schedules",
     "strip",
+    "training",
 ]
 
 

@@ -74,7 +74,7 @@ class EnsemblePart(_reports.Record):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttackResult:
-    """What one attack did.
+    """What one attack of an evaluation did.
 
     Attributes:
         name: of the attack, unique within the report.
