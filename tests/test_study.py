@@ -308,6 +308,50 @@ def content(run, **values):
     return {**dict(zip(PLACE, run.place, strict=True)), **values}
 
 
+def test_what_is_done_is_entered_when_the_command_is_interrupted(tmp_path, monkeypatch):
+    """By Ctrl-C, which SIGTERM is like on Ray, in the middle of a group."""
+    read(tmp_path, TINY)
+    done = []
+
+    def finished(run, scratch):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(run.place)
+        work.folder_of(run, scratch).mkdir(parents=True)
+        return content(run)
+
+    monkeypatch.setattr(work, "finished", finished)
+    options = ["--plan", tmp_path / "tiny.yaml", "--results", tmp_path, "--scratch", tmp_path]
+    with pytest.raises(KeyboardInterrupt):
+        main(["run", *map(str, options)])
+    rows = table.read(tmp_path / "tiny.csv")
+    assert sorted(tuple(row[name] for name in PLACE) for row in rows) == sorted(done)
+    assert not list((tmp_path / "tiny" / "results").glob("*/*.json"))
+
+
+def test_results_can_be_read_while_another_process_enters_them(plan, tmp_path, monkeypatch):
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    one, two, three = itertools.islice(plan.runs({}), 3)
+    for run in (one, two, three):
+        store.add(run, content(run))
+    original, moments = table.read_json, [0, 1]
+
+    def slow(file, way_out):
+        if moments.pop(0) == 0:
+            return original(file, way_out)  # one file is read, then the other process comes
+        with monkeypatch.context() as patch:
+            patch.setattr(table, "read_json", original)
+            store.enter()
+        patched.undo()
+        return original(file, way_out)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(table, "read_json", slow)
+        found = store.read()
+    assert not list(store.fresh.glob("*/*.json"))
+    assert sorted(found) == sorted(run.place for run in (one, two, three))
+
+
 def test_a_damaged_result_is_named(plan, tmp_path):
     store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
     run = next(plan.runs({}))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -228,22 +235,39 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore")  # of Ray's own
-def test_on_ray_runs_end_as_in_this_process(tmp_path, request):
-    """Two runs that share a dense network, and one that fails, in processes of Ray's."""
+@pytest.fixture(scope="module")
+def own_ray():
+    """Ray, so that it starts a cluster of its own: none that runs here already is found."""
     ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_TMPDIR", folder)  # in a short path, which sockets need
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_of_one_core(own_ray):
+    """Ray with one core, so that one process imports TensorFlow."""
+    own_ray.init(num_cpus=1, logging_level="ERROR", log_to_driver=False)
+    return own_ray
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_what_no_machine_has_is_refused(tmp_path, own_ray):
+    words = r"what one machine of Ray has, got 1 and 99; there are \d"
+    with pytest.raises(ValueError, match=words):
+        sweep(Sweep({"layer": tiny()}), tmp_path, engine="ray", gpus=99)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_on_ray_runs_end_as_in_this_process(tmp_path, ray_of_one_core):
+    """Two runs that share a dense network, and one that fails, in processes of Ray's."""
     recipes = {
         "layer": tiny(),
         "global": tiny(**{"prune.scope": "global"}),
         "bad": tiny(**{"prune.layers": "nothing*"}),
     }
-    with pytest.raises(
-        ValueError, match=r"what one machine of Ray has, got 1 and 99; there are \d"
-    ):
-        sweep(Sweep(recipes), tmp_path / "ray", engine="ray", gpus=99)
-    # Of one core, so that one process imports TensorFlow.
-    request.addfinalizer(ray.shutdown)
-    ray.init(num_cpus=1, logging_level="ERROR", log_to_driver=False)
     report = sweep(Sweep(recipes), tmp_path / "ray", engine="ray", progress=False)
     assert [row["name"] for row in report.rows] == ["layer", "global"]
     assert list(report.failed) == ["bad/seed-0"]
@@ -259,3 +283,44 @@ def test_on_ray_runs_end_as_in_this_process(tmp_path, request):
     )
     for mine, theirs in zip(*models, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def note(place):
+    """Leave a file; once it is interrupted, another one."""
+    place.with_suffix(".begun").touch()
+    try:
+        while True:  # in steps, as a training: Ray waits for the interpreter
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        place.with_suffix(".ended").touch()
+        raise
+
+
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_sigterm_ends_tasks_of_ray_before_this_process(tmp_path, ray_of_one_core):
+    """Ray's own handler would end Ray, and this process before it has entered what is done."""
+    ray_of_one_core.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    before = signal.getsignal(signal.SIGTERM)
+    calls = {
+        "short": engines.Call(os.getcwd, ()),
+        "long": engines.Call(note, (tmp_path / "long",)),
+        "waiting": engines.Call(note, (tmp_path / "waiting",)),
+    }
+
+    def send():
+        while not (tmp_path / "long.begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = []
+    thread = threading.Thread(target=send)
+    thread.start()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        contextlib.closing(engines.run(calls, "ray")) as running,
+    ):
+        ended.extend(running)
+    thread.join()
+    assert ended == [("short", "")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.begun", "long.ended"]
+    assert signal.getsignal(signal.SIGTERM) == before

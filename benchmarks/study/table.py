@@ -11,6 +11,7 @@ moves what is there into the table.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -44,9 +45,11 @@ class Store:
         Raises:
             ValueError: the table or a file is damaged.
         """
-        found = read(self.table)
-        files = self.fresh.glob("*/*.json")
-        found += [read_json(file, "Remove it, and run the study again.") for file in files]
+        fresh = []
+        for file in self.fresh.glob("*/*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another process has just entered it
+                fresh.append(read_json(file, "Remove it, and run the study again."))
+        found = [*read(self.table), *fresh]  # the table is read after the files that move into it
         by_place = {tuple(row[name] for name in PLACE): row for row in found}
         return {place: by_place[place] for place in sorted(by_place)}
 

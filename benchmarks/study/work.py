@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -97,15 +98,22 @@ def supervise(job: Job) -> dict[str, str]:
         if not begun:
             break
         calls = {group: engines.Call(work, (job, group, end)) for group in begun}
-        for group, error in engines.run(calls, job.engine, cpus=job.cpus, gpus=job.gpus):
-            missing = job.missing()  # trials that have ended make others of the group wanted
-            if not error and time.time() < end and begun[group] & {run.place for run in missing}:
-                error = f"nothing of it is in {job.store.fresh}, a disk that all machines share?"
-            if error:
-                failed[group] = error
-            minutes = (time.monotonic() - begin) / 60
-            how = f"failed: {error}" if error else "ended"
-            console.print(f"{minutes:6.1f} min  {group} {how}, {len(missing)} left", markup=False)
+        ended = engines.run(calls, job.engine, cpus=job.cpus, gpus=job.gpus)
+        with contextlib.closing(ended):
+            for group, error in ended:
+                missing = job.missing()  # trials that have ended make others of the group wanted
+                left = begun[group] & {run.place for run in missing}
+                if not error and time.time() < end and left:
+                    error = (
+                        f"nothing of it is in {job.store.fresh}, a disk that all machines share?"
+                    )
+                if error:
+                    failed[group] = error
+                minutes = (time.monotonic() - begin) / 60
+                how = f"failed: {error}" if error else "ended"
+                console.print(
+                    f"{minutes:6.1f} min  {group} {how}, {len(missing)} left", markup=False
+                )
     return failed
 
 

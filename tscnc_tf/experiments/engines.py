@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import signal
+import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from tscnc_tf import _checks, _extras, _files
@@ -52,8 +54,12 @@ def require(engine: str, cpus: int, gpus: float) -> tuple[int, float]:
 
 def run(
     calls: Mapping[str, Call], engine: str, *, cpus: int = 1, gpus: float = 0.0
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str]]:
     """Make calls; yield the name of each as it ends, and its error, empty if it has none.
+
+    On Ray SIGTERM acts as Ctrl-C does, for as long as this goes on: tasks are asked to end, and
+    KeyboardInterrupt is raised. (Ray's own handler would end the cluster, and this process with it,
+    before anything else is done.) To close what is returned asks them to end, too.
 
     Args:
         calls: by names.
@@ -70,7 +76,7 @@ def run(
     return _in_turn(calls) if engine == "process" else _on_ray(calls, cpus, gpus)
 
 
-def _in_turn(calls: Mapping[str, Call]) -> Iterator[tuple[str, str]]:
+def _in_turn(calls: Mapping[str, Call]) -> Generator[tuple[str, str]]:
     done: dict[Call, tuple[Any, str]] = {}  # results and errors of the calls before others
     for name, call in calls.items():
         if call.after is None:
@@ -105,19 +111,25 @@ def _ray() -> types.ModuleType:
     return _extras.require_extra("ray", "ray")
 
 
-def _on_ray(calls: Mapping[str, Call], cpus: int, gpus: float) -> Iterator[tuple[str, str]]:
+def _on_ray(calls: Mapping[str, Call], cpus: int, gpus: float) -> Generator[tuple[str, str]]:
     if not calls:
         return
     ray = _ray()
     own = not ray.is_initialized()
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    may_handle = threading.current_thread() is threading.main_thread()
     if own:
         ray.init(logging_level="ERROR", log_to_driver=False)
     try:
+        if may_handle:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         _require_resources(ray, cpus, gpus)
         yield from _as_tasks(ray, calls, cpus, gpus)
     finally:
         if own:
             ray.shutdown()
+        if may_handle:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _require_resources(ray: types.ModuleType, cpus: int, gpus: float) -> None:
@@ -133,7 +145,7 @@ def _require_resources(ray: types.ModuleType, cpus: int, gpus: float) -> None:
 
 def _as_tasks(
     ray: types.ModuleType, calls: Mapping[str, Call], cpus: int, gpus: float
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str]]:
     threads = {name: str(cpus) for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
     settings = {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}
     if 0.0 < gpus < 1.0:  # TensorFlow would take all of its memory

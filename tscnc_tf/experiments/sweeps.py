@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import io
@@ -211,13 +212,14 @@ def sweep(
     failed: dict[str, str] = {}
     console = Console(stderr=True)
     _write(runs, goal)
-    for place, error in engines.run(calls, engine, cpus=cpus, gpus=gpus):
-        if error:
-            failed[place] = error
-        else:
-            _write(runs, goal)
-        if progress and console.is_terminal:
-            console.print(f"{place}: {error or 'done'}", markup=False)
+    with contextlib.closing(engines.run(calls, engine, cpus=cpus, gpus=gpus)) as ended:
+        for place, error in ended:
+            if error:
+                failed[place] = error
+            else:
+                _write(runs, goal)
+            if progress and console.is_terminal:
+                console.print(f"{place}: {error or 'done'}", markup=False)
     return SweepReport(goal, tuple(_rows(runs, goal)), failed)
 
 
