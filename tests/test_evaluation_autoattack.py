@@ -223,6 +223,41 @@ def test_what_was_trained_and_pruned_by_this_package_raises_no_flag(finished, na
     assert quiet(stage.model, x, y, opponents, diagnose=True).flags == ()
 
 
+@pytest.mark.filterwarnings("ignore:At a sparsity of 99.00 %, hidden keeps:UserWarning")
+def test_a_network_of_99_percent_zeros_raises_no_flag():
+    data = tscnc.datasets.load("digits")
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Flatten(),
+            layers.Dense(256, "relu", name="hidden"),
+            layers.Dense(10, name="logits"),
+        ]
+    )
+
+    def train(network):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        network.compile(keras.optimizers.Adam(5e-3), loss)
+        network.fit(data.x_train, data.y_train, epochs=12, verbose=0)
+        return network
+
+    pruned = train(tscnc.prune_now(train(model), 0.99, scope="global"))
+    assert tscnc.inspection.sparsity(tscnc.strip(pruned)).sparsity > 0.98
+    opponents = [
+        attacks.PGD(epsilon=0.05, steps=20),
+        attacks.Square(epsilon=0.05, queries=100),
+    ]
+    report = quiet(pruned, data.x_test[:128], data.y_test[:128], opponents, diagnose=True)
+    assert 0.1 < report.robust_accuracy < report.clean_accuracy and report.flags == ()
+
+
+def test_the_probes_of_many_evaluations_give_no_warning_of_retracing(caplog):
+    for _ in range(6):  # TensorFlow warns of five
+        probes.Probe(linear, (6,), "linf", (0.0, 1.0)).ladder(X[:8], Y[:8], 0.5)
+    assert "retracing" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("accuracies", "steps", "words"),
     [

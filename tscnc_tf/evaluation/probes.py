@@ -56,7 +56,9 @@ class Probe:
             tf.TensorSpec((), tf.float32),
             tf.TensorSpec((), tf.int32),
         ]
-        self._function = tf.function(self._attack, signature, autograph=False)
+        # Concrete: TensorFlow warns of functions that are traced in each of many evaluations.
+        traced = tf.function(self._attack, signature, autograph=False)
+        self._function = traced.get_concrete_function()
 
     def ladder(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> Ladder:
         """Return what is left in balls from `epsilon` up, of the first 64 examples.
