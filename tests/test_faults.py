@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
+import os
 import pathlib
+import shutil
 import sys
+import tempfile
+import time
 
 import numpy as np
 import pytest
+from helpers import TINY, dense_model
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.__main__ import main
-from benchmarks.faults import calls, damage, memory, numbers
+from benchmarks.faults import calls, damage, disks, memory, numbers
 from benchmarks.faults.outcome import Outcome
+from tscnc_tf import _files, attacks, evaluate_robustness, experiments, export_saved_model
+from tscnc_tf.experiments import stages
 
 
 def test_hard_matrices_and_values_that_are_not_finite():
@@ -98,3 +107,101 @@ def test_a_loss_is_shown_and_is_a_failure(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["faults", "--part", "memory", "--output", str(tmp_path)])
     assert "lost: a fault: the third case: nothing was said" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def closed(content=None):
+    """Make a folder that this process may not write to: root gives up its rights during the block.
+
+    Args:
+        content: a folder to be copied into it.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        if content is not None:
+            shutil.copytree(content, folder, dirs_exist_ok=True)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(disks.NOBODY)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.seteuid(0)
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(0o755)
+
+
+def replace_text(path):
+    _files.write_text(path, "text")
+
+
+def make_folder(path):
+    with _files.new_directory("folder", path):
+        pass
+
+
+def make_file(path):
+    with _files.new_file("path", path) as draft:
+        draft.touch()
+
+
+def export(path):
+    export_saved_model(dense_model(), path)
+
+
+def evaluate(path):
+    x, y = np.full((4, 6), 0.5, np.float32), np.zeros(4, int)
+    attack = attacks.FGSM(epsilon=0.1)
+    evaluate_robustness(dense_model(), x, y, attack, state_path=path, progress=False)
+
+
+def run(path):
+    experiments.run(experiments.Recipe.from_dict(TINY), path, progress=False)
+
+
+needs_users = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="a system without users")
+
+
+@needs_users
+@pytest.mark.parametrize("write", [replace_text, make_folder, make_file, export, evaluate, run])
+def test_a_folder_that_cannot_be_written_to_is_named(write):
+    if write is run:
+        recipe = experiments.Recipe.from_dict(TINY)
+        stages.dry_run(recipe, stages.dataset(recipe))  # imports what it needs, as root still
+    with closed() as folder:
+        with pytest.raises(PermissionError) as error:
+            write(folder / "below")
+        assert list(folder.iterdir()) == []
+    assert str(folder / "below") in str(error.value) or str(folder / ".below.") in str(error.value)
+
+
+@needs_users
+def test_an_experiment_in_a_folder_that_is_closed_can_be_read(finished):
+    before = experiments.open_stage(finished / "3-finetune").model.get_weights()
+    with closed(finished) as folder:
+        after = experiments.open_stage(folder / "3-finetune").model.get_weights()
+        with pytest.raises(PermissionError) as error:
+            run(folder)
+    assert str(folder) in str(error.value)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_clock_of_the_faults_goes_backwards(monkeypatch):
+    for name in ("time", "time_ns"):
+        monkeypatch.setattr(time, name, getattr(time, name))
+    monkeypatch.setattr(datetime, "datetime", datetime.datetime)
+    disks.set_clock(1000.0, -10.0)
+    assert [round(time.time()), round(time.time_ns() / 1e9)] == [1000, 990]
+    assert round(datetime.datetime.now(datetime.UTC).timestamp()) == 980
+
+
+def test_the_times_of_files_are_set_in_their_order(tmp_path):
+    for index, name in enumerate(("b", "a", "c")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (index, index))
+    disks.date_files(tmp_path, 500.0, -100.0)
+    assert [(tmp_path / name).stat().st_mtime for name in ("b", "a", "c")] == [500, 400, 300]

@@ -1,9 +1,11 @@
-"""Disks that are full, folders that are taken away or closed, and clocks that run backwards."""
+"""Disks that are full, folders that are taken away or closed, and clocks that are wrong."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
+import json
 import os
 import pathlib
 import resource
@@ -15,10 +17,11 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
-from tscnc_tf.experiments import stages
+from tscnc_tf.experiments import locks, stages
 
 SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)
 NOBODY = 65534
+HOUR, YEAR = 3600.0, 365.25 * 86400.0
 _WAIT = 300.0  # seconds for something to appear
 
 
@@ -34,7 +37,7 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
         yield _closed(folder)
         yield _removed(folder, runs.STAGES[:1] if smoke else runs.STAGES)
         yield _shared(folder, whole)
-        yield _backwards(folder, whole)
+        yield _clocks(folder, whole, every=not smoke)
 
 
 def limit_files(size: int) -> None:
@@ -50,10 +53,36 @@ def become_nobody() -> None:
         os.setuid(NOBODY)
 
 
-def turn_clock_back() -> None:
-    """Let the clock of this process go backwards, an hour with each look at it."""
-    start, looks = time.time(), itertools.count()
-    time.time = lambda: start - 3600.0 * next(looks)
+def set_clock(start: float, step: float = 0.0) -> None:
+    """Let the clock of this process, as Python's code reads it, begin anew.
+
+    Readers are the locks of folders, which write down since when they are held, and the writers of
+    archives (`.keras`, `.npz`), which date what they put in. The package decides nothing by it;
+    pauses and timings are by another clock, which only goes on.
+
+    Args:
+        start: what it says now, in seconds since 1970.
+        step: how much further it is with each look, in seconds; below 0 it goes backwards.
+    """
+    begin, looks = time.monotonic(), itertools.count()
+
+    def now() -> float:
+        return start + time.monotonic() - begin + step * next(looks)
+
+    class Moved(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return cls.fromtimestamp(now(), tz)
+
+    time.time, time.time_ns = now, lambda: round(1e9 * now())
+    datetime.datetime = Moved  # type: ignore[misc]
+
+
+def date_files(folder: pathlib.Path, first: float, step: float) -> None:
+    """Let the times of all files in a folder be others, in the order in which they were written."""
+    there = sorted(folder.rglob("*"), key=lambda path: path.stat().st_mtime)
+    for index, path in enumerate(there):
+        os.utime(path, (first + step * index,) * 2)
 
 
 def _full(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
@@ -120,10 +149,36 @@ def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
     return outcome
 
 
-def _backwards(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
-    outcome = Outcome("a clock that goes backwards")
-    run = folder / "backwards"
-    _finish(outcome, run, whole, turn_clock_back)
+def _clocks(folder: pathlib.Path, whole: pathlib.Path, *, every: bool) -> Outcome:
+    """Run with a wrong clock; go on at another time, among files with times that can't be."""
+    outcome = Outcome("clocks that go backwards or are decades off, files from the future")
+    now = time.time()
+    clock = functools.partial(set_clock, now, -HOUR)
+    _finish(outcome, folder / "backwards", whole, clock)
+    # After a stop within a stage: the clock, the first file's time, that of each later one.
+    cases = {
+        "files-of-the-future": (now - 20 * YEAR, now + 50 * YEAR, 1.0),
+        "files-in-reverse": (now - HOUR, now, -HOUR),
+    }
+    for name, (then, first, step) in cases.items() if every else ():
+        run = folder / name
+        process = runs.process(runs.recipe(True), run)
+        _wait_for(lambda run=run: any((run / runs.STAGES[1]).glob("state-*")), process)
+        process.kill()
+        process.join()
+        left = {"pid": process.pid, "host": "elsewhere", "since": "2100-01-01 00:00:00 UTC"}
+        (run / locks.HOLDER).write_text(json.dumps(left))
+        date_files(run, first, step)
+        _finish(outcome, run, whole, functools.partial(set_clock, then, -HOUR))
+    run = folder / "unset"
+    process = runs.process(runs.recipe(True), run, functools.partial(set_clock, 0.0))
+    process.join()
+    error = runs.error_of(run)
+    if process.exitcode and "timestamps before 1980" in error.partition("\n")[0]:
+        outcome.count("an archive is refused before 1980, which is said")
+    else:
+        outcome.lose(f"in 1970: exit {process.exitcode}, {error[:300]}")
+    _finish(outcome, run, whole)
     return outcome
 
 
