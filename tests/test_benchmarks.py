@@ -16,7 +16,7 @@ import tensorflow as tf
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import emulation, measure, networks, streaming
+from benchmarks import emulation, measure, memory, networks, streaming
 from benchmarks.__main__ import BENCHMARKS, main
 from tscnc_tf._keras import layers
 
@@ -171,6 +171,14 @@ def test_streamed_data_are_measured(tmp_path, kind):
     assert all(found.pop(f"{name}_seconds") > 0 for name in ("load", "statistics", "epoch"))
     assert found["peak_mib"] > 100
     assert len(found["fingerprint"]) == 64
+
+
+def test_the_memory_of_an_evaluation_is_measured():
+    found = memory.measured(200)
+    assert found["examples"] == 200 and found["data_bytes"] == 200 * (8 * 8 * 4 + 8)
+    assert found["peak_bytes"] > 100 * 2**20
+    first, *others = found["attacked"]
+    assert first == 200 and len(others) == 3 and min(others) > 190
 
 
 def test_the_step_is_exported_with_all_its_state(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 for library in ("torch", "torchattacks", "foolbox"):
     pytest.importorskip(library)
 
-from benchmarks import parity
+from benchmarks import parity, parity_authors
 from benchmarks.__main__ import main
 from benchmarks.parity import networks, reference
 
@@ -79,11 +80,28 @@ def test_a_run_is_kept(tmp_path):
     assert len(calls) == 1
 
 
-def test_the_reference_is_held_against_itself_with_other_seeds(tmp_path):
-    main(["parity_seeds", "--smoke", "--output", str(tmp_path)])
-    for norm, found in json.loads((tmp_path / "parity_seeds.json").read_text())["norms"].items():
-        left = {name: each["accuracy"] for name, each in found.items()}
-        together = left.pop("reference, all seeds")
-        assert len(left) == 4 and together <= min(left[f"reference, seed {i}"] for i in range(3))
-        assert abs(left["here, seed 0"] - together) <= 5 / EXAMPLES
-        assert all(("broken" in each) == (norm == "l2") for each in found.values())
+def test_the_authors_attacks_leave_about_what_ours_leave(tmp_path):
+    pytest.importorskip("pyautoattack")
+    main(["parity_authors", "--smoke", "--output", str(tmp_path)])
+    [(norm, found)] = json.loads((tmp_path / "parity_authors.json").read_text())["norms"].items()
+    assert norm == "linf" and set(found) == {*parity_authors.SINGLES, "standard", "plus", "rand"}
+    for name, each in found.items():
+        count = len(parity_authors.SEEDS) if name == "standard" else 1
+        assert len(each["ours"]) == len(each["authors"]) == count
+        assert each["difference"]["authors"] == pytest.approx(
+            np.mean(each["ours"]) - np.mean(each["authors"])
+        )
+        assert all(abs(value) <= 3 / 64 for value in each["difference"].values())
+        assert ("to_the_edges" in each) == (name in ("square", "standard"))
+    assert max(found["plus"]["ours"]) <= min(found["apgd-t"]["ours"])
+
+
+def test_the_authors_windows_leave_out_the_last_place():
+    square = pytest.importorskip("pyautoattack.square").SquareAttack(None, device="cpu")
+
+    def places():
+        return {int(square.random_int(0, 2)) for _ in range(200)}
+
+    assert places() == {0, 1}
+    parity_authors.reach_the_edges(types.SimpleNamespace(square=square))
+    assert places() == {0, 1, 2}

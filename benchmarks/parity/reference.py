@@ -17,7 +17,8 @@ import tensorflow as tf
 import tscnc_tf as tscnc
 from benchmarks.parity.networks import EPSILONS, Examples
 
-_NORMS = {"linf": "Linf", "l2": "L2"}
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # as the libraries write them
+_ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
 
 Judged = Callable[[], np.ndarray]  # tells for each example whether a network is right on it
 
@@ -67,6 +68,22 @@ def torch_network(model: Any) -> Any:
     return torch.nn.Sequential(*parts).eval()
 
 
+def equal_network(model: Any, data: Examples) -> Any:
+    """Return `torch_network(model)`, which runs on one thread.
+
+    Raises:
+        ValueError: its logits are not those of the model, within 1e-4.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    network = torch_network(model)
+    gap = np.max(np.abs(torch_logits(network, data.x) - model(data.x, training=False)))
+    if gap > 1e-4:
+        raise ValueError(f"the network in torch is another one: its logits differ by {gap:g}.")
+    return network
+
+
 def torch_images(x: np.ndarray) -> Any:
     """Return images as torch has them, channels first."""
     import torch
@@ -83,7 +100,7 @@ def torch_logits(network: Any, x: np.ndarray) -> np.ndarray:
 
 
 def references(
-    model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool, seed: int = 0
+    model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool
 ) -> dict[str, Judged]:
     """Return torchattacks' attacks on a network in torch, by name.
 
@@ -94,13 +111,9 @@ def references(
     import torch
     import torchattacks
 
-    torch.set_num_threads(1)
-    network = torch_network(model)
-    gap = np.max(np.abs(torch_logits(network, data.x) - model(data.x, training=False)))
-    if gap > 1e-4:
-        raise ValueError(f"the network in torch is another one: its logits differ by {gap:g}.")
+    network = equal_network(model, data)
     x, y = torch_images(data.x), torch.tensor(data.y.astype("int64"))
-    common = {"norm": _NORMS[norm], "eps": EPSILONS[norm], "seed": seed}
+    common = {"norm": NORMS[norm], "eps": EPSILONS[norm], "seed": 0}
     attacks = {
         "apgd-ce": torchattacks.APGD(network, loss="ce", steps=budget.steps, **common),
         "apgd-t": torchattacks.APGDT(network, steps=budget.steps, n_classes=10, **common),
@@ -114,7 +127,7 @@ def references(
 
     def judged(attack: Any) -> np.ndarray:
         found = attack(x, y).detach()
-        _require_ball(np.moveaxis(found.numpy(), 1, -1), data, norm)
+        require_ball(np.moveaxis(found.numpy(), 1, -1), data, norm)
         with torch.no_grad():
             return (network(found).argmax(1) == y).numpy()
 
@@ -151,7 +164,7 @@ def witnesses(
 def judge(attack: Any, model: Any, data: Examples) -> np.ndarray:
     """Return for each example whether a network is right under an attack, as Keras computes it."""
     found = np.asarray(attack(model, data.x, data.y, seed=0))
-    _require_ball(found, data, attack.norm)
+    require_ball(found, data, attack.norm)
     return np.argmax(model(found, training=False), axis=1) == data.y
 
 
@@ -189,15 +202,16 @@ def _art(model: Any, data: Examples, norm: str) -> np.ndarray:
         clip_values=(0.0, 1.0),
         loss_object=tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    order = {"linf": np.inf, "l2": 2}[norm]
+    order = _ORDERS[norm]
     epsilon = EPSILONS[norm]
     attack = AutoAttack(classifier, norm=order, eps=epsilon, eps_step=epsilon / 4, batch_size=1000)
     found = attack.generate(data.x, data.y)
     return np.argmax(model(found, training=False), axis=1) == data.y
 
 
-def _require_ball(found: np.ndarray, data: Examples, norm: str) -> None:
+def require_ball(found: np.ndarray, data: Examples, norm: str) -> None:
+    """Raise a ValueError if adversarial examples are not within the ball and [0, 1]."""
     delta = (found.astype("float64") - data.x).reshape(len(found), -1)
-    far = np.max(np.abs(delta)) if norm == "linf" else np.max(np.linalg.norm(delta, axis=1))
-    if far > EPSILONS[norm] + 1e-5 or found.min() < 0 or found.max() > 1:
+    far = np.max(np.linalg.norm(delta, _ORDERS[norm], axis=1))
+    if far > EPSILONS[norm] * (1 + 1e-5) + 1e-5 or found.min() < 0 or found.max() > 1:
         raise ValueError(f"an attack left the ball in {norm}: it moved an example by {far:g}.")
