@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import emulation
 from tscnc_tf import _litert_file, applications, export, pruning
-from tscnc_tf.export import sparse_graph
+from tscnc_tf.export import sparse_graph, sparse_litert
 
 pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
 KERAS = FLAVOURS["keras"]
@@ -233,7 +233,7 @@ def test_few_zeros_and_dense_files_are_run_dense(tmp_path):
     assert export.sparse_inference(pruned(model, 0.68)).sparse == 1
     export.export_litert(build("mean and dense"), tmp_path / "net.tflite")
     report = export.sparse_inference(tmp_path / "net.tflite")
-    assert not report.sparse and "the file has no sparse kernels" in report.rows[0].reason
+    assert not report.sparse and "no kernel of the file is made dense" in report.rows[0].reason
 
 
 def test_int8_is_run_dense(tmp_path, images):
@@ -242,13 +242,21 @@ def test_int8_is_run_dense(tmp_path, images):
     assert "does not compute in floats" in str(export.sparse_inference(report.path))
 
 
+@pytest.mark.parametrize(("size", "strides"), [(16, 3), (96, 5)])
 @pytest.mark.parametrize("network", [applications.MobileNetV1, applications.MobileNetV2])
-def test_mobilenets_are_run_sparsely_throughout(network):
-    model = network(width=0.35, input_shape=(16, 16, 3), mean=(0.5,) * 3, std=(0.25,) * 3)
+def test_mobilenets_are_run_sparsely_throughout(network, size, strides, tmp_path):
+    """Those of 32 pixels have the graph of these 16; and values agree after the export."""
+    options = {"width": 0.35, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    model = network(input_shape=(size, size, 3), strides=strides, **options)
     layers = "*_pointwise" if "V1" in network.__name__ else ["*_expand", "*_project"]
     model = pruning.strip(pruning.prune_now(model, 0.9, layers=layers))
     report = export.sparse_inference(model)
     assert report.sparse == len(report.rows) == (13 if "V1" in network.__name__ else 34)
+    if size == 96:
+        export.export_litert(model, tmp_path / "net.tflite", sparse=True)
+        x = np.random.default_rng(0).random((2, 96, 96, 3), np.float32)
+        served = export.load_litert(tmp_path / "net.tflite")
+        np.testing.assert_allclose(served(x), model(x, training=False), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["odd size", "constants per channel", "image behind the mean"])
@@ -270,6 +278,113 @@ def test_nothing_is_changed_where_nothing_is_gained(tmp_path):
         [file.kind(each) for each in file.model.subgraphs[0].operators] for file in (before, after)
     ]
     assert kinds[0] == kinds[1]
+
+
+def kinds_in(path):
+    file = _litert_file.File(path.read_bytes())
+    return [file.kind(each) for each in file.model.subgraphs[0].operators]
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "is_kept_out"),
+    [
+        ("squeeze and excitation", 0.9, True),
+        ("also an output", 0.9, True),
+        ("also an output", 0.6, False),  # no more than two thirds are zero
+        ("pooled", 0.9, False),  # LiteRT stops at the pooling by itself
+        ("subtracted", 0.9, False),
+    ],
+)
+def test_a_part_is_kept_out_only_where_litert_would_run_it(name, sparsity, is_kept_out, tmp_path):
+    rest, options, *_ = NETWORKS[name]
+    model = pruned(network(rest, **options), sparsity)
+    export.export_litert(model, tmp_path / "net.tflite", sparse=True)
+    assert (sparse_graph.BARRIER in kinds_in(tmp_path / "net.tflite")) == is_kept_out
+
+
+def with_two_ends(layers, x):
+    """A part that LiteRT gets wrong if it runs it sparsely, and a dense layer beside it."""
+    side = layers.Dense(64, name="hidden")(mean(layers, x))
+    x = layers.GlobalAveragePooling2D(name="kept", keepdims=True)(point(layers, x))
+    x = layers.Reshape((4,), name="flat")(layers.Conv2D(4, 1, name="logits")(x))
+    return layers.Concatenate()([side, x])
+
+
+@pytest.fixture
+def hinted(tmp_path):
+    """Files with dense convolutions whose dense layer is run sparsely, or made dense on loading."""
+    paths = {}
+    for hint, structure in ((False, pruning.Block.for_litert()), (True, None)):
+        model = pruned(network(with_two_ends))
+        model = pruning.strip(pruning.prune_now(model, 0.9, layers="hidden", structure=structure))
+        paths[hint] = raw(model, tmp_path / f"{hint}.tflite")
+        file = _litert_file.File(paths[hint].read_bytes())
+        for graph, number in file.sparse():
+            if len(graph.tensors[number].shape) == 4:
+                sparse_litert._make_dense(file, graph, number)
+        paths[hint].write_bytes(file.content())
+    return paths
+
+
+def test_only_what_is_made_dense_on_loading_has_convolutions_run_sparsely(hinted):
+    reports = {hint: export.sparse_inference(path) for hint, path in hinted.items()}
+    assert "kept_1" in reports[True].faults and reports[False].faults == ()
+    model = network(dense)
+    model = pruned(model, 0.9)
+    assert export.sparse_inference(model).sparse == 1
+
+
+@needs_emulator
+def test_on_a_processor_without_avx_that_is_so(hinted):
+    found = emulation.run(hinted.values(), rounds=0)
+    assert found["False"].error == "" and "failed to reshape" in found["True"].error
+
+
+@pytest.mark.parametrize("name", ["odd size", "constants per channel", "two heads", "residual"])
+def test_a_file_from_elsewhere_is_rewritten(name, tmp_path):
+    """Into what `export_litert` writes; and its function stays."""
+    model, path = build(name), tmp_path / "net.tflite"
+    source = raw(model, tmp_path / "raw.tflite")
+    before = source.read_bytes()
+    report = export.rewrite_litert(source, path)
+    assert report == export.sparse_inference(path) and report.faults == ()
+    assert report.sparse == len(NETWORKS[name][2]) == export.sparse_inference(model).sparse
+    if name != "residual":
+        assert export.sparse_inference(source).sparse < report.sparse
+    for count in (1, 3):
+        x = np.random.default_rng(count).random((count, *model.input_shape[1:]), np.float32)
+        np.testing.assert_allclose(export.load_litert(path)(x), model(x), atol=1e-5)
+    with pytest.raises(FileExistsError, match="path exists already"):
+        export.rewrite_litert(source, path)
+    assert source.read_bytes() == before
+    export.rewrite_litert(source, source, overwrite=True)
+    assert source.read_bytes() == path.read_bytes()
+
+
+def test_a_file_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
+    path, source = tmp_path / "net.tflite", raw(build("residual"), tmp_path / "raw.tflite")
+    export.export_litert(build("residual"), tmp_path / "dense.tflite")
+    with pytest.raises(ValueError, match=r"source has no sparse kernels: .*dense\.tflite"):
+        export.rewrite_litert(tmp_path / "dense.tflite", path)
+    with pytest.raises(FileNotFoundError):
+        export.rewrite_litert(tmp_path / "missing.tflite", path)
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="path is a file that is not LiteRT"):
+        export.rewrite_litert(source, path, overwrite=True)
+    path.unlink()
+    settle = sparse_litert.settle
+
+    def broken(content):
+        file = _litert_file.File(settle(content).dense)
+        for graph, number in file.constants():
+            buffer = file.model.buffers[graph.tensors[number].buffer]
+            buffer.data = buffer.data[::-1].copy()
+        return settle(content)._replace(content=file.content())
+
+    monkeypatch.setattr(sparse_litert, "settle", broken)
+    with pytest.raises(ValueError, match="The rewritten file returns other values than"):
+        export.rewrite_litert(source, path)
+    assert not path.exists()
 
 
 def test_what_is_no_file_of_litert_is_refused(tmp_path):

@@ -79,7 +79,8 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
         "hidden": "sparse",
         "logits": "dense",
     }
-    assert kernels["logits"].reason == "the converter has left it so"
+    few = "no more than 30 % of its weights are zero, where the converter writes no sparse form"
+    assert kernels["logits"].reason == few
     for kernel in dense.kernels:
         mine = kernels[kernel.name]
         assert (mine.zeros, mine.shape) == (kernel.zeros, kernel.shape)
@@ -90,7 +91,8 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
     assert report.dense_bytes == pytest.approx(dense.file_bytes, rel=0.02)
     assert dense.dense_bytes is None and "stored" not in str(dense)
     shown = str(report)
-    assert "Dense (the converter has left it so): logits." in shown
+    assert f"Dense ({few}): logits." in shown
+    assert "Not for microcontrollers" in shown and "Not for micro" not in str(dense)
     assert f"this is {report.file_bytes / report.dense_bytes:.2f} of it" in shown
 
 
@@ -99,6 +101,45 @@ def test_the_file_is_small(sparsity, goal, tmp_path):
     model = pruned(FLAVOURS["keras"], sparsity, width=256)
     report, _ = exported(model, tmp_path)
     assert report.file_bytes <= goal * report.dense_bytes
+
+
+def test_the_converter_writes_a_sparse_form_above_30_percent(tmp_path):
+    """What the reason says is its threshold: beyond it, it is the size that decides."""
+    model = network(FLAVOURS["keras"], units=100)
+    kernel = model.get_layer("hidden").kernel
+    reasons = {}
+    for zeros in (1920, 1921):  # of 6,400 weights
+        values = np.arange(1.0, 6401.0)
+        values[np.random.default_rng(0).permutation(6400)[:zeros]] = 0
+        kernel.assign(values.reshape(64, 100))
+        (tmp_path / "net.tflite").unlink(missing_ok=True)
+        reasons[zeros] = exported(model, tmp_path)[1]["hidden"].reason
+    assert reasons[1920].startswith("no more than 30 %")
+    assert reasons[1921] == "no smaller in sparse form"
+
+
+@pytest.mark.parametrize(
+    ("structure", "is_single"), [(None, True), (pruning.Block.for_litert(), False)]
+)
+def test_a_kernel_is_in_the_smaller_form(structure, is_single, tmp_path, rng):
+    """At 99 % zeros in any place the converter takes blocks, of which 3 in 4 entries are zero."""
+    library = FLAVOURS["keras"]
+    inputs = library.Input((512,))
+    x = library.layers.Dense(256, activation="relu", name="hidden")(inputs)
+    model = library.Model(inputs, library.layers.Dense(10, name="logits")(x))
+    model = pruning.strip(pruning.prune_now(model, 0.99, layers="hidden", structure=structure))
+    _, kernels = exported(model, tmp_path)
+    file = _litert_file.File((tmp_path / "net.tflite").read_bytes())
+    ((graph, number),) = file.sparse()
+    tensor = graph.tensors[number]
+    assert kernels["hidden"].stored == "sparse" and file.kinds(graph, number) == {"FULLY_CONNECTED"}
+    assert (tensor.sparsity.blockMap is None) == is_single
+    kept = 512 * 256 - kernels["hidden"].zeros
+    # 4 bytes an entry; an index of two bytes for each, or for 4 of them; where each row ends.
+    indices = 2 * kept if is_single else kept // 4
+    assert kernels["hidden"].stored_bytes <= 4 * kept + indices + 4 * 257
+    x = rng.random((7, 512), np.float32)
+    np.testing.assert_allclose(export.load_litert(tmp_path / "net.tflite")(x), model(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

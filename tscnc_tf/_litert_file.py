@@ -70,6 +70,11 @@ class File:
         """Return those of them that are sparse."""
         return [(g, number) for g, number in self.constants() if g.tensors[number].sparsity]
 
+    def makes_dense(self) -> bool:
+        """Tell whether a kernel is made dense on loading."""
+        operators = (each for graph in self.model.subgraphs for each in graph.operators)
+        return any(self.kind(each) == "DENSIFY" for each in operators)
+
     def size(self, tensor: Any) -> int:
         """Return the bytes of a constant, with those that say where its entries are."""
         size = len(self.values(tensor))

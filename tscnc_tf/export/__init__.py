@@ -7,6 +7,9 @@ folder is a plain SavedModel: TF-Serving and `tf.saved_model.load` do not need t
 `export_litert` and `export_onnx` write one file with the same checks, and check in addition that
 every zero of every kernel is in it; `load_litert` and `load_onnx` return a callable. They need the
 extras `litert` and `onnx`.
+
+`sparse_inference` tells which 1x1 convolutions of a model or a LiteRT file are run by their nonzero
+weights, and why not; `rewrite_litert` makes more of a file run so.
 """
 
 from tscnc_tf.export.litert import export_litert, load_litert
@@ -18,6 +21,7 @@ from tscnc_tf.export.report import (
     ExportReport,
     FileExportReport,
 )
+from tscnc_tf.export.rewriting import rewrite_litert
 from tscnc_tf.export.saved_model import ServedModel, export_saved_model, load_saved_model
 from tscnc_tf.export.served_file import ServedFile
 from tscnc_tf.export.sparse_inference import (
@@ -34,6 +38,7 @@ __all__ = [
     "load_litert",
     "load_onnx",
     "load_saved_model",
+    "rewrite_litert",
     "sparse_inference",
     "ExportReport",
     "ExportedKernel",

@@ -8,6 +8,7 @@ the axes, is zero wherever the kernel is.
 from __future__ import annotations
 
 import itertools
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -59,12 +60,15 @@ class Converted(NamedTuple):
         dense: the file with all kernels dense; None if they are.
         pointwise: how many 1x1 convolutions are run sparsely on some processors, and how many there
             are; None if no kernel is sparse.
+        beside: a file of weights that stands beside the file, and that it names; None if it holds
+            all of them.
     """
 
     content: bytes
     forms: Mapping[str, Form] = {}
     dense: bytes | None = None
     pointwise: tuple[int, int] | None = None
+    beside: pathlib.Path | None = None
 
 
 def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[Constant | None]:

@@ -214,9 +214,9 @@ class LiteRT(writer.FileFormat):
                 raise
         return sparse_litert.settle(content) if self._sparse else Converted(content)
 
-    def constants(self, content: bytes) -> list[Constant]:
+    def constants(self, path: pathlib.Path) -> list[Constant]:
         """Return the weights in a file: its constants of floats and int8."""
-        file = _litert_file.File(content)
+        file = _litert_file.File(path.read_bytes())
         tensors = [graph.tensors[number] for graph, number in file.constants()]
         return [
             Constant(tensor.name.decode(), file.array(tensor), _litert_file.zero_points(tensor))

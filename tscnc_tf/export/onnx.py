@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from tscnc_tf.export.served_file import ServedFile
 __all__ = ["export_onnx", "load_onnx"]
 
 _OLDEST_OPSET = 13
+# In a file of weights: of what each tensor's place is a multiple, and the bytes of the smallest.
+_ALIGNMENT, _SMALL = 64, 4096
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
@@ -31,6 +35,7 @@ def export_onnx(
     probe: Any = None,
     opset: int | None = None,
     batch_size: int | None = None,
+    external_data: bool = False,
     overwrite: bool = False,
 ) -> FileExportReport:
     """Write a model as an ONNX file, checked before and after.
@@ -54,6 +59,12 @@ def export_onnx(
             default of tf2onnx (15).
         batch_size: the number of examples that the file is to take, for runtimes that want to know
             it; None for any number, as the file's first dimension then says by the name `batch`.
+        external_data: whether all tensors of more than 4 KiB stand in a second file beside `path`,
+            `<name>.<8 hex digits>.data`, which the first one names: the two are moved together. It
+            is there before the first one appears at `path`; that of an earlier export which is
+            replaced goes afterwards, and so does that of an export that fails. A runtime can map
+            it into memory; models of more than 2 GB can't be written so either, as tf2onnx makes a
+            single file first (its own `large_model` fails with NumPy 2).
         overwrite: as for `export_litert`.
 
     Returns:
@@ -84,9 +95,11 @@ def export_onnx(
     if _checks.integer("opset", opset, minimum=_OLDEST_OPSET) > newest:
         raise ValueError(f"opset must be <= {newest}, the newest of tf2onnx, got {opset}.")
     settings = {"opset": opset}
+    if _checks.boolean("external_data", external_data):
+        settings["external_data"] = True
     if batch_size is not None:
         batch_size = settings["batch_size"] = _checks.integer("batch_size", batch_size, minimum=1)
-    form = ONNX(settings, batch_size=batch_size)
+    form = ONNX(settings, batch_size)
     return form.export(
         model, path, expected_sparsity=expected_sparsity, probe=probe, overwrite=overwrite
     )
@@ -126,11 +139,40 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
 
 
 class ONNX(writer.FileFormat):
-    """The format; its settings are the opset."""
+    """The format; its settings are the opset, and whether the weights stand in a second file.
+
+    That one has a name of its own, so that at any time what is at the path finds its weights, be it
+    the old file or the new one.
+    """
 
     name = "ONNX"
     distributions = ("onnx", "tf2onnx", "onnxruntime")
     load = staticmethod(load_onnx)
+
+    def __init__(self, settings: Mapping[str, int], batch_size: int | None = None) -> None:
+        super().__init__(settings, batch_size=batch_size)
+        self._goal: pathlib.Path | None = None
+        self._data: pathlib.Path | None = None
+        self._files: set[pathlib.Path] = set()
+
+    def export(self, model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Export, and remove the files of weights that what is at the path then does not name."""
+        try:
+            return super().export(model, path, **options)
+        finally:
+            if self._goal is not None:
+                for file in self._files - _files_of_weights(self._goal):
+                    file.unlink(missing_ok=True)
+
+    def write(
+        self, ready: preflight.Checked, goal: pathlib.Path, draft: pathlib.Path
+    ) -> FileExportReport:
+        """Write a draft, and the weights beside it if they are to stand there."""
+        self._goal, self._files = goal, _files_of_weights(goal)
+        if "external_data" in self.settings:
+            self._data = goal.with_name(f"{goal.name[:200]}.{secrets.token_hex(4)}.data")
+            self._files.add(self._data)
+        return super().write(ready, goal, draft)
 
     def convert(
         self,
@@ -138,7 +180,7 @@ class ONNX(writer.FileFormat):
         serve: Callable[..., Any],
         signature: list[tf.TensorSpec],
     ) -> Converted:
-        """Return the file, as tf2onnx makes it, with all weights in it and checked by ONNX."""
+        """Return the file, as tf2onnx makes it, with all weights in it or beside it."""
         onnx = _extras.require_extra("onnx", "onnx")
         convert = _extras.require_extra("tf2onnx.convert", "onnx")
         function = tf.function(serve, input_signature=signature)
@@ -150,21 +192,26 @@ class ONNX(writer.FileFormat):
             dimensions = tensor.type.tensor_type.shape.dim
             if dimensions and dimensions[0].dim_param:
                 dimensions[0].dim_param = "batch"  # rather than a number that tf2onnx counts up
+        if self._data is not None:
+            _store(onnx, proto.graph, self._data)
+        return Converted(proto.SerializeToString(), beside=self._data)
+
+    def constants(self, path: pathlib.Path) -> list[Constant]:
+        """Return the weights in a file that ONNX finds valid: its constants of float32.
+
+        Those of loops are among them.
+        """
+        onnx = _extras.require_extra("onnx", "onnx")
         try:
-            onnx.checker.check_model(proto, full_check=True)
+            onnx.checker.check_model(str(path), full_check=True)
         except onnx.checker.ValidationError as error:
             raise ValueError(
                 f"The model can't be written as ONNX with opset {self.settings['opset']}: {error} "
                 "Exchange the layer that uses the operation, or try a newer opset."
             ) from error
-        return Converted(proto.SerializeToString())
-
-    def constants(self, content: bytes) -> list[Constant]:
-        """Return the weights in a file: its constants of float32, those of loops included."""
-        onnx = _extras.require_extra("onnx", "onnx")
         return [
             Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
-            for tensor in _tensors_in(onnx.load_model_from_string(content).graph)
+            for tensor in _tensors_in(onnx.load(path).graph)
             if tensor.data_type == onnx.TensorProto.FLOAT
         ]
 
@@ -224,6 +271,49 @@ def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
             array = values[argument.name].numpy()
             graph.initializer.append(onnx.numpy_helper.from_array(array, argument.name))
             graph.input.remove(argument)
+
+
+def _store(onnx: Any, graph: Any, path: pathlib.Path) -> None:
+    """Write the large tensors of a graph to a file, and where they are there into the graph.
+
+    (tf2onnx has an argument for it, `large_model`, that uses a function which NumPy 2 lacks.)
+    """
+    with path.open("xb") as stream:
+        for tensor in _tensors_in(graph):
+            values = tensor.raw_data
+            if len(values) <= _SMALL:
+                continue
+            stream.write(bytes(-stream.tell() % _ALIGNMENT))
+            place = {"location": path.name, "offset": stream.tell(), "length": len(values)}
+            stream.write(values)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _files_of_weights(path: pathlib.Path) -> set[pathlib.Path]:
+    """Return the files beside an ONNX file that `export_onnx` has written for it, by what it says.
+
+    Of what is no ONNX file there are none.
+    """
+    onnx = _extras.require_extra("onnx", "onnx")
+    if not path.is_file():
+        return set()
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # protobuf's parser has an error of its own
+        return set()
+    named = {
+        entry.value
+        for tensor in _tensors_in(graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    pattern = re.escape(path.name[:200]) + r"\.[0-9a-f]{8}\.data"
+    return {path.with_name(name) for name in named if re.fullmatch(pattern, name)}
 
 
 def _tensors_in(graph: Any) -> Iterator[Any]:

@@ -240,16 +240,18 @@ class FileExportReport(_Export):
             where any is allowed.
         same_class: the share of the probe's examples for which model and file return the same
             class; None for several outputs, or one logit.
-        file_bytes: the size of the file.
+        file_bytes: the size of the file; with `data_file`, of both.
         dense_bytes: what it would be with all kernels dense; None where no sparse ones were asked
             for.
         pointwise: of the 1x1 convolutions, how many LiteRT runs sparsely on some processors, and
             how many there are (see `sparse_inference`); None for a file without sparse kernels.
         gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
         ideal_sparse_bytes: as in `ExportReport`; None but for float32: it counts these.
-        sha256: its digest.
+        sha256: its digest; with `data_file`, that of both, one behind the other.
         settings: what else it was made with: the number of calibration examples, the opset.
         expected_sparsity, max_logit_difference, probe_examples, versions: as in `ExportReport`.
+        data_file: the file beside it that holds its weights (ONNX with `external_data`), absolute;
+            None if it holds them itself.
     """
 
     _derived = ("sparsity",)
@@ -274,6 +276,7 @@ class FileExportReport(_Export):
     sha256: str
     settings: Mapping[str, int]
     versions: Mapping[str, str]
+    data_file: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -295,6 +298,8 @@ class FileExportReport(_Export):
         if self.settings:
             given = ", ".join(f"{name} {value}" for name, value in self.settings.items())
             notes.append(f"Settings: {given}.")
+        if self.data_file is not None:
+            notes.append(f"Its weights are in {self.data_file}: the two are moved together.")
         if self.dense_bytes is not None:
             columns += ["stored", "bytes"]
             for row, kernel in zip(rows, self.kernels, strict=True):
@@ -317,11 +322,17 @@ class FileExportReport(_Export):
         for reason in dict.fromkeys(row.reason for row in self.kernels if row.reason):
             names = ", ".join(row.name for row in self.kernels if row.reason == reason)
             notes.append(f"Dense ({reason}): {names}.")
-        if any(row.stored == "dense on loading" for row in self.kernels):
+        stored = {row.stored for row in self.kernels}
+        if "dense on loading" in stored:
             notes.append(
                 "What is dense on loading makes the file smaller and nothing faster, but for 1x1 "
-                "convolutions. LiteRT for microcontrollers can't load it: export with sparse=False "
-                "there, and make the network smaller by pruning.compact."
+                "convolutions."
+            )
+        if stored - {"dense"}:
+            notes.append(
+                "Not for microcontrollers: LiteRT there can't load what is dense on loading, and "
+                "returns wrong logits for what is sparse, without an error. Export with "
+                "sparse=False for them, and make the network smaller by pruning.compact."
             )
         if self.pointwise is not None and self.pointwise[1]:
             sparse, count = self.pointwise

@@ -6,7 +6,9 @@ them by their nonzero weights alone. Such a part begins with a 3x3 convolution o
 three channels of an image, consists of 1x1 convolutions, evenly padded depthwise ones and functions
 of single entries, and ends in a mean over the image or in a depth-to-space. It must be closed:
 whatever is computed in it comes from it, and goes nowhere else. And more than two thirds of the
-weights of its 1x1 convolutions are zero.
+weights of its 1x1 convolutions are zero. Nothing is run so in a file in which no kernel, of
+whatever layer, is made dense on loading, which XNNPACK takes for a hint. (Dense layers that are run
+in sparse form are not run by it.)
 
 XNNPACK gets parts wrong whose results leave them by another way than an end, or in which a mean
 keeps the axes of the image, whose order is then another one: the file fails to load, or its results
@@ -428,11 +430,16 @@ class Graph:
             found += means
         return found
 
+    def faulty(self) -> list[Part]:
+        """Return the parts that XNNPACK runs sparsely, and gets wrong."""
+        if not any(_END in node.roles and self._partners(node) for node in self.nodes):
+            return []
+        run = [part for part in self.parts if part.starts and part.has_zeros and not part.stops]
+        return [part for part in run if part.faults]
+
     def faults(self) -> list[Node]:
         """Return the operations whose results are wrong, or keep the file from being loaded."""
-        has_end = any(_END in node.roles and self._partners(node) for node in self.nodes)
-        run = [part for part in self.parts if part.starts and part.has_zeros and not part.stops]
-        return [fault for part in run if has_end for fault in part.faults]
+        return [fault for part in self.faulty() for fault in part.faults]
 
 
 def _with_reason(node: Node, reason: str) -> Obstacle:
@@ -453,13 +460,14 @@ def prepared(content: bytes) -> tuple[bytes, tuple[int, int]]:
     and how many there are.
     """
     file, other = File(content), File(changed(content))
+    if not file.makes_dense():
+        return content, counts(file)
     count, count_of_other = counts(file), counts(other)
     if count_of_other > count:
         file, count = other, count_of_other
     for graph in file.model.subgraphs:
-        for part in Graph(file, graph).parts:
-            if part.obstacles and part.weights:
-                _keep_out(file, graph, part)
+        for part in Graph(file, graph).faulty():
+            _keep_out(file, graph, part)
     return file.content(), count
 
 
@@ -483,7 +491,8 @@ def changed(content: bytes, *, ends: bool = True) -> bytes:
 def counts(file: File) -> tuple[int, int]:
     """Return how many 1x1 convolutions are run sparsely, and how many there are."""
     seen = graphs(file)
-    run = [node for graph in seen for part in graph.parts if part.is_run for node in part.nodes]
+    parts = [part for graph in seen for part in graph.parts if file.makes_dense()]
+    run = [node for part in parts if part.is_run for node in part.nodes]
     sparse, count = (
         sum(node.kernel is not None for node in nodes)
         for nodes in (run, [node for graph in seen for node in graph.nodes])

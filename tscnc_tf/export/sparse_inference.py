@@ -23,12 +23,12 @@ __all__ = ["PointwiseConvolution", "SparseInferenceReport", "SparseObstacle", "s
 _FEW_ZEROS = "no more than two thirds of the weights in its part of the graph are zero"
 _LAYER = "of the convolution itself"
 _NOT_WRITTEN = "the file is not written so; export_litert(sparse=True) would"
-_NO_SPARSE = "the file has no sparse kernels, without which LiteRT runs all of them dense"
+_NO_SPARSE = "no kernel of the file is made dense on loading, without which LiteRT runs all dense"
 
 
 @dataclasses.dataclass(frozen=True)
 class PointwiseConvolution(_reports.WeightRecord):
-    """One 1x1 convolution.
+    """A 1x1 convolution of a file, and how it is run.
 
     Attributes:
         name: of its layer.
@@ -173,11 +173,11 @@ def inspected(
 ) -> SparseInferenceReport:
     """Return the report on a file, given the names of the layers that its tensors are of."""
     file, better = File(content, source), File(sparse_graph.changed(content, ends=False))
-    has_sparse = bool(file.sparse())
+    makes_dense = file.makes_dense()
     rows, obstacles, faults = [], dict[SparseObstacle, None](), []
     graphs = zip(sparse_graph.graphs(file), sparse_graph.graphs(better), strict=True)
     for graph, other in graphs:
-        found = graph.faults() if has_sparse else []
+        found = graph.faults() if makes_dense else []
         faults += [_layer(fault.obstacle.tensor, names) for fault in found]
         # What could be changed without changing the function is no reason.
         twins = {node.output: node for node in other.nodes}
@@ -190,7 +190,7 @@ def inspected(
                 seen = _obstacles(other, twins.get(node.output, node), names)
                 obstacles |= dict.fromkeys(seen)
                 reason = _reason(seen, node, part)
-            elif not has_sparse:
+            elif not makes_dense:
                 reason = _NO_SPARSE
             rows.append(
                 PointwiseConvolution(

@@ -60,7 +60,7 @@ class Format(abc.ABC):
             FileExistsError, TypeError, ValueError, OSError, RuntimeError: see `export_saved_model`.
         """
         overwrite = _checks.boolean("overwrite", overwrite)
-        replacement = _files.Replacement(overwrite, self._require_replaceable)
+        replacement = _files.Replacement(overwrite, self.require_replaceable)
         goal = _files.free_path("path", path, replacement)
         ready = preflight.check(model, expected_sparsity, probe)
         with self.new("path", goal, replacement) as draft:
@@ -74,7 +74,8 @@ class Format(abc.ABC):
     def other(self, path: pathlib.Path) -> str:
         """Return what is at a path if it is not of this format nor empty, else an empty text."""
 
-    def _require_replaceable(self, path: pathlib.Path) -> None:
+    def require_replaceable(self, path: pathlib.Path) -> None:
+        """Raise a FileExistsError if what is at a path is not of this format, nor empty."""
         if other := self.other(path):
             raise FileExistsError(
                 f"path is {other}: {path}. overwrite=True replaces {self.kind}, and nothing else: "
@@ -115,8 +116,12 @@ class FileFormat(Format):
         """Return the file for a model, given its endpoint and the specs of that."""
 
     @abc.abstractmethod
-    def constants(self, content: bytes) -> Iterable[constants.Constant]:
-        """Return the weights in a file."""
+    def constants(self, path: pathlib.Path) -> Iterable[constants.Constant]:
+        """Return the weights in a file, and in the one beside it if there is one.
+
+        Raises:
+            ValueError: the file is not valid.
+        """
 
     @abc.abstractmethod
     def holds(self, content: bytes) -> bool:
@@ -149,9 +154,8 @@ class FileFormat(Format):
         with flavours.scope(ready.model):
             originals = _probe.outputs(lambda arrays: serve(*arrays), batch)
             converted = self.convert(ready, serve, signature)
-        content = converted.content
-        draft.write_bytes(content)
-        kernels = _kernels(self.name, ready, self.constants(content), converted.forms)
+        draft.write_bytes(converted.content)
+        kernels = _kernels(self.name, ready, self.constants(draft), converted.forms)
         served = self.load(draft)
         allowed = ready.tolerance * _TOLERANCES[self.precision]
         what = f"the {self.name} file"
@@ -173,6 +177,8 @@ class FileFormat(Format):
             largest = max(float(np.abs(array).max()) for array in dense)
             close = min(allowed, max(ready.tolerance, _QUANTA * largest))
             preflight.require_same(f"{what} with sparse kernels", outputs, dense, close)
+        beside = converted.beside
+        content = converted.content + (b"" if beside is None else beside.read_bytes())
         return FileExportReport(
             path=str(goal),
             format=self.name,
@@ -194,6 +200,7 @@ class FileFormat(Format):
             sha256=hashlib.sha256(content).hexdigest(),
             settings=self.settings,
             versions=ready.versions(*self.distributions),
+            data_file=None if beside is None else str(beside),
         )
 
 
