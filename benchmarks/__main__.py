@@ -17,7 +17,16 @@ BENCHMARKS = (
     *("litert", "structures", "stablehlo"),
 )
 # They need what nothing else does, libraries, an emulator or a GPU, or measure no time.
-BY_NAME_ONLY = ("faults", "gpu", "memory", "parity", "parity_authors", "pointwise", "streaming")
+BY_NAME_ONLY = (
+    "faults",
+    "gpu",
+    "memory",
+    "parity",
+    "parity_authors",
+    "pointwise",
+    "runtimes",
+    "streaming",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What sparse LiteRT files save: bytes on convolutions, time on dense layers."""
+"""What sparse LiteRT files save: bytes on convolutions, time on dense layers; and with int8."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ SPARSITIES = (0.9, 0.95, 0.99)
 SIZES = (0.20, 0.13, 0.08)  # at most, of the dense file
 BLOCKS, SINGLE = (2.5, 4.0, 10.0), (None, None, 5.0)  # at least, times as fast
 _STRUCTURES = {"blocks": tscnc.pruning.Block.for_litert(), "single weights": None}
+_INT8 = "int8"
+_EXAMPLES = 4  # for the ranges of int8, which decide neither sizes nor times
 
 
 def run(options: record.Options) -> None:
@@ -36,14 +38,28 @@ def run(options: record.Options) -> None:
             for name, structure in _STRUCTURES.items()
             for sparsity in SPARSITIES
         }
+        settings |= {
+            f"{_INT8} blocks {sparsity:g}" if sparsity else f"{_INT8} dense": (
+                tscnc.pruning.Block.for_litert(_INT8) if sparsity else None,
+                sparsity,
+            )
+            for sparsity in (0.0, *SPARSITIES)
+        }
         functions, stored = {}, {}
         for name, (structure, sparsity) in settings.items():
-            functions[name], stored[name] = _inference(dense_layers, structure, sparsity, place)
+            functions[name], stored[name] = _inference(
+                dense_layers, structure, sparsity, place, is_int8=name.startswith(_INT8)
+            )
         times = measure.interleaved(functions, rounds, warm_up=5)
     ratios = {
         name: measure.ratios([times["dense"]], [times[name]])
         for name in functions
         if name != "dense"
+    }
+    over_int8 = {
+        name: measure.ratios([times[f"{_INT8} dense"]], [times[name]])
+        for name in functions
+        if name.startswith(f"{_INT8} blocks")
     }
     goals = {
         f"{name} {sparsity:g}": goal
@@ -61,6 +77,7 @@ def run(options: record.Options) -> None:
             "stored": stored,
             "times": times,
             "ratios": ratios,
+            "ratios_to_int8_dense": over_int8,
             "goals": {"sizes": SIZES, "times_as_fast": goals},
             "goal_met": all(
                 found["share"] <= goal for found, goal in zip(sizes.values(), SIZES, strict=True)
@@ -76,27 +93,49 @@ def run(options: record.Options) -> None:
     ]
     notes = [
         f"{large}, {100 * float(sparsity):g} % zeros: {found['sparse']:,} of "
-        f"{found['dense']:,} bytes, {record.against(found['share'], goal)}"
+        f"{found['dense']:,} bytes, {record.against(found['share'], goal)}; in {_INT8} "
+        f"{found[_INT8]['sparse']:,} of {found[_INT8]['dense']:,}: {found[_INT8]['share']:.3f} of "
+        f"it, {found[_INT8]['share_of_float32']:.3f} of the dense one in float32"
         for (sparsity, found), goal in zip(sizes.items(), SIZES, strict=True)
     ]
     notes += [
         f"{dense_layers}, {name}, {stored[name]}: {ratio['wall'].of_medians:.1f} times as fast"
-        + (f" (goal: at least {goals[name]:g})" if goals[name] else "")
+        + (f" (goal: at least {goals[name]:g})" if goals.get(name) else "")
         for name, ratio in ratios.items()
     ]
-    title = f"{IN_A_ROW} inferences in a row, one thread, float32, {rounds} rounds"
+    notes += [
+        f"{dense_layers}, {name}: {ratio['wall'].of_medians:.1f} times as fast as {_INT8} dense"
+        for name, ratio in over_int8.items()
+    ]
+    title = f"{IN_A_ROW} inferences in a row, one thread, {rounds} rounds"
     record.show(title, record.COLUMNS, rows, notes, path)
 
 
 def _size(network: str, sparsity: float, folder: pathlib.Path) -> dict[str, Any]:
+    """Return the bytes of sparse and dense files of a network, in float32 and in int8."""
     model = tscnc.prune_now(networks.build(network), sparsity, scope="global")
-    report = tscnc.export_litert(model, folder / "sized.tflite", sparse=True, overwrite=True)
-    share = report.file_bytes / report.dense_bytes
-    return {"sparse": report.file_bytes, "dense": report.dense_bytes, "share": share}
+    found: dict[str, Any] = {}
+    for precision in ("float32", _INT8):
+        report = tscnc.export_litert(
+            model,
+            folder / "sized.tflite",
+            sparse=True,
+            overwrite=True,
+            precision=precision,
+            calibration=_examples(model) if precision == _INT8 else None,
+        )
+        dense, sparse = report.dense_bytes or 0, report.file_bytes
+        found[precision] = {"sparse": sparse, "dense": dense, "share": sparse / dense}
+    floats, ints = found["float32"], found[_INT8]
+    return floats | {_INT8: ints | {"share_of_float32": ints["sparse"] / floats["dense"]}}
+
+
+def _examples(model: Any) -> np.ndarray:
+    return np.random.default_rng(0).random((_EXAMPLES, *model.input_shape[1:]), np.float32)
 
 
 def _inference(
-    network: str, structure: Any, sparsity: float, folder: pathlib.Path
+    network: str, structure: Any, sparsity: float, folder: pathlib.Path, *, is_int8: bool = False
 ) -> tuple[Callable[[], None], str]:
     """Return a function that runs a network on one example, its hidden layers pruned.
 
@@ -107,13 +146,14 @@ def _inference(
     if sparsity:
         hidden = [layer.name for layer in model.layers if layer.name != "logits"]
         model = tscnc.prune_now(model, sparsity, layers=hidden, structure=structure)
-    path = folder / f"{network}-{structure}-{sparsity}.tflite"
-    report = tscnc.export_litert(model, path, sparse=bool(sparsity))
+    path = folder / f"{network}-{structure}-{sparsity}-{is_int8}.tflite"
+    precision = {"precision": _INT8, "calibration": _examples(model)} if is_int8 else {}
+    report = tscnc.export_litert(model, path, sparse=bool(sparsity), **precision)
     kinds = {kernel.stored for kernel in report.kernels if kernel.name != "logits"}
     return inference(path), ", ".join(sorted(kinds)) if sparsity else "dense"
 
 
-def inference(path: pathlib.Path) -> Callable[[], None]:
+def inference(path: str | pathlib.Path) -> Callable[[], None]:
     """Return a function that runs a file on one example `IN_A_ROW` times, by one thread."""
     interpreter = Interpreter(str(path), num_threads=1)
     interpreter.allocate_tensors()

@@ -21,53 +21,65 @@ from tscnc_tf.experiments.parts import ARCHITECTURES
 
 GOAL = 1 / 3  # of the dense network's time, at most, for the fastest that is accurate enough
 _PLAN = HERE / "structure.yaml"
+_SIZES = {"digits": 8, "fashion_mnist": 28}  # of the images
 
 
 def run(options: record.Options) -> None:
     """Export, time one inference in the same rounds, print a table and write `structures.json`."""
     plan = Plan.read(_PLAN)
     rounds = options.pick("rounds", 300, 2)
-    runs = [each for each in plan.runs({}) if each.seed == plan.seeds[0]]
-    if options.smoke:
+    found = {setting: _measured(plan, setting, rounds, options.smoke) for setting in plan.settings}
+    path = record.write(
+        options,
+        "structures",
+        {
+            "network": "tiny" if options.smoke else "those of structure.yaml",
+            "batch_size": 1,
+            "rounds": rounds,
+            "settings": found,
+            "goal": GOAL,
+        },
+    )
+    rows = [
+        (f"{setting}: {name}", *record.milliseconds(timing))
+        for setting, each in found.items()
+        for name, timing in each["times"].items()
+    ]
+    notes = [
+        f"{setting}, {name}: {share:.2f} of the dense network's time, {each['bytes'][name]:,} "
+        f"bytes, {each['weights'][name]:,} weights that are not zero"
+        for setting, each in found.items()
+        for name, share in each["share_of_dense"].items()
+    ]
+    title = f"{IN_A_ROW} inferences in a row, one thread, float32, {rounds} rounds"
+    record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def _measured(plan: Plan, setting: str, rounds: int, smoke: bool) -> dict[str, Any]:
+    """Return the bytes, weights and times of the networks of one setting, by arm and sparsity."""
+    runs = [each for each in plan.runs({}) if (each.setting, each.seed) == (setting, plan.seeds[0])]
+    if smoke:
         runs = [each for each in runs if each.sparsity in (0.0, 0.5)]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "At a sparsity of", UserWarning)  # dead filters
         made = {
             f"{each.arm} {each.sparsity:g}": exported(
-                each.recipe, pathlib.Path(folder) / f"{place}.tflite", options.smoke
+                each.recipe, pathlib.Path(folder) / f"{place}.tflite", smoke
             )
             for place, each in enumerate(runs)
         }
         functions = {name: inference(report.path) for name, report in made.items()}
         times = measure.interleaved(functions, rounds, warm_up=5)
-    dense = "dense 0"
-    share = {
-        name: measure.ratios([times[name]], [times[dense]])["wall"].of_medians for name in times
-    }
-    sizes = {name: report.file_bytes for name, report in made.items()}
-    weights = {name: sum(k.weights - k.zeros for k in r.kernels) for name, r in made.items()}
-    path = record.write(
-        options,
-        "structures",
-        {
-            "network": "tiny" if options.smoke else runs[0].recipe.network.architecture,
-            "batch_size": 1,
-            "rounds": rounds,
-            "bytes": sizes,
-            "weights": weights,
-            "times": times,
-            "share_of_dense": share,
-            "goal": GOAL,
+    dense = times["dense 0"]
+    return {
+        "bytes": {name: report.file_bytes for name, report in made.items()},
+        "weights": {name: sum(k.weights - k.zeros for k in r.kernels) for name, r in made.items()},
+        "times": times,
+        "share_of_dense": {
+            name: measure.ratios([timing], [dense])["wall"].of_medians
+            for name, timing in times.items()
         },
-    )
-    rows = [(name, *record.milliseconds(timing)) for name, timing in times.items()]
-    notes = [
-        f"{name}: {share[name]:.2f} of the dense network's time, {sizes[name]:,} bytes, "
-        f"{weights[name]:,} weights that are not zero"
-        for name in times
-    ]
-    title = f"{IN_A_ROW} inferences in a row, one thread, float32, {rounds} rounds"
-    record.show(title, record.COLUMNS, rows, notes, path)
+    }
 
 
 def exported(recipe: Recipe, path: pathlib.Path, smoke: bool) -> Any:
@@ -76,8 +88,10 @@ def exported(recipe: Recipe, path: pathlib.Path, smoke: bool) -> Any:
     Filters are removed; the zeros of all other structures are left out where that is smaller.
     """
     build = getattr(tscnc.applications, ARCHITECTURES[recipe.network.architecture])
-    shape = {"width": 4, "hidden": 16} if smoke else recipe.network.options
-    model = build(input_shape=(28, 28, 1), classes=10, library="keras", **shape)
+    size = _SIZES[recipe.data.dataset]
+    shape = {"width": 4, "hidden": 16} if smoke else {}
+    options = {**recipe.network.options, **shape}
+    model = build(input_shape=(size, size, 1), classes=10, library="keras", **options)
     if not recipe.sparsity:
         return tscnc.export_litert(model, path)
     layers, structure = stages.pruned_layers(recipe.prune), stages.structure(recipe.prune)

@@ -145,12 +145,18 @@ def test_sparse_files_are_held_against_dense_ones(folder):
     found = result(folder, "litert")
     assert_times(found["times"], found["rounds"])
     medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
-    assert len(medians) == 7
+    assert len(medians) == 11
     for name, ratio in found["ratios"].items():
         assert ratio["wall"]["of_medians"] == pytest.approx(medians["dense"] / medians[name])
     assert list(found["sizes"]) == ["0.9", "0.95", "0.99"]
     for size in found["sizes"].values():
-        assert size["share"] == pytest.approx(size["sparse"] / size["dense"])
+        for each in (size, size["int8"]):
+            assert each["share"] == pytest.approx(each["sparse"] / each["dense"])
+        whole = size["int8"]["sparse"] / size["dense"]
+        assert size["int8"]["share_of_float32"] == pytest.approx(whole)
+    for name, ratio in found["ratios_to_int8_dense"].items():
+        expected = medians["int8 dense"] / medians[name]
+        assert ratio["wall"]["of_medians"] == pytest.approx(expected)
 
 
 @pytest.mark.skipif(emulation.EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
@@ -257,16 +263,40 @@ def test_a_wrong_command_line_is_refused(arguments, capsys):
 
 
 def test_structures_are_held_against_the_dense_network(folder):
-    found = result(folder, "structures")
-    assert set(found["times"]) == {"dense 0", "two of four 0.5", "filters 0.5"}
-    assert_times(found["times"], found["rounds"])
-    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
-    for name, share in found["share_of_dense"].items():
-        assert share == pytest.approx(medians[name] / medians["dense 0"])
-    # Filters take inputs of the next layer along: of its weights a quarter stays.
-    weights, sizes = found["weights"], found["bytes"]
-    assert weights["dense 0"] > 1.8 * weights["two of four 0.5"] > 1.6 * weights["filters 0.5"]
+    whole = result(folder, "structures")
+    assert set(whole["settings"]) == {"digits", "fashion"}
+    for found in whole["settings"].values():
+        assert set(found["times"]) == {"dense 0", "two of four 0.5", "filters 0.5"}
+        assert_times(found["times"], whole["rounds"])
+        medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+        for name, share in found["share_of_dense"].items():
+            assert share == pytest.approx(medians[name] / medians["dense 0"])
+        # Filters take inputs of the next layer along: of its weights a quarter stays.
+        weights, sizes = found["weights"], found["bytes"]
+        assert weights["dense 0"] > 1.2 * weights["two of four 0.5"] > weights["filters 0.5"]
+        assert sizes["dense 0"] > sizes["filters 0.5"]
+    sizes = whole["settings"]["fashion"]["bytes"]
     assert sizes["dense 0"] > sizes["two of four 0.5"] > sizes["filters 0.5"]
+
+
+@pytest.mark.skipif(emulation.EMULATOR is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+def test_runtimes_are_held_against_the_dense_network(tmp_path):
+    main(["--smoke", "--output", str(tmp_path), "runtimes"])
+    found = result(tmp_path, "runtimes")
+    runtimes = ("LiteRT", "LiteRT without AVX", "ONNX Runtime", "SavedModel", "SavedModel, XLA")
+    forms = ["single weights 0.99", "blocks 0.99", "filters 0.99"]
+    pairs = [("LeNet-5", form) for form in forms] + [("MobileNet", "1x1 0.99")]
+    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+    for runtime in runtimes:
+        for network, form in pairs:
+            dense = medians[f"{runtime}: {network}, dense"]
+            name = f"{runtime}: {network}, {form}"
+            ratio = found["times_as_fast_as_dense"][name]
+            assert ratio == pytest.approx(dense / medians[name])
+    sizes = found["bytes"]
+    assert sizes["LeNet-5, dense"]["LiteRT"] > sizes["LeNet-5, filters 0.99"]["LiteRT"]
+    assert sizes["LeNet-5, dense"]["ONNX"] == sizes["LeNet-5, blocks 0.99"]["ONNX"]
+    assert found["microcontrollers"].keys() == sizes.keys()
 
 
 def test_the_step_on_a_gpu_is_timed_in_mixed_precision_and_refused_without_one(tmp_path):

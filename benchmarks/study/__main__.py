@@ -82,18 +82,26 @@ def _report(plan: Plan, store: Store, options: argparse.Namespace, console: Cons
     if not found:
         sys.exit(f"{store.table} holds no results yet: python -m benchmarks.study run")
     text = report.tables(plan, found)
+    choices = report.against_time(plan, report.read(found), report.shares(plan))
+    if choices:
+        text += f"\n\n{report.table_against_time(choices)}"
     console.print(text, markup=False, soft_wrap=True)
     if options.write:
         picture = DOCUMENT.with_name(f"study-{plan.name}.png")
         title = "Robust accuracy by sparsity and by effective condition number"
         results = report.read(found)  # none if there are only trials yet
         shown = f"![{title}]({picture.name})\n\n{text}" if results else text
+        if choices:
+            against_time = DOCUMENT.with_name(f"study-{plan.name}-time.png")
+            shown = f"![Robust accuracy by time]({against_time.name})\n\n{shown}"
         try:
             report.insert(DOCUMENT, plan.name, shown)
         except ValueError as error:
             sys.exit(f"{error} Leave out --write: this plan has no place there.")
         if results:
             report.plot(plan, results, picture)
+        if choices:
+            report.plot_against_time(choices, against_time)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -16,11 +17,39 @@ import numpy as np
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from benchmarks.study import results as figures
-from benchmarks.study.plan import Found, Plan
+from benchmarks.study.plan import HERE, Found, Plan
 from benchmarks.study.results import Cell, Estimate, Result
 from tscnc_tf import _files
 
+TIMES = HERE.parent / "results" / "structures.json"
+
 ByArm = Mapping[str, Mapping[int, Result]]
+
+
+class Choice(NamedTuple):
+    """A network that an engineer may choose.
+
+    Attributes:
+        arm, sparsity: which.
+        share: the time of one inference, as a share of the dense network's.
+        robust: accuracy, with its interval over the seeds.
+        is_best: whether none of the others is both as fast and as robust, and better in one.
+    """
+
+    arm: str
+    sparsity: float
+    share: float
+    robust: Estimate
+    is_best: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {100 * self.sparsity:g} %"
+
+    def beats(self, other: Choice) -> bool:
+        """Tell whether it is as good as another one in both, and better in one."""
+        mine, theirs = ((-each.share, each.robust.mean) for each in (self, other))
+        return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
+
 
 BEGIN, END = "<!-- begin: {name} -->", "<!-- end: {name} -->"
 
@@ -182,6 +211,87 @@ def plot(plan: Plan, results: Sequence[Result], path: pathlib.Path) -> None:
         right.set_xlabel("worst effective κ")
     figure.legend(labels.values(), labels, loc="lower center", ncols=6, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.04 + 0.012 * len(labels), 1, 1))
+    with _files.replaced(path) as draft:
+        figure.savefig(draft, dpi=110, format="png")
+    plt.close(figure)
+
+
+def shares(plan: Plan) -> dict[str, dict[str, float]]:
+    """Return the times that `python -m benchmarks structures` has measured, if it is of the plan.
+
+    By setting, and by arm and sparsity ("filters 0.5"): that of one inference as a share of the
+    dense network's.
+    """
+    if plan.name != "structure" or not TIMES.is_file():
+        return {}
+    settings = json.loads(TIMES.read_text(encoding="utf-8"))["settings"]
+    return {setting: each["share_of_dense"] for setting, each in settings.items()}
+
+
+def against_time(
+    plan: Plan, results: Sequence[Result], times: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[Choice]]:
+    """Return what networks of each setting are to choose from, the fastest first.
+
+    Args:
+        plan: the study.
+        results: of its runs.
+        times: see `shares`.
+    """
+    found: dict[str, list[Choice]] = {}
+    for cell, by_arm in figures.by_cell(results).items():
+        for arm, by_seed in by_arm.items():
+            share = times.get(cell.setting, {}).get(f"{arm} {cell.sparsity:g}")
+            if share is not None:
+                robust = _mean(list(by_seed.values()), "robust")
+                found.setdefault(cell.setting, []).append(Choice(arm, cell.sparsity, share, robust))
+    ordered = {
+        s: sorted(found[s], key=lambda choice: choice.share) for s in plan.settings if s in found
+    }
+    return {
+        setting: [
+            choice._replace(is_best=not any(other.beats(choice) for other in choices))
+            for choice in choices
+        ]
+        for setting, choices in ordered.items()
+    }
+
+
+def table_against_time(choices: Mapping[str, Sequence[Choice]]) -> str:
+    """Return the choices as tables, those in bold that none is both faster and more robust than."""
+    head = ["arm, zeros", "time of one inference, of the dense network's", "robust"]
+    parts = []
+    for setting, of_setting in choices.items():
+        rows = [
+            [f"**{c}**" if c.is_best else str(c), f"{c.share:.2f}", _points(c.robust)]
+            for c in of_setting
+        ]
+        parts.append(f"### {setting}: time and accuracy\n\n{markdown(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def plot_against_time(choices: Mapping[str, Sequence[Choice]], path: pathlib.Path) -> None:
+    """Draw robust accuracy over the time of one inference, with a line through the best choices."""
+    figure, axes = plt.subplots(1, len(choices), figsize=(5.5 * len(choices), 4), squeeze=False)
+    arms = dict.fromkeys(c.arm for of_setting in choices.values() for c in of_setting)
+    colours = dict(zip(arms, plt.get_cmap("tab10").colors, strict=False))
+    for (setting, of_setting), axis in zip(choices.items(), axes[0], strict=True):
+        best = [choice for choice in of_setting if choice.is_best]
+        axis.plot([c.share for c in best], [100 * c.robust.mean for c in best], color="0.8")
+        for arm in arms:
+            mine = [choice for choice in of_setting if choice.arm == arm]
+            halves = [100 * c.robust.half if math.isfinite(c.robust.half) else 0.0 for c in mine]
+            x, y = [c.share for c in mine], [100 * c.robust.mean for c in mine]
+            axis.errorbar(x, y, halves, fmt="o", markersize=4, color=colours[arm], label=arm)
+            for choice in mine:
+                place = (choice.share, 100 * choice.robust.mean)
+                axis.annotate(f" {100 * choice.sparsity:g} %", place, fontsize=7)
+        axis.set_title(setting, fontsize=9)
+        axis.set_xlabel("time of one inference in LiteRT on x86, as a share of the dense network's")
+        axis.set_ylabel("robust accuracy, %")
+        axis.set_xlim(0)
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
     with _files.replaced(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
