@@ -169,10 +169,10 @@ def _correlations(results: Sequence[Result]) -> str:
 
 
 def plot(plan: Plan, results: Sequence[Result], path: pathlib.Path) -> None:
-    """Draw robust accuracy over sparsity, and over the condition number at the highest one.
+    """Draw robust accuracy over sparsity, and over the condition number at one sparsity.
 
     On the left the mean of each arm, and a dotted line for arms at sparsity 0; on the right a dot
-    for each run.
+    for each run at the sparsity with most arms, of equals the highest.
     """
     cells = figures.by_cell(results)
     settings = list(dict.fromkeys(cell.setting for cell in cells))
@@ -180,37 +180,41 @@ def plot(plan: Plan, results: Sequence[Result], path: pathlib.Path) -> None:
         max(1, len(settings)), 2, figsize=(9, 3.6 * max(1, len(settings))), squeeze=False
     )
     both = plt.get_cmap("tab20").colors  # each colour in full, then pale
-    colours = dict(zip(plan.arms, itertools.cycle([*both[::2], *both[1::2]]), strict=False))
+    styles = itertools.product("o^sv", [*both[::2], *both[1::2]])  # marker, colour
+    looks = {
+        arm: {"marker": marker, "color": colour, "markersize": 3}
+        for arm, (marker, colour) in zip(plan.arms, styles, strict=False)
+    }
     labels: dict[str, Any] = {}
     for (left, right), setting in zip(axes, settings, strict=False):
         here = {cell.sparsity: by_arm for cell, by_arm in cells.items() if cell.setting == setting}
         levels = sorted(level for level in here if level)
+        most = max(levels, key=lambda level: (len(here[level]), level), default=0.0)
         for arm in plan.arms:
             found = {level: list(here[level].get(arm, {}).values()) for level in here}
             means = {s: 100 * _mean(each, "robust").mean for s, each in found.items() if each}
             if 0 in means:
-                labels[arm] = left.axhline(means.pop(0), color=colours[arm], linestyle=":")
+                labels[arm] = left.axhline(means.pop(0), color=looks[arm]["color"], linestyle=":")
             if means:
                 places = [levels.index(level) for level in means]
-                (labels[arm],) = left.plot(places, means.values(), ".-", color=colours[arm])
-            last = found.get(levels[-1], []) if levels else []
-            x, y = [each.effective for each in last], [100 * each.robust for each in last]
-            right.plot(x, y, ".", color=colours[arm], markersize=5)
+                (labels[arm],) = left.plot(places, means.values(), **looks[arm])
+            shown = found.get(most, [])
+            x, y = [each.effective for each in shown], [100 * each.robust for each in shown]
+            right.plot(x, y, linestyle="", **looks[arm])
         left.set_title(setting, fontsize=9)
         left.set_ylim(0)
         left.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
         left.set_xlabel("zeros")
         left.set_ylabel("robust accuracy, %")
-        right.set_title(
-            f"{setting}, {100 * levels[-1]:g} % zeros" if levels else setting, fontsize=9
-        )
+        right.set_title(f"{setting}, {100 * most:g} % zeros", fontsize=9)
         right.set_xscale("log")
-        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         right.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         right.xaxis.set_minor_formatter(NullFormatter())
         right.set_xlabel("worst effective κ")
     figure.legend(labels.values(), labels, loc="lower center", ncols=6, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.04 + 0.012 * len(labels), 1, 1))
+    lines = math.ceil(len(labels) / 6)
+    figure.tight_layout(rect=(0, (0.1 + 0.18 * lines) / figure.get_figheight(), 1, 1))
     with _files.replaced(path) as draft:
         figure.savefig(draft, dpi=110, format="png")
     plt.close(figure)
