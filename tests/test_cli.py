@@ -24,6 +24,11 @@ from tscnc_tf.experiments import Recipe
 MODELS = ["keras.keras", "keras.h5", "tf_keras.keras", "tf_keras.h5"]
 
 
+def test_the_scopes_are_those_of_pruning():
+    (scope,) = [each for each in tscnc_cli.main.commands["prune"].params if each.name == "scope"]
+    assert tuple(scope.type.choices) == tscnc.pruning.scopes.SCOPES
+
+
 def call(*words):
     """Call the command in this process; return its exit code, stdout and stderr."""
     result = click.testing.CliRunner().invoke(tscnc_cli.main, [str(word) for word in words])

@@ -218,7 +218,7 @@ def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
     require_batch(x.shape)
     if x.shape.num_elements() == 0:
         raise ValueError(f"x must not be empty, got shape {x.shape}.")
-    values = _widened(x)
+    values = widened(x)
     finite = tf.reduce_all(tf.math.is_finite(values), axis=range(1, values.shape.rank))
     if not bool(tf.reduce_all(finite)):
         bad = len(finite) - int(tf.math.count_nonzero(finite))
@@ -329,7 +329,7 @@ def labels(y: Any, batch: int) -> tf.Tensor:
         raise ValueError(f"y must have one label per example of x, {batch}, got {y.shape[0]}.")
     if not are_indices:
         require_classes(y, None)
-        return _widened(y)
+        return widened(y)
     indices = tf.cast(tf.reshape(y, (-1,)), tf.int64)
     smallest, largest = int(tf.reduce_min(indices)), int(tf.reduce_max(indices))
     if smallest < 0 or largest > tf.int32.max:
@@ -358,7 +358,7 @@ def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
             smallest,
             largest,
         )
-    rows = _widened(y)
+    rows = widened(y)
     smallest, sums = tf.reduce_min(rows), tf.reduce_sum(rows, axis=-1)
     least, most = tf.reduce_min(sums), tf.reduce_max(sums)
     return require(
@@ -372,6 +372,6 @@ def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
     )
 
 
-def _widened(values: Any) -> tf.Tensor:
-    """Return a tensor in float32 at least."""
+def widened(values: Any) -> tf.Tensor:
+    """Return a float tensor in float32 at least, which half precision is computed in."""
     return values if values.dtype == tf.float64 else tf.cast(values, tf.float32)

@@ -82,9 +82,7 @@ class KernelRegularizer(_keras.Regularizer):
         if not tensor.dtype.is_floating:
             raise TypeError(f"kernel must be of a float dtype, got {tensor.dtype.name}.")
         reading = self._for_variable(kernel) if self._reads_axes and tensor.shape.rank else self
-        return reading._penalty(
-            tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
-        )
+        return reading._penalty(_checks.widened(tensor))
 
     @property
     def _reads_axes(self) -> bool:

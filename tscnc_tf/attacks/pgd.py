@@ -95,7 +95,7 @@ class GradientAttack(CompiledAttack):
         self._check_size(x.shape)
         self.check_labels(y)
         # Half precision can't hold steps of 1/255 near 1; the network still gets what it expects.
-        anchor = wide(x)
+        anchor = _checks.widened(x)
         ascent = Ascent(
             logits_fn,
             x,
@@ -342,7 +342,7 @@ class Ascent:
         self._labels = None if labels is None else tf.convert_to_tensor(labels)
         self.targets = targets
         if objective == "kl":
-            clean_logits = self.logits(x) if clean_logits is None else wide(clean_logits)
+            clean_logits = self.logits(x) if clean_logits is None else _checks.widened(clean_logits)
             self._reference = tf.stop_gradient(clean_logits)
 
     def logits(self, x: tf.Tensor) -> tf.Tensor:
@@ -354,7 +354,8 @@ class Ascent:
                 f"model must return one tensor of logits of shape (batch, classes), got {shape}: "
                 "wrap it in a function that does."
             )
-        return tf.ensure_shape(wide(logits), (None, None))  # the rank may have been unknown
+        # The rank may have been unknown.
+        return tf.ensure_shape(_checks.widened(logits), (None, None))
 
     def score(self, logits: tf.Tensor) -> tf.Tensor:
         """Return what is climbed, per example: the objective, negated for a targeted attack."""
@@ -445,11 +446,6 @@ _NOT_DIFFERENTIABLE = (
     "model is not differentiable in x, so there is no gradient to follow: pass a model that is "
     "TensorFlow operations from end to end, or an attack that needs no gradient, such as Square."
 )
-
-
-def wide(logits: Any) -> tf.Tensor:
-    """Return a float tensor in float32 at least."""
-    return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
 
 
 def classes_of(logits: tf.Tensor) -> Any:

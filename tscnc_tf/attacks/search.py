@@ -198,10 +198,10 @@ class Search(CompiledAttack):
         """
         self._check_size(x.shape)
         self.check_labels(y)
-        anchor = pgd.wide(x)
+        anchor = _checks.widened(x)
         size = tf.shape(x)[0]
         if clean_logits is None and self._needs_clean_logits:
-            clean_logits = pgd.wide(logits_fn(x))
+            clean_logits = _checks.widened(logits_fn(x))
         labels = None if y is None else tf.convert_to_tensor(y)
         examples = Examples(anchor, labels, clean_logits, tf.range(size))
 
@@ -234,7 +234,7 @@ class Search(CompiledAttack):
 
     def _settled(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
         """Return points in the dtype of x, inside the ball and the bounds, as constants."""
-        point = self._feasible(pgd.wide(x), point)
+        point = self._feasible(_checks.widened(x), point)
         settled = balls.settle(x, point, self.epsilon_value, self.norm)
         return tf.stop_gradient(tf.clip_by_value(settled, *self.bounds))
 
@@ -292,7 +292,7 @@ class Hunt:
         if y is not None:
             _checks.require_classes(y, clean_logits.shape[-1])
         size = tf.constant(x.shape[0])
-        given = Examples(pgd.wide(x), y, clean_logits, tf.range(size))
+        given = Examples(_checks.widened(x), y, clean_logits, tf.range(size))
         result = given.x.numpy()
         score = np.full(len(result), -np.inf)
         fooled = np.zeros(len(result), dtype=bool)

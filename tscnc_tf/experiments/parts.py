@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from tscnc_tf import _checks, pruning, regularizers
 from tscnc_tf.datasets import resizing, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
+from tscnc_tf.pruning import scopes
 
 ARCHITECTURES = {
     "small-cnn": "SmallCNN",
@@ -28,7 +29,7 @@ ARCHITECTURES = {
 }
 STAGES = ("train", "prune", "finetune")
 ATTACKS = ("pgd", "apgd", "autoattack")
-SCOPES = ("layer", "global", "erk", "igq", "lamp", "condition", "learned")
+SCOPES = (*scopes.SCOPES, "condition", "learned")
 SIZED = {"block": pruning.Block, "nm": pruning.NM}
 STRUCTURES = ("weights", "filters", "{block: [rows, columns]}", "{nm: [n, m]}")
 REGROWTH = ("fraction", "criterion", "until", "frequency", "across_layers")

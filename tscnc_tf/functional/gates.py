@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tscnc_tf import _checks
+
 BETA = 2.0 / 3.0  # the temperature
 GAMMA, ZETA = -0.1, 1.1  # the interval that (0, 1) is stretched to before it is clipped
 
@@ -37,7 +39,7 @@ def hard_concrete(log_alpha: Any, uniform: Any) -> tf.Tensor:
     Reference:
         Louizos, Welling & Kingma 2018, arXiv 1712.01312, equations 10 and 11.
     """
-    log_alpha = _as_float(log_alpha)
+    log_alpha = _checks.widened(tf.convert_to_tensor(log_alpha))
     uniform = tf.cast(uniform, log_alpha.dtype)
     uniform = tf.clip_by_value(uniform, _MARGIN, 1.0 - _MARGIN)
     logit = tf.math.log(uniform) - tf.math.log1p(-uniform)
@@ -61,7 +63,7 @@ def deterministic_gate(log_alpha: Any) -> tf.Tensor:
     Reference:
         Louizos, Welling & Kingma 2018, arXiv 1712.01312, equation 13.
     """
-    return _stretched(tf.sigmoid(_as_float(log_alpha)))
+    return _stretched(tf.sigmoid(_checks.widened(tf.convert_to_tensor(log_alpha))))
 
 
 def open_probability(log_alpha: Any) -> tf.Tensor:
@@ -79,7 +81,9 @@ def open_probability(log_alpha: Any) -> tf.Tensor:
     Reference:
         Louizos, Welling & Kingma 2018, arXiv 1712.01312, equation 12.
     """
-    return tf.sigmoid(_as_float(log_alpha) - BETA * math.log(-GAMMA / ZETA))
+    return tf.sigmoid(
+        _checks.widened(tf.convert_to_tensor(log_alpha)) - BETA * math.log(-GAMMA / ZETA)
+    )
 
 
 def uniform(count: int, seed: Any, draw: Any) -> tf.Tensor:
@@ -111,8 +115,3 @@ def uniform(count: int, seed: Any, draw: Any) -> tf.Tensor:
 
 def _stretched(s: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(s * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
-
-
-def _as_float(log_alpha: Any) -> tf.Tensor:
-    log_alpha = tf.convert_to_tensor(log_alpha)
-    return log_alpha if log_alpha.dtype == tf.float64 else tf.cast(log_alpha, tf.float32)

@@ -249,7 +249,7 @@ def lifted(logits: Any, classes: int = 2) -> tf.Tensor:
             f"logits must have at least {classes} classes here, got {logits.shape[1]}: dlr needs "
             "3, the others 2. A network with one output z for two classes has the logits (0, z)."
         )
-    return logits if logits.dtype == tf.float64 else tf.cast(logits, tf.float32)
+    return _checks.widened(logits)
 
 
 def _rows(labels: Any, logits: tf.Tensor) -> tf.Tensor:

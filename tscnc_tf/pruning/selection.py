@@ -35,8 +35,7 @@ class Magnitude(_configs.Configurable):
 
     def __call__(self, weight: tf.Tensor) -> tf.Tensor:
         """Return the scores of a weight tensor, float32 or wider."""
-        weight = weight if weight.dtype == tf.float64 else tf.cast(weight, tf.float32)
-        return tf.abs(weight)
+        return tf.abs(_checks.widened(weight))
 
 
 class Selection:
