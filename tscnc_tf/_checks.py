@@ -1,9 +1,9 @@
 """Argument checks: numbers, names, bounds, inputs and labels.
 
 Each function returns the normalised value, or raises an error that names the argument, the value
-and what would have been accepted. What tensors hold is checked by `require`: an error at once in
-eager code, an assertion in a graph. XLA drops assertions, so such a check belongs in front of what
-XLA compiles.
+and the accepted values. The values of tensors are checked by `require`: it raises at once in eager
+code, and adds an assertion in a graph. XLA drops assertions, so such checks must run before the
+part that XLA compiles.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 import tensorflow as tf
 
 _FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*")
-# The text of `require` in an assertion's error: it begins with the name of an argument.
+# The message of `require` in the error of an assertion; it begins with an argument's name.
 _FAILED = re.compile(r"assertion failed: \[((?:x|y|model|teacher) must .*)\]\s*$", re.MULTILINE)
 
 
 class DtypeError(TypeError, ValueError):
-    """A tensor or array is of a wrong dtype.
+    """A tensor or array has a wrong dtype.
 
-    It is a TypeError, and a ValueError as well, which attacks and losses promise to raise.
+    It is both a TypeError and a ValueError, since attacks and losses document the latter.
     """
 
 
@@ -81,7 +81,7 @@ def integer(name: str, value: Any, *, minimum: int, maximum: int | None = None) 
 
 
 def seed(name: str, value: Any) -> int:
-    """Return a seed as an int >= 0 that fits 32 bits, those of TensorFlow's seeds."""
+    """Return a seed as an int in [0, 2^31), the range of TensorFlow's int32 seeds."""
     return integer(name, value, minimum=0, maximum=2**31 - 1)
 
 
@@ -93,7 +93,7 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
-    """Return `value` if it is one of `choices`, texts or None."""
+    """Return `value` if it is one of `choices` (strings or None)."""
     choices = tuple(choices)
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
@@ -101,10 +101,10 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
 
 
 def file_name(name: str, value: Any) -> str:
-    """Return `value` if it can be the name of a file or folder, and leads to no other place."""
+    """Return `value` if it is the name of a file or folder, without any other part of a path."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be text, got {value!r}.")
-    parts = pathlib.PureWindowsPath(value)  # which knows the separators of all systems, and drives
+    parts = pathlib.PureWindowsPath(value)  # splits at drives and at the separators of all systems
     if not value.strip() or value == ".." or parts.name != value or not value.isprintable():
         raise ValueError(
             f"{name} must be usable as the name of a file or folder, got {value!r}: text that is "
@@ -139,10 +139,10 @@ def distance(name: str, value: Any) -> float:
 
 
 def as_written(value: float | str) -> str:
-    """Return a distance the way people write it: 8/255 as "8/255", 0.3 as "0.3".
+    """Return a distance in its usual notation: 8/255 as "8/255", 0.3 as "0.3".
 
-    A float within 1e-12 of k/255, with a whole k, is read as that fraction, if its decimal form is
-    no shorter: 0.2 stays 0.2, though it is 51/255. A NumPy float is read in its own precision.
+    A float within 1e-12 of k/255 for an integer k is written as that fraction, unless three digits
+    suffice: 0.2 stays 0.2, though it is 51/255. A NumPy float is read in its own precision.
     """
     if isinstance(value, str):
         return value.replace(" ", "")
@@ -160,13 +160,14 @@ def require(condition: Any, text: str, *values: Any) -> list[tf.Operation]:
     """Raise a ValueError unless a condition holds.
 
     Args:
-        condition: a boolean, or a tensor of one.
-        text: begins with "x must", "y must", "model must" or "teacher must", and has a "{}" for
-            each of the values.
-        *values: numbers, or tensors of one.
+        condition: a boolean, or a scalar boolean tensor.
+        text: the message; begins with "x must", "y must", "model must" or "teacher must", and has
+            a "{}" for each value.
+        *values: numbers or scalar tensors.
 
     Returns:
-        In a graph, the operation that checks, for what must not run before; else nothing.
+        In a graph, the assertion, as a control dependency for the operations that need it; an
+        empty list in eager code.
     """
     if not tf.executing_eagerly():
         pieces = text.split("{}")
@@ -178,7 +179,7 @@ def require(condition: Any, text: str, *values: Any) -> list[tf.Operation]:
 
 
 def as_value_error(error: tf.errors.InvalidArgumentError) -> ValueError | None:
-    """Return the error that `require` raises in eager code, None for an error of another kind."""
+    """Return the error that `require` raises in eager code; None if it is not from `require`."""
     found = _FAILED.search(error.message)
     return ValueError(found[1].replace("] [", "").replace("\\'", "'")) if found else None
 
@@ -191,7 +192,7 @@ def one_array(name: str, value: Any) -> None:
         found, parts = f"a {type(value).__name__}", len(value)
     elif isinstance(value, list | tuple) and any(np.ndim(part) > 1 for part in value[:2]):
         if all(isinstance(part, list | tuple) for part in value):
-            return  # numbers in lists
+            return  # nested lists of numbers
         found, parts = f"a {type(value).__name__} of arrays", len(value)
     else:
         return
@@ -203,11 +204,11 @@ def one_array(name: str, value: Any) -> None:
 
 
 def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
-    """Return inputs `(batch, ...)` as a tensor of their own float dtype, all within the bounds.
+    """Return inputs `(batch, ...)` as a tensor of their own float dtype, checked against bounds.
 
     Raises:
         TypeError: x is not one array of floats.
-        ValueError: x is not a batch, is empty, not finite, or leaves the bounds.
+        ValueError: x is not a batch, is empty, not finite, or outside of the bounds.
     """
     one_array("x", x)
     try:
@@ -228,7 +229,7 @@ def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
 
 
 def require_floats(dtype: Any) -> None:
-    """Raise a DtypeError unless `dtype`, that of the inputs, is one of floats."""
+    """Raise a DtypeError unless `dtype`, the dtype of the inputs, is a float dtype."""
     dtype = tf.as_dtype(dtype)
     if not dtype.is_floating:
         raise DtypeError(
@@ -239,19 +240,19 @@ def require_floats(dtype: Any) -> None:
 
 
 def require_batch(shape: tf.TensorShape) -> None:
-    """Raise a ValueError unless the shape is known to have a batch axis and one more at least."""
+    """Raise a ValueError unless the shape is known to have at least two axes, the batch first."""
     if shape.rank is None or shape.rank < 2:
         raise ValueError(
-            f"x must be a batch, of a batch axis and one more at least, got shape {shape}. One "
-            "example is a batch as x[None]."
+            f"x must be a batch, with a batch axis and at least one more, got shape {shape}. Pass "
+            "a single example as x[None]."
         )
 
 
 def within(smallest: Any, largest: Any, bounds: tuple[float, float]) -> Any:
-    """Tell whether float32 values are inside the bounds, up to rounding; NaN is not.
+    """Return whether float32 values are inside the bounds, up to rounding; False for NaN.
 
-    The tolerance is relative to the size of the bounds alone: a bound such as 2.64 is not a
-    float32, and one of 1e-6 must not grow to twice itself.
+    The tolerance is relative to the bounds, with no absolute part: a bound such as 2.64 is not
+    exact in float32, and an absolute tolerance could double a bound of 1e-6.
     """
     slack = 1e-6 * max(abs(bounds[0]), abs(bounds[1]))
     return (smallest >= bounds[0] - slack) & (largest <= bounds[1] + slack)
@@ -271,15 +272,15 @@ def require_within(x: Any, bounds: tuple[float, float]) -> list[tf.Operation]:
 
 
 def holds_indices(name: str, labels: Any) -> bool:
-    """Tell labels that are class indices, `(batch,)` or `(batch, 1)`, from rows `(batch, classes)`.
+    """Return whether labels are class indices, `(batch,)` or `(batch, 1)`, not `(batch, classes)`.
 
     Args:
         name: of the argument.
-        labels: an array or tensor; only its shape and dtype are looked at.
+        labels: an array or tensor; only its shape and dtype are read.
 
     Raises:
-        ValueError: the labels are of neither shape.
-        DtypeError: they have the shape of class indices, and are no integers.
+        ValueError: the labels have neither shape.
+        DtypeError: they have the shape of class indices, but are not integers.
     """
     shape, dtype = tf.TensorShape(labels.shape), tf.as_dtype(labels.dtype)
     if shape.rank not in (1, 2):
@@ -298,9 +299,12 @@ def holds_indices(name: str, labels: Any) -> bool:
 
 
 def class_indices(name: str, value: Any) -> tuple[np.ndarray, int | None]:
-    """Return labels as class indices `(n,)` of int64, and the width of one-hot labels, else None.
+    """Return labels as int64 class indices `(n,)`, and the width of one-hot labels, else None.
 
-    Integers `(n,)` or `(n, 1)` and one-hot rows `(n, classes)` are labels; soft labels are not.
+    Integers `(n,)` or `(n, 1)` and one-hot rows `(n, classes)` are accepted; soft labels are not.
+
+    Raises:
+        ValueError: the labels are negative, or rows that are not one-hot.
     """
     array = np.asarray(value)
     if holds_indices(name, array):
@@ -321,7 +325,7 @@ def labels(y: Any, batch: int) -> tf.Tensor:
     """Return labels as int32 of shape `(batch,)`, or as float rows of shape `(batch, classes)`.
 
     Raises:
-        ValueError: y is neither, or of another length than x.
+        ValueError: y is neither, or has another length than x.
     """
     y = tf.convert_to_tensor(y)
     are_indices = holds_indices("y", y)
@@ -340,11 +344,11 @@ def labels(y: Any, batch: int) -> tf.Tensor:
 
 
 def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
-    """Raise a ValueError unless labels belong to so many classes; `require` in a graph.
+    """Raise a ValueError unless labels are valid for a number of classes; `require` in a graph.
 
     Args:
-        y: class indices, or rows, of which it is asked that they are >= 0 and sum to 1.
-        classes: None where that is not known.
+        y: class indices in [0, classes), or rows, which must be >= 0 and sum to 1.
+        classes: the number of classes; None if not known.
     """
     if holds_indices("y", y):
         if classes is None:
@@ -373,5 +377,5 @@ def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
 
 
 def widened(values: Any) -> tf.Tensor:
-    """Return a float tensor in float32 at least, which half precision is computed in."""
+    """Return a float tensor in float32, or float64 if it is float64; half precision is widened."""
     return values if values.dtype == tf.float64 else tf.cast(values, tf.float32)

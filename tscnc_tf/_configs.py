@@ -11,16 +11,16 @@ from typing import Any, Self
 class Configurable:
     """Mixin for frozen dataclasses whose fields are numbers, names, and tuples and dicts of them.
 
-    `cls.from_config(obj.get_config()) == obj`, also after a trip through JSON, where tuples turn
-    into lists: the constructor of the dataclass normalises them. Fields that the constructor
-    derives from others are left out.
+    `cls.from_config(obj.get_config()) == obj`, also after a round trip through JSON, which turns
+    tuples into lists: the constructor of the dataclass normalises them. Fields with `init=False`
+    are left out.
     """
 
     def get_config(self) -> dict[str, Any]:
         """Return the fields as a dict of JSON values.
 
         Raises:
-            TypeError: a field holds what JSON cannot, such as a function.
+            TypeError: a field holds a value that JSON cannot, such as a function.
         """
         owner = type(self).__name__
         return {
@@ -31,7 +31,7 @@ class Configurable:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build an object from what `get_config` returned."""
+        """Build an object from the dict of `get_config`."""
         return cls(**config)
 
 
@@ -43,6 +43,6 @@ def _json_value(name: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
-        f"{name} cannot be written to a config: {value!r} is no number or text, and no tuple or "
-        "dict of these. Build the object anew where the config is read."
+        f"{name} cannot be written to a config: {value!r} is not a number or text, nor a tuple or "
+        "dict of these. Build the object again where the config is read."
     )

@@ -1,8 +1,8 @@
-"""Atomic writing of files and folders: under a hidden name beside the goal, then renamed.
+"""Atomic writing of files and folders: under a hidden name beside the target, then renamed.
 
-A process that is killed on the way leaves its draft, `.<name>.<8 hex digits>`, beside the goal, and
-the goal itself as it was. What is renamed has reached the disk before, so that holds for a power
-cut as well. If the disk is full, the error names the goal.
+A process that is killed while writing leaves its draft, `.<name>.<8 hex digits>`, beside an
+unchanged target. Drafts are flushed to the disk before they are renamed, so this holds for a power
+failure as well. If the disk is full, the error names the target.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class Replacement(NamedTuple):
-    """What may be replaced, in functions that have an argument `overwrite`.
+    """The rule for replacing an existing file or folder, in functions with `overwrite=`.
 
     Attributes:
-        overwrite: the argument.
-        require: raises a FileExistsError unless what is at a path is of the kind that is replaced.
+        overwrite: whether it may be replaced.
+        require: raises a FileExistsError unless the object at a path is of the replaceable kind.
     """
 
     overwrite: bool
@@ -38,77 +38,75 @@ class Replacement(NamedTuple):
 def free_path(
     name: str, path: str | os.PathLike[str], replacement: Replacement | None = None
 ) -> pathlib.Path:
-    """Return `path` as an absolute Path, after making sure that something new can be put there.
+    """Return `path` as an absolute Path, after checking that it can be written to.
 
     Args:
-        name: what the caller calls the path, for the error messages.
-        path: a path, `~` allowed. Folders on the way to it need not exist.
-        replacement: what may be replaced; nothing, if it is None. If `path` is a link, what it
-            leads to is replaced, and returned.
+        name: the caller's name for the path, for error messages.
+        path: a path, `~` allowed. Its parent folders need not exist.
+        replacement: the rule for replacing; with None, nothing is replaced. If `path` is a link,
+            its target is replaced and returned.
 
     Raises:
-        TypeError: `path` is no path.
-        FileExistsError: there is something at `path`, be it a link that leads nowhere, that may not
-            be replaced.
-        NotADirectoryError: one of the folders on the way is a file.
+        TypeError: `path` is not a path.
+        FileExistsError: `path` exists (a broken link counts) and may not be replaced.
+        NotADirectoryError: a parent of `path` is a file.
     """
-    goal = absolute(name, path)
+    target = absolute(name, path)
     if replacement is not None and replacement.overwrite:
-        goal = goal.resolve()
-    restore(goal)
-    if os.path.lexists(goal):
+        target = target.resolve()
+    restore(target)
+    if os.path.lexists(target):
         if replacement is None or not replacement.overwrite:
-            offer = "" if replacement is None else "pass overwrite=True, "
+            advice = "" if replacement is None else "pass overwrite=True, "
             raise FileExistsError(
-                f"{name} exists already: {goal}. Nothing is overwritten: {offer}remove it, or "
+                f"{name} exists already: {target}. Nothing is overwritten: {advice}remove it, or "
                 "choose another path."
             )
-        replacement.require(goal)
-    nearest = next(parent for parent in goal.parents if os.path.lexists(parent))
+        replacement.require(target)
+    nearest = next(parent for parent in target.parents if os.path.lexists(parent))
     if not nearest.is_dir():
         raise NotADirectoryError(
-            f"{name} must lie in a folder, got {goal}, but {nearest} is a file. "
+            f"{name} must lie in a folder, got {target}, but {nearest} is a file. "
             "Choose another path."
         )
-    return goal
+    return target
 
 
 @contextlib.contextmanager
 def new_directory(
     name: str, path: str | os.PathLike[str], replacement: Replacement | None = None
 ) -> Iterator[pathlib.Path]:
-    """Yield an empty folder to fill; it becomes `path` when the block ends, and goes if it fails.
+    """Yield an empty draft folder, renamed to `path` when the block ends, and removed if it fails.
 
-    A folder that is replaced is in its place until then. Where the system can, the two change
-    places in one step (Linux and macOS, on their usual file systems). Elsewhere the old one is
-    given a hidden name first: if the process is killed before the new one is renamed, `restore`
-    finds it.
+    A folder that is replaced stays in place until then. Where the system supports it (Linux and
+    macOS, on their usual file systems), the two folders are exchanged in one step. Elsewhere the
+    old one is first renamed to a hidden name, from which `restore` recovers it if the process is
+    killed before the new one is renamed.
 
     Args:
-        name: what the caller calls the path, for the error messages.
-        path: where the folder is to be; missing folders on the way are made.
+        name: the caller's name for the path, for error messages.
+        path: of the new folder; missing parents are created.
         replacement: see `free_path`.
 
     Raises:
-        FileExistsError: there is something at `path` that may not be replaced, before or after the
-            block.
+        FileExistsError: `path` exists before or after the block, and may not be replaced.
         TypeError, NotADirectoryError: see `free_path`.
-        OSError: the disk is full, or can't be written to; the error names `path`.
+        OSError: the disk is full or not writable; the error names `path`.
     """
-    goal = free_path(name, path, replacement)
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    draft = _draft(goal)
+    target = free_path(name, path, replacement)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft(target)
     try:
-        with _naming(goal, draft):
+        with _naming(target, draft):
             draft.mkdir()
             yield draft
             for folder, _, files in os.walk(draft):
                 for file in files:
                     _flush(pathlib.Path(folder, file))
                 _flush_folder(pathlib.Path(folder))
-            while not _put(draft, free_path(name, goal, replacement)):
-                pass  # another process was faster: check again what is there
-            _flush_folder(goal.parent)
+            while not _put(draft, free_path(name, target, replacement)):
+                pass  # another process wrote or removed the target: check it again
+            _flush_folder(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -117,76 +115,75 @@ def new_directory(
 def new_file(
     name: str, path: str | os.PathLike[str], replacement: Replacement | None = None
 ) -> Iterator[pathlib.Path]:
-    """Yield a path to write a file at; it becomes `path` when the block ends, and goes if it fails.
+    """Yield a draft path; the file is renamed to `path` when the block ends, removed if it fails.
 
-    A file that is replaced is in its place until then.
+    A file that is replaced stays in place until then.
 
     Args:
-        name: what the caller calls the path, for the error messages.
-        path: where the file is to be; missing folders on the way are made.
+        name: the caller's name for the path, for error messages.
+        path: of the new file; missing parents are created.
         replacement: see `free_path`.
 
     Raises:
-        FileExistsError: there is something at `path` that may not be replaced, before or after the
-            block.
+        FileExistsError: `path` exists before or after the block, and may not be replaced.
         TypeError, NotADirectoryError: see `free_path`.
-        OSError: the disk is full, or can't be written to; the error names `path`.
+        OSError: the disk is full or not writable; the error names `path`.
     """
-    goal = free_path(name, path, replacement)
-    with _written(goal) as draft:
+    target = free_path(name, path, replacement)
+    with _written(target) as draft:
         yield draft
         _flush(draft)
-        free_path(name, goal, replacement)
+        free_path(name, target, replacement)
         if replacement is not None and replacement.overwrite:
-            draft.replace(goal)
+            draft.replace(target)
             return
         try:
-            os.link(draft, goal)  # which, unlike a renaming, replaces nothing
+            os.link(draft, target)  # unlike a rename, a link never replaces a file
         except OSError:
-            free_path(name, goal)  # another process was faster
-            draft.rename(goal)  # there are file systems without links
+            free_path(name, target)  # raises if another process has created the target
+            draft.rename(target)  # some file systems have no hard links
 
 
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yield a path to write a file at; it replaces `path` at the end, and goes if the block fails.
+    """Yield a draft path; the file replaces `path` when the block ends, and is removed if it fails.
 
-    A reader sees the old file or the new one, whole. If `path` is a link, the file that it leads to
-    is replaced.
+    Readers see the complete old or the complete new file. If `path` is a link, its target is
+    replaced.
 
     Raises:
-        TypeError: `path` is no path.
-        OSError: the disk is full, or can't be written to; the error names `path`.
+        TypeError: `path` is not a path.
+        OSError: the disk is full or not writable; the error names `path`.
     """
-    goal = absolute("path", path).resolve()
-    with _written(goal) as draft:
+    target = absolute("path", path).resolve()
+    with _written(target) as draft:
         yield draft
         _flush(draft)
-        draft.replace(goal)
+        draft.replace(target)
 
 
-def restore(goal: pathlib.Path) -> None:
-    """Put back a folder that was to be replaced, if its writer was killed with nothing at `goal`.
+def restore(target: pathlib.Path) -> None:
+    """Put back the old folder if its writer was killed while replacing it and `target` is missing.
 
     See `new_directory`.
     """
-    if not os.path.lexists(goal):
-        with contextlib.suppress(OSError):  # there is none, or a writer was faster
-            _aside(goal).rename(goal)
+    if not os.path.lexists(target):
+        with contextlib.suppress(OSError):  # nothing to restore, or another process has done it
+            _aside(target).rename(target)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file (UTF-8) in one piece, replacing what was there, see `replaced`."""
+    """Write a text file (UTF-8) atomically, replacing an existing one; see `replaced`."""
     with replaced(path) as draft, draft.open("x", encoding="utf-8", newline="\n") as stream:
         stream.write(text)
 
 
 def absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return `path` as an absolute Path, `~` being the user's folder.
+    """Return `path` as an absolute Path, with `~` expanded.
 
     Raises:
-        TypeError: `path` is no path.
-        ValueError: it holds a null character, which no system takes.
+        TypeError: `path` is not a path.
+        ValueError: it contains a null character.
     """
     try:
         found = pathlib.Path(path).expanduser().absolute()
@@ -200,15 +197,15 @@ def absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return `path` as an absolute Path, if there is a file.
+    """Return `path` as an absolute Path, after checking that it is a file.
 
     Args:
-        name: what the caller calls the path, for the error message.
+        name: the caller's name for the path, for error messages.
         path: a path, `~` allowed.
 
     Raises:
         TypeError, ValueError: see `absolute`.
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     file = absolute(name, path)
     if not file.is_file():
@@ -217,11 +214,11 @@ def require_file(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 class TooLargeError(ValueError):
-    """A file unpacks to more than there is memory."""
+    """A file unpacks to more than the machine's memory."""
 
 
 def memory() -> int | None:
-    """Return the bytes of memory of this machine, None where it does not tell."""
+    """Return the physical memory of this machine in bytes; None if it is not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -229,30 +226,30 @@ def memory() -> int | None:
 
 
 def require_memory(path: pathlib.Path, content: zipfile.ZipFile | int) -> None:
-    """Raise if a file unpacks to more than the machine's memory. A few kilobytes can be terabytes.
+    """Raise if a file unpacks to more than the machine's memory (kilobytes can become terabytes).
 
     Args:
         path: of the file.
-        content: the archive, of which no more is read than it says; or a number of bytes.
+        content: the archive, of which only the directory is read; or the unpacked size in bytes.
 
     Raises:
         TooLargeError: it does.
     """
     size = content if isinstance(content, int) else sum(i.file_size for i in content.infolist())
-    there = memory()
-    if there is not None and size > there:
+    available = memory()
+    if available is not None and size > available:
         raise TooLargeError(
             f"{path} unpacks to {size / 2**30:,.1f} GiB, and this machine has "
-            f"{there / 2**30:,.1f} GiB of memory: take a smaller file (of data a part, or smaller "
-            "images)."
+            f"{available / 2**30:,.1f} GiB of memory: take a smaller file (a part of the data, or "
+            "smaller images)."
         )
 
 
 def require_inside(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """Raise a ValueError if a path below a folder leads out of it, as by a symbolic link."""
+    """Raise a ValueError if a path below a folder resolves to outside of it, as by a link."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{path} leads to {path.resolve()}, outside of {folder}: what is elsewhere is not "
+            f"{path} leads to {path.resolve()}, outside of {folder}: files elsewhere are not "
             "read. Copy it into the folder."
         )
 
@@ -261,7 +258,7 @@ def read_inside(folder: pathlib.Path, path: pathlib.Path) -> str:
     """Return the text of a file below a folder.
 
     Raises:
-        ValueError: it is elsewhere, see `require_inside`.
+        ValueError: it resolves to outside of the folder, see `require_inside`.
         OSError: it can't be read.
     """
     require_inside(folder, path)
@@ -269,24 +266,24 @@ def read_inside(folder: pathlib.Path, path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _written(goal: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield the draft of a file, which goes when the block ends."""
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    draft = _draft(goal)
+def _written(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the path of a draft beside `target`; a draft that is left is removed at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft(target)
     try:
-        with _naming(goal, draft):
+        with _naming(target, draft):
             yield draft
-            _flush_folder(goal.parent)
+            _flush_folder(target.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _naming(goal: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
-    """Let what the disk refuses be an OSError that names the goal.
+def _naming(target: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
+    """Re-raise disk errors as an OSError that names the target path.
 
-    A stream's errors name nothing; those of TensorFlow are of its own kinds (a full disk is a
-    "resource exhausted"), and have the draft and the system's words in their text.
+    Errors of a stream name no path. TensorFlow raises its own types (a full disk is a
+    ResourceExhaustedError), whose text holds the draft's path and the system's error message.
     """
     try:
         yield
@@ -298,54 +295,54 @@ def _naming(goal: pathlib.Path, draft: pathlib.Path) -> Iterator[None]:
             number = next((each for each in OF_THE_DISK if os.strerror(each) in words), None)
         if number is None:
             raise
-        named = OSError(number, os.strerror(number), str(goal))
-        named.add_note("What was at the path before is as it was. Free some space, and call again.")
+        named = OSError(number, os.strerror(number), str(target))
+        named.add_note("The previous content of the path is unchanged. Free some space, and retry.")
         raise named from error
 
 
-def _put(draft: pathlib.Path, goal: pathlib.Path) -> bool:
-    """Give a folder the name `goal`; what was there, a folder as well, has the draft's name then.
+def _put(draft: pathlib.Path, target: pathlib.Path) -> bool:
+    """Rename the folder `draft` to `target`; a folder that was at `target` gets the draft's name.
 
     Returns:
-        False if it can't be done since another process has put something there, or taken it away.
+        False if another process has created or removed `target` in the meantime.
     """
-    if not os.path.lexists(goal):
-        return _renamed(draft, goal)
-    if _exchange(draft, goal):
+    if not os.path.lexists(target):
+        return _renamed(draft, target)
+    if _exchange(draft, target):
         return True
-    aside = _aside(goal)
-    shutil.rmtree(aside, ignore_errors=True)  # it was left over: there is something at the goal
+    aside = _aside(target)
+    shutil.rmtree(aside, ignore_errors=True)  # a leftover, since the target exists
     try:
-        goal.rename(aside)
+        target.rename(aside)
     except FileNotFoundError:
         return False
     try:
-        done = _renamed(draft, goal)
+        done = _renamed(draft, target)
     except OSError:
-        restore(goal)
+        restore(target)
         raise
     if done:
         aside.rename(draft)  # no longer found by `restore`
     return done
 
 
-def _renamed(draft: pathlib.Path, goal: pathlib.Path) -> bool:
-    """Rename a folder, and return True; False if there is something."""
+def _renamed(draft: pathlib.Path, target: pathlib.Path) -> bool:
+    """Rename a folder and return True; return False if `target` exists."""
     try:
-        draft.rename(goal)
+        draft.rename(target)
     except OSError:
-        if os.path.lexists(goal):
+        if os.path.lexists(target):
             return False
         raise
     return True
 
 
 def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Let two paths change places in one step, and return True; False where that can't be done."""
+    """Exchange two paths in one step and return True; return False where it is not supported."""
     names = os.fsencode(one), os.fsencode(other)
     try:
         if sys.platform == "linux":
-            at = -100  # AT_FDCWD; it has no say in absolute paths
+            at = -100  # AT_FDCWD; ignored for absolute paths
             return ctypes.CDLL(None).renameat2(at, names[0], at, names[1], 2) == 0
         if sys.platform == "darwin":
             return ctypes.CDLL(None).renamex_np(*names, 2) == 0
@@ -354,29 +351,29 @@ def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
     return False
 
 
-def _aside(goal: pathlib.Path) -> pathlib.Path:
+def _aside(target: pathlib.Path) -> pathlib.Path:
     """Return the hidden name of a folder that is being replaced."""
-    digest = hashlib.sha256(os.fsencode(goal.name)).hexdigest()
-    return goal.with_name(f".{goal.name[:32]}.{digest[:8]}.old")
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()
+    return target.with_name(f".{target.name[:32]}.{digest[:8]}.old")
 
 
-def _draft(goal: pathlib.Path) -> pathlib.Path:
-    """Return a name beside `goal` that no other process uses (shortened: a file name has a limit).
+def _draft(target: pathlib.Path) -> pathlib.Path:
+    """Return a random name beside `target`, shortened to stay below the limit of file names.
 
-    Not by `tempfile`: its files are private to the user, while ours shall have the mode that the
-    user's umask gives.
+    `tempfile` is not used: its files have mode 0600, where these follow the user's umask.
     """
-    return goal.with_name(f".{goal.name[:32]}.{secrets.token_hex(4)}")
+    return target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}")
 
 
 def _flush(file: pathlib.Path) -> None:
     """Wait until a file's content is on the disk."""
-    with file.open("rb+" if os.name == "nt" else "rb") as stream:  # Windows flushes its own only
+    # Windows flushes a file only through a handle that can write.
+    with file.open("rb+" if os.name == "nt" else "rb") as stream:
         os.fsync(stream.fileno())
 
 
 def _flush_folder(folder: pathlib.Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system knows how to."""
+    """Wait until the entries of a folder are on the disk, where the system supports that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

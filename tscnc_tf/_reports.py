@@ -89,11 +89,11 @@ class Table:
 
 
 class Record:
-    """A frozen dataclass that becomes JSON values: its fields, and properties that it names.
+    """A frozen dataclass with a conversion to JSON values.
 
     Attributes:
-        _derived: the properties that `to_dict` adds to the fields.
-        _omitted: the fields that it leaves out.
+        _derived: names of the properties that `to_dict` adds to the fields.
+        _omitted: names of the fields that `to_dict` leaves out.
     """
 
     _derived: ClassVar[tuple[str, ...]] = ()
@@ -116,11 +116,11 @@ class Record:
 
 
 class WeightRecord(Record):
-    """A record of a tensor of weights.
+    """A record of a weight tensor.
 
     Attributes:
         weights: the number of entries.
-        zeros: how many of them are zero.
+        zeros: the number of entries that are zero.
     """
 
     _derived = ("sparsity",)
@@ -135,14 +135,14 @@ class WeightRecord(Record):
 
 
 class Report(Record):
-    """A record whose text is its table; subclasses implement `_table`."""
+    """A record whose `str()` is its table; subclasses implement `_table`."""
 
     def __str__(self) -> str:
         return str(self._table())
 
 
 def jsonable(value: Any) -> Any:
-    """Return `value` as what standard JSON can hold; inf and nan become "inf", "-inf", "nan".
+    """Return `value` as standard JSON values; inf and nan become "inf", "-inf", "nan".
 
     Mappings, sequences, records and NumPy values are converted recursively; anything else becomes
     its `repr`.
@@ -167,7 +167,7 @@ def jsonable(value: Any) -> Any:
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """Return the names with " (2)", " (3)", ... after those that came before."""
+    """Return the names made unique: repeated ones get " (2)", " (3)", ... appended."""
     seen: collections.Counter[str] = collections.Counter()
     taken: set[str] = set()
     result = []
@@ -184,7 +184,7 @@ def unique(names: Iterable[str]) -> list[str]:
 def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
     """Return the SHA-256 digest of named arrays: their names, dtypes, shapes and values.
 
-    The bytes are taken in little-endian order, so that every machine finds the same digest.
+    Values are hashed in little-endian byte order, so the digest does not depend on the machine.
     """
     found = hashlib.sha256()
     for name, array in arrays:
@@ -195,13 +195,13 @@ def digest(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Return the versions of Python and of `distributions`; "unknown" for what is not installed.
+    """Return the versions of Python and of `distributions`; "unknown" if not installed.
 
-    The version of a module stands in for that of a distribution of another name, such as
-    tensorflow-cpu.
+    If a distribution is not found (tensorflow may come from tensorflow-cpu), the `__version__` of
+    the imported module of that name is used.
 
     Args:
-        distributions: their names; `LIBRARIES` if there are none.
+        distributions: their names; without any, `LIBRARIES`.
     """
     found = {"python": platform.python_version()}
     for name in distributions or LIBRARIES:
@@ -213,7 +213,7 @@ def versions(*distributions: str) -> dict[str, str]:
 
 
 def share(part: int, whole: int) -> float:
-    """Return a part as a fraction of the whole; 0 if there is nothing at all."""
+    """Return a part as a fraction of the whole; 0 if the whole is 0."""
     return part / whole if whole else 0.0
 
 
@@ -223,7 +223,7 @@ def percent(fraction: float) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Return a number with so many significant digits; infinity as "∞"."""
+    """Return a number with the given count of significant digits; infinity as "∞"."""
     if value == float("inf"):
         return "∞"
     return f"{value:.{digits}g}"
