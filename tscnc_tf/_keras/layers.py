@@ -18,6 +18,12 @@ CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
 TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
 DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
 SEPARABLE = ("SeparableConv1D", "SeparableConv2D")
+ALL_CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE)
+
+
+def classes(*names: str) -> tuple[type, ...]:
+    """Return the classes of layers that have these names in Keras, those of both Kerases."""
+    return tuple(getattr(library.layers, name) for library in (keras, tf_keras) for name in names)
 
 
 class KernelSpec(NamedTuple):

@@ -20,12 +20,8 @@ __all__ = ["Gated"]
 LOG_ALPHA_RANGE = (math.log(0.01), math.log(100.0))
 _INITIAL_DEVIATION = 0.01
 
-_CONVOLUTIONS = (
-    *kernel_layers.CONVOLUTIONS,
-    *kernel_layers.TRANSPOSED,
-    *kernel_layers.DEPTHWISE,
-    *kernel_layers.SEPARABLE,
-)
+_DENSE = kernel_layers.classes("Dense")
+_CONVOLUTIONS = kernel_layers.classes(*kernel_layers.ALL_CONVOLUTIONS)
 
 _Base: Any = object  # The subclasses at the end of this file put Keras' Wrapper in its place.
 
@@ -67,11 +63,9 @@ class Groups:
 
 def kind_of(layer: Any) -> str:
     """Return the kind of groups of a layer that can have gates, else an empty text."""
-    library = _keras.keras if _keras.flavour(layer) == "keras" else _keras.tf_keras
-    if isinstance(layer, library.layers.Dense):
+    if isinstance(layer, _DENSE):
         return "input"
-    classes = tuple(getattr(library.layers, name) for name in _CONVOLUTIONS)
-    return "filter" if isinstance(layer, classes) else ""
+    return "filter" if isinstance(layer, _CONVOLUTIONS) else ""
 
 
 def groups_of(layer: Any) -> Groups:

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
 from tscnc_tf._keras import adapted, flavours, gated, keras, tf_keras, wrappers
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.models import origin
 from tscnc_tf.inspection import weights
 from tscnc_tf.inspection.inputs import one_tensor
@@ -281,7 +282,7 @@ _RELU = (keras.activations.relu, tf_keras.activations.relu, tf.nn.relu)
 
 def _is_a(layer: Any, *names: str) -> bool:
     """Tell whether a layer is of one of Keras' classes themselves, not of one derived from them."""
-    return type(layer) in [getattr(k.layers, name) for k in (keras, tf_keras) for name in names]
+    return type(layer) in kernel_layers.classes(*names)
 
 
 def _chain(model: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _probe, _reports, _timing
-from tscnc_tf._keras import flavours, gated, keras, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, wrappers
+from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._timing import Timed, Times, compiled
 from tscnc_tf.inspection import weights
 from tscnc_tf.inspection.structure import KernelStructure
@@ -27,11 +28,8 @@ WHAT_HELPS = (
     "their nonzero weights on some processors). Other zeros save bytes: tscnc.inspection.sizes."
 )
 
-_MULTIPLIED = tuple(  # the layers that are a product with their kernel, or one with patches
-    getattr(library.layers, name)
-    for library in (keras, tf_keras)
-    for name in ("Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D")
-)
+# The layers that are a product with their kernel, or one with patches.
+_MULTIPLIED = kernel_layers.classes("Dense", "Conv1D", "Conv2D", *kernel_layers.DEPTHWISE)
 
 
 @dataclasses.dataclass(frozen=True)

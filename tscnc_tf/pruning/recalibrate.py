@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras
+from tscnc_tf import _checks, _keras, _reports, functional
+from tscnc_tf._keras import adapted, gated, masks, models
 from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf.pruning.score_pruner import ScorePruner
 
 # The layers whose outputs have a kernel's channels along one axis.
-_WITH_CHANNELS = ("Dense", *kernel_layers.CONVOLUTIONS)
+_WITH_CHANNELS = kernel_layers.classes("Dense", *kernel_layers.ALL_CONVOLUTIONS)
+_NORMS = (
+    *kernel_layers.classes("BatchNormalization"),
+    _keras.tf_keras.layers.experimental.SyncBatchNormalization,
+)
 
 
 class _Moments(NamedTuple):
@@ -31,8 +38,9 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
     sets the moving mean and variance of each BatchNormalization to those of its inputs on `x`, one
     layer after the other in the order in which they are called, each with those before it fixed.
 
-    Given the dense network, first each channel of a dense or convolutional layer gets the mean and
-    variance that it has there: with z the channel before its activation,
+    Given the dense network, first each channel of a dense or convolutional layer (grouped,
+    transposed, depthwise and separable ones too, the last by their pointwise kernels) gets the mean
+    and variance that it has there: with z the channel before its activation,
 
     .. math:: w \leftarrow \frac{\sigma_{\text{dense}}}{\sigma}\,w, \qquad
         b \leftarrow b + \mu_{\text{dense}} - \mu'
@@ -54,7 +62,11 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
     Raises:
         TypeError: `model` or `dense` is no Keras model.
         ValueError: one of them is not built, the layers of `dense` are others, there is nothing
-            to fit, `x` is no input of the model, or a layer returns NaN or infinity.
+            to fit, `x` is no input of the model, or a layer returns NaN or infinity. Or `dense` is
+            given for a model that has gates, or whose scores are trained.
+
+    Warns:
+        UserWarning: `dense` is given, and layers of other kinds have weights: with their names.
 
     Example:
         >>> import keras, numpy as np
@@ -86,7 +98,7 @@ def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128)
         ) from None
     if dense is not None:
         _match_channels(model, dense, batches)
-    norms = [layer for layer in _unique(model) if _is_a(layer, ("BatchNormalization",))]
+    norms = [layer for layer in _unique(model) if isinstance(layer, _NORMS)]
     if not norms and dense is None:
         raise ValueError(
             f"model {model.name!r} has no BatchNormalization, so there is nothing to fit. Pass the "
@@ -103,28 +115,69 @@ def _match_channels(model: Any, dense: Any, batches: list[np.ndarray]) -> None:
     """Give each channel of dense and convolutional layers the moments of the dense network."""
     _keras.library("dense", dense)
     _keras.require_built("dense", dense)
-    own, others = (
-        {layer.name: layer for layer in _unique(each) if _is_a(layer, _WITH_CHANNELS)}
-        for each in (model, dense)
-    )
+    gated.require_none(model, "recalibrate")
+    gated.require_none(dense, "recalibrate")
+    if any(isinstance(pruner, ScorePruner) for pruner in masks.pruners(model)):
+        raise ValueError(
+            f"model {model.name!r} still has its scores trained, by which its masks, and so the "
+            "moments of its channels, go on changing: call pruning.freeze_mask(model) first, then "
+            "recalibrate(model, x, dense=...)."
+        )
+    own, others = _matched(model), _matched(dense)
     shapes = [
-        {name: tuple(layer.kernel.shape) for name, layer in each.items()} for each in (own, others)
+        {name: tuple(kernel.variable.shape) for name, kernel in each.items()}
+        for each in (own, others)
     ]
     if shapes[0] != shapes[1] or not own:
         raise ValueError(
             "dense must be the network that was pruned, with the same dense and convolutional "
             f"layers by name and shape: model has {shapes[0]}, dense {shapes[1]}."
         )
-    for layer in _in_order(model, list(own.values()), batches[0]):
-        wanted = _moments(dense, others[layer.name], batches, _before_activation)
+    names = {id(kernel.layer): name for name, kernel in own.items()}
+    order = _in_order(model, [kernel.layer for kernel in own.values()], batches[0])
+    _warn_of_others(model, order)
+    for name in (names[id(layer)] for layer in order):
+        kernel, layer = own[name], own[name].layer
+        wanted = _moments(dense, others[name].layer, batches, _before_activation)
         found = _moments(model, layer, batches, _before_activation)
         varies = (found.variance > 0) & (wanted.variance > 0)
         scale = np.where(varies, np.sqrt(wanted.variance / np.where(varies, found.variance, 1)), 1)
-        layer.kernel.assign(np.asarray(layer.kernel) * scale.astype("float32"))
+        kernel.variable.assign(_scaled(kernel, scale))
         if layer.use_bias:
             bias = np.asarray(layer.bias)
             shift = np.where(varies, wanted.mean - scale * (found.mean - bias) - bias, 0)
-            layer.bias.assign(bias + shift.astype("float32"))
+            layer.bias.assign(bias + shift.astype(bias.dtype))
+
+
+def _matched(model: Any) -> dict[str, kernel_layers.Kernel]:
+    """Return the kernels whose outputs are channels of layers, by the layers' unique names."""
+    found = []
+    for layer in _unique(model):
+        if isinstance(layer, _WITH_CHANNELS) and not adapted.state(layer):
+            found += list(kernel_layers.kernels(layer))[-1:]  # of two, the pointwise one
+    return dict(zip(_reports.unique(kernel.layer.name for kernel in found), found, strict=True))
+
+
+def _warn_of_others(model: Any, matched: list[Any]) -> None:
+    """Warn of the layers of a model that have weights of rank 2 or more, but for those matched."""
+    every = {id(layer): layer for _, layer, _, _ in models.owned(model, lambda _: False)}
+    left = [layer for layer in every.values() if not any(layer is each for each in matched)]
+    if left:
+        listing = ", ".join(f"{layer.name!r} ({type(layer).__name__})" for layer in left)
+        warnings.warn(
+            f"The channels of these layers stay as they are: {listing}. Only those of dense and "
+            "convolutional layers that the model calls, with kernels in their plain form, are "
+            "given the moments of the dense network.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _scaled(kernel: kernel_layers.Kernel, scale: np.ndarray) -> tf.Tensor:
+    """Return a kernel whose output channels are multiplied by factors, in the layer's order."""
+    values = functional.canonical(kernel.variable, **kernel.reading)
+    factors = tf.reshape(tf.cast(scale, values.dtype), (values.shape[0], 1, 1, -1))
+    return functional.restore(values * factors, kernel.variable.shape, kernel.spec.layout)
 
 
 def _inputs(layer: Any, x: Any, call: Callable[[], Any]) -> tuple[Any, Any, int]:
@@ -210,7 +263,3 @@ def _watched(layer: Any, replaced: Callable[..., Any]) -> Iterator[None]:
 def _unique(model: Any) -> list[Any]:
     """Return the layers of a model, each once."""
     return list({id(layer): layer for layer in kernel_layers.flatten(model)}.values())
-
-
-def _is_a(layer: Any, names: tuple[str, ...]) -> bool:
-    return any(base.__name__ in names for base in type(layer).__mro__)
