@@ -167,6 +167,39 @@ def test_what_does_not_work_is_refused_by_name():
     assert "<20 examples>" in repr(Taylor(X, Y))
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (Y + 1, r"y must be in 0 \.\.\. 2, for the model has 3 outputs, got labels from 1 to 3"),
+        (Y - 1, "y must hold class indices >= 0, got labels from -1 to 1"),
+        (np.eye(3)[Y] * 2, "y must hold one-hot or soft labels"),
+        (np.eye(4)[Y], r"one-hot of shape \(batch, 3\)"),
+        (Y.astype("float32"), "y must hold integers"),
+    ],
+)
+def test_labels_are_those_that_a_trainer_takes(library, labels, words):
+    model = linear(library)
+    with pytest.raises(ValueError, match=words):
+        tscnc.prune_now(model, 0.5, criterion=Taylor(X, labels))
+    assert not hasattr(model, "pruner")
+    tscnc.prune_now(model, 0.5, criterion=Taylor(X, np.eye(3)[Y]))
+
+
+def test_inputs_are_those_that_an_attack_takes(library):
+    attack = attacks.FGSM(epsilon=0.1)
+    for x, words in (
+        (3 * X, r"x must lie within bounds=\(0\.0, 1\.0\), got values from .* to"),
+        (np.where(X > 0.5, np.nan, X), "x must be finite"),
+        (np.uint8(X), "x must be of a float dtype"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Taylor(x, Y, attack=attack)
+    with pytest.raises(ValueError, match="model must"):
+        Taylor(X, Y).importance(library.Sequential([linear(library), library.layers.Dense(1)]), [])
+    wide = Taylor(3 * X, Y, attack=attacks.FGSM(epsilon=0.1, bounds=(0.0, 3.0)))
+    tscnc.prune_now(linear(library), 0.5, criterion=wide)
+
+
 def test_many_importances_give_no_warning_of_retracing(caplog):
     model = linear(FLAVOURS["keras"])
     for _ in range(6):  # TensorFlow warns of five

@@ -164,9 +164,7 @@ class Pruner(StepCount):
             regrowth=regrowth,
         )
         if found is not layers:
-            self._check_new()
-            if measured or self._is_sparse_from_the_start:
-                self._prune_to_the_end(measured)
+            self._begin_new(measured)
 
     def begin(self) -> None:
         """Keep all weights; where the network is sparse from the start, choose them as they are.
@@ -246,8 +244,8 @@ class Pruner(StepCount):
         for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.constrain(target.variable, self, mask)
 
-    def _check_new(self) -> None:
-        """Raise a ValueError if all that could be pruned is frozen; warn of dead outputs.
+    def _begin_new(self, measured: Taylor | None = None) -> None:
+        """Raise a ValueError if all is frozen; warn of dead outputs; prune if it is time to.
 
         Whatever is raised, the model is as it was then.
         """
@@ -257,6 +255,8 @@ class Pruner(StepCount):
                 raise ValueError(self._nothing_to_prune())
             _, judged = self._ranked(active)
             self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, judged)
+            if measured or self._is_sparse_from_the_start:
+                self._prune_to_the_end(measured)
         except BaseException:  # an interrupt, too
             self.detach()
             raise

@@ -154,7 +154,7 @@ class ScorePruner(Pruner):
             min_weights=min_weights,
         )
         if is_new:
-            self._check_new()
+            self._begin_new()
         self.choose()
 
     def _set_up(self, *arguments: Any, **options: Any) -> None:

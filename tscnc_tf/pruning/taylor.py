@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses
+from tscnc_tf._keras import models
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 
@@ -43,8 +44,11 @@ class Taylor:
         seed: of the attack.
 
     Raises:
-        TypeError: `attack` follows no gradient or `loss` is none of these.
-        ValueError: there are no examples, or `y` has another number of them.
+        TypeError: `attack` follows no gradient or `loss` is none of these; or, with an attack, `x`
+            is not of floats.
+        ValueError: there are no examples, `y` has another number of them or is not of the form of
+            labels; or, with an attack, `x` is not finite or leaves the attack's bounds. When the
+            model is pruned: labels are not of its classes.
 
     Example:
         >>> import keras
@@ -88,6 +92,9 @@ class Taylor:
                 "x and y must be arrays of the same number of examples, at least one, got shapes "
                 f"{shapes[0]} and {shapes[1]}."
             )
+        _checks.labels(self.y, len(self.x))
+        if attack is not None:
+            _checks.inputs(self.x, attack.bounds)
         self.loss = losses.Madry() if loss is None else loss
         self.attack = attack and attack.with_defaults(
             objective=self.loss.objective, start=self.loss.start
@@ -104,7 +111,14 @@ class Taylor:
             )
 
     def importance(self, model: Any, variables: Sequence[Any]) -> list[tf.Tensor]:
-        """Return the importance of weights of a model, one tensor for each variable."""
+        """Return the importance of weights of a model, one tensor for each variable.
+
+        Raises:
+            ValueError: the model returns no logits or has none for a label, or a gradient is not
+                finite.
+        """
+        classes = models.traced_classes("model", _keras.inference(model), self.x)
+        _checks.require_classes(self.y, classes)
         weights = [tensor_variable(variable) for variable in variables]
         signature = [
             tf.TensorSpec((None, *each.shape[1:]), each.dtype) for each in (self.x, self.y)
