@@ -134,8 +134,8 @@ def test_what_else_is_pruned_or_has_gates_comes_back_from_a_backup(case, tmp_pat
 def test_keras_3_is_refused_by_name(trained):
     """Whether it is to be pruned or to be trained."""
     words = (
-        "model 'small' is of Keras 3, whose fit fails under MultiWorkerMirroredStrategy (here 2 "
-        "workers), with and without this package: build it of tf_keras.layers, or train on the "
+        "model 'small' is a Keras 3 model, whose fit fails under MultiWorkerMirroredStrategy (here "
+        "2 workers), with and without this package: build it of tf_keras.layers, or train on the "
         "devices of one machine by MirroredStrategy."
     )
     for index in range(2):

@@ -275,7 +275,7 @@ PLANTED = {
     ),
     "a filter that is a library": (
         replaced_by(lambda group, name: by_low_level(group, name, odd_filter)),
-        "is packed by a filter that HDF5 does not bring along, 32015",
+        "is packed by a filter that is not part of HDF5, 32015",
     ),
     "texts": (replaced_by(texts), "has values of variable length"),
     "a second name": (second_name, "has several names"),

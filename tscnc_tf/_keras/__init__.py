@@ -49,13 +49,13 @@ _Class = TypeVar("_Class", bound=type)
 class Regularizer(tf_keras.regularizers.Regularizer, keras.regularizers.Regularizer):
     """Base of regularizers that both Kerases accept, save and load.
 
-    A plain callable would do for `.keras` files; the legacy `.h5` format of tf_keras only takes
+    A plain callable suffices for `.keras` files; the legacy `.h5` format of tf_keras accepts only
     subclasses of its own base class.
     """
 
 
 def flavour(obj: Any) -> str | None:
-    """Return "keras" or "tf_keras", whichever `obj` (a model, layer, ...) is made of, else None."""
+    """Return "keras" or "tf_keras", the Keras of `obj` (a model, layer, ...); None for neither."""
     for base in type(obj).__mro__:
         root = base.__module__.partition(".")[0]
         if root in ("keras", "tf_keras"):
@@ -64,11 +64,11 @@ def flavour(obj: Any) -> str | None:
 
 
 def library(name: str, model: Any) -> types.ModuleType:
-    """Return the Keras that `model` is a model of.
+    """Return the Keras module that `model` belongs to.
 
     Raises:
-        TypeError: it is none of either Keras.
-        RuntimeError: it is a Keras 3 model on another backend than TensorFlow.
+        TypeError: it is not a model of either Keras.
+        RuntimeError: it is a Keras 3 model on a backend other than TensorFlow.
     """
     if isinstance(model, tf_keras.Model):
         return tf_keras
@@ -83,23 +83,28 @@ def library(name: str, model: Any) -> types.ModuleType:
 
 
 def is_graph_model(model: Any) -> bool:
-    """Tell whether a model is Sequential or functional, of either Keras: its graph is known."""
+    """Return whether a model of either Keras is Sequential or functional, with a known graph."""
     if isinstance(model, keras.Sequential | tf_keras.Sequential):
         return True
     return any(base.__name__ == "Functional" for base in type(model).__mro__)
 
 
 def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
-    """Raise a ValueError unless the model is Sequential or functional, and can be built anew.
+    """Raise a ValueError unless the model is Sequential or functional, and can be rebuilt.
 
-    A copy of a Sequential is a plain one, in both Kerases, whatever its class; that of a functional
-    model is of its class, if its constructor takes inputs and outputs.
+    In both Kerases a copy of a Sequential is a plain Sequential, whatever its class. A copy of a
+    functional model has the model's class if its constructor takes inputs and outputs.
+
+    Args:
+        name: the argument's name, for the error message.
+        model: of either Keras.
+        way_out: a sentence that ends the error message.
     """
     if not is_graph_model(model):
         raise ValueError(
             f"{name} {model.name!r} is a subclassed model ({type(model).__name__}), whose layers "
-            "can't be exchanged from outside: build it as a Sequential or functional model, or do "
-            f"in its constructor what is to be done to its layers. {way_out}".rstrip()
+            "can't be exchanged from outside: build it as a Sequential or functional model, or "
+            f"change its layers in its constructor. {way_out}".rstrip()
         )
     kind = plain_class(model)
     plain = next((each for each in (keras, tf_keras) if issubclass(kind, each.Sequential)), None)
@@ -120,17 +125,17 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
 
 
 def plain_class(model: Any) -> Any:
-    """Return the class of a model or layer; of a model that has a pruner, the one without."""
+    """Return the class of a model or layer; for a model with a pruner, its class before that."""
     return getattr(type(model), "_plain", type(model))
 
 
 def functional_base(kind: Any) -> Any:
-    """Return Keras' own class of functional models that a class of such models derives from."""
+    """Return Keras' `Functional` class that a class of functional models derives from."""
     return next(base for base in kind.__mro__ if base.__name__ == "Functional")
 
 
 def takes_inputs_and_outputs(kind: Any) -> bool:
-    """Tell whether a class of functional models has the constructor of Keras' own."""
+    """Return whether a class of functional models has the constructor of Keras' `Functional`."""
     own, plain = (inspect.getfullargspec(cls.__init__) for cls in (kind, functional_base(kind)))
     if own.args == plain.args:
         return True
@@ -140,10 +145,10 @@ def takes_inputs_and_outputs(kind: Any) -> bool:
 def register(cls: _Class) -> _Class:
     """Register a class in both Kerases as `tscnc_tf>ClassName`, so that saved models find it.
 
-    The legacy `.h5` format of tf_keras looks regularizers up by their bare class names, whatever
-    name they were registered under; so those get an alias there.
+    The legacy `.h5` format of tf_keras looks up regularizers by their bare class names, so they are
+    registered under those as well.
     """
-    tf_keras.utils.get_custom_objects().pop(registered_name(cls), None)  # a deferred one
+    tf_keras.utils.get_custom_objects().pop(registered_name(cls), None)  # of `register_deferred`
     keras.saving.register_keras_serializable(package=PACKAGE)(cls)
     if issubclass(cls, Regularizer):
         tf_keras.utils.get_custom_objects()[cls.__name__] = cls
@@ -151,10 +156,10 @@ def register(cls: _Class) -> _Class:
 
 
 def register_deferred(module: str, name: str) -> None:
-    """Register a class by name only; its module is imported when a tf_keras model asks for it."""
+    """Register a class by name only; its module is imported when a tf_keras model needs it."""
 
     class Deferred:
-        """Stands for the class until a saved model asks for it."""
+        """Placeholder that imports the class when a saved model is loaded."""
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> Any:
@@ -165,7 +170,7 @@ def register_deferred(module: str, name: str) -> None:
 
 
 def registered_name(cls: type) -> str:
-    """Return the name under which `register` filed a class."""
+    """Return the name under which `register` registers a class."""
     return f"{PACKAGE}>{cls.__name__}"
 
 
@@ -173,8 +178,9 @@ def registered_name(cls: type) -> str:
 def tfmot() -> types.ModuleType:
     """Import tfmot without its side effects on the process, and return it.
 
-    Importing tfmot sets TF_USE_LEGACY_KERAS, and thereby decides what `tf.keras` means if nobody
-    has asked for it yet. So `tf.keras` is resolved first and the environment put back afterwards.
+    Importing tfmot sets TF_USE_LEGACY_KERAS, and thereby chooses the Keras of `tf.keras` if that
+    has not been accessed yet. So `tf.keras` is resolved first, and the environment restored
+    afterwards.
     """
     name = "TF_USE_LEGACY_KERAS"
     before = os.environ.get(name)
@@ -184,7 +190,7 @@ def tfmot() -> types.ModuleType:
     except ImportError as error:
         raise ImportError(
             "This needs tensorflow-model-optimization: pip install tensorflow-model-optimization. "
-            'Or prune with engine="masks", which does without.'
+            'Or prune with engine="masks", which does not need it.'
         ) from error
     finally:
         if before is None:
@@ -195,19 +201,19 @@ def tfmot() -> types.ModuleType:
 
 
 class PruningSchedule(abc.ABC):
-    """The protocol of tfmot's schedules, in their place where tfmot is not installed.
+    """The protocol of tfmot's schedules, used as their base where tfmot is not installed.
 
-    A schedule is called with an optimizer step, counted from 1, and returns whether to choose the
-    masks anew, and the sparsity, the fraction of zeros.
+    A schedule is called with an optimizer step, counted from 1, and returns whether to renew the
+    masks, and the sparsity (the fraction of zeros).
     """
 
     @abc.abstractmethod
     def __call__(self, step: Any) -> tuple[Any, Any]:
-        """Return whether to choose the masks anew at this step, and the sparsity."""
+        """Return whether to renew the masks at this step, and the sparsity."""
 
 
 def has_tfmot() -> bool:
-    """Tell whether tfmot is installed. Does not import it."""
+    """Return whether tfmot is installed. Does not import it."""
     name = "tensorflow_model_optimization"
     if name in sys.modules:
         return sys.modules[name] is not None
@@ -215,7 +221,7 @@ def has_tfmot() -> bool:
 
 
 def pruning_schedule_class() -> type:
-    """Return tfmot's `PruningSchedule`, or ours of the same protocol if it is not installed."""
+    """Return tfmot's `PruningSchedule`, or the class above if tfmot is not installed."""
     return tfmot().sparsity.keras.PruningSchedule if has_tfmot() else PruningSchedule
 
 
@@ -228,7 +234,7 @@ def tfmots_schedules() -> dict[str, type]:
 
 
 def require_built(name: str, model: Any) -> None:
-    """Raise a ValueError unless the model has its weights."""
+    """Raise a ValueError unless the model is built."""
     if not model.built:
         raise ValueError(
             f"{name} {model.name!r} has no weights yet: give its first layer an input shape, "
@@ -239,15 +245,18 @@ def require_built(name: str, model: Any) -> None:
 def inference(model: Any) -> Callable[[Any], Any]:
     """Return `x -> logits` for any callable model; Keras models run in inference mode.
 
-    tfmot's pruning wrappers are bypassed: they would re-assign every masked weight at each call.
-    What they would do first is done once here, unless a graph is being traced: their masks are
-    applied.
+    tfmot's pruning wrappers are bypassed, since they re-assign every masked weight at each call.
+    Their masks are applied once here instead, unless a graph is being traced.
+
+    Raises:
+        TypeError: `model` is not callable.
+        RuntimeError: it is a Keras 3 model on a backend other than TensorFlow.
     """
     if flavour(model) is None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
         return model
-    library("model", model)  # of the backend that is served
+    library("model", model)  # checks the backend
     from tscnc_tf._keras import cloning, wrappers
 
     if tf.executing_eagerly():

@@ -1,8 +1,8 @@
-r"""Weights that Keras 3 computes with in another form than it stores them: LoRA, quantization.
+r"""Effective weights of Keras 3 layers that differ from the stored ones: LoRA, quantization.
 
-With `enable_lora(rank)` a layer computes with :math:`W + \tfrac{\alpha}{r} A B`, and stores the
-three; quantized to int8 or int4 it computes with integers times scales. `layer.kernel` is a
-property there, and what it returns is not always what acts.
+With `enable_lora(rank)` a layer computes with :math:`W + \tfrac{\alpha}{r} A B`, and stores W, A
+and B; quantized to int8 or int4 it computes with scaled integers. `layer.kernel` is a property of
+such a layer, and does not always return the effective weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from tscnc_tf._keras import keras
 
-# The layers that have `enable_lora`; all but the convolutions have `quantize` as well.
+# The layers that have `enable_lora`; all except the convolutions have `quantize` as well.
 CLASSES = (
     *(keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding),
     *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
@@ -36,7 +36,7 @@ def stored(layer: Any, attribute: str) -> Any:
 
     Args:
         layer: of either Keras.
-        attribute: what the layer calls the weight, such as "kernel".
+        attribute: the layer's name for the weight, such as "kernel".
     """
     value = getattr(layer, attribute, None)
     if isinstance(layer, CLASSES) and state(layer):
@@ -45,9 +45,9 @@ def stored(layer: Any, attribute: str) -> Any:
 
 
 def state(layer: Any) -> str:
-    """Return what keeps a layer, built or not, from computing with its weight as it is stored.
+    """Return why a layer's effective weight differs from the stored one, for messages.
 
-    An empty text if it does compute with it: all of tf_keras' layers do.
+    An empty string if they are equal, as in all layers of tf_keras. The layer need not be built.
     """
     if not isinstance(layer, CLASSES):
         return ""
@@ -58,86 +58,86 @@ def state(layer: Any) -> str:
 
 
 def has_lora(layer: Any) -> bool:
-    """Tell whether LoRA is enabled in a layer, or will be once it is built."""
+    """Return whether LoRA is enabled in a layer, or will be once it is built."""
     return isinstance(layer, CLASSES) and bool(layer.lora_rank)
 
 
 def companions(layer: Any) -> Iterator[Any]:
-    """Yield the variables that LoRA and quantization keep beside a layer's weights."""
+    """Yield the variables that LoRA and quantization add to a layer."""
     if isinstance(layer, CLASSES):
         attributes = vars(layer)
         yield from (attributes[name] for name in (*_LORA, *_QUANTIZATION) if name in attributes)
 
 
 def is_companion(layer: Any, variable: Any) -> bool:
-    """Tell whether a variable of a layer is one of `companions`."""
+    """Return whether a variable of a layer is one of `companions`."""
     return any(variable is companion for companion in companions(layer))
 
 
 def weight(layer: Any) -> Any:
-    """Return the stored variable of a layer's kernel or embeddings if it acts in another form."""
+    """Return the stored kernel or embeddings of a layer if the effective ones differ, else None."""
     if not isinstance(layer, CLASSES) or not layer.built or not state(layer):
         return None
     return stored(layer, _attribute(layer))
 
 
 def require_plain(layer: Any, what: str) -> None:
-    """Raise a ValueError if a layer does not train its kernel as it is stored.
+    """Raise a ValueError if a layer does not train its stored kernel.
 
     Args:
         layer: of either Keras.
-        what: what acts on the kernel, for the error.
+        what: the name of the operation on the kernel, for the error.
     """
     if has_lora(layer):
         way_out = (
-            "enable LoRA afterwards, or load the sums that save_weights writes into a model "
-            "without LoRA"
+            "enable LoRA afterwards, or load the merged weights that save_weights writes into a "
+            "model without LoRA"
         )
     elif isinstance(layer, CLASSES) and layer.quantization_mode not in (None, "float8"):
         way_out = "quantize the model afterwards"
     else:
         return
     raise ValueError(
-        f"layer {layer.name!r}: {state(layer)}, so {what} would not act: {way_out}; or choose "
-        "other layers by layers=."
+        f"layer {layer.name!r}: {state(layer)}, so {what} would have no effect: {way_out}; or "
+        "choose other layers by layers=."
     )
 
 
 def reason(layer: Any, variable: Any) -> str:
-    """Return why a layer's weight can't be pruned in the form it has; an empty text if it can.
+    """Return why a layer's weight can't be pruned in its form; an empty string if it can.
 
-    In float8 the weight is a float that is rounded in each call: it can.
+    A float8 layer stores a float weight, rounded in each call, which can be pruned.
     """
     if is_companion(layer, variable):
-        return f"it is no weight of its own: {state(layer)}"
+        return f"it belongs to another weight: {state(layer)}"
     if variable is not weight(layer):
         return ""
     if has_lora(layer):
         return (
-            "LoRA is enabled, and adds to what is zero: save_weights writes the sum, so load that "
-            "into a model without LoRA, and prune it"
+            "LoRA is enabled, and adds to the zeros: save_weights writes the merged weights, so "
+            "load these into a model without LoRA, and prune it"
         )
     mode = layer.quantization_mode
     return "" if mode == "float8" else f"it is quantized ({mode}): prune first, then quantize"
 
 
 def acting(layer: Any) -> np.ndarray:
-    """Return in float64 the kernel or embeddings that a layer computes with, LoRA merged.
+    """Return the effective kernel or embeddings of a layer in float64, LoRA merged.
 
     Raises:
-        ValueError: its quantization is of a kind that is not read here.
+        ValueError: its quantization mode is not supported here.
     """
     mode = layer.quantization_mode
     if mode not in (None, "float8", *_INTEGERS):
         raise ValueError(
-            f"layer {layer.name!r} is quantized by {mode!r}, whose weights can't be read: look at "
+            f"layer {layer.name!r} is quantized by {mode!r}, whose weights can't be read: inspect "
             "the model before it is quantized."
         )
     if isinstance(layer, keras.layers.Embedding):
         return _array(layer(tf.range(layer.input_dim)))
     values = _dequantized(layer) if mode in _INTEGERS else _array(layer._kernel)
     if layer.lora_enabled:
-        # Releases of Keras without `lora_alpha` add the product as it is.
+        # Releases of Keras without `lora_alpha` add the product unscaled.
         scale = (getattr(layer, "lora_alpha", None) or layer.lora_rank) / layer.lora_rank
         values = values + scale * np.matmul(
             _array(layer.lora_kernel_a), _array(layer.lora_kernel_b)
@@ -146,7 +146,7 @@ def acting(layer: Any) -> np.ndarray:
 
 
 def _dequantized(layer: Any) -> np.ndarray:
-    """Return the kernel that the integers and scales of a Dense or EinsumDense stand for."""
+    """Return the dequantized kernel of an int8 or int4 Dense or EinsumDense."""
     plain = view(layer, lora_enabled=False)
     integers, scale = _array(plain.kernel), _array(layer.kernel_scale)
     if layer.quantization_mode == "int8":
@@ -162,12 +162,12 @@ def _dequantized(layer: Any) -> np.ndarray:
 
 
 def view(layer: Any, **replaced: Any) -> Any:
-    """Return a layer that shares all attributes with another one but those replaced.
+    """Return a shallow copy of a layer with some attributes replaced.
 
-    It is a shallow copy, made without the constructor, which would make new variables: `copy.copy`
-    does not serve, as Keras 3's layers define it by their configuration. The layer is not touched,
-    so replicas and threads may compute with views of their own at the same time. Only what reads
-    attributes, such as `call`, is meant to be used.
+    It is made without the constructor, which would create variables, and without `copy.copy`,
+    which Keras 3's layers implement by their configuration. The layer itself is not changed, so
+    replicas and threads can use separate views at the same time. Only methods that read attributes,
+    such as `call`, are meant to be used.
     """
     copy = object.__new__(type(layer))
     vars(copy).update({**vars(layer), **replaced})

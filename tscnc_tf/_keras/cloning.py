@@ -1,9 +1,9 @@
-"""Building models anew, in both Kerases: the one way in which this package copies a model.
+"""Copies of models in both Kerases, made here only.
 
-A copy is made layer by layer from the layers' configurations. What a configuration lacks is copied
-from the old objects themselves, attribute by attribute: functions, layers inside of layers,
-weights, the state of preprocessing layers, and the `trainable` flags. No weight is found by its
-position in a list: tf_keras orders `get_weights()` by trainability.
+A copy is built layer by layer from the layers' configurations. Functions, nested layers, weights,
+the state of preprocessing layers and the `trainable` flags, which a configuration lacks, are copied
+from the old objects attribute by attribute. Weights are never matched by their position in a list:
+tf_keras orders `get_weights()` by trainability.
 """
 
 from __future__ import annotations
@@ -29,70 +29,73 @@ _BARE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Rebuilder:
-    """Builds one model anew; a subclass says what differs in the copy, by overriding hooks.
+    """Builds a copy of one model; subclasses override hooks to change parts of the copy.
 
-    The copy has the names, the graph and the weights of the old model, the `trainable` of every
-    layer, and layers that are used in several places are so there, too. It is not compiled, has no
-    pruner, and is plain where the old model is a Sequential of whatever class. The old model is not
-    changed.
+    The copy has the names, graph, weights and `trainable` flags of the old model; shared layers
+    stay shared. It is not compiled and has no pruner, and a Sequential of any class is copied as a
+    plain one. The old model is not changed.
 
     Args:
         library: the Keras that the model is made of.
+
+    Attributes:
+        stand_ins: the replacement of each layer or nested model in the graph, by the id of the old.
+        pairs: (old, new) of all layers and models, once the copy is complete.
     """
 
     def __init__(self, library: types.ModuleType) -> None:
         self.library = library
-        self.stand_ins: dict[int, Any] = {}  # what stands for a layer or model, by its id
-        self.pairs: list[_Pair] = []  # of all layers and models, when the copy is complete
+        self.stand_ins: dict[int, Any] = {}
+        self.pairs: list[_Pair] = []
         self._copies: dict[int, Any] = {}
         self._made: list[_Pair] = []
 
-    # The hooks
+    # Hooks for subclasses
 
     def replacement(self, layer: Any) -> Any:
-        """Return what replaces a layer, or operation, in the graph; by default its copy."""
+        """Return the replacement of a layer or operation in the graph; by default its copy."""
         return self.copied(layer)
 
     def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Return the configuration that the copy of a layer, or of a part of one, is made from.
+        """Return the configuration from which the copy of a layer (or part of one) is made.
 
         Args:
-            layer: the old one.
-            config: its configuration, a dictionary that may be changed; instead of functions that
-                it names, it has the functions themselves.
+            layer: the old layer.
+            config: its configuration, a dictionary that may be changed; it holds function objects
+                in place of their names.
         """
         return config
 
     def weights(self, layer: Any) -> Mapping[str, Any]:  # noqa: ARG002
-        """Return values by the attributes of a copy that hold something else than the old layer.
+        """Return new values for weights of the copy, by attribute name; all others are copied.
 
-        An attribute of a layer inside of it is called by both names, as in "part.kernel".
+        A weight of a nested layer is named by the path of attributes, such as "part.kernel".
         """
         return {}
 
     def channels(self, model: Any) -> list[int | None]:
-        """Return the sizes of the last axes of the inputs of a model, or of one nested in it."""
+        """Return the sizes of the last axes of the inputs of the model or of a nested model."""
         return [symbol.shape[-1] if symbol.shape[1:] else None for symbol in model.inputs]
 
     def original(self, layer: Any) -> Any:
-        """Return a copy of a layer that has all but its weights; or the layer, to be shared."""
+        """Return a copy of a layer without its weights; or the layer itself, to share it."""
         return self._from_config(layer)
 
-    # Called by users and by hooks
+    # Methods for callers and hooks
 
     def rebuild(self, model: Any) -> Any:
         """Return the copy of a built Sequential or functional model.
 
         Raises:
             ValueError: a layer can't be rebuilt from its configuration, a nested model is
-                subclassed, or a weight has no place in the copy.
+                subclassed, or a weight has no counterpart in the copy.
         """
         copy = self.stand_in(model)
         self._complete(model, copy)
         return copy
 
     def stand_in(self, layer: Any) -> Any:
-        """Return what stands in the graph for a layer or nested model, the same one each time."""
+        """Return the replacement of a layer or nested model in the graph, made once."""
         if id(layer) not in self.stand_ins:
             if isinstance(layer, self.library.Model):
                 _keras.require_graph_model("model: its part", layer)
@@ -103,7 +106,7 @@ class Rebuilder:
         return self.stand_ins[id(layer)]
 
     def copied(self, layer: Any) -> Any:
-        """Return the copy of a layer, or of a layer or model inside of one, always the same."""
+        """Return the copy of a layer, or of a layer or model inside of one, made once."""
         if id(layer) not in self._copies:
             if isinstance(layer, self.library.Model) and _keras.is_graph_model(layer):
                 new = self._model(layer, self.copied)
@@ -116,7 +119,7 @@ class Rebuilder:
     # Layers
 
     def _from_config(self, layer: Any, packed: dict[str, Any] | None = None) -> Any:
-        """Return a new layer, from its own configuration or from that in another layer's."""
+        """Return a new layer, from its own configuration or from `packed`, that in another's."""
         if type(layer) is self.library.layers.Lambda:
             return rebuilt(layer, lambda: _same_lambda(layer))
         if packed is None:
@@ -129,7 +132,7 @@ class Rebuilder:
         with self.library.utils.custom_object_scope(_named(self.library, layer)):
             try:
                 new = type(layer).from_config(dict(config))
-            except Exception:  # a user's class may accept its own configuration only
+            except Exception:  # a user's class may accept its serialized configuration only
                 kept = {key: packed[key] for key in given if config[key] is given[key]}
                 new = rebuilt(layer, lambda: type(layer).from_config(config | kept))
         for pair in _walk(layer, new):
@@ -137,9 +140,9 @@ class Rebuilder:
         return new
 
     def _objects(self, layer: Any, packed: dict[str, Any]) -> dict[str, Any]:
-        """Return functions and the like themselves, which need not be registered to be used again.
+        """Return the function objects named in a configuration, which need not be registered.
 
-        Those of Keras' own are left to the configuration, but for layers that are activations.
+        Keras' own functions are left to the configuration, except activations that are layers.
         """
         found = {}
         for name in packed:
@@ -161,8 +164,8 @@ class Rebuilder:
             copies = [self._copied_part(layer, part, packed) for part, packed in pairs]
             return value if all(map(operator.is_, copies, value)) else copies
         if isinstance(layer, self.library.layers.Bidirectional) and isinstance(value, dict):
-            # Its layers are called otherwise than those that it is made from, of which not every
-            # Keras keeps both.
+            # Its layers have other names than the layers it was constructed from, and not every
+            # Keras keeps both of the latter.
             patterns = {"layer": layer.forward_layer, "backward_layer": layer.backward_layer}
             if key in patterns:
                 return _packed(self._from_config(patterns[key], value["config"]))
@@ -172,9 +175,9 @@ class Rebuilder:
         """Return the copy of a layer that is serialized in the configuration of another one.
 
         Args:
-            layer: the other one.
-            part: what the other one has in the attribute that is called as the entry.
-            packed: the entry, or an element of it.
+            layer: the outer layer.
+            part: the outer layer's attribute of the entry's name.
+            packed: the entry, or an element of it; returned as it is if it is not a known layer.
         """
         if not isinstance(packed, dict) or not isinstance(packed.get("config"), dict):
             return packed
@@ -208,8 +211,8 @@ class Rebuilder:
             except TypeError as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(
-                    f"model {model.name!r} can't be built anew: tf_keras' own clone_model fails "
-                    f"({reason}). It does so where a layer is called on a constant tensor: make "
+                    f"model {model.name!r} can't be rebuilt: tf_keras' own clone_model fails "
+                    f"({reason}). This happens where a layer is called on a constant tensor: make "
                     "that a weight of a layer, or an input."
                 ) from error
         # Keras 3's clone_model would compile the copy as well.
@@ -221,7 +224,7 @@ class Rebuilder:
         return kind(tf.nest.pack_sequence_as(model.input, inputs), outputs, name=model.name)
 
     def _without_graph(self, model: Any, copy: Callable[[Any], Any]) -> Any:
-        """Return the copy of a Sequential that has not been given the shape of its inputs."""
+        """Return the copy of a Sequential whose input shape is not known."""
         new = self.library.Sequential([copy(layer) for layer in model.layers], name=model.name)
         shape = getattr(model, "_build_input_shape", None)
         if model.built and shape is not None:
@@ -229,7 +232,7 @@ class Rebuilder:
         return new
 
     def _input(self, symbol: Any, channels: int | None) -> Any:
-        """Return a symbolic input like another one, with another number of channels."""
+        """Return a copy of a symbolic input with the given number of channels."""
         layer, shape = symbol._keras_history[0], tuple(symbol.shape)
         if shape[1:] and channels != shape[-1]:
             return self.library.Input(
@@ -246,7 +249,7 @@ class Rebuilder:
         """Copy weights, other state and `trainable` flags."""
         self.pairs = self._paired([(model, copy), *self._made])
         flags = [(new, old.trainable) for old, new in self.pairs]
-        pairs: dict[int, _Pair] = {}  # of variables, by the ids of the new ones
+        pairs: dict[int, _Pair] = {}  # (old, new) variables by the ids of the new ones
         given: set[int] = set()
         for old, new in self._made:
             for name, value in self.weights(old).items():
@@ -271,13 +274,13 @@ class Rebuilder:
                 new.trainable = flag
         for before, after in pairs.values():
             if isinstance(before, keras.Variable) and after.trainable != before.trainable:
-                after.trainable = before.trainable  # single weights can be frozen, as LoRA does
+                after.trainable = before.trainable  # LoRA freezes single weights
         for old, new in self.pairs:
             if old is not new:
                 _adapt(self.library, old, new)
 
     def _paired(self, roots: list[_Pair]) -> list[_Pair]:
-        """Return all old and new layers, parts of layers included, each after what holds it."""
+        """Return (old, new) for all layers, nested ones included, each after its owner."""
         seen: set[tuple[int, int]] = set()
         order: list[_Pair] = []
 
@@ -294,7 +297,7 @@ class Rebuilder:
         return order[::-1]
 
     def _inside(self, old: Any, new: Any) -> Iterator[_Pair]:
-        """Yield (old, new) for what is inside of a pair: layers of a model, parts of a layer."""
+        """Yield (old, new) for the layers of a model, or the nested layers of a layer."""
         for part in (old, *layers.parts(old)):
             for known in (self.stand_ins, self._copies):
                 if id(part) in known:
@@ -304,7 +307,7 @@ class Rebuilder:
 
 
 class _Unwrapping(Rebuilder):
-    """Shares all layers with the old model, but for tfmot's wrappers."""
+    """Shares all layers with the old model, without tfmot's wrappers."""
 
     def original(self, layer: Any) -> Any:
         """Return the layer itself."""
@@ -323,7 +326,7 @@ def unwrapped(model: Any) -> Any:
 def bare(model: Any) -> Any:
     """Return a view of `model` on the same layers and variables, without the pruning wrappers.
 
-    A model without wrappers is its own view. So is a subclassed model: its graph is not known, so
+    A model without wrappers is returned itself. So is a subclassed model, whose graph is not known:
     its wrappers stay in the path (correct, only slower).
     """
     if not wrappers.wrapped_layers(model) or not _keras.is_graph_model(model):
@@ -334,10 +337,10 @@ def bare(model: Any) -> Any:
 
 
 def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:
-    """Return what `build` makes of the configuration of a layer.
+    """Return the result of `build`, which reads the configuration of a layer.
 
     Raises:
-        ValueError: that is not possible.
+        ValueError: `build` fails.
     """
     try:
         return build()
@@ -350,7 +353,7 @@ def rebuilt(layer: Any, build: Callable[[], Any]) -> Any:
 
 
 class _Reference:
-    """Stands for an object in a configuration, which may be copied deeply on its way."""
+    """Holds an object in a configuration; deep copies of it hold the same object."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -360,11 +363,11 @@ class _Reference:
 
 
 class _Given:
-    """What a layer that exists already is deserialized by."""
+    """Class name in a configuration under which an existing layer is deserialized."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """Return the layer."""
+        """Return the existing layer."""
         return config["object"].value
 
 
@@ -372,9 +375,9 @@ _GIVEN = _keras.registered_name(_Given)
 
 
 def _packed(layer: Any) -> dict[str, Any]:
-    """Return what stands for an existing layer in the configuration of another one."""
+    """Return the entry for an existing layer in the configuration of another one."""
     return {
-        "class_name": _GIVEN,  # which is what the legacy format of tf_keras looks up
+        "class_name": _GIVEN,  # the legacy format of tf_keras looks this up
         "module": __name__,
         "registered_name": _GIVEN,
         "config": {"object": _Reference(layer)},
@@ -386,7 +389,7 @@ def _attribute(layer: Any, name: str) -> Any:
 
 
 def _same_lambda(layer: Any) -> Any:
-    """Return a Lambda with the same function object: its configuration has only byte code."""
+    """Return a Lambda with the same function object; its configuration holds only byte code."""
     return type(layer)(
         layer.function,
         output_shape=layer._output_shape,
@@ -401,7 +404,7 @@ def _same_lambda(layer: Any) -> Any:
 def _named(library: types.ModuleType, layer: Any) -> dict[str, Any]:
     """Return the custom objects, by name, that a layer's configuration may refer to."""
     found: dict[str, Any] = {_GIVEN: _Given}
-    if isinstance(layer, library.layers.Bidirectional):  # it serializes its layer once more
+    if isinstance(layer, library.layers.Bidirectional):  # it serializes its layer again
         parts = list(layers.flatten(layer))
         values = [value for part in parts for value in vars(part).values()]
         objects = [type(part) for part in parts] + [v for v in values if inspect.isfunction(v)]
@@ -410,12 +413,12 @@ def _named(library: types.ModuleType, layer: Any) -> dict[str, Any]:
 
 
 def _is_users(value: Any) -> bool:
-    """Tell whether a class, a function, or an object's class is none of Keras' own."""
+    """Return whether a class, a function, or an object's class is not defined in Keras."""
     return str(getattr(value, "__module__", "")).partition(".")[0] not in ("keras", "tf_keras")
 
 
 def _is_lambda(value: Any) -> bool:
-    """Tell whether a function has no name; those that were loaded seem to be of Keras' own."""
+    """Return whether a function is a lambda; loaded lambdas have a module of Keras."""
     return getattr(value, "__name__", "") == "<lambda>"
 
 
@@ -425,8 +428,8 @@ def _has_graph(library: types.ModuleType, model: Any) -> bool:
     return bool(model.inputs)
 
 
-# Keras' own lists of what attributes hold as well; and the states of recurrent layers, which are no
-# weights: the copy starts with fresh ones.
+# Keras' own lists, whose elements other attributes hold as well; and the states of recurrent
+# layers, which are not weights: the copy starts with fresh ones.
 _SKIPPED = {
     *("states", "_states"),
     *("_layers", "_metrics", "_losses", "_trainable_variables", "_non_trainable_variables"),
@@ -472,7 +475,7 @@ def _parts(old: Any, new: Any) -> Iterator[_Pair]:
 
 
 def _walk(old: Any, new: Any) -> Iterator[_Pair]:
-    """Yield (old, new) for two layers and all that is in them, as far as it is there yet."""
+    """Yield (old, new) for two layers and all nested layers that exist in both."""
     waiting, seen = [(old, new)], set()
     while waiting:
         old, new = waiting.pop()
@@ -485,10 +488,10 @@ def _walk(old: Any, new: Any) -> Iterator[_Pair]:
 
 
 def _assign(old: Any, new: Any) -> None:
-    """Give a variable the value of another one.
+    """Assign the value of one variable to another.
 
     Raises:
-        ValueError: it is of another shape.
+        ValueError: their shapes differ.
     """
     try:
         new.assign(old.numpy())
@@ -522,7 +525,7 @@ def _by_name(old: Any, new: Any, found: set[int], taken: set[int]) -> Iterator[_
 
 
 def _adapt(library: types.ModuleType, old: Any, new: Any) -> None:
-    """Copy the state of a layer beside its weights, such as that set by `adapt`."""
+    """Copy the state of a layer other than its weights, such as that set by `adapt`."""
     kinds = library.layers
     if isinstance(old, kinds.StringLookup | kinds.IntegerLookup):
         vocabulary = old.get_vocabulary()
@@ -533,13 +536,13 @@ def _adapt(library: types.ModuleType, old: Any, new: Any) -> None:
         if old.bin_boundaries is not None:
             new.bin_boundaries = list(old.bin_boundaries)
     elif isinstance(old, kinds.Normalization):
-        new.finalize_state()  # it computes with what it derives from its weights
+        new.finalize_state()  # it computes with tensors derived from its weights
     elif getattr(old, "lora_enabled", False):
-        new.lora_alpha = old.lora_alpha  # which Keras sets to the rank when it builds the layer
+        new.lora_alpha = old.lora_alpha  # Keras sets it to the rank when it builds the layer
 
 
 def _load_own(old: Any, new: Any) -> None:
-    """Copy what a custom class saves by methods of its own, as `.keras` files do."""
+    """Copy the variables and assets that a custom class saves by overridden methods."""
     if _is_users(type(old).save_own_variables):
         store: dict[str, Any] = {}
         old.save_own_variables(store)

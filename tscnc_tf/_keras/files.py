@@ -1,4 +1,4 @@
-"""Models from files, which may come from strangers: nothing in a file is run as code."""
+"""Loading of model files from untrusted sources: no code in a file is executed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import numpy as np
 from tscnc_tf import _files
 from tscnc_tf._keras import keras, tf_keras
 
-# Whose classes a file may name.
+# Libraries whose classes a file may name.
 _TRUSTED = ("keras", "tf_keras", "tensorflow_model_optimization", "tscnc_tf")
 # Where tf_keras keeps functions that it names in files.
 _FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "regularizers")
-# Parts of TensorFlow whose functions only compute, and functions beside them.
+# Submodules of TensorFlow whose functions only compute, and top-level functions that do.
 _COMPUTING = {"math", "nn", "linalg", "signal", "image", "random", "bitwise", "strings"} | {
     *("sets", "ragged", "sparse", "__operators__", "dtypes", "quantization"),
 }
@@ -52,26 +52,26 @@ _OPERATIONS = ("TFOpLambda", "SlicingOpLambda")  # layers that call a function o
 _ANY_OPERATION = ("TensorFlowOpLayer", "ClassMethod")
 _HDF5 = (".h5", ".hdf5")
 _WEIGHTS = "model.weights.h5"  # in a .keras file
-# Filters that HDF5 and h5py bring along; others are libraries that HDF5 looks for on the disk.
+# Filters built into HDF5 and h5py; HDF5 loads others as libraries from the disk.
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE} | {
     *(h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF),
 }
-_SHRINKS = 1100  # times at most, where values are packed: DEFLATE stays below 1033
-# What `Lambda` says of its functions in its configuration, and of those that are written in Python.
+_MAX_RATIO = 1100  # limit for the compression ratio of packed values: that of DEFLATE is < 1033
+# Keys for the types of functions in the configuration of a `Lambda`, and the types with code.
 _LAMBDAS = ("function_type", "output_shape_type", "mask_type")
 _PYTHON = ("lambda", "function")
 
 
 def load_model(path: pathlib.Path) -> Any:
-    """Load a `.keras`, `.h5` or `.hdf5` file by the Keras that wrote it, without its compilation.
+    """Load a `.keras`, `.h5` or `.hdf5` file by the Keras that wrote it, without compiling it.
 
-    Keras' own safe mode refuses Python lambdas in `.keras` files. tf_keras applies it neither to
-    `.h5` files nor to functions that a file names, of any module; so these are looked at first.
-    So are the weights, of both Kerases: see `_require_stored`.
+    Keras' safe mode refuses Python lambdas in `.keras` files. tf_keras applies it neither to `.h5`
+    files nor to functions of any module that a file names, so these are checked first. So are the
+    weights, for both Kerases: see `_require_stored`.
 
     Raises:
-        ValueError: it is no such file, unpacks to more than there is memory, holds or names
-            code, or says that it holds weights which are not in it.
+        ValueError: it is not such a file, unpacks to more than the machine's memory, holds or
+            names code, or declares weights that are not in it.
     """
     config, version = _read(path)
     if version.startswith("3."):
@@ -79,8 +79,8 @@ def load_model(path: pathlib.Path) -> Any:
     for part in _mappings(config):
         if reason := _code(part):
             raise ValueError(
-                f"{path} {reason}, which would be run as code: it is not loaded. If you trust "
-                "whoever has made it, load it by tf_keras.models.load_model(path, compile=False, "
+                f"{path} {reason}, which would be run as code: it is not loaded. If you trust its "
+                "source, load it by tf_keras.models.load_model(path, compile=False, "
                 "safe_mode=False), and pass the model."
             )
     return tf_keras.models.load_model(path, compile=False)
@@ -88,7 +88,7 @@ def load_model(path: pathlib.Path) -> Any:
 
 def _read(path: pathlib.Path) -> tuple[Any, str]:
     """Return the configuration of the model in a file, and the version of its Keras."""
-    if path.suffix not in (".keras", *_HDF5):  # by which Keras, too, chooses how to read it
+    if path.suffix not in (".keras", *_HDF5):  # Keras chooses its reader by the suffix as well
         raise ValueError(f"{path} is not a model in a .keras or .h5 file, by its name.")
     try:
         if path.suffix in _HDF5:
@@ -112,14 +112,14 @@ def _read(path: pathlib.Path) -> tuple[Any, str]:
 
 
 class _NotStoredError(ValueError):
-    """An HDF5 file says that it holds what is not in it, or is there once for several names."""
+    """An HDF5 file declares data that it does not contain, or stores it once for several names."""
 
 
 def _require_stored(path: pathlib.Path, file: h5py.File) -> None:
-    """Raise unless the weights that an HDF5 file names are in it, each once.
+    """Raise unless the weights that an HDF5 file declares are stored in it, each once.
 
-    Of a few bytes Keras would else make as many weights as the memory takes, or more; and it would
-    read other files of this machine.
+    Otherwise a file of a few bytes could make Keras allocate all memory, or read other files of
+    this machine.
 
     Args:
         path: for the messages.
@@ -127,64 +127,67 @@ def _require_stored(path: pathlib.Path, file: h5py.File) -> None:
 
     Raises:
         TooLargeError: they are larger than the memory.
-        _NotStoredError: they are not; the message says which.
+        _NotStoredError: they are not stored in the file; the message says which.
     """
     groups: list[h5py.Group] = []
     datasets: list[h5py.Dataset] = []
     reason, pending = "", [file["/"]]
     while pending and not reason:
-        there = pending.pop()
-        if reason := _fault(there):
-            reason = f"{there.name} {reason}"
-        elif isinstance(there, h5py.Dataset):
-            datasets.append(there)
-        elif isinstance(there, h5py.Group):
-            groups.append(there)
-            links = {name: there.get(name, getlink=True) for name in there}
+        item = pending.pop()
+        if reason := _fault(item):
+            reason = f"{item.name} {reason}"
+        elif isinstance(item, h5py.Dataset):
+            datasets.append(item)
+        elif isinstance(item, h5py.Group):
+            groups.append(item)
+            links = {name: item.get(name, getlink=True) for name in item}
             for name, link in links.items():
                 if not isinstance(link, h5py.HardLink):
-                    reason = f"{there.name} has {name}, a link to {link.path} elsewhere"
+                    reason = f"{item.name} has {name}, a link to {link.path} elsewhere"
             if not reason:
-                pending.extend(there[name] for name in links)
-    if not reason:  # what a name leads to is looked at only now that there are no links
+                pending.extend(item[name] for name in links)
+    if not reason:  # names are resolved only after links have been excluded
         named = [address for group in groups for address in _named(group)]
         reason = "it names a layer or weight twice" if len(set(named)) < len(named) else ""
     if reason:
         raise _NotStoredError(
             f"{path} has weights as Keras does not write them: {reason}. It is not loaded. If you "
-            "trust whoever has made it, load it by Keras' own load_model, and pass the model."
+            "trust its source, load it by Keras' own load_model, and pass the model."
         )
     _files.require_memory(path, sum(_sizes(dataset)[0] for dataset in datasets))
 
 
-def _fault(there: Any) -> str:
-    """Return what Keras does not write in a group or dataset of an HDF5 file, "" for nothing."""
-    if h5py.h5o.get_info(there.id).rc > 1:
+def _fault(item: Any) -> str:
+    """Return how a group or dataset of an HDF5 file differs from Keras' format; "" if it doesn't.
+
+    The text is a predicate of the item's name, such as "has several names".
+    """
+    if h5py.h5o.get_info(item.id).rc > 1:
         return "has several names"
-    if not isinstance(there, h5py.Dataset):
+    if not isinstance(item, h5py.Dataset):
         return ""
-    if there.external or there.is_virtual:
+    if item.external or item.is_virtual:
         return "has its values in another file or dataset"
-    if there.dtype.hasobject:
+    if item.dtype.hasobject:
         return "has values of variable length"
-    created = there.id.get_create_plist()
+    created = item.id.get_create_plist()
     filters = {created.get_filter(index)[0] for index in range(created.get_nfilters())}
     if unknown := filters - _FILTERS:
-        return f"is packed by a filter that HDF5 does not bring along, {min(unknown)}"
-    unpacked, stored = _sizes(there)
-    if unpacked > stored * (_SHRINKS if filters else 1):
+        return f"is packed by a filter that is not part of HDF5, {min(unknown)}"
+    unpacked, stored = _sizes(item)
+    if unpacked > stored * (_MAX_RATIO if filters else 1):
         return f"has {unpacked:,} bytes, of which {stored:,} are stored"
     return ""
 
 
 def _sizes(dataset: h5py.Dataset) -> tuple[int, int]:
-    """Return the bytes that reading a dataset takes, at least a chunk, and those in the file."""
+    """Return the bytes that reading a dataset takes (at least a chunk), and those in the file."""
     counts = [math.prod(shape) for shape in (dataset.shape, dataset.chunks) if shape is not None]
     return max(counts, default=0) * dataset.dtype.itemsize, dataset.id.get_storage_size()
 
 
 def _named(group: h5py.Group) -> Iterator[int]:
-    """Yield the addresses of what Keras reads of a group in an `.h5` file."""
+    """Yield the addresses of the layers or weights that Keras reads from a group in `.h5`."""
     for key in group.attrs:
         if key.startswith(("layer_names", "weight_names")):
             for name in group.attrs[key]:
@@ -203,7 +206,7 @@ def _mappings(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _code(part: dict[str, Any]) -> str:
-    """Return what would be run as code of a part of tf_keras' configuration, "" for nothing."""
+    """Return how a part of tf_keras' configuration would run code, for messages; "" if not."""
     kind, config, module = (part.get(name) for name in ("class_name", "config", "module"))
     if kind == "__lambda__" or any(part.get(name) in _PYTHON for name in _LAMBDAS):
         return "holds a Python function"
@@ -222,14 +225,15 @@ def _code(part: dict[str, Any]) -> str:
 
 
 def _computes(function: str) -> bool:
-    """Tell whether a function of TensorFlow, given by its name, only computes."""
+    """Return whether a function of TensorFlow, given by its name, only computes."""
     names = function.removeprefix("compat.v1.").split(".")
     return names[0] in (_COMPUTING if len(names) > 1 else _COMPUTING_TOO)
 
 
 def _is_harmless(module: str, name: str, is_function: bool) -> bool:
-    """Tell whether what a file names can be a function of networks or a class of the libraries."""
-    if module == "builtins":  # says tf_keras of its own functions, and of what is registered
+    """Return whether a name in a file can be a function or class of the trusted libraries only."""
+    # tf_keras writes "builtins" for its own functions, and for registered objects.
+    if module == "builtins":
         return not hasattr(builtins, name)
     root, _, rest = module.partition(".")
     if root not in _TRUSTED or (is_function and (rest not in _FUNCTIONS or "." in name)):
@@ -237,7 +241,7 @@ def _is_harmless(module: str, name: str, is_function: bool) -> bool:
     try:
         place = importlib.import_module(f"tf_{module}" if root == "keras" else module)
     except ImportError:
-        return True  # tf_keras says that it does not know it
+        return True  # tf_keras will raise for the unknown module
     found = getattr(place, name.partition(".")[0], None)
     if found is None:
         return True

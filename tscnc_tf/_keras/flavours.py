@@ -1,4 +1,4 @@
-"""Training, callbacks, classes and variables, where the two Kerases differ."""
+"""Differences of the two Kerases in training, callbacks, classes and variables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _TRAINERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def subclass_of_library(cls: type, public: type, kind: type) -> type:
-    """Return the class to make where `cls` was called and `kind` is `public` in one of the Kerases.
+    """Return the class to instantiate for one Keras.
+
+    Args:
+        cls: the class that was called.
+        public: the class that users know, of no Keras.
+        kind: the subclass of `public` for the Keras.
+
+    Returns:
+        `kind` for `public`, and `cls` if it is a subclass of `kind`.
 
     Raises:
         TypeError: `cls` is a user's subclass of `public`, and not of `kind`.
@@ -33,11 +41,11 @@ def subclass_of_library(cls: type, public: type, kind: type) -> type:
 
 
 def registered_as(name: str) -> Callable[[type], type]:
-    """Return a decorator of a class that is one of two, of both Kerases, known by one name.
+    """Return a class decorator for a pair of classes, one per Keras, with one registered name.
 
-    It registers the class by that name in its Keras, and sets `__name__` to it, by which Keras
-    names layers, and weights in `.keras` files. The class's `__qualname__`, by which pickles find
-    it, stays its own.
+    It registers the class by that name in its Keras, and sets `__name__`, from which Keras derives
+    the names of layers, and of weights in `.keras` files. `__qualname__`, by which pickles find the
+    class, is not changed.
     """
 
     def decorate(cls: type) -> type:
@@ -54,7 +62,7 @@ def library_of(cls: type) -> types.ModuleType:
 
 
 class Trainer:
-    """Marks models that train another one, `model`, which is pruned and exported."""
+    """Mixin of models that train another one, `model`, which is pruned and exported."""
 
     model: Any
 
@@ -64,8 +72,8 @@ def require_network(model: Any) -> types.ModuleType:
     library = _keras.library("model", model)
     if isinstance(model, Trainer):
         raise ValueError(
-            "model must be the network itself, not the trainer: pass trainer.model, and make a "
-            "trainer of what is returned if it is to be trained."
+            "model must be the network itself, not the trainer: pass trainer.model, and build a "
+            "trainer around the returned model to train it."
         )
     return library
 
@@ -91,10 +99,11 @@ def tensor_variable(variable: Any) -> Any:
 
 @contextlib.contextmanager
 def depending_on(values: Any) -> Iterator[None]:
-    """Make all operations of a graph depend on these values.
+    """Make all operations of a graph in this context depend on these values.
 
-    A compiled step whose data can't be fetched, at the end of a dataset of unknown length, would
-    otherwise run all operations that need no data: count a step, renew masks.
+    At the end of a dataset of unknown length a compiled step fails to fetch its data. Without this
+    dependency it would still run all operations that need no data, such as counting the step or
+    renewing masks.
 
     Args:
         values: tensors and operations in any structure. Outside of a graph, nothing changes.
@@ -106,7 +115,7 @@ def depending_on(values: Any) -> Iterator[None]:
 
 
 def _made_independently(make: Callable[..., Any], **arguments: Any) -> Any:
-    """Make a variable, such as one of a metric, whose initial value depends on nothing."""
+    """Create a variable, such as one of a metric, without control dependencies."""
     with tf.control_dependencies(None):
         return make(**arguments)
 
@@ -122,7 +131,7 @@ def depending_on_batch(model: Any, data: Any) -> contextlib.AbstractContextManag
 def register_trainer(trainer: Any, *models: Any) -> None:
     """Register a model that trains others, or parts of them, in its own compiled steps.
 
-    Its steps are compiled anew if it was not registered before.
+    Its steps are compiled again if it was not registered for all of them before.
     """
     is_new = False
     for model in models:
@@ -136,19 +145,19 @@ def register_trainer(trainer: Any, *models: Any) -> None:
 
 
 def trainers(model: Any) -> list[Any]:
-    """Return the models that train a model, or parts of it, in steps of their own."""
+    """Return the trainers registered for a model, or for a model that it is a part of."""
     return list(_TRAINERS.get(model, ()))
 
 
 def reset_functions(model: Any) -> None:
-    """Let a model, and what trains it, compile its training and test step anew, from the next on.
+    """Recompile the training and test steps of a model and of its trainers at their next call.
 
     `fit` may be running: it calls `model.train_function` at each step, so the attribute is set to a
-    function that compiles the step when it is called. (A running evaluation of tf_keras ends with
-    the step that it began with, as it reads the attribute once.)
+    function that compiles the step when it is called. (A running evaluation of tf_keras finishes
+    with the old step, as it reads the attribute once.)
 
     Args:
-        model: of either Keras; of one that has compiled nothing yet, nothing changes.
+        model: of either Keras; nothing changes for a model that has not compiled its steps yet.
     """
     for each in (model, *trainers(model)):
         for name in ("train_function", "test_function"):
@@ -171,14 +180,13 @@ def _compiled_when_called(model: Any, name: str) -> Callable[..., Any]:
 
 
 def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
-    """Call `update(strategy)` where it can change the model's variables on all devices.
+    """Call `update(strategy)` in a context in which it can change variables on all devices.
 
     Works eagerly, in a graph, under XLA, and in the replica context of a distribution strategy.
-    `update` is to change variables by `strategy.extended.update(variable, function, args)`.
 
     Args:
         model: a Keras model, for the strategy that its variables were made under.
-        update: what to do.
+        update: must change variables by `strategy.extended.update(variable, function, args)`.
     """
     context = tf.distribute.get_replica_context()
     if not tf.distribute.has_strategy():  # plain code, maybe on a model made under a strategy
@@ -191,12 +199,12 @@ def update_everywhere(model: Any, update: Callable[[Any], None]) -> None:
 
 
 def is_distributed(model: Any) -> bool:
-    """Tell whether a model was made under a distribution strategy, maybe one of a single device."""
+    """Return whether a model was made under a distribution strategy, of one device or several."""
     return not type(model.distribute_strategy).__name__.startswith("_Default")
 
 
 def require_one_worker(model: Any) -> None:
-    """Raise if several workers are to train a model of Keras 3.
+    """Raise if a Keras 3 model would be trained by several workers.
 
     Raises:
         NotImplementedError: it was made under `MultiWorkerMirroredStrategy` with several workers.
@@ -209,7 +217,7 @@ def require_one_worker(model: Any) -> None:
     workers = sum(map(len, strategy.cluster_resolver.cluster_spec().as_dict().values()))
     if workers > 1:
         raise NotImplementedError(
-            f"model {model.name!r} is of Keras 3, whose fit fails under "
+            f"model {model.name!r} is a Keras 3 model, whose fit fails under "
             f"MultiWorkerMirroredStrategy (here {workers} workers), with and without this package: "
             "build it of tf_keras.layers, or train on the devices of one machine by "
             "MirroredStrategy."
@@ -217,10 +225,10 @@ def require_one_worker(model: Any) -> None:
 
 
 def require_xla(model: Any) -> None:
-    """Raise if XLA is to compile the steps of a model that is mirrored on several CPU devices.
+    """Raise if XLA would compile the steps of a model that is mirrored on several CPU devices.
 
     Raises:
-        ValueError: it is to.
+        ValueError: `jit_compile` is set for such a model.
     """
     if not (model.jit_compile and is_distributed(model)):
         return
@@ -228,14 +236,14 @@ def require_xla(model: Any) -> None:
     kinds = {tf.DeviceSpec.from_string(device).device_type for device in devices}
     if len(devices) > 1 and kinds == {"CPU"}:
         raise ValueError(
-            f"jit_compile must be False on several CPU devices, got True with {len(devices)}: what "
-            "XLA compiles runs on one of them and finds variables of another in it, whatever the "
-            "Keras model. Leave jit_compile out, or train on one device."
+            f"jit_compile must be False on several CPU devices, got True with {len(devices)}: the "
+            "compiled step of one device would use variables of another, with any Keras model. "
+            "Leave jit_compile out, or train on one device."
         )
 
 
 def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Return the sums of tensors over all replicas, where this is the code of one of several."""
+    """Return the sums of tensors over all replicas, if called in the context of one of several."""
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return tensors
@@ -243,11 +251,11 @@ def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
 
 
 def without_trace(model: Any, loss: Callable[[], tf.Tensor]) -> tf.Tensor:
-    """Return a loss, and put back what its computation changes in a model: moving statistics.
+    """Return a loss, and restore the non-trainable variables that its computation changes.
 
     Args:
-        model: of either Keras.
-        loss: computes it.
+        model: of either Keras; its moving statistics are restored.
+        loss: computes the loss.
     """
     changing = [tensor_variable(each) for each in model.non_trainable_variables]
     before = [tf.identity(each) for each in changing]
@@ -258,9 +266,9 @@ def without_trace(model: Any, loss: Callable[[], tf.Tensor]) -> tf.Tensor:
 
 
 def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the scope in which the variables of a model can be read and assigned from outside.
+    """Return the context in which the variables of a model can be read and assigned.
 
-    That matters for a tf_keras model that was made under a distribution strategy.
+    It is the scope of the distribution strategy that a tf_keras model was made under.
     """
     if isinstance(model, tf_keras.Model):
         return model.distribute_strategy.scope()
@@ -268,20 +276,20 @@ def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def is_variable(value: Any) -> bool:
-    """Tell whether something is a variable of either Keras, or of TensorFlow."""
+    """Return whether an object is a variable of either Keras or of TensorFlow."""
     return isinstance(value, keras.Variable | tf.Variable)
 
 
 def variables(layer: Any) -> list[Any]:
     """Return the weights of a layer that are variables.
 
-    tf_keras lists among the weights what saves the vocabulary of a lookup layer, too.
+    The weights of a tf_keras lookup layer also include the object that saves its vocabulary.
     """
     return [weight for weight in layer.weights if is_variable(weight)]
 
 
 def minimize(optimizer: Any, loss: Callable[[], tf.Tensor], variables: Iterable[Any]) -> None:
-    """Take one optimizer step on what `loss` returns; float16 losses are scaled on the way.
+    """Take one optimizer step that descends a loss, with the optimizer's loss scaling.
 
     Args:
         optimizer: an optimizer of either Keras.

@@ -1,4 +1,4 @@
-"""The interface of layers that put gates on the weights of others, and functions that use it."""
+"""The interface of layers that multiply the weights of a wrapped layer by gates."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tscnc_tf._keras import adapted, layers
 
 
 class GatedLayer(abc.ABC):
-    """Marks layers that compute as another one does, with gates on some of its weights.
+    """Interface of wrappers that compute like the wrapped layer, with some weights gated.
 
     Attributes:
-        layer: the layer inside, whose variables hold the weights without their gates.
+        layer: the wrapped layer, whose variables hold the weights without their gates.
     """
 
     layer: Any
 
     @abc.abstractmethod
     def gated_variables(self) -> Iterator[tuple[Any, Any]]:
-        """Yield (variable, gates) as they act at inference; gates broadcast with the variable."""
+        """Yield (variable, gates) of inference; gates broadcast with the variable."""
 
     @abc.abstractmethod
     def own_variables(self) -> list[Any]:
-        """Return the variables that belong to the gates, and not to the layer inside."""
+        """Return the variables of the gates, without those of the wrapped layer."""
 
 
 def is_gated(layer: Any) -> bool:
-    """Tell whether `layer` puts gates on the weights of another one."""
+    """Return whether `layer` is a `GatedLayer`."""
     return isinstance(layer, GatedLayer)
 
 
@@ -40,7 +40,7 @@ def gated_layers(model: Any) -> list[Any]:
 
 
 def factors(model: Any) -> dict[int, Any]:
-    """Return the gates of each variable that has some, as they act at inference, by its id."""
+    """Return the inference gates of all gated variables, by the variable's id."""
     return {
         id(variable): gates
         for layer in gated_layers(model)
@@ -49,7 +49,7 @@ def factors(model: Any) -> dict[int, Any]:
 
 
 def require_none(model: Any, function: str) -> None:
-    """Raise a ValueError if a model has gates, which a function does not look into."""
+    """Raise a ValueError if a model has gates, which `function` does not support."""
     if gated_layers(model):
         raise ValueError(
             f"model {model.name!r} still has gates: fold them into its weights first, "
@@ -63,12 +63,12 @@ def times(value: tf.Tensor, gates: tf.Tensor) -> tf.Tensor:
 
 
 def owners(model: Any) -> dict[int, Any]:
-    """Return the gated layer around each layer that is inside of one, by the id of the latter."""
+    """Return the gated layer around each wrapped layer, by the id of the latter."""
     return {id(gated.layer): gated for gated in gated_layers(model)}
 
 
 def names(model: Any) -> dict[int, str]:
-    """Return what belongs to gates and not to the network: names by the variables' ids."""
+    """Return the names of the variables of gates, by the variables' ids."""
     return {
         id(variable): variable.name
         for layer in gated_layers(model)
@@ -79,21 +79,21 @@ def names(model: Any) -> dict[int, str]:
 def with_values(layer: Any, values: dict[int, Any]) -> Any:
     """Return a view of a layer that computes with tensors in place of some of its variables.
 
-    It shares all else with the layer; see `adapted.view`.
+    It shares all other attributes with the layer; see `adapted.view`.
 
     Args:
         layer: a built layer of either Keras.
-        values: the tensors, by the ids of the variables that they stand for.
+        values: the tensors, by the ids of the variables that they replace.
 
     Raises:
-        ValueError: a variable is no attribute of the layer, which computes with something else.
+        ValueError: a variable is not an attribute of the layer, as with LoRA.
     """
     attributes = vars(layer)
     if missing := values.keys() - {id(value) for value in attributes.values()}:
         raise ValueError(
             f"layer {layer.name!r} of class {type(layer).__name__} does not compute with "
-            f"{len(missing)} of the weights that were to have gates themselves, but with what it "
-            "makes of them, as with LoRA or quantization: bring it into its plain form first."
+            f"{len(missing)} of the weights to be gated, but with values derived from them, as "
+            "with LoRA or quantization: bring it into its plain form first."
         )
     held = {name: value for name, value in attributes.items() if id(value) in values}
     return adapted.view(layer, **{name: values[id(value)] for name, value in held.items()})

@@ -1,17 +1,17 @@
 """The masks of a model, of either engine, and the class of models that have a pruner.
 
-The masks of a pruner belong to variables: each is the constraint of its variable, which both
-Kerases apply after every optimizer step, whatever the model, the loop or the `train_step`. So they
-hold in any model that the variable is a part of. tfmot's masks belong to its wrappers.
+A pruner's mask is the constraint of its variable. Both Kerases apply constraints after every
+optimizer step, whatever the model, the loop or the `train_step`, so masks hold in any model that
+the variable is a part of. tfmot's masks belong to its wrappers.
 
-`attach` gives a model a pruner by exchanging its class for a subclass of it, as torch's
-parametrizations do with modules: the object, its layers and its weights stay the same, so it works
-on subclassed models too. This is the one place of the package where the class of an object changes.
-The subclass does three things: in `fit` it calls the pruner at each optimizer step, which renews
-the masks; it writes the pruner into the model's configuration, so that a `.keras` file restores it;
-and it adds the masks to weight files and checkpoints, but not to SavedModels.
+`attach` gives a model a pruner by replacing its class with a subclass, as torch's parametrizations
+do with modules: the object, its layers and its weights stay the same, so subclassed models are
+supported too. This is the only place in the package where the class of an object is changed. The
+subclass calls the pruner at each optimizer step in `fit`, which renews the masks; it writes the
+pruner into the model's configuration, from which a `.keras` file restores it; and it adds the masks
+to weight files and checkpoints, but not to SavedModels.
 
-The masks are no weights of the model: `get_weights`, `count_params` and the summary leave them out.
+Masks are not weights of the model: `get_weights`, `count_params` and the summary leave them out.
 """
 
 from __future__ import annotations
@@ -37,44 +37,44 @@ from tscnc_tf._keras.flavours import (
 )
 from tscnc_tf._keras.optimizers import build, key
 
-PRUNER = "_attached_pruner"  # where the object of a model holds its pruner
-_Base: Any = object  # a class of either Keras, which subclasses put in its place
+PRUNER = "_attached_pruner"  # the attribute of a model that holds its pruner
+_Base: Any = object  # replaced by a class of either Keras in subclasses
 
 
 class AttachedPruner(Protocol):
-    """What this module asks of the pruner of a model; `pruning.Pruner` implements it.
+    """Interface of the pruner of a model; `pruning.Pruner` implements it.
 
     Attributes:
         state: its variables, a layer of the model's Keras.
-        perturb_scores: the radius of its step against training in `perturbed`, 0 for none.
+        perturb_scores: the radius by which `perturbed` perturbs the scores, 0 for none.
     """
 
     state: Any
     perturb_scores: float
 
     def masked_variables(self) -> list[tuple[Any, Any]]:
-        """Return the pairs (weight, mask) of the weights that are pruned now."""
+        """Return the pairs (weight, mask) of the pruned weights."""
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
-        """Return the value of a weight after an optimizer step, by its mask and own constraint."""
+        """Return a weight after an optimizer step, with its mask and own constraint applied."""
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which an optimizer trains the weights."""
+        """Return a context to enter while an optimizer trains the weights."""
 
     def perturbed(self, loss: Callable[[], tf.Tensor]) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which the gradient of a loss is taken."""
+        """Return a context to enter while the gradient of a loss is taken."""
 
     def reset_step_count(self) -> None:
-        """Count the steps of the next optimizer from its current count."""
+        """Start counting the steps of the next optimizer from its current count."""
 
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
-        """Count a step of an optimizer, and renew the masks where that is due."""
+        """Count an optimizer step, and renew the masks if they are due."""
 
     def apply(self, optimizer: Any = None) -> None:
-        """Set what is pruned to zero: in weights, and in what an optimizer keeps for them."""
+        """Set pruned entries to zero, in weights and in the optimizer's state for them."""
 
     def on_weights_set(self) -> None:
-        """Act on weights that were set from outside."""
+        """Mask weights after they were set from outside."""
 
     def get_config(self) -> dict[str, Any]:
         """Return the configuration from which the pruner is restored, given the same model."""
@@ -83,23 +83,26 @@ class AttachedPruner(Protocol):
 class MaskConstraint:
     """The constraint of a variable that has a mask.
 
-    A deep copy of a `tf.Variable` has the constraint of the original. For the copy it is the
-    variable's own constraint, without the mask.
+    A deep copy of a `tf.Variable` shares the constraint object of the original. On the copy it
+    applies the variable's own constraint only, without the mask.
 
     Args:
-        pruner: whose mask it is.
+        pruner: the owner of the mask.
         mask: True where the weight is kept.
-        variable: the variable.
+        variable: the masked variable.
+
+    Attributes:
+        own: the variable's other constraint, which is applied as well; None for none.
     """
 
     def __init__(self, pruner: AttachedPruner, mask: Any, variable: Any) -> None:
         self.pruner = pruner
         self.mask = mask
-        self.own = own_constraint(variable)  # which acts as well; None for none
+        self.own = own_constraint(variable)
         self._keys = {key(each) for each in (variable, *_replicas(variable))}
 
     def is_of(self, variable: Any) -> bool:
-        """Tell whether the mask belongs to a variable, and not to one that this is a copy of."""
+        """Return whether the mask belongs to a variable; False for a copy of it."""
         return key(variable) in self._keys
 
     def __call__(self, weight: Any) -> tf.Tensor:
@@ -117,12 +120,12 @@ def own_constraint(variable: Any) -> Any:
 
 
 def constrain(variable: Any, pruner: AttachedPruner, mask: Any) -> None:
-    """Give a variable of either Keras a mask, beside the constraint that it has."""
+    """Add a mask to a variable of either Keras, which keeps its own constraint."""
     _set_constraint(variable, MaskConstraint(pruner, mask, variable))
 
 
 def release(variable: Any) -> None:
-    """Give a variable back the constraint that it had before its mask."""
+    """Remove the mask of a variable, which keeps its own constraint."""
     _set_constraint(variable, own_constraint(variable))
 
 
@@ -130,12 +133,12 @@ def _set_constraint(variable: Any, constraint: Any) -> None:
     if isinstance(variable, keras.Variable):
         variable.constraint = constraint
         return
-    for each in _replicas(variable):  # tf.Variable takes it in its constructor only
+    for each in _replicas(variable):  # tf.Variable has no setter for it
         each._constraint = constraint
 
 
 def _replicas(variable: Any) -> Sequence[Any]:
-    """Return the variables on the devices that a variable stands for, one without a strategy."""
+    """Return the components of a variable on all devices, or the variable itself."""
     inner = tensor_variable(variable)
     inner = inner._variable if isinstance(inner, AutoCastVariable) else inner
     return inner.values if isinstance(inner, tf.distribute.DistributedValues) else [inner]
@@ -144,7 +147,7 @@ def _replicas(variable: Any) -> Sequence[Any]:
 def pruners(model: Any) -> list[Any]:
     """Return the pruners of a model, each once: its own, those of parts, and of single weights.
 
-    The last are those of another model that a layer is a part of, too.
+    Pruners of single weights are those of another model that shares a layer with this one.
     """
     found = [vars(layer)[PRUNER] for layer in layers.flatten(model) if PRUNER in vars(layer)]
     for variable in model.weights:
@@ -163,11 +166,11 @@ def masked_variables(model: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def apply(model: Any, optimizer: Any = None) -> None:
-    """Set every pruned weight of `model` to zero where its mask says so.
+    """Apply the masks of `model` to its weights.
 
     Args:
         model: a model of either Keras, pruned or not.
-        optimizer: what belongs to the weights in it is masked as well.
+        optimizer: its state for the weights is masked as well; None for no optimizer.
     """
     wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
@@ -186,11 +189,11 @@ def training(model: Any, *optimizers: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def perturbed(model: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
-    """Enter the context of every pruner of `model` in which the gradient of a loss is taken.
+    """Enter the context of every pruner of `model` for taking the gradient of a loss.
 
     Args:
         model: a model of either Keras, pruned or not.
-        loss: computes the value to descend, a scalar; called once by each pruner that asks for it.
+        loss: computes the value to descend, a scalar; each pruner calls it once at most.
     """
     with contextlib.ExitStack() as stack:
         for pruner in pruners(model):
@@ -199,7 +202,7 @@ def perturbed(model: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
 
 
 def after_step(model: Any, optimizer: Any) -> None:
-    """Apply and renew the masks of `model` after an optimizer step, which alone changed weights."""
+    """Apply and renew the masks of `model` after a step in which only the optimizer set weights."""
     wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
         pruner.step(optimizer, is_constrained=True)
@@ -212,8 +215,8 @@ def keep(variable: Any, mask: Any) -> Any:
 
 def kept(value: Any, mask: Any) -> tf.Tensor:
     """Return values, and zero where their mask is False."""
-    # Not by a product: that makes -0.0 of negative weights, and keeps NaN and infinity. And not by
-    # `tf.where`, which is slower, as it looks for shapes to broadcast.
+    # A product would give -0.0 for negative weights, and NaN for NaN and infinity. `tf.where` is
+    # slower, since it handles broadcasting.
     value = tf.convert_to_tensor(value)
     return tf.raw_ops.Select(condition=tf.convert_to_tensor(mask), x=value, y=tf.zeros_like(value))
 
@@ -235,23 +238,23 @@ class MaskedModel(_Base):
     _plain: Any  # the model's own class
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return a model of the plain class: what is built by a constructor has no pruner yet."""
+        """Return a model of the plain class: a newly constructed model has no pruner."""
         return cls._plain(*args, **kwargs)
 
     @property
     def pruner(self) -> Any:
-        """The pruner that this model was given."""
+        """The pruner of this model."""
         return vars(self)[PRUNER]
 
     @property
     def pruning_state(self) -> Any:
-        """The pruner's variables, as a layer: that is how weight files find them."""
+        """The pruner's variables, as a layer, so that weight files include them."""
         return self.pruner.state
 
     def make_train_function(self, *args: Any, **kwargs: Any) -> Any:
-        """Compile the training step, for which the optimizer makes its variables first.
+        """Compile the training step, after creating the optimizer's variables.
 
-        A step in which variables are made is traced a second time by TensorFlow.
+        TensorFlow traces a step twice if variables are created in it.
         """
         if self.optimizer is not None and self._has_step_of_keras:
             with self.distribute_strategy.scope():
@@ -260,23 +263,23 @@ class MaskedModel(_Base):
 
     @property
     def _has_step_of_keras(self) -> bool:
-        """Whether the training step is that of Keras, which alone changes weights in it."""
+        """Whether the training step is Keras' own, in which only the optimizer sets weights."""
         return self._plain.train_step is library_of(type(self)).Model.train_step
 
     def train_step(self, data: Any) -> Any:
-        """Take the model's own training step, then let the pruner act on what it has changed."""
+        """Run the model's own training step, then the pruner's step on the weights it updated."""
         with depending_on_batch(self, data):
             with self.pruner.training():
                 logs = super().train_step(data)
-            # A step of the user's own may change weights after its optimizer has.
+            # A custom training step may set weights after the optimizer's update.
             self.pruner.step(is_constrained=self._has_step_of_keras)
         return logs
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and mask in the end: a callback may have put other weights in place."""
+        """Train, then apply the masks, since a callback may have set other weights."""
         with self.pruner.training():
             history = super().fit(*args, **kwargs)
-        if is_masked(self):  # a callback may have taken the pruner off
+        if is_masked(self):  # a callback may have removed the pruner
             self.pruner.apply(self.optimizer)
         return history
 
@@ -286,33 +289,33 @@ class MaskedModel(_Base):
         self.pruner.reset_step_count()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Configure training as a saved model was."""
-        with _as_plain(self):  # Keras does it for models of its own only
+        """Configure training with the configuration of a saved model."""
+        with _as_plain(self):  # Keras does it for its own model classes only
             self.compile_from_config(config)
 
     def set_weights(self, weights: Any) -> None:
-        """Set the weights, those that are pruned to zero."""
+        """Set the weights, and apply the masks to them."""
         super().set_weights(weights)
         self.pruner.on_weights_set()
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, and masks where the file has them; what is pruned becomes zero."""
+        """Load weights, and masks where the file has them, and apply the masks."""
         try:
             return super().load_weights(filepath, *args, **kwargs)
-        finally:  # also if a part of them did not fit
+        finally:  # also after an error, as some weights may have been loaded
             self.pruner.on_weights_set()
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save weights and masks.
 
         Raises:
-            ValueError: `filepath` names tf_keras' legacy format, which has no place for masks.
+            ValueError: `filepath` names tf_keras' legacy format, which can't hold masks.
         """
         name = str(filepath)
         if name.endswith((".h5", ".hdf5", ".keras")) and not name.endswith(".weights.h5"):
             raise ValueError(
-                f"filepath must end in .weights.h5, got {name!r}: the legacy format has no place "
-                "for the masks of a model that is being pruned."
+                f"filepath must end in .weights.h5, got {name!r}: the legacy format can't hold the "
+                "masks of a model that is being pruned."
             )
         return super().save_weights(filepath, *args, **kwargs)
 
@@ -322,7 +325,7 @@ class MaskedModel(_Base):
         return super().export(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Pickle as the plain class does: what stands in a pickle must be found by its name."""
+        """Pickle like the plain class, since the generated class has no importable name."""
         function, *rest = super().__reduce__()
         if getattr(function, "__self__", None) is type(self):
             function = getattr(library_of(type(self)).Model, function.__name__)
@@ -332,7 +335,7 @@ class MaskedModel(_Base):
         """Save the model with its masks to a `.keras` file.
 
         Raises:
-            ValueError: `filepath` has another ending: other formats have no place for masks.
+            ValueError: `filepath` has another suffix: other formats can't hold masks.
         """
         if not str(filepath).endswith(".keras"):
             raise ValueError(
@@ -343,13 +346,13 @@ class MaskedModel(_Base):
         super().save(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the configuration of the model without its pruner, and that of the pruner.
+        """Return the configurations of the model without its pruner, and of the pruner.
 
-        Every function that saves a model calls this before it saves the weights; so weights that
+        Every function that saves a model calls this before it saves the weights, so weights that
         were set from outside are masked here.
 
         Raises:
-            ValueError: it is for the legacy `.h5` format of Keras 3.
+            ValueError: called for the legacy `.h5` format of Keras 3.
         """
         if global_state.get_global_attribute("use_legacy_config", False):
             raise ValueError(_refusal(self))
@@ -359,16 +362,19 @@ class MaskedModel(_Base):
         plain.pop("compile_config", None)  # it is in the outer configuration
         return {"model": plain, "pruner": _ModernConfig(self.pruner.get_config(), _refusal(self))}
 
-    # tf_keras' clone_model calls the constructor of models whose configuration is Keras' own. So it
-    # does here, and a clone is a plain model, as in Keras 3.
+    # tf_keras' clone_model calls the constructor of models whose get_config is marked as Keras'
+    # own, so a clone is a plain model, as in Keras 3.
     get_config._is_default = True  # type: ignore[attr-defined]
 
     @property
     def use_legacy_config(self) -> bool:
-        """Whether the configuration is that of the legacy `.h5` format of tf_keras: it never is.
+        """Always False: the legacy `.h5` format of tf_keras is not supported.
 
-        tf_keras sets this attribute before it writes such a file, and leaves it set on the models
-        inside the one that is saved.
+        tf_keras sets this attribute before it writes such a file, and leaves it set on models
+        nested in the saved one.
+
+        Raises:
+            ValueError: it is set.
         """
         return False
 
@@ -377,14 +383,14 @@ class MaskedModel(_Base):
         raise ValueError(_refusal(self))
 
     def get_build_config(self) -> None:
-        """Return nothing: the configuration inside has it."""
+        """Return None: the configuration of the plain model includes it."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Build the model, and give it its pruner."""
+        """Build the model, and attach its pruner."""
         library = library_of(cls)
         model = library.saving.deserialize_keras_object(config["model"], custom_objects)
-        if not config["pruner"]["weights"]:  # none of those that were pruned was left
+        if not config["pruner"]["weights"]:  # the saved model held none of the pruned weights
             return model
         name = config["pruner"].get("class_name", "Pruner")
         pruner = library.saving.get_registered_object(f"{PACKAGE}>{name}")
@@ -401,7 +407,7 @@ class MaskedModel(_Base):
 
 @contextlib.contextmanager
 def _as_plain(model: Any) -> Iterator[None]:
-    """Make a masked model one of its own class during the block."""
+    """Give a masked model its plain class within the context."""
     masked, model.__class__ = type(model), model._plain
     try:
         yield
@@ -417,10 +423,10 @@ def _refusal(model: Any) -> str:
 
 
 class _ModernConfig(dict[str, Any]):
-    """A part of a configuration that the legacy serialization of tf_keras refuses to write.
+    """A dictionary in a configuration that makes the legacy serialization of tf_keras fail.
 
-    The models in a Sequential can't know the format that their configuration is for. But only the
-    legacy serialization calls the `get_config` of a dictionary.
+    A model nested in a Sequential can't detect the format that its configuration is written to; but
+    only the legacy serialization calls `get_config` on a dictionary.
 
     Args:
         values: of the dictionary.
@@ -432,7 +438,7 @@ class _ModernConfig(dict[str, Any]):
         self._refusal = refusal
 
     def get_config(self) -> dict[str, Any]:
-        """Return the dictionary for a SavedModel, which is written by this serialization, too.
+        """Return the dictionary for a SavedModel, which uses the same serialization.
 
         Raises:
             NotImplementedError: the format is `.h5`.
@@ -445,26 +451,26 @@ class _ModernConfig(dict[str, Any]):
 class PruningState(_Base):
     """The variables of a pruner, as a layer of the model's Keras.
 
-    A weight file has those of the weights that the model holds when it is saved: a layer may have
-    been taken out of it, or quantized, since it was pruned.
+    A weight file contains the variables for the weights that the model holds when it is saved; a
+    layer may have been removed or quantized since it was pruned.
 
     Attributes:
         step: the number of optimizer steps since the pruner was attached.
-        seen: the optimizer's own count when the pruner last acted; -1 before that.
-        frozen: whether the masks are to stay as they are.
+        seen: the optimizer's step count when the pruner last acted; -1 before that.
+        frozen: whether the masks are frozen.
         left_out: a vector, True for the weights that were frozen at the last renewal of the masks.
         masks: one TensorFlow variable per pruned weight, True where the weight is kept.
-        dense: the weights before pruning, likewise; none unless scores are trained.
-        scores: what the weights are worth, likewise.
-        share_logits: a vector that the shares of the layers follow from, if these are trained.
-        share_velocities: the momentum of these.
+        dense: the weights before pruning, one variable each; empty unless scores are trained.
+        scores: the trained scores of the weights, one variable each; empty likewise.
+        share_logits: the logits of the layers' shares, a vector, if the shares are trained.
+        share_velocities: the momentum of `share_logits`.
 
     Args:
         shapes: of the pruned weights.
         dtypes: of the pruned weights if their scores are trained, else empty.
-        has_shares: whether the shares of the layers are trained, too.
-        held: returns which of them the model holds, by their places.
-        on_loaded: is called when the weight file of a dense model has been loaded.
+        has_shares: whether the shares of the layers are trained as well.
+        held: returns the indices of the pruned weights that the model holds.
+        on_loaded: called when the weight file of a dense model has been loaded.
     """
 
     def __init__(
@@ -488,7 +494,7 @@ class PruningState(_Base):
             (self._add(f"dense_{i}", shapes[i], dtype), self._add(f"score_{i}", shapes[i], dtype))
             for i, dtype in enumerate(dtypes)
         ]
-        self.__dict__.update(  # past Keras' own tracking
+        self.__dict__.update(  # bypasses Keras' tracking
             masks=masks,
             dense=[dense for dense, _ in scored],
             scores=[score for _, score in scored],
@@ -501,7 +507,7 @@ class PruningState(_Base):
     def _add(
         self, name: str, shape: tuple[int, ...], dtype: str, initializer: str = "zeros"
     ) -> Any:
-        """Make a variable; an attribute holds it, as checkpoints would not find it in a list."""
+        """Create a variable as an attribute, since checkpoints don't include those in lists."""
         variable = self.add_weight(
             name=name, shape=shape, dtype=dtype, initializer=initializer, trainable=False
         )
@@ -509,7 +515,7 @@ class PruningState(_Base):
         return tensor_variable(variable)
 
     def _saved(self) -> list[Any]:
-        """Return the variables that a weight file has before `left_out`, in its order."""
+        """Return the variables that precede the vectors in a weight file, in its order."""
         held = self._held()
         scored = list(zip(self.dense, self.scores, strict=True))
         return [
@@ -519,17 +525,17 @@ class PruningState(_Base):
         ]
 
     def save_own_variables(self, store: Any) -> None:
-        """Write what belongs to the weights that the model holds."""
+        """Write the variables for the weights that the model holds."""
         values = [variable.numpy() for variable in self._saved()]
         values += [vector.numpy()[self._held()] for vector in (*self._shares, self.left_out)]
         for position, value in enumerate(values):
             store[str(position)] = value
 
     def load_own_variables(self, store: Any) -> None:
-        """Load what a weight file has; that of a dense model has nothing, and masks stay.
+        """Load the variables of a weight file; a dense model's file has none, and masks stay.
 
         Raises:
-            ValueError: the file is that of a model with other weights pruned.
+            ValueError: the file belongs to a model with other pruned weights.
         """
         if not store.keys():
             self._on_loaded()
@@ -537,7 +543,7 @@ class PruningState(_Base):
         saved, count = self._saved(), len(store.keys())
         vectors = (*self._shares, self.left_out)
         most = len(saved) + len(vectors)
-        if count not in (most - 1, most):  # older files lack what was left out
+        if count not in (most - 1, most):  # older files have no `left_out`
             raise ValueError(
                 f"The file has {count} variables of a pruner, and this model's has "
                 f"{most}: other weights of the model were pruned when it was saved, or "
@@ -560,7 +566,7 @@ class _TfKerasState(PruningState, tf_keras.layers.Layer):
 
 
 def new_state(model: Any, **arguments: Any) -> PruningState:
-    """Return fresh variables for a pruner of `model`, given the arguments of `PruningState`."""
+    """Return new variables for a pruner of `model`, by the arguments of `PruningState`."""
     kind = _Keras3State if isinstance(model, keras.Model) else _TfKerasState
     with model.distribute_strategy.scope():
         return kind(**arguments)
@@ -568,18 +574,18 @@ def new_state(model: Any, **arguments: Any) -> PruningState:
 
 @functools.cache
 def _masked_class(plain: Any) -> Any:
-    """Return the class of masked models that derives from one of plain models."""
+    """Return the class of masked models for a class of plain models."""
     name = f"Masked{plain.__name__}"
     names = {"__module__": __name__, "__doc__": MaskedModel.__doc__, "_plain": plain}
     return type(plain)(name, (MaskedModel, plain), names)
 
 
 def attach(model: Any, pruner: AttachedPruner) -> None:
-    """Give a model a pruner, in place.
+    """Attach a pruner to a model, in place.
 
     Raises:
-        ValueError: the model has an attribute `pruner` of its own.
-        NotImplementedError: it is of Keras 3, and several workers are to train it.
+        ValueError: the model already has an attribute `pruner`.
+        NotImplementedError: it is a Keras 3 model that several workers would train.
     """
     require_one_worker(model)
     plain: Any = type(model)
@@ -591,25 +597,25 @@ def attach(model: Any, pruner: AttachedPruner) -> None:
     masked = _masked_class(plain)
     _register(masked, library_of(plain))
     vars(model).pop("use_legacy_config", None)  # left by tf_keras; see MaskedModel
-    vars(model)[PRUNER] = pruner  # past Keras' own tracking: it is no part of the network
+    vars(model)[PRUNER] = pruner  # bypasses Keras' tracking: it is not a part of the network
     model.__class__ = masked
     reset_functions(model)  # they may have been compiled from the plain training step
 
 
 def detach(model: Any) -> None:
-    """Take a model's pruner away, in place."""
+    """Remove a model's pruner, in place."""
     model.__class__ = model._plain
     del vars(model)[PRUNER]
     reset_functions(model)
 
 
 def is_masked(model: Any) -> bool:
-    """Tell whether a model has a pruner itself; not whether a model inside has one."""
+    """Return whether a model itself (not a nested model) has a pruner."""
     return isinstance(model, MaskedModel)
 
 
 def _register(cls: type, library: Any) -> None:
-    """Register a class as the one that loads masked models; any of them does."""
+    """Register a class for loading masked models; any class of masked models will do."""
     name = f"{PACKAGE}>MaskedModel"
     if library.saving.get_registered_name(cls) == name:
         return
@@ -617,5 +623,5 @@ def _register(cls: type, library: Any) -> None:
     library.saving.register_keras_serializable(PACKAGE, "MaskedModel")(cls)
 
 
-for _base in (keras.Model, tf_keras.Model):  # so that saved ones load before any is made
+for _base in (keras.Model, tf_keras.Model):  # so that saved models load before one is made
     _register(_masked_class(_base), library_of(_base))

@@ -22,7 +22,7 @@ from tscnc_tf._keras import (
 )
 from tscnc_tf._keras import layers as kernel_layers
 
-# Weights of rank 2 or more that are called so are no linear map of their layer's input.
+# Weights of rank 2 or more with these names are not linear maps of the layer's input.
 BIASES = ("bias", "beta", "gamma")
 NO_KERNELS = ("embeddings", "alpha")
 _LAYERS = (keras.layers.Layer, tf_keras.layers.Layer)
@@ -32,7 +32,7 @@ _LAYERS = (keras.layers.Layer, tf_keras.layers.Layer)
 
 
 def symbols(model: Any) -> Any:
-    """Return the symbolic inputs of a Sequential or functional model, in its own structure."""
+    """Return the symbolic inputs of a Sequential or functional model, in the model's structure."""
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
@@ -40,10 +40,10 @@ def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarr
     """Return examples of an input, drawn from U[0, 1); None if they can't be drawn.
 
     Args:
-        symbol: a symbolic input, or another object with a shape and a dtype; examples are drawn if
-            it is of floats, and of known shape.
-        examples: how many.
-        generator: draws.
+        symbol: a symbolic input, or another object with a shape and a dtype. Examples are drawn if
+            the dtype is float and the shape known except for the batch.
+        examples: the number of examples.
+        generator: the source of random numbers.
     """
     shape, dtype = tf.TensorShape(symbol.shape), tf.as_dtype(symbol.dtype)
     if not shape.rank or None in shape[1:].as_list() or not dtype.is_floating:
@@ -55,7 +55,7 @@ def draw(symbol: Any, examples: int, generator: np.random.Generator) -> np.ndarr
 def draw_one(model: Any, examples: int, generator: np.random.Generator) -> np.ndarray | None:
     """Return examples for a built model, drawn from U[0, 1); None if its inputs are not known.
 
-    They are known of a model that takes one tensor of floats; of a subclassed one if Keras has
+    They are known for a model of one float tensor; for a subclassed model only if Keras has
     recorded the shape that it was built with.
     """
     if is_graph_model(model):
@@ -77,7 +77,7 @@ def classes(name: str, model: Any) -> int | None:
     """Return the number of logits of a model, None for a subclassed one.
 
     Raises:
-        ValueError: the model is Sequential or functional, and its outputs are no logits.
+        ValueError: the model is Sequential or functional, and its outputs are not logits.
     """
     if not is_graph_model(model):
         return None
@@ -98,7 +98,7 @@ def classes(name: str, model: Any) -> int | None:
 
 
 def output_layer(model: Any) -> Any:
-    """Return the layer (or operation) that makes the first output of a graph model."""
+    """Return the layer (or operation) that computes the first output of a graph model."""
     if isinstance(model, keras.Sequential | tf_keras.Sequential):
         return model.layers[-1]
     if flavour(model) == "tf_keras":
@@ -109,22 +109,22 @@ def output_layer(model: Any) -> Any:
 def traced_classes(name: str, function: Callable[[Any], Any], x: tf.Tensor) -> int | None:
     """Return the number of logits that a function returns for batches such as x, None if unknown.
 
-    Nothing is computed: the function is traced.
+    The function is traced, not run.
 
     Raises:
-        ValueError: it returns no logits.
+        ValueError: it does not return logits.
     """
-    with tf.init_scope():  # so also from within a step
+    with tf.init_scope():  # works within a compiled step as well
         spec = tf.TensorSpec((None, *x.shape[1:]), x.dtype)
         traced = tf.function(function, autograph=False).get_concrete_function(spec)
     return number_of_logits(name, traced.structured_outputs)
 
 
 def number_of_logits(name: str, outputs: Any) -> int | None:
-    """Return the number of logits in what a model returned, None if that is not known.
+    """Return the number of logits in the output of a model, None if it is not known.
 
     Raises:
-        ValueError: it is no tensor of logits, or there is but one of them.
+        ValueError: the output is not a tensor `(batch, classes)` with at least 2 classes.
     """
     if not isinstance(outputs, tf.Tensor | tf.TensorSpec | np.ndarray):
         raise ValueError(_wrong_shape(name, f"a {type(outputs).__name__}"))
@@ -141,8 +141,8 @@ def require_no_probabilities(
 ) -> None:
     """Raise a ValueError if a model returns probabilities for inputs drawn within bounds.
 
-    A softmax may be nested in it, or followed by a layer that changes nothing. A model whose inputs
-    are not known is not checked.
+    This finds a softmax that is nested, or followed by a layer that changes nothing. A model whose
+    inputs are not known is not checked.
     """
     drawn = draw_one(model, 4, np.random.default_rng(0))
     if drawn is None:
@@ -155,7 +155,7 @@ def require_no_probabilities(
 
 
 def are_probabilities(outputs: Any) -> tf.Tensor:
-    """Tell whether all outputs `(batch, classes)` are in [0, 1] and each row sums to 1."""
+    """Return whether all outputs `(batch, classes)` are in [0, 1] and each row sums to 1."""
     outputs = tf.cast(outputs, tf.float32)
     is_unit = tf.reduce_all((outputs >= 0.0) & (outputs <= 1.0 + 1e-6))
     return is_unit & tf.reduce_all(tf.abs(tf.reduce_sum(outputs, axis=-1) - 1.0) <= 1e-3)
@@ -165,9 +165,9 @@ def about_probabilities(name: str) -> str:
     """Return the error message for a model whose outputs are probabilities."""
     return (
         f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
-        "each row sums to 1. Attacks need logits: a softmax that is certain has no gradient left, "
-        "and makes a model look robust. Leave out the last softmax (activation=None), or pass the "
-        "part of the model before it."
+        "each row sums to 1. Attacks need logits: the gradient of a saturated softmax vanishes, "
+        "which makes a model look robust. Leave out the last softmax (activation=None), or pass "
+        "the part of the model before it."
     )
 
 
@@ -179,22 +179,22 @@ def _wrong_shape(name: str, found: Any) -> str:
 
 
 def output_kernels(model: Any) -> list[Any] | None:
-    """Return the kernels each of whose filters makes one output of a model; None if not known.
+    """Return the kernels whose filters each compute one output of a model; None if not known.
 
-    Layers without kernels are followed back to their inputs. Where several tensors are added or
-    multiplied, an output is lost only with a filter that all of them depend on. The graph of a
-    subclassed model is not known. A recurrent layer has no such kernels: its outputs depend on its
-    state as well.
+    Layers without kernels are followed back to their inputs. Where tensors are added or multiplied,
+    only kernels that all of them depend on count: removing a filter of another kernel leaves the
+    output. The graph of a subclassed model is not known. A recurrent layer has no such kernels: its
+    outputs depend on its state as well.
     """
     return list(_follow(model, None)[0].values()) if is_graph_model(model) else None
 
 
 def _follow(model: Any, which: int | None) -> tuple[dict[int, Any], bool]:
-    """Return the kernels that make the outputs of a graph model, or the one at position `which`.
+    """Return the output kernels of a graph model, or of its output number `which`.
 
     Returns:
-        The kernels by their ids; and whether some path from an output ends at an input of the
-        model, without a kernel in between.
+        The kernels by their ids; and whether a path without a kernel leads from an input of the
+        model to an output.
     """
     if isinstance(model, keras.Sequential | tf_keras.Sequential):
         found: dict[int, Any] = {}
@@ -223,7 +223,7 @@ def _follow(model: Any, which: int | None) -> tuple[dict[int, Any], bool]:
 
 
 def origin(tensor: Any) -> tuple[Any, list[Any], int]:
-    """Return what made a symbolic tensor, out of which others, and at which position."""
+    """Return the layer or operation of a symbolic tensor, its inputs, and the tensor's position."""
     history = tensor._keras_history
     if flavour(tensor) == "tf_keras":
         layer = history.layer
@@ -236,7 +236,7 @@ def origin(tensor: Any) -> tuple[Any, list[Any], int]:
 
 
 def _joined(layer: Any, branches: Iterable[dict[int, Any]]) -> dict[int, Any]:
-    """Return the kernels that make the outputs of a layer without any, of those of its inputs."""
+    """Return the output kernels of a layer without kernels, from those of its inputs."""
     first, *others = branches
     name = str(getattr(layer, "symbol", type(layer).__name__))  # of a TensorFlow function, or class
     if name.rpartition(".")[2].lower() in ("concat", "concatenate"):
@@ -245,7 +245,7 @@ def _joined(layer: Any, branches: Iterable[dict[int, Any]]) -> dict[int, Any]:
 
 
 def _made_by(layer: Any, which: int | None) -> tuple[dict[int, Any], bool]:
-    """Return the kernels that make a layer's outputs, and whether what it reads makes them, too."""
+    """Return a layer's output kernels, and whether those of its inputs count as well."""
     if wrappers.is_wrapper(layer) or gated.is_gated(layer):
         layer = layer.layer
     library = keras if flavour(layer) == "keras" else tf_keras
@@ -280,9 +280,9 @@ def owned(
 ) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
     """Yield (path of names, layer, weight, whether chosen) for each weight of rank 2 or more.
 
-    The path begins below the innermost model. To choose a layer is to choose the layers inside it.
-    The exception is the model itself, for which only its own weights are chosen: a predicate such
-    as "not the last layer" holds for it, too, and would choose all.
+    The path begins below the innermost model. Choosing a layer chooses the layers inside it, except
+    for `model` itself, of which only its own weights are chosen: a predicate such as "not the last
+    layer" holds for the model as well, and would choose everything.
     """
     seen: set[int] = set()
 
@@ -292,7 +292,7 @@ def owned(
         inside = list(kernel_layers.parts(layer))
         theirs = {id(variable) for part in inside for variable in part.weights}
         here = (*path, layer.name) if not is_model or layer is model else (layer.name,)
-        # What is tfmot's has masks for weights of its own, and what is gated has gates.
+        # The own variables of tfmot's wrappers are masks, those of gated layers are gates.
         if wrappers.is_wrapper(layer) or gated.is_gated(layer):
             yield from walk(layer.layer, path, taken)
             return
@@ -310,10 +310,10 @@ def owned(
 
 
 def is_no_kernel(layer: Any, name: str) -> bool:
-    """Tell whether a weight of that name is none that pruning is meant for, unless asked to.
+    """Return whether a weight of that name is left out of pruning by default.
 
-    Keras' own layers call their kernels so. What a layer of the user's calls its weights is not
-    known, so all are taken but those with a name that says otherwise.
+    Kernels of Keras' own layers have names that end in "kernel". The naming of user-defined layers
+    is not known, so all their weights count as kernels except those named in `NO_KERNELS`.
     """
     is_keras_own = type(layer).__module__.partition(".")[0] in ("keras", "tf_keras")
     return not name.endswith("kernel") if is_keras_own else name in NO_KERNELS
@@ -325,9 +325,9 @@ def leaf(variable: Any) -> str:
 
 
 def is_kernel(layer: Any, variable: Any) -> bool:
-    """Tell whether a weight of rank 2 or more is one that pruning takes unless told otherwise.
+    """Return whether pruning includes a weight of rank 2 or more by default.
 
-    So is a kernel that LoRA or quantization has brought into another form.
+    This holds for kernels that LoRA or quantization has changed as well.
     """
     name = leaf(variable)
     if name in BIASES or is_no_kernel(layer, name):
@@ -337,10 +337,10 @@ def is_kernel(layer: Any, variable: Any) -> bool:
 
 
 def fixed(layer: Any, variable: Any) -> str:
-    """Return why a weight is never trained; an empty text if it is, unless its layer is frozen."""
+    """Return why a weight is never trained; an empty string if it is trained with its layer."""
     if why := adapted.reason(layer, variable):
         return why
-    if isinstance(variable, keras.Variable):  # whose flag follows that of the layer
+    if isinstance(variable, keras.Variable):  # its own flag follows that of the layer
         is_fixed = any(variable is each for each in layer._non_trainable_variables)
     else:
         is_fixed = not variable.trainable
@@ -358,16 +358,16 @@ def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callabl
 
     Args:
         name: the argument's name, for the error.
-        layers: None (all), a layer class or a tuple of them, a layer of the model or a model nested
-            in it (that one and all inside), a name pattern with `*` and `?`, a predicate
-            `layer -> bool`, or a list of any of these (a layer is chosen if one holds).
+        layers: None (all), a layer class or a tuple of them, a layer of the model or a nested model
+            (chosen with all layers inside), a name pattern with `*` and `?`, a predicate
+            `layer -> bool`, or a list of any of these (a layer is chosen if one matches).
         model: the model whose layers these are.
-        able: its layers that it makes sense to choose, for the error.
+        able: the layers of the model that can be chosen, for the error.
 
     Raises:
         TypeError: `layers` is none of these.
-        ValueError: it is a list with something in it that fits no layer of the model. (What fits
-            none by itself is an error of the caller's, as is what fits none of `able`.)
+        ValueError: an element of a list matches no layer of the model. (The caller checks single
+            values, and that something in `able` matches.)
     """
     if layers is None:
         return lambda _: True
@@ -377,7 +377,7 @@ def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callabl
     every = list(kernel_layers.flatten(model))
     parts = list(_parts(name, layers))
     for part, holds in parts:
-        by_name = isinstance(part, (str, type, *_LAYERS))  # a predicate may hold for no layer
+        by_name = isinstance(part, (str, type, *_LAYERS))  # a predicate may match no layer
         if by_name and not any(holds(layer) for layer in every):
             what = f"layer {part.name!r}" if isinstance(part, _LAYERS) else repr(part)
             raise ValueError(
@@ -388,16 +388,16 @@ def selector(name: str, layers: Any, model: Any, able: Iterable[Any]) -> Callabl
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Tell whether a name is a pattern itself, or fits it, with `*`, `?` and `[...]` in it."""
+    """Return whether a name equals a pattern or matches its `*`, `?` and `[...]`."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def listed(able: Iterable[Any], asked: Any = None) -> str:
-    """Return the names of layers that can be chosen, for an error.
+    """Return the names of the layers that can be chosen, for an error.
 
     Args:
         able: the layers.
-        asked: what was asked for instead; the nearest of the names is suggested for a name.
+        asked: the value that was passed; for a name, the most similar one is suggested.
     """
     names = list(dict.fromkeys(layer.name for layer in able))
     near = difflib.get_close_matches(asked, names, n=1) if isinstance(asked, str) else []
@@ -405,7 +405,7 @@ def listed(able: Iterable[Any], asked: Any = None) -> str:
 
 
 def _parts(name: str, layers: list[Any] | tuple[Any, ...]) -> Iterable[tuple[Any, Any]]:
-    """Yield what is in a list, or in lists inside it, and the predicate that it stands for."""
+    """Yield the elements of a list, nested lists flattened, each with its predicate."""
     for part in layers:
         single = _single(name, part)
         if single is None:
@@ -415,7 +415,7 @@ def _parts(name: str, layers: list[Any] | tuple[Any, ...]) -> Iterable[tuple[Any
 
 
 def _single(name: str, layers: Any) -> Callable[[Any], bool] | None:
-    """Return the predicate that one class, layer, pattern or predicate stands for; None of a list.
+    """Return the predicate for one class, layer, pattern or predicate; None for a list.
 
     Raises:
         TypeError: it is none of these.

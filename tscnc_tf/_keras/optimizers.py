@@ -12,9 +12,9 @@ import tensorflow as tf
 from tscnc_tf._keras import keras, tf_keras
 from tscnc_tf._keras.flavours import sum_over_replicas, tensor_variable
 
-Pairs = list[tuple[Any, Any]]  # of a gradient and a weight
+Pairs = list[tuple[Any, Any]]  # (gradient, weight)
 
-_SUMS = "_accumulated_gradients"  # where Keras 3 keeps those of batches since the last step
+_SUMS = "_accumulated_gradients"  # Keras 3: sums of gradients since the last step
 
 _INTERCEPTED: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()
 
@@ -25,15 +25,15 @@ def innermost(optimizer: Any) -> Any:
 
 
 def companions(optimizer: Any, variables: Sequence[Any], *, sums: bool = True) -> list[list[Any]]:
-    """Return for each of some weights what an optimizer keeps for it in its own shape.
+    """Return an optimizer's state for each of some weights: the variables of the weight's shape.
 
-    Those are its slots (momentum, second moments), accumulated gradients and moving averages. All
-    optimizers keep them in lists in the order of the trainable variables.
+    These are slots (momentum, second moments), accumulated gradients and moving averages, which
+    optimizers hold in lists in the order of the trainable variables.
 
     Args:
         optimizer: an optimizer of either Keras, or None.
-        variables: weights that it trains; for one that it does not know, the list is empty.
-        sums: whether accumulated gradients are among it.
+        variables: weights; the state of one that the optimizer does not train is empty.
+        sums: whether to include accumulated gradients.
     """
     if optimizer is None:
         return [[] for _ in variables]
@@ -57,7 +57,7 @@ def companions(optimizer: Any, variables: Sequence[Any], *, sums: bool = True) -
 
 
 def _alike(variable: Any, kept: list[Any]) -> list[Any]:
-    """Return, once each, those of the objects that are variables of a weight's shape."""
+    """Return the objects that are variables of a weight's shape, each once."""
     found = {}
     for companion in kept:
         if not isinstance(companion, tf.Variable | keras.Variable):
@@ -68,7 +68,7 @@ def _alike(variable: Any, kept: list[Any]) -> list[Any]:
 
 
 def average(optimizer: Any, variable: Any) -> Any:
-    """Return the moving average that an optimizer keeps of a weight, None if it keeps none."""
+    """Return an optimizer's moving average of a weight, None if there is none."""
     averages = getattr(innermost(optimizer), "_model_variables_moving_average", None)
     known = {key(kept) for kept in averages or () if kept is not None}
     (kept,) = companions(optimizer, [variable])
@@ -76,7 +76,7 @@ def average(optimizer: Any, variable: Any) -> Any:
 
 
 def restart_averages(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Let an optimizer's moving averages of some weights begin anew with these as they are."""
+    """Reset an optimizer's moving averages of some weights to the current weights."""
     for variable in variables:
         averaged = average(optimizer, variable)
         if averaged is not None:
@@ -84,7 +84,7 @@ def restart_averages(optimizer: Any, variables: Sequence[Any]) -> None:
 
 
 def is_optimizer(obj: Any) -> bool:
-    """Tell whether an object is an optimizer of either Keras."""
+    """Return whether an object is an optimizer of either Keras."""
     kinds = (
         keras.optimizers.Optimizer,
         tf_keras.optimizers.Optimizer,
@@ -94,23 +94,23 @@ def is_optimizer(obj: Any) -> bool:
 
 
 def held(model: Any) -> list[Any]:
-    """Return the optimizers that a model holds, the one that it is compiled with first."""
+    """Return the optimizers in a model's attributes, the compiled one first."""
     found = [getattr(model, "optimizer", None), *vars(model).values()]
     return list({id(each): each for each in found if is_optimizer(each)}.values())
 
 
 def trainer_of(model: Any, variables: list[Any]) -> Any:
-    """Return the optimizer of a model that has begun to train some weights, None if none has."""
+    """Return the first optimizer of a model that trains one of some weights, None if none does."""
     return next((each for each in held(model) if trains(each, variables)), None)
 
 
 def is_legacy(optimizer: Any) -> bool:
-    """Tell whether an optimizer is one of tf_keras' legacy kind."""
+    """Return whether an optimizer is a legacy one of tf_keras."""
     return isinstance(innermost(optimizer), tf_keras.optimizers.legacy.Optimizer)
 
 
 def build(optimizer: Any, variables: list[Any]) -> None:
-    """Let an optimizer make its variables for these weights, unless it has done so."""
+    """Create an optimizer's variables for some weights, unless they exist."""
     if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
         return
     with tf.init_scope():
@@ -129,16 +129,16 @@ def intercept(
     """Call functions in place of an optimizer's step and finalization, within this context.
 
     Keras' own training step computes the gradients and calls the optimizer in one statement. This
-    intercepts the call, whatever the model's `train_step` is.
+    intercepts the call for any `train_step` of a model.
 
     Args:
         optimizer: of either Keras; two methods of the object are replaced, while its class,
-            configuration and variables stay as they are.
+            configuration and variables do not change.
         on_step: `on_step(optimizer, pairs, step)` is called for each step with the pairs (gradient,
-            weight); it calls `step(pairs)`, the optimizer's own step. A function that is registered
-            already is not called twice.
-        on_finalize: `on_finalize(finalize)` is called when training ends; it calls `finalize()`,
-            which replaces weights by their averages. None for no interception of that.
+            weight), and must call `step(pairs)`, the optimizer's own step. A function that is
+            already registered is not called twice.
+        on_finalize: `on_finalize(finalize)` is called when training ends, and must call
+            `finalize()`, which replaces weights by their averages. None not to intercept it.
     """
     users = _INTERCEPTED.setdefault(optimizer, {})
     if on_step not in users:
@@ -146,18 +146,18 @@ def intercept(
     users[on_step][0] += 1
     try:
         yield
-    finally:  # which may come late, where a training broke off
+    finally:  # may run late, when the generator of an interrupted training is collected
         users[on_step][0] -= 1
         if not users[on_step][0]:
             users.pop(on_step)[1]()
 
 
 def _replace(optimizer: Any, on_step: Any, on_finalize: Any) -> Callable[[], None]:
-    """Put the functions of `intercept` in place; return what takes them away again."""
+    """Replace the optimizer's methods for `intercept`; return a function that restores them."""
     is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
     name = "apply" if is_keras_3 else "apply_gradients"
     own_step = getattr(optimizer, name)
-    own_end = getattr(optimizer, "finalize_variable_values", None)  # legacy ones have none
+    own_end = getattr(optimizer, "finalize_variable_values", None)  # not in legacy optimizers
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
         known = optimizer._trainable_variables
@@ -175,7 +175,7 @@ def _replace(optimizer: Any, on_step: Any, on_finalize: Any) -> Callable[[], Non
             lambda: own_end(var_list)
         )
     before = {each: vars(optimizer)[each] for each in replaced if each in vars(optimizer)}
-    vars(optimizer).update(replaced)  # past Keras' own tracking
+    vars(optimizer).update(replaced)  # bypasses Keras' tracking
 
     def restore() -> None:
         for each in replaced:
@@ -186,9 +186,9 @@ def _replace(optimizer: Any, on_step: Any, on_finalize: Any) -> Callable[[], Non
 
 
 def trains(optimizer: Any, variables: list[Any]) -> bool:
-    """Tell whether an object is an optimizer that has begun to train one of these weights."""
+    """Return whether an object is an optimizer built for one of these weights."""
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        return True  # it does not list its weights
+        return True  # it has no list of its weights
     if not is_optimizer(optimizer):
         return False
     positions = _positions(innermost(optimizer))
@@ -201,9 +201,9 @@ def iterations(optimizer: Any) -> tf.Tensor:
 
 
 def loss_scale(optimizer: Any) -> Any:
-    """Return what the gradients that an optimizer is given are multiples of those of the loss by.
+    """Return the loss scale: the factor by which an optimizer's incoming gradients are multiplied.
 
-    Those of tf_keras are given gradients without a loss scale.
+    It is 1 for optimizers of tf_keras, whose incoming gradients are unscaled.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return tf.convert_to_tensor(optimizer.dynamic_scale)
@@ -211,9 +211,9 @@ def loss_scale(optimizer: Any) -> Any:
 
 
 def batches(optimizer: Any) -> tf.Tensor:
-    """Return how often an optimizer was given gradients, int64.
+    """Return the number of batches whose gradients an optimizer has received, int64.
 
-    That is more than `iterations` in Keras 3, where the gradients of several batches are summed up.
+    It exceeds `iterations` with gradient accumulation in Keras 3.
     """
     optimizer = innermost(optimizer)
     given = getattr(optimizer, "_iterations", optimizer.iterations)
@@ -221,7 +221,7 @@ def batches(optimizer: Any) -> tf.Tensor:
 
 
 def _positions(optimizer: Any) -> dict[Any, int]:
-    """Return the place of each weight in an optimizer's lists; empty if it is not built."""
+    """Return the index of each weight in an optimizer's lists; empty if it is not built."""
     if isinstance(optimizer, keras.optimizers.Optimizer):
         known = getattr(optimizer, "_trainable_variables", None) or []
         return {key(variable): index for index, variable in enumerate(known)}
@@ -231,12 +231,12 @@ def _positions(optimizer: Any) -> dict[Any, int]:
 def summed_up(optimizer: Any, gradients: list[Any], variables: list[Any]) -> list[Any]:
     """Return gradients summed over replicas, and over batches since an optimizer's last step.
 
-    What a loss scale has multiplied remains so, unless several batches are summed up.
+    A loss scale is removed only if the gradients of several batches are accumulated.
 
     Args:
         optimizer: of either Keras, before its step.
         gradients: of a batch, dense; None where there is none.
-        variables: the weights that they belong to.
+        variables: the weights of the gradients.
     """
     sums = getattr(innermost(optimizer), _SUMS, None)
     if sums:
@@ -253,21 +253,21 @@ def summed_up(optimizer: Any, gradients: list[Any], variables: list[Any]) -> lis
 
 
 def key(variable: Any) -> Any:
-    """Return the identity of a variable, the same for all objects that wrap it."""
+    """Return the unique id of a variable, which is the same for all objects that wrap it."""
     return getattr(tensor_variable(variable), "_unique_id", None)
 
 
 def reset_companions(
     strategy: Any, optimizer: Any, variable: Any, value: Any, past: Any = True
 ) -> None:
-    """Set what an optimizer keeps for a weight to what it is before any step.
+    """Reset an optimizer's state for a weight to its initial values.
 
     Args:
-        strategy: under which variables are changed; see `flavours.update_everywhere`.
+        strategy: the strategy that updates variables; see `flavours.update_everywhere`.
         optimizer: of either Keras.
         variable: the weight.
-        value: from which moving averages of the weight start.
-        past: whether the optimizer has taken steps, so that there is something to reset; a scalar,
+        value: the initial value of moving averages of the weight.
+        past: whether the optimizer has taken steps, so that there is state to reset; a scalar,
             possibly a tensor.
     """
     averaged = average(optimizer, variable)

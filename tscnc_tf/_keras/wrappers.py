@@ -1,8 +1,8 @@
-"""What we need to know of tfmot's pruning wrappers, in one place.
+"""Compatibility with tfmot's pruning wrappers.
 
-A wrapper (`PruneLowMagnitude`) holds a layer and, for each prunable weight of it, a mask and a
-threshold, and re-assigns `weight * mask` at every call. The masks act at the *next* call, though:
-after an optimizer step the weights are dense again until then. `apply_masks` closes that gap.
+A wrapper (`PruneLowMagnitude`) holds a layer and, for each prunable weight, a mask and a threshold,
+and re-assigns `weight * mask` at every call. After an optimizer step the weights are thus dense
+until the next call; `apply_masks` masks them at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tscnc_tf._keras.flavours import update_everywhere
 
 
 def is_wrapper(layer: Any) -> bool:
-    """Tell whether `layer` is a pruning wrapper. Does not import tfmot."""
+    """Return whether `layer` is a pruning wrapper. Does not import tfmot."""
     if sys.modules.get("tensorflow_model_optimization") is None:
         return False
     from tensorflow_model_optimization.python.core.sparsity.keras import pruning_wrapper
@@ -46,8 +46,8 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
 
     Args:
         model: a model with pruning wrappers; without any, nothing happens.
-        optimizer: a tf_keras optimizer. With `use_ema=True` its averages get the masks as well:
-            an average over time fills in what was pruned on the way.
+        optimizer: a tf_keras optimizer. With `use_ema=True` its averages are masked as well, since
+            an average over steps is not zero where a weight was pruned during them.
     """
     pairs = list(pruned_variables(model))
     if not pairs:
@@ -66,9 +66,9 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
 
 
 def begin(model: Any, optimizer: Any) -> None:
-    """Have each wrapper that doesn't count yet count on from the optimizer's step.
+    """Initialise the step of each wrapper that has none (-1) with the optimizer's step.
 
-    tfmot leaves that to a callback, and refuses to train without it.
+    tfmot does this in a callback, and refuses to train without it.
     """
     for wrapper in wrapped_layers(model):
         step = wrapper.pruning_step
@@ -77,22 +77,22 @@ def begin(model: Any, optimizer: Any) -> None:
 
 
 def pruning_steps(model: Any) -> list[tf.Tensor]:
-    """Return the step that each wrapper has counted to."""
+    """Return the current step of each wrapper."""
     return [tf.identity(wrapper.pruning_step) for wrapper in wrapped_layers(model)]
 
 
 def advance(model: Any, steps: list[tf.Tensor]) -> None:
     """Set each wrapper's step to one after `steps`.
 
-    A wrapper counts its calls in training mode. For a layer that a model calls twice these are not
-    the optimizer's steps.
+    A wrapper counts its calls in training mode, which differ from the optimizer's steps for a layer
+    that is called twice.
     """
     for wrapper, step in zip(wrapped_layers(model), steps, strict=True):
         wrapper.pruning_step.assign(step + 1)
 
 
 def unprunable(layer: Any, block_size: Any = (1, 1), sparsity_m_by_n: Any = None) -> str:
-    """Return why tfmot can't prune a layer in the way asked for, or an empty text if it can."""
+    """Return why tfmot can't prune a layer with these options; an empty string if it can."""
     if not layer.trainable:
         return "it is frozen (trainable=False)"
     weights = prunable_weights(layer)
