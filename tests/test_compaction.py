@@ -719,7 +719,7 @@ def test_other_convolutions(library):
     done = check(model)
     assert filters(done) == {"three": (4, 3), "up": (3, 2), "down": (3, 2), "last": (2, 2)}
     assert list(reasons(done, "three")) == [
-        "'up' adds up fewer windows at its border, so a constant is none after it"
+        "'up' adds up fewer windows at its border, so a constant does not stay one"
     ]
     assert reasons(done, "down") == {"'pad' puts zeros around a constant": 1}
     rows = {row.name: row for row in done.layers}

@@ -256,7 +256,7 @@ def test_attention_with_a_gate_and_a_window():
     kill_heads(model, [0])
     done = check(model)
     assert shapes(done.model)[3] == (4, 2, 5)
-    reason = "'attention' has a gate, which the constant of a head varies by"
+    reason = "'attention' multiplies the constant of a head by a gate, which varies"
     assert reasons(done, "attention") == {reason: 2}
     model = network(keras, causal=True, sliding_window=2)
     kill_heads(model, [0])

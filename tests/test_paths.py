@@ -193,7 +193,7 @@ def test_networks_of_the_literature_are_followed(name):
             r"\(LayerNormalization\) is not understood",
         ),
         (lambda k: tscnc.gates.add_gates(dense_model(k)), r"\(Gated\) is not understood"),
-        (lambda k: k.layers.Dense(3, name="alone"), "'alone' is a layer, and no model"),
+        (lambda k: k.layers.Dense(3, name="alone"), "'alone' is a layer, not a model"),
         (lambda k: subclassed(k), "is a subclassed model"),
     ],
 )

@@ -1,7 +1,7 @@
-"""A network as operations on channels: its graph, what each layer does, and which paths there are.
+"""Channel analysis of networks: the graph, its operations on channels, and the paths through them.
 
-`graph` unrolls a model into calls, `layers` reads each call as `operations`, and `paths` says which
-weights are on a path from the inputs to the outputs. Compaction removes channels by the same.
+`graph` unrolls a model into calls, `layers` translates each call into `operations`, and `paths`
+counts the weights on paths from inputs to outputs. Compaction uses the same analysis.
 """
 
 from tscnc_tf._channels.paths import NotFollowedError, weights_on_paths

@@ -1,6 +1,6 @@
-"""Multi-head attention as operations: projections into heads, the heads, the projection of these.
+"""Multi-head attention as operations: input projections, attention heads, output projection.
 
-The channels of what is in between are those of all heads, one head after the other.
+The channels of the intermediate tensors are those of all heads, concatenated.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tscnc_tf._channels.operations import (
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Projection(Linear):
-    """A projection into the heads of an attention layer, or of the heads.
+    """An input or output projection of an attention layer.
 
-    In the layer, its kernel is (in, heads, size), or (heads, size, out) if `reads_heads`; here it
-    is a matrix.
+    The layer's kernel has the shape (in, heads, size), or (heads, size, out) if `reads_heads`; here
+    it is a matrix.
 
     Attributes:
         heads: the number of heads.
-        reads_heads: see above.
-        shape: what the layer's configuration calls the shape of the input, if it has it.
+        reads_heads: whether it is the output projection.
+        shape: the key of the input's shape in the layer's configuration; "" for none.
         others: all projections of the layer, that of the query first.
     """
 
@@ -42,7 +42,7 @@ class Projection(Linear):
     others: list[Projection]
 
     def _heads(self, plan: ChannelPlan) -> int:
-        """Return how many heads stay."""
+        """Return the number of kept heads."""
         kept = plan.keeps[self.inputs[0] if self.reads_heads else self.output]
         return int(kept.reshape(self.heads, -1).any(axis=1).sum())
 
@@ -56,12 +56,12 @@ class Projection(Linear):
         return bias if self.reads_heads else bias.reshape(self._heads(plan), -1)
 
     def _gets_bias(self, plan: ChannelPlan) -> bool:
-        """Tell whether the layer needs one, which has a bias in all projections or in none."""
+        """Return whether the layer gets biases, which all or none of its projections have."""
         return any(Linear._gets_bias(other, plan) for other in self.others)
 
     def _sizes(self, plan: ChannelPlan) -> dict[str, Any]:
         if self.reads_heads:
-            # By default, it is the size of the query.
+            # The default is the size of the query.
             changed = any(not plan.keeps[each].all() for each in (*self._query, self.output))
             return {self.size: (int(plan.keeps[self.output].sum()),)} if changed else {}
         heads = self._heads(plan)
@@ -79,15 +79,15 @@ class Projection(Linear):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Attention(Operation):
-    """Means of the values of each head, weighted by what query and key say; these are its inputs.
+    """Attention of each head: means of the values, weighted by softmax of query and key.
 
-    The weights are positive and of sum 1, so that the mean of a constant is the constant. A head
-    goes whole, if none of its values is needed or all are constants; the heads that stay keep their
-    queries and keys, and equally many values.
+    Its inputs are queries, keys and values. The weights are positive and sum to 1, so the mean of a
+    constant is the constant. A head is removed as a whole, if none of its values is needed or all
+    are constants; kept heads keep their queries and keys, and an equal number of values.
 
     Attributes:
         heads: the number of heads.
-        masks: whether all positions of an example may be masked. The mean may be 0 then.
+        masks: whether all positions of an example may be masked, in which case the mean is 0.
     """
 
     heads: int
@@ -99,7 +99,7 @@ class Attention(Operation):
         return np.where(values == 0, values, np.nan) if self.masks else values
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
-        """Return the queries and keys of all heads of which a mean is wanted, and those values."""
+        """Return the queries and keys of all heads with a wanted mean, and the wanted values."""
         heads = wanted.reshape(self.heads, -1).any(axis=1)
         keys = np.repeat(heads, given[0].size // self.heads)
         return [keys, keys, wanted]
@@ -115,7 +115,7 @@ class Attention(Operation):
         return f"{self.call.name!r} has heads of equal size"
 
     def completed(self, held: list[Channels]) -> list[Channels]:
-        """Return all queries and keys of heads that stay in part, and equally many values."""
+        """Return all queries and keys of partly kept heads, and an equal number of values."""
         query, key, value, mean = (side.reshape(self.heads, -1) for side in held)
         alive = np.any(np.concatenate([query, key, value, mean], axis=1), axis=1)
         keys = np.repeat(alive, query.shape[1])

@@ -17,12 +17,12 @@ from tscnc_tf._keras import layers
 
 @dataclasses.dataclass(eq=False)
 class Tensor:
-    """What flows between two calls. Its channels are its last axis.
+    """A tensor between two calls. Its channels are its last axis.
 
     Attributes:
-        shape: with the batch; None is an axis of any size.
+        shape: with the batch axis; None for an axis of unknown size.
         dtype: the name of its dtype.
-        masked: whether Keras knows a mask for it, as behind an embedding with mask_zero=True.
+        masked: whether it has a Keras mask, as after an embedding with mask_zero=True.
     """
 
     shape: tuple[int | None, ...]
@@ -31,12 +31,12 @@ class Tensor:
 
     @property
     def channels(self) -> int:
-        """The number of channels; 0 if the tensor has no such axis, or one of unknown size."""
+        """The number of channels; 0 if the tensor has no channel axis, or one of unknown size."""
         return (self.shape[-1] or 0) if len(self.shape) > 1 else 0
 
     @property
     def positions(self) -> int | None:
-        """The number of places at which a filter is applied, per example; None if not known."""
+        """The number of spatial positions per example; None if not known."""
         count = 1
         for size in self.shape[1:-1]:
             if size is None:
@@ -47,14 +47,14 @@ class Tensor:
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """One use of a layer (or of one of Keras' operations).
+    """One call of a layer (or of a Keras operation).
 
     Attributes:
-        layer: what is called.
-        name: its name, after those of the nested models that it is in.
+        layer: the layer.
+        name: its name, prefixed by those of the nested models around it.
         inputs, outputs: the tensors, in the order of the arguments.
-        args, kwargs: the arguments as Keras keeps them, with its symbolic tensors in them.
-        uses: how often the layer is called in the whole model.
+        args, kwargs: the arguments as stored by Keras, including its symbolic tensors.
+        uses: the number of calls of the layer in the whole model.
     """
 
     layer: Any
@@ -73,7 +73,7 @@ class Call:
 
     @property
     def named(self) -> dict[str, Any]:
-        """The arguments that are given by their names, with the tensors for the symbolic ones."""
+        """The set arguments by their names, with a `Tensor` for each symbolic one."""
         symbols = filter(_is_symbolic, tf.nest.flatten((self.args, self.kwargs)))
         tensors = {id(symbol): t for symbol, t in zip(symbols, self.inputs, strict=True)}
         bound = inspect.signature(self.layer.call).bind(*self.args, **self.kwargs).arguments
@@ -81,7 +81,7 @@ class Call:
         return {name: value for name, value in named.items() if not _is_unset(value)}
 
     def apply(self, value: Any) -> Any:
-        """Return what the layer makes of `value` in the place of its one symbolic tensor."""
+        """Return the layer's output with `value` in place of its only symbolic tensor."""
         args, kwargs = tf.nest.map_structure(
             lambda arg: value if _is_symbolic(arg) else arg, (self.args, self.kwargs)
         )
@@ -90,13 +90,13 @@ class Call:
 
 @dataclasses.dataclass
 class Graph:
-    """A model unrolled.
+    """An unrolled model.
 
     Attributes:
         inputs, outputs: the tensors of the model.
-        calls: in an order in which they can be computed.
-        unrolled: the nested models whose calls are among them, with the tensors that they take.
-        opaque: why other nested models are one call instead, by their ids.
+        calls: in topological order.
+        unrolled: the input tensors of the nested models that are unrolled, by the models' ids.
+        opaque: the reasons why other nested models are kept as one call, by the models' ids.
     """
 
     inputs: list[Tensor]
@@ -109,10 +109,10 @@ class Graph:
 def unroll(library: types.ModuleType, model: Any) -> Graph:
     """Return the graph of a built Sequential or functional model.
 
-    A nested model that is Sequential or functional, and used once, is followed into.
+    Nested models that are Sequential or functional, and used once, are unrolled.
 
     Raises:
-        ValueError: the model has no graph, or a `call` of its own that its graph does not show.
+        ValueError: the model has no graph, or overrides `call`, which its graph does not show.
     """
     if reason := _no_graph(library, model):
         raise ValueError(
@@ -139,7 +139,7 @@ def _follow(
     for layer, args, kwargs, outputs in _nodes(library, model):
         symbols = [arg for arg in tf.nest.flatten((args, kwargs)) if _is_symbolic(arg)]
         if any(id(symbol) not in known for symbol in symbols):
-            continue  # not on a way from the inputs
+            continue  # not on a path from the inputs
         inputs = [known[id(symbol)] for symbol in symbols]
         name = prefix + layer.name
         if isinstance(layer, library.Model):
@@ -161,7 +161,7 @@ def _follow(
 def _nodes(
     library: types.ModuleType, model: Any
 ) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]]:
-    """Yield (layer, args, kwargs, outputs) for every call in a model, inputs to outputs."""
+    """Yield (layer, args, kwargs, outputs) for every call in a model, in topological order."""
     is_keras_3 = library is _keras.keras
     graph = model._functional if is_keras_3 and isinstance(model, library.Sequential) else model
     for depth in sorted(graph._nodes_by_depth, reverse=True):
@@ -177,7 +177,7 @@ def _nodes(
 
 
 def _no_graph(library: types.ModuleType, model: Any) -> str:
-    """Return why the graph of a model is not known, or an empty text if it is."""
+    """Return why the graph of a model is not known; an empty string if it is."""
     if not _keras.is_graph_model(model):
         return f"is a subclassed model ({type(model).__name__})"
     bases: tuple[Any, ...] = type(model).__mro__
@@ -199,7 +199,7 @@ def _not_followed(
     kwargs: dict[str, Any],
     uses: int,
 ) -> str:
-    """Return why a nested model is left alone, or an empty text if it is followed into."""
+    """Return why a nested model is not unrolled; an empty string if it is."""
     if reason := _no_graph(library, model):
         return reason
     if uses > 1:

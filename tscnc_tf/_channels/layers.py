@@ -1,4 +1,4 @@
-"""Which operations a layer stands for, in either Keras; what is not understood is a barrier."""
+"""Translation of layers of either Keras into operations; an unknown layer is a `Barrier`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _COMBINING: dict[str, dict[str, Any]] = {
     "Minimum": {"function": np.minimum},
     "Multiply": {"function": np.multiply, "absorbs": True},
 }
-# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras makes layers of;
-# first those that are the same as a layer.
+# Names of Keras 3's operations, and of the TensorFlow functions that tf_keras wraps as layers;
+# first those that are equal to a layer.
 _SAME_AS = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
     "math.multiply": "Multiply",
     "math.maximum": "Maximum",
@@ -69,7 +69,7 @@ _OPERATIONS = ("keras.src.ops.numpy", "keras.src.ops.nn", "keras.src.activations
 
 
 class Reader:
-    """Reads the calls of one model.
+    """Translates the calls of one model into operations.
 
     Args:
         library: the Keras of the model.
@@ -92,11 +92,11 @@ class Reader:
                 self._elementwise.add(id(function))
 
     def operations(self) -> list[Step]:
-        """Return the operations of the model, each after those that it reads."""
+        """Return the operations of the model in topological order."""
         return [operation for call in self.graph.calls for operation in self.read(call)]
 
     def read(self, call: Call) -> list[Step]:
-        """Return the operations that a call stands for, in their order."""
+        """Return the operations of a call, in topological order."""
         try:
             if reason := self._unclear(call):
                 raise _NotUnderstoodError(reason)
@@ -107,7 +107,7 @@ class Reader:
             return [Barrier(call, call.inputs, call.outputs, reason)]
 
     def _unclear(self, call: Call) -> str:
-        """Return why a call can not be analysed, or an empty text."""
+        """Return why a call can't be analysed; an empty string if it can."""
         layer = call.layer
         if id(layer) in self.graph.opaque:
             return self.graph.opaque[id(layer)]
@@ -129,7 +129,7 @@ class Reader:
         if type(layer) is getattr(self.library.layers, "GroupQueryAttention", None):
             raise _NotUnderstoodError("has heads that share keys and values")
         if type(layer) is not getattr(self.library.layers, name, None):
-            return self._function(call)  # a class of the same name is not the layer that we know
+            return self._function(call)  # a user's class may have the name of a Keras layer
         if name == "MultiHeadAttention":
             return self._attention(call)
         if not call.is_plain:
@@ -193,7 +193,7 @@ class Reader:
             raise _NotUnderstoodError("has a constant for its query, key or value")
         if len(layer._output_dense.kernel.shape) != 3:
             raise _NotUnderstoodError("makes several axes of its output")
-        # Where each position sees itself at least, no mean is of nothing.
+        # If each position attends to itself at least, no row is masked completely.
         sees_itself = query is value and len(query.shape) == 3
         masks = self._is_masked or config.get("sliding_window") is not None
         masks |= bool(is_causal) and not sees_itself
@@ -219,7 +219,7 @@ class Reader:
             gate, gated = [_like(heads[0])], [_like(heads[0])]
             function = self.library.activations.sigmoid
             steps.append(Elementwise(call, steps[-1].outputs, gate, function=function))
-            reason = f"{call.name!r} has a gate, which the constant of a head varies by"
+            reason = f"{call.name!r} multiplies the constant of a head by a gate, which varies"
             product = _COMBINING["Multiply"]
             steps.append(Combination(call, [*heads, *gate], gated, reason, **product))
             heads = gated
@@ -227,7 +227,7 @@ class Reader:
         return steps
 
     def _activated(self, call: Call, operations: list[Step]) -> list[Step]:
-        """Return the operations with the layer's own activation after them."""
+        """Return the operations, followed by the layer's activation."""
         function = call.layer.activation
         inner, outputs = operations[-1].outputs, call.outputs
         if function is None or function is self.library.activations.linear:
@@ -240,7 +240,7 @@ class Reader:
         return [*operations, kind(call, inner, outputs, reason)]
 
     def _mixes(self, function: Any) -> bool:
-        """Tell whether an activation is one in which each channel depends on all of them."""
+        """Return whether each channel of an activation depends on all channels."""
         known = vars(self.library.activations)  # tf_keras has no log_softmax
         return any(function is known[name] for name in ("softmax", "log_softmax") if name in known)
 
@@ -282,7 +282,7 @@ class Reader:
         if name == "Permute" and layer.dims[-1] == len(layer.dims):
             return Rearrangement(call, call.inputs, call.outputs)
         if name in ("Flatten", "Reshape") and target.channels % source.channels == 0:
-            # Row by row, entry t of the flat tensor is of channel t mod the number of channels.
+            # In row-major order entry t of the flat tensor belongs to channel t mod channels.
             places = np.arange(target.channels) % source.channels
             argument = "target_shape" if name == "Reshape" else ""
             return Rearrangement(
@@ -308,7 +308,7 @@ class Reader:
         return Concatenation(call, call.inputs, call.outputs)
 
     def _function(self, call: Call) -> list[Step]:
-        """Read one of Keras 3's operations, or a TensorFlow function in a tf_keras layer."""
+        """Translate an operation of Keras 3, or a TensorFlow function in a tf_keras layer."""
         kind = type(call.layer)
         if kind.__module__.startswith(_OPERATIONS):
             name = kind.__name__
@@ -330,11 +330,11 @@ class Reader:
 
 
 class _NotUnderstoodError(Exception):
-    """Why a layer is a barrier, as the end of a sentence that starts with its name."""
+    """The reason why a layer is a barrier, as a predicate of the layer's name."""
 
 
 def _like(tensor: Tensor, channels: int | None = None) -> Tensor:
-    """Return a tensor inside a layer, of the shape of its output, or of other channels."""
+    """Return a new tensor of the same shape and dtype, with the given number of channels."""
     return Tensor((*tensor.shape[:-1], channels or tensor.channels), tensor.dtype)
 
 
@@ -364,7 +364,7 @@ def _projection(
 
 
 def _require_plain_kernel(layer: Any) -> None:
-    """Refuse a layer whose kernel is not all that it multiplies by."""
+    """Raise a _NotUnderstoodError if a layer's effective kernel is not its stored kernel."""
     if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False):
         raise _NotUnderstoodError("is quantised, or has a low-rank addition")
 
@@ -413,8 +413,8 @@ def count_flops(call: Call, layer: Any) -> int | None:
     """Return 2 · (entries of the kernels) · (positions) for one example; None if not counted.
 
     Args:
-        call: where the layer, or the one that it stands for, is used. Only its places are looked
-            at, which are the same before and after.
+        call: a call of the layer, or of the layer that it replaces: only the numbers of positions
+            are read, which are equal.
         layer: the layer whose kernels count.
     """
     name = type(layer).__name__
@@ -434,7 +434,7 @@ def count_flops(call: Call, layer: Any) -> int | None:
 
 
 def _axis_of(call: Call) -> Any:
-    """Return the axis that a function of Keras 3 or TensorFlow joins its inputs along."""
+    """Return the axis of a concatenation by a function of Keras 3 or TensorFlow."""
     given = (*call.args[1:], call.kwargs.get("axis"))  # tf.concat(values, axis)
     return getattr(call.layer, "axis", given[0])
 
@@ -450,10 +450,10 @@ def _bias_of(layer: Any) -> np.ndarray | None:
 
 
 def _needs_no_padding(call: Call) -> bool:
-    """Tell whether no window of a convolution reaches over the border, where zeros would be.
+    """Return whether no window of a convolution extends into zero padding.
 
-    With padding="same" and stride s, an axis of n gets max((⌈n / s⌉ - 1) s + k - n, 0) zeros in
-    all, k being the size of the (dilated) kernel.
+    With padding="same" and stride s, an axis of size n gets max((⌈n / s⌉ - 1) s + k - n, 0) zeros
+    in total, where k is the size of the (dilated) kernel.
     """
     layer = call.layer
     if layer.padding == "valid":
@@ -477,9 +477,9 @@ def _needs_no_padding(call: Call) -> bool:
 
 
 def _border_reason(call: Call) -> str:
-    """Return what keeps a constant from being folded through a layer, where something does."""
+    """Return why a constant input of a layer may not give a constant output, for messages."""
     if type(call.layer).__name__ in kernel_layers.TRANSPOSED:
-        return f"{call.name!r} adds up fewer windows at its border, so a constant is none after it"
+        return f"{call.name!r} adds up fewer windows at its border, so a constant does not stay one"
     padding = getattr(call.layer, "padding", "valid")
     return f"{call.name!r} pads a constant with zeros (padding={padding!r})"
 

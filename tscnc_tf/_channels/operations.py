@@ -1,9 +1,9 @@
-r"""The operations that a network consists of, and what each does to channels.
+r"""The operations of a network, and their effects on channels.
 
-Two facts are followed for each channel of each tensor. Forwards, its constant: the value that it
-has at every position, whatever the input (NaN if there is none). Backwards, whether its value is
-needed: whether something that counts would change with it. A third, `ties`, says which channels of
-inputs and outputs can only be removed together.
+Two properties of each channel of each tensor are propagated. Forwards, its constant: its value at
+every position for any input of the model (NaN if it is not constant). Backwards, whether it is
+needed: whether an output depends on it other than as a constant. In addition, `ties` tells which
+channels of inputs and outputs can only be removed together.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Channels = np.ndarray  # one value per channel: floats (constants, NaN: unknown)
 
 
 class ChannelPlan(NamedTuple):
-    """Which channels of each tensor stay.
+    """The kept channels of each tensor.
 
     Attributes:
-        constants: the value that each channel has for every input, or NaN.
-        keeps: which channels stay.
+        constants: the constant of each channel, NaN if it is not constant.
+        keeps: masks, True for kept channels.
     """
 
     constants: dict[Tensor, Channels]
@@ -34,7 +34,7 @@ class ChannelPlan(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """What a layer is to have: entries of its configuration, weights by their attributes."""
+    """Changes of a layer: entries of its configuration, and weights by their attributes."""
 
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
@@ -44,7 +44,13 @@ class Edit(NamedTuple):
 
 
 class Tie(NamedTuple):
-    """Channel `source` of input number `position` and channel `target` of the output are one."""
+    """Channels that can only be removed together.
+
+    Attributes:
+        position: the number of the input.
+        source: indices of its channels.
+        target: indices of the output's channels, each tied to the entry of `source`.
+    """
 
     position: int
     source: np.ndarray
@@ -53,12 +59,12 @@ class Tie(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Step:
-    """One step of the network; a layer may be several, a convolution and its activation.
+    """One step of the network; a layer may consist of several, such as convolution and activation.
 
     Attributes:
-        call: the use of a layer that it is part of.
+        call: the call of a layer that it is a part of.
         inputs, outputs: the tensors.
-        obstacle: why channels that it retains have to stay.
+        obstacle: the reason for channels that must be kept because of this step.
     """
 
     call: Call
@@ -67,48 +73,48 @@ class Step:
     obstacle: str = ""
 
     def ties(self) -> Iterator[Tie]:
-        """Yield which channels are one. Without ties, inputs and outputs part."""
+        """Yield the ties of channels; without any, inputs and outputs are independent."""
         yield from ()
 
     def edit(self, plan: ChannelPlan) -> Edit:  # noqa: ARG002
-        """Return what the layer has without the channels that are not kept: all that changes."""
+        """Return the changes of the layer when only kept channels are left."""
         return Edit({}, {})
 
 
 class Barrier(Step):
-    """Whatever is not understood, and the model's own inputs and outputs: channels stay."""
+    """An unknown step, or the model's inputs and outputs: all channels are kept."""
 
 
 class Followed(Step, abc.ABC):
-    """A step of which it is known how the channels of its one output depend on its inputs."""
+    """A step with one output, whose channels depend on the inputs in a known way."""
 
     @abc.abstractmethod
     def constants(self, given: list[Channels]) -> Channels:
-        """Return the constants of the output, from those of the inputs."""
+        """Return the constants of the output's channels, from those of the inputs."""
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
-        """Return which values of each input are needed.
+        """Return masks of the needed channels of each input.
 
         Args:
-            wanted: which values of the output are needed and no constants.
+            wanted: mask of the output's channels that are needed and not constant.
             given: the constants of the inputs.
         """
         return [wanted] * len(given)
 
 
 class Scaling(Barrier, Followed):
-    """A fixed function of each channel by itself, another one for each; channels stay."""
+    """A fixed function of each channel, different for each; all channels are kept."""
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return no constants where the channel is none."""
+        """Return NaN for channels that are not constant, else 0."""
         return np.where(np.isnan(given[0]), np.nan, 0.0)
 
 
 class Mixing(Barrier, Followed):
-    """An activation in which each channel depends on all, such as softmax; channels stay."""
+    """An activation in which each channel depends on all, such as softmax; all are kept."""
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return no constants where any channel is none."""
+        """Return NaN for all channels if any is not constant, else 0."""
         return np.full(given[0].shape, np.nan if np.isnan(given[0]).any() else 0.0)
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
@@ -117,7 +123,7 @@ class Mixing(Barrier, Followed):
 
 
 class Operation(Followed):
-    """A step that is understood, whose channels can be removed."""
+    """A step whose channels can be removed."""
 
     @property
     def output(self) -> Tensor:
@@ -126,19 +132,19 @@ class Operation(Followed):
 
     @property
     def form(self) -> str:
-        """Why `completed` adds channels."""
+        """The reason why `completed` adds channels, for messages."""
         return ""
 
     def completed(self, held: list[Channels]) -> list[Channels]:
-        """Return which channels have to stay so that Keras has such a layer, groups of one size.
+        """Return `held` with the channels that a Keras layer needs, such as groups of equal size.
 
         Args:
-            held: which channels of the inputs, and after them of the output, stay otherwise.
+            held: masks of the kept channels of the inputs, followed by that of the output.
         """
         return held
 
     def ties(self) -> Iterator[Tie]:
-        """Yield which channels are one: as a rule, each of an input and the same of the output."""
+        """Yield the ties: by default, each channel of an input with the same of the output."""
         for position in range(len(self.inputs)):
             every = np.arange(self.output.channels)
             yield Tie(position, every, every)
@@ -146,10 +152,10 @@ class Operation(Followed):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Elementwise(Operation):
-    """The same function of each entry: activations, rescaling. It is evaluated on constants.
+    """The same function of each entry: activations, rescaling.
 
     Attributes:
-        function: of a tensor; it computes in the dtype of the output.
+        function: the function of a tensor, in the output's dtype; it is evaluated on constants.
     """
 
     function: Callable[[tf.Tensor], tf.Tensor]
@@ -166,12 +172,12 @@ class Elementwise(Operation):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Rearrangement(Operation):
-    """Pooling, padding, flattening and the like: values move, and channels keep theirs.
+    """Pooling, padding, flattening and the like: values move within their channels.
 
     Attributes:
         places: the input channel of each output channel; None if they are the same.
-        pads: whether zeros come in, so that no constant but zero stays one.
-        shape_argument: what the layer's configuration calls the shape of its output, if it has one.
+        pads: whether zeros are added, so that only the constant 0 stays constant.
+        shape_argument: the key of the output's shape in the layer's configuration; "" for none.
     """
 
     places: np.ndarray | None = None
@@ -183,20 +189,20 @@ class Rearrangement(Operation):
         self._places = every if self.places is None else self.places
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return the constants at their new places."""
+        """Return the constants of the output's channels."""
         moved = given[0][self._places]
         return np.where(moved == 0, moved, np.nan) if self.pads else moved
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
-        """Return the channels that are needed at some place."""
+        """Return the channels with a needed output channel."""
         return [np.bincount(self._places[wanted], minlength=given[0].size) > 0]
 
     def ties(self) -> Iterator[Tie]:
-        """Yield each channel with all its places."""
+        """Yield each input channel with all its output channels."""
         yield Tie(0, self._places, np.arange(self.output.channels))
 
     def edit(self, plan: ChannelPlan) -> Edit:
-        """Return the smaller shape, if the layer names one."""
+        """Return the smaller shape, if the layer's configuration has one."""
         kept = plan.keeps[self.output]
         if not self.shape_argument or kept.all():
             return Edit({}, {})
@@ -207,12 +213,12 @@ class Rearrangement(Operation):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Combination(Operation):
-    """Add, multiply, ... channel by channel: every branch loses a channel, or none does.
+    """A channelwise sum, product, ...: a channel is removed from all branches or from none.
 
     Attributes:
         function: of two vectors of constants; folded over the inputs.
         mean: whether the result is divided by the number of inputs.
-        absorbs: whether one zero makes the result zero, whatever the others are.
+        absorbs: whether the result is zero if one input is, as for a product.
     """
 
     function: Callable[[Any, Any], Any]
@@ -220,7 +226,7 @@ class Combination(Operation):
     absorbs: bool = False
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return what the constants of all branches give together."""
+        """Return the combined constants of all branches."""
         result = given[0]
         for more in given[1:]:
             result = self.function(result, more)
@@ -230,18 +236,18 @@ class Combination(Operation):
 
 
 class Concatenation(Operation):
-    """Channels of several tensors, one after the other."""
+    """Concatenation of several tensors along the channels."""
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return the constants of all inputs."""
+        """Return the concatenated constants of all inputs."""
         return np.concatenate(given)
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
-        """Return the part of each input."""
+        """Return the slice of each input."""
         return np.split(wanted, np.cumsum([vector.size for vector in given])[:-1])
 
     def ties(self) -> Iterator[Tie]:
-        """Yield each channel with its place behind those of the inputs before."""
+        """Yield each channel with its index in the concatenation."""
         start = 0
         for position, tensor in enumerate(self.inputs):
             every = np.arange(tensor.channels)
@@ -254,13 +260,13 @@ class _Weighted(Operation):
     """An operation with a kernel.
 
     Attributes:
-        attribute, kernel: the kernel and the layer's name for it; "part.kernel" if a layer inside
-            of the layer has it.
-        bias: or None.
-        bias_attribute: the layer's name for it.
-        folds: whether a constant c of an input channel adds the same c · Σ kernel everywhere.
-            With zeros around the input it does not, unless c = 0.
-        counts: whether its outputs are filters of the layer, and not only something in between.
+        attribute, kernel: the layer's name for the kernel, and its values; "part.kernel" for the
+            kernel of a nested layer.
+        bias: the bias, or None.
+        bias_attribute: the layer's name for the bias.
+        folds: whether a constant c of an input channel adds c · Σ kernel at every position. With
+            zero padding it does so only for c = 0.
+        counts: whether its outputs are filters of the layer, not an intermediate result.
     """
 
     attribute: str
@@ -272,27 +278,27 @@ class _Weighted(Operation):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The axes of positions of the kernel."""
+        """The spatial axes of the kernel."""
         return tuple(range(self.kernel.ndim - 2))
 
     def foldable(self, constants: Channels) -> Channels:
-        """Return which inputs have constants that fold into the bias."""
+        """Return a mask of the inputs whose constants can be folded into the bias."""
         return np.isfinite(constants) & (self.folds | (constants == 0))
 
     def biased(self, value: Channels) -> Channels:
-        """Return values of the outputs with the bias added."""
+        """Return the values of the outputs with the bias added."""
         return value if self.bias is None else value + self.bias.astype(np.float64)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Linear(_Weighted):
-    """A dense layer or convolution: reads some channels, makes others, and may fold constants.
+    """A dense layer or convolution, which may fold constant inputs into its bias.
 
-    Its kernel is (taps..., in, out), or (taps..., out, in) if `transposed`.
+    Its kernel has the shape (taps..., in, out), or (taps..., out, in) if `transposed`.
 
     Attributes:
-        size: what the layer's configuration calls the number of outputs.
-        transposed: see above.
+        size: the key of the number of outputs in the layer's configuration.
+        transposed: whether it is a transposed convolution.
     """
 
     size: str
@@ -305,62 +311,62 @@ class Linear(_Weighted):
         return np.swapaxes(self.kernel, -1, -2) if self.transposed else self.kernel
 
     def _by_channel(self, entries: np.ndarray) -> np.ndarray:
-        """Return entries for each input and output, from entries for the kernel's last two axes."""
+        """Return a matrix (inputs, outputs) from a matrix of the kernel's last two axes."""
         return entries
 
     def _sums(self, rows: np.ndarray) -> np.ndarray:
-        """Return the sums over the taps for some inputs and all outputs."""
+        """Return the kernel summed over the taps, for some inputs and all outputs."""
         return self._forwards()[..., rows, :].astype(np.float64).sum(self.taps)
 
     def _folded(self, constants: Channels, chosen: Channels) -> Channels:
-        """Return what the chosen input channels add to the outputs, all being constants."""
+        """Return the sum that the chosen constant input channels add to the outputs."""
         rows = np.flatnonzero(chosen & np.isfinite(constants) & (constants != 0))
         return constants[rows] @ self._sums(rows)
 
     def between(self, inputs: Channels, outputs: Channels) -> int:
-        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        """Return the number of non-zero weights from these inputs to these outputs."""
         return int(np.count_nonzero(self._forwards()[..., inputs, :][..., outputs]))
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return b + Σ c over the taps where no filter reads anything but foldable constants."""
+        """Return b + Σ c · kernel for filters whose inputs are all foldable constants, else NaN."""
         foldable = self.foldable(given[0])
         value = self.biased(self._folded(given[0], foldable))
         return np.where(self.reads[~foldable].any(axis=0), np.nan, value)
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
-        """Return which inputs the wanted filters read, and can not fold."""
+        """Return the inputs that wanted filters read and that can't be folded."""
         return [self.reads[:, wanted].any(axis=1) & ~self.foldable(given[0])]
 
     def ties(self) -> Iterator[Tie]:
-        """Yield nothing: inputs and filters go each by themselves."""
+        """Yield nothing: inputs and filters are removed independently."""
         yield from ()
 
     def _kept_kernel(self, plan: ChannelPlan) -> np.ndarray:
-        """Return the kernel for the inputs and outputs that stay, of the shape that it has."""
+        """Return the kernel of the kept inputs and outputs, in the layer's layout."""
         rows, columns = plan.keeps[self.inputs[0]], plan.keeps[self.output]
         kernel = self._forwards()[..., rows, :][..., columns]
         return np.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
     def _kept_bias(self, bias: Channels, plan: ChannelPlan) -> np.ndarray:  # noqa: ARG002
-        """Return the bias of the outputs that stay, of the shape that it has."""
+        """Return the bias of the kept outputs, in the layer's layout."""
         return bias
 
     def _sizes(self, plan: ChannelPlan) -> dict[str, Any]:
-        """Return the configuration for the inputs and outputs that stay."""
+        """Return the entries of the configuration for the kept inputs and outputs."""
         return {self.size: int(plan.keeps[self.output].sum())}
 
     def _added(self, plan: ChannelPlan) -> Channels:
-        """Return what the inputs that go have added to the outputs that stay."""
-        # What is removed is unread, or constant; of a constant that stays nothing is to be added.
+        """Return the sum that the removed channels added to the kept outputs."""
+        # Removed channels are unread or constant; kept constants still add their part themselves.
         given, gone = plan.constants[self.inputs[0]], ~plan.keeps[self.inputs[0]]
         return self._folded(given, gone & self.foldable(given))[plan.keeps[self.output]]
 
     def _gets_bias(self, plan: ChannelPlan) -> bool:
-        """Tell whether the layer needs a bias, and has none."""
+        """Return whether the layer needs a bias and has none."""
         return self.bias is None and bool(self._added(plan).any())
 
     def edit(self, plan: ChannelPlan) -> Edit:
-        """Return the rows and columns that stay, and the bias with what the others added."""
+        """Return the kept rows and columns, and the bias including folded constants."""
         config, added = self._sizes(plan), self._added(plan)
         weights = {self.attribute: self._kept_kernel(plan)}
         if self.bias is not None:
@@ -376,9 +382,9 @@ class Linear(_Weighted):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Grouped(Linear):
-    """A convolution in groups of channels: those that stay are of equal size, dead ones go whole.
+    """A grouped convolution: kept groups have equal sizes, and unused groups are removed.
 
-    Its kernel is (taps..., in / groups, out), the outputs of one group after the other.
+    Its kernel has the shape (taps..., in / groups, out), with the outputs ordered by group.
 
     Attributes:
         groups: the number of groups.
@@ -387,7 +393,7 @@ class Grouped(Linear):
     groups: int
 
     def _by_channel(self, entries: np.ndarray) -> np.ndarray:
-        """Return entries for each input and output, 0 for those of different groups."""
+        """Return a matrix (inputs, outputs), 0 between different groups."""
         size, outputs = entries.shape
         result = np.zeros((self.groups, size, self.groups, outputs // self.groups), entries.dtype)
         every = np.arange(self.groups)
@@ -398,7 +404,7 @@ class Grouped(Linear):
         return self._by_channel(self.kernel.astype(np.float64).sum(self.taps))[rows]
 
     def between(self, inputs: Channels, outputs: Channels) -> int:
-        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        """Return the number of non-zero weights from these inputs to these outputs."""
         counts = self._by_channel(np.count_nonzero(self.kernel, axis=self.taps))
         return int(counts[inputs][:, outputs].sum())
 
@@ -408,13 +414,13 @@ class Grouped(Linear):
         return f"{self.call.name!r} has groups of equal size"
 
     def completed(self, held: list[Channels]) -> list[Channels]:
-        """Return as many inputs, and outputs, in each group of which anything stays."""
+        """Return equal numbers of inputs, and of outputs, in each group that is kept in part."""
         rows, columns = (side.reshape(self.groups, -1) for side in held)
         alive = np.any(np.concatenate([rows, columns], axis=1), axis=1)
         return [filled(side, alive).reshape(-1) for side in (rows, columns)]
 
     def _by_group(self, kept: Channels) -> list[np.ndarray]:
-        """Return the places in their group of the channels that stay, for each group."""
+        """Return the indices of the kept channels within each group."""
         return [np.flatnonzero(group) for group in kept.reshape(self.groups, -1)]
 
     def _kept_kernel(self, plan: ChannelPlan) -> np.ndarray:
@@ -436,11 +442,11 @@ class Grouped(Linear):
 
 
 def filled(held: np.ndarray, chosen: Channels) -> np.ndarray:
-    """Return `held` with the first of the other columns, so that chosen rows have equally many.
+    """Return `held` with the first free columns set, so that chosen rows have equal sums.
 
     Args:
-        held: booleans; a row that is not chosen has none.
-        chosen: rows, which get one column at least.
+        held: a boolean matrix; rows that are not chosen are all False.
+        chosen: a mask of rows, which get at least one column.
     """
     counts = held.sum(axis=1)
     missing = max(1, counts.max()) - counts
@@ -449,9 +455,9 @@ def filled(held: np.ndarray, chosen: Channels) -> np.ndarray:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Depthwise(_Weighted):
-    """A depthwise convolution: each channel has its own filters, and goes only with all of them.
+    """A depthwise convolution: a channel can only be removed with all of its filters.
 
-    Its kernel is (taps..., in, multiplier), its bias (in · multiplier,).
+    Its kernel has the shape (taps..., in, multiplier), its bias (in · multiplier,).
     """
 
     def __post_init__(self) -> None:
@@ -459,12 +465,12 @@ class Depthwise(_Weighted):
         self.reads = (self.kernel != 0).any(axis=self.taps).reshape(-1)
 
     def between(self, inputs: Channels, outputs: Channels) -> int:
-        """Return how many weights that are not zero lead from these inputs to these outputs."""
+        """Return the number of non-zero weights from these inputs to these outputs."""
         counts = np.count_nonzero(self.kernel, axis=self.taps)
         return int(counts[inputs[:, np.newaxis] & outputs.reshape(counts.shape)].sum())
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return b + c Σ kernel, where no window reaches over the border."""
+        """Return b + c Σ kernel for foldable constants c, else NaN where the kernel is not 0."""
         inputs = np.repeat(given[0], self.multiplier)
         foldable = self.foldable(inputs)
         sums = self.kernel.astype(np.float64).sum(axis=self.taps).reshape(-1)
@@ -472,7 +478,7 @@ class Depthwise(_Weighted):
         return np.where(self.reads & ~foldable, np.nan, value)
 
     def needed(self, wanted: Channels, given: list[Channels]) -> list[Channels]:
-        """Return the channels of which a wanted filter is not zero."""
+        """Return the channels with a wanted filter that is not zero."""
         return [(wanted & self.reads).reshape(given[0].size, self.multiplier).any(axis=1)]
 
     def ties(self) -> Iterator[Tie]:
@@ -481,7 +487,7 @@ class Depthwise(_Weighted):
         yield Tie(0, every // self.multiplier, every)
 
     def edit(self, plan: ChannelPlan) -> Edit:
-        """Return the channels that stay, with their filters."""
+        """Return the kernel and bias of the kept channels."""
         kept = plan.keeps[self.inputs[0]]
         weights = {self.attribute: self.kernel[..., kept, :]}
         if self.bias is not None:
@@ -494,7 +500,7 @@ class Normalisation(Operation):
     r"""Batch normalisation in inference: :math:`γ (x - μ) / \sqrt{σ² + ε} + β`.
 
     Attributes:
-        weights: the vectors by the layer's names for them.
+        weights: the vectors, by the layer's names for them.
         epsilon: ε.
     """
 
@@ -508,11 +514,11 @@ class Normalisation(Operation):
         self._offset = vectors.get("beta", np.zeros_like(self._mean))
 
     def constants(self, given: list[Channels]) -> Channels:
-        """Return the normalised constants; with γ = 0, that is β for any input."""
+        """Return the normalised constants; β for any input if γ = 0."""
         value = (given[0] - self._mean) * self._scale + self._offset
         return np.where(self._scale == 0, self._offset, value)
 
     def edit(self, plan: ChannelPlan) -> Edit:
-        """Return the entries of the channels that stay."""
+        """Return the entries of the kept channels."""
         kept = plan.keeps[self.inputs[0]]
         return Edit({}, {name: value[kept] for name, value in self.weights.items()})

@@ -1,4 +1,4 @@
-"""Which weights are on a path from the inputs of a network to its outputs, channel by channel."""
+"""Counts of the weights on paths from the inputs of a network to its outputs, by channels."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from tscnc_tf._channels.operations import (
 
 
 class NotFollowedError(Exception):
-    """Why the paths of a model are not known, as the end of a sentence that begins with "as"."""
+    """The paths of a model are not known; the message is a clause to follow "as"."""
 
 
 def weights_on_paths(model: Any) -> dict[int, int]:
-    """Return how many weights of each kernel are on a path from an input to an output.
+    """Return the number of weights of each kernel that are on a path from an input to an output.
 
-    A path leads through weights that are not zero. A channel is reached if a path from an input
-    ends there; what biases and normalisation make of a channel that is not reached is a constant,
-    and no path. A scale of 0 in normalisation ends all paths through its channel. Paths are those
-    of channels: positions are not told apart, so that a weight which reads nothing but padding
-    counts as if it read.
+    A path leads through non-zero weights. A channel is reached if a path from an input ends there.
+    Biases and normalisation give unreached channels a constant value, which is not a path, and a
+    scale of 0 in normalisation ends all paths through its channel. Paths connect channels,
+    regardless of positions: a weight that only ever multiplies padding counts as well.
 
     Args:
         model: a built model of either Keras.
@@ -40,13 +39,13 @@ def weights_on_paths(model: Any) -> dict[int, int]:
         are left out.
 
     Raises:
-        NotFollowedError: the model has no graph, or a layer that is not understood.
+        NotFollowedError: the model has no graph, or a layer of unknown effect on channels.
     """
     try:
         library = _keras.library("model", model)
         graph = unroll(library, model)
     except TypeError as error:
-        raise NotFollowedError(f"{model.name!r} is a layer, and no model") from error
+        raise NotFollowedError(f"{model.name!r} is a layer, not a model") from error
     except ValueError as error:
         raise NotFollowedError(str(error).partition(":")[0]) from error
     steps = []
@@ -66,14 +65,14 @@ def weights_on_paths(model: Any) -> dict[int, int]:
 
 
 def _reached(inputs: list[Tensor], steps: list[Followed]) -> dict[Tensor, Channels]:
-    """Return which channels of each tensor a path from an input leads to.
+    """Return masks of the channels of each tensor that a path from an input leads to.
 
-    By the analysis of constants: what depends on the inputs has no constant (NaN), and everything
-    else counts as zero, which no bias, padding or activation is let to change.
+    They come from the analysis of constants: channels that depend on the inputs are NaN, and all
+    others are set to 0 before each step, so that biases, padding and activations have no effect.
     """
     found = {tensor: np.ones(tensor.channels, bool) for tensor in inputs}
     for step in steps:
-        # A product with a branch that is not reached, a gate say, is still one with a constant.
+        # In a product an unreached branch, such as a gate, counts as the constant 1, not 0.
         other = 1.0 if isinstance(step, Combination) else 0.0
         given = [np.where(found[tensor], np.nan, other) for tensor in step.inputs]
         with np.errstate(all="ignore"):
@@ -84,7 +83,7 @@ def _reached(inputs: list[Tensor], steps: list[Followed]) -> dict[Tensor, Channe
 def _wanted(
     outputs: list[Tensor], steps: list[Followed], reached: dict[Tensor, Channels]
 ) -> dict[Tensor, Channels]:
-    """Return from which channels that are reached a path leads to an output."""
+    """Return masks of the reached channels from which a path leads to an output."""
     found = {tensor: np.zeros(tensor.channels, bool) for tensor in reached}
     for tensor in outputs:
         found[tensor] = reached[tensor].copy()
