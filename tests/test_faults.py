@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -19,7 +20,7 @@ from helpers import TINY, dense_model
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.__main__ import main
-from benchmarks.faults import calls, damage, disks, memory, numbers
+from benchmarks.faults import calls, cluster, damage, disks, memory, numbers, runs
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import _files, attacks, evaluate_robustness, experiments, export_saved_model
 from tscnc_tf.experiments import stages
@@ -205,3 +206,37 @@ def test_the_times_of_files_are_set_in_their_order(tmp_path):
         os.utime(tmp_path / name, (index, index))
     disks.date_files(tmp_path, 500.0, -100.0)
     assert [(tmp_path / name).stat().st_mtime for name in ("b", "a", "c")] == [500, 400, 300]
+
+
+def test_what_two_machines_have_lost_is_said(monkeypatch):
+    """A machine is killed once two runs are on the way; without Ray here."""
+    killed = threading.Event()
+
+    @contextlib.contextmanager
+    def two_machines(folder):
+        yield killed.set
+
+    def sweep(folder, engine):
+        for index in range(2):
+            assert not killed.is_set()
+            (folder / f"seed-{index}" / "1-train" / "state-1").mkdir(parents=True)
+        assert killed.wait(10.0)
+        return {"small/seed-1": "it was"}
+
+    monkeypatch.setattr(cluster, "_two_machines", two_machines)
+    monkeypatch.setattr(cluster, "_sweep", sweep)
+    monkeypatch.setattr(cluster, "_in_one_process", lambda folder: None)
+    differences = iter(["weights", ""])
+    monkeypatch.setattr(runs, "differences", lambda one, other: next(differences))
+    (outcome,) = cluster.scenarios(True)
+    assert outcome.lost == ["small/seed-0: weights", "small/seed-1 has failed: it was"]
+    assert outcome.tried == 2
+
+
+def test_the_environment_is_as_it_was(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    before = dict(os.environ)
+    with cluster._environment({"RAY_TMPDIR": "/x"}):
+        assert os.environ["RAY_TMPDIR"] == "/x"
+        del os.environ["RAY_ADDRESS"]
+    assert dict(os.environ) == before

@@ -22,6 +22,7 @@ from tscnc_tf.experiments import locks, stages
 SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)
 NOBODY = 65534
 HOUR, YEAR = 3600.0, 365.25 * 86400.0
+ORDERS = {"reversed": -HOUR, "in-order": HOUR}  # of the times of files: from one to the next
 _WAIT = 300.0  # seconds for something to appear
 
 
@@ -37,7 +38,7 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
         yield _closed(folder)
         yield _removed(folder, runs.STAGES[:1] if smoke else runs.STAGES)
         yield _shared(folder, whole)
-        yield _clocks(folder, whole, every=not smoke)
+        yield _clocks(folder, whole, tuple(ORDERS)[: 1 if smoke else None])
 
 
 def limit_files(size: int) -> None:
@@ -149,36 +150,29 @@ def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
     return outcome
 
 
-def _clocks(folder: pathlib.Path, whole: pathlib.Path, *, every: bool) -> Outcome:
-    """Run with a wrong clock; go on at another time, among files with times that can't be."""
+def _clocks(folder: pathlib.Path, whole: pathlib.Path, orders: tuple[str, ...]) -> Outcome:
+    """Begin in 1970, go on with a clock that goes backwards, be killed, and end at another time.
+
+    Before the end the files get times that can't be, and a lock from the future is left behind.
+    """
     outcome = Outcome("clocks that go backwards or are decades off, files from the future")
-    now = time.time()
-    clock = functools.partial(set_clock, now, -HOUR)
-    _finish(outcome, folder / "backwards", whole, clock)
-    # After a stop within a stage: the clock, the first file's time, that of each later one.
-    cases = {
-        "files-of-the-future": (now - 20 * YEAR, now + 50 * YEAR, 1.0),
-        "files-in-reverse": (now - HOUR, now, -HOUR),
-    }
-    for name, (then, first, step) in cases.items() if every else ():
-        run = folder / name
-        process = runs.process(runs.recipe(True), run)
+    for order in orders:
+        run, now = folder / order, time.time()
+        process = runs.process(runs.recipe(True), run, functools.partial(set_clock, 0.0))
+        process.join()
+        error = runs.error_of(run)
+        if process.exitcode and "timestamps before 1980" in error.partition("\n")[0]:
+            outcome.count("an archive is refused before 1980, which is said")
+        else:
+            outcome.lose(f"in 1970: exit {process.exitcode}, {error[:300]}")
+        process = runs.process(runs.recipe(True), run, functools.partial(set_clock, now, -HOUR))
         _wait_for(lambda run=run: any((run / runs.STAGES[1]).glob("state-*")), process)
         process.kill()
         process.join()
         left = {"pid": process.pid, "host": "elsewhere", "since": "2100-01-01 00:00:00 UTC"}
         (run / locks.HOLDER).write_text(json.dumps(left))
-        date_files(run, first, step)
-        _finish(outcome, run, whole, functools.partial(set_clock, then, -HOUR))
-    run = folder / "unset"
-    process = runs.process(runs.recipe(True), run, functools.partial(set_clock, 0.0))
-    process.join()
-    error = runs.error_of(run)
-    if process.exitcode and "timestamps before 1980" in error.partition("\n")[0]:
-        outcome.count("an archive is refused before 1980, which is said")
-    else:
-        outcome.lose(f"in 1970: exit {process.exitcode}, {error[:300]}")
-    _finish(outcome, run, whole)
+        date_files(run, now + 50 * YEAR, ORDERS[order])
+        _finish(outcome, run, whole, functools.partial(set_clock, now - 20 * YEAR, -HOUR))
     return outcome
 
 
