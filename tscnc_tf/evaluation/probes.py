@@ -12,8 +12,8 @@ from tscnc_tf import _keras
 from tscnc_tf.attacks import pgd
 from tscnc_tf.functional import balls
 
+EXAMPLES = 64  # of the ladder
 _STEPS = 20
-_EXAMPLES = 64
 # Of the network that is trained for transferred examples.
 _HIDDEN_UNITS, _EPOCHS, _TRAINED_ON = 128, 20, 10_000
 
@@ -61,14 +61,13 @@ class Probe:
         self._function = traced.get_concrete_function()
 
     def ladder(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> Ladder:
-        """Return what is left in balls from `epsilon` up, of the first 64 examples.
+        """Return what is left in balls from `epsilon` up.
 
         Args:
             x: inputs that the model is right on.
             y: their classes.
             epsilon: the first radius.
         """
-        x, y = x[:_EXAMPLES], y[:_EXAMPLES]
         width = self._bounds[1] - self._bounds[0]
         size = float(x[0].size)
         widest = width * {"linf": 1.0, "l2": np.sqrt(size).item(), "l1": size}[self._norm]

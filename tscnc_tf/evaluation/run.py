@@ -232,7 +232,10 @@ def _examples(
         x, y = _materialised(x)
     elif y is None:
         raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
-    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32, copy=False)
+    checked_inputs = _checks.inputs(x, bounds)
+    # Not copied: what is evaluated on may be as large as the memory allows.
+    is_kept = isinstance(x, np.ndarray) and x.dtype == np.float32
+    inputs = x if is_kept else checked_inputs.numpy().astype(np.float32, copy=False)
     labels, width = _checks.class_indices("y", y)
     if len(labels) != len(inputs):
         raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
@@ -339,7 +342,8 @@ class _Evaluation:
         norm, radius = ball.description["norm"], ball.epsilon
         shape = self._inputs.shape[1:]
         probe = probes.Probe(self._examined.call, shape, norm, self._bounds)
-        ladder = probe.ladder(self._inputs[rows], self._labels[rows], radius)
+        few = rows[: probes.EXAMPLES]
+        ladder = probe.ladder(self._inputs[few], self._labels[few], radius)
         found = diagnostics.of_ladder(ladder.by_radius, ladder.by_steps)
         network = probes.plain_network(
             self._inputs, self._labels, self._examined.classes, self._seed
