@@ -1,10 +1,10 @@
-"""The constraints as regularizers for `kernel_regularizer=` and its like, in both Kerases.
+"""The constraints as regularizers for `kernel_regularizer=` and the like, in both Kerases.
 
-One class per constraint, configured by numbers and names only, so that each is saved with a model
-and comes back from `.keras` and `.h5` files wherever `tscnc_tf` has been imported.
+There is one class per constraint, configured by numbers and names only, so that each is saved with
+a model, and loaded from `.keras` and `.h5` files after `import tscnc_tf`.
 
-A regularizer sees the kernel and not its layer: see `KernelRegularizer` for the layers for which it
-must be told how to read the kernel.
+A regularizer gets the kernel but not its layer: see `KernelRegularizer` for the layers that need
+the argument `layout`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["ConditionNumber", "KernelRegularizer", "RegularizerSum", "TSCNC", "T
 FORMS = ("log_ratio", "authors", "orthogonal")
 # Below it, rounding in float64 outweighs the ridge, and a singular matrix can't be factorised.
 _MIN_RIDGE = 1e-12
-# What Keras calls the layers inside its attention layers, and an EinsumDense without a name.
+# Keras' names of the layers inside attention layers, and of an EinsumDense without a name.
 _PROJECTIONS = ("query", "key", "value", "gate")
 _ATTENTION_OUTPUT = "attention_output"
 _EINSUM = re.compile(r"einsum_dense(_\d+)?")
@@ -46,7 +46,7 @@ def in_step(step: Any) -> Iterator[None]:
 
 
 class KernelRegularizer(_keras.Regularizer):
-    """Base: a penalty on a kernel that knows how the kernel's axes are to be read.
+    """Base of penalties on a kernel, with the meaning of the kernel's axes.
 
     Subclasses are final: they set their own arguments and implement `_penalty`.
 
@@ -56,15 +56,15 @@ class KernelRegularizer(_keras.Regularizer):
             letter for each axis, p for positions, i for inputs and o for outputs: "ioo" for an
             EinsumDense of the equation "abc,cde->abde". "attention" is for all kernels of a
             MultiHeadAttention or GroupQueryAttention: (in, heads, size) of query, key and value,
-            (heads, size, out) of what makes its output.
+            (heads, size, out) of the output projection.
         channel_groups: `groups` of a grouped convolution.
 
-    Both must be given where the regularizer is passed to such a layer by hand, as the kernel alone
-    does not tell; `pruning.add_regularizers` takes them from the layer. A kernel of rank 3 or more
-    whose name says that its layer is an EinsumDense or a part of attention is refused with the
-    default layout, which would read another matrix. The name of an EinsumDense that you have named
-    yourself does not say so, nor does a tensor: there `layout` must be given all the same.
-    `AdversarialTraining`, which knows the layers, refuses them as well.
+    Pass both where you give the regularizer to such a layer, as they can't be derived from the
+    kernel; `pruning.add_regularizers` takes them from the layer. With the default layout, a kernel
+    of rank 3 or more is refused if its name shows that it belongs to an EinsumDense or to
+    attention, since another matrix would be read. A tensor, or the kernel of an EinsumDense with a
+    custom name, can't be recognised: there, too, `layout` must be given. `AdversarialTraining`,
+    which has the layers, refuses these as well.
     """
 
     def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
@@ -76,7 +76,7 @@ class KernelRegularizer(_keras.Regularizer):
 
         Raises:
             TypeError: the kernel is not of a float dtype.
-            ValueError: it is known not to be as `layout` says, or its shape is not known.
+            ValueError: its shape is not known, or its name shows that `layout` does not fit.
         """
         tensor = tf.convert_to_tensor(kernel)
         if not tensor.dtype.is_floating:
@@ -90,10 +90,10 @@ class KernelRegularizer(_keras.Regularizer):
         return True
 
     def _for_variable(self, kernel: Any) -> Self:
-        """Return this regularizer with the layout that the name of a variable tells.
+        """Return this regularizer with the layout that follows from the name of a variable.
 
         Raises:
-            ValueError: the name tells that the axes are others than `layout` says.
+            ValueError: the name shows that `layout` does not fit.
         """
         path, owner = _names(kernel)
         rank, shape = len(kernel.shape), tuple(kernel.shape)
@@ -118,20 +118,20 @@ class KernelRegularizer(_keras.Regularizer):
                 "its name is one of EinsumDense or of attention: another matrix would be read. "
                 "Give layout='attention' for a MultiHeadAttention or GroupQueryAttention; for "
                 "EinsumDense a letter for each axis, i for inputs and o for outputs, such as "
-                "layout='ioo' for the equation 'abc,cde->abde'; for a convolution that is called "
-                "so, p for positions as well, such as layout='pio'."
+                "layout='ioo' for the equation 'abc,cde->abde'; for a convolution of that name, "
+                "p for positions as well, such as layout='pio'."
             )
         return self
 
     def _misreads(self) -> bool:
-        """Tell whether the kernel of an EinsumDense is read as if it were a convolution's."""
+        """Return whether the kernel of an EinsumDense would be read as that of a convolution."""
         return self._reads_axes and self.layout in LAYOUTS
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
         raise TypeError(f"{type(self).__name__} is abstract: use one of its subclasses.")
 
     def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
-        """Return this regularizer for a kernel whose axes are to be read in another way."""
+        """Return a copy of this regularizer with another layout and number of groups."""
         other = copy.copy(self)
         KernelRegularizer.__init__(other, layout=layout, channel_groups=channel_groups)
         return other
@@ -160,14 +160,15 @@ class TransformedL1(KernelRegularizer):
     r"""The sparse constraint: :math:`\text{factor} \cdot \sum_g T_a(\|w_g\|)`.
 
     With :math:`T_a(x) = (a+1)|x|/(a+|x|)`, over single weights or over groups of weights. Unlike
-    the l1 norm it hardly shrinks what is large: the slope falls as :math:`1/(a+|x|)^2`.
+    the l1 norm it hardly shrinks large weights: the derivative falls as :math:`1/(a+|x|)^2`.
 
     Args:
         factor: a number >= 0.
-        a: a number > 0; small values count non-zeros, large ones approach the l1 norm.
-        groups: None for single weights, "filter" for all that leads to one output channel, "input"
-            for all that reads one input channel.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+        a: a number > 0; for small values the penalty approaches the number of non-zeros, for large
+            ones the l1 norm.
+        groups: None for single weights, "filter" for the weights of each output channel, "input"
+            for those of each input channel.
+        layout, channel_groups: the meaning of the kernel's axes, see `KernelRegularizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -217,33 +218,33 @@ class ConditionNumber(KernelRegularizer):
     Forms:
 
     * `"log_ratio"` (default): :math:`C = \log(\mathrm{tr} G / n) - \tfrac1n\log\det G`,
-      :math:`G = M^\top M`; see `functional.log_ratio`. Free of scale, 0 exactly where the condition
-      number is 1, and without the ridge it bounds it: :math:`\kappa < 2 e^{nC/2}`.
-    * `"authors"`: :math:`(\log(10^{-5} + \det(G/n)))^2`, as the authors' code has it, to compare
-      with; see `functional.authors_penalty` for what it can't see.
+      :math:`G = M^\top M`; see `functional.log_ratio`. Invariant to scale, 0 exactly if the
+      condition number is 1, and without the ridge it bounds it: :math:`\kappa < 2 e^{nC/2}`.
+    * `"authors"`: :math:`(\log(10^{-5} + \det(G/n)))^2`, the penalty of the authors' code, to
+      compare with; see `functional.authors_penalty` for its limits.
     * `"orthogonal"`: :math:`\|G n/\mathrm{tr}G - I\|_F^2`, soft orthogonality up to scale.
 
-    A kernel that is read as several matrices (grouped and depthwise convolutions) costs their mean,
-    so that each layer weighs the same. Dead filters have no gradient, and do not act on the others;
-    see `functional.log_ratio`.
+    A kernel that is read as several matrices (grouped and depthwise convolutions) has the mean of
+    their penalties, so that all layers have equal weight. Dead filters have a zero gradient, and no
+    effect on the others; see `functional.log_ratio`.
 
     The factorisation costs about `p n² + n³` operations in float64 per step for a `(p, n)` matrix:
-    next to nothing beside an adversarial step on convolutions, but more than the step itself where
-    dense layers have many hundreds of units on both sides. There `every` helps.
+    negligible beside an adversarial step on convolutions, but more than the step itself for dense
+    layers with many hundreds of inputs and units. Use `every` for those.
 
     Args:
         factor: a number >= 0.
         form: one of the three names above.
-        ridge: for `log_ratio`, relative to the mean eigenvalue of G, >= 1e-12: eigenvalues far
-            below it don't count.
-        every: k >= 1: of the steps of an `AdversarialTraining` only each k-th has the penalty, k
-            times as large, so that the mean over k steps is what it is at 1 as long as the kernel
-            changes little between them; in between it is 0, and costs nothing. Take it with SGD
-            with momentum, and k well below the steps of an epoch. What is normalised for each step
-            does not see that mean: gradients clipped by their norm, Adam's second moments, scores
-            perturbed by `perturb_scores`. Wherever else the penalty is computed, in Keras' own
-            `fit` as well, it is there in full.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+        ridge: for `log_ratio`, relative to the mean eigenvalue of G, >= 1e-12; eigenvalues far
+            below it have hardly any effect.
+        every: k >= 1: in `AdversarialTraining`, only each k-th step has the penalty, multiplied by
+            k, so that its mean over k steps is that of k = 1 as long as the kernel changes little
+            between them; in other steps it is 0 and costs nothing. Use it with SGD with momentum,
+            and k well below the steps of an epoch. Quantities that are normalised per step do not
+            average over k steps: gradients clipped by norm, Adam's second moments, scores
+            perturbed by `perturb_scores`. Outside of `AdversarialTraining`, as in Keras' own `fit`,
+            each step has the full penalty.
+        layout, channel_groups: the meaning of the kernel's axes, see `KernelRegularizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -310,8 +311,8 @@ class TSCNC(KernelRegularizer):
         sparsity_factor: factor of the sparse constraint, >= 0.
         condition_factor: factor of the condition number constraint, >= 0.
         a, groups: see `TransformedL1`.
-        form, ridge, every: see `ConditionNumber`; the sparse constraint acts in every step.
-        layout, channel_groups: how to read the kernel's axes, see `KernelRegularizer`.
+        form, ridge, every: see `ConditionNumber`; each step has the sparse constraint.
+        layout, channel_groups: the meaning of the kernel's axes, see `KernelRegularizer`.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -351,7 +352,7 @@ class TSCNC(KernelRegularizer):
         return self._sparse(kernel) + self._condition(kernel)
 
     def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
-        """Return this regularizer for a kernel whose axes are to be read in another way."""
+        """Return a copy of this regularizer with another layout and number of groups."""
         config = {**self.get_config(), "layout": layout, "channel_groups": channel_groups}
         return type(self)(**config)
 
@@ -365,15 +366,15 @@ class TSCNC(KernelRegularizer):
 
 @_keras.register
 class RegularizerSum(_keras.Regularizer):
-    """Several regularizers on one kernel, Keras' own among them: their sum.
+    """The sum of several regularizers, Keras' own included.
 
     Args:
         regularizers: a list of regularizers of one Keras, of this package, or names such as "l2".
-        library: "tf_keras" or "keras", in which names are looked up; None for that of the
-            regularizers, or tf_keras if all are of this package or names.
+        library: "tf_keras" or "keras", to look up names in; None for that of the regularizers, or
+            tf_keras if all are of this package or names.
 
     Raises:
-        TypeError: it is no list.
+        TypeError: `regularizers` is not a list.
         ValueError: the list is empty, or mixes both Kerases.
 
     Example:
@@ -417,7 +418,7 @@ class RegularizerSum(_keras.Regularizer):
         return tf.add_n([tf.cast(value, widest) for value in values])
 
     def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
-        """Return this sum for a kernel whose axes are to be read in another way."""
+        """Return a copy of this sum with another layout and number of groups."""
         parts = [
             part.for_kernel(layout=layout, channel_groups=channel_groups)
             if _is_ours(part)
@@ -444,7 +445,7 @@ class RegularizerSum(_keras.Regularizer):
 
 
 def require_layouts(model: Any) -> None:
-    """Raise a ValueError if a kernel of an EinsumDense in a model is constrained as another matrix.
+    """Raise a ValueError if a regularizer of an EinsumDense in a model has an unsuitable layout.
 
     Args:
         model: a built model of either Keras.
@@ -481,10 +482,10 @@ def _layout(value: Any) -> str:
 
 
 def _names(kernel: Any) -> tuple[str, str]:
-    """Return a kernel's full name, and that of its layer; empty texts of what is no variable."""
+    """Return the full name of a kernel, and that of its layer; empty strings for a tensor."""
     if not isinstance(kernel, tf.Variable | _keras.keras.Variable):
         return "", ""
-    path = getattr(kernel, "path", kernel.name).partition(":")[0]  # Keras 3 has it in `path`
+    path = getattr(kernel, "path", kernel.name).partition(":")[0]  # Keras 3: the full name
     return path, path.rpartition("/")[0].rpartition("/")[2]
 
 

@@ -1,7 +1,7 @@
-"""Pruning schedules: subclasses of tfmot's `PruningSchedule` that survive saving.
+"""Pruning schedules: subclasses of tfmot's `PruningSchedule` that can be saved and loaded.
 
-Importing this module imports tfmot, if it is installed; `import tscnc_tf` does not, it loads the
-module when it is first asked for. Steps are counted from 1, the first optimizer step.
+This module imports tfmot, if it is installed; `import tscnc_tf` loads the module on first access
+only. Steps are counted from 1, the first optimizer step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PruningSchedule: Any = _keras.pruning_schedule_class()  # tfmot has no types
 
 
 class _Schedule(PruningSchedule):
-    """What our schedules share: how they are saved, and how epochs become steps.
+    """Base of the schedules of this package.
 
-    tfmot's wrapper saves the dictionary that `get_config` returns as it is, with the class name in
-    it, and looks that name up when the model is loaded. So the name has to be the registered one.
+    tfmot's wrapper saves the dictionary of `get_config` unchanged, and looks up its class name when
+    the model is loaded, so that must be the registered name.
     """
 
     def _arguments(self) -> dict[str, Any]:
@@ -53,12 +53,12 @@ class _Schedule(PruningSchedule):
 
 @_keras.register
 class CosineSparsity(_Schedule):
-    r"""Sparsity that rises along half a cosine, slowly at both ends.
+    r"""Sparsity that rises along half a period of a cosine, slowly at both ends.
 
     .. math:: s(t) = s_f + (s_i - s_f)\,\tfrac12\left(1 + \cos\pi\tfrac{t - b}{e - b}\right)
 
-    with exactly :math:`s_i` at `begin_step` and exactly :math:`s_f` from `end_step` on. The masks
-    are renewed every `frequency` steps from `begin_step` on, and always at `end_step`.
+    with exactly :math:`s_i` up to `begin_step` and exactly :math:`s_f` from `end_step` on. The
+    masks are renewed every `frequency` steps from `begin_step` on, and always at `end_step`.
 
     Args:
         initial_sparsity: fraction of zeros at `begin_step`, in [0, 1).
@@ -190,24 +190,24 @@ class OneShot(_Schedule):
 
 @_keras.register
 class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
-    """A schedule that waits while the network is ill-conditioned.
+    """A schedule that pauses while the network is ill-conditioned.
 
-    While the measured condition number is above a limit, the masks are left as they are. When it
-    has come down again, the next renewal of the schedule inside catches up with it; and at
-    `end_step` the final sparsity is set whatever was measured.
+    While the measured condition number is above a limit, the masks are not renewed. Once it is
+    below the limit, the next renewal applies the current sparsity of the inner schedule. At
+    `end_step` the final sparsity is applied regardless of the condition number.
 
-    `callbacks.pruning_callbacks()` measures: the largest condition number among the pruned kernels
-    that this schedule governs, when training begins and then every few steps. Until something has
-    been measured the gate is open.
+    `callbacks.pruning_callbacks()` measures the largest condition number of the pruned kernels of
+    this schedule, when training begins and then every few steps. Before the first measurement the
+    schedule is not paused.
 
     Args:
-        schedule: the schedule inside, any `PruningSchedule`.
+        schedule: the inner schedule, any `PruningSchedule`.
         max_condition_number: the limit, >= 1.
         end_step: the step by which the final sparsity must be reached; None for the `end_step` of
-            the schedule inside.
-        measure: "condition_number", which is infinite as soon as one filter is dead (which then
-            closes the gate until `end_step`, since masks that are held revive nothing), or
-            "effective_condition_number", which leaves dead directions out.
+            the inner schedule.
+        measure: "condition_number", which is infinite if a filter is dead (the schedule then pauses
+            until `end_step`, since masks that are not renewed can't revive it), or
+            "effective_condition_number", which leaves negligible singular values out.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or there is no end step.
@@ -243,8 +243,8 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         self.measure = _checks.one_of(
             "measure", measure, ("condition_number", "effective_condition_number")
         )
-        # What the callback writes between steps and the compiled step reads. Not part of the
-        # configuration: it is measured anew from the weights whenever training begins.
+        # Written by the callback between steps, and read by the compiled step. Not part of the
+        # configuration, since it is measured again whenever training begins.
         with tf.init_scope():
             self._open = tf.Variable(True, trainable=False, name="gate_open")
             self._held_sparsity = tf.Variable(0.0, trainable=False, name="held_sparsity")
@@ -264,17 +264,17 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
         return cls(schedule, max_condition_number, end_step, measure)
 
     def update(self, condition_number: float, step: int) -> None:
-        """Set the condition number, measured after optimizer step `step`."""
+        """Open or close the gate by the condition number measured after optimizer step `step`."""
         is_open = condition_number <= self.max_condition_number
         if self.is_open and not is_open:
             self._held_sparsity.assign(self.schedule(step)[1])
         self._open.assign(is_open)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
-        """Show the gate to a SavedModel, whose graphs read it, but to no checkpoint.
+        """Add the gate's variables to a SavedModel, whose graphs read them, not to checkpoints.
 
-        It is no state worth keeping; and a schedule shared by several layers would come back as
-        several, which a checkpoint of one object can't fill.
+        They need not be saved; and a schedule shared by several layers is loaded as several
+        objects, which the checkpoint of a single one can't restore.
         """
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "savedmodel":
@@ -283,7 +283,7 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
 
     @property
     def is_open(self) -> bool:
-        """Whether the schedule inside is being followed."""
+        """Whether the gate is open: whether the inner schedule is applied."""
         return bool(self._open.numpy())
 
     def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -317,10 +317,10 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
 
 
 def deserialize(config: dict[str, Any]) -> Any:
-    """Build any registered schedule, or one of tfmot's own, from what its `get_config` returned.
+    """Build any registered schedule, or one of tfmot's, from the dictionary of its `get_config`.
 
     Raises:
-        ValueError: the class of the schedule is not known here.
+        ValueError: the class of the schedule is not registered.
     """
     known = _keras.tfmots_schedules()
     name = config["class_name"]
@@ -334,7 +334,7 @@ def deserialize(config: dict[str, Any]) -> Any:
 
 
 def _steps(steps_per_epoch: int, **epochs: float) -> list[int]:
-    """Return numbers of epochs as numbers of steps."""
+    """Return numbers of epochs converted to numbers of steps."""
     steps_per_epoch = _checks.integer("steps_per_epoch", steps_per_epoch, minimum=1)
     return [
         round(_checks.number(name, value, minimum=0.0) * steps_per_epoch)

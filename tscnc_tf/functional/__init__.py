@@ -1,4 +1,4 @@
-"""Pure tensor maths: kernels as matrices, the two constraints, masks, gates, balls. No Keras."""
+"""Tensor functions without Keras: kernels as matrices, both constraints, masks, gates, balls."""
 
 from tscnc_tf.functional.balls import lengths, project, random_start, steepest_ascent
 from tscnc_tf.functional.constraints import (

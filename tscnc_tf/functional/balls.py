@@ -1,4 +1,4 @@
-"""Balls around inputs, in the norms that attacks use; one norm per example."""
+"""Balls around inputs in the l1, l2 and linf norms, taken per example."""
 
 from __future__ import annotations
 
@@ -59,30 +59,31 @@ def project_within_box(point: Any, center: Any, epsilon: Any, bounds: Any) -> tf
     low, high = bounds
     point, center = tf.convert_to_tensor(point), tf.convert_to_tensor(center)
     delta = point - center
-    room = tf.where(delta > 0, high - center, center - low)
-    return tf.clip_by_value(center + _shrunk(delta, room, epsilon), low, high)
+    limit = tf.where(delta > 0, high - center, center - low)
+    return tf.clip_by_value(center + _shrunk(delta, limit, epsilon), low, high)
 
 
-def _shrunk(delta: tf.Tensor, room: tf.Tensor, epsilon: Any) -> tf.Tensor:
-    """Return steps nearer to 0 by one number per example, at most `room`, of l1 norm <= epsilon.
+def _shrunk(delta: tf.Tensor, limit: tf.Tensor, epsilon: Any) -> tf.Tensor:
+    """Return sign(delta) min(max(|delta| - λ, 0), limit), with λ >= 0 such that the l1 norm fits.
 
-    The sum of what is left falls with that number, piecewise linear: Newton's method, kept within
-    a bracket, finds the number in finitely many steps.
+    λ is per example the smallest number for which the l1 norm is at most epsilon. The norm is
+    piecewise linear and decreasing in λ, so Newton's method, safeguarded by a bracket, finds λ in
+    finitely many steps.
     """
     sizes, axes = tf.abs(delta), _axes(delta)
     epsilon = tf.convert_to_tensor(epsilon, sizes.dtype)
 
     def left(number: tf.Tensor) -> tf.Tensor:
-        return tf.clip_by_value(sizes - number, 0.0, room)
+        return tf.clip_by_value(sizes - number, 0.0, limit)
 
     def excess_at(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         parts = left(number)
-        moving = tf.cast((parts > 0) & (parts < room), parts.dtype)
+        moving = tf.cast((parts > 0) & (parts < limit), parts.dtype)
         excess = tf.reduce_sum(parts, axis=axes, keepdims=True) - epsilon
         return excess, tf.reduce_sum(moving, axis=axes, keepdims=True)
 
     def is_open(number: tf.Tensor, excess: tf.Tensor) -> tf.Tensor:
-        # At 0 nothing has been taken away: there the sum may be below epsilon.
+        # At λ = 0 the norm may be below epsilon.
         return tf.where(number > 0, tf.abs(excess), excess) > 1e-6 * epsilon
 
     def step(number: tf.Tensor, excess: tf.Tensor, moving: tf.Tensor, low: Any, high: Any) -> Any:
@@ -109,9 +110,9 @@ def _shrunk(delta: tf.Tensor, room: tf.Tensor, epsilon: Any) -> tf.Tensor:
 def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
     """Return points of the ball around `center` in the dtype of `center`, still inside the ball.
 
-    Rounding to that dtype may carry an entry past the ball's surface: by a tenth of the radius for
-    float16 and small balls, by a last bit for float32. Such an entry goes one floating-point
-    number back toward the center; so the result is never farther from it than `point` is.
+    Rounding to that dtype may move an entry out of the ball: by a tenth of the radius for float16
+    and small balls, by the last bit for float32. Such an entry is replaced by the next
+    floating-point number toward the center, so the result is never farther from it than `point`.
 
     Args:
         center: `(batch, ...)`, any float dtype.
@@ -124,8 +125,8 @@ def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
     reach = tf.abs(project(point - wide, epsilon, norm))
     rounded = tf.cast(point, center.dtype)
     is_outside = tf.abs(tf.cast(rounded, point.dtype) - wide) > reach
-    # Floats are stored as sign and magnitude: as integers, one less is one number toward zero.
-    # Zero itself has no number of its sign below it; it stays, too far by 1e-7 at most.
+    # Floats are stored as sign and magnitude, so subtracting 1 from the bits gives the next number
+    # toward zero. Zero has none of its sign; it is left, outside by at most 1e-7.
     integer = {2: tf.int16, 4: tf.int32, 8: tf.int64}[center.dtype.size]
     toward_zero = tf.equal(rounded > center, rounded > 0)
     bits = tf.bitcast(rounded, integer)
@@ -134,7 +135,7 @@ def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
 
 
 def steepest_ascent(gradient: Any, norm: str) -> tf.Tensor:
-    """Return the step of length 1 in `norm` that gains most along each gradient; 0 where it is 0.
+    """Return the step of length 1 in `norm` of steepest ascent; 0 for a zero gradient.
 
     Args:
         gradient: `(batch, ...)`.
@@ -155,11 +156,11 @@ def steepest_ascent(gradient: Any, norm: str) -> tf.Tensor:
 
 
 def sparse_ascent(gradient: Any, share: Any) -> tf.Tensor:
-    """Return steps of l1 norm 1: the signs of each gradient's largest entries; 0 where it is 0.
+    """Return steps of l1 norm 1: scaled signs of each gradient's largest entries; 0 for gradient 0.
 
     Args:
         gradient: `(batch, ...)`.
-        share: `(batch,)`, the share of the entries that move, at least one.
+        share: `(batch,)`, the share of the entries that are non-zero in the step, at least one.
     """
     gradient = tf.convert_to_tensor(gradient)
     sizes = tf.reshape(tf.abs(gradient), (tf.shape(gradient)[0], -1))
@@ -209,7 +210,7 @@ def normal(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
 
 
 def lengths(delta: Any, norm: str) -> tf.Tensor:
-    """Return the norm of each example's `delta`, shape `(batch,)`; "l1" too.
+    """Return the norm of each example's `delta`, shape `(batch,)`: "linf", "l2" or "l1".
 
     Raises:
         ValueError: there is no such norm.
@@ -226,7 +227,7 @@ def lengths(delta: Any, norm: str) -> tf.Tensor:
 def uniform(shape: Any, seed: Any, dtype: Any) -> tf.Tensor:
     """Return draws from U(-1, 1), the same with XLA as without.
 
-    TensorFlow's own floats are not: XLA makes them of other bits of the same integers.
+    TensorFlow's own random floats are not: XLA takes them from other bits of the same integers.
 
     Args:
         shape: static or as a tensor.

@@ -1,4 +1,4 @@
-"""The two constraints of TSCNC as functions of tensors, and the baselines beside them."""
+"""The two constraints of TSCNC as functions of tensors, and baselines to compare with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from tscnc_tf import _checks
 
-# A matrix whose largest entry is smaller counts as zero: a scale-free penalty pulls with a force
-# that grows as 1 / size, and would overflow.
+# A matrix whose largest entry is smaller counts as zero: the gradient of a scale-free penalty
+# grows as 1 / size, and would overflow.
 _ZERO = 1e-20
 # The relative ridge that keeps a factorisation defined where a form has no ridge of its own.
 _SINGULAR = 1e-10
@@ -19,8 +19,8 @@ _SINGULAR = 1e-10
 def transformed_l1(x: Any, a: float = 1.0) -> tf.Tensor:
     r"""Return the transformed l1 penalty of each entry, :math:`T_a(x) = (a+1)|x| / (a+|x|)`.
 
-    Concave and bounded by `a + 1`; `a -> inf` gives `|x|`, `a -> 0` counts what is not zero. The
-    slope is :math:`(a+1)a/(a+|x|)^2`, and taken as 0 at `x = 0`.
+    Concave in `|x|` and bounded by `a + 1`; `a -> inf` gives `|x|`, `a -> 0` the number of
+    non-zeros. The derivative in `|x|` is :math:`(a+1)a/(a+|x|)^2`; at `x = 0` it is taken as 0.
 
     Args:
         x: a tensor of any shape.
@@ -39,8 +39,8 @@ def transformed_l1(x: Any, a: float = 1.0) -> tf.Tensor:
 def _transformed_l1(x: tf.Tensor, a: float) -> tf.Tensor:
     @tf.custom_gradient
     def penalty(x: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        # Both parts of a + |x| over the larger of them, so that nothing overflows for any `a` that
-        # is a normal number of the dtype.
+        # Both terms of a + |x| are divided by the larger one, to avoid overflow for any `a` that is
+        # a normal number of the dtype.
         magnitude = tf.abs(x)
         size = tf.maximum(magnitude, a)
         scale, rest = (a + 1.0) / size, a / size
@@ -60,22 +60,21 @@ def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
     .. math:: C(M) = \log(\mathrm{tr}(G)/n) - \tfrac1n \log\det G, \qquad G = M^\top M
 
     the logarithm of the arithmetic over the geometric mean of the eigenvalues of the Gram matrix.
-    It is >= 0, it is 0 exactly if all singular values are equal, it does not change when the
-    matrix is scaled or rotated, and it bounds the condition number: `kappa < 2 exp(n C / 2)`.
+    It is >= 0, 0 exactly if all singular values are equal, invariant to scaling and rotation of the
+    matrix, and it bounds the condition number: `kappa < 2 exp(n C / 2)`.
 
-    With a ridge, `G n / tr(G) + ridge I` stands for G on both sides, so the value never exceeds
+    With a ridge, G is replaced by `G n / tr(G) + ridge I`, so the value is at most
     `log((1 + ridge) / ridge)`, and the bound holds for
     `sqrt((lambda_max + ridge) / (lambda_min + ridge))` of the trace-normalised G.
 
-    Dead directions: a column that is exactly zero feels no pull at all (it is a stationary point),
-    a nearly dead one is pulled away from zero with a force of at most
-    `sqrt(n / tr(G) / ridge) / n`. So the ridge bounds what a dead filter can do to a training step,
-    and a dead filter is not brought back to life by this term alone. The zero matrix has the value
-    `log((1 + ridge) / ridge)` and no gradient.
+    Dead filters: the gradient of a column that is exactly zero is zero (a stationary point), and
+    that of a nearly zero column is at most `sqrt(n / tr(G) / ridge) / n`, away from zero. So the
+    ridge bounds the effect of a dead filter on a training step, and this term alone does not revive
+    a dead filter. The zero matrix has the value `log((1 + ridge) / ridge)` and the gradient 0.
 
     The factorisation runs in float64 whatever the dtype: a Gram matrix squares the condition
-    number, and TensorFloat-32 products would make it indefinite. There is no SVD in it: the SVD's
-    gradient is NaN where singular values coincide.
+    number, and TensorFloat-32 products would make it indefinite. No SVD is used: its gradient is
+    NaN where singular values coincide.
 
     Args:
         matrix: `(..., p, n)` with `p >= n`.
@@ -86,7 +85,7 @@ def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
         A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
 
     Raises:
-        TypeError, ValueError: `ridge` is no number >= 0, or `matrix` has less than two axes.
+        TypeError, ValueError: `ridge` is not a number >= 0, or `matrix` has less than two axes.
 
     Reference:
         Guggenheimer, Edelman & Johnson 1995, "A simple estimate of the condition number of a
@@ -102,26 +101,25 @@ def log_ratio(matrix: Any, ridge: float = 1e-6) -> tf.Tensor:
 
 
 def authors_penalty(matrix: Any, nu: float = 1e-5) -> tf.Tensor:
-    r"""Return the condition penalty as the authors' published code has it, for n columns.
+    r"""Return the condition penalty of the authors' published code, for n columns.
 
     .. math:: \left(\log(\nu + \det(G/n))\right)^2, \qquad G = M^\top M
 
-    It is here to compare with. What it can't see: it depends on the scale of the matrix and not on
+    It serves for comparison, and has two limits: it depends on the scale of the matrix but not on
     the spread of its singular values ((100, 0.01) cost as much as (1, 1)), and for 100 columns or
-    more the determinant of a usual initialisation is far below `nu`, so that its gradient vanishes
-    and the value rests at `log(nu)**2` = 132.55. Computed through `log det` (with a relative ridge
-    of 1e-10), so a singular matrix does not raise, as it does in the gradient of
-    `tf.linalg.det`.
+    more the determinant of a usual initialisation is far below `nu`, so that the gradient vanishes
+    and the value stays at `log(nu)**2` = 132.55. It is computed by `log det` with a relative ridge
+    of 1e-10, so a singular matrix does not raise, as it does in the gradient of `tf.linalg.det`.
 
     Args:
         matrix: `(..., p, n)` with `p >= n`.
-        nu: what keeps the logarithm finite; > 0.
+        nu: the offset that keeps the logarithm finite; > 0.
 
     Returns:
         A tensor of shape `(...)`, of the dtype of `matrix`, float32 at least.
 
     Raises:
-        TypeError, ValueError: `nu` is no number > 0, or `matrix` has less than two axes.
+        TypeError, ValueError: `nu` is not a number > 0, or `matrix` has less than two axes.
     """
     nu = _checks.number("nu", nu, above=0.0)
     matrix, dtype = _as_float64(matrix)
@@ -138,8 +136,8 @@ def authors_penalty(matrix: Any, nu: float = 1e-5) -> tf.Tensor:
 def orthogonality(matrix: Any) -> tf.Tensor:
     r"""Return soft orthogonality up to scale, :math:`\|G n/\mathrm{tr}(G) - I\|_F^2`, per matrix.
 
-    0 exactly if all singular values are equal. It looks at the largest eigenvalues first, where
-    `log_ratio` looks at the smallest. The zero matrix has the value `n` and no gradient.
+    It is 0 exactly if all singular values are equal. It is dominated by the largest eigenvalues,
+    `log_ratio` by the smallest. The zero matrix has the value `n` and the gradient 0.
 
     Args:
         matrix: `(..., p, n)` with `p >= n`.
@@ -168,10 +166,10 @@ def _as_float64(matrix: Any) -> tuple[tf.Tensor, tf.DType]:
 
 
 def _lifted(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Return `x` in a dtype of the given size or more.
+    """Return `x` cast to `dtype`, unless its own float dtype is at least as wide.
 
-    A gradient that is larger than all numbers of the dtype of `x`, as those of float16 where a
-    penalty pulls at a small matrix, becomes the largest of them.
+    The gradient is clipped to the range of the dtype of `x`, since that of a penalty at a small
+    float16 matrix may exceed it.
     """
     if not x.dtype.is_floating:
         return tf.cast(x, dtype)
@@ -191,9 +189,9 @@ def _lifted(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 def _scaled(matrix: tf.Tensor) -> tf.Tensor:
     """Return each matrix with its largest entry scaled to 1; zeros for one that counts as zero.
 
-    What holds NaN or infinity comes out with NaN: a training that broke must not look sound.
+    A matrix with NaN or infinity gives NaN, so that a diverged training is noticed.
     """
-    # (`~(largest <= _ZERO)` would not do: in a graph Grappler makes `largest > _ZERO` of it.)
+    # (Not by `~(largest <= _ZERO)`: Grappler rewrites it to `largest > _ZERO`, which drops NaN.)
     size = tf.abs(matrix)
     largest = tf.stop_gradient(tf.reduce_max(size, axis=(-2, -1), keepdims=True))
     alive = ~tf.reduce_all(size <= _ZERO, axis=(-2, -1), keepdims=True)
@@ -201,7 +199,7 @@ def _scaled(matrix: tf.Tensor) -> tf.Tensor:
 
 
 def _trace_normalised(gram: tf.Tensor) -> tf.Tensor:
-    """Return G n / tr(G), whose mean eigenvalue is 1; zero stays zero."""
+    """Return G n / tr(G), whose mean eigenvalue is 1; the zero matrix for G = 0."""
     trace = tf.linalg.trace(gram)[..., tf.newaxis, tf.newaxis]
     return gram * tf.math.divide_no_nan(tf.cast(gram.shape[-1], gram.dtype), trace)
 

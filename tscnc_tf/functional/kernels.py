@@ -1,4 +1,4 @@
-"""From a layer's kernel to the matrices and the groups that the constraints speak of."""
+"""Conversion of kernels to matrices and to groups of weights, for the constraints."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ GROUPS = ("filter", "input")
 
 
 def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) -> tf.Tensor:
-    r"""Return a kernel with its axes in one order: (groups, positions, inputs, outputs).
+    r"""Return a kernel with its axes in the canonical order (groups, positions, inputs, outputs).
 
     * `"standard"`: `(..., in, out)`: Dense, Conv1D/2D/3D, pointwise, recurrent. With
-      `channel_groups = g`, as in a grouped convolution, the outputs fall into `g` successive
-      groups, each of which sees `in` channels of its own.
+      `channel_groups = g`, as in a grouped convolution, the outputs are divided into `g` successive
+      groups, each with its own `in` input channels.
     * `"transposed"`: `(..., out, in)`: the transposed convolutions.
-    * `"depthwise"`: `(..., in, multiplier)`: each input channel is a group by itself.
-    * any other text over the letters p, i and o, one an axis, says of each axis whether it is one
-      of positions, inputs or outputs: "ioo" for a kernel (in, heads, size) of attention.
+    * `"depthwise"`: `(..., in, multiplier)`: each input channel is a group.
+    * any other string of the letters p, i and o, one per axis, marks axes of positions, inputs or
+      outputs: "ioo" for a kernel (in, heads, size) of attention.
 
     Args:
         kernel: tensor or variable of rank >= 2, of fully known shape.
-        layout: one of the three names above, or a text as described.
-        channel_groups: number of groups of a grouped convolution; 1 for all else.
+        layout: one of the three names above, or a string as described.
+        channel_groups: number of groups of a grouped convolution; 1 for other kernels.
 
     Returns:
         A tensor of rank 4, `(groups, positions, inputs, outputs)`.
 
     Raises:
-        TypeError: `channel_groups` is no integer.
-        ValueError: the rank is below 2, the shape is not known, the output channels are no
-            multiple of `channel_groups`, or there is no such layout.
+        TypeError: `channel_groups` is not an integer.
+        ValueError: the rank is below 2, the shape is not known, the number of output channels is
+            not a multiple of `channel_groups`, or there is no such layout.
     """
     kernel = tf.convert_to_tensor(kernel)
     channel_groups = _checks.integer("channel_groups", channel_groups, minimum=1)
@@ -67,7 +67,7 @@ def canonical(kernel: Any, layout: str = "standard", channel_groups: int = 1) ->
 
 
 def restore(values: Any, shape: Any, layout: str = "standard") -> tf.Tensor:
-    """Return what `canonical` returned to the axes of the kernel: its inverse.
+    """Return values in the kernel's own axes: the inverse of `canonical`.
 
     Args:
         values: `(groups, positions, inputs, outputs)`, of any dtype.
@@ -91,8 +91,8 @@ def restore(values: Any, shape: Any, layout: str = "standard") -> tf.Tensor:
 def matrices(kernel: Any, layout: str = "standard", channel_groups: int = 1) -> tf.Tensor:
     """Return a kernel as a stack of tall matrices, `(groups, p, n)` with `p >= n`.
 
-    Rows are everything but the output channels, columns are the output channels; transposed where
-    that would be wide, since the singular values don't change.
+    Columns are the output channels, rows all other axes. Wide matrices are transposed, which does
+    not change the singular values.
 
     Args:
         kernel: as in `canonical`.
@@ -114,8 +114,8 @@ def group_norms(
 ) -> tf.Tensor:
     """Return the Euclidean norm of each group of weights, as a vector.
 
-    A `"filter"` is all that leads to one output channel, an `"input"` all that reads one input
-    channel (a row of a dense kernel). The gradient at a group that is all zero is zero.
+    A `"filter"` is the weights of one output channel, an `"input"` those of one input channel (a
+    row of a dense kernel). The gradient at a group of zeros is zero.
 
     Args:
         kernel: as in `canonical`.
@@ -129,8 +129,8 @@ def group_norms(
     _checks.one_of("groups", groups, GROUPS)
     kernel = canonical(kernel, layout, channel_groups)
     axes = (1, 2) if groups == "filter" else (1, 3)
-    # Scaled before it is squared, so that tiny and huge weights neither vanish nor overflow; the
-    # scale is a constant to the gradient, which is exact because the norm is homogeneous.
+    # Scaled before squaring, against underflow and overflow. The scale is a constant in the
+    # gradient, which is exact since the norm is homogeneous.
     scale = tf.stop_gradient(tf.reduce_max(tf.abs(kernel), axis=axes, keepdims=True))
     unit = tf.math.divide_no_nan(kernel, scale)
     squared = tf.reduce_sum(tf.square(unit), axis=axes)
@@ -144,7 +144,7 @@ def _is_named(layout: Any) -> bool:
 
 
 def _order(layout: str, rank: int) -> list[list[int]]:
-    """Return the axes of positions, inputs and outputs that a layout of letters names."""
+    """Return the axes of positions, of inputs and of outputs of a layout given by letters."""
     if not isinstance(layout, str) or len(layout) != rank or not set(layout) <= set("pio"):
         raise ValueError(
             f"layout must be one of {LAYOUTS}, or have a letter p, i or o for each of the kernel's "

@@ -1,4 +1,4 @@
-"""Which entries to keep: exact counts, whatever the ties. Masks are True where a weight is kept."""
+"""Masks of kept entries, with exact counts despite ties. True marks a kept weight."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import tensorflow as tf
 
 
 def kept_count(size: Any, sparsity: Any) -> tf.Tensor:
-    """Return how many of `size` weights are kept at a sparsity: max(round(size·(1 - sparsity)), 1).
+    """Return the number of kept weights at a sparsity, max(round(size·(1 - sparsity)), 1).
 
-    In float32 and with ties rounded to even, as tfmot counts, so that both prune alike; above 2^24
-    weights, which float32 can't count, in float64.
+    It is computed in float32 with ties rounded to even, as in tfmot; above 2^24 weights, where
+    float32 is not exact, in float64.
 
     Args:
         size: number of weights, an integer or a vector of integers.
@@ -28,17 +28,15 @@ def kept_count(size: Any, sparsity: Any) -> tf.Tensor:
 
 
 def largest(scores: Any, count: Any) -> tf.Tensor:
-    """Return a mask of the `count` largest entries of a vector; of equals the first ones.
+    """Return a mask of the `count` largest entries of a vector; among equals, the first ones.
 
-    Exactly `count` entries are True (all, if there are fewer), also where scores are equal. Scores
-    are to be free of NaN, which has no place in their order.
+    Exactly `count` entries are True (all, if there are fewer), also where scores are equal.
 
-    The threshold is found bit by bit, by counting what lies above, and not by sorting: on millions
-    of weights that is several times faster, and under XLA more; nor does the shape of anything
-    depend on `count`.
+    The threshold is found bit by bit, by counting the larger entries, without sorting: for millions
+    of weights this is several times faster, even more under XLA, and no shape depends on `count`.
 
     Args:
-        scores: a vector, float32 or float64.
+        scores: a vector, float32 or float64, without NaN.
         count: a scalar, possibly a tensor.
     """
     ranks = _ordered_integers(tf.convert_to_tensor(scores))
@@ -55,10 +53,10 @@ def largest(scores: Any, count: Any) -> tf.Tensor:
 
 
 def largest_share(kept: Any, scores: Any, share: Any) -> tf.Tensor:
-    """Return a mask of what stays where a share of the kept entries of a vector goes.
+    """Return a mask of what stays when a share of the kept entries of a vector is removed.
 
-    Of k entries that are kept, those with the largest scores stay, k - round(k·share) of them, and
-    in any case those with a score of +inf. No more go than there are others to take their places.
+    Of k kept entries the k - round(k·share) with the largest scores stay, and all with the score
+    +inf. At most as many are removed as there are entries that are not kept, to replace them.
 
     Args:
         kept: a boolean vector.
@@ -75,28 +73,28 @@ def largest_share(kept: Any, scores: Any, share: Any) -> tf.Tensor:
 
 
 def largest_within(scores: Any, sizes: Any, budget: Any) -> tf.Tensor:
-    """Return a mask of the entries of largest score whose sizes add up to `budget` at most.
+    """Return a mask of the entries of largest score whose sizes add up to at most `budget`.
 
-    Entries are taken in the order of their scores (of equals the first one first), until the next
-    one would exceed the budget.
+    Entries are taken in descending order of scores (among equals, the first one first), until the
+    next one would exceed the budget.
 
     Args:
         scores: a float vector.
-        sizes: an int32 vector: what each entry costs.
+        sizes: an int32 vector, the cost of each entry.
         budget: a scalar.
     """
     scores = tf.ensure_shape(scores, (None,))
     order = tf.math.top_k(scores, k=scores.shape[0], sorted=True).indices
     fits = tf.cumsum(tf.gather(tf.cast(sizes, tf.int64), order)) <= tf.cast(budget, tf.int64)
-    # Scattered as numbers: not every device scatters booleans.
+    # Scattered as integers, since not every device scatters booleans.
     kept = tf.scatter_nd(order[:, tf.newaxis], tf.cast(fits, tf.int32), tf.shape(scores))
     return kept > 0
 
 
 def largest_per_row(scores: Any, count: Any) -> tf.Tensor:
-    """Return a mask of the `count` largest entries along the last axis; of equals the first ones.
+    """Return a mask of the `count` largest entries along the last axis; among equals, the first.
 
-    Meant for a short last axis (m of n:m sparsity): it compares all pairs along it.
+    It compares all pairs along the last axis, which should be short (m of n:m sparsity).
 
     Args:
         scores: `(..., m)`, floats.
@@ -112,7 +110,7 @@ def largest_per_row(scores: Any, count: Any) -> tf.Tensor:
 
 
 def _ordered_integers(scores: tf.Tensor) -> tf.Tensor:
-    """Return integers that are in the same order as the floats: their bits, negatives mirrored."""
+    """Return integers in the same order as the floats: their bits, mirrored for negative ones."""
     integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
     bits = tf.bitcast(scores, integer)
     bits = tf.where(tf.equal(bits, integer.min), tf.zeros_like(bits), bits)  # -0.0 is 0.0
@@ -120,7 +118,7 @@ def _ordered_integers(scores: tf.Tensor) -> tf.Tensor:
 
 
 def _nth_largest(values: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """Return the largest integer that `count` entries reach: their sign first, then bit by bit."""
+    """Return the largest integer that at least `count` entries reach, found bit by bit."""
     zero = tf.zeros((), values.dtype)
     found = tf.where(_count(values >= zero) >= count, zero, zero + values.dtype.min)
 

@@ -1,4 +1,4 @@
-"""What a pruning schedule says over many steps: where it leads, and when masks are renewed.
+"""Evaluation of pruning schedules over many steps: final sparsity and renewals of the masks.
 
 A schedule is any callable from a step, counted from 1, to (whether to renew the masks, sparsity).
 """
@@ -14,18 +14,18 @@ import tensorflow as tf
 Schedule = Callable[[Any], tuple[Any, Any]]
 
 _FAR = 2**31 - 1  # a step after the end of any schedule
-_LOOK_AHEAD = 1_000_000  # steps that a schedule is asked about at the most, all in one call
-_LOOK_AHEAD_ONE_BY_ONE = 20_000
+_LOOK_AHEAD = 1_000_000  # the most steps that are evaluated, all in one call
+_LOOK_AHEAD_ONE_BY_ONE = 20_000  # the same where each step is a call
 
 
 def final_sparsity(schedule: Schedule) -> float:
-    """Return the sparsity that a schedule gives in the end: at step 2^31 - 1."""
-    # What is stored as float32 is meant as the decimal that it is nearest to: 0.9, not 0.89999998.
+    """Return the final sparsity of a schedule: that at step 2^31 - 1."""
+    # A float32 is converted to its shortest decimal: 0.9, not 0.89999998.
     return float(str(np.float32(schedule(tf.constant(_FAR, tf.int64))[1])))
 
 
 def is_at_once(schedule: Schedule) -> bool:
-    """Tell whether a schedule asks for its final sparsity at step 1."""
+    """Return whether a schedule reaches its final sparsity at step 1."""
     due, sparsity = schedule(tf.constant(1, tf.int64))
     return bool(due) and float(np.float32(sparsity)) == np.float32(final_sparsity(schedule))
 
@@ -37,8 +37,8 @@ def due_between(
 
     Args:
         schedule: a schedule of TensorFlow operations.
-        before: int64 scalar, the last step that the masks were looked at.
-        now: int64 scalar, the present step; as a rule the one after `before`.
+        before: int64 scalar, the last step at which masks were checked.
+        now: int64 scalar, the current step, usually `before` + 1.
     """
     due, sparsity = schedule(now)
     due = tf.convert_to_tensor(due) & (now > before)
@@ -53,12 +53,12 @@ def due_between(
 def renewals(schedule: Schedule, last: int) -> list[tuple[int, float]] | None:
     """Return the steps up to `last` at which masks are renewed, with the sparsity at each.
 
-    None if the schedule would have to be asked about too many steps.
+    None if the schedule would have to be evaluated at too many steps.
     """
     if last > _LOOK_AHEAD:
         return None
     steps = tf.range(1, last + 1, dtype=tf.int64)
-    try:  # most schedules are arithmetic, and take a vector of steps as well
+    try:  # most schedules are arithmetic, and accept a vector of steps as well
         due, sparsity = schedule(steps)
         due, sparsity = np.asarray(due), np.asarray(sparsity)
         is_vector = due.shape == (last,) and sparsity.shape in ((last,), ())

@@ -17,31 +17,31 @@ from tscnc_tf.losses.terms import kl_divergence, lifted
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class RSLAD(RobustLoss):
-    r"""Robust soft labels: a robust teacher's clean output is the target, clean and adversarial.
+    r"""Robust soft labels: a robust teacher's clean output is the target of both terms.
 
     .. math:: (1 - \alpha)\,\mathrm{KL}(T(x) \| S(x)) + \alpha\,\mathrm{KL}(T(x) \| S(x'))
 
     with T the softmax of the teacher's logits in inference mode, S that of the network in training,
     and x' found by ascent on :math:`\mathrm{KL}(T(x) \| S(x'))`, from x + 0.001 N(0, 1). (An attack
-    that starts at x, as FGSM does, ascends cross-entropy, as it does with TRADES.) The temperature
-    is 1, and labels play no part. A step runs the teacher once, on the clean batch.
+    that starts at x, such as FGSM, ascends cross-entropy instead, as with TRADES.) The temperature
+    is 1, and labels are not used. A step runs the teacher once, on the clean batch.
 
-    The teacher is not trained, and neither its weights nor its averages change. It is no part of
-    the trainer, nor of its files: a trainer that was loaded has none, and is given it again by
-    `trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)` before it goes on.
+    The teacher is not trained: neither its weights nor its moving averages change. It is not saved
+    with the trainer; after loading a trainer, set it again by
+    `trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)` before training.
 
-    The divergence is a sum over the classes. The authors' code takes the mean over them, so on
-    CIFAR-10 its loss is a tenth of this one, and weight decay weighs ten times as much beside it.
+    The divergence is a sum over the classes. The authors' code takes the mean, so on CIFAR-10 its
+    loss is a tenth of this one, and weight decay has ten times the relative weight.
 
     Args:
         teacher: returns logits for the same inputs and classes as the network in training. A built
-            model of either Keras, whichever the network is of, or a function of TensorFlow
-            operations; None is a teacher that is yet to be given. Under a distribution strategy it
-            is best made in the strategy's scope, so that each device has a copy.
-        alpha: the weight of the adversarial half, in [0, 1].
+            model of either Keras (not necessarily the network's), or a function of TensorFlow
+            operations; None to set it later. Under a distribution strategy, build it in the
+            strategy's scope, so that each device has a copy.
+        alpha: the weight of the adversarial term, in [0, 1].
 
     Raises:
-        TypeError: teacher is no model and not callable.
+        TypeError: teacher is neither a model nor callable.
         ValueError: teacher is not built, or does not return logits; alpha is outside of [0, 1].
 
     Example:
@@ -68,7 +68,7 @@ class RSLAD(RobustLoss):
             _require_logits(self.teacher)
 
     def with_teacher(self, teacher: Any) -> Self:
-        """Return this loss with another teacher."""
+        """Return a copy of this loss with another teacher."""
         return dataclasses.replace(self, teacher=teacher)
 
     def reference(self, x: tf.Tensor) -> tf.Tensor:
@@ -79,8 +79,8 @@ class RSLAD(RobustLoss):
         """
         if self.teacher is None:
             raise ValueError(
-                "RSLAD has no teacher, which is not saved with a trainer: before training goes on, "
-                "set trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)."
+                "RSLAD has no teacher, which is not saved with a trainer: before training, set "
+                "trainer.robust_loss = trainer.robust_loss.with_teacher(teacher)."
             )
         logits = _keras.inference(self.teacher)(tf.convert_to_tensor(x))
         models.number_of_logits("teacher", logits)
@@ -93,13 +93,13 @@ class RSLAD(RobustLoss):
         adversarial_logits: Any,
         reference_logits: Any = None,
     ) -> tf.Tensor:
-        """Return the weighted sum of both divergences per example; labels play no part in it.
+        """Return the weighted sum of both divergences per example, shape `(batch,)`.
 
         Args:
-            labels: not looked at.
+            labels: not used.
             clean_logits: of the network in training, `(batch, classes)`.
-            adversarial_logits: of the same, `(batch, classes)`.
-            reference_logits: what `reference` returned for the clean batch, `(batch, classes)`.
+            adversarial_logits: likewise, for the adversarial batch.
+            reference_logits: the result of `reference` for the clean batch, `(batch, classes)`.
 
         Raises:
             ValueError: `reference_logits` are missing, or of another number of classes.
@@ -116,7 +116,7 @@ class RSLAD(RobustLoss):
 
 
 def _require_logits(teacher: Any) -> None:
-    """Raise unless the teacher returns logits, as far as that is seen before it runs."""
+    """Raise unless the teacher returns logits, as far as can be checked before training."""
     if _keras.flavour(teacher) is not None:
         _keras.library("teacher", teacher)
         _keras.require_built("teacher", teacher)

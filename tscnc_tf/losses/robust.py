@@ -1,4 +1,4 @@
-"""Losses of robust training: the objective of the adversary and the loss of the step."""
+"""Losses of robust training: the adversary's objective, and the loss of a training step."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tscnc_tf.losses.terms import cross_entropy, is_true_class, kl_divergence, l
 
 @dataclasses.dataclass(frozen=True)
 class RobustLoss(_configs.Configurable, abc.ABC):
-    """Base of the losses of robust training: what the adversary ascends, what training descends.
+    """Base of the losses of robust training.
 
     Per example, a training step descends `robust(labels, clean_logits, adversarial_logits)`, plus
-    the clean loss where `adds_clean_loss` says so.
+    the clean loss if `adds_clean_loss`.
 
     Attributes:
-        objective: what the loss's own adversary ascends, "cross_entropy" or "kl".
-        start: where that adversary starts: "uniform" in the ball, or "gaussian", x + 0.001 N(0, 1).
-        uses_clean: whether the clean batch takes part in the training forward pass.
+        objective: the objective that the adversary ascends, "cross_entropy" or "kl".
+        start: the adversary's start: "uniform" in the ball, or "gaussian", x + 0.001 N(0, 1).
+        uses_clean: whether the training forward pass includes the clean batch.
         adds_clean_loss: whether cross-entropy on the clean batch is added to the robust term.
     """
 
@@ -39,15 +39,15 @@ class RobustLoss(_configs.Configurable, abc.ABC):
 
         Args:
             labels: see `tscnc_tf.losses`.
-            clean_logits: `(batch, classes)`; not looked at where `uses_clean` is False.
+            clean_logits: `(batch, classes)`; not used if `uses_clean` is False.
             adversarial_logits: `(batch, classes)`.
         """
 
     def reference(self, x: tf.Tensor) -> tf.Tensor | None:  # noqa: ARG002
-        """Return logits that stand for the network's own clean ones, None if there are none.
+        """Return logits to use in place of the network's clean logits; None (default) for none.
 
-        A training step asks once, outside of the attack. The adversary of objective "kl" maximizes
-        the divergence from them, and `robust` is given them as `reference_logits`.
+        A training step calls this once, outside of the attack. The adversary of objective "kl"
+        maximises the divergence from them, and `robust` gets them as `reference_logits`.
 
         Args:
             x: the clean batch.
@@ -92,7 +92,7 @@ class TRADES(RobustLoss):
         object.__setattr__(self, "beta", _checks.factor("beta", self.beta))
 
     def robust(self, labels: Any, clean_logits: Any, adversarial_logits: Any) -> tf.Tensor:  # noqa: ARG002
-        """Return beta times the KL divergence per example; labels play no part in it."""
+        """Return beta times the KL divergence per example; labels are not used."""
         return self.beta * kl_divergence(clean_logits, adversarial_logits)
 
 
@@ -100,7 +100,7 @@ class TRADES(RobustLoss):
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class Madry(RobustLoss):
-    r"""Adversarial training: cross-entropy on the adversarial example alone.
+    r"""Madry's adversarial training: cross-entropy on the adversarial example only.
 
     .. math:: \mathrm{CE}(y, f(x'))
 
@@ -115,7 +115,7 @@ class Madry(RobustLoss):
     """
 
     def robust(self, labels: Any, clean_logits: Any, adversarial_logits: Any) -> tf.Tensor:  # noqa: ARG002
-        """Return the cross-entropy of the adversarial logits; the clean ones play no part in it."""
+        """Return the cross-entropy of the adversarial logits; the clean ones are not used."""
         return cross_entropy(labels, adversarial_logits)
 
 

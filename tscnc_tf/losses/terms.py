@@ -92,19 +92,19 @@ def log_odds(labels: Any, logits: Any) -> tf.Tensor:
     r"""Return the log-odds of not being `y`, :math:`\log\sum_{k\ne y} e^{z_k} - z_y`, per example.
 
     With :math:`p = \mathrm{softmax}(z)` it is :math:`\log((1 - p_y)/p_y)`, so that cross-entropy is
-    `softplus(log_odds)`: both rank all inputs alike and their gradients point the same way. But the
-    gradient of cross-entropy has the factor :math:`1 - p_y`, which rounds to 0 on an example
-    that the network is certain of, where this one does not vanish.
+    `softplus(log_odds)`: both rank all inputs equally, and their gradients have the same direction.
+    But the gradient of cross-entropy has the factor :math:`1 - p_y`, which rounds to 0 where the
+    network is confident, while that of the log-odds does not vanish.
 
-    Soft labels q, of shape `(batch, classes)`, say how far each class is one of the example's own:
+    Soft labels q, of shape `(batch, classes)`, define the weight m of each class:
 
     .. math:: \log\frac{1 - P}{P}, \qquad P = \sum_k m_k p_k, \qquad
         m_k = \frac{q_k - \min q}{\max q - \min q}
 
-    so smoothing changes nothing (m stays what it is), and of a mixture in equal parts it is the
-    log-odds of being neither class. (Cross-entropy would not do: with q it is least where p is q,
-    and grows as p gets more certain than that, so ascent would raise the confidence.) Where
-    all entries are equal, y is the first class.
+    so label smoothing has no effect (m does not change), and for an equal mixture of two classes it
+    is the log-odds of neither class. (Cross-entropy with q is minimal at p = q, and grows as p
+    becomes more confident, so its ascent could raise the confidence.) If all entries are equal, y
+    is the first class.
 
     Args:
         labels: see `tscnc_tf.losses`.
@@ -134,8 +134,8 @@ def _soft_log_odds(rows: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     width = tf.reduce_max(rows, axis=-1, keepdims=True) - smallest
     first = tf.one_hot(tf.zeros_like(width[:, 0], tf.int64), tf.shape(rows)[1], dtype=rows.dtype)
     share = tf.where(width > 0, tf.math.divide_no_nan(rows - smallest, width), first)
-    # The shift doesn't change the value, but the gradient's rounding: the top class's is now
-    # minus the sum of the others', where 1 - 1 would be noise larger than they are.
+    # The shift changes the rounding of the gradient only: that of the top class is computed as
+    # minus the sum of the others, instead of 1 - 1 with a larger rounding error.
     top = tf.argmax(logits, axis=-1)
     logits = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]
 
@@ -148,12 +148,12 @@ def _soft_log_odds(rows: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 def margin(labels: Any, logits: Any) -> tf.Tensor:
-    r"""Return how far the best wrong class leads, :math:`\max_{k\ne y} z_k - z_y`, per example.
+    r"""Return the lead of the best wrong class, :math:`\max_{k\ne y} z_k - z_y`, per example.
 
-    It is negative where the example is classified correctly.
+    It is negative if the example is classified correctly.
 
     Args:
-        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        labels: see `tscnc_tf.losses`; y of soft labels is the largest entry.
         logits: `(batch, classes)`, any float dtype, at least two classes.
 
     Raises:
@@ -176,11 +176,11 @@ def dlr(labels: Any, logits: Any) -> tf.Tensor:
     .. math:: \mathrm{DLR}(y, z) = -\frac{z_y - \max_{k\ne y} z_k}{z_{\pi_1} - z_{\pi_3}}
 
     with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits. Unlike cross-entropy and
-    margin it does not change when all logits are shifted or scaled; it lies in [-1, 0] for an
-    example that is classified correctly.
+    margin it is invariant to shifting and scaling the logits; it lies in [-1, 0] if the example is
+    classified correctly.
 
     Args:
-        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        labels: see `tscnc_tf.losses`; y of soft labels is the largest entry.
         logits: `(batch, classes)`, any float dtype, at least three classes.
 
     Raises:
@@ -196,7 +196,7 @@ def dlr(labels: Any, logits: Any) -> tf.Tensor:
     """
     logits = lifted(logits, classes=3)
     largest = tf.math.top_k(logits, k=3).values
-    # The same small number as in the authors' code; it acts only where three logits are equal.
+    # The constant of the authors' code; it matters only if three logits are equal.
     return margin(labels, logits) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
@@ -206,14 +206,13 @@ def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
     .. math:: \mathrm{DLR}(y, t, z) =
         -\frac{z_y - z_t}{z_{\pi_1} - \frac12 (z_{\pi_3} + z_{\pi_4})}
 
-    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits. It is positive where t leads
-    y.
-    With fewer than four classes it is the numerator alone, :math:`z_t - z_y`: there is no fourth
-    logit, and of three the ratio to :math:`z_{\pi_1} - z_{\pi_3}` would be constant where t is the
-    least likely class.
+    with :math:`z_{\pi_1} \ge z_{\pi_2} \ge \dots` the sorted logits. It is positive if
+    :math:`z_t > z_y`. With fewer than four classes it is the numerator only, :math:`z_t - z_y`:
+    there is no fourth logit, and with three classes the ratio to :math:`z_{\pi_1} - z_{\pi_3}`
+    would be constant if t is the least likely class.
 
     Args:
-        labels: see `tscnc_tf.losses`; of soft labels, the largest entry is y.
+        labels: see `tscnc_tf.losses`; y of soft labels is the largest entry.
         targets: the classes t, integers `(batch,)`.
         logits: `(batch, classes)`, any float dtype, at least two classes.
 
@@ -237,7 +236,7 @@ def targeted_dlr(labels: Any, targets: Any, logits: Any) -> tf.Tensor:
 
 
 def lifted(logits: Any, classes: int = 2) -> tf.Tensor:
-    """Return logits in float32 at least, having checked their form."""
+    """Return logits in float32 (or float64), after checking dtype, rank and number of classes."""
     logits = tf.convert_to_tensor(logits)
     if not logits.dtype.is_floating or logits.shape.rank != 2:
         raise ValueError(
@@ -266,14 +265,14 @@ def is_true_class(labels: Any, logits: tf.Tensor) -> tf.Tensor:
 
 
 def split(labels: Any, logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the true class's logit `(batch,)`, and the logits with the lowest number there."""
+    """Return the true class's logit `(batch,)`, and the logits with the dtype's minimum there."""
     is_true = is_true_class(labels, logits)
     true = tf.reduce_sum(tf.where(is_true, logits, 0.0), axis=-1)
     return true, tf.where(is_true, logits.dtype.min, logits)
 
 
 def _agree(size: int | None, other: Any) -> bool:
-    """Tell whether two sizes may be equal, as far as is known before the graph runs."""
+    """Return whether two sizes are equal, or one of them is not known statically."""
     other = _static(other)
     return size is None or other is None or size == other
 
