@@ -7,7 +7,10 @@ not from their values.
 from __future__ import annotations
 
 import importlib.util
+import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +23,10 @@ import tensorflow as tf
 import tscnc_tf as tscnc
 from benchmarks import emulation, measure, networks, record
 from benchmarks.litert import IN_A_ROW, inference
+from benchmarks.study.report import insert
 from tscnc_tf.applications import LeNet5
 
+DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
 SPARSITIES = (0.9, 0.95, 0.99)
 # The shares of filters whose removal leaves about as many weights.
 FILTERS = {0.9: 0.68, 0.95: 0.78, 0.99: 0.9}
@@ -29,10 +34,33 @@ _INNER = ["stage_2_conv_1", "hidden_1"]
 # Where all weights are multiplied, zero or not: one share of zeros is enough to see it.
 _DENSE_ONLY = ("ONNX Runtime", "SavedModel", "SavedModel, XLA")
 _RUN_IN_ALL = 0.99
+_MICRO, _EMULATED = "LiteRT for microcontrollers", "LiteRT without AVX"
+_SINGLE = (_MICRO, _EMULATED)  # that are timed one inference at a time
+_COLUMNS = (_EMULATED, *_DENSE_ONLY, _MICRO)
+_CANNOT, _WRONG = "can't be loaded", "returns wrong logits, without an error"
+_CRASHES = "crashes"
+_FAULTS = {_CANNOT: "not loaded", _WRONG: "wrong", _CRASHES: "crashes"}
+_SCRIPT = """
+import json, sys, time
+import numpy as np
+from tflite_micro.python.tflite_micro import runtime
+
+interpreter = runtime.Interpreter.from_file(sys.argv[1])
+x = np.random.default_rng(0).random(tuple(map(int, sys.argv[3:])), np.float32)
+interpreter.set_input(x, 0)
+seconds = []
+for _ in range(1 + int(sys.argv[2])):
+    begin = time.perf_counter()
+    interpreter.invoke()
+    seconds.append(time.perf_counter() - begin)
+print(json.dumps([seconds[1:], interpreter.get_output(0).tolist()]))
+"""
 
 
 def run(options: record.Options) -> None:
     """Export, time one inference in the same rounds, print a table and write `runtimes.json`.
+
+    The table of `docs/export.md` is made from it.
 
     Raises:
         RuntimeError: QEMU is not installed.
@@ -71,10 +99,10 @@ def run(options: record.Options) -> None:
         )
         outcomes = emulation.run(map(pathlib.Path, files.values()), options.pick("rounds", 20, 2))
     for name, outcome in outcomes.items():
-        times[f"LiteRT without AVX: {name}"] = _of_one_clock(outcome.seconds)
+        times[f"{_EMULATED}: {name}"] = _of_one_clock(outcome.seconds)
     for name, seconds in micro.items():
         if isinstance(seconds, list):
-            times[f"LiteRT for microcontrollers: {name}"] = _of_one_clock(seconds)
+            times[f"{_MICRO}: {name}"] = _of_one_clock(seconds)
     ratios = {name: _times_as_fast(times, name) for name in times}
     path = record.write(
         options,
@@ -91,12 +119,43 @@ def run(options: record.Options) -> None:
             },
         },
     )
+    if not options.smoke:
+        insert(DOCUMENT, "runtimes", table(json.loads(path.read_text(encoding="utf-8"))))
     rows = [(name, *record.milliseconds(timing)) for name, timing in times.items()]
     notes = [f"{name}: {ratio:.2f} times as fast as dense" for name, ratio in ratios.items()]
     notes += [f"{name}: {found}" for name, found in sizes.items()]
     notes += [f"microcontrollers, {n}: {f}" for n, f in micro.items() if isinstance(f, str)]
     title = f"{IN_A_ROW} inferences in a row (the last two: one), float32, {rounds} rounds"
     record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return what `runtimes.json` holds as the table of `docs/export.md`, in Markdown.
+
+    Bytes are shares of the dense file of the same network and format, times say how many times as
+    fast as dense it is by the same runtime; of dense networks both are absolute.
+    """
+    head = ["network", "bytes: LiteRT", "ONNX", "time: LiteRT", *_COLUMNS]
+    rows = []
+    for name, sizes in found["bytes"].items():
+        dense = found["bytes"][f"{name.partition(',')[0]}, dense"]
+        is_dense = sizes is dense
+        cells = [name]
+        for form in ("LiteRT", "ONNX"):
+            share = f"{sizes[form] / dense[form]:.3f}" if form in sizes else ""
+            cells.append(f"{sizes[form] / 1000:,.0f} kB" if is_dense else share)
+        for runtime in ("LiteRT", *_COLUMNS):
+            place = f"{runtime}: {name}"
+            outcome = found["microcontrollers"][name] if runtime == _MICRO else ""
+            cells.append(_FAULTS.get(outcome.partition(":")[0], ""))
+            if place in found["times"]:
+                seconds = found["times"][place]["wall"]["median"]
+                each = seconds / (1 if runtime in _SINGLE else IN_A_ROW)
+                ratio = f"{found['times_as_fast_as_dense'][place]:.2f}"
+                cells[-1] = f"{1e3 * each:.3g} ms" if is_dense else ratio
+        rows.append(cells)
+    lines = [head, ["---"] * len(head), *sorted(rows, key=lambda row: row[0].partition(",")[0])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _networks(smoke: bool) -> Iterator[tuple[str, Any, float]]:
@@ -156,23 +215,20 @@ def _in_a_row(function: Callable[[], Any]) -> Callable[[], None]:
 def _in_micro(path: str, model: Any, rounds: int) -> list[float] | str:
     """Return the seconds of inferences by LiteRT for microcontrollers on this machine, or why not.
 
-    It is its portable code, without the kernels that a microcontroller's maker adds.
+    It is its portable code, without the kernels that a microcontroller's maker adds. It reads past
+    the end of kernels that it takes for dense ones, hence a process of its own.
     """
     if importlib.util.find_spec("tflite_micro") is None:
         return "not tried: needs pip install tflite-micro"
-    from tflite_micro.python.tflite_micro import runtime
-
     x = np.random.default_rng(0).random((1, *model.input_shape[1:]), np.float32)
-    try:
-        interpreter = runtime.Interpreter.from_file(path)
-    except RuntimeError as error:
-        return f"can't be loaded: {error}"
-    interpreter.set_input(x, 0)
-    interpreter.invoke()
-    if not np.allclose(interpreter.get_output(0), model(x, training=False), atol=1e-4):
-        return "returns wrong logits, without an error"
-    timed = measure.interleaved({path: interpreter.invoke}, min(rounds, 20))
-    return list(timed[path].wall.values)
+    command = [sys.executable, "-c", _SCRIPT, path, str(min(rounds, 20)), *map(str, x.shape)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "DENSIFY" in line]
+        return f"{_CANNOT}: {lines[0]}" if lines else f"{_CRASHES}: {done.returncode}"
+    seconds, outputs = json.loads(done.stdout.splitlines()[-1])
+    is_right = np.allclose(np.array(outputs, np.float32), model(x, training=False), atol=1e-4)
+    return seconds if is_right else _WRONG
 
 
 def _of_one_clock(seconds: list[float]) -> measure.Timing:

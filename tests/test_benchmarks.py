@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import emulation, measure, memory, networks, streaming
+from benchmarks import runtimes as runtimes_module
 from benchmarks.__main__ import BENCHMARKS, main
 from tscnc_tf._keras import layers
 
@@ -297,6 +298,20 @@ def test_runtimes_are_held_against_the_dense_network(tmp_path):
     assert sizes["LeNet-5, dense"]["LiteRT"] > sizes["LeNet-5, filters 0.99"]["LiteRT"]
     assert sizes["LeNet-5, dense"]["ONNX"] == sizes["LeNet-5, blocks 0.99"]["ONNX"]
     assert found["microcontrollers"].keys() == sizes.keys()
+    lines = runtimes_module.table(found).splitlines()
+    row = next(line.split(" | ") for line in lines if line.startswith("| LeNet-5, blocks 0.99"))
+    share = sizes["LeNet-5, blocks 0.99"]["LiteRT"] / sizes["LeNet-5, dense"]["LiteRT"]
+    ratio = found["times_as_fast_as_dense"]["ONNX Runtime: LeNet-5, blocks 0.99"]
+    assert (row[1], row[5]) == (f"{share:.3f}", f"{ratio:.2f}")
+
+
+def test_the_table_of_runtimes_is_that_of_its_file():
+    path = ROOT / "benchmarks" / "results" / "runtimes.json"
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    if path.is_file():
+        assert runtimes_module.table(json.loads(path.read_text(encoding="utf-8"))) in text
+    else:
+        assert "<!-- begin: runtimes -->\n<!-- end: runtimes -->" in text
 
 
 def test_the_step_on_a_gpu_is_timed_in_mixed_precision_and_refused_without_one(tmp_path):

@@ -11,6 +11,8 @@ not repeated here:
 * layers that tfmot's own wrappers can't prune, and what they don't save: test_pruning.py
 * the figures of the sizes, of the speed check and of compaction one by one:
   test_speed_and_sizes.py, test_compaction.py
+* sparse LiteRT files: what they hold, and that they are run: test_sparse_litert.py,
+  test_sparse_inference.py
 """
 
 from __future__ import annotations
@@ -455,6 +457,8 @@ def test_a_file_is_smaller_only_if_compressed_and_the_report_says_by_how_much(li
     after = tscnc.inspection.sizes(model)
     assert raw == pytest.approx(dense, rel=0.01)
     assert compressed < 0.3 * dense_gzip
+    file = tscnc.export_litert(model, tmp_path / "sparse.tflite", sparse=True)
+    assert file.file_bytes < 0.4 * file.dense_bytes
 
     count = 64 * 128 + 128 + 128 * 3 + 3
     assert after.dense_bytes == before.dense_bytes == 4 * count < raw

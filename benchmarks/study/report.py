@@ -228,7 +228,7 @@ def shares(plan: Plan) -> dict[str, dict[str, float]]:
     """
     if plan.name != "structure" or not TIMES.is_file():
         return {}
-    settings = json.loads(TIMES.read_text(encoding="utf-8"))["settings"]
+    settings = json.loads(TIMES.read_text(encoding="utf-8")).get("settings", {})
     return {setting: each["share_of_dense"] for setting, each in settings.items()}
 
 

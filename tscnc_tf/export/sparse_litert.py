@@ -25,9 +25,9 @@ _READERS = ("DENSIFY", "FULLY_CONNECTED")
 _EMPTY = "it has no entries"
 _TOO_LARGE = "no smaller in sparse form"
 _NOT_RUN = "LiteRT does not run this layer on a kernel that is made dense on loading"
-# The converter writes a sparse form only where more than this share of the weights is zero.
+# The converter writes a sparse form only where at least this share of the weights is zero.
 _SHARE = 0.3
-_FEW = "no more than 30 % of its weights are zero, where the converter writes no sparse form"
+_FEW = "less than 30 % of its weights are zero, where the converter writes no sparse form"
 _LEFT = "the converter has left it so"
 
 
@@ -71,7 +71,7 @@ def _unwritten(file: File, tensor: Any) -> str:
     """Return why the converter has written no sparse form."""
     kernel = file.array(tensor)
     zeros = kernel.size - np.count_nonzero(kernel)
-    return _LEFT if zeros > _SHARE * kernel.size else _FEW
+    return _FEW if zeros < _SHARE * kernel.size else _LEFT
 
 
 def _fault(file: File, graph: Any, number: int) -> str:
