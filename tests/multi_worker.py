@@ -101,7 +101,9 @@ def refused(strategy: tf.distribute.Strategy) -> list[str]:
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)], name="small")
         for use in (
             lambda: tscnc.prune(model, tscnc.schedules.OneShot(0.5)),
-            lambda: tscnc.AdversarialTraining(model, attack=tscnc.attacks.FGSM(epsilon=0.1)),
+            lambda: tscnc.AdversarialTraining(
+                model, attack=tscnc.attacks.FGSM(epsilon=0.1), loss=tscnc.losses.Madry()
+            ),
         ):
             try:
                 use()
