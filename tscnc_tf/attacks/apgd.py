@@ -1,4 +1,4 @@
-"""APGD: gradient ascent whose step sizes adapt to its progress."""
+"""APGD: projected gradient ascent with adaptive step sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tscnc_tf.attacks.search import (
 )
 from tscnc_tf.functional import balls
 
-# What each loss is called as the objective of an ascent.
+# The objective of `Ascent` for each loss.
 _OBJECTIVES = {
     None: None,
     "ce": "cross_entropy",
@@ -34,16 +34,16 @@ _LOSSES = {objective: loss for loss, objective in _OBJECTIVES.items()}
 _MOMENTUM = 0.25
 _RHO = 0.75  # the share of successful steps below which the step size is halved
 
-# In l1 the radius is 3, then 2, then 1 times epsilon; the last for the rest of the steps.
+# In l1: radii in units of epsilon, each with its share of the steps; the last takes the rest.
 _RADII = ((3, 0.3), (2, 0.3), (1, 0.4))
-_DENSER = 1.5  # what the share of entries that move is the next number of changed ones divided by
-_SPARSER = 0.95  # below this share of its last value, the number of changed entries has fallen
+_DENSER = 1.5  # the number of changed entries divided by the number that a step moves
+_SPARSER = 0.95  # below this ratio to its last value, the number of changed entries has fallen
 
 
 class _State(NamedTuple):
-    """Where an attempt is; `best` has the largest loss, `adversarial` fools the model.
+    """State of an attempt.
 
-    What `memory` holds depends on the rule of the steps.
+    `best` has the largest loss, `adversarial` fools the model; `memory` belongs to the step rule.
     """
 
     point: tf.Tensor
@@ -62,11 +62,11 @@ class _State(NamedTuple):
     def result(self) -> tf.Tensor:
         return choose(self.fooled, self.adversarial, self.best)
 
-    def back_to_best(self, is_back: tf.Tensor, step_size: tf.Tensor, memory: Any) -> _State:
-        """Return this state with a new step size, and where told the best point so far."""
+    def reset_to_best(self, is_reset: tf.Tensor, step_size: tf.Tensor, memory: Any) -> _State:
+        """Return this state with new step sizes, at the best point so far where `is_reset`."""
         return self._replace(
-            point=choose(is_back, self.best, self.point),
-            gradient=choose(is_back, self.best_gradient, self.gradient),
+            point=choose(is_reset, self.best, self.point),
+            gradient=choose(is_reset, self.best_gradient, self.gradient),
             step_size=step_size,
             memory=memory,
         )
@@ -76,7 +76,7 @@ class _State(NamedTuple):
 @_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class APGD(Search, GradientAttack):
-    r"""Auto-PGD: projected gradient ascent with momentum and a step size that adapts itself.
+    r"""Auto-PGD: projected gradient ascent with momentum and an adaptive step size.
 
     .. math:: z_{t+1} = \Pi\left(x'_t + \eta_t\,s(\nabla_x L(x'_t, y))\right), \qquad
         x'_{t+1} = \Pi\left(x'_t + 0.75\,(z_{t+1} - x'_t) + 0.25\,(x'_t - x'_{t-1})\right)
@@ -84,32 +84,33 @@ class APGD(Search, GradientAttack):
     with s and :math:`\Pi` as in `PGD`, and :math:`\eta_0 = 2 \epsilon`. After 22 % of the steps,
     and then at intervals that shrink by 3 % down to 6 % of them, an example's step size is halved
     if the objective grew in at most 75 % of the interval's steps, or if neither step size nor best
-    objective has changed since the last look; it then goes on from the best point so far.
+    objective has changed since the last check; it then continues from the best point so far.
 
-    In l1 a step goes along the signs of the largest entries of the gradient, without momentum, and
+    In l1 a step has the signs of the largest entries of the gradient, without momentum, and
     :math:`\Pi` projects onto the intersection of the ball and the bounds. The radius is 3 epsilon
-    for 30 % of the steps, 2 epsilon for the next 30 %, and epsilon for the rest, each begun with
-    the projection of the best point before it. Of the n entries, a step moves as many as the best
-    point has changed, divided by 1.5. At intervals of 4 % of a radius' steps, the step size is the
-    radius again where that number has fallen by more than 5 %, and the attack goes on from the best
-    point; elsewhere it is divided by 1.5, down to a tenth of the radius.
+    for 30 % of the steps, 2 epsilon for the next 30 %, and epsilon for the rest, each starting from
+    the projection of the best point so far. The number of entries that a step moves is the number
+    of entries in which the best point differs from x, divided by 1.5. At intervals of 4 % of a
+    radius' steps, if that number has fallen by more than 5 %, the step size is reset to the radius,
+    and the attack continues from the best point; otherwise the step size is divided by 1.5, down to
+    a tenth of the radius.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf", "l2" or "l1".
-        loss: what to ascend. "ce": cross-entropy; "dlr": difference of logits ratio; "kl": away
-            from the clean output; "targeted_dlr": towards one other class after the other, the most
-            likely ones first. None is open to `with_defaults`, and "ce" alone.
+        loss: the objective to ascend. "ce": cross-entropy; "dlr": difference of logits ratio; "kl":
+            divergence from the clean output; "targeted_dlr": towards each of several wrong classes
+            in turn, the most likely ones first. None for the default of `with_defaults`, or "ce".
         steps: the number of steps, >= 1.
         restarts: the number of attempts (per target class), >= 1.
-        target_classes: the number of classes that "targeted_dlr" tries, at most those that there
-            are but for the true one; None for 9. None for the other losses.
-        eot: over how many evaluations of the model a gradient is averaged, for a model whose output
-            changes from call to call.
+        target_classes: the number of classes that "targeted_dlr" tries, at most all wrong ones;
+            None for 9. It must be None for other losses.
+        eot: the number of evaluations of the model over which a gradient is averaged, for a model
+            with random outputs.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError, ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is not as described.
         ValueError: when called with loss "dlr", the model has fewer than 3 classes.
 
     Example:
@@ -151,13 +152,13 @@ class APGD(Search, GradientAttack):
             self._set("target_classes", count)
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:  # noqa: ARG002
-        """Return this attack with its loss filled in, if it leaves that open."""
+        """Return this attack with a default for its loss, if that is None."""
         if self.loss is not None or objective not in _LOSSES:
             return self
         return dataclasses.replace(self, loss=_LOSSES[objective])
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack, with nothing left open."""
+        """Return the description for reports, with defaults resolved."""
         return super().describe() | {"target_classes": self._targets, "eot": self.eot}
 
     @property
@@ -175,7 +176,7 @@ class APGD(Search, GradientAttack):
 
     @property
     def _targets(self) -> int | None:
-        """The number of classes to try, at most, if the loss has targets."""
+        """The most classes to try, None if the loss has no targets."""
         if self.loss != "targeted_dlr":
             return None
         return TARGET_CLASSES if self.target_classes is None else self.target_classes
@@ -251,7 +252,7 @@ class APGD(Search, GradientAttack):
         return rule.review(examples.x, state, new, index)
 
     def _measured(self, ascent: Ascent, point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Return the score at a point, whether that fools the model, and the gradient."""
+        """Return the score at a point, whether the model is fooled there, and the gradient."""
 
         def measure() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             logits, gradient = ascent.logits_and_gradient(point)
@@ -275,12 +276,12 @@ class APGD(Search, GradientAttack):
 
 
 class _Progress(NamedTuple):
-    """What decides in linf and l2 whether a step size is halved.
+    """State for halving step sizes in linf and l2.
 
     Attributes:
-        gains: in how many steps of this interval the score grew.
-        checked_score: the best score at the last look.
-        was_halved: whether the step size was halved then.
+        gains: the number of steps of the current interval in which the score grew.
+        checked_score: the best score at the last check.
+        was_halved: whether the step size was halved at the last check.
     """
 
     gains: tf.Tensor
@@ -289,7 +290,7 @@ class _Progress(NamedTuple):
 
 
 class _DenseSteps:
-    """The steps of linf and l2: all entries move, with momentum."""
+    """The step rule of linf and l2: all entries move, with momentum."""
 
     def __init__(self, attack: APGD) -> None:
         self._attack = attack
@@ -306,11 +307,11 @@ class _DenseSteps:
         return _Progress(zeros, score, tf.equal(zeros, 0))
 
     def is_within(self, index: Any) -> tf.Tensor:  # noqa: ARG002
-        """Tell whether the points of an iteration lie inside the ball: they all do."""
+        """Return whether the points of an iteration lie inside the ball: always True."""
         return tf.constant(True)
 
     def step(self, anchor: tf.Tensor, state: _State, index: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the next point, and whether what was found before is no more to be compared."""
+        """Return the next point, and whether it replaces the best point regardless of its score."""
         attack, point = self._attack, state.point
         direction = balls.steepest_ascent(state.gradient, attack.norm)
         stepped = point + column(state.step_size, anchor.shape.rank) * direction
@@ -320,7 +321,7 @@ class _DenseSteps:
         return attack._feasible(anchor, point + moved), tf.constant(False)
 
     def review(self, anchor: tf.Tensor, old: _State, new: _State, index: Any) -> _State:  # noqa: ARG002
-        """Return the new state with its step sizes halved where they help no more."""
+        """Return the new state, with step sizes halved where progress was too slow."""
         lengths = intervals(self.iterations)
         ends = list(itertools.accumulate(lengths))
         interval = tf.reduce_sum(tf.where(tf.equal(ends, index + 1), lengths, 0))
@@ -335,32 +336,32 @@ class _DenseSteps:
             checked_score=tf.where(is_check, new.score, progress.checked_score),
             was_halved=tf.where(is_check, halves, progress.was_halved),
         )
-        return new.back_to_best(halves, tf.where(halves, new.step_size / 2, new.step_size), memory)
+        return new.reset_to_best(halves, tf.where(halves, new.step_size / 2, new.step_size), memory)
 
 
 class _Sparsity(NamedTuple):
-    """What decides in l1 how many entries move: how many of the best point have changed."""
+    """State for the sparsity of steps in l1: the number of changed entries of the best point."""
 
     changed: tf.Tensor
 
 
 class _SparseSteps:
-    """The steps of l1: few entries move, in balls that shrink down to epsilon."""
+    """The step rule of l1: few entries move, in balls that shrink to the radius epsilon."""
 
     def __init__(self, attack: APGD) -> None:
         self._attack = attack
         lengths = [int(share * attack.steps) for _, share in _RADII[:-1]]
         lengths.append(attack.steps - sum(lengths))
-        # Per iteration: the radius, whether a radius begins, and whether to look at the step size.
-        self._radii, self._begins, self._looks = [], [], []
+        # Per iteration: the radius, whether it is the first of a radius, whether step sizes change.
+        self._radii, self._begins, self._checks = [], [], []
         for (factor, _), length in zip(_RADII, lengths, strict=True):
             if not length:
                 continue
             interval = max(int(0.04 * length), 1)
             self._radii += [factor * attack.epsilon_value] * (length + 1)
             self._begins += [True] + [False] * length
-            self._looks += [False] + [index % interval == 0 for index in range(1, length + 1)]
-        # The first of them is the start.
+            self._checks += [False] + [index % interval == 0 for index in range(1, length + 1)]
+        # The first entry is the start.
         self.iterations = len(self._radii) - 1
         self.first_step_size = self._radii[0]
 
@@ -372,11 +373,11 @@ class _SparseSteps:
         return _Sparsity(_changed(anchor, point))
 
     def is_within(self, index: Any) -> tf.Tensor:
-        """Tell whether the points of an iteration lie inside the ball of radius epsilon."""
+        """Return whether the points of an iteration lie inside the ball of radius epsilon."""
         return tf.equal(self._at(self._radii, index, tf.float64), self._radii[-1])
 
     def step(self, anchor: tf.Tensor, state: _State, index: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the next point, and whether what was found before is no more to be compared."""
+        """Return the next point, and whether it replaces the best point regardless of its score."""
         rank = anchor.shape.rank
         size = tf.cast(tf.reduce_prod(tf.shape(anchor)[1:]), anchor.dtype)
         share = state.memory.changed / size / _DENSER
@@ -386,9 +387,9 @@ class _SparseSteps:
         return self._projected(anchor, tf.where(is_fresh, state.best, stepped), index), is_fresh
 
     def review(self, anchor: tf.Tensor, old: _State, new: _State, index: Any) -> _State:
-        """Return the new state with the step sizes that follow from how many entries changed."""
+        """Return the new state, with step sizes updated by the number of changed entries."""
         is_fresh, is_check = (
-            self._at(values, index, tf.bool) for values in (self._begins, self._looks)
+            self._at(values, index, tf.bool) for values in (self._begins, self._checks)
         )
         radius = self._at(self._radii, index, anchor.dtype)
         before = old.memory.changed
@@ -397,25 +398,25 @@ class _SparseSteps:
         reduced = tf.maximum(new.step_size / _DENSER, radius / 10)
         step_size = tf.where(is_check, reduced, new.step_size)
         step_size = tf.where(falls | is_fresh, radius, step_size)
-        return new.back_to_best(falls, step_size, _Sparsity(changed))
+        return new.reset_to_best(falls, step_size, _Sparsity(changed))
 
     def _projected(self, anchor: tf.Tensor, point: tf.Tensor, index: Any) -> tf.Tensor:
         radius = self._at(self._radii, index, anchor.dtype)
         return like(balls.project_within_box(point, anchor, radius, self._attack.bounds), anchor)
 
     def _at(self, values: list[Any], index: Any, dtype: Any) -> tf.Tensor:
-        """Return the value of an iteration, of which -1 is the start."""
+        """Return the value for an iteration; -1 for the start."""
         return tf.gather(tf.constant(values, dtype), index + 1)
 
 
 def _changed(anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
-    """Return how many entries of each example differ, as floats."""
+    """Return the number of entries that differ in each example, as floats."""
     differs = tf.cast(point != anchor, anchor.dtype)
     return tf.reduce_sum(differs, axis=list(range(1, anchor.shape.rank)))
 
 
 def intervals(steps: int) -> list[int]:
-    """Return the intervals after which step sizes are looked at, in so many steps."""
+    """Return the lengths of the intervals between checks of step sizes, for a number of steps."""
     length, shortest, decrease = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     found: list[int] = []
     while sum(found) + length <= steps:

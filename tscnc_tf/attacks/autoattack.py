@@ -1,4 +1,4 @@
-"""AutoAttack: an ensemble of attacks, each on the examples that the ones before left."""
+"""AutoAttack: an ensemble of attacks, each run on the examples still classified correctly."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ VERSIONS = ("standard", "plus", "rand")
 @_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):
-    """AutoAttack: four or more attacks, each run on the examples that the ones before left.
+    """AutoAttack: an ensemble of attacks, each run on the examples that are still robust.
 
     "standard": APGD by cross-entropy, APGD by the targeted difference of logits ratio, targeted
     FAB (each with 100 steps, the latter two with 9 target classes) and Square with 5,000 queries;
     in l1, the first with 5 restarts and the second with 5 target classes.
     "plus": APGD by cross-entropy and by the difference of logits ratio and untargeted FAB with 5
-    restarts each, Square, then the two targeted attacks. "rand", for models whose output changes
-    from call to call: APGD by both losses, with gradients that are means of 20.
+    restarts each, Square, then the two targeted attacks. "rand", for models with random outputs:
+    APGD by both losses, with gradients averaged over 20 evaluations.
 
-    It has nothing to tune. `evaluate_robustness` runs it batch by batch over all examples and
-    reports what each attack did.
+    It has no parameters to tune. `evaluate_robustness` runs it batch by batch over all examples and
+    reports the result of each attack.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
@@ -42,9 +42,9 @@ class AutoAttack(Attack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError, ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is not as described.
         ValueError: when called, the version is not "standard" and the model has two classes, for
-            which the difference of logits ratio is not defined, or the call is traced.
+            which the difference of logits ratio is not defined; or a graph is being traced.
 
     Example:
         >>> attack = AutoAttack(epsilon="8/255")
@@ -67,7 +67,7 @@ class AutoAttack(Attack):
 
     @functools.cached_property
     def attacks(self) -> tuple[Attack, ...]:
-        """The attacks, in the order in which they are run."""
+        """The attacks, in the order of execution."""
         ball: dict[str, Any] = {"epsilon": self.epsilon, "norm": self.norm, "bounds": self.bounds}
         if self.version == "rand":
             return tuple(APGD(loss=loss, eot=20, **ball) for loss in ("ce", "dlr"))
@@ -90,7 +90,7 @@ class AutoAttack(Attack):
         return f"AutoAttack-{self.version} {self._ball}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack."""
+        """Return the description for reports, including the names of all attacks."""
         return super().describe() | {
             "version": self.version,
             "attacks": [attack.name for attack in self.attacks],
@@ -99,7 +99,7 @@ class AutoAttack(Attack):
     def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         if _keras.flavour(model) is None:
             return self._compiled(model)(x, y, seed)
-        # Each attack holds what it has compiled for a model of Keras.
+        # Each attack caches its compiled function for a Keras model.
         return self._in_turn(model, [functools.partial(each, model) for each in self.attacks])(
             x, y, seed
         )
@@ -110,35 +110,35 @@ class AutoAttack(Attack):
     def _in_turn(
         self, model: Any, runs: Sequence[Callable[..., tf.Tensor]]
     ) -> Callable[..., tf.Tensor]:
-        """Return the attacks in turn, each on what is left, as a function of (x, y, seed)."""
+        """Return a function of (x, y, seed) that runs each attack on the still robust examples."""
         logits_fn = _keras.inference(model)
 
         def run(x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
             if not tf.executing_eagerly():
                 raise ValueError(
-                    "AutoAttack drops examples as it goes, which a graph can't: call it outside of "
-                    "tf.function, or use one of its attacks there, such as APGD."
+                    "AutoAttack drops fooled examples between its attacks, which a graph can't: "
+                    "call it outside of tf.function, or use one of its attacks there, such as APGD."
                 )
             if y is None:
                 raise ValueError("y is missing: this attack needs the labels.")
             classes = logits_fn(x[:1]).shape[-1]
             if classes == 2 and self.version != "standard":
                 raise ValueError(
-                    f"version={self.version!r} needs 3 classes, for its difference of logits ratio "
+                    f"version={self.version!r} needs 3 classes, as its difference of logits ratio "
                     "is not defined for 2. Use version='standard'."
                 )
             found = x.numpy()
             truth = _checks.class_indices("y", y)[0]
-            stands = np.ones(len(found), dtype=bool)
+            is_robust = np.ones(len(found), dtype=bool)
             for index, attack in enumerate(runs):
-                rows = np.flatnonzero(stands)
+                rows = np.flatnonzero(is_robust)
                 if not len(rows):
                     break
                 seeds = tf.random.fold_in(seed, index, alg="philox")
                 candidates = attack(tf.gather(x, rows), tf.gather(y, rows), seed=seeds)
                 found[rows] = candidates.numpy()
                 logits = logits_fn(candidates).numpy()
-                stands[rows] = np.argmax(logits, axis=1) == truth[rows]
+                is_robust[rows] = np.argmax(logits, axis=1) == truth[rows]
             return tf.constant(found)
 
         return run

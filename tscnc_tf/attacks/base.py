@@ -1,4 +1,4 @@
-"""The base of all attacks: a ball, bounds, a name, checked inputs and a seed."""
+"""The base of all attacks: ball, bounds, name, checks of inputs, seed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tscnc_tf._keras import layers
 from tscnc_tf.functional import balls
 from tscnc_tf.functional.balls import NORMS
 
-_COMPILED = "_compiled_by_model"  # the attribute of an attack that holds what it has compiled
+_COMPILED = "_compiled_by_model"  # the attribute of an attack that holds its compiled functions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack(_configs.Configurable, abc.ABC):
     """Base of all attacks: a ball of radius `epsilon` around each input, within `bounds`.
 
-    Subclasses are final, or abstract as this one.
+    Subclasses are either final or abstract.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255"; kept as written.
@@ -34,7 +34,7 @@ class Attack(_configs.Configurable, abc.ABC):
 
     Raises:
         TypeError, ValueError: epsilon is not > 0, or wider than the bounds; or another argument is
-            none of those above.
+            not as described.
     """
 
     norms: ClassVar[tuple[str, ...]] = NORMS
@@ -53,42 +53,42 @@ class Attack(_configs.Configurable, abc.ABC):
     def __call__(self, model: Any, x: Any, y: Any = None, *, seed: Any = 0) -> tf.Tensor:
         """Return adversarial examples for `x`, inside the ball and the bounds.
 
-        Called eagerly, the inputs are checked; called while a graph is traced, only their shapes.
+        In eager code the inputs are checked; while a graph is traced, only their shapes are.
 
-        On a Keras model an attack by gradients runs compiled. This object holds what it compiled
-        for the calls that follow, as long as the model lives, and compiles again when a layer has
-        changed otherwise than in its weights. What a layer's own `call` reads from Python globals
-        stays as it was when that was compiled, as in Keras. Any other callable runs as it is, step
-        by step: make it a `tf.function`, or use `bind`, to run it compiled.
+        On a Keras model an attack by gradients runs compiled. The compiled function is cached for
+        later calls as long as the model exists, and compiled again when anything but the weights of
+        a layer has changed. Python globals that a layer's `call` reads keep the values that they
+        had at compilation, as in Keras. Any other callable runs eagerly, step by step: make it a
+        `tf.function`, or use `bind`, to run it compiled.
 
         Args:
             model: a Keras model of either flavour, run in inference mode, or any callable from x
                 to logits. On probabilities an attack is weaker, without a warning.
             x: `(batch, ...)`, a float tensor or array inside `bounds`.
             y: integer labels `(batch,)` or `(batch, 1)`, or one-hot or soft ones `(batch,
-                classes)`; the classes to reach, for a targeted attack. Smoothed labels are
-                attacked as hard ones are, mixtures as `losses.log_odds` says; the objectives
-                "margin" and "dlr" take the largest entry for the class.
-            seed: an integer or a pair of integers; all randomness comes from it.
+                classes)`; the target classes, for a targeted attack. Smoothed labels have the
+                effect of hard ones, mixtures that of `losses.log_odds`; the objectives "margin"
+                and "dlr" use the class of the largest entry.
+            seed: an integer or a pair of integers, the seed of all random numbers.
 
         Returns:
             A tensor of the shape and dtype of `x`.
 
         Raises:
-            ValueError: the inputs are not of the form above, or the attack can't use the model.
+            ValueError: the inputs are not as described, or the attack can't use the model.
         """
         return self._checked(functools.partial(self._generate, model), x, y, seed)
 
     def bind(self, model: Any) -> Callable[..., tf.Tensor]:
         """Return this attack on one model, a function `(x, y=None, *, seed=0) -> x_adv`.
 
-        It does what a call of the attack does. But an attack by gradients compiles any model, not
-        only those of Keras, at the first batch of each shape (but for the batch axis) and dtype. It
-        is compiled as it is then: as with every `tf.function`, only what the model keeps in
-        variables is read again in later calls. What is compiled lives as long as the result.
+        It is equivalent to a call of the attack, but an attack by gradients compiles any model, not
+        only those of Keras, at the first batch of each shape (except for the batch axis) and dtype.
+        As with every `tf.function`, later calls read only the model's variables again. The compiled
+        functions are cached in the result.
 
         Args:
-            model: as in a call; what TensorFlow can compile.
+            model: as in a call; TensorFlow must be able to compile it.
         """
         generate = self._compiled(model)
 
@@ -98,7 +98,7 @@ class Attack(_configs.Configurable, abc.ABC):
         return bound
 
     def _checked(self, generate: Callable[..., tf.Tensor], x: Any, y: Any, seed: Any) -> tf.Tensor:
-        """Return what `generate` makes of checked inputs."""
+        """Return the result of `generate` for checked inputs."""
         if tf.executing_eagerly():
             x = _checks.inputs(x, self.bounds)
             y = None if y is None else _checks.labels(y, x.shape[0])
@@ -112,23 +112,23 @@ class Attack(_configs.Configurable, abc.ABC):
         """Return adversarial examples for checked inputs."""
 
     def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
-        """Return `_generate` for one model, compiled if need be, as a function of (x, y, seed)."""
+        """Return `_generate` for one model as a function of (x, y, seed), compiled if possible."""
         return functools.partial(self._generate, model)
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:  # noqa: ARG002
-        """Return this attack with what it leaves open (None) filled in.
+        """Return this attack with defaults for the fields that are None.
 
-        A default that the attack has no use for is passed over.
+        Defaults that do not apply to the attack are ignored.
 
         Args:
-            objective: what to ascend, as in `PGD`.
-            start: where to start, as in `PGD`.
+            objective: the default objective, as in `PGD`.
+            start: the default start, as in `PGD`.
         """
         return self
 
     @property
     def uses_gradient(self) -> bool:
-        """Whether it may follow the gradient of the model that it is called with."""
+        """Whether it may use the gradient of the model that it is called with."""
         return True
 
     @property
@@ -167,7 +167,7 @@ class Attack(_configs.Configurable, abc.ABC):
         return self.bounds[1] - self.bounds[0]
 
     def _check_size(self, shape: tf.TensorShape) -> None:
-        """Raise unless an input of this shape can be attacked."""
+        """Raise a ValueError unless the shape is a batch, and the radius fits its bounds."""
         _checks.require_batch(shape)
         size = shape[1:].num_elements()
         if self.norm == "l2" and size is not None:
@@ -176,7 +176,7 @@ class Attack(_configs.Configurable, abc.ABC):
             self._check_radius(self._width * size, "the l1 distance of the corners of bounds")
 
     def _check_radius(self, largest: float, what: str) -> None:
-        # A float32 8/255 may be a last bit wider than the same fraction written out.
+        # 8/255 in float32 may exceed the same fraction as text by the last bit.
         if self.epsilon_value > largest * (1 + 1e-6):
             raise ValueError(
                 f"epsilon must be at most {what}, {largest:g} for bounds={self.bounds}, got "
@@ -190,9 +190,9 @@ class Attack(_configs.Configurable, abc.ABC):
 
 
 class CompiledAttack(Attack):
-    """Base of attacks that run TensorFlow operations of their own around the model.
+    """Base of attacks that are implemented by TensorFlow operations.
 
-    On a Keras model they hold what they have compiled, as long as the model lives.
+    Their compiled functions for Keras models are cached as long as the model exists.
     """
 
     def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
@@ -204,31 +204,32 @@ class CompiledAttack(Attack):
         if run is None or not layers.is_same_state(state, layers.state(model)):
             run = self._graph(weakref.ref(model))
             result = run(x, y, seed)
-            known[model] = run, layers.state(model)  # with what a first call sets in the model
+            known[model] = run, layers.state(model)  # read here, as the first call may change it
             return result
         return run(x, y, seed)
 
     def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
-        _keras.inference(model)  # raises for what is no model
+        _keras.inference(model)  # raises if it is not a model
         return self._graph(lambda: model)
 
     @abc.abstractmethod
     def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
-        """Return adversarial examples, by operations that are not compiled here."""
+        """Return adversarial examples, without compiling anything here."""
 
     @abc.abstractmethod
     def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
-        """Return this attack, compiled, on one model: a function of (x, y, seed).
+        """Return this attack on one model, compiled, as a function of (x, y, seed).
 
         Args:
-            recall: returns the model, which need not be kept alive by the result.
+            recall: returns the model; it may hold a weak reference.
         """
 
     def _feasible(self, anchor: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
-        """Return the point moved into the bounds, then into the ball; for l1 the nearest point.
+        """Return the point clipped to the bounds, then projected into the ball.
 
-        The second move goes straight towards the anchor, which lies inside the bounds itself, so
-        the result is inside of both (but for the last bit, which `balls.settle` sees to).
+        The projection moves it straight towards the anchor, which lies inside the bounds, so the
+        result is inside of both (except for the last bit, see `balls.settle`). For l1 it is the
+        nearest point of the intersection.
         """
         if self.norm == "l1":
             return balls.project_within_box(point, anchor, self.epsilon_value, self.bounds)
@@ -241,12 +242,12 @@ class CompiledAttack(Attack):
             raise ValueError("y is missing: this attack needs the labels.")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of this attack holds: its fields."""
+        """Return the fields, without compiled functions, for copies and pickles."""
         return {name: value for name, value in vars(self).items() if name != _COMPILED}
 
 
 def distance_field(name: str, value: Any) -> float | str:
-    """Return a checked distance as it was written; a NumPy number becomes one of Python's."""
+    """Return a distance unchanged after checking it; a NumPy number becomes a Python number."""
     number = _checks.distance(name, value)
     return value if isinstance(value, (str, int)) else number
 
@@ -268,5 +269,5 @@ def seed_pair(seed: Any) -> tf.Tensor:
 
 
 def _int32(value: int) -> int:
-    """Return the lower 32 bits of an integer, read with their sign."""
+    """Return the lower 32 bits of an integer as a signed number."""
     return (value + 2**31) % 2**32 - 2**31

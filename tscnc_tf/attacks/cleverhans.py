@@ -1,4 +1,4 @@
-"""Attacks of the library CleverHans, those of its TensorFlow 2 side."""
+"""Attacks of the library CleverHans, from its TensorFlow 2 modules."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tscnc_tf.attacks.pgd import Ascent
 from tscnc_tf.functional import balls
 
 _ATTACKS = "cleverhans.tf2.attacks"
-_ORDERS = {"linf": math.inf, "l2": 2}  # the norms as CleverHans writes them
-# Arguments of CleverHans that are no options: epsilon, norm, bounds and the call set them; and
-# "sanity_checks", which repeat what is checked here, and fail with NumPy 2.
+_ORDERS = {"linf": math.inf, "l2": 2}  # the norms in CleverHans' notation
+# Arguments of CleverHans that can't be options, since epsilon, norm, bounds and the call set them;
+# and "sanity_checks", which repeat the checks made here, and fail with NumPy 2.
 _RESERVED = (
     *("model_fn", "x", "y", "eps", "norm", "clip_min", "clip_max"),
     *("batch_size", "sanity_checks"),
@@ -33,7 +33,7 @@ _REQUIRED = inspect.Parameter.empty
 
 
 class _Kind(NamedTuple):
-    """What CleverHans' signatures do not tell of an attack."""
+    """Properties of an attack that are not in its CleverHans signature."""
 
     norms: tuple[str, ...] = ("linf", "l2")
     objective: str = "cross_entropy"
@@ -61,29 +61,29 @@ class CleverHans(Attack):
     - "fast_gradient_method", "basic_iterative_method", "projected_gradient_descent",
       "madry_et_al" and "momentum_iterative_method" follow the gradient of the cross-entropy
       ("linf" and "l2").
-    - "carlini_wagner_l2" looks for the smallest perturbation that fools the model (norm "l2"). One
-      that lies inside the ball is returned, else x itself.
-    - "spsa" estimates a gradient from logits at random points ("linf"), so it needs none of the
-      model: it judges exported files, too. It runs one example after the other, so it is slow:
+    - "carlini_wagner_l2" searches for the smallest perturbation that fools the model (norm "l2").
+      The result is returned if it lies inside the ball, else x itself.
+    - "spsa" estimates a gradient from logits at random points ("linf"), without the gradient of the
+      model, so it can attack exported files as well. It is slow, as it runs example by example:
       ``nb_iter * spsa_samples * spsa_iters`` logits per example.
 
     CleverHans runs eagerly, and so does this attack; it can't be called while a graph is traced.
-    `bind`, and an evaluation, compile what a batch has in common with the next: the gradient, or
-    the whole of "spsa". Random numbers come from `seed` alone, and TensorFlow's own generators are
-    neither read nor changed. Labels may be class indices or rows, of which the largest entry
-    counts; without labels, the classes that the model predicts stand for them.
+    `bind`, and an evaluation, compile the parts shared by all batches: the gradient, or all of
+    "spsa". Random numbers come from `seed` only; TensorFlow's own generators are neither read nor
+    changed. Labels may be class indices, or rows, of which the largest entry is the class; without
+    labels, the model's predictions are used.
 
     Args:
-        attack: a name of those above; may be passed by position.
+        attack: one of the names above; may be passed by position.
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf" or "l2".
-        options: the other arguments of the attack, by CleverHans' own names: a mapping, or pairs
-            of a name and a value, which is how it is kept. A step size may be a fraction.
+        options: the other arguments of the attack, by CleverHans' names: a mapping, or pairs (name,
+            value), the form in which they are stored. A step size may be a fraction.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError, ValueError: as in `Attack`; or there is no such attack, it has another norm, an
-            option is unknown or missing, or is set by this object.
+        TypeError, ValueError: as in `Attack`; or there is no such attack, it does not support the
+            norm, or an option is unknown, missing, or set by this object.
 
     Example:
         >>> import tensorflow as tf
@@ -127,7 +127,7 @@ class CleverHans(Attack):
 
     @property
     def uses_gradient(self) -> bool:
-        """Whether it follows the gradient of the model: False for "spsa"."""
+        """Whether it uses the gradient of the model: False for "spsa"."""
         return self.attack != "spsa"
 
     @property
@@ -138,11 +138,11 @@ class CleverHans(Attack):
 
     @property
     def targeted(self) -> bool:
-        """Whether y are classes to reach, an option of CleverHans' attacks."""
+        """Whether y are target classes, an option of CleverHans' attacks."""
         return bool(self._option("targeted"))
 
     def describe(self) -> dict[str, Any]:
-        """Return the description for reports; "options" has the options that were given."""
+        """Return the description for reports; "options" holds the given options."""
         options = {name: getattr(value, "__name__", value) for name, value in self._given.items()}
         step_size, steps = self._option("eps_iter"), self._kind.steps
         known = (
@@ -166,7 +166,7 @@ class CleverHans(Attack):
         )
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for CleverHans' attack, but the model, x and y."""
+        """Return the keyword arguments for CleverHans' attack, except the model, x and y."""
         low, high = self.bounds
         common = {
             "eps": self.epsilon_value,
@@ -191,22 +191,22 @@ class CleverHans(Attack):
         return dict(self.options)
 
     def _option(self, name: str) -> Any:
-        """Return an option, or CleverHans' default, or None if the attack has no such option."""
+        """Return an option or its default in CleverHans; None if the attack has no such option."""
         return self._given.get(name, _parameters(self.attack).get(name))
 
     def _check_options(self) -> None:
-        """Raise a ValueError unless the options are such as CleverHans' attack takes."""
+        """Raise a ValueError unless the options fit the signature of CleverHans' attack."""
         known = {n: d for n, d in _parameters(self.attack).items() if n not in _RESERVED}
         for name, value in self._given.items():
             if name in _RESERVED:
                 raise ValueError(
-                    f"options must not hold {name!r}: epsilon, norm, bounds and the call of the "
-                    "attack say what it is."
+                    f"options must not hold {name!r}: it is set by epsilon, norm, bounds or the "
+                    "call of the attack."
                 )
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                offer = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
-                raise ValueError(f"options: {name!r} is none of {self.attack}: {offer}")
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+                raise ValueError(f"options: {name!r} is not an option of {self.attack}: {hint}")
             if name in _DISTANCES and value is not None:
                 _checks.distance(f"options[{name!r}]", value)
         required = [name for name, default in known.items() if default is _REQUIRED]
@@ -230,12 +230,12 @@ class CleverHans(Attack):
 
 
 class _Bound:
-    """An attack on one model, with all that CleverHans compiles for it.
+    """An attack on one model, with the functions that CleverHans compiles for it.
 
     Args:
         attack: the attack.
         model: any callable from x to logits.
-        compiles: whether "spsa" is compiled, too.
+        compiles: whether "spsa" is compiled as well.
     """
 
     def __init__(self, attack: CleverHans, model: Any, *, compiles: bool) -> None:
@@ -245,7 +245,7 @@ class _Bound:
         self._generator = tf.random.Generator.from_state([0, 0, 0], alg="philox")
         self._function = _load(attack.attack, _TensorFlow(self._generator))
         self._prepared: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-        _keras.inference(model)  # raises for what is no model
+        _keras.inference(model)  # raises if it is not a model
 
     def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
         """Return adversarial examples for checked inputs."""
@@ -273,7 +273,7 @@ class _Bound:
         self._generator.reset([0, 0, (high << 32) | (low & 0xFFFFFFFF)])
         found = run(anchor, labels)
         if attack.attack == "carlini_wagner_l2":
-            # It takes the predicted class for the label, and may have found what is too far.
+            # It uses the predicted class as the label, and its result may lie outside of the ball.
             fooled = (tf.argmax(model_fn(found), axis=-1) == labels) == attack.targeted
             right = (tf.argmax(logits, axis=-1) == labels) != attack.targeted
             near = balls.lengths(found - anchor, attack.norm) <= attack.epsilon_value
@@ -289,7 +289,7 @@ class _Bound:
 
         Args:
             logits_fn: from x to logits, in inference mode.
-            example: one input, of the form of those that are attacked.
+            example: one input `(1, ...)`, of the shape and dtype of those that are attacked.
         """
         attack, shape = self._attack, example.shape[1:]
         ascent = Ascent(logits_fn, example, labels=[0], objective="cross_entropy", targeted=False)
@@ -299,13 +299,13 @@ class _Bound:
 
         def model_fn(x: tf.Tensor) -> tf.Tensor:
             logits = ascent.logits(tf.reshape(x, (-1, *shape)))
-            # The number of classes may be unknown in a graph, as with a function of Python's.
+            # The number of classes may be unknown in a graph, as with a Python function.
             return tf.cast(tf.ensure_shape(logits, (None, classes)), tf.float32)
 
         run = functools.partial(self._function, model_fn, **attack.arguments())
 
         def carlini_wagner(x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-            # CleverHans takes images only; given labels, it takes them for targets.
+            # CleverHans accepts images only, and interprets given labels as targets.
             images = tf.reshape(x, (len(x), 1, 1, -1))
             y = labels if attack.targeted else None
             return tf.reshape(run(images, y=y, batch_size=len(x)), x.shape)
@@ -319,10 +319,10 @@ class _Bound:
 
 
 class _TensorFlow:
-    """TensorFlow for CleverHans 4.0: all of it, but for what the two disagree on.
+    """The module `tensorflow` as CleverHans 4.0 expects it: incompatible functions are replaced.
 
     Args:
-        generator: where random numbers come from.
+        generator: the source of random numbers.
     """
 
     def __init__(self, generator: tf.random.Generator) -> None:
@@ -338,23 +338,23 @@ class _TensorFlow:
 
     @staticmethod
     def while_loop(*args: Any, back_prop: bool, **more: Any) -> Any:
-        """Return what TensorFlow's loop does, without an argument that it warns of."""
+        """Run TensorFlow's loop without the deprecated argument `back_prop`."""
         del back_prop
         return tf.while_loop(*args, **more)
 
     @staticmethod
     def ones(shape: tf.TensorShape) -> tf.Tensor:
-        """Return a 1 per example: "carlini_wagner_l2" multiplies losses, one each, by them."""
+        """Return one 1 per example, which "carlini_wagner_l2" multiplies by losses per example."""
         return tf.ones(shape[:1])
 
 
 def _without_seed(draw: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """Return a function that leaves out the seed, which a generator has itself."""
+    """Return a function that ignores the argument `seed`, since the generator has its own."""
     return lambda *args, seed=None, **more: draw(*args, **more)  # noqa: ARG005
 
 
 class _AdamOfSPSA:
-    """What CleverHans' `SPSAAdam` reads from the optimizer that it derives from."""
+    """Base class of CleverHans' `SPSAAdam`, with the attributes that it reads."""
 
     beta_1, beta_2, epsilon = 0.9, 0.999, 1e-7
 
@@ -363,10 +363,10 @@ class _AdamOfSPSA:
 
 
 def _load(attack: str, tensorflow: _TensorFlow) -> Callable[..., Any]:
-    """Return an attack of CleverHans, its modules executed anew with `tensorflow` for TensorFlow.
+    """Return an attack of CleverHans from private copies of its modules that use `tensorflow`.
 
-    So what is different from the attack as CleverHans imports it is changed for nobody else, and
-    the graphs that it compiles, which hold the weights of the model, go away with the attack.
+    So the replaced functions do not affect other users of CleverHans, and the graphs that the
+    attack compiles, which hold the weights of the model, are freed with it.
     """
     modules: dict[str, Any] = {"tensorflow": tensorflow}
 
@@ -388,6 +388,7 @@ def _load(attack: str, tensorflow: _TensorFlow) -> Callable[..., Any]:
 def _parameters(attack: str) -> Mapping[str, Any]:
     """Return the names of the arguments of an attack of CleverHans, with their defaults."""
     module = importlib.import_module(f"{_ATTACKS}.{attack}")
-    owner = "CarliniWagnerL2" if attack == "carlini_wagner_l2" else attack  # takes what it is given
+    # The function carlini_wagner_l2 passes **kwargs on to the class.
+    owner = "CarliniWagnerL2" if attack == "carlini_wagner_l2" else attack
     parameters = inspect.signature(getattr(module, owner)).parameters
     return {name: parameter.default for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""Attacks that are functions, such as those of other libraries."""
+"""Attacks given as functions, such as those of other libraries."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tscnc_tf.attacks.base import Attack
 class Custom(Attack):
     """Any function `(model, x, y) -> x_adv`, with the ball that it declares.
 
-    The result is returned unchanged: `epsilon`, `norm` and `bounds` declare what an evaluation
-    holds it to. The function gets the model that the attack was called with, and x and y as
-    tensors; its randomness is its own, `seed` does not reach it.
+    The result is returned unchanged: `epsilon`, `norm` and `bounds` declare the constraints that an
+    evaluation checks. The function gets the model that the attack was called with, and x and y as
+    tensors; `seed` is not passed to it.
 
     Args:
         function: may be passed by position.
@@ -28,8 +28,8 @@ class Custom(Attack):
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError: function is not callable, or name no text.
-        ValueError: as in `Attack`; and when called, the function returns another shape than x's.
+        TypeError: function is not callable, or name is not a string.
+        ValueError: as in `Attack`; when called, the function returns another shape than that of x.
 
     Example:
         >>> import tensorflow as tf

@@ -1,4 +1,4 @@
-"""FAB: steps onto the linearised decision boundary, close to the clean input."""
+"""FAB: projections onto the linearised decision boundary, close to the clean input."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tscnc_tf.functional import balls
 
 _LARGEST_BIAS = 0.1  # the largest weight of the step that starts at the clean input
 _OVERSHOOT = 1.05
-_RETREAT = 0.9  # towards the clean input, from a point that fools the model
+_RETREAT = 0.9  # factor of the distance to the clean input, after a point that fools the model
 _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 class _State(NamedTuple):
-    """Where an attempt is; `nearest` is the nearest adversarial example, at this `distance`."""
+    """State of an attempt; `nearest` is the nearest adversarial example, at `distance` from x."""
 
     point: tf.Tensor
     nearest: tf.Tensor
@@ -43,7 +43,7 @@ class _State(NamedTuple):
 @_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FAB(Search):
-    r"""The fast adaptive boundary attack, which looks for the nearest adversarial example.
+    r"""The fast adaptive boundary attack, which searches for the nearest adversarial example.
 
     In each iteration the difference of two logits, :math:`f = z_t - z_y`, is linearised at the
     current point :math:`x'`; with P the projection onto the hyperplane where it is zero, within
@@ -53,24 +53,23 @@ class FAB(Search):
         \alpha\,(x + 1.05\,(P(x) - x)), \qquad
         \alpha = \min\left(\frac{\|P(x') - x'\|}{\|P(x') - x'\| + \|P(x) - x\|},\ 0.1\right)
 
-    and from a point that fools the model the next iteration starts 10 % nearer to x. What lies
-    within epsilon counts; an example for which there is nothing gets the point of the ball that is
-    nearest to the last one found.
+    and from a point that fools the model the next iteration starts 10 % nearer to x. An adversarial
+    example within epsilon is a success. Without one, the result is the nearest adversarial example
+    (or the last point) projected into the ball.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf", "l2" or "l1".
-        target_classes: the number of classes t that are tried one after the other, the most likely
-            ones first, at most those that there are but for the true one; or None to take, in each
-            iteration, the class whose boundary is nearest, which needs the gradients of all
-            logits.
+        target_classes: the number of classes t that are tried in turn, the most likely ones first,
+            at most all wrong ones; or None to use, in each iteration, the class of the nearest
+            boundary, which needs the gradients of all logits.
         steps: the number of iterations of an attempt, >= 1.
         restarts: the number of attempts (per target class), >= 1: the first from x, others from
             half way to the surface of the ball.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError, ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is not as described.
 
     Example:
         >>> import tensorflow as tf
@@ -104,7 +103,7 @@ class FAB(Search):
         return f"FAB-{effort(self.steps, self.restarts)} {self._ball}{kind}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack."""
+        """Return the description for reports."""
         return super().describe() | {
             "steps": self.steps,
             "target_classes": self.target_classes,
@@ -145,7 +144,7 @@ class FAB(Search):
         x, point = examples.x, state.point
         value, slope = self._boundary(ascent, point)
         level = tf.reduce_sum(slope * point, list(range(1, x.shape.rank))) - value
-        # Both at once: the loop inside ends when the last of them has arrived.
+        # Both projections in one call, as one loop takes the iterations of the slower one.
         points, slopes, levels = (
             tf.concat(pair, axis=0) for pair in ((point, x), (slope, slope), (level, level))
         )
@@ -168,7 +167,7 @@ class FAB(Search):
         )
 
     def _boundary(self, ascent: Ascent, point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the difference of the logits whose boundary is meant, and its gradient."""
+        """Return the difference of logits that defines the boundary, and its gradient."""
         if self._targets is not None:
             return self._difference(ascent, point, ascent.targets)[1:]
         dual = _DUAL[self.norm]
@@ -194,7 +193,7 @@ class FAB(Search):
     def _difference(
         self, ascent: Ascent, point: tf.Tensor, targets: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Return the logits, that of a class minus that of the true one, and its gradient."""
+        """Return the logits, the difference z_t - z_y, and the gradient of the difference."""
 
         def weights(logits: tf.Tensor) -> tf.Tensor:
             chosen = tf.one_hot(targets, classes_of(logits), dtype=logits.dtype)
@@ -213,11 +212,11 @@ def onto_hyperplane(
     .. math:: \min_d \|d\| \quad \text{subject to} \quad \langle w, x + d\rangle = b,
         \ \text{low} \le x + d \le \text{high}
 
-    Every entry moves the same way along w, so that :math:`|d_i| = \min(\lambda v_i, r_i)` with
-    :math:`r_i` the room up to the bound, v = 1 (linf) or |w| (l2), and :math:`\lambda` the root of
+    All :math:`d_i w_i` have the same sign, and :math:`|d_i| = \min(\lambda v_i, r_i)` with
+    :math:`r_i` the distance to the bound, v = 1 (linf) or |w| (l2), and :math:`\lambda` the root of
     a concave, piecewise linear function, which Newton's method finds in finitely many steps. In l1
-    the entries of the largest |w| move as far as there is room. Where a hyperplane is out of reach,
-    all entries move up to the bounds.
+    the entries of the largest |w| move first, up to their bounds. If a hyperplane can't be reached
+    within the bounds, all entries move up to them.
 
     Args:
         x: `(batch, ...)`, within the bounds.
@@ -232,31 +231,31 @@ def onto_hyperplane(
     low, high = bounds
     points = tf.reshape(x, (tf.shape(x)[0], -1))
     normals = tf.reshape(w, tf.shape(points))
-    # Scaled, for the squares of tiny slopes are zero in float32.
+    # Scaled, since the squares of tiny slopes are zero in float32.
     largest = tf.reduce_max(tf.abs(normals), axis=1, keepdims=True)
     gap = b[:, tf.newaxis] - tf.reduce_sum(normals * points, axis=1, keepdims=True)
     gap = tf.math.divide_no_nan(gap, largest)
     normals = tf.math.divide_no_nan(normals, largest)
     signs, gap, slopes = tf.sign(gap * normals), tf.abs(gap), tf.abs(normals)
-    room = tf.where(signs > 0, high - points, points - low) * tf.abs(signs)
+    limits = tf.where(signs > 0, high - points, points - low) * tf.abs(signs)
     if norm == "l1":
-        lengths = _greedy(slopes, room, gap)
+        lengths = _greedy(slopes, limits, gap)
     else:
         speeds = slopes if norm == "l2" else tf.ones_like(slopes)
-        lengths = tf.minimum(_newton(slopes, speeds, room, gap) * speeds, room)
+        lengths = tf.minimum(_newton(slopes, speeds, limits, gap) * speeds, limits)
     return tf.reshape(signs * lengths, tf.shape(x))
 
 
-def _newton(slopes: tf.Tensor, speeds: tf.Tensor, room: tf.Tensor, gap: tf.Tensor) -> tf.Tensor:
-    """Return the root of sum(slopes * min(root * speeds, room)) = gap, or a huge number."""
+def _newton(slopes: tf.Tensor, speeds: tf.Tensor, limits: tf.Tensor, gap: tf.Tensor) -> tf.Tensor:
+    """Return the root of sum(slopes * min(root * speeds, limits)) = gap; 1e30 if there is none."""
     huge = tf.cast(1e30, gap.dtype)
 
     def step(root: tf.Tensor, changed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        is_full = root * speeds >= room
-        left = gap - tf.reduce_sum(tf.where(is_full, slopes * room, 0.0), axis=1, keepdims=True)
+        is_full = root * speeds >= limits
+        left = gap - tf.reduce_sum(tf.where(is_full, slopes * limits, 0.0), axis=1, keepdims=True)
         speed = tf.reduce_sum(tf.where(~is_full, slopes * speeds, 0.0), axis=1, keepdims=True)
         new = tf.where(speed > 0, tf.math.divide_no_nan(left, speed), huge)
-        new = tf.maximum(new, root)  # but for rounding it never falls
+        new = tf.maximum(new, root)  # it decreases by rounding only
         return like(new, root), like(new > root, changed)
 
     return tf.while_loop(
@@ -268,10 +267,10 @@ def _newton(slopes: tf.Tensor, speeds: tf.Tensor, room: tf.Tensor, gap: tf.Tenso
     )[0]
 
 
-def _greedy(slopes: tf.Tensor, room: tf.Tensor, gap: tf.Tensor) -> tf.Tensor:
-    """Return how far each entry moves if those of the largest slopes go first."""
+def _greedy(slopes: tf.Tensor, limits: tf.Tensor, gap: tf.Tensor) -> tf.Tensor:
+    """Return the distance that each entry moves if those of the largest slopes move first."""
     order = tf.argsort(slopes, axis=1, direction="DESCENDING", stable=True)
-    slopes, room = (tf.gather(part, order, batch_dims=1) for part in (slopes, room))
-    before = tf.cumsum(slopes * room, axis=1, exclusive=True)
+    slopes, limits = (tf.gather(part, order, batch_dims=1) for part in (slopes, limits))
+    before = tf.cumsum(slopes * limits, axis=1, exclusive=True)
     moved = tf.math.divide_no_nan(tf.maximum(gap - before, 0.0), slopes)
-    return tf.gather(tf.minimum(moved, room), tf.argsort(order, axis=1), batch_dims=1)
+    return tf.gather(tf.minimum(moved, limits), tf.argsort(order, axis=1), batch_dims=1)

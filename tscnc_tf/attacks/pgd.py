@@ -1,4 +1,4 @@
-"""Attacks by gradient steps, each projected back into the ball: FGSM and PGD, and their loop."""
+"""Attacks by gradient steps, each projected into the ball: FGSM, PGD, and their loop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tscnc_tf.losses import terms
 OBJECTIVES = ("cross_entropy", "kl", "margin", "dlr")
 STARTS = ("none", "uniform", "gaussian")
 
-# Up to here the loop's steps are unrolled in the graph of a training step; see `_climb`.
+# Up to this number, steps are unrolled in the graph of a training step; see `_ascend`.
 _UNROLLED_STEPS = 10
 
 
 class Plan(NamedTuple):
-    """The numbers that an attack's loop runs by, with nothing left open."""
+    """The parameters of an attack's loop, with defaults resolved."""
 
     start: str
     steps: int
@@ -32,13 +32,13 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientAttack(CompiledAttack):
-    """Base of attacks that follow a gradient: steepest steps, each projected back into the ball.
+    """Base of attacks by steepest ascent steps, each projected into the ball.
 
-    Subclasses implement `_plan`, and may override `_climb`.
+    Subclasses implement `_plan`, and may override `_ascend`.
 
     Args:
-        targeted: whether y are classes to reach; the objective is then descended.
-        objective: what to ascend; None is open to `with_defaults`, and "cross_entropy" alone.
+        targeted: whether y are target classes; the objective is then descended.
+        objective: the objective to ascend; None for that of `with_defaults`, or "cross_entropy".
     """
 
     targeted: bool = False
@@ -56,13 +56,13 @@ class GradientAttack(CompiledAttack):
 
     @property
     def _objectives(self) -> tuple[str | None, ...]:
-        """What `objective` may be."""
+        """The values that `objective` may have."""
         return (None, *OBJECTIVES)
 
     @property
     @abc.abstractmethod
     def _plan(self) -> Plan:
-        """The numbers that the loop runs by."""
+        """The parameters of the loop."""
 
     def perturb(
         self,
@@ -82,19 +82,19 @@ class GradientAttack(CompiledAttack):
             x: `(batch, ...)`, of a known rank and a float dtype.
             y: labels of any form; may be None for objective "kl".
             seed: two integers, int32.
-            clean_logits: the logits at x in inference mode, if they are known already, or those
-                of another network in their place; only objective "kl" looks at them.
+            clean_logits: the logits at x in inference mode, if already computed, or those of
+                another network in their place; only objective "kl" uses them.
             unroll: the largest number of steps that is unrolled rather than looped.
 
         Returns:
-            A tensor of the shape and dtype of `x`, a constant to gradients.
+            A tensor of the shape and dtype of `x`, without gradient.
 
         Raises:
             ValueError: y is missing, or the model has no gradient in x.
         """
         self._check_size(x.shape)
         self.check_labels(y)
-        # Half precision can't hold steps of 1/255 near 1; the network still gets what it expects.
+        # Half precision can't represent steps of 1/255 near 1; the network's inputs are cast back.
         anchor = _checks.widened(x)
         ascent = Ascent(
             logits_fn,
@@ -107,7 +107,7 @@ class GradientAttack(CompiledAttack):
 
         def attempt(index: Any) -> tf.Tensor:
             start = self._start(anchor, tf.random.fold_in(seed, index, alg="philox"))
-            return self._climb(ascent, anchor, start, unroll)
+            return self._ascend(ascent, anchor, start, unroll)
 
         adversarial = self._best_of(attempt, ascent)
         settled = balls.settle(x, adversarial, self.epsilon_value, self.norm)
@@ -115,10 +115,10 @@ class GradientAttack(CompiledAttack):
         return tf.stop_gradient(tf.clip_by_value(settled, low, high))
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:
-        """Return this attack with the fields that are None filled in.
+        """Return this attack with defaults for the fields that are None.
 
-        A default that this attack can't use is passed over: "kl" has no gradient at x, so it fits
-        neither an attack that starts there nor a targeted one.
+        Defaults that the attack can't use are ignored: "kl" has no gradient at x and no target
+        class, so it is not used by attacks that start at x, nor by targeted ones.
         """
         _checks.one_of("objective", objective, (None, *OBJECTIVES))
         _checks.one_of("start", start, (None, *STARTS))
@@ -130,11 +130,11 @@ class GradientAttack(CompiledAttack):
         return dataclasses.replace(chosen, objective=objective)
 
     def _with_start(self, start: str | None) -> Self:  # noqa: ARG002
-        """Return this attack with its start filled in, if it leaves that open."""
+        """Return this attack with a default for its start, if it has one that is None."""
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack, with nothing left open."""
+        """Return the description for reports, with defaults resolved."""
         plan = self._plan
         return super().describe() | {
             "step_size": _checks.as_written(plan.step_size),
@@ -182,7 +182,7 @@ class GradientAttack(CompiledAttack):
         )
 
     def _start(self, anchor: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Return where an attempt starts, inside the ball and the bounds."""
+        """Return the start of an attempt, inside the ball and the bounds."""
         kind = self._plan.start
         if kind == "uniform":
             offset = balls.random_start(
@@ -196,13 +196,15 @@ class GradientAttack(CompiledAttack):
             offset = tf.zeros_like(anchor)
         return self._feasible(anchor, anchor + tf.ensure_shape(offset, anchor.shape))
 
-    def _climb(self, ascent: Ascent, anchor: tf.Tensor, start: tf.Tensor, unroll: int) -> tf.Tensor:
-        """Return where the attempt that starts at `start` ends.
+    def _ascend(
+        self, ascent: Ascent, anchor: tf.Tensor, start: tf.Tensor, unroll: int
+    ) -> tf.Tensor:
+        """Return the end point of the attempt that starts at `start`.
 
         Measured on the CPU with small convolutional networks and ten steps, a loop takes as long
         as unrolled steps or a few per cent longer in a plain graph, but two to three times as long
-        under XLA. Unrolled, though, the graph grows with the steps, and so does the time to trace
-        and compile it; hence the limit, at the ten steps of adversarial training.
+        under XLA. The size of an unrolled graph, and the time to trace and compile it, grow with
+        the steps; hence the limit, at the ten steps of adversarial training.
         """
         plan = self._plan
 
@@ -223,20 +225,20 @@ class GradientAttack(CompiledAttack):
         )[1]
 
     def _best_of(self, attempt: Callable[[Any], tf.Tensor], ascent: Ascent) -> tf.Tensor:
-        """Return, per example, the best of all attempts: one that fools, then the largest score."""
+        """Return the best attempt per example: fooling ones first, then by the largest score."""
         restarts = self._plan.restarts
         first = attempt(0)
         if restarts == 1:
             return first
 
-        def judged(point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        def evaluated(point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             logits = ascent.logits(point)
             return point, ascent.is_fooled(logits), ascent.score(logits)
 
         def better(
             index: Any, point: tf.Tensor, fooled: tf.Tensor, score: tf.Tensor
         ) -> tuple[Any, tf.Tensor, tf.Tensor, tf.Tensor]:
-            new_point, new_fooled, new_score = judged(attempt(index))
+            new_point, new_fooled, new_score = evaluated(attempt(index))
             gains = (new_fooled & ~fooled) | ((new_fooled == fooled) & (new_score > score))
             column = gains[(slice(None), *[tf.newaxis] * (point.shape.rank - 1))]
             return (
@@ -249,25 +251,25 @@ class GradientAttack(CompiledAttack):
         return tf.while_loop(
             lambda index, *_: index < restarts,
             better,
-            (1, *judged(first)),
+            (1, *evaluated(first)),
             maximum_iterations=restarts - 1,
             parallel_iterations=1,
         )[1]
 
 
 def effort(steps: int, restarts: int) -> str:
-    """Return the number of steps, and of restarts if there are any, such as "50x5", for names."""
+    """Return the steps, and restarts if there are several, for names, such as "50x5"."""
     return f"{steps}x{restarts}" if restarts > 1 else str(steps)
 
 
 class _Compiled:
-    """An attack on one model as a graph for every batch size.
+    """An attack on one model as compiled graphs, each for all batch sizes.
 
-    Each form of inputs, their shapes but for the batch axis and their dtypes, has a graph.
+    There is one graph per shape of the inputs (without the batch axis) and dtype.
 
     Args:
         attack: its `perturb` is compiled.
-        recall: returns the model, which need not be kept alive by this object.
+        recall: returns the model; it may hold a weak reference.
     """
 
     def __init__(self, attack: GradientAttack, recall: Callable[[], Any]) -> None:
@@ -277,8 +279,8 @@ class _Compiled:
         self._classes: list[int | None] = []
 
     def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
-        """Run; the labels are checked against the number of classes, which tracing has found."""
-        _keras.inference(self._recall())  # builds its view without wrappers outside of the graph
+        """Run, after checking the labels against the number of classes found by tracing."""
+        _keras.inference(self._recall())  # builds the view without wrappers outside of the graph
         self._attack.check_labels(y)
         tensors = (x, seed) if y is None else (x, seed, y)
         forms = [(None, *x.shape[1:]), (2,)] + ([] if y is None else [(None, *y.shape[1:])])
@@ -292,14 +294,14 @@ class _Compiled:
         logits_fn = noting_classes(_keras.inference(self._recall()), self._classes)
         x, seed, *labels = tensors
         y = labels[0] if labels else None
-        # A loop's graph is built in a sixth of the time of unrolled steps, and may run only once.
+        # Tracing a loop takes a sixth of the time of unrolled steps, and the graph may run once.
         return self._attack.perturb(logits_fn, x, y, seed, unroll=1)
 
 
 def noting_classes(
     logits_fn: Callable[[tf.Tensor], Any], found: list[int | None]
 ) -> Callable[[tf.Tensor], Any]:
-    """Return a function of logits that adds their number, None if not known, to a list."""
+    """Return `logits_fn` wrapped to append its number of logits (None if not known) to a list."""
 
     def noting(x: tf.Tensor) -> Any:
         logits = logits_fn(x)
@@ -310,17 +312,17 @@ def noting_classes(
 
 
 class Ascent:
-    """The score that an attack climbs on one batch, as a function of logits.
+    """The objective that an attack maximises on one batch, as a function of logits.
 
     Args:
         logits_fn: from x to logits, in inference mode.
         x: the clean inputs.
         labels: labels of any form; None where the objective needs none.
         objective: one of `OBJECTIVES`, or "targeted_dlr".
-        targeted: whether the labels are classes to reach; the objective is then descended.
-        clean_logits: what "kl" moves away from; if it is None, the logits at x, computed here.
-        targets: the classes, integers `(batch,)`, that "targeted_dlr" moves towards.
-        dtype: of the inputs that `logits_fn` takes; None for that of x.
+        targeted: whether the labels are target classes; the objective is then descended.
+        clean_logits: the reference logits of "kl"; None to compute the logits at x.
+        targets: the target classes of "targeted_dlr", integers `(batch,)`.
+        dtype: of the inputs of `logits_fn`; None for that of x.
     """
 
     def __init__(
@@ -346,7 +348,7 @@ class Ascent:
             self._reference = tf.stop_gradient(clean_logits)
 
     def logits(self, x: tf.Tensor) -> tf.Tensor:
-        """Return the network's logits in float32 at least."""
+        """Return the network's logits in float32 (or float64)."""
         logits = self._logits_fn(tf.cast(x, self._dtype))
         if not tf.is_tensor(logits) or logits.shape.rank not in (None, 2):
             shape = logits.shape if tf.is_tensor(logits) else type(logits).__name__
@@ -358,12 +360,12 @@ class Ascent:
         return tf.ensure_shape(_checks.widened(logits), (None, None))
 
     def score(self, logits: tf.Tensor) -> tf.Tensor:
-        """Return what is climbed, per example: the objective, negated for a targeted attack."""
+        """Return the objective per example, negated for a targeted attack: it is maximised."""
         value = self._value(logits)
         return -value if self._targeted else value
 
     def is_fooled(self, logits: tf.Tensor) -> tf.Tensor:
-        """Tell for each example whether the attack has reached its end."""
+        """Return for each example whether the attack succeeds at these logits."""
         prediction = tf.argmax(logits, axis=-1)
         if self._labels is None:
             return prediction != tf.argmax(self._reference, axis=-1)
@@ -385,7 +387,11 @@ class Ascent:
     def pull_back(
         self, x: tf.Tensor, weights: Callable[[tf.Tensor], tf.Tensor]
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the logits at x, and the gradient of their sum with weights that depend on them.
+        """Return the logits at x, and the gradient of their weighted sum with constant weights.
+
+        Args:
+            x: the inputs.
+            weights: from logits to the weights of the sum, of the same shape.
 
         Raises:
             ValueError: the model's output does not depend on x in a differentiable way.
@@ -395,14 +401,13 @@ class Ascent:
             logits = self.logits(x)
         try:
             gradient = tape.gradient(logits, x, output_gradients=weights(logits))
-        except LookupError as error:  # an operation without a gradient, such as py_function's kin
+        except LookupError as error:  # an operation without a gradient, such as numpy_function
             raise ValueError(f"{_NOT_DIFFERENTIABLE} ({error})") from error
         if gradient is None:
             raise ValueError(_NOT_DIFFERENTIABLE)
         gradient = tf.ensure_shape(gradient, x.shape)
-        # float16 may overflow on its way back: such an entry stays where it is, or counts as the
-        # largest number, instead of turning the whole example, and then the weights trained on it,
-        # to NaN.
+        # float16 may overflow in the backward pass. NaN becomes 0 and infinity the largest number,
+        # since otherwise the whole example, and weights trained on it, would become NaN.
         gradient = tf.where(tf.math.is_nan(gradient), tf.zeros_like(gradient), gradient)
         return logits, tf.clip_by_value(gradient, gradient.dtype.min, gradient.dtype.max)
 
@@ -412,8 +417,8 @@ class Ascent:
 
     def _value(self, logits: tf.Tensor) -> tf.Tensor:
         if self._objective == "kl":
-            # The shift doesn't change softmax, but its rounding: the top class's gradient is
-            # now minus the sum of the others', where 1 - 1 would be noise larger than they are.
+            # The shift changes the rounding of the gradient only: that of the top class is computed
+            # as minus the sum of the others, instead of 1 - 1 with a larger rounding error.
             top = tf.argmax(self._reference, axis=-1)
             shifted = logits - tf.gather(logits, top, batch_dims=1)[:, tf.newaxis]
             return losses.kl_divergence(self._reference, shifted)
@@ -425,15 +430,15 @@ class Ascent:
             return losses.dlr(self._labels, logits)
         if self._objective == "targeted_dlr":
             return losses.targeted_dlr(self._labels, self.targets, logits)
-        # Cross-entropy. Its log-odds climb the same way, and do not saturate.
+        # Cross-entropy: the log-odds have the same direction of ascent, and do not saturate.
         return losses.log_odds(self._labels, logits)
 
 
 def slope(score: Callable[[tf.Tensor], tf.Tensor], logits: tf.Tensor) -> tf.Tensor:
     """Return a score's gradient at the logits, its largest entry scaled to 1 per example.
 
-    A positive factor per example changes neither the sign step nor the normalised one. But at its
-    own scale the gradient of a well-fitted example would be lost in a float16 network.
+    A positive factor per example changes neither sign nor normalised gradient steps; unscaled, the
+    gradient of a well-fitted example would underflow in a float16 network.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(logits)
@@ -467,13 +472,13 @@ class FGSM(GradientAttack):
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf" or "l2".
-        targeted: whether y are classes to reach; the objective L is then descended.
+        targeted: whether y are target classes; the objective L is then descended.
         bounds: the smallest and the largest value that an input may take.
-        objective: "cross_entropy", "margin" or "dlr"; None is open to `with_defaults`, and
-            "cross_entropy" alone. ("kl" has no gradient at x.)
+        objective: "cross_entropy", "margin" or "dlr"; None for the default of `with_defaults`, or
+            "cross_entropy". ("kl" has no gradient at x.)
 
     Raises:
-        TypeError, ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is not as described.
 
     Example:
         >>> import tensorflow as tf
@@ -515,18 +520,18 @@ class PGD(GradientAttack):
         step_size: the length of a step, written likewise; None for 2.5 epsilon / steps.
         steps: the number of steps, >= 1.
         norm: "linf" or "l2".
-        targeted: whether y are classes to reach; the objective L is then descended.
-        restarts: the number of attempts, >= 1; per example, one that fools the model is kept
-            first, then the one with the largest objective.
+        targeted: whether y are target classes; the objective L is then descended.
+        restarts: the number of attempts, >= 1; the best is kept per example, fooling ones first,
+            then by the largest objective.
         objective: "cross_entropy", "kl" (away from the clean output, as TRADES' adversary),
-            "margin" or "dlr"; None is open to `with_defaults`, and "cross_entropy" alone.
+            "margin" or "dlr"; None for the default of `with_defaults`, or "cross_entropy".
         start: "none" (at x), "uniform" (in the ball) or "gaussian" (x + 0.001 N(0, 1), for inputs
-            in [0, 1]); None is open to `with_defaults`, and "uniform" alone.
+            in [0, 1]); None for the default of `with_defaults`, or "uniform".
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError, ValueError: an argument is none of those above; or restarts would all be alike,
-            or objective "kl" has no gradient, with start "none".
+        TypeError, ValueError: an argument is not as described; or start "none" is combined with
+            several restarts, which would be equal, or with objective "kl", which has no gradient.
 
     Example:
         >>> import tensorflow as tf

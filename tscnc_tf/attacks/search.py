@@ -1,4 +1,4 @@
-"""Attacks in attempts of many iterations, of which an example leaves as soon as it is fooled."""
+"""Attacks by repeated iterative attempts; an example drops out once the model is fooled on it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tscnc_tf.attacks.base import CompiledAttack
 from tscnc_tf.functional import balls
 from tscnc_tf.losses import terms
 
-# How many wrong classes the targeted searches try, unless told otherwise.
+# The default number of wrong classes that targeted searches try.
 TARGET_CLASSES = 9
 
-# The iterations between two looks at who is fooled: from the first to the last number, doubling.
+# The iterations between checks for fooled examples: the first number, doubling up to the second.
 _STRIDES = (4, 64)
 
 
 class Examples(NamedTuple):
-    """What an attempt knows of each example; the first axis of all tensors is the batch.
+    """Inputs per example of an attempt; the first axis of all tensors is the batch.
 
     Attributes:
         x: the clean inputs, in float32 at least.
         labels: labels of any form, or None.
-        clean_logits: the model's logits at x, or None where a search has no use for them.
-        row: the position of each example in the batch that random numbers are drawn for.
+        clean_logits: the model's logits at x; None if the search does not use them.
+        row: the index of each example in the whole batch, for which random numbers are drawn.
     """
 
     x: tf.Tensor
@@ -40,13 +40,13 @@ class Examples(NamedTuple):
 
 
 class State(Protocol):
-    """Where an attempt is, a named tuple of tensors whose first axis is the batch.
+    """State per example of an attempt: a named tuple of tensors whose first axis is the batch.
 
     Attributes:
         fooled: whether an adversarial example inside the ball has been found.
-        result: the first of them, else the best candidate, which may lie outside of the ball.
+        result: the first one found, else the best candidate, which may lie outside of the ball.
         best: the candidate of the largest score.
-        score: of the best candidate; the larger, the nearer to fooling the model.
+        score: the objective of the best candidate, larger for a stronger candidate.
     """
 
     @property
@@ -65,12 +65,12 @@ class State(Protocol):
 class Draws(NamedTuple):
     """Random numbers for the examples of an attempt.
 
-    Each example gets those of its row of the whole batch, whichever others are still there.
+    They are drawn for the whole batch, so those of an example don't depend on which others remain.
 
     Attributes:
         seed: two integers.
         size: the number of examples of the whole batch.
-        row: the row of each example.
+        row: the index of each example in the whole batch.
     """
 
     seed: tf.Tensor
@@ -78,7 +78,7 @@ class Draws(NamedTuple):
     row: tf.Tensor
 
     def uniform(self, shape: Any, salt: Any, dtype: Any = tf.float32) -> tf.Tensor:
-        """Return draws from U(-1, 1), `(batch, *shape)`; other ones for each number `salt`."""
+        """Return draws from U(-1, 1), `(batch, *shape)`; `salt` numbers independent draws."""
         return self._drawn(balls.uniform, shape, salt, dtype)
 
     def normal(self, points: tf.Tensor, salt: Any) -> tf.Tensor:
@@ -86,7 +86,7 @@ class Draws(NamedTuple):
         return like(self._drawn(balls.normal, tf.shape(points)[1:], salt, points.dtype), points)
 
     def on_sphere(self, points: tf.Tensor, norm: str, salt: Any) -> tf.Tensor:
-        """Return points at distance 1 from 0 in a norm, of the shape and dtype of `points`."""
+        """Return random points of length 1 in a norm, of the shape and dtype of `points`."""
         if norm == "linf":
             draws = self.uniform(tf.shape(points)[1:], salt, points.dtype)
         else:
@@ -104,10 +104,10 @@ class Draws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search(CompiledAttack):
-    """Base of attacks that are made of attempts, and attempts of iterations.
+    """Base of attacks that consist of attempts of many iterations.
 
-    An example that is fooled takes part in no further iteration; within a graph it does, with the
-    same result. Subclasses implement the hooks below, all of them pure.
+    In eager code, examples on which the model is fooled are left out of further iterations; within
+    a graph they are not, with the same result. The hooks for subclasses below are pure functions.
     """
 
     norms: ClassVar[tuple[str, ...]] = (*balls.NORMS, "l1")
@@ -119,7 +119,7 @@ class Search(CompiledAttack):
         self._set("restarts", _checks.integer("restarts", self.restarts, minimum=1))
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack."""
+        """Return the description for reports, including the restarts."""
         return super().describe() | {"restarts": self.restarts}
 
     @property
@@ -129,24 +129,27 @@ class Search(CompiledAttack):
 
     @property
     def _targets(self) -> int | None:
-        """How many wrong classes are tried one after the other, at most; None without targets."""
+        """The most wrong classes that are tried in turn; None for an untargeted search."""
         return None
 
     @property
     def _compared_by(self) -> str:
-        """What the candidates are compared by, an objective of `pgd.Ascent`."""
+        """The objective of `pgd.Ascent` by which candidates are compared."""
         return "margin"
 
     @property
     def _needs_clean_logits(self) -> bool:
-        """Whether an attempt looks at the logits at x."""
+        """Whether an attempt needs the logits at x."""
         return self._targets is not None
 
     def _attempts(self, classes: int | None) -> int:
-        """Return the number of attempts on a model of so many classes, None if not known.
+        """Return the number of attempts.
+
+        Args:
+            classes: the model's number of classes, None if not known.
 
         Raises:
-            ValueError: the attack can't be run on such a model.
+            ValueError: the attack does not support that number of classes.
         """
         if self._targets is None:
             return self.restarts
@@ -154,7 +157,7 @@ class Search(CompiledAttack):
         return self.restarts * targets
 
     def _ascent(self, logits_fn: Any, examples: Examples, dtype: Any, attempt: Any) -> pgd.Ascent:
-        """Return the score of an attempt on examples whose inputs the model takes in this dtype."""
+        """Return the objective of an attempt; `dtype` is that of the model's inputs."""
         targets = None
         if self._targets is not None:
             targets = _ranked_class(examples, tf.convert_to_tensor(attempt) // self.restarts)
@@ -171,13 +174,13 @@ class Search(CompiledAttack):
 
     @abc.abstractmethod
     def _begin(self, ascent: pgd.Ascent, examples: Examples, attempt: Any, draws: Draws) -> State:
-        """Return the state at the start of an attempt, a tensor that counts from 0."""
+        """Return the state at the start of an attempt; `attempt` is its index, a tensor."""
 
     @abc.abstractmethod
     def _advance(
         self, ascent: pgd.Ascent, examples: Examples, state: Any, index: Any, draws: Draws
     ) -> State:
-        """Return the state after one more iteration, the one of number `index`, from 0."""
+        """Return the state after the iteration of number `index`, counted from 0."""
 
     def perturb(
         self,
@@ -192,9 +195,9 @@ class Search(CompiledAttack):
     ) -> tf.Tensor:
         """Return adversarial examples: the pure graph of the attack, for a training step.
 
-        As `GradientAttack.perturb`; the iterations are always looped. Training wants the candidates
-        of the largest score, whether they fool the model or not; with `until_fooled` the result
-        has the first that does.
+        As `GradientAttack.perturb`, but the iterations are always looped. The results are the
+        candidates of the largest score, as training needs them; with `until_fooled`, the first
+        candidates that fool the model, where there are any.
         """
         self._check_size(x.shape)
         self.check_labels(y)
@@ -233,7 +236,7 @@ class Search(CompiledAttack):
         return self._settled(x, best[0])
 
     def _settled(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
-        """Return points in the dtype of x, inside the ball and the bounds, as constants."""
+        """Return points in the dtype of x, inside the ball and the bounds, without gradient."""
         point = self._feasible(_checks.widened(x), point)
         settled = balls.settle(x, point, self.epsilon_value, self.norm)
         return tf.stop_gradient(tf.clip_by_value(settled, *self.bounds))
@@ -259,26 +262,26 @@ class Search(CompiledAttack):
 
     def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         if tf.executing_eagerly():
-            return Hunt(self, lambda: model, compiled=False)(x, y, seed)
+            return SearchRunner(self, lambda: model, compiled=False)(x, y, seed)
         return self.perturb(_keras.inference(model), x, y, seed, until_fooled=True)
 
     def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
-        return Hunt(self, recall, compiled=True)
+        return SearchRunner(self, recall, compiled=True)
 
 
-class Hunt:
-    """A search on one model, run from Python: examples that are fooled leave it.
+class SearchRunner:
+    """A search on one model, run from Python, without the examples that are already fooled.
 
     Args:
         attack: the search.
-        recall: returns the model, which need not be kept alive by this object.
-        compiled: whether the parts of an attempt are compiled, for every batch size at once.
+        recall: returns the model; it may hold a weak reference.
+        compiled: whether the parts of an attempt are compiled, for all batch sizes.
     """
 
     def __init__(self, attack: Search, recall: Callable[[], Any], *, compiled: bool) -> None:
         self._attack = attack
         self._recall = recall
-        wrap: Callable[[Any], Any] = _Part if compiled else lambda function: function
+        wrap: Callable[[Any], Any] = _CompiledPart if compiled else lambda function: function
         self._logits = wrap(self._trace_logits)
         self._begin = wrap(self._trace_begin)
         self._advance = wrap(self._trace_advance)
@@ -286,7 +289,7 @@ class Hunt:
     def __call__(self, x: tf.Tensor, y: tf.Tensor | None, seed: tf.Tensor) -> tf.Tensor:
         """Return adversarial examples for a checked batch."""
         attack = self._attack
-        _keras.inference(self._recall())  # builds its view without wrappers outside of the graphs
+        _keras.inference(self._recall())  # builds the view without wrappers outside of the graphs
         attack.check_labels(y)
         clean_logits = self._logits(x)
         if y is not None:
@@ -296,7 +299,7 @@ class Hunt:
         result = given.x.numpy()
         score = np.full(len(result), -np.inf)
         fooled = np.zeros(len(result), dtype=bool)
-        # What has no value tells the dtype that the model takes.
+        # An empty tensor, which passes the dtype of the model's inputs.
         kind = tf.zeros(0, x.dtype)
         for attempt in map(tf.constant, range(attack._attempts(clean_logits.shape[-1]))):
             rows = np.flatnonzero(~fooled)
@@ -307,11 +310,11 @@ class Hunt:
             state = self._begin(kind, examples, attempt, seeds, size)
             done, stride = 0, _STRIDES[0]
             while True:
-                stands = ~state.fooled.numpy()
-                if not np.all(stands):
-                    fallen = rows[~stands]
-                    result[fallen], fooled[fallen] = state.result.numpy()[~stands], True
-                    keep = np.flatnonzero(stands)
+                is_robust = ~state.fooled.numpy()
+                if not np.all(is_robust):
+                    done_rows = rows[~is_robust]
+                    result[done_rows], fooled[done_rows] = state.result.numpy()[~is_robust], True
+                    keep = np.flatnonzero(is_robust)
                     rows, examples, state = rows[keep], _taken(examples, keep), _taken(state, keep)
                 if not len(rows) or done == attack._iterations:
                     break
@@ -358,8 +361,8 @@ class Hunt:
         return _keras.inference(self._recall())
 
 
-class _Part:
-    """A function of tensors and tuples of them, compiled for every size of their first axes."""
+class _CompiledPart:
+    """A function of tensors and tuples of them, compiled for all sizes of their first axes."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = tf.function(function, autograph=False)
@@ -378,14 +381,14 @@ def _spec(value: tf.Tensor | None) -> tf.TensorSpec | None:
 
 
 def _taken(parts: Any, rows: np.ndarray) -> Any:
-    """Return the rows of all tensors of a nest."""
+    """Return the given rows of all tensors of a nested structure."""
     return tf.nest.map_structure(
         lambda part: None if part is None else tf.gather(part, rows), parts
     )
 
 
 def like(new: Any, old: Any) -> tf.Tensor:
-    """Return a tensor with the static shape of another one, as a loop wants it."""
+    """Return a tensor with the static shape of another one, as `tf.while_loop` requires it."""
     return tf.ensure_shape(new, old.shape)
 
 
@@ -400,11 +403,11 @@ def choose(condition: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
 
 
 def _ranked_class(examples: Examples, rank: Any) -> tf.Tensor:
-    """Return per example the wrong class of this rank, by the clean logits, the largest first.
+    """Return per example the wrong class of the given rank in the clean logits, largest first.
 
     Args:
         examples: with labels and clean logits.
-        rank: from 0; beyond the last class, the last one.
+        rank: counted from 0; ranks beyond the last wrong class give the last one.
     """
     _, others = terms.split(examples.labels, examples.clean_logits)
     order = tf.argsort(others, axis=-1, direction="DESCENDING", stable=True)

@@ -1,4 +1,4 @@
-"""The square attack: random search by windows, which needs no gradient."""
+"""The square attack: random search by changes in windows, without gradients."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tscnc_tf import _checks, _keras
 from tscnc_tf.attacks.pgd import Ascent, effort
 from tscnc_tf.attacks.search import Draws, Examples, Search, choose, column, like
 
-# Of 10,000 queries, those after which the share of a window is halved.
+# The queries, of 10,000, after which the area of the windows is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _DRAWS_PER_ITERATION = 8
 
 
 class _State(NamedTuple):
-    """Where an attempt is: the best candidate."""
+    """State of an attempt: the best candidate."""
 
     result: tf.Tensor
     score: tf.Tensor
@@ -32,7 +32,7 @@ class _State(NamedTuple):
 
 
 class _Windows(NamedTuple):
-    """A window of each example, and where all pixels are, seen from its corner.
+    """A window of each example, with the coordinates of all pixels relative to its corner.
 
     Attributes:
         rows: `(batch, height, 1, 1)`, int32.
@@ -49,30 +49,30 @@ class _Windows(NamedTuple):
 @_keras.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Square(Search):
-    r"""The square attack: random changes in windows of the input, kept where they help.
+    r"""The square attack: random changes in windows of the input, kept if they raise the margin.
 
-    It asks the model for its outputs only, so it also judges models without a gradient, such as
-    exported files, and models whose gradient misleads. A change is kept if the margin
+    It needs the model's outputs only, so it also attacks models without a gradient, such as
+    exported files, and models with gradient masking. A change is kept if the margin
     :math:`\max_{k \ne y} z_k - z_y` grows. In linf it sets a window to :math:`x \pm \epsilon`, with
-    a random sign per channel; in l2 and l1 it moves the perturbation of one window to another one,
-    with a profile of two pyramids of opposite signs added. The side of the windows falls with the
+    a random sign per channel; in l2 and l1 it moves the perturbation of one window to another, and
+    adds a profile of two pyramids of opposite signs. The side of the windows decreases with the
     queries.
 
-    Inputs of shape `(height, width)` or `(height, width, channels)` are images; of others the
-    windows are intervals of the entries in a row.
+    Inputs of shape `(height, width)` or `(height, width, channels)` are images; for other shapes
+    the windows are intervals of the flattened entries.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf", "l2" or "l1".
         queries: the number of changes that are tried, >= 1.
-        horizon: over how many queries the windows shrink; None for all of them. (`AutoAttack` stops
-            half way, with 5,000 queries of 10,000.)
+        horizon: the number of queries over which the windows shrink; None for `queries`.
+            (`AutoAttack` runs 5,000 queries with a horizon of 10,000.)
         p_init: the share of the input that the first window covers, in (0, 1].
         restarts: the number of attempts, >= 1.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
-        TypeError, ValueError: an argument is none of those above.
+        TypeError, ValueError: an argument is not as described.
 
     Example:
         >>> import tensorflow as tf
@@ -104,7 +104,7 @@ class Square(Search):
 
     @property
     def uses_gradient(self) -> bool:
-        """False: it asks for outputs only."""
+        """False: it uses outputs only."""
         return False
 
     @property
@@ -113,7 +113,7 @@ class Square(Search):
         return f"Square-{effort(self.queries, self.restarts)} {self._ball}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report says of the attack."""
+        """Return the description for reports."""
         return super().describe() | {
             "queries": self.queries,
             "horizon": self.horizon,
@@ -127,13 +127,13 @@ class Square(Search):
     def _begin(self, ascent: Ascent, examples: Examples, attempt: Any, draws: Draws) -> _State:  # noqa: ARG002
         x = _grid(examples.x)
         if self.norm == "linf":
-            # Stripes from the first row to the last; where there is one column, entries.
+            # Vertical stripes; single entries if there is only one column.
             height, width, channels = x.shape[1:]
             stripes = (height, 1, channels) if width == 1 else (1, width, channels)
             delta = self.epsilon_value * tf.sign(draws.uniform(stripes, 0, x.dtype))
         else:
             delta = self._scaled(self._width * self._tiles(x, draws))
-        return self._judged(ascent, examples, x + delta)
+        return self._evaluated(ascent, examples, x + delta)
 
     def _advance(
         self, ascent: Ascent, examples: Examples, state: _State, index: Any, draws: Draws
@@ -141,7 +141,7 @@ class Square(Search):
         x, best = _grid(examples.x), _grid(state.result)
         change = self._changed if self.norm == "linf" else self._moved
         candidate = change(x, best, index, draws)
-        new = self._judged(ascent, examples, candidate)
+        new = self._evaluated(ascent, examples, candidate)
         gains = ~state.fooled & ((new.score > state.score) | new.fooled)
         return _State(
             result=choose(gains, new.result, state.result),
@@ -149,14 +149,14 @@ class Square(Search):
             fooled=state.fooled | new.fooled,
         )
 
-    def _judged(self, ascent: Ascent, examples: Examples, candidate: tf.Tensor) -> _State:
+    def _evaluated(self, ascent: Ascent, examples: Examples, candidate: tf.Tensor) -> _State:
         candidate = like(tf.reshape(candidate, tf.shape(examples.x)), examples.x)
         candidate = self._feasible(examples.x, candidate)
         logits = ascent.logits(candidate)
         return _State(candidate, ascent.score(logits), ascent.is_fooled(logits))
 
     def _changed(self, x: tf.Tensor, best: tf.Tensor, index: Any, draws: Draws) -> tf.Tensor:
-        """Return the candidates of an iteration in linf: one window at the surface of the ball."""
+        """Return the candidates of an iteration in linf: one window set to x ± epsilon."""
         salt = _DRAWS_PER_ITERATION * (index + 1)
         side = tf.gather(self._sides(x), index)
         signs = tf.sign(draws.uniform((1, 1, x.shape[-1]), salt + 2, x.dtype))
@@ -164,7 +164,7 @@ class Square(Search):
         return tf.where(inside, x + self.epsilon_value * signs, best)
 
     def _moved(self, x: tf.Tensor, best: tf.Tensor, index: Any, draws: Draws) -> tf.Tensor:
-        """Return the candidates of an iteration in l2 and l1: what one window has, in another."""
+        """Return the candidates of an iteration in l2 and l1: a window's norm moved to another."""
         salt = _DRAWS_PER_ITERATION * (index + 1)
         side = tf.gather(self._sides(x), index)
         to, source = (_windows(x, side, draws, salt + 2 * window) for window in range(2))
@@ -174,7 +174,7 @@ class Square(Search):
         here = tf.where(to.inside, delta, 0.0)
         shape = signs * self._profile(x, to, side, flips) + self._unit(here, (1, 2))
         windows = self._length(tf.where(to.inside | source.inside, delta, 0.0), (1, 2))
-        # What the windows have, and each channel's part of what the ball has left.
+        # The norm of the windows, plus each channel's share of the unused norm of the ball.
         if self.norm == "l2":
             unused = tf.maximum(self.epsilon_value**2 - tf.square(self._length(delta)), 0.0)
             budget = tf.sqrt(unused / x.shape[-1] + tf.square(windows))
@@ -185,13 +185,13 @@ class Square(Search):
         return x + self._scaled(tf.where(to.inside, self._unit(shape, (1, 2)) * budget, rest))
 
     def _tiles(self, x: tf.Tensor, draws: Draws) -> tf.Tensor:
-        """Return the first perturbation in l2 and l1: profiles side by side, with random signs."""
+        """Return the initial perturbation in l2 and l1: tiled profiles with random signs."""
         height, width, channels = x.shape[1:]
         is_flat = width == 1
         side = max((height if is_flat else min(height, width)) // 5, 1)
         sizes = side, 1 if is_flat else side
         axes = list(zip((height, width), sizes, strict=True))
-        # Where each row and column lies, seen from the first of as many tiles as there is room for.
+        # Coordinates of rows and columns relative to the first tile; the tiles are centred.
         places = [np.arange(length) - length % size // 2 for length, size in axes]
         inside = np.logical_and.outer(
             *((at >= 0) & (at < n // s * s) for at, (n, s) in zip(places, axes, strict=True))
@@ -210,21 +210,21 @@ class Square(Search):
         return tf.where(flips, turned, upright) * signs
 
     def _scaled(self, delta: tf.Tensor) -> tf.Tensor:
-        """Return perturbations of the length epsilon; in l1 as they are, for the projection."""
+        """Return perturbations scaled to length epsilon; unchanged in l1, for the projection."""
         return delta if self.norm == "l1" else self._unit(delta) * self.epsilon_value
 
     def _length(self, values: tf.Tensor, axes: tuple[int, ...] = (1, 2, 3)) -> tf.Tensor:
-        """Return l2 or l1 norms over some axes, which are kept."""
+        """Return l2 or l1 norms over some axes, which are kept with size 1."""
         if self.norm == "l1":
             return tf.reduce_sum(tf.abs(values), axis=axes, keepdims=True)
         return tf.sqrt(tf.reduce_sum(tf.square(values), axis=axes, keepdims=True))
 
     def _unit(self, values: tf.Tensor, axes: tuple[int, ...] = (1, 2, 3)) -> tf.Tensor:
-        """Return values of length 1 over some axes, or 0."""
+        """Return values scaled to length 1 over some axes; 0 for 0."""
         return values / (self._length(values, axes) + 1e-12)
 
     def _sides(self, x: tf.Tensor) -> list[int]:
-        """Return the heights of the windows in all iterations; in l2 and l1 odd ones from 3."""
+        """Return the heights of the windows in all iterations; odd and >= 3 in l2 and l1."""
         height, width = x.shape[1:3]
         largest = height if width == 1 else min(height, width)
         sides = []
@@ -239,19 +239,19 @@ class Square(Search):
     def _profile(
         self, x: tf.Tensor, windows: _Windows, side: tf.Tensor, flips: tf.Tensor
     ) -> tf.Tensor:
-        """Return images that are zero but for the profile of the windows.
+        """Return images that are zero except for the profile in the windows.
 
         Args:
             x: the images.
-            windows: where.
+            windows: the windows.
             side: the height of the windows.
-            flips: per example whether the halves are left and right instead of upper and lower;
-                only square windows are flipped.
+            flips: per example whether the pyramids are side by side instead of one above the
+                other; only square windows are flipped.
         """
         sides = sorted(set(self._sides(x)))
         is_flat = x.shape[2] == 1
         across = 1 if is_flat else sides[-1]
-        # All profiles one behind the other, each padded to the size of the largest.
+        # All profiles, padded to the size of the largest and concatenated.
         table = np.zeros((len(sides), sides[-1], across))
         for number, each in enumerate(sides):
             table[number, :each, : 1 if is_flat else each] = profile(
@@ -282,13 +282,13 @@ def _grid(x: tf.Tensor) -> tf.Tensor:
 
 
 def _position(draw: tf.Tensor, last: Any) -> tf.Tensor:
-    """Return integers from 0 to `last`, each as likely, of draws from U(-1, 1)."""
+    """Return integers uniform in 0 to `last`, from draws from U(-1, 1)."""
     choices = tf.cast(last + 1, draw.dtype)
     return tf.minimum(tf.cast(tf.floor((draw + 1) / 2 * choices), tf.int32), last)
 
 
 def _windows(x: tf.Tensor, side: tf.Tensor, draws: Draws, salt: Any) -> _Windows:
-    """Return windows at random places of images: squares, or of width 1 where the images are."""
+    """Return windows at random positions of images: squares, or intervals if the width is 1."""
     height, width = x.shape[1:3]
     across = side if width > 1 else tf.ones_like(side)
     row, first = (
@@ -302,10 +302,10 @@ def _windows(x: tf.Tensor, side: tf.Tensor, draws: Draws, salt: Any) -> _Windows
 
 
 def profile(height: int, width: int, norm: str) -> np.ndarray:
-    """Return two pyramids of opposite signs, in the upper and the lower half, of length 1.
+    """Return two pyramids of opposite signs, one in each half (upper, lower), of norm 1 in total.
 
-    A pyramid is made of concentric rectangles whose weights fall from the centre, by the second
-    power of their size in l2 and by the fourth in l1.
+    A pyramid is the sum of concentric rectangles with weights 1/k² in l2 and 1/k⁴ in l1, where k
+    counts from 1 at the centre.
 
     Args:
         height: in pixels.

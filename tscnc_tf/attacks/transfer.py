@@ -1,4 +1,4 @@
-"""An attack on one model, judged on another."""
+"""Transfer attacks: adversarial examples of one model, evaluated on another."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tscnc_tf.attacks.base import Attack
 @final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transfer(Attack):
-    """Adversarial examples that are found on one model, for another one to be judged by.
+    """Adversarial examples found on one model, to evaluate another.
 
     The attack runs on `source`, whatever model it is called with; the ball and the bounds are those
-    of the attack inside. It measures a model without a gradient, such as an exported or
-    quantised network, on adversarial examples of the network that it was made from.
+    of the inner attack. It evaluates a model without a gradient, such as an exported or quantised
+    network, on adversarial examples of the network that it was made from.
 
-    An attack on the model itself may find more, so the accuracy that is left is an upper bound of
-    the robust accuracy; it is only as reliable as the gradient of `source`.
+    An attack on the model itself may find more, so the resulting accuracy is an upper bound of the
+    robust accuracy, and only as reliable as the gradient of `source`.
 
     Args:
         source: the model that is attacked: of either Keras, or any callable from x to logits.
         attack: the attack, one of `tscnc_tf.attacks`.
 
     Raises:
-        TypeError: source is not callable, or attack is no attack (a function becomes one by
-            `Custom`, which declares its ball).
+        TypeError: source is not callable, or attack is not an attack (wrap a function in `Custom`,
+            which declares its ball).
         ValueError: attack is a `Transfer` itself.
 
     Example:
@@ -67,15 +67,15 @@ class Transfer(Attack):
             )
         if isinstance(self.attack, Transfer):
             raise ValueError(
-                f"attack must run on source itself, got {self.attack!r}, which runs on a source of "
-                "its own."
+                f"attack must run on source itself, got {self.attack!r}, which runs on its own "
+                "source: pass its inner attack."
             )
         for field in ("epsilon", "norm", "bounds"):
             self._set(field, getattr(self.attack, field))
         super().__post_init__()
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:
-        """Return this attack with what the attack inside leaves open filled in."""
+        """Return this attack with defaults for the fields of the inner attack that are None."""
         inner = self.attack.with_defaults(objective=objective, start=start)
         return dataclasses.replace(self, attack=inner)
 
@@ -90,7 +90,7 @@ class Transfer(Attack):
         return f"{self.attack.name} from {self._source_name}"
 
     def describe(self) -> dict[str, Any]:
-        """Return the description of the attack inside, and the name of the source."""
+        """Return the description of the inner attack, and the name of the source."""
         return self.attack.describe() | {"name": self.name, "source": self._source_name}
 
     @property
