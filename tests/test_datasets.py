@@ -246,7 +246,7 @@ def test_an_empty_part_says_how_to_get_one(data):
     data = data.subset(n_validation=0)
     assert data.x_validation.shape == (0, 8, 8, 3)
     for call in (data.arrays, data.evaluation):
-        with pytest.raises(ValueError, match="the validation part of pictures is empty: ask for o"):
+        with pytest.raises(ValueError, match="the validation part of pictures is empty: load the"):
             call("validation")
     assert len(data.subset(5).y_validation) == 0
     assert len(data.subset(n_validation=0).y_validation) == 0

@@ -295,7 +295,7 @@ def beside_folders(root):
         (named("train-00000-of-00001", "train-00001-of-00002"), "and none of another number"),
         (named("train.tfrecord", "train.tfrecords"), "differ in the ending"),
         (linked, r"train.tfrecord leads to .*outside of"),
-        (linked_to_nothing, r"train.tfrecord-00001-of-00002 is no file, or a link to nothing"),
+        (linked_to_nothing, r"train.tfrecord-00001-of-00002 is not a file, or a broken link"),
         (linked_names, r"label.labels.txt leads to .*outside of"),
         (beside_folders, "has both TFRecord files and the folder te|has both .* the folder tr"),
     ],
@@ -347,10 +347,10 @@ def part_that_is_nothing(root):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (fifo, "x.png is no file, or a link to nothing"),
-        (link_to_nothing, "x.png is no file, or a link to nothing"),
-        (class_that_is_nothing, "dog is a link to nothing: remove it"),
-        (part_that_is_nothing, "val is a link to nothing: remove it"),
+        (fifo, "x.png is not a file, or a broken link"),
+        (link_to_nothing, "x.png is not a file, or a broken link"),
+        (class_that_is_nothing, "dog is a broken link: remove it"),
+        (part_that_is_nothing, "val is a broken link: remove it"),
     ],
 )
 def test_what_is_no_image_in_a_folder_of_images_is_said(change, message, tmp_path):
@@ -478,10 +478,10 @@ def test_files_that_change_later_are_named(write, tmp_path):
         if path.is_file() and "train" in str(path.relative_to(root)):
             path.write_bytes(encoded(pictures(1, shape=(5, 5, 3))[0]))
     with pytest.raises(
-        ValueError, match=r"(png is .* now|record \d+ .*not what it was).*: load it anew"
+        ValueError, match=r"(png is .* now|record \d+ .*it has changed since).*: load it again"
     ):
         data.arrays("train")
-    with pytest.raises(tf.errors.InvalidArgumentError, match="load it anew"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="load it again"):
         collected(data.training(5, epochs=1))
     if write is records_of:
         with pytest.raises(ValueError, match=r"mine-train.*: record \d+ can't be read: .*anew"):

@@ -1,8 +1,8 @@
-"""Data to train and judge on: known sets by name, and a user's own files by their path.
+"""Data for training and evaluation: public data sets by name, and a user's own files by path.
 
-`load` reads, checks and splits; the `Dataset` that it returns gives training batches that a stopped
-run can go on with bit for bit, and arrays to judge on. With `stream=True` the images stay in their
-files.
+`load` reads, checks and splits the data. The `Dataset` that it returns provides training batches,
+which are reproduced bit for bit when a run is resumed, and arrays for evaluation. With
+`stream=True` images stay in their files until they are needed.
 """
 
 from tscnc_tf.datasets.dataset import Dataset

@@ -16,12 +16,12 @@ class Raw:
     """The arrays of a source.
 
     Attributes:
-        x_train, y_train: images, as an array or stored, and labels.
-        x_test, y_test: None if the source has no test part of its own.
-        class_names: in the order of the labels; None for the numbers themselves.
-        augmentation: the usual one for these images; None for "crop" for grey ones, else
+        x_train, y_train: images (an array or `StoredImages`), and labels.
+        x_test, y_test: the same of the test part; None if the source has none.
+        class_names: in the order of the labels; None to use the numbers.
+        augmentation: the default augmentation; None for "crop" for grey images, else
             "crop_and_flip".
-        notes: what is to be known of how they were read, a line for each thing.
+        notes: remarks on how the data were read, for the provenance, one per line.
     """
 
     x_train: Any
@@ -35,11 +35,11 @@ class Raw:
 
 
 def checked(raw: Raw) -> Raw:
-    """Return the arrays in one form, or raise an error that names what is wrong with them.
+    """Return the arrays with normalised shapes and dtypes, after checking them.
 
     Raises:
-        TypeError: pixels or labels are no numbers of a kind that fits.
-        ValueError: shapes or values don't fit; the message says which.
+        TypeError: pixels or labels are not of a numeric dtype that is supported.
+        ValueError: shapes or values are not as required; the message says which.
     """
     x_train, y_train = _part("train", raw.x_train, raw.y_train)
     if raw.x_test is None:
@@ -49,7 +49,7 @@ def checked(raw: Raw) -> Raw:
         _require_same_kind(x_train, x_test)
     names = raw.class_names
     if names is None:
-        # Checked first, as a label may be a billion, and each number gets a name below.
+        # Checked first: a label of a billion would otherwise create a billion names below.
         if y_train.max() >= len(y_train):
             raise ValueError(
                 f"y_train holds the label {y_train.max()}, with {len(y_train):,} images: number "
@@ -89,7 +89,7 @@ def _pixels(name: str, x: Any) -> np.ndarray:
         raise ValueError(f"{name} holds no images: its shape is {array.shape}.")
     if array.shape[1] in (1, 3) and array.shape[-1] > 4:
         raise ValueError(
-            f"{name} has shape {array.shape}, its channels before its pixels: store "
+            f"{name} has shape {array.shape}, with the channels first: store "
             f"np.moveaxis({name}, 1, -1)."
         )
     if np.issubdtype(array.dtype, np.floating):
@@ -101,10 +101,10 @@ def _pixels(name: str, x: Any) -> np.ndarray:
 
 def _floats(name: str, array: np.ndarray) -> np.ndarray:
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):  # also of NaN
+    if not (low >= 0.0 and high <= 1.0):  # true for NaN as well
         raise ValueError(
             f"{name} holds floats from {low:g} to {high:g}, and floats must lie in [0, 1]: divide "
-            "them by what stands for white, or store 0 to 255 as uint8."
+            "them by the value of white, or store 0 to 255 as uint8."
         )
     return np.ascontiguousarray(array, np.float32)
 
@@ -118,7 +118,7 @@ def _bytes(name: str, array: np.ndarray) -> np.ndarray:
     if high <= 1:
         raise ValueError(
             f"{name} holds integers up to {high}, which as bytes (0 to 255) are black images. If 1 "
-            f"stands for white, store {name}.astype('float32')."
+            f"means white, store {name}.astype('float32')."
         )
     return np.ascontiguousarray(array, np.uint8)
 

@@ -1,4 +1,4 @@
-"""Crops and flips of whole batches, by integers that are drawn for each example beforehand."""
+"""Random crops and flips of whole batches, from integers drawn per example in advance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AUGMENTATIONS = {
 
 
 def padding(augmentation: str, image_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return by how many pixels a crop may move, down and across: 4 of 32, and at least 1."""
+    """Return a crop's (vertical, horizontal) padding in pixels: 1/8 of the size, at least 1."""
     if not AUGMENTATIONS[augmentation][0]:
         return 0, 0
     height, width = image_shape[:2]
@@ -24,8 +24,8 @@ def padding(augmentation: str, image_shape: tuple[int, ...]) -> tuple[int, int]:
 def plans(draws: tf.Tensor, padding: tuple[int, int], augmentation: str) -> tf.Tensor:
     """Return the crop and the flip of each example: `(n, 3)` of int32.
 
-    The first two are the corner of the crop in the padded image, uniform in 0 to 2 padding; the
-    third is 1 for a flipped image, in half of all cases, where the augmentation flips at all.
+    The first two are the corner of the crop in the padded image, uniform in 0 to 2 padding. The
+    third is 1 for a flipped image, with probability 1/2 if the augmentation includes flips.
 
     Args:
         draws: `(3, n)` uniform random integers.
@@ -40,7 +40,7 @@ def plans(draws: tf.Tensor, padding: tuple[int, int], augmentation: str) -> tf.T
 def augmented(images: tf.Tensor, plans: tf.Tensor, padding: tuple[int, int]) -> tf.Tensor:
     """Return a batch `(n, h, w, c)` padded by zeros, cropped to its size, and flipped.
 
-    Rows and columns are gathered; a flip gathers the columns from the right.
+    It gathers rows and columns; a flip reverses the order of the columns.
     """
     down, across = padding
     height, width = images.shape[1:3]

@@ -1,4 +1,4 @@
-"""A data set: training, validation and test part, as arrays and as batches."""
+"""The class `Dataset`: training, validation and test parts, as arrays and as batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SPLITS = ("train", "validation", "test")
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Images and labels in three disjoint parts; `tscnc_tf.datasets.load` makes it.
+    """Images and labels in three disjoint parts, as returned by `tscnc_tf.datasets.load`.
 
-    Pixels are kept as they are in the source, bytes as uint8 (0 to 255) and floats as float32 in
-    [0, 1]; its methods return float32 in [0, 1] in either case. The arrays are read-only.
+    Pixels are stored as uint8 (0 to 255) or as float32 in [0, 1], depending on the source; methods
+    return float32 in [0, 1] in either case. The arrays are read-only.
 
     Attributes:
         x_train, x_validation, x_test: `(n, height, width, channels)`; arrays, or `StoredImages`,
@@ -32,10 +32,10 @@ class Dataset:
         class_names: in the order of the labels.
         name: of the set.
         augmentation: the default of `training`.
-        provenance: how the data were processed since they were read, a line for each step.
+        provenance: the processing steps since the data were read, one per line.
 
     Raises:
-        TypeError: images are no arrays and not stored, or labels are no arrays.
+        TypeError: images are neither arrays nor `StoredImages`, or labels are not arrays.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -67,7 +67,7 @@ class Dataset:
                     continue
                 if not isinstance(array, np.ndarray):
                     raise TypeError(
-                        f"{field} must be an array of NumPy, got a {type(array).__name__}. To load "
+                        f"{field} must be a NumPy array, got a {type(array).__name__}. To load "
                         "data from a name or a path, call datasets.load."
                     )
                 array = array.view()
@@ -89,7 +89,7 @@ class Dataset:
         """The SHA-256 digest of all arrays: of pixels, labels and splits.
 
         It is equal on every machine, except for JPEG files whose decoders differ in the last bit.
-        Where images are stored, it is of the encoded files instead, all of which are read for it.
+        For `StoredImages` it covers the encoded files instead, all of which are read.
         """
         fields = [f"{kind}_{split}" for split in SPLITS for kind in ("x", "y")]
         parts = ((field, getattr(self, field)) for field in fields)
@@ -100,7 +100,7 @@ class Dataset:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a manifest records of the data, as JSON values."""
+        """The description of the data in manifests, as JSON values."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -112,10 +112,10 @@ class Dataset:
         }
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Return how many full batches an epoch has; what is left over is in no batch.
+        """Return the number of full batches of an epoch; the remaining examples are left out.
 
         Raises:
-            ValueError: there are fewer training images than that.
+            ValueError: there are fewer training images than `batch_size`.
         """
         size = _checks.integer("batch_size", batch_size, minimum=1)
         if size > len(self.y_train):
@@ -134,30 +134,30 @@ class Dataset:
         first_epoch: int = 0,
         epochs: int | None = None,
     ) -> tf.data.Dataset:
-        """Return training batches: shuffled anew in every epoch, augmented, of one fixed shape.
+        """Return training batches: shuffled in every epoch, augmented, of one fixed shape.
 
-        A batch depends on the seed, the number of the epoch and its place there only: a run that
-        was stopped after epoch e and continues with `first_epoch=e` gets the same batches, bit for
-        bit.
-        The last examples of an epoch that fill no batch are left out, other ones in each epoch.
-        Give `fit` the argument `shuffle=False`, as Keras 3 warns of any `tf.data` without it.
+        A batch depends only on the seed, the number of the epoch and its index in the epoch: a run
+        that was stopped after epoch e and resumes with `first_epoch=e` gets the same batches, bit
+        for bit. The last examples of an epoch that do not fill a batch are left out; they differ
+        from epoch to epoch. Pass `shuffle=False` to `fit`, since Keras 3 warns for any `tf.data`
+        dataset otherwise.
 
-        The batches are gathered from a copy of the training part, which is freed with the dataset;
-        or, if images are stored, read from their files by several threads, ahead of the model: the
-        same batches, bit for bit.
+        The batches are gathered from a copy of the training part, which is freed with the dataset.
+        `StoredImages` are read from their files by several threads, ahead of the model, with the
+        same batches bit for bit.
 
         A crop moves the image by up to 4 pixels of 32 (in proportion for other sizes, at least
         1) in each direction, with black at the border; a flip mirrors half of the images left to
         right.
 
         Args:
-            batch_size: how many examples a batch has.
+            batch_size: the number of examples of a batch.
             seed: of orders and augmentation, >= 0.
-            augment: "crop", "flip", "crop_and_flip" or "none"; None: `self.augmentation`.
-            first_epoch: the number of the epoch to begin with, counted from 0.
-            epochs: how many; None for no end, with which `fit` needs `steps_per_epoch=`. (Without
-                it, `fit` iterates over a finite dataset from its beginning in each of its own
-                epochs, in the same orders.)
+            augment: "crop", "flip", "crop_and_flip" or "none"; None for `self.augmentation`.
+            first_epoch: the number of the first epoch, counted from 0.
+            epochs: the number of epochs; None for an infinite dataset, for which `fit` needs
+                `steps_per_epoch=`. (Without `steps_per_epoch`, each epoch of `fit` iterates over
+                the whole finite dataset from its beginning, in the same orders.)
 
         Returns:
             A dataset of pairs x `(batch_size, height, width, channels)`, float32 in [0, 1], and
@@ -197,7 +197,7 @@ class Dataset:
 
         Args:
             split: "test", "validation" or "train".
-            batch_size: of all batches but the last, which may be smaller.
+            batch_size: of all batches except the last, which may be smaller.
 
         Raises:
             ValueError: there is no such part, or it is empty.
@@ -214,13 +214,13 @@ class Dataset:
     def arrays(self, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
         """Return a part as x, float32 in [0, 1], and class indices y; in the order of `evaluation`.
 
-        x is a new array, of four times the bytes of uint8, where pixels are kept as uint8.
+        If pixels are stored as uint8, x is a new array with four times the bytes.
 
         Args:
             split: "test", "validation" or "train".
 
         Raises:
-            ValueError: there is no such part, it is empty, or it needs more memory than there is.
+            ValueError: there is no such part, it is empty, or it exceeds the machine's memory.
 
         Example:
             >>> import tscnc_tf as tscnc
@@ -233,9 +233,10 @@ class Dataset:
         return pixels.as_floats(np.asarray(x)), y
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation of each channel over the training part alone.
+        """Return mean and standard deviation of each channel over the training part only.
 
-        On the scale [0, 1], computed in float64, the deviation over n (not n - 1) pixels.
+        They are for pixels in [0, 1], computed in float64, the deviation with divisor n (not
+        n - 1).
         """
         return self._statistics
 
@@ -251,16 +252,16 @@ class Dataset:
         n_validation: int | None = None,
         seed: int = 0,
     ) -> Dataset:
-        """Return a smaller data set, in which every class keeps its share.
+        """Return a stratified subset.
 
         Args:
-            n_train: how many examples of the training part to keep; None: all.
+            n_train: the number of examples of the training part to keep; None for all.
             n_test: likewise of the test part.
             n_validation: likewise of the validation part.
             seed: of the choice.
 
         Raises:
-            ValueError: there are not so many, or too few for each class to have a training image.
+            ValueError: a number exceeds the part, or is too small for one training image per class.
 
         Example:
             >>> import tscnc_tf as tscnc
@@ -294,7 +295,7 @@ class Dataset:
         x, y = self._part(split)
         if not len(y):
             raise ValueError(
-                f"the {split} part of {self.name} is empty: ask for one when loading it, as by "
+                f"the {split} part of {self.name} is empty: load the data set with one, as by "
                 "validation=0.1."
             )
         return x, y

@@ -1,4 +1,4 @@
-"""Folders of images: a folder for each class, or as in tiny-imagenet."""
+"""Reader of folders of images: one folder per class, or the layout of tiny-imagenet."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PARTS = ("train", "test", "val")
 def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     """Read a folder of class folders.
 
-    Either `train/<class>/*` with `test/<class>/*` or `val/<class>/*` (the first of them that has
-    class folders), or `<class>/*`. Classes are numbered in the order of their names, and images lie
-    anywhere inside their class folder.
+    The layout is `train/<class>/*` with `test/<class>/*` or `val/<class>/*` (the first of these
+    that has class folders), or `<class>/*`. Classes are numbered in the order of their names;
+    images may be at any depth in their class folder.
 
     Raises:
         ValueError: there are no classes, a class has no images, an image can't be read, or a
-            symbolic link leads out of the folder or nowhere.
+            symbolic link is broken or points out of the folder.
         OSError: a folder can't be read.
     """
     if (folder / ANNOTATIONS).is_file():
@@ -37,7 +37,8 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     classes = _folders(root)
     if not classes:
         raise ValueError(
-            f"{root} has no class folders: images belong into {root}/<class>/, a folder per class."
+            f"{root} has no class folders: images belong into {root}/<class>/, one folder per "
+            "class."
         )
     files = _ImageFiles(folder)
     for label, name in enumerate(classes):
@@ -49,7 +50,7 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
         found = _folders(test_root)
         if unknown := sorted(set(found) - set(classes)):
             raise ValueError(
-                f"{test_root} has the class folder {unknown[0]!r}, which {root} has not: its "
+                f"{test_root} has the class folder {unknown[0]!r}, which {root} does not have: its "
                 f"classes are {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}."
             )
         for name in found:
@@ -58,14 +59,14 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
 
 
 def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
-    """Read the unpacked folder tiny-imagenet-200; its validation images are the test.
+    """Read the unpacked folder tiny-imagenet-200; its validation images become the test part.
 
     Classes are numbered in the order of their WordNet ids, and named as in words.txt.
 
     Raises:
         FileNotFoundError: it has no train/ or no val/val_annotations.txt.
-        ValueError: an annotation names no class, an image is missing or can't be read, or a path
-            or symbolic link leads out of the folder or nowhere.
+        ValueError: an annotation names an unknown class, an image is missing or can't be read, or a
+            path or symbolic link is broken or points out of the folder.
     """
     for part in (pathlib.PurePath("train"), ANNOTATIONS):
         if not (folder / part).exists():
@@ -96,7 +97,7 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
 class _ImageFiles:
     """Image files below a folder, and their labels.
 
-    Paths are kept as bytes, one after the other, as there may be millions.
+    Paths are stored as concatenated bytes, since there may be millions.
     """
 
     def __init__(self, root: pathlib.Path) -> None:
@@ -107,10 +108,10 @@ class _ImageFiles:
         self._left_out: list[pathlib.Path] = []
 
     def add(self, folder: pathlib.Path, label: int) -> None:
-        """Add the images anywhere inside a class folder, in the order of their paths.
+        """Add the images at any depth in a class folder, in the order of their paths.
 
         Raises:
-            ValueError: there are none; or something in it leads elsewhere or is no file.
+            ValueError: there are none; or an entry is not a file, or links out of the folder.
         """
         _files.require_inside(self._root, folder)
         found = []
@@ -120,7 +121,7 @@ class _ImageFiles:
                 self._left_out.append(path)
                 continue
             if not entry.is_file():
-                raise ValueError(f"{path} is no file, or a link to nothing: remove it.")
+                raise ValueError(f"{path} is not a file, or a broken link: remove it.")
             if entry.is_symlink():
                 _files.require_inside(self._root, path)
             found.append(path.relative_to(self._root).as_posix())
@@ -136,7 +137,7 @@ class _ImageFiles:
         """Add an image by its path.
 
         Raises:
-            ValueError: it leads out of the folder.
+            ValueError: it points out of the folder.
         """
         _files.require_inside(self._root, path)
         self._add(path.relative_to(self._root).as_posix(), label)
@@ -148,12 +149,12 @@ class _ImageFiles:
         image_size: tuple[int, int] | None,
         notes: Sequence[str] = (),
     ) -> Raw:
-        """Return the images as they are stored: if any is in colour, all have three channels.
+        """Return the images as `StoredImages`, with three channels if any is in colour.
 
         Args:
-            count: how many of them, the first ones, are the training part.
+            count: the number of training images, which come first.
             names: of the classes.
-            image_size: what all are resized to.
+            image_size: (height, width) to resize to; None for no resizing.
             notes: see `Raw`.
         """
         if left_out := self._left_out:
@@ -188,20 +189,20 @@ class _ImageFiles:
 
 
 def _folders(folder: pathlib.Path) -> list[str]:
-    """Return the names of the folders in a folder, links to folders among them."""
+    """Return the names of the folders in a folder, including links to folders."""
     if not folder.is_dir():
         return []
     found = []
     for path in folder.iterdir():
         if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a link to nothing: remove it.")
+            raise ValueError(f"{path} is a broken link: remove it.")
         if path.is_dir() and not path.name.startswith("."):
             found.append(path.name)
     return sorted(found)
 
 
 def _entries(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
-    """Yield what is anywhere inside a folder, but for the folders."""
+    """Yield all entries at any depth of a folder, except folders."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST: four files in a folder, gzipped or not."""
+"""Reader of IDX files, the format of MNIST: four files in a folder, gzipped or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from tscnc_tf import _files
 from tscnc_tf.datasets.arrays import Raw
 
-UBYTE = 8  # the code of the one type of numbers that is read
+UBYTE = 8  # the type code of unsigned bytes, the only supported type
 TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 PARTS = tuple((split, kind) for split in ("train", "t10k") for kind in ("images", "labels"))
 AXES = {"images": 3, "labels": 1}
@@ -21,24 +21,23 @@ SUFFIXES = ("", ".gz")
 
 
 def holds(folder: pathlib.Path) -> bool:
-    """Tell whether a folder has one of the four files."""
+    """Return whether a folder has one of the four files."""
     return any(_found(folder, split, kind) for split, kind in PARTS)
 
 
 def read(folder: pathlib.Path) -> Raw:
-    """Read `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same of `t10k`, the test.
+    """Read `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, and the same of `t10k` (test).
 
-    A name may have a dot in place of the hyphen before "idx", and `.gz` at its end. A file that is
-    there with and without `.gz` is read from the latter. Whether it is gzipped is seen from its
-    content.
+    A name may have a dot in place of the hyphen before "idx", and end in `.gz`; of two files with
+    and without `.gz`, the latter is read. Compression is detected from the content.
 
     A file begins with two zero bytes, the type of its numbers (8: unsigned bytes), the number n of
     its axes, and n sizes as big-endian integers of 4 bytes; the numbers follow.
 
     Raises:
         FileNotFoundError: one of the four files is missing.
-        ValueError: a file is damaged, is cut off, or holds something else than images or labels;
-            or there are not as many labels as images. The message names the file.
+        ValueError: a file is damaged or cut off, or does not hold images or labels; or the numbers
+            of labels and images differ. The message names the file.
 
     Reference:
         LeCun, Cortes & Burges, "The MNIST database of handwritten digits", file formats.
@@ -85,7 +84,7 @@ def _required(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
 
 
 def _array(file: pathlib.Path, axes: int) -> np.ndarray:
-    """Return the numbers of a file, which must have so many axes."""
+    """Return the array of a file, which must have the given number of axes."""
     try:
         with _opened(file) as stream:
             return _parsed(file, stream, axes)
@@ -100,7 +99,7 @@ def _opened(file: pathlib.Path) -> io.BufferedIOBase:
 
 
 def _parsed(file: pathlib.Path, stream: io.BufferedIOBase, axes: int) -> np.ndarray:
-    """Return the numbers of an open file; no more is unpacked than its header says."""
+    """Return the array of an open file; it unpacks one byte more than its header says at most."""
     size = 4 * (1 + axes)
     header = stream.read(size)
     if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in TYPES:

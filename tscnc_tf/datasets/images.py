@@ -1,4 +1,4 @@
-"""Images that stay in their files, and are decoded by Pillow when they are read."""
+"""Images that stay in their files, and are decoded by Pillow on access."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ SUFFIXES = {
 }
 _GREY = {"1", "L"}
 _COLOUR = {"LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-_MOST_THREADS = 8  # as each may hold a batch
+_MOST_THREADS = 8  # each may hold a batch in memory
 
 
 class Files(Protocol):
-    """Encoded images by their indices: JPEG, PNG and what else Pillow reads."""
+    """A sequence of encoded images: JPEG, PNG and other formats of Pillow."""
 
     def __len__(self) -> int:
-        """Return how many images there are."""
+        """Return the number of images."""
 
     def open(self, index: int) -> BinaryIO:
-        """Return the encoded image, as a file that is open."""
+        """Return an encoded image as an open file."""
 
     def name(self, index: int) -> str:
-        """Return what an error message calls it."""
+        """Return the name of an image for error messages."""
 
 
 @final
 class StoredImages:
-    """Images that stay in their files: what `datasets.load(..., stream=True)` gives as `x_train`.
+    """Images that stay in their files, such as `x_train` of `datasets.load(..., stream=True)`.
 
-    `len(images)` is their number; `images[places]`, by a slice or an array of indices, some of
-    them, also stored. They are decoded by `np.asarray(images)`, all of them, and by the methods of
-    `Dataset`, a batch at a time. What is in memory is where each of them is.
+    `len(images)` is their number, and `images[places]`, with a slice or an array of indices, a
+    selection as `StoredImages`. `np.asarray(images)` decodes all of them; the methods of `Dataset`
+    decode a batch at a time. Only the locations of the images are in memory.
 
     Attributes:
         shape: `(n, height, width, channels)`.
@@ -54,7 +54,7 @@ class StoredImages:
     """
 
     dtype = np.dtype(np.uint8)
-    __iter__ = None  # it would decode image after image
+    __iter__ = None  # iteration would decode the images one by one
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class StoredImages:
         return len(self._places)
 
     def __getitem__(self, places: Any) -> StoredImages:
-        """Return some of the images, by a slice or an array of indices.
+        """Return a selection of the images, by a slice or an array of indices.
 
         Raises:
-            TypeError: by something else, such as the index of one image.
+            TypeError: `places` is something else, such as the index of one image.
         """
         chosen = self._places[places]
         if np.ndim(chosen) != 1:
@@ -103,11 +103,11 @@ class StoredImages:
         """Return images by their indices, decoded: bytes `(n, height, width, channels)`.
 
         Raises:
-            ValueError: a file is gone, or no longer an image of the size that it had.
+            ValueError: a file was removed, or is no longer an image of the same size.
         """
         result = np.empty((len(places), *self.shape[1:]), self.dtype)
-        for goal, index in zip(result, self._places[places].tolist(), strict=True):
-            goal[...] = self._decoded(index)
+        for target, index in zip(result, self._places[places].tolist(), strict=True):
+            target[...] = self._decoded(index)
         return result
 
     def digest(self) -> np.ndarray:
@@ -130,22 +130,22 @@ class StoredImages:
         if pixels.shape[1:] != self.shape[1:]:
             raise ValueError(
                 f"{self._files.name(index)} is of size {pixels.shape[1:3]} now, and was of size "
-                f"{(height, width)} when the data set was loaded: load it anew."
+                f"{(height, width)} when the data set was loaded: load it again."
             )
         return pixels[0]
 
 
 def stored(files: Files, image_size: tuple[int, int] | None) -> StoredImages:
-    """Return images as they are stored: with 1 channel if all are grey, else 3.
+    """Return `StoredImages` of some files, with 1 channel if all are grey, else 3.
 
-    Transparency is left out. All images are opened, for their sizes and kinds.
+    Transparency is dropped. All images are opened, to read their sizes and modes.
 
     Args:
-        files: with the images.
-        image_size: what all are resized to; None: they must be of one size.
+        files: the encoded images.
+        image_size: (height, width) to resize to; None if all have the same size.
 
     Raises:
-        ValueError: an image can't be read, or is not of the first one's size.
+        ValueError: an image can't be read, or its size differs from that of the first one.
     """
     grey = True
     expected = image_size
@@ -171,7 +171,7 @@ def stored(files: Files, image_size: tuple[int, int] | None) -> StoredImages:
 
 
 def threads() -> int:
-    """Return how many threads decode: Pillow does it without Python's lock."""
+    """Return the number of threads for decoding, during which Pillow releases Python's GIL."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, _MOST_THREADS)
 
@@ -182,7 +182,7 @@ def _read(files: Files, index: int, look: Callable[[Any], Any]) -> Any:
         try:
             with pillow.open(stream) as image:
                 return look(image)
-        # Pillow's errors for damaged files depend on their format.
+        # The types of Pillow's errors for damaged files depend on the format.
         except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
             raise ValueError(f"{files.name(index)} can't be read as an image: {error}") from error
 

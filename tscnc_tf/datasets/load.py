@@ -1,4 +1,4 @@
-"""`load`: from a name or a path to a data set that is checked, resized and split."""
+"""The function `load`, which reads, checks, resizes and splits a data set."""
 
 from __future__ import annotations
 
@@ -29,55 +29,54 @@ def load(
 
     Names:
 
-    * `"digits"`: scikit-learn's 8x8 digits, which need no internet.
-    * `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"cifar100"`: by `keras.datasets`, which fetches
-      them once. Where it can't, the error says which file to put where. The first two are read from
-      IDX files in `folder` where that is given; and `"fashion_mnist"` without it from
-      /usr/share/datasets/fashion-mnist, where Debian's package dataset-fashion-mnist puts it, if
-      that is there. Its classes are T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt,
-      Sneaker, Bag and Ankle boot. The data are the same from all three.
+    * `"digits"`: scikit-learn's 8x8 digits, which need no internet access.
+    * `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"cifar100"`: by `keras.datasets`, which downloads
+      them once. If that fails, the error says which file to put where. The first two are read from
+      IDX files in `folder` if that is given; without it, `"fashion_mnist"` is read from
+      /usr/share/datasets/fashion-mnist, the folder of Debian's package dataset-fashion-mnist, if
+      that exists. The data are the same from all three sources. The classes of `"fashion_mnist"`
+      are T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag and Ankle boot.
     * `"svhn"`: train_32x32.mat and test_32x32.mat, in `folder`.
-    * `"tiny-imagenet"`: the unpacked folder tiny-imagenet-200, or the one that it lies in, as
-      `folder`. Its validation images are the test.
+    * `"tiny-imagenet"`: the unpacked folder tiny-imagenet-200, or its parent, as `folder`. Its
+      validation images become the test part.
 
     Paths:
 
     * an `.npz` file of `x_train`, `y_train`, `x_test`, `y_test`: images `(n, height, width,
       channels)` or `(n, height, width)` as bytes 0 to 255 or as floats in [0, 1]; labels as
-      integers or one-hot. Or of packed JPEG or PNG files: `train_bytes` (all files, one after the
-      other, uint8), `train_offsets` (where each begins, and the end), `train_labels`, and the same
-      for `test`. An entry `class_names` may be beside them.
+      integers or one-hot. Or of packed JPEG or PNG files: `train_bytes` (all files concatenated,
+      uint8), `train_offsets` (the start of each, and the end), `train_labels`, and the same for
+      `test`. An entry `class_names` is optional.
     * a folder of IDX files, as those of MNIST: `train-images-idx3-ubyte`,
       `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte` (or
       `train-images.idx3-ubyte` and so on), gzipped, with `.gz` at the end, or not.
     * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
-      `<class>/*` (or `train/<class>/*`), of which a test part is cut. What symbolic links lead to
-      outside of it is not read.
+      `<class>/*` (or `train/<class>/*`), from which a test part is split off. Symbolic links out of
+      the folder are refused.
     * a TFRecord file (`.tfrecord`, or `-00000-of-00001` at the end), or a folder of them, not
-      compressed, whose names say by a word which part they are of: train; and test or, if there is
-      none, validation. An example holds an encoded image (JPEG, PNG) and its class index, `image`
-      and `label` as TensorFlow Datasets writes them, or `image/encoded` and `image/class/label`,
-      where classes may be counted from 1. label.labels.txt, of the names of the classes, may be
-      beside them.
+      compressed, whose names contain the word of their part: train; and test or, if there is none,
+      validation. An example holds an encoded image (JPEG, PNG) and its class index, as features
+      `image` and `label` as in TensorFlow Datasets, or `image/encoded` and `image/class/label`,
+      with classes counted from 0 or 1. A file label.labels.txt with the names of the classes is
+      optional.
 
     Args:
-        name_or_path: one of the names, or a path; a folder that is called like one of the names is
-            `"./mnist"`.
-        validation: how many training images become the validation part: a fraction below 1, or a
-            count. Of each class the same share; 0 for none.
-        test: the same for the test part, if the source has none of its own (digits, folders of
-            images without test images), else ignored; it is cut before the validation part.
-        seed: of the validation cut.
-        test_seed: of the test cut; apart from `seed`, so that experiments with different seeds have
-            the same test images, and none has trained on those of another.
-        folder: where the files of "svhn" and "tiny-imagenet" are, which need it, or the IDX files
-            of "mnist" or "fashion_mnist".
-        image_size: `(height, width)` to resize to, antialiased; None: as they are.
-        stream: whether images stay in their files, and are decoded and resized whenever they are
-            needed: for data that don't fit in memory. For folders of images (tiny-imagenet, too)
-            and TFRecord files; all that is made of them is the same, bit for bit, but for
-            `fingerprint`. All are opened once, here, for sizes and kinds; that pixels are bytes up
-            to 255, and not 0 and 1, is not checked.
+        name_or_path: one of the names, or a path; write `"./mnist"` for a folder with such a name.
+        validation: the size of the validation part, split off the training images: a fraction
+            below 1, or a count; 0 for none. The split is stratified by class.
+        test: the same for the test part, if the source has none (digits, folders of images without
+            test images), else ignored; it is split off before the validation part.
+        seed: of the validation split.
+        test_seed: of the test split; separate from `seed`, so that experiments with different seeds
+            have the same test images, and none trains on the test images of another.
+        folder: of the files of "svhn" and "tiny-imagenet", which require it, or of the IDX files of
+            "mnist" or "fashion_mnist".
+        image_size: `(height, width)` to resize to, antialiased; None for no resizing.
+        stream: whether images stay in their files, and are decoded and resized on each access, for
+            data that do not fit in memory. It is supported for folders of images (including
+            tiny-imagenet) and TFRecord files; all results except `fingerprint` are the same, bit
+            for bit. All files are opened once here, to read sizes and modes; the check that pixels
+            are bytes up to 255, and not 0 and 1, is omitted.
 
     Returns:
         The data set. Equal input and arguments give equal parts on every machine.
@@ -85,8 +84,8 @@ def load(
     Raises:
         TypeError, ValueError: an argument is not as described; or the data is damaged, has other
             shapes or values than described, or lacks a class: the message says what and where.
-        FileNotFoundError: there is nothing of that name, or its files are missing.
-        ImportError: a library that reads it is not installed; the message says how to.
+        FileNotFoundError: there is no data set of that name or path, or its files are missing.
+        ImportError: a required library is not installed; the message says how to install it.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -155,7 +154,7 @@ def _read(
     if folder is not None and name_or_path not in sources.IN_FOLDERS:
         raise ValueError(
             f"folder is for {', '.join(map(repr, sources.IN_FOLDERS))} only, got "
-            f"{folder!r} with {name_or_path!r}. A path of one's own is the first argument."
+            f"{folder!r} with {name_or_path!r}. Pass a path of your own as the first argument."
         )
     if name_or_path in sources.NAMES:
         where = None if folder is None else _files.absolute("folder", folder)
@@ -189,7 +188,7 @@ def _resized(raw: arrays.Raw, size: tuple[int, int]) -> arrays.Raw:
 
 
 def _with_test(raw: arrays.Raw, test: float, seed: int) -> tuple[arrays.Raw, str]:
-    """Return data with a test part cut from what the source has, and the note that says so."""
+    """Return data with a test part split off the training part, and a note on the split."""
     count = len(raw.y_train)
     size = splits.part_size("test", test, count)
     if size < 1:

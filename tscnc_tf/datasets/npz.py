@@ -1,4 +1,4 @@
-"""A user's `.npz` file: arrays of pixels, or packed image files."""
+"""Reader of `.npz` files with arrays of pixels or packed image files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PACKED = tuple(f"{s}_{p}" for s in ("train", "test") for p in ("bytes", "offsets
 def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     """Read `x_train`, `y_train`, `x_test`, `y_test`; or the same as packed image files.
 
-    Packed, `train_bytes` holds JPEG or PNG files one after the other as uint8, the i-th from
+    For packed files `train_bytes` holds concatenated JPEG or PNG files as uint8, the i-th from
     `train_offsets[i]` to `train_offsets[i + 1]`, and `train_labels` their labels; likewise `test_`.
-    `class_names`, an array of strings, may be beside either.
+    `class_names`, an array of strings, is optional in both cases.
 
     Raises:
-        ValueError: the file is damaged, lacks entries, or holds something that can't be read.
+        ValueError: the file is damaged, lacks entries, or has entries that can't be read.
     """
     entries = _entries(path)
     names = entries.get("class_names")
@@ -48,7 +48,7 @@ def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
 def _entries(path: pathlib.Path) -> dict[str, Any]:
     known = {*ARRAYS, *PACKED, "class_names"}
     try:
-        # From a stream that is closed here: NumPy leaves its own open if a file is damaged.
+        # NumPy would not close a file that it opens itself if that is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             _files.require_memory(path, file.zip)
             return {key: file[key] if key in known else None for key in file.files}
@@ -65,7 +65,7 @@ def _entries(path: pathlib.Path) -> dict[str, Any]:
 
 
 class _PackedFiles:
-    """The image files in an .npz file: those of the training part, and then those of the test."""
+    """The image files in an .npz file: those of the training part, then those of the test part."""
 
     def __init__(self, path: pathlib.Path, entries: dict[str, Any]) -> None:
         self._path = path
@@ -93,7 +93,7 @@ class _PackedFiles:
 
 
 def _offsets(path: pathlib.Path, entries: dict[str, Any], split: str) -> list[int]:
-    """Return where each file of a part begins, and the end."""
+    """Return the offsets of the files of a part, and the end of the last one."""
     content, offsets = entries[f"{split}_bytes"], entries[f"{split}_offsets"]
     if content.dtype != np.uint8 or content.ndim != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Images as `tf.data`: training epochs that depend on seed and number only, and evaluation."""
+"""Images as `tf.data`: reproducible training epochs, and evaluation in order."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def training(
 ) -> tf.data.Dataset:
     """Return batches of fixed shape, epoch after epoch.
 
-    All random numbers of an epoch are drawn at its start, from the seed and its number: an order of
-    all examples, and an augmentation for each place in it. What follows is deterministic.
+    All random numbers of an epoch are drawn at its start, from the seed and the epoch's number: an
+    order of all examples, and an augmentation for each position. All later steps are deterministic.
     """
     steps = len(x) // batch_size
     padding = augmentation.padding(augment, x.shape[1:])
@@ -59,7 +59,7 @@ def training(
     batches = tf.data.Dataset.range(first_epoch, end).flat_map(epoch)
     count = tf.data.INFINITE_CARDINALITY if epochs is None else steps * epochs
     batches = batches.apply(tf.data.experimental.assert_cardinality(count))
-    return _made_ahead(batches, batch)
+    return _prefetched(batches, batch)
 
 
 def evaluation(x: np.ndarray | StoredImages, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
@@ -70,7 +70,7 @@ def evaluation(x: np.ndarray | StoredImages, y: np.ndarray, batch_size: int) -> 
         images, labels = examples(places)
         return _scaled(images), labels
 
-    return _made_ahead(tf.data.Dataset.range(len(x)).batch(batch_size), batch)
+    return _prefetched(tf.data.Dataset.range(len(x)).batch(batch_size), batch)
 
 
 def _examples(
@@ -95,11 +95,11 @@ def _reader(images: StoredImages) -> Callable[[tf.Tensor], tf.Tensor]:
     return read
 
 
-def _made_ahead(places: tf.data.Dataset, batch: Callable[..., Any]) -> tf.data.Dataset:
-    """Return batches that are made, in several threads, while the model computes.
+def _prefetched(places: tf.data.Dataset, batch: Callable[..., Any]) -> tf.data.Dataset:
+    """Return batches that are computed by several threads ahead of the model.
 
-    Autotuning is off: its thread sleeps for up to a minute, and the deletion of an iterator, at the
-    end of `fit`, waits for it.
+    Autotuning is off, since its thread sleeps for up to a minute, and the deletion of an iterator
+    at the end of `fit` waits for it.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -108,5 +108,5 @@ def _made_ahead(places: tf.data.Dataset, batch: Callable[..., Any]) -> tf.data.D
 
 
 def _scaled(images: tf.Tensor) -> tf.Tensor:
-    """Return float32 in [0, 1], the same as `pixels.as_floats`."""
+    """Return float32 in [0, 1], like `pixels.as_floats`."""
     return tf.cast(images, tf.float32) / 255.0 if images.dtype == tf.uint8 else images

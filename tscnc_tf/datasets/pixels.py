@@ -1,4 +1,4 @@
-"""Arithmetic on arrays of pixels: scaling, chunks, means and deviations."""
+"""Operations on arrays of pixels: scaling, chunks, means and standard deviations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_floats(pixels: np.ndarray) -> np.ndarray:
 def statistics(pixels: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation per channel, on the scale [0, 1].
 
-    Sums of bytes are exact, as they are taken of integers.
+    Sums of bytes are exact, as they are computed in integers.
     """
     if pixels.dtype == np.uint8:
         mean, deviation = zip(*map(_moments, _histograms(pixels)), strict=True)
@@ -36,23 +36,23 @@ def statistics(pixels: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def require_memory(name: str, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError if pixels of that shape, as float32, need more memory than there is."""
-    size, there = 4 * math.prod(shape), _files.memory()
-    if there is not None and size > there:
+    """Raise a ValueError if float32 pixels of that shape exceed the machine's memory."""
+    size, available = 4 * math.prod(shape), _files.memory()
+    if available is not None and size > available:
         raise ValueError(
             f"{name}, {shape[0]:,} images, takes {size / 2**30:,.1f} GiB as float32, and this "
-            f"machine has {there / 2**30:,.1f} GiB of memory: take a sample."
+            f"machine has {available / 2**30:,.1f} GiB of memory: take a sample."
         )
 
 
 def chunks(pixels: Any) -> Iterator[np.ndarray]:
-    """Yield images in arrays of `CHUNK`, in order; those that are stored are decoded."""
+    """Yield images in order, in arrays of at most `CHUNK`; `StoredImages` are decoded."""
     for start in range(0, len(pixels), CHUNK):
         yield np.asarray(pixels[start : start + CHUNK])
 
 
 def _histograms(pixels: Any) -> list[list[int]]:
-    """Return how often each byte occurs in each channel."""
+    """Return the histograms of byte values, one per channel."""
     counts = np.zeros((pixels.shape[-1], 256), np.int64)
     for part in chunks(pixels):
         for channel, count in enumerate(counts):

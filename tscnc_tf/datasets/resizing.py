@@ -1,4 +1,4 @@
-"""Resizing of images by NumPy alone, bit for bit the same on every machine."""
+"""Resizing of images by NumPy, bit for bit reproducible on every machine."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def size(value: Any) -> tuple[int, int] | None:
 
 
 def resized(pixels: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    r"""Return images `(n, h, w, c)` at another size, with the dtype that they have.
+    r"""Return images `(n, h, w, c)` at another size, of the same dtype.
 
-    Bilinear, and antialiased: pixel i of the new ones is the mean of the old ones j, weighed by
+    Bilinear with antialiasing: along each axis, new pixel i is the mean of the old pixels j with
+    the weights
 
     .. math:: \max(0,\ 1 - |j + \tfrac12 - (i + \tfrac12)\,r| \,/ \max(r, 1)),
         \qquad r = \text{old size} / \text{new size}
 
-    along each axis; so nothing is skipped when images shrink. Bytes are rounded to bytes. The sides
-    are scaled each by its own ratio.
+    Each axis has its own ratio r. Bytes are rounded to bytes.
     """
     if pixels.shape[1:3] == image_size:
         return pixels
     result = np.empty((len(pixels), *image_size, pixels.shape[-1]), pixels.dtype)
-    for part, goal in zip(chunks(pixels), chunks(result), strict=True):
+    for part, target in zip(chunks(pixels), chunks(result), strict=True):
         values = _along(_along(part, 1, image_size[0]), 2, image_size[1])
-        goal[...] = np.rint(values) if goal.dtype == np.uint8 else values
+        target[...] = np.rint(values) if target.dtype == np.uint8 else values
     return result
 
 
 def _along(values: np.ndarray, axis: int, length: int) -> np.ndarray:
     """Return values with one axis resampled, in float64.
 
-    By a sum of elementwise products in a fixed order: that of a matrix product depends on the
-    machine.
+    It sums elementwise products in a fixed order; the order of summation in a matrix product
+    depends on the machine.
     """
     places, weights = _taps(values.shape[axis], length)
     shape = [1] * values.ndim
@@ -58,7 +58,7 @@ def _along(values: np.ndarray, axis: int, length: int) -> np.ndarray:
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which old pixels make up each new one, and their weights, both `(new, taps)`."""
+    """Return the indices of the old pixels of each new one, and their weights: `(new, taps)`."""
     ratio = old / new
     reach = max(ratio, 1.0)
     centres = (np.arange(new) + 0.5) * ratio

@@ -1,4 +1,4 @@
-"""Readers of the data sets that are loaded by name."""
+"""Readers of the data sets with a name."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ class KerasSet(NamedTuple):
     """A data set of `keras.datasets`.
 
     Attributes:
-        files: where Keras stores each file, below its home, by the address that it is fetched from.
+        files: the path of each file, relative to Keras' home, by the URL that it is downloaded
+            from.
         class_names: in the order of the labels.
-        augmentation: the usual one.
+        augmentation: the default augmentation.
     """
 
     files: dict[str, str]
@@ -90,13 +91,13 @@ KERAS_SETS = {
 }
 SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 NAMES = ("digits", *KERAS_SETS, "svhn", "tiny-imagenet")
-# Those that can be read from IDX files, and those that are read from the argument `folder`.
+# Data sets that can be read from IDX files, and those that accept the argument `folder`.
 IN_IDX = ("mnist", "fashion_mnist")
 IN_FOLDERS = (*IN_IDX, "svhn", "tiny-imagenet")
-# Where Debian's package dataset-fashion-mnist puts its IDX files.
+# The folder of the IDX files of Debian's package dataset-fashion-mnist.
 FASHION_PACKAGE = pathlib.Path("/usr/share/datasets/fashion-mnist")
 _IDX_WAY = "Or give the folder with its four IDX files as folder=... "
-# How to come by a data set of Keras besides, for the error that says that it is missing.
+# Other sources of a data set of Keras, for the error if it is missing.
 _OTHER_WAYS = {
     "mnist": _IDX_WAY,
     "fashion_mnist": (
@@ -110,7 +111,7 @@ def read(name: str, folder: pathlib.Path | None, image_size: tuple[int, int] | N
     """Read a data set by its name.
 
     Raises:
-        FileNotFoundError: its files are not there; the message says which, and where to put them.
+        FileNotFoundError: its files are missing; the message says which, and where to put them.
         ImportError: the library that reads it is not installed.
         ValueError: a file is damaged.
     """
@@ -135,7 +136,7 @@ def _digits() -> Raw:
 
 
 def _known(name: str, raw: Raw) -> Raw:
-    """Return a set of `KERAS_SETS` with the names of its classes and its usual augmentation."""
+    """Return a set of `KERAS_SETS` with its class names and default augmentation."""
     known = KERAS_SETS[name]
     return dataclasses.replace(raw, class_names=known.class_names, augmentation=known.augmentation)
 
@@ -144,14 +145,14 @@ def _from_keras(name: str) -> Raw:
     load_data: Callable[[], Any] = getattr(_keras.keras.datasets, name).load_data
     try:
         (x_train, y_train), (x_test, y_test) = load_data()
-    except Exception as error:  # Keras raises a bare Exception where it can't fetch a file
+    except Exception as error:  # Keras raises a bare Exception if a download fails
         home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras"))
         files = KERAS_SETS[name].files
-        goals = "; ".join(f"{url} as {home / goal}" for url, goal in files.items())
+        targets = "; ".join(f"{url} as {home / target}" for url, target in files.items())
         raise FileNotFoundError(
             f"{name} is not on this machine, or damaged, and can't be fetched ({error}). Bring it "
-            f"from a machine with internet access: {goals}. {_OTHER_WAYS.get(name, '')}Or pass the "
-            "path of an .npz file that holds x_train, y_train, x_test and y_test."
+            f"from a machine with internet access: {targets}. {_OTHER_WAYS.get(name, '')}Or pass "
+            "the path of an .npz file that holds x_train, y_train, x_test and y_test."
         ) from error
     return Raw(x_train, y_train, x_test, y_test)
 
@@ -188,8 +189,8 @@ def _matlab(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 def _tiny_imagenet(folder: pathlib.Path | None, image_size: tuple[int, int] | None) -> Raw:
     if folder is None:
         raise FileNotFoundError(
-            "tiny-imagenet needs the unpacked folder tiny-imagenet-200, or the one that it lies "
-            "in, given as folder=...: fetch http://cs231n.stanford.edu/tiny-imagenet-200.zip."
+            "tiny-imagenet needs the unpacked folder tiny-imagenet-200, or its parent, given as "
+            "folder=...: fetch http://cs231n.stanford.edu/tiny-imagenet-200.zip."
         )
     inside = folder / "tiny-imagenet-200"
     return folders.read_tiny_imagenet(inside if inside.is_dir() else folder, image_size)

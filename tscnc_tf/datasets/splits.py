@@ -1,4 +1,4 @@
-"""Stratified splits and samples: for one seed the same on every machine."""
+"""Stratified splits and samples, reproducible from a seed on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tscnc_tf import _checks
 
 MAX_SEED = 2**63 - 1
-# A stream of random numbers for each purpose, so that the choices are independent.
+# A separate stream of random numbers for each purpose, so that the choices are independent.
 TEST, VALIDATION, SUBSET_TRAIN, SUBSET_VALIDATION, SUBSET_TEST = range(5)
 
 
@@ -20,7 +20,7 @@ def seed(value: Any, name: str = "seed") -> int:
 
 
 def part_size(name: str, value: Any, count: int) -> int:
-    """Return how many of `count` examples a part has, given as a fraction below 1 or a count."""
+    """Return the number of examples of a part, given as a count or a fraction < 1 of `count`."""
     if isinstance(value, numbers.Integral):
         return _checks.integer(name, value, minimum=0)
     try:
@@ -34,12 +34,12 @@ def part_size(name: str, value: Any, count: int) -> int:
 def cut(
     name: str, labels: np.ndarray, size: int, seed: int, stream: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices that stay and those that are cut off, both in order.
+    """Return the indices of the remaining examples and of those split off, both in order.
 
-    Of every class about the same fraction is cut, and at least one example stays.
+    About the same fraction of every class is split off, and at least one example remains.
 
     Raises:
-        ValueError: not so many can be cut.
+        ValueError: `size` is too large for that.
     """
     counts = np.bincount(labels)
     most = int(np.sum(counts - 1))
@@ -57,18 +57,18 @@ def cut(
 def sample(
     name: str, labels: np.ndarray, size: int, seed: int, stream: int, *, every_class: bool = False
 ) -> np.ndarray:
-    """Return the indices of `size` examples, in order; of every class about the same fraction.
+    """Return the indices of `size` examples, in order, with about the same fraction of each class.
 
     Args:
-        name: what the caller calls the size.
-        labels: of what is chosen from.
-        size: how many.
+        name: the caller's name for the size, for error messages.
+        labels: of all examples.
+        size: the number of examples to choose.
         seed: of the choice.
         stream: of random numbers, one of the constants above.
-        every_class: whether each class that there is must be in it.
+        every_class: whether at least one example of each class must be chosen.
 
     Raises:
-        ValueError: there are not so many, or too few for every class to be in it.
+        ValueError: `size` exceeds the number of examples, or is too small for `every_class`.
     """
     counts = np.bincount(labels)
     least = np.minimum(counts, 1) if every_class else 0 * counts
@@ -78,8 +78,8 @@ def sample(
 
 
 def _draw(labels: np.ndarray, quotas: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Return so many examples of each class, drawn without replacement, as indices in order."""
-    # The raw numbers of a bit generator are the same in every version of NumPy.
+    """Return the indices of examples drawn without replacement by class quotas, in order."""
+    # The raw numbers of a bit generator are equal in all versions of NumPy.
     keys = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(len(labels))
     order = np.argsort(keys, kind="stable")
     ordered = labels[order]
@@ -88,9 +88,9 @@ def _draw(labels: np.ndarray, quotas: np.ndarray, seed: int, stream: int) -> np.
 
 
 def _quotas(counts: np.ndarray, size: int, *, least: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Return how many of each class make up `size`: those of the largest remainders round up.
+    """Return the number of examples of each class, by the method of largest remainders.
 
-    In whole numbers throughout; of equal remainders the first class goes first.
+    It is computed in integers; among equal remainders the first class is rounded up first.
     """
     total = int(counts.sum())
     if not total:

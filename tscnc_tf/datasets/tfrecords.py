@@ -1,4 +1,4 @@
-"""TFRecord files of encoded images and labels, whose records are read in any order."""
+"""Reader of TFRecord files of encoded images and labels, with random access to records."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tscnc_tf import _files
 from tscnc_tf.datasets import images
 from tscnc_tf.datasets.arrays import Raw
 
-# What the features of an example are called: by TensorFlow Datasets, and by the ImageNet scripts,
-# which count classes from 1.
+# Names of the features (image, label): of TensorFlow Datasets, and of the ImageNet scripts, which
+# count classes from 1.
 FEATURES = (("image", "label"), ("image/encoded", "image/class/label"))
-LABELS = "label.labels.txt"  # where TensorFlow Datasets writes the names of the classes
+LABELS = "label.labels.txt"  # file of class names, as written by TensorFlow Datasets
 PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -34,7 +34,7 @@ _AT_ONCE = 1024
 
 
 class _Scan(NamedTuple):
-    """What is known of the records of a file: where their examples begin, their sizes, labels."""
+    """Index of the records of a file: offsets and sizes of their examples in bytes, labels."""
 
     begins: np.ndarray
     sizes: np.ndarray
@@ -42,31 +42,31 @@ class _Scan(NamedTuple):
 
 
 def is_one(path: pathlib.Path) -> bool:
-    """Tell whether a file is called as TFRecord files are."""
+    """Return whether a file has the name of a TFRecord file."""
     name = _named(path)
     return not path.name.startswith(".") and bool(name["end"] or name["shard"])
 
 
 def _named(path: pathlib.Path) -> re.Match[str]:
     """Return the parts of a file's name."""
-    return next(_FILE.finditer(path.name))  # all but the name of the set is optional
+    return next(_FILE.finditer(path.name))  # all groups except the name of the set are optional
 
 
 def holds(folder: pathlib.Path) -> bool:
-    """Tell whether a folder has TFRecord files."""
+    """Return whether a folder has TFRecord files."""
     return any(map(is_one, folder.iterdir()))
 
 
 def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     """Read a TFRecord file, or a folder of them.
 
-    In a folder the part is said by a word in the name of each file, of `PARTS`; what is of
-    validation is the test part if there is no other. A set without a word is the training part, if
+    In a folder, the part of each file is given by a word of `PARTS` in its name. Validation files
+    become the test part if there is no test part. A set without such a word is the training part if
     it is the only one.
 
     Raises:
-        ValueError: a file is damaged, missing or compressed; its examples are not of images and
-            labels; or the names in a folder don't say which part a file is of.
+        ValueError: a file is damaged, missing or compressed; its examples do not hold images and
+            labels; or the part of a file can't be derived from its name.
     """
     notes: list[str] = []
     folder = path.parent if path.is_file() else path
@@ -109,7 +109,7 @@ class _Records:
             (content,) = example.features.feature[self._feature].bytes_list.value
         except Exception as error:  # protobuf's own
             raise ValueError(
-                "it is not what it was when the data set was loaded: load it anew."
+                "it has changed since the data set was loaded: load it again."
             ) from error
         return io.BytesIO(content)
 
@@ -123,12 +123,12 @@ class _Records:
 
 
 def _parts(folder: pathlib.Path, notes: list[str]) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Return the files of the training part and those of the test part; note what is left out."""
+    """Return the files of the training and the test part; add notes on parts that are not read."""
     sets: dict[str, list[pathlib.Path]] = {}
     for path in sorted(folder.iterdir()):
         if is_one(path):
             if not path.is_file():
-                raise ValueError(f"{path} is no file, or a link to nothing: remove it.")
+                raise ValueError(f"{path} is not a file, or a broken link: remove it.")
             _files.require_inside(folder, path)
             sets.setdefault(_named(path)["set"], []).append(path)
         elif path.is_dir() and not path.name.startswith("."):
@@ -154,7 +154,7 @@ def _parts(folder: pathlib.Path, notes: list[str]) -> tuple[list[pathlib.Path], 
 
 
 def _part(name: str, *, alone: bool) -> str | None:
-    """Return the part that a set of files is of, by the words in its name; None if that is open."""
+    """Return the part of a set of files, by the words in its name; None if it is ambiguous."""
     found = {PARTS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in PARTS}
     if len(found) == 1:
         return found.pop()
@@ -166,7 +166,7 @@ def _require_all_shards(paths: Sequence[pathlib.Path]) -> None:
     names = [_named(path) for path in paths]
     counts = {name["shards"] for name in names}
     if counts == {None}:
-        if len(paths) > 1:  # .tfrecord beside .tfrecords
+        if len(paths) > 1:  # both .tfrecord and .tfrecords
             raise ValueError(f"{paths[0]} and {paths[1].name} differ in the ending: remove one.")
         return
     expected = int(names[0]["shards"] or 0)
@@ -180,7 +180,7 @@ def _require_all_shards(paths: Sequence[pathlib.Path]) -> None:
 
 
 def _features(path: pathlib.Path) -> tuple[str, str]:
-    """Return what image and label are called in a file, by its first example."""
+    """Return the names of the features of image and label in a file, from its first example."""
     try:
         record = next(iter(tf.data.TFRecordDataset(str(path)).take(1))).numpy()
         features = tf.train.Example.FromString(record).features.feature
@@ -199,7 +199,7 @@ def _features(path: pathlib.Path) -> tuple[str, str]:
 
 
 def _scan(path: pathlib.Path, features: tuple[str, str]) -> _Scan:
-    """Read a file once; TensorFlow compares the checksums."""
+    """Return the index of a file, which is read once; TensorFlow verifies the checksums."""
     image, label = features
     wanted = {
         image: tf.io.FixedLenFeature([], tf.string),
@@ -209,7 +209,7 @@ def _scan(path: pathlib.Path, features: tuple[str, str]) -> _Scan:
     def look(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.strings.length(record), tf.io.parse_single_example(record, wanted)[label]
 
-    # Of the records themselves one is in memory at a time.
+    # Only one record at a time is in memory.
     batches = tf.data.TFRecordDataset(str(path)).map(look).batch(_AT_ONCE)
     parts: list[Any] = []
     try:
@@ -227,7 +227,7 @@ def _scan(path: pathlib.Path, features: tuple[str, str]) -> _Scan:
 
 def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path} is damaged, compressed, or holds something else than examples of one image and "
-        f"one label each: {error} A compressed file must be written without compression, as its "
-        "records are read in any order."
+        f"{path} is damaged, compressed, or holds something other than examples of one image and "
+        f"one label each: {error} Write a compressed file again without compression, as records "
+        "are read in any order."
     )
