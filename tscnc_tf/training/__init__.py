@@ -1,4 +1,4 @@
-"""Adversarial training, as a Keras model around the user's model, and its optimizer."""
+"""Adversarial training: a Keras model around the user's model, AWP, and SGD with L2 decay."""
 
 from tscnc_tf.training.perturbation import AWP
 from tscnc_tf.training.sgd import SGDWithL2

@@ -1,4 +1,4 @@
-"""Checks of what training is given: an attack, a loss, batches and arrays."""
+"""Checks of the inputs of training: attack, loss, batches and arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from tscnc_tf.training.perturbation import AWP
 
 
 def require_attack(attack: Any) -> None:
-    """Raise unless training can follow an attack."""
+    """Raise unless an attack can be used in training.
+
+    Raises:
+        TypeError: it is not a gradient attack.
+        ValueError: it is targeted.
+    """
     if not isinstance(attack, attacks.GradientAttack):
         raise TypeError(
             f"attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, "
@@ -34,15 +39,19 @@ def require_loss(loss: Any) -> None:
 
 
 def require_awp(awp: Any) -> None:
-    """Raise a TypeError unless `awp` perturbs weights, or is None."""
+    """Raise a TypeError unless `awp` is an `AWP` or None."""
     if not isinstance(awp, AWP | None):
         raise TypeError(f"awp must be None or an AWP, such as AWP(gamma=0.005), got {awp!r}.")
 
 
 def as_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the inputs and labels of a batch as tensors, having looked at their forms.
+    """Return the inputs and labels of a batch as tensors, after checking shapes and dtypes.
 
-    Labels of the smaller integer dtypes, which not all of TensorFlow takes, become int64.
+    Labels of smaller integer dtypes, which not all TensorFlow operations support, become int64.
+
+    Raises:
+        TypeError: x is not one float tensor.
+        ValueError: y is missing, or not one tensor of labels.
     """
     x = tf.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
     if not tf.is_tensor(x):
@@ -66,14 +75,14 @@ def as_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Return 1.0 where the largest logit is that of the label, else 0.0."""
+    """Return 1.0 for each example whose largest logit is that of its label, else 0.0."""
     labels = losses.one_hot(y, logits.shape[-1])
     hit = tf.equal(tf.argmax(labels, axis=-1), tf.argmax(logits, axis=-1))
     return tf.cast(hit, tf.float32)
 
 
 def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
-    """Check NumPy data as a whole before training; other data is checked batch by batch."""
+    """Check NumPy arrays completely before training; other data is checked batch by batch."""
     if isinstance(x, np.ndarray):
         if not len(x):
             raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
@@ -84,20 +93,20 @@ def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | Non
 
 
 class FirstBatch:
-    """Whether a compiled step meets its first batch, as a condition of its graph.
+    """A flag for checks in the first batch of a compiled step, as a condition of its graph.
 
     Attributes:
-        is_over: whether there has been one that was found to be sound.
-        flag: a boolean variable, True as long as it is the first batch.
+        is_over: whether a first batch has passed the checks.
+        flag: a boolean variable, True until then.
     """
 
     def __init__(self) -> None:
         self.is_over = False
-        # A step that makes a variable while it is traced is traced a second time by TensorFlow.
+        # TensorFlow traces a step twice if variables are created in it.
         with tf.init_scope():
             self.flag = tf.Variable(True, trainable=False, name="is_first_batch")
 
     def end(self) -> None:
-        """Take note that the first batch was found to be sound."""
+        """Record that the first batch has passed the checks."""
         self.is_over = True
         self.flag.assign(False)

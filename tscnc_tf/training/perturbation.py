@@ -13,29 +13,29 @@ from tscnc_tf import _checks, _configs, _keras
 from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 
-Values = list[tuple[Any, tf.Tensor]]  # of a variable and a value for it
+Values = list[tuple[Any, tf.Tensor]]  # (variable, value)
 
 
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class AWP(_configs.Configurable):
-    r"""Adversarial weight perturbation: each step descends the loss at weights that raise it.
+    r"""Adversarial weight perturbation: each step descends the loss at perturbed weights.
 
     .. math:: v_l = \gamma\,\|w_l\|\,\frac{\nabla_{w_l} L(w)}{\|\nabla_{w_l} L(w)\|}, \qquad
         w \leftarrow w - \eta\,\nabla L(w + v)
 
-    for each weight tensor :math:`w_l` of two axes or more, L being the robust loss, without
-    penalties, on the batch's adversarial examples. What is pruned stays zero in w + v. Penalties
-    and weight decay are those of w. A step takes one more forward and backward pass.
+    for each weight tensor :math:`w_l` of two axes or more, where L is the robust loss, without
+    penalties, on the batch's adversarial examples. Pruned entries stay zero in w + v. Penalties and
+    weight decay are those of w. A step takes one more forward and backward pass.
 
-    The direction is found in inference mode, in which BatchNorm's averages stay as they are (the
-    authors take it in training mode, on a copy of the network).
+    The direction is computed in inference mode, which does not change BatchNorm's averages (the
+    authors compute it in training mode, on a copy of the network).
 
     Args:
         gamma: :math:`\gamma` > 0, the size of the perturbation relative to the weights.
 
     Raises:
-        TypeError, ValueError: gamma is no number, or not above 0.
+        TypeError, ValueError: gamma is not a number > 0.
 
     Example:
         >>> AWP(gamma=0.005)
@@ -52,11 +52,11 @@ class AWP(_configs.Configurable):
         object.__setattr__(self, "gamma", _checks.number("gamma", self.gamma, above=0.0))
 
     def perturbed(self, model: Any, loss: Callable[[], tf.Tensor]) -> tuple[Values, Values]:
-        """Return the weights as they are, and perturbed, each as pairs of a variable and a value.
+        """Return the weights before and after perturbation, each as pairs (variable, value).
 
         Args:
-            model: whose trainable weights of two axes or more are perturbed.
-            loss: computes what the perturbation raises, a scalar.
+            model: its trainable weights of two axes or more are perturbed.
+            loss: computes the loss that the perturbation raises, a scalar.
         """
         weights = [
             tensor_variable(variable)
@@ -84,7 +84,7 @@ class AWP(_configs.Configurable):
 
 @contextlib.contextmanager
 def at(before: Values, after: Values) -> Iterator[None]:
-    """Put the values `after` in place of weights, and in the end those `before`."""
+    """Set weights to the values `after` in this context, and back to `before` at its end."""
     for variable, value in after:
         variable.assign(value)
     try:

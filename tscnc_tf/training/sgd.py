@@ -1,4 +1,4 @@
-"""Stochastic gradient descent whose weight decay is a part of the gradient."""
+"""Stochastic gradient descent with L2 weight decay in the gradient."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import flavours, keras, tf_keras
 
-_Base: Any = object  # The subclasses at the end of this file put a Keras optimizer in its place.
+_Base: Any = object  # replaced by a Keras optimizer in the subclasses at the end of this file
 
 
 class SGDWithL2(_Base):
-    r"""SGD with the weight decay of the literature, in the gradient and so in the momentum.
+    r"""SGD with coupled weight decay: a part of the gradient, and thus of the momentum.
 
     .. math:: g \leftarrow g + \lambda w, \quad m \leftarrow \mu m - \eta g, \quad
         w \leftarrow w + m
 
-    (with `nesterov=True` :math:`w \leftarrow w + \mu m - \eta g`). It is Keras' SGD in all but the
+    (with `nesterov=True` :math:`w \leftarrow w + \mu m - \eta g`). It is Keras' SGD except for the
     first formula, and at a constant learning rate the SGD of PyTorch with
-    `weight_decay` :math:`\lambda`: the gradient of :math:`\frac\lambda2\|w\|^2`, which no loss or
-    log shows. Keras' own `weight_decay` is decoupled: it takes :math:`\eta\lambda w` from the
-    weight beside the momentum, so that with momentum 0.9 the same number acts a tenth as much.
-    (`keras.regularizers.L2(c)` is half of this :math:`\lambda`, and is a part of the loss.)
+    `weight_decay` :math:`\lambda`: :math:`\lambda w` is the gradient of
+    :math:`\frac\lambda2\|w\|^2`, which is not included in losses and logs. Keras' own
+    `weight_decay` is decoupled: it subtracts :math:`\eta\lambda w` from the weight, outside of the
+    momentum, so with momentum 0.9 the same number has a tenth of the effect.
+    (`keras.regularizers.L2(c)` with :math:`c = \lambda / 2` is the same as a part of the loss.)
 
-    It acts once per step: after loss scaling, clipping, the accumulation of gradients and their
-    sum over replicas. As in PyTorch, all trainable weights decay, biases and those of
-    normalization layers among them; `exclude_from_weight_decay` of Keras names others. Attacks
-    don't see it. What is pruned is zero, and stays so; while scores are trained, they decay.
+    It is applied once per step: after loss scaling, clipping, the accumulation of gradients and
+    their sum over replicas. As in PyTorch, all trainable weights decay, including biases and those
+    of normalization layers, except those named by Keras' `exclude_from_weight_decay`. It has no
+    effect on attacks. Pruned weights stay zero; while scores are trained, the scores decay.
 
     It is an optimizer of the Keras that `library` names: a `keras.optimizers.SGD` or a
     `tf_keras.optimizers.SGD`. A subclass derives from the class for its Keras,
@@ -53,14 +54,14 @@ class SGDWithL2(_Base):
 
     Reference:
         Loshchilov & Hutter 2019, arXiv 1711.05101, for both kinds; Pang et al. 2021, arXiv
-        2010.00467, for what it is worth in adversarial training.
+        2010.00467, for its effect in adversarial training.
     """
 
     def __new__(cls, *args: Any, library: str = "keras", **kwargs: Any) -> Any:  # noqa: ARG004
         """Return an optimizer of the Keras that `library` names."""
         _checks.one_of("library", library, _keras.LIBRARIES)
         kind = {"keras": Keras3SGDWithL2, "tf_keras": TfKerasSGDWithL2}[library]
-        if cls is not SGDWithL2:  # also where Keras restores one
+        if cls is not SGDWithL2:  # also when Keras restores one
             return super().__new__(cls)
         return super().__new__(kind)
 
@@ -83,7 +84,7 @@ class SGDWithL2(_Base):
         )
 
     def update_step(self, gradient: Any, variable: Any, *args: Any) -> Any:
-        """Take a step on a weight; Keras calls this with the gradient as it is to act."""
+        """Update a weight; Keras calls this with the final gradient."""
         if self.weight_decay and self._use_weight_decay(variable):
             weight = tf.convert_to_tensor(variable)
             factor = tf.cast(self.weight_decay, weight.dtype)

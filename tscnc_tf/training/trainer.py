@@ -25,62 +25,64 @@ LOGS = (
 )
 
 
-_Base: Any = object  # The subclasses at the end of this file put a Keras model in its place.
+_Base: Any = object  # replaced by a Keras model in the subclasses at the end of this file
 
 
 class AdversarialTraining(flavours.Trainer, _Base):
     r"""A Keras model that trains another one on adversarial examples.
 
-    Each step finds adversarial examples for its batch, takes one training-mode forward pass (on the
-    clean and the adversarial half together, where the loss needs both) and one optimizer step on
+    Each step computes adversarial examples for its batch, and takes one training-mode forward pass
+    (on the concatenated clean and adversarial batches, if the loss needs both) and one optimizer
+    step on
 
     .. math:: \frac1N\sum_i w_i\,\ell(x_i, x_i', y_i) + \text{penalty}
 
     where the penalty is the sum of `model.losses`: the regularizers. Then the pruning masks are
-    applied, so that the weights are as sparse after every step as their masks say.
+    applied, so that weights are exactly sparse after every step.
 
-    It is a model of the Keras that `model` is of: a `keras.Model` or a `tf_keras.Model`. A subclass
-    derives from the class for its Keras, `training.trainer.Keras3Trainer` or `TfKerasTrainer`.
+    It is a `keras.Model` or a `tf_keras.Model`, depending on the Keras of `model`. A subclass must
+    derive from the class for its Keras, `training.trainer.Keras3Trainer` or `TfKerasTrainer`.
 
-    The adversary runs the network in inference mode, on the bare layers without pruning wrappers:
-    BatchNorm's moving averages are used and not moved, and the pruning step counts optimizer steps.
+    The adversary runs the network in inference mode, without pruning wrappers: BatchNorm's moving
+    averages are used but not updated, and the pruning step counts optimizer steps.
 
-    The logs hold `loss` (their sum), `clean_loss` (cross-entropy on the clean batch), `robust_loss`
-    (what the robust loss adds, its factor included), `penalty`, `clean_accuracy` and
-    `adversarial_accuracy`, and the metrics given to `compile`, which see the clean batch. With
-    TRADES `loss = clean_loss + robust_loss + penalty`; with the others the clean loss is shown, but
-    no part of the sum. `evaluate` attacks as training does: cheap, and good for watching; results
-    to report are those of `evaluate_robustness`. Callbacks that watch an accuracy here, such as
-    EarlyStopping or ModelCheckpoint with `monitor="val_adversarial_accuracy"`, are given
-    `mode="max"`: Keras 3 can not tell whether a mean is to be minimized or maximized, and raises an
-    error without. (tf_keras takes it from the name.)
+    The logs hold `loss`, `clean_loss` (cross-entropy on the clean batch), `robust_loss` (the term
+    of the robust loss, including its factor), `penalty`, `clean_accuracy` and
+    `adversarial_accuracy`, and the metrics passed to `compile`, for the clean batch. With TRADES
+    `loss = clean_loss + robust_loss + penalty`; with other losses `loss = robust_loss + penalty`,
+    and the clean loss is only logged. `evaluate` uses the attack of training, which is cheap and
+    suitable for monitoring; report results of `evaluate_robustness`. Callbacks that monitor an
+    accuracy, such as EarlyStopping or ModelCheckpoint with `monitor="val_adversarial_accuracy"`,
+    need `mode="max"` in Keras 3, which otherwise raises an error, since it can't infer the
+    direction for a mean. (tf_keras infers it from the name.)
 
-    Each batch is checked, in front of what XLA compiles, and a ValueError says what is wrong with
-    it: inputs outside of the attack's bounds, labels out of range, soft labels that don't sum to 1.
-    In the first batch the networks' outputs are checked as well (not under a distribution
-    strategy): probabilities are refused. Labels are integers of any dtype, one-hot or soft; of soft
-    ones the losses take the rows as they are, the accuracies the largest entry, and the adversary
-    what `losses.log_odds` says, which smoothing doesn't change.
+    Each batch is checked, before the part that XLA compiles, and a ValueError reports inputs
+    outside of the attack's bounds, labels out of range, and soft labels that don't sum to 1. In the
+    first batch (not under a distribution strategy) the networks' outputs are checked as well:
+    probabilities are refused. Labels are integers of any dtype, one-hot or soft. Of soft labels the
+    losses use the rows, the accuracies the largest entry, and the adversary the weights of
+    `losses.log_odds`, which label smoothing does not change.
 
     Args:
         model: a model of either Keras that returns logits, `(batch, classes)`; pruned or not.
-        attack: an attack of `tscnc_tf.attacks`. What it leaves open (its objective, its start) is
-            what the loss asks for: TRADES ascends the KL divergence from the clean output.
+        attack: an attack of `tscnc_tf.attacks`. If its objective or start is None, that of the loss
+            is used: TRADES ascends the KL divergence from the clean output.
         loss: `losses.TRADES(beta)`, `losses.Madry()`, `losses.MART(beta)` or
-            `losses.RSLAD(teacher)`; later on, the attribute `robust_loss`. It and `attack` may be
-            set at any time, in a callback too, and act from the next step on, which is compiled
-            anew unless they are equal to what they were. (An evaluation under way in tf_keras ends
-            as it began.)
-        awp: `training.AWP(gamma)`, by which each step descends at adversarially perturbed weights;
-            None for none. It may be set at any time, likewise: the authors begin after some epochs.
+            `losses.RSLAD(teacher)`; stored as the attribute `robust_loss`. This attribute and
+            `attack` may be set at any time, also in a callback, and take effect with the next step,
+            which is compiled again unless the new value equals the old one. (A running evaluation
+            of tf_keras finishes with the old ones.)
+        awp: `training.AWP(gamma)`, to descend at adversarially perturbed weights; None for none. It
+            may be set at any time likewise: the authors begin after some epochs.
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.
 
     Raises:
-        TypeError: `model` is no Keras model, `attack` no attack or `loss` no robust loss.
-        ValueError: `model` is not built, or does not return one row of logits per example. What
-            is only seen when it runs is raised by the first step.
+        TypeError: `model` is not a Keras model, `attack` not a gradient attack, or `loss` not a
+            robust loss.
+        ValueError: `model` is not built, or does not return one row of logits per example. Errors
+            that only occur when it runs are raised by the first step.
 
     Example:
         >>> import keras
@@ -98,14 +100,13 @@ class AdversarialTraining(flavours.Trainer, _Base):
         2503.20454, for the penalties.
     """
 
-    _is_at_work = False  # whether Keras makes, traces or runs a step
+    _is_in_step = False  # whether Keras builds, traces or runs a step
 
     def __new__(cls, model: Any, **kwargs: Any) -> Any:  # noqa: ARG004
-        """Return a trainer of the Keras that `model` is of.
+        """Return a trainer of the Keras of `model`.
 
-        Users know one name for two classes. Which of them is meant is only known from the model, so
-        the choice is made here, where Python chooses the class of a new object. What follows is the
-        usual construction: `__init__` runs on the chosen class.
+        The public class stands for one class per Keras. The model determines which one, so it is
+        selected here; then Python calls its `__init__` as usual.
         """
         kind = {keras: Keras3Trainer, tf_keras: TfKerasTrainer}[_keras.library("model", model)]
         return super().__new__(flavours.subclass_of_library(cls, AdversarialTraining, kind))
@@ -129,7 +130,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
-        self._classes = models.classes("model", model)  # None until the first batch tells
+        self._classes = models.classes("model", model)  # None: set in the first batch
         models.require_no_probabilities("model", model, attack.bounds)
         self.model = model
         flavours.register_trainer(self, model)
@@ -140,29 +141,29 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self.seed = _checks.seed("seed", seed)
         self._inference = _keras.inference(model)
         self._trackers = [library.metrics.Mean(name=name) for name in LOGS]
-        self._pruners: tuple[Any, ...] = ()  # that the training step was compiled with
+        self._pruners: tuple[Any, ...] = ()  # those that the training step was compiled with
         self.built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; the model is not to be exchanged.
+        """Set an attribute, except `model`, which can't be replaced.
 
         Raises:
             AttributeError: `model` is set to another one.
         """
         if name == "model" and vars(self).get(name, value) is not value:
             raise AttributeError(
-                f"model of trainer {self.name!r} can't be exchanged, for its optimizer and its "
-                "compiled steps belong to the one that it has: build another trainer, "
+                f"model of trainer {self.name!r} can't be exchanged, since its optimizer and its "
+                "compiled steps belong to the current one: build another trainer, "
                 "AdversarialTraining(model, attack=..., loss=...)."
             )
         super().__setattr__(name, value)
 
     @property
     def robust_loss(self) -> losses.RobustLoss:
-        """What training descends; if it is set, the steps are compiled anew.
+        """The loss of training; after setting it, the steps are compiled again.
 
         Raises:
-            TypeError: it is set to what is no robust loss.
+            TypeError: it is set to something other than a robust loss.
         """
         return self._robust_loss
 
@@ -172,15 +173,16 @@ class AdversarialTraining(flavours.Trainer, _Base):
         if loss == getattr(self, "_robust_loss", None):
             return
         self._robust_loss = loss
-        self._first_batch = inputs.FirstBatch()  # there may be a teacher to look at
-        self._prepare()
+        self._first_batch = inputs.FirstBatch()  # there may be a new teacher to check
+        self._update_adversary()
 
     @property
     def attack(self) -> attacks.GradientAttack:
-        """What finds the adversarial examples; if it is set, the steps are compiled anew.
+        """The attack of training; after setting it, the steps are compiled again.
 
         Raises:
-            TypeError: it is set to what is no attack by gradients.
+            TypeError: it is set to something other than a gradient attack.
+            ValueError: it is set to a targeted attack.
         """
         return self._attack
 
@@ -190,14 +192,14 @@ class AdversarialTraining(flavours.Trainer, _Base):
         if attack == self._attack:
             return
         self._attack = attack
-        self._prepare()
+        self._update_adversary()
 
     @property
     def awp(self) -> perturbation.AWP | None:
-        """How the weights are perturbed in training; if it is set, the steps are compiled anew.
+        """The weight perturbation of training; after setting it, the steps are compiled again.
 
         Raises:
-            TypeError: it is set to something else than an `AWP` or None.
+            TypeError: it is set to something other than an `AWP` or None.
         """
         return self._awp
 
@@ -207,9 +209,10 @@ class AdversarialTraining(flavours.Trainer, _Base):
         if awp == self._awp:
             return
         self._awp = awp
-        self._prepare()
+        self._update_adversary()
 
-    def _prepare(self) -> None:
+    def _update_adversary(self) -> None:
+        """Apply the loss's defaults to the attack, and have the steps compiled again."""
         loss = self._robust_loss
         self._adversary = self._attack.with_defaults(objective=loss.objective, start=loss.start)
         flavours.reset_functions(self)
@@ -217,12 +220,12 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Configure training as `Model.compile` does; the loss is that of the constructor.
+        """Configure training like `Model.compile`, with the loss of the constructor.
 
-        XLA is off unless `jit_compile=True` asks for it, in Keras 3 too.
+        `jit_compile` is False by default, in Keras 3 as well.
 
         Raises:
-            ValueError: a loss is given here.
+            ValueError: a loss is passed here.
         """
         if loss is not None:
             raise ValueError(
@@ -231,21 +234,21 @@ class AdversarialTraining(flavours.Trainer, _Base):
             )
         kwargs.setdefault("jit_compile", False)
         super().compile(optimizer=optimizer, metrics=metrics, **kwargs)
-        # Keras 3's own; ours is among the trackers. (In tf_keras there is none without a loss.)
+        # Keras 3's tracker, replaced by one of `_trackers`. (tf_keras has none without a loss.)
         self._loss_tracker = None
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as `get_compile_config()` says; the optimizer's state is loaded afterwards."""
+        """Compile by the result of `get_compile_config()`, and build the optimizer for loading."""
         self.compile(**flavours.library_of(type(self)).saving.deserialize_keras_object(config))
-        if hasattr(self.optimizer, "build"):  # not a legacy one
+        if hasattr(self.optimizer, "build"):  # legacy optimizers have none
             self.optimizer.build(self.trainable_variables)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Model.fit` does; arrays are checked first.
+        """Train like `Model.fit`, after checking arrays.
 
         Raises:
             ValueError: the trainer is not compiled, `x` is empty or outside the attack's bounds, a
-                label is out of range, or XLA is asked for on several CPU devices.
+                label is out of range, or `jit_compile` is set on several CPU devices.
         """
         if getattr(self, "optimizer", None) is None:
             raise ValueError(
@@ -254,11 +257,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
         inputs.check_arrays(x, y, self.attack.bounds, self._classes)
         with masks.training(self.model, self.optimizer):
             history = super().fit(x, y, *args, **kwargs)
-        masks.apply(self.model, self.optimizer)  # a callback may have put other weights in place
+        masks.apply(self.model, self.optimizer)  # a callback may have set other weights
         return history
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Compile the training step, anew if the model has been pruned or stripped since."""
+        """Compile the training step, again if the model has been pruned or stripped since."""
         pruners = masks.pruners(self.model)
         if [id(pruner) for pruner in pruners] != [id(pruner) for pruner in self._pruners]:
             force = True
@@ -268,9 +271,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return self._make("train_function", super().make_train_function, force, self._build)
 
     def _build(self) -> None:
-        """Let the optimizer make its variables.
+        """Create the optimizer's variables.
 
-        In a step they would be made after the checks, and have no value if a check fails.
+        Within a step they would be created after the checks, and stay uninitialised if one fails.
         """
         with self.distribute_strategy.scope():
             optimizers.build(self.optimizer, self.model.trainable_variables)
@@ -286,24 +289,31 @@ class AdversarialTraining(flavours.Trainer, _Base):
         force: bool,
         begin: Callable[[], None] = lambda: None,
     ) -> Any:
-        """Let Keras compile a step, unless there is one already; return it, as it is called."""
+        """Have Keras compile a step unless it exists, and return it.
+
+        Args:
+            name: the attribute of the step.
+            make: Keras' method that compiles it.
+            force: whether to compile an existing step again.
+            begin: called before the first run of the step.
+        """
         flavours.require_xla(self)
         if getattr(self, name) is None or force:
-            with self._at_work():
+            with self._within_step():
                 make(force=True)
-            setattr(self, name, self._from_outside(getattr(self, name), begin))
+            setattr(self, name, self._with_value_errors(getattr(self, name), begin))
         return getattr(self, name)
 
-    def _from_outside(
+    def _with_value_errors(
         self, function: Callable[..., Any], begin: Callable[[], None]
     ) -> Callable[..., Any]:
-        """Return a compiled step whose failed checks are the errors of eager code."""
+        """Return a compiled step that raises failed checks as ValueErrors, as in eager code."""
         todo = [begin]
 
         def step(*args: Any) -> Any:
             while todo:
                 todo.pop()()
-            with self._at_work():
+            with self._within_step():
                 try:
                     logs = function(*args)
                 except tf.errors.InvalidArgumentError as error:
@@ -318,21 +328,21 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return step
 
     @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Mark the time in which Keras makes, traces and runs a step."""
-        before, self._is_at_work = self._is_at_work, True
+    def _within_step(self) -> Iterator[None]:
+        """Set `_is_in_step` while Keras builds, traces or runs a step."""
+        before, self._is_in_step = self._is_in_step, True
         try:
             yield
         finally:
-            self._is_at_work = before
+            self._is_in_step = before
 
     @property
     def jit_compile(self) -> bool:
-        """Whether XLA compiles the steps, but for the checks of a batch, which go before.
+        """Whether XLA compiles the steps, except for the checks of a batch, which run before.
 
-        XLA drops checks. So Keras is told that XLA is off while it makes the steps, and what
-        follows the checks is compiled here. (Under a distribution strategy Keras compiles the
-        whole, and nothing is checked.)
+        XLA drops checks. So this is False while Keras builds the steps, and the part after the
+        checks is compiled here. (Under a distribution strategy Keras compiles the whole step,
+        without checks.)
         """
         return self._wants_xla and not self._checks_before_xla
 
@@ -346,23 +356,23 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     @property
     def _checks_before_xla(self) -> bool:
-        return self._is_at_work and not flavours.is_distributed(self)
+        return self._is_in_step and not flavours.is_distributed(self)
 
     def _compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what follows the checks, compiled by XLA where that is asked for."""
+        """Return the part of a step after the checks, compiled by XLA if `jit_compile` is set."""
         if not (self._wants_xla and self._checks_before_xla):
             return step
         return tf.function(step, jit_compile=True, reduce_retracing=True, autograph=False)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Return the logits of the model inside."""
+        """Return the logits of the inner model."""
         return self.model(inputs, training=training)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """Take one optimizer step on a batch `(x, y)` or `(x, y, sample_weight)`; return logs."""
-        return self._checked(self._descend, data)
+        return self._checked(self._train_batch, data)
 
-    def _descend(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
+    def _train_batch(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
         known = self._known_clean(x, reference)
         x_adversarial = self._perturb(x, y, self._step_seed(), known, reference)
@@ -379,7 +389,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 else:
                     clean, adversarial = known, self.model(x_adversarial, training=True)
             terms = self._terms(y, clean, adversarial, reference, sample_weight)
-            if not result:  # where the gradient is taken at perturbed scores, the logs are not
+            if not result:  # the first call is at unperturbed scores, which are logged
                 result.update(clean=clean, adversarial=adversarial, terms=terms)
             value = tf.reduce_mean(terms["loss"]) + terms["penalty"]
             # Gradients are summed over replicas, so each contributes its share of the mean.
@@ -396,9 +406,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Attack a batch in inference mode, and return the logs."""
-        return self._checked(self._judge, data)
+        return self._checked(self._evaluate_batch, data)
 
-    def _judge(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
+    def _evaluate_batch(self, x: tf.Tensor, y: tf.Tensor, sample_weight: Any) -> dict[str, Any]:
         reference = self.robust_loss.reference(x)
         clean = self._inference(x)
         x_adversarial = self._perturb(x, y, tf.constant([self.seed, 0]), clean, reference)
@@ -407,7 +417,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return self._logs(x, y, clean, adversarial, terms, sample_weight)
 
     def _checked(self, step: Callable[..., Any], data: Any) -> dict[str, Any]:
-        """Take a step on a batch, once it is found to be sound."""
+        """Run a step on a batch after checking it."""
         unpack = flavours.library_of(type(self)).utils.unpack_x_y_sample_weight
         x, y, sample_weight = unpack(data)
         x, y = inputs.as_batch(x, y)
@@ -415,17 +425,17 @@ class AdversarialTraining(flavours.Trainer, _Base):
             self._classes = models.traced_classes("model", self._inference, x)
         checks = _checks.require_within(x, self.attack.bounds)
         checks += _checks.require_classes(y, self._classes) + self._require_logits(x)
-        # Nothing is changed by a batch that is not sound.
+        # A batch that fails a check must not change anything.
         with flavours.depending_on_batch(self, data), flavours.depending_on(checks):
             return self._compiled(step)(x, y, sample_weight)
 
     def _require_logits(self, x: tf.Tensor) -> list[tf.Operation]:
-        """Raise a ValueError unless the networks return logits; in a graph, return what checks it.
+        """Raise a ValueError unless the networks return logits; in a graph, return the assertions.
 
-        Only in the first batch; not where a graph of another's making runs, nor under a
-        distribution strategy, where a condition may not hold all that a network does.
+        This is checked in the first batch only; not in graphs that are not built by this trainer,
+        nor under a distribution strategy, where a condition does not support all operations.
         """
-        is_in_reach = tf.executing_eagerly() or self._is_at_work
+        is_in_reach = tf.executing_eagerly() or self._is_in_step
         if self._first_batch.is_over or not is_in_reach or tf.distribute.has_strategy():
             return []
         networks = {"model": self._inference, "teacher": self.robust_loss.reference}
@@ -442,13 +452,13 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return checks
 
     def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:
-        """Return the clean logits in inference mode, if anything in this step needs them."""
+        """Return the clean logits in inference mode if this step needs them, else None."""
         needs_reference = self._adversary.objective == "kl" and reference is None
         needed = needs_reference or not self.robust_loss.uses_clean
         return self._inference(x) if needed else None
 
     def _perturb(self, x: Any, y: Any, seed: tf.Tensor, clean: Any, reference: Any) -> tf.Tensor:
-        """Return adversarial examples; the loss's reference goes before the clean logits."""
+        """Return adversarial examples; the loss's reference, if any, replaces the clean logits."""
         origin = clean if reference is None else reference
         x_adversarial = self._adversary.perturb(
             self._inference, x, y, seed=seed, clean_logits=origin
@@ -458,25 +468,25 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def _perturbed_weights(
         self, x: Any, y: Any, x_adversarial: Any, known: Any, reference: Any, sample_weight: Any
     ) -> tuple[perturbation.Values, perturbation.Values]:
-        """Return what is perturbed of the weights, as it is and as it is to be in this step."""
+        """Return the weights before and after the perturbation of this step; empty without AWP."""
         if self._awp is None:
             return [], []
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
                 f"awp must be None under a strategy of several replicas, got {self._awp!r}: each "
-                "would perturb its weights in another direction."
+                "replica would perturb its weights in another direction."
             )
 
         if radius := max((each.perturb_scores for each in masks.pruners(self.model)), default=0.0):
             raise ValueError(
                 f"awp must be None for a model of perturb_scores={radius:g}, got {self._awp!r}: "
-                "one perturbs weights, the other the scores that choose them. Take one of them."
+                "one perturbs weights, the other the scores that choose them. Use one of them."
             )
 
         def raised() -> tf.Tensor:
             clean = self._inference(x) if self.robust_loss.uses_clean else known
             adversarial = self._inference(x_adversarial)
-            # The sum, as the direction is that of the mean, and float16 has less to round.
+            # The sum has the direction of the mean, with less underflow in float16.
             return tf.reduce_sum(
                 self._terms(y, clean, adversarial, reference, sample_weight)["loss"]
             )
@@ -484,7 +494,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return self._awp.perturbed(self.model, raised)
 
     def _step_seed(self) -> tf.Tensor:
-        """Return a seed pair of its own for every step and replica."""
+        """Return a pair of seeds that is different for every step and replica."""
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         step = tf.cast(optimizers.batches(self.optimizer), tf.int32)
@@ -493,7 +503,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def _terms(
         self, y: Any, clean: tf.Tensor, adversarial: tf.Tensor, reference: Any, sample_weight: Any
     ) -> dict[str, tf.Tensor]:
-        """Return the parts of the loss: per example, weighted; and the penalty, a scalar."""
+        """Return the terms of the loss per example, weighted, and the penalty, a scalar."""
         clean_loss = losses.cross_entropy(y, clean)
         extra = () if reference is None else (reference,)
         robust_loss = self.robust_loss.robust(y, clean, adversarial, *extra)
@@ -543,7 +553,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         super().save(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, the model and its wrappers among them."""
+        """Return the constructor's arguments, including the model with its wrappers."""
         serialize = flavours.library_of(type(self)).saving.serialize_keras_object
         return {
             "model": serialize(self.model),
@@ -556,7 +566,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """Build a trainer from `get_config()`; one in tfmot's wrappers inside `prune_scope()`."""
+        """Build a trainer from `get_config()`; with tfmot's wrappers, within `prune_scope()`."""
         config = dict(config)
         deserialize = flavours.library_of(cls).saving.deserialize_keras_object
         for key in {"model", "attack", "loss", "awp"} & set(config):
