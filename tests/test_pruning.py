@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 
 import keras
@@ -336,6 +337,39 @@ def test_bad_input_is_named():
     for build, error, words in cases:
         with pytest.raises(error, match=words):
             build()
+
+
+@pytest.mark.parametrize("library", [tf_keras, keras], ids=["tf_keras", "keras"])
+def test_options_of_another_way_to_prune_are_refused_by_name(library):
+    once, masks = schedules.OneShot(0.5), "method='magnitude' by engine='masks'"
+    tfmot, scores = "method='magnitude' by engine='tfmot'", "method='scores'"
+    cases = [
+        ({"schedule": once, "engine": "masks", "perturb_scores": 0.1}, masks, scores),
+        ({"schedule": once, "engine": "masks", "also_train": "all"}, masks, scores),
+        ({"schedule": once, "engine": "masks", "block_size": (2, 2)}, masks, tfmot),
+        ({"method": "scores", "sparsity": 0.5, "criterion": abs}, scores, masks),
+        ({"method": "scores", "sparsity": 0.5, "block_size": (2, 2)}, scores, tfmot),
+    ]
+    if library is tf_keras:
+        cases += [
+            ({"schedule": once, "structure": pruning.NM(2, 4)}, tfmot, f"{masks} and of {scores}"),
+            ({"schedule": once, "frequency": 2}, tfmot, scores),
+        ]
+    for given, how, others in cases:
+        name, value = list(given.items())[-1]
+        words = f"{name} must be left out with {how}, got {value!r}: it is an option of {others}."
+        model = dense_model(library)
+        with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
+            pruning.prune(model, **given)
+        assert not hasattr(model, "pruner")
+    for call in (
+        lambda: pruning.prune_now(model, 0.5, engine="masks"),
+        lambda: pruning.prune(model, once, engine="masks", scop="erk"),
+    ):
+        with pytest.raises(
+            TypeError, match=r"got '\w+': the options there are criterion, min_rank"
+        ):
+            call()
 
 
 def test_training_without_wrappers_ignores_the_callbacks():

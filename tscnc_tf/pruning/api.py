@@ -57,6 +57,17 @@ class TfmotOptions(TypedDict, total=False):
     sparsity_m_by_n: tuple[int, int] | None
 
 
+_OPTIONS: dict[str, frozenset[str]] = {
+    how: options.__required_keys__ | options.__optional_keys__
+    for how, options in (
+        ("method='magnitude' by engine='masks'", MaskOptions),
+        ("method='magnitude' by engine='tfmot'", TfmotOptions),
+        ("method='scores'", ScoreOptions),
+    )
+}
+_BY_MASKS, _BY_TFMOT, _BY_SCORES = _OPTIONS
+
+
 @overload
 def prune(
     model: Any,
@@ -162,6 +173,7 @@ def prune(
     _keras.require_built("model", model)
     require_unpruned("model", model)
     if engine == "masks":
+        _require_options(options, _BY_MASKS)
         Pruner(model, schedule, layers=layers, **options)
         return model
     if library is _keras.keras:
@@ -175,7 +187,19 @@ def prune(
             "wrappers don't give weights back. Pass prune(model, schedule, engine='masks', "
             "regrowth=...)."
         )
+    _require_options(options, _BY_TFMOT)
     return tfmot_engine.wrap(model, schedule, layers, options)
+
+
+def _require_options(options: dict[str, Any], how: str) -> None:
+    """Raise a TypeError that names an option which this way of pruning does not have."""
+    for name, value in options.items():
+        if name in _OPTIONS[how]:
+            continue
+        others = " and of ".join(other for other, names in _OPTIONS.items() if name in names)
+        known = ", ".join(sorted(_OPTIONS[how]))
+        way_out = f"it is an option of {others}" if others else f"the options there are {known}"
+        raise TypeError(f"{name} must be left out with {how}, got {value!r}: {way_out}.")
 
 
 def _prune_by_scores(
@@ -195,6 +219,7 @@ def _prune_by_scores(
             "regrowth must be left out with method='scores', by which weights come back anyway: "
             "each keeps its score."
         )
+    _require_options(options, _BY_SCORES)
     if "sparsity" not in options:
         raise TypeError("sparsity must be given with method='scores', such as sparsity=0.99.")
     ScorePruner(model, layers=layers, **options)
@@ -237,6 +262,7 @@ def prune_now(
             "regrowth must be left out, as prune_now freezes the masks; for training that is sparse"
             " from the start pass prune(model, schedules.OneShot(sparsity), regrowth=...)."
         )
+    _require_options(dict(options), _BY_MASKS)
     Pruner(model, schedules.OneShot(sparsity), layers=layers, **options).finalize()
     return model
 
