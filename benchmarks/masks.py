@@ -99,7 +99,7 @@ def run(options: record.Options) -> None:
 
 def _regrowth(*, moves: bool) -> Any:
     """Return a regrowth that moves weights in each step, or in none that is timed."""
-    return tscnc.pruning.Regrowth(frequency=1 if moves else 10**6, until=1.0, steps=10**6 - 1)
+    return tscnc.pruning.Regrowth(frequency=1 if moves else 10**6, until=1.0, steps=10**6 + 1)
 
 
 def _pruner(network: str, scope: str, *, renews: bool, regrowth: Any = None) -> Any:

@@ -42,7 +42,7 @@ def network(case: str):
         model = tscnc.pruning.add_regularizers(model, constraints)
         return tscnc.gates.add_gates(model, sparsity_factor=1.0)
     schedule = tscnc.schedules.CosineSparsity(0.0, 0.75, 1, 6, 1)
-    regrowth = tscnc.pruning.Regrowth(fraction=0.3)
+    regrowth = tscnc.pruning.Regrowth(fraction=0.3, frequency=1)
     return tscnc.prune(model, schedule, engine="masks", scope="global", regrowth=regrowth)
 
 

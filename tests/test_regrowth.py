@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -200,7 +202,7 @@ def test_the_weights_of_a_program_are_chosen_when_it_is_given_them():
     """By `begin`, a graph; where the schedule rises, all are there at first."""
     for schedule in (schedules.OneShot(0.75), schedules.CosineSparsity(0.5, 0.75, 1, 12)):
         model = dense_model(keras)
-        pruner = Pruner(model, schedule, regrowth=Regrowth(steps=40))
+        pruner = Pruner(model, schedule, regrowth=Regrowth(frequency=2, steps=40))
         begin = tf.function(pruner.begin, jit_compile=True, autograph=False)
         weights = [flavours.tensor_variable(target.variable) for target in pruner.targets]
         others = [np.random.default_rng(1).normal(size=weight.shape) for weight in weights]
@@ -421,6 +423,70 @@ def test_the_share_falls_with_the_cosine():
     np.testing.assert_allclose(shares, wanted, atol=1e-7)
     by_schedule = Regrowth(until=0.5)
     assert by_schedule.last_step(schedules.CosineSparsity(0.0, 0.9, 10, 600)) == 300
+
+
+RISING = schedules.CosineSparsity(0.0, 0.5, 100, 200)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "first"),
+    [  # T is 38, 37 or 75
+        (schedules.OneShot(0.5), {"frequency": 38, "steps": 50}, 0),
+        (schedules.OneShot(0.5), {"frequency": 100, "steps": 50}, 0),
+        (schedules.OneShot(0.5), {"frequency": 37, "steps": 50}, 37),
+        (schedules.OneShot(0.5), {"frequency": 7, "steps": 50}, 7),
+        (schedules.OneShot(0.5, begin_step=30), {"frequency": 7, "steps": 50}, 35),
+        (schedules.OneShot(0.5, begin_step=36), {"frequency": 7, "steps": 50}, 0),
+        (schedules.OneShot(0.5, begin_step=100), {"frequency": 1}, 0),
+        (RISING, {"frequency": 10, "steps": 50}, 0),
+        (RISING, {"frequency": 10}, 0),  # T is 150, and the sparsity 0 up to the end
+        (schedules.CosineSparsity(0.0, 0.5, 100, 200, frequency=5), {"frequency": 10}, 110),
+        (lambda step: (step == 20, 0.5 * tf.cast(step > 19, tf.float32)), {"steps": 50}, 0),
+        (
+            lambda step: (step == 20, 0.5 * tf.cast(step > 19, tf.float32)),
+            {"frequency": 3, "steps": 50},
+            21,
+        ),
+    ],
+)
+def test_what_never_moves_is_refused_and_the_first_move_is_known(schedule, arguments, first):
+    regrowth = Regrowth(fraction=0.9, **arguments)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    assert regrowth.first_move(schedule) == first
+    if first == 0:
+        with pytest.raises(ValueError, match=r"would never move a weight .* Take a smaller freq"):
+            Pruner(model, schedule, regrowth=regrowth)
+        assert not hasattr(model, "pruner")
+        return
+    pruner = Pruner(model, schedule, regrowth=dataclasses.replace(regrowth, criterion="random"))
+    for step in range(1, first + 1):
+        before = masks(model)
+        pruner.step()
+        moved = any(np.any(new & ~old) for new, old in zip(masks(model), before, strict=True))
+        assert moved == (step == first)
+
+
+def test_a_training_in_which_nothing_moves_is_warned_of(library):
+    model = compiled(pruned(library, Regrowth(frequency=5, steps=40)), library)
+
+    def fit(model, epochs):
+        watch = callbacks.pruning_callbacks()
+        model.fit(X, Y, batch_size=32, epochs=epochs, verbose=0, callbacks=watch)
+
+    with pytest.warns(UserWarning, match=r"moves no weight .* steps 1 to 4: .* is at step 5"):
+        fit(model, 2)
+    fit(model, 1)
+    fit(compiled(pruned(library, Regrowth(frequency=4, steps=40)), library), 2)
+    frozen = tscnc.pruning.freeze_mask(pruned(library, Regrowth(frequency=5, steps=40)))
+    fit(compiled(frozen, library), 1)
+
+
+def test_a_saved_regrowth_that_never_moves_loads(tmp_path):
+    model = pruned(keras, Regrowth(frequency=2, steps=40))
+    never = Regrowth(frequency=100, steps=50)
+    model.pruner.regrowth = never  # as older versions took it
+    model.save(tmp_path / "never.keras")
+    assert keras.models.load_model(tmp_path / "never.keras").pruner.regrowth == never
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def pruning_callbacks(
 
 
 class UpdatePruning(flavours.Callback):
-    """Prune in `fit`, whichever engine does it; and say if training is too short for the schedule.
+    """Prune in `fit`, whichever engine does it; and say if training is too short for it.
 
     A model with a `Pruner` prunes in its training step already. This callback prunes where another
     step runs: for a model inside another one. Likewise it lets the optimizer of the other one train
@@ -110,7 +110,8 @@ class UpdatePruning(flavours.Callback):
 
         Warns:
             UserWarning: in the number of steps that is planned, the last renewal of the masks comes
-                before the schedule has reached its final sparsity.
+                before the schedule has reached its final sparsity, or no weight changes places by
+                the pruner's regrowth.
         """
         if not (self.params or {}).get("steps"):
             for pruner in self._pruners:
@@ -199,6 +200,16 @@ class UpdatePruning(flavours.Callback):
                     f"planned, steps {done + 1} to {last}: the last renewal of the masks is at "
                     f"step {step}, to {sparsity:.4g}. Train longer, let the schedule end earlier "
                     "or renew more often, or force it in the end by the pruner's finalize().",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        for pruner in self._pruners:
+            first = pruner.regrowth and pruner.regrowth.first_move(pruner.schedule)
+            if not pruner.frozen and first and first > pruner.steps + planned:
+                warnings.warn(
+                    f"{pruner.regrowth!r} moves no weight in the training planned, steps "
+                    f"{pruner.steps + 1} to {pruner.steps + planned}: the first move is at step "
+                    f"{first}. Train longer, or take a smaller frequency.",
                     UserWarning,
                     stacklevel=2,
                 )

@@ -101,6 +101,8 @@ class Pruner(StepCount):
             layers stay denser), "igq" (ideal-gas quotas: of n weights n / (1 + F n), so that no
             layer is starved), or a dict of final sparsities by name pattern (of several patterns
             that fit a weight the first one counts; weights that none fits follow the schedule).
+            Numbers of weights are exact: of each tensor with "layer" and a dict, so that their sum
+            is off by the rounding of each; of all tensors together with the others.
         min_weights: the number of weights that every weight tensor keeps at least.
         regrowth: a `Regrowth`, by which kept weights change places in training; None for none.
 
@@ -253,6 +255,8 @@ class Pruner(StepCount):
         try:
             if not active:
                 raise ValueError(self._nothing_to_prune())
+            if self.regrowth is not None:
+                self.regrowth.require_moves(self.schedule)
             _, judged = self._ranked(active)
             self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, judged)
             if measured or self._is_sparse_from_the_start:
@@ -564,12 +568,7 @@ class Pruner(StepCount):
         self._mask_companions(strategy, optimizer)
 
     def _regrow(
-        self,
-        regrowth: Regrowth,
-        strategy: Any,
-        optimizer: Any,
-        gradients: Any,
-        step: tf.Tensor,
+        self, regrowth: Regrowth, strategy: Any, optimizer: Any, gradients: Any, step: tf.Tensor
     ) -> None:
         """Let kept weights change places, and start those that are new from zero."""
         chosen = [

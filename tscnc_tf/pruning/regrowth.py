@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras
 from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning.selection import Magnitude, finite
 from tscnc_tf.pruning.structures import Move, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
@@ -45,7 +46,8 @@ class Regrowth(_configs.Configurable):
     Where the schedule asks for its final sparsity at step 1, as `OneShot(sparsity)` does, the
     pruner prunes when it is made: the network is sparse from the start. (Of weights drawn at
     random the largest are at random places.) With a schedule that rises, a dense network is pruned
-    and regrows on the way.
+    and regrows on the way. Where it is known that no weight would ever move, as T comes before the
+    first multiple of `frequency` or before anything is pruned, the pruner raises a ValueError.
 
     Args:
         fraction: of the kept weights that go at first, in (0, 1).
@@ -123,6 +125,30 @@ class Regrowth(_configs.Configurable):
                 f"steps must be given to Regrowth, the number of optimizer steps of the training: "
                 f"{schedule!r} does not say how long it is."
             )
+
+    def require_moves(self, schedule: Any) -> None:
+        """Raise a ValueError if it is known that weights never move under a schedule."""
+        if self.first_move(schedule) == 0:
+            raise ValueError(
+                f"regrowth={self!r} would never move a weight under {schedule!r}: it does so at "
+                f"multiples of frequency={self.frequency} below step {self.last_step(schedule)} "
+                "(until * steps), once weights are pruned. Take a smaller frequency, a schedule "
+                "that prunes earlier, or the number of optimizer steps of the whole training for "
+                "steps."
+            )
+
+    def first_move(self, schedule: Any) -> int | None:
+        """Return the first step at which weights move; 0 if none does, None if that is not known.
+
+        It is the first multiple of `frequency` at which there are pruned weights, if it is below T.
+        """
+        last = self.last_step(schedule) - 1
+        known = scheduling.renewals(schedule, last) if self.frequency <= last else []
+        if known is None:
+            return None
+        begin = next((step for step, sparsity in known if sparsity > 0), last + 1)
+        step = -(-begin // self.frequency) * self.frequency
+        return step if step <= last else 0
 
     def last_step(self, schedule: Any) -> int:
         """Return the step T from which nothing moves any more; 0 if that is not known."""
