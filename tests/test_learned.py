@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tscnc_tf as tscnc
 from tscnc_tf import attacks, losses, pruning
 from tscnc_tf.pruning import Learned, Unstructured
-from tscnc_tf.pruning.learned import share_out
+from tscnc_tf.pruning.scopes import in_proportion, share_out
 from tscnc_tf.training import AdversarialTraining
 
 X, Y = blobs(64)
@@ -66,17 +66,11 @@ def top(score, count):
 
 
 def shared_out(wanted, lowest, highest, total):
-    """By bisection for the factor, then one more for the largest fractions."""
-    low, high = 0.0, 1e9
-    for _ in range(200):
-        middle = (low + high) / 2
-        fits = np.clip(middle * wanted, lowest, highest).sum() <= total
-        low, high = (middle, high) if fits else (low, middle)
-    found = np.clip(low * wanted, lowest, highest)
-    whole = np.floor(found + 1e-6)
-    order = np.argsort(whole - found, kind="stable")
-    whole[order[: round(total - whole.sum())]] += 1
-    return whole
+    """One by one, each to whom the smallest factor brings to the next half (Sainte-Laguë)."""
+    found = np.array(lowest)
+    while found.sum() < total:
+        found[np.argmin(np.where(found < highest, (found + 0.5) / wanted, np.inf))] += 1
+    return found
 
 
 @settings(deadline=None, max_examples=60)
@@ -90,10 +84,22 @@ def test_what_is_shared_out_is_in_proportion_within_bounds_and_exact(data):
     shares = data.draw(st.lists(st.floats(1e-4, 1.0), min_size=count, max_size=count))
     total = data.draw(st.integers(0, int(highest.sum()) + 3))
     wanted = shares * highest
-    found = share_out(wanted, lowest, highest, total).numpy()
+    found, before = (
+        share_out(in_proportion(wanted), lowest, highest, each).numpy()
+        for each in (total, total - 1)
+    )
     assert found.sum() == np.clip(total, lowest.sum(), highest.sum())
     assert np.all(found >= lowest) and np.all(found <= highest)
-    assert np.max(np.abs(found - shared_out(wanted, lowest, highest, found.sum()))) <= 1
+    assert np.all(found >= before), "none falls as the total rises"
+    # One factor rounds to all of them but those at a bound.
+    least = np.max(((found - 0.5) / wanted)[found > lowest], initial=0.0)
+    most = np.min(((found + 0.5) / wanted)[found < highest], initial=np.inf)
+    assert least <= most * (1 + 1e-8)
+
+
+def test_of_equals_the_first_are_given_what_is_left():
+    found = share_out(in_proportion(np.full(6, 7.0)), [1] * 6, [100] * 6, 15)
+    assert found.numpy().tolist() == [3, 3, 3, 2, 2, 2]
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.5])

@@ -8,10 +8,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf import _checks, _configs, _keras, _reports, functional
+from tscnc_tf import _checks, _configs, _keras, _reports
 from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import sum_over_replicas, tensor_variable, update_everywhere
-from tscnc_tf.pruning.scopes import SCOPES, Scope, Units, fitting
+from tscnc_tf.pruning.scopes import SCOPES, SharedOut, fitting, in_proportion
 from tscnc_tf.pruning.targets import Target
 
 __all__ = ["Learned"]
@@ -41,11 +41,10 @@ class Learned(_configs.Configurable):
     L/\partial(w\odot m)_i\, w_i`. (The logs of training do not hold this penalty.)
 
     **Counts are exact in every step**, not in the last one only: layer l keeps :math:`\lambda n_l
-    r_l` weights, with the one :math:`\lambda` for all with which they are as many as the sparsity
-    leaves. None keeps more than it has, nor fewer than its minima (`min_weights`, and
-    `Unstructured(min_per_filter, min_per_input)`); what rounding down leaves over goes to the
-    largest fractions. With structures of several weights each layer's count is rounded to whole
-    units after that.
+    r_l` weights, rounded, with the one :math:`\lambda` for all with which they are as many as the
+    sparsity leaves. None keeps more than it has, nor fewer than its minima (`min_weights`, and
+    `Unstructured(min_per_filter, min_per_input)`). With structures of several weights each layer's
+    count is rounded to whole units after that.
 
     The shares are in `ScorePruner.shares`, and what they come to, layer by layer, in
     `pruning.report`. Where weights are set from outside, shares begin anew: from `start`, or, if
@@ -166,7 +165,9 @@ class TrainedShares:
     def scope(self, indices: list[int]) -> SharedOut:
         """Return the scope that shares out by them what some of the tensors keep."""
         logits = tf.convert_to_tensor(tensor_variable(self._variables[0]))
-        return SharedOut(self._min_weights, tf.gather(self._shares(logits), indices))
+        sizes = tf.constant([self._targets[index].size for index in indices], tf.float64)
+        shares = tf.cast(tf.gather(self._shares(logits), indices), tf.float64)
+        return SharedOut(self._min_weights, in_proportion(shares * sizes))
 
     def slopes(self, optimizer: Any, products: Mapping[Any, tf.Tensor]) -> tf.Tensor:
         """Return the gradient of the loss with respect to the shares.
@@ -212,69 +213,3 @@ class TrainedShares:
 
     def _shares(self, logits: Any) -> tf.Tensor:
         return self._least + (1.0 - self._least) * tf.sigmoid(logits)
-
-
-class SharedOut(Scope):
-    """What the sparsity leaves is shared out in proportion to given shares of the weight tensors.
-
-    Args:
-        min_weights: what every weight tensor keeps at least.
-        shares: a vector.
-    """
-
-    def __init__(self, min_weights: int, shares: tf.Tensor) -> None:
-        super().__init__(min_weights)
-        self._shares = shares
-
-    def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
-        """Return a mask of units for each weight tensor."""
-        sizes = [unit.weights for unit in units]
-        total = functional.kept_count(sum(sizes), sparsity)
-        wanted = tf.cast(self._shares, tf.float64) * tf.constant(sizes, tf.float64)
-        counts = tf.unstack(share_out(wanted, [self._fewest(u) for u in units], sizes, total))
-        return [self._best(*pair) for pair in zip(units, counts, strict=True)]
-
-    def _fewest(self, units: Units) -> tf.Tensor:
-        minimum = tf.constant(min(self.min_weights, units.weights), tf.int32)
-        if units.guard is None:
-            return minimum
-        return tf.maximum(minimum, tf.reduce_sum(tf.cast(units.guard, tf.int32)))
-
-
-def share_out(wanted: Any, lowest: Any, highest: Any, total: Any) -> tf.Tensor:
-    r"""Return integers in proportion to `wanted` that add up to `total`, each within its bounds.
-
-    They are :math:`\text{clip}(\lambda w_l)` rounded down, and what is left over is given to the
-    largest fractions. Where `total` is out of reach, they add up to the sum of the nearer bounds.
-
-    Args:
-        wanted: a vector of positive numbers.
-        lowest: a vector of integers.
-        highest: likewise.
-        total: an integer.
-
-    Returns:
-        An int32 vector.
-    """
-    wanted, lowest, highest, total = (
-        tf.cast(each, tf.float64) for each in (wanted, lowest, highest, total)
-    )
-    total = tf.clip_by_value(total, tf.reduce_sum(lowest), tf.reduce_sum(highest))
-
-    def numbers(factor: tf.Tensor) -> tf.Tensor:
-        return tf.clip_by_value(factor * wanted, lowest, highest)
-
-    # Their sum is piecewise linear in the factor, with corners where one reaches a bound.
-    corners = tf.sort(tf.concat([lowest / wanted, highest / wanted], axis=0))
-    sums = tf.reduce_sum(numbers(corners[:, tf.newaxis]), axis=1)
-    is_below = sums <= total * (1.0 + 1e-12)
-    before = tf.maximum(tf.reduce_sum(tf.cast(is_below, tf.int32)) - 1, 0)
-    after = tf.minimum(before + 1, corners.shape[0] - 1)
-    # Gathered: to slice by an index, XLA would hold all that it follows from as a constant.
-    (low, high), (begin, end) = (tf.unstack(tf.gather(x, [before, after])) for x in (sums, corners))
-    way = tf.math.divide_no_nan(total - low, high - low)
-    found = numbers(begin + way * (end - begin))
-    whole = tf.floor(found + 1e-6)
-    left = tf.cast(total - tf.reduce_sum(whole), tf.int32)
-    one_more = functional.largest_per_row(found - whole, left)
-    return tf.cast(whole, tf.int32) + tf.cast(one_more, tf.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +92,88 @@ class ByCounts(Scope):
         return [self._best(*pair) for pair in zip(units, counts, strict=True)]
 
 
+class SharedOut(Scope):
+    """What the sparsity leaves is shared out among all weight tensors, exactly as many.
+
+    They are as many as all together have at that sparsity, or as their minima, if these are more.
+    None keeps more as the sparsity rises. With units of several weights each count is rounded to
+    whole ones after that.
+
+    Args:
+        min_weights: what every weight tensor keeps at least.
+        curve: returns what each tensor is to keep, a float64 vector, given a float64 scalar with
+            which all of them rise, from nothing at -60 to all at 60.
+    """
+
+    def __init__(self, min_weights: int, curve: Callable[[tf.Tensor], tf.Tensor]) -> None:
+        super().__init__(min_weights)
+        self._curve = curve
+
+    def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
+        """Return a mask of units for each weight tensor."""
+        sizes = [unit.weights for unit in units]
+        counts = self.counts(sizes, sparsity, [self._fewest(unit) for unit in units])
+        return [self._best(*pair) for pair in zip(units, counts, strict=True)]
+
+    def counts(self, sizes: Sequence[int], sparsity: Any, lowest: Sequence[Any]) -> list[tf.Tensor]:
+        """Return how many weights each tensor keeps, given what it keeps at least."""
+        total = functional.kept_count(sum(sizes), sparsity)
+        return tf.unstack(share_out(self._curve, lowest, sizes, total))
+
+    def _fewest(self, units: Units) -> tf.Tensor:
+        minimum = tf.constant(min(self.min_weights, units.weights), tf.int32)
+        if units.guard is None:
+            return minimum
+        return tf.maximum(minimum, tf.reduce_sum(tf.cast(units.guard, tf.int32)))
+
+
+def in_proportion(parts: Any) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Return the curve of `SharedOut` for numbers in proportion to positive ones."""
+    parts = tf.cast(parts, tf.float64)
+    return lambda log_factor: tf.exp(log_factor) * parts
+
+
+def share_out(
+    curve: Callable[[tf.Tensor], tf.Tensor], lowest: Any, highest: Any, total: Any
+) -> Any:
+    r"""Return integers that add up to `total`, each within its bounds.
+
+    They are :math:`\text{clip}(\text{round}(f_l(t)))` with the largest t at which they are no more
+    than `total`; those that would all rise there rise one after the other, the first ones first. So
+    none falls as `total` rises. (Rounded down, with the rest given to the largest fractions, some
+    would.) Where `total` is out of reach, they add up to the sum of the nearer bounds.
+
+    Args:
+        curve: the functions f of t, see `SharedOut`.
+        lowest: a vector of integers.
+        highest: likewise.
+        total: an integer.
+
+    Returns:
+        An int32 vector.
+    """
+    lowest, highest, total = (tf.cast(each, tf.int32) for each in (lowest, highest, total))
+    total = tf.clip_by_value(total, tf.reduce_sum(lowest), tf.reduce_sum(highest))
+
+    def whole(at: tf.Tensor) -> tf.Tensor:
+        # Clipped before the cast: what is far above all bounds is no int32.
+        found = tf.minimum(tf.round(curve(at)), tf.cast(highest, tf.float64))
+        return tf.maximum(tf.cast(found, tf.int32), lowest)
+
+    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        middle = (low + high) / 2
+        fits = tf.reduce_sum(whole(middle)) <= total
+        return tf.where(fits, middle, low), tf.where(fits, high, middle)
+
+    ends = tf.constant(-60.0, tf.float64), tf.constant(60.0, tf.float64)
+    low, high = tf.while_loop(lambda *_: True, halve, ends, maximum_iterations=60)
+    # What rises within rounding of there rises at once, on every device.
+    below, above = whole(low - 1e-10), whole(high + 1e-10)
+    more = above - below
+    left = total - tf.reduce_sum(below)
+    return below + tf.clip_by_value(left - tf.cumsum(more, exclusive=True), 0, more)
+
+
 class Global(Scope):
     """All weight tensors together, by their scores."""
 
@@ -168,9 +250,9 @@ def scope_for(
     if value == "lamp":
         return Lamp(minimum)
     if value == "igq":
-        return ByCounts(minimum, _igq([target.size for target in targets]), False)
+        return SharedOut(minimum, _igq([target.size for target in targets]))
     if value == "erk":
-        return ByCounts(minimum, _erk([target.shape for target in targets]), False)
+        return SharedOut(minimum, _erk([target.shape for target in targets]))
     if not isinstance(value, Mapping):
         raise ValueError(
             f"scope must be one of {', '.join(map(repr, SCOPES))}, or a dict of final sparsities "
@@ -209,8 +291,8 @@ def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: f
     return lambda sparsity: [sparsity * share for share in parts]
 
 
-def _erk(shapes: Sequence[tuple[int, ...]]) -> Any:
-    r"""Return the rule of Erdős–Rényi-Kernel: densities in proportion to Σ axes / Π axes.
+def _erk(shapes: Sequence[tuple[int, ...]]) -> Callable[[tf.Tensor], tf.Tensor]:
+    r"""Return the curve of Erdős–Rényi-Kernel: densities in proportion to Σ axes / Π axes.
 
     No density is above 1; what that takes from one layer goes to the others, so that the sparsity
     of all together is the one asked for.
@@ -218,50 +300,17 @@ def _erk(shapes: Sequence[tuple[int, ...]]) -> Any:
     Reference:
         Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, section 3.
     """
-    sizes = np.array([math.prod(shape) for shape in shapes], np.float64)
-    raw = np.array([sum(shape) for shape in shapes], np.float64) / sizes
-    order = np.argsort(-raw, kind="stable")
-    # If the first j layers in this order are dense, the factor of the others follows.
-    dense = np.concatenate([[0.0], np.cumsum(sizes[order])[:-1]])
-    rest = np.cumsum((raw * sizes)[order][::-1])[::-1]
-
-    def rule(sparsity: tf.Tensor) -> list[tf.Tensor]:
-        kept = (1.0 - tf.cast(sparsity, tf.float64)) * sizes.sum()
-        factors = (kept - dense) / rest
-        fits = factors * raw[order] <= 1.0 + 1e-9
-        fits = tf.concat([fits[:-1], [True]], axis=0)
-        # Gathered: to slice by an index, XLA would hold the step as a constant.
-        factor = tf.gather(factors, tf.argmax(tf.cast(fits, tf.int32)))
-        density = tf.clip_by_value(factor * raw, 0.0, 1.0)
-        return tf.unstack(tf.cast(1.0 - density, tf.float32))
-
-    return rule
+    return in_proportion([sum(shape) for shape in shapes])
 
 
-def _igq(sizes: Sequence[int]) -> Any:
-    r"""Return the rule of ideal-gas quotas: of n weights :math:`n / (1 + F n)` are kept.
+def _igq(sizes: Sequence[int]) -> Callable[[tf.Tensor], tf.Tensor]:
+    r"""Return the curve of ideal-gas quotas: of n weights :math:`n / (1 + F n)` are kept.
 
-    F is the same for all layers, and such that together they keep what the sparsity leaves; it is
-    found by bisection. Small layers stay denser, and none keeps more than 1/F: no layer is starved.
+    F is the same for all layers, and such that together they keep what the sparsity leaves. Small
+    layers stay denser, and none keeps more than 1/F: no layer is starved.
 
     Reference:
         Chen et al. 2022, "Sparsity winning twice", arXiv 2202.09844, section 3.2.
     """
     numbers = tf.constant(sizes, tf.float64)
-    total = float(sum(sizes))
-
-    def rule(sparsity: tf.Tensor) -> list[tf.Tensor]:
-        kept = (1.0 - tf.cast(sparsity, tf.float64)) * total
-
-        def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            """Bisect the logarithm of F."""
-            middle = (low + high) / 2
-            is_too_many = tf.reduce_sum(numbers / (1.0 + tf.exp(middle) * numbers)) > kept
-            return tf.where(is_too_many, middle, low), tf.where(is_too_many, high, middle)
-
-        ends = tf.constant(-60.0, tf.float64), tf.constant(60.0, tf.float64)
-        low, _ = tf.while_loop(lambda *_: True, halve, ends, maximum_iterations=60)
-        factor = tf.exp(low) * numbers
-        return tf.unstack(tf.cast(factor / (1.0 + factor), tf.float32))
-
-    return rule
+    return lambda log_factor: numbers / (1.0 + tf.exp(-log_factor) * numbers)

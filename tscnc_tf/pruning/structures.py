@@ -142,7 +142,8 @@ class Unstructured(_Ranked):
     are kept first, and the others compete for what is left. With a minimum per input, every input
     channel or unit leads to something, too: both together keep paths open from the inputs of the
     model to its outputs. Where the sparsity leaves fewer weights than all the minima together, that
-    many are kept, and no more.
+    many are kept, and no more; with scope "layer", and sparsities by name, that holds for each
+    weight tensor by itself, so that all together may keep more than either.
 
     Args:
         min_per_filter: how many weights every filter keeps at least (all, if it has fewer), >= 0.
