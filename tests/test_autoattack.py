@@ -545,7 +545,7 @@ def test_square_needs_a_static_shape():
         lambda x: Square(epsilon=0.1, queries=2)(bent, x, [0]),
         input_signature=[tf.TensorSpec((1, None))],
     )
-    with pytest.raises(ValueError, match="x must have a static shape but for the batch axis"):
+    with pytest.raises(ValueError, match="x must have a static shape except for the batch"):
         graph(tf.zeros((1, 6)))
 
 

@@ -63,8 +63,8 @@ class KernelRegularizer(_keras.Regularizer):
     kernel; `pruning.add_regularizers` takes them from the layer. With the default layout, a kernel
     of rank 3 or more is refused if its name shows that it belongs to an EinsumDense or to
     attention, since another matrix would be read. A tensor, or the kernel of an EinsumDense with a
-    custom name, can't be recognised: there, too, `layout` must be given. `AdversarialTraining`,
-    which has the layers, refuses these as well.
+    custom name, can't be recognised, but needs `layout` as well. `AdversarialTraining`, which has
+    the layers, refuses those without.
     """
 
     def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
@@ -394,12 +394,12 @@ class RegularizerSum(_keras.Regularizer):
             raise ValueError("regularizers must hold at least one regularizer, got an empty list.")
         _checks.one_of("library", library, (None, *_keras.LIBRARIES))
         flavours = [library, *(_keras.flavour(r) for r in regularizers if not _is_ours(r))]
-        told = {flavour for flavour in flavours if flavour is not None}
-        if len(told) > 1:
+        known = {flavour for flavour in flavours if flavour is not None}
+        if len(known) > 1:
             raise ValueError(
-                f"regularizers must be of one Keras, got {regularizers!r} of {sorted(told)}."
+                f"regularizers must be of one Keras, got {regularizers!r} of {sorted(known)}."
             )
-        self.library = told.pop() if told else "tf_keras"
+        self.library = known.pop() if known else "tf_keras"
         module = _keras.LIBRARIES[self.library]
         try:
             self.regularizers = [

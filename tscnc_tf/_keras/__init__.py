@@ -113,10 +113,11 @@ def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
     if not own or (not plain and takes_inputs_and_outputs(kind)):
         return
     what = "functional model"
-    out = "build its graph outside of its constructor, and let it have that of Keras' own models"
+    out = (
+        "build its graph outside of its constructor, and keep the constructor of Keras' own models"
+    )
     if plain:
-        what, out = "Sequential", "make it a functional model, of a class with these methods"
-        out += " if need be"
+        what, out = "Sequential", "make it a functional model of a class with these methods"
     raise ValueError(
         f"{name} {model.name!r} is a {what} with {' and '.join(own)} of its own "
         f"({kind.__name__}), which a copy with other layers would not have: {out}. "

@@ -271,7 +271,7 @@ def _grid(x: tf.Tensor) -> tf.Tensor:
     shape = tuple(x.shape[1:])
     if None in shape:
         raise ValueError(
-            f"x must have a static shape but for the batch axis, got {x.shape}: the windows of "
+            f"x must have a static shape except for the batch axis, got {x.shape}: the windows of "
             "Square depend on it."
         )
     if len(shape) == 2:

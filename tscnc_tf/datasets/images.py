@@ -161,8 +161,7 @@ def stored(files: Files, image_size: tuple[int, int] | None) -> StoredImages:
         if image_size is None and found != expected:
             raise ValueError(
                 f"{files.name(index)} is of size {found}, and {files.name(0)} of size {expected}: "
-                "all images must be of one size, or be brought to one by "
-                "image_size=(height, width)."
+                "all images must be of one size, or be resized by image_size=(height, width)."
             )
     height, width = expected or (0, 0)
     places = np.arange(len(files))

@@ -12,7 +12,7 @@ from tscnc_tf import _checks
 # A matrix whose largest entry is smaller counts as zero: the gradient of a scale-free penalty
 # grows as 1 / size, and would overflow.
 _ZERO = 1e-20
-# The relative ridge that keeps a factorisation defined where a form has no ridge of its own.
+# The relative ridge that keeps a factorisation defined in forms without an argument `ridge`.
 _SINGULAR = 1e-10
 
 

@@ -53,7 +53,7 @@ def largest(scores: Any, count: Any) -> tf.Tensor:
 
 
 def largest_share(kept: Any, scores: Any, share: Any) -> tf.Tensor:
-    """Return a mask of what stays when a share of the kept entries of a vector is removed.
+    """Return a mask of the kept entries of a vector after removing a share of them.
 
     Of k kept entries the k - round(k·share) with the largest scores stay, and all with the score
     +inf. At most as many are removed as there are entries that are not kept, to replace them.

@@ -73,14 +73,14 @@ def renewals(schedule: Schedule, last: int) -> list[tuple[int, float]] | None:
 
 
 def _one_by_one(schedule: Schedule, steps: tf.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    def ask(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def evaluate(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         due, sparsity = schedule(step)
         return tf.convert_to_tensor(due), tf.cast(sparsity, tf.float32)
 
     @tf.function
-    def ask_all(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def evaluate_all(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         signature = (tf.TensorSpec((), tf.bool), tf.TensorSpec((), tf.float32))
-        return tf.map_fn(ask, steps, fn_output_signature=signature)
+        return tf.map_fn(evaluate, steps, fn_output_signature=signature)
 
-    due, sparsity = ask_all(steps)
+    due, sparsity = evaluate_all(steps)
     return due.numpy(), sparsity.numpy()

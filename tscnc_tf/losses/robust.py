@@ -70,7 +70,7 @@ class TRADES(RobustLoss):
         beta: the weight of the second term, >= 0.
 
     Raises:
-        TypeError, ValueError: beta is no number, negative or not finite.
+        TypeError, ValueError: beta is not a finite number >= 0.
 
     Example:
         >>> loss = TRADES(beta=6.0)
@@ -134,7 +134,7 @@ class MART(RobustLoss):
         beta: the weight of the second term, >= 0.
 
     Raises:
-        TypeError, ValueError: beta is no number, negative or not finite.
+        TypeError, ValueError: beta is not a finite number >= 0.
 
     Example:
         >>> loss = MART(beta=5.0)

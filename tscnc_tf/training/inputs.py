@@ -26,7 +26,7 @@ def require_attack(attack: Any) -> None:
     if attack.targeted:
         raise ValueError(
             "attack must be untargeted, got targeted=True: it would move each example towards "
-            "its own label, and training would see examples easier than the clean ones."
+            "its own label, and the examples would be easier than the clean ones."
         )
 
 
