@@ -208,7 +208,7 @@ def test_admission_of_bad_inputs(make, batch):
         ((x * 255, y), r"within bounds=\(0.0, 1.0\), got values from .* to 25"),
         ((x[:0], y[:0]), "x must not be empty"),
         ((x * np.nan, y), "x must be finite"),
-        ((x[:, 0, 0, 0], y), "a batch axis and one more"),
+        ((x[:, 0, 0, 0], y), "a batch axis and at least one more"),
         ((x, y[:5]), "one label per example of x, 7, got 5"),
         ((x, tf.cast(y, tf.float32)), "must hold integers .*, got float32"),
         ((x, y[:, None, None]), r"integers \(class indices\) of shape"),

@@ -514,7 +514,7 @@ def test_what_is_compacted_has_its_masks_applied_and_no_pruner(flavour):
         (
             low_rank,
             "dense",
-            "'dense': LoRA is enabled .*, or load the sums that save_weights writes.*",
+            "'dense': LoRA is enabled .*, or load the merged weights that save_weights.*",
         ),
         (quantized, "eight", "'eight': it is quantized .int8.* quantize the model afterwards"),
         (quantized, "four", "'four': it is quantized .int4.* quantize the model afterwards"),

@@ -484,7 +484,7 @@ def test_files_that_change_later_are_named(write, tmp_path):
     with pytest.raises(tf.errors.InvalidArgumentError, match="load it again"):
         collected(data.training(5, epochs=1))
     if write is records_of:
-        with pytest.raises(ValueError, match=r"mine-train.*: record \d+ can't be read: .*anew"):
+        with pytest.raises(ValueError, match=r"mine-train.*: record \d+ can't be read: .*again"):
             _ = data.fingerprint
 
 
