@@ -200,8 +200,8 @@ class CleverHans(Attack):
         for name, value in self._given.items():
             if name in _RESERVED:
                 raise ValueError(
-                    f"options must not hold {name!r}: it is set by epsilon, norm, bounds or the "
-                    "call of the attack."
+                    f"options must not hold {name!r}: epsilon, norm, bounds and the call of the "
+                    "attack set it."
                 )
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
