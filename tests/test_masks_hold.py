@@ -272,3 +272,11 @@ def test_a_model_that_was_never_pruned_is_reported_with_its_reasons(library):
     model.layers[-1].trainable = False
     rows = pruning.report(model).rows
     assert [row.reason for row in rows] == ["not chosen", "it is frozen (trainable=False)"]
+
+
+def test_masks_are_constraints_as_every_version_of_keras_takes_them():
+    model = pruning.prune(
+        dense_model(keras), schedules.OneShot(0.5), engine="masks", layers=keras.layers.Dense
+    )
+    (constraint, *_) = [target.variable.constraint for target in model.pruner.targets]
+    assert isinstance(constraint, keras.constraints.Constraint)  # Keras 3.12 refuses others

@@ -80,7 +80,7 @@ class AttachedPruner(Protocol):
         """Return the configuration from which the pruner is restored, given the same model."""
 
 
-class MaskConstraint:
+class MaskConstraint(keras.constraints.Constraint):
     """The constraint of a variable that has a mask.
 
     A deep copy of a `tf.Variable` shares the constraint object of the original. On the copy it
