@@ -418,6 +418,27 @@ def test_int8_keeps_the_zeros(tmp_path, library, batch, rng):
     assert report.file_bytes < exact.file_bytes / 2
 
 
+def test_an_int8_file_that_litert_cannot_run_is_explained(tmp_path, rng):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, 3, activation="relu"),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.Flatten(),
+            keras.layers.Dense(4),
+        ]
+    )
+    for layer, place in zip(model.layers, ((..., 0), (0, 0, 0, 0)), strict=False):
+        kernel = layer.kernel.numpy() if place[0] is ... else np.zeros(layer.kernel.shape)
+        kernel[place] = float(place[0] is not ...)  # the one weight left reads a dead filter
+        layer.kernel.assign(kernel)
+    x = rng.random((16, 8, 8, 3), np.float32)
+    with pytest.raises(RuntimeError, match="failed to prepare") as caught:
+        export.export_litert(model, tmp_path / "m.tflite", precision="int8", calibration=x)
+    assert "pruning.compact removes such filters" in caught.value.__notes__[0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_probe_of_int8_is_from_the_calibration_set(tmp_path, rng):
     data = rng.normal(0, 50, (20, 4))
     more = {"precision": "int8", "calibration": data}

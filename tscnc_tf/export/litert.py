@@ -238,8 +238,17 @@ class _ServedLiteRT(ServedFile):
         self._runner, self._lock = runner, threading.Lock()
 
     def _run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with self._lock:
-            return self._runner(**arrays)
+        try:
+            with self._lock:
+                return self._runner(**arrays)
+        except RuntimeError as error:
+            error.add_note(
+                "LiteRT can't run this file. In int8 that happens behind filters without weights, "
+                "where values hardly change: the ratio of two scales is out of LiteRT's range. "
+                "pruning.compact removes such filters, prune(..., structure=Unstructured("
+                "min_per_filter=1)) leaves none; or take precision='float32'."
+            )
+            raise
 
 
 def _tensors(details: dict[str, Any]) -> list[ExportedTensor]:
