@@ -113,9 +113,10 @@ def run(options: record.Options) -> None:
 
 def _size(network: str, sparsity: float, folder: pathlib.Path) -> dict[str, Any]:
     """Return the bytes of sparse and dense files of a network, in float32 and in int8."""
-    model = tscnc.prune_now(networks.build(network), sparsity, scope="global")
     found: dict[str, Any] = {}
-    for precision in ("float32", _INT8):
+    # Of initial weights one budget leaves whole layers without weights, which int8 can't scale.
+    for precision, scope in (("float32", "global"), (_INT8, "layer")):
+        model = tscnc.prune_now(networks.build(network), sparsity, scope=scope)
         report = tscnc.export_litert(
             model,
             folder / "sized.tflite",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +16,10 @@ from tscnc_tf import _reports, _timing
 
 @dataclasses.dataclass(frozen=True)
 class Summary(_reports.Record):
-    """Times, or ratios of times, over the rounds of a run; all of them are kept in the files."""
+    """Times, or ratios of times, over the rounds of a run."""
 
-    _derived = ("rounds",)
+    _derived = ("fastest", "rounds")
+    _omitted = ("values",)
 
     median: float
     lower_quartile: float
@@ -30,6 +32,11 @@ class Summary(_reports.Record):
         values = tuple(float(value) for value in values)
         lower, median, upper = np.percentile(values, (25, 50, 75))
         return cls(float(median), float(lower), float(upper), values)
+
+    @property
+    def fastest(self) -> float:
+        """The smallest of them."""
+        return min(self.values)
 
     @property
     def rounds(self) -> int:
@@ -70,11 +77,11 @@ class Ratio(_reports.Record):
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Run the functions in rounds, A B C, B C A, C A B, ..., and return the seconds of each.
+    """Run the functions in rounds, each in an order of its own, and return the seconds of each.
 
     A change of the machine's load affects all functions of a round about alike: compare times of
-    one call of this function, not of two. Each comes first in as many rounds as any other: what is
-    first finds the caches as the collection of garbage between two rounds has left them.
+    one call of this function, not of two. The orders are drawn at random, always the same ones: a
+    function finds the caches as the one before has left them, or the collection of garbage.
 
     Args:
         functions: what to time, by name; they are called without arguments.
@@ -82,10 +89,10 @@ def interleaved(
         warm_up: the number of rounds before, in which graphs are traced and memory is allocated.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    items = list(functions.items())
+    items, draws = list(functions.items()), random.Random(0)
     for index in range(warm_up + rounds):
         with _timing.no_garbage_collection():
-            for name, function in items[index % len(items) :] + items[: index % len(items)]:
+            for name, function in draws.sample(items, len(items)):
                 wall, cpu = time.perf_counter(), time.process_time()
                 function()
                 tf.test.experimental.sync_devices()  # an accelerator may still be at work
@@ -103,7 +110,7 @@ def ratio(above: list[Timing], below: list[Timing], clock: str = "wall") -> Rati
     rounds = np.sum([s.values for s in tops], axis=0) / np.sum([s.values for s in bottoms], axis=0)
     return Ratio(
         of_medians=sum(s.median for s in tops) / sum(s.median for s in bottoms),
-        of_fastest=sum(min(s.values) for s in tops) / sum(min(s.values) for s in bottoms),
+        of_fastest=sum(s.fastest for s in tops) / sum(s.fastest for s in bottoms),
         of_rounds=Summary.of(rounds),
     )
 
