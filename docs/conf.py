@@ -91,7 +91,8 @@ def _short_name(app, env, node, contnode):
     """Link names that are not written in full: `pruning.compact`, `tscnc.prune`, `PGD`."""
     name = node.get("reftarget", "").removeprefix("tscnc.").removeprefix("tscnc_tf.")
     family, _, last = name.rpartition(".")
-    at_the_top = last in tscnc_tf.__all__ and family in ("", "evaluation", "export", "pruning", "training")
+    families = ("", "evaluation", "export", "pruning", "training")
+    at_the_top = last in tscnc_tf.__all__ and family in families
     target = PUBLIC.get(last) if at_the_top or not family else f"tscnc_tf.{name}"
     if target is None:
         return None
