@@ -288,7 +288,7 @@ def test_runtimes_are_held_against_the_dense_network(tmp_path):
     runtimes = ("LiteRT", "LiteRT without AVX", "ONNX Runtime", "SavedModel", "SavedModel, XLA")
     forms = ["single weights 0.99", "blocks 0.99", "filters 0.99"]
     pairs = [("LeNet-5", form) for form in forms] + [("MobileNet", "1x1 0.99")]
-    medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
+    medians = {name: timing["cpu"]["median"] for name, timing in found["times"].items()}
     for runtime in runtimes:
         for network, form in pairs:
             dense = medians[f"{runtime}: {network}, dense"]
@@ -297,7 +297,8 @@ def test_runtimes_are_held_against_the_dense_network(tmp_path):
             assert ratio == pytest.approx(dense / medians[name])
     sizes = found["bytes"]
     assert sizes["LeNet-5, dense"]["LiteRT"] > sizes["LeNet-5, filters 0.99"]["LiteRT"]
-    assert sizes["LeNet-5, dense"]["ONNX"] == sizes["LeNet-5, blocks 0.99"]["ONNX"]
+    blocks = sizes["LeNet-5, blocks 0.99"]["ONNX"]
+    assert blocks == pytest.approx(sizes["LeNet-5, dense"]["ONNX"], rel=1e-2)
     assert found["microcontrollers"].keys() == sizes.keys()
     lines = runtimes_module.table(found).splitlines()
     row = next(line.split(" | ") for line in lines if line.startswith("| LeNet-5, blocks 0.99"))

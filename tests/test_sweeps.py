@@ -287,8 +287,8 @@ def test_on_ray_runs_end_as_in_this_process(tmp_path, ray_of_one_core):
 
 def note(place):
     """Leave a file; once it is interrupted, another one."""
-    place.with_suffix(".begun").touch()
     try:
+        place.with_suffix(".begun").touch()  # the interrupt may come at once
         while True:  # in steps, as a training: Ray waits for the interpreter
             time.sleep(0.05)
     except KeyboardInterrupt:

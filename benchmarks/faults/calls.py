@@ -42,9 +42,13 @@ BESIDE: dict[str, dict[str, Any]] = {
     "inspection.operator_singular_values": {"kernel": np.ones((3, 2, 2))},
     "attacks.CleverHans": {"attack": "fast_gradient_method"},
     "functional.random_start": {"shape": (8, 6)},
+    "evaluation.evaluate_robustness": {"epsilon": 0.1, "y": np.arange(8) % 3},
+    "evaluation.robustness_curve": {"attack": lambda e: tscnc.attacks.FGSM(epsilon=e)},
+    "export.rewrite_litert": {"source": "nowhere.tflite"},
 }
 """What some need besides the arguments without a default, or instead of what others get."""
 
+_RETURNED = (_reports.Report, tscnc.export.ServedFile, tscnc.export.ServedModel)
 
 _TINY = {
     "data": {"dataset": "digits", "train_examples": 64, "test_examples": 16},
@@ -95,7 +99,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
             is_kind = isinstance(each, type)
             if not callable(each) or (is_kind and issubclass(each, Warning | _reports.Record)):
                 continue  # records and reports are what functions return
-            if is_kind and (inspect.isabstract(each) or issubclass(each, _reports.Report)):
+            if is_kind and (inspect.isabstract(each) or issubclass(each, _RETURNED)):
                 continue
             yield full, each
 
@@ -201,6 +205,7 @@ def _arguments() -> dict[str, Callable[[], Any]]:
         **{"max_condition_number": 9.0, "rows": 4, "columns": 1, "n": 2, "m": 4},
         **{"depth": 16, "width": 1, "text": "1", "where": "seed", "manifest": {}, "metrics": ()},
         **{"x_train": images, "y_train": y, "x_validation": images, "y_validation": y},
+        **{"successes": 3, "trials": 8, "epsilons": (0.1, 0.2), "evaluations": {}},
         **{"x_test": images, "y_test": y, "class_names": ("a", "b", "c"), "name": "own"},
         **{"augmentation": "none", "name_or_path": "digits", "folder": "nowhere"},
         **{"attack": tscnc.attacks.FGSM(epsilon=0.1), "function": lambda *given: given[1]},
