@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -118,3 +119,13 @@ def ratio(above: list[Timing], below: list[Timing], clock: str = "wall") -> Rati
 def ratios(above: list[Timing], below: list[Timing]) -> dict[str, Ratio]:
     """Return the ratio of two sums of times by each clock: "wall" and "cpu"."""
     return {clock: ratio(above, below, clock) for clock in ("wall", "cpu")}
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has had, in bytes; Linux says it.
+
+    (What `resource.getrusage` says counts the process that started this one as well.)
+    """
+    status = pathlib.Path("/proc/self/status").read_text()
+    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 2**10

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import record
+from benchmarks import measure, record
 
 COUNTS, FEW = (1_000, 10_000, 100_000), (200, 400)
 SHAPE, CLASSES = (8, 8, 1), 4
@@ -78,18 +78,11 @@ def measured(count: int) -> dict[str, Any]:
     return {
         "examples": count,
         "data_bytes": x.nbytes + y.nbytes,
-        "peak_bytes": _peak(),
+        "peak_bytes": measure.peak_memory(),
         "attacked": [part.examples for part in result.stages],
         "flags": report.flags,
         "seconds": report.seconds,
     }
-
-
-def _peak() -> int:
-    """Return the largest memory that this process has had, in bytes; Linux says it."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 2**10
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def run(options: record.Options) -> None:
     for version, norms in VERSIONS.items():
         for norm in norms[:1] if smoke else norms:
             sides = (
-                (ours(model, data, norm), parity._hash(model, data, norm, code)),
-                (authors(model, data, norm), parity._hash(model, data, norm, "authors")),
+                (ours(model, data, norm), parity.digest(model, data, norm, code)),
+                (authors(model, data, norm), parity.digest(model, data, norm, "authors")),
             )
             for known, (functions, kept_in) in zip(left[norm], sides, strict=True):
                 for name, function in functions.items():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import record
+from benchmarks import measure, record
 
 COUNTS, FEW = (10_000, 100_000, 1_000_000), (500, 1_000)
 SIDE, CLASSES, SHARDS = 28, 10, 10
@@ -119,8 +119,6 @@ def images() -> Iterator[tuple[int, bytes]]:
 
 def measured(folder: pathlib.Path) -> dict[str, Any]:
     """Load a set, take all that training and evaluation take; return seconds and peak memory."""
-    import resource
-
     import tscnc_tf as tscnc
 
     seconds = {}
@@ -151,8 +149,7 @@ def measured(folder: pathlib.Path) -> dict[str, Any]:
     attack = tscnc.attacks.FGSM(epsilon=0.1)
     tscnc.evaluate_robustness(model.model, x, y, attack, diagnose=False, progress=False)
     found = {**seconds, "fingerprint": data.fingerprint}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return {**found, "peak_mib": peak}
+    return {**found, "peak_mib": measure.peak_memory() / 2**20}
 
 
 if __name__ == "__main__":

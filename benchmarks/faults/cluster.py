@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -11,12 +12,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from unittest import mock
 
 from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import experiments
 
+# Sets variables of the environment during a block; all are as they were afterwards.
+_environment = functools.partial(mock.patch.dict, os.environ)
 _WAIT = 900.0  # seconds for two runs to begin
 _ALONE = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")
 
@@ -103,15 +106,3 @@ def _kill_when_busy(folder: pathlib.Path, kill: Callable[[], None], outcome: Out
             return
         time.sleep(0.05)
     kill()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables of the environment during the block."""
-    before: dict[str, Any] = {**os.environ}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

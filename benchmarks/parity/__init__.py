@@ -124,10 +124,10 @@ def compare(
     With `timed`, "standard" of both sides, and ART's AutoAttack, are run one after the other.
     """
     setting = (model, data, norm, budget)
-    theirs = _runs(reference.references(*setting, timed=timed), folder / _hash(*setting))
-    seen = _runs(reference.witnesses(*setting, timed=timed), folder / _hash(*setting))
+    theirs = _runs(reference.references(*setting, timed=timed), folder / digest(*setting))
+    seen = _runs(reference.witnesses(*setting, timed=timed), folder / digest(*setting))
     code = [path.read_text() for path in sorted(ATTACKS.glob("*.py"))]
-    mine = _runs(ours(*setting), folder / _hash(*setting, code))
+    mine = _runs(ours(*setting), folder / digest(*setting, code))
     left = np.logical_and.reduce([each.correct for each in theirs.values()])
     accuracy = {name: each.accuracy for name, each in theirs.items()}
     accuracy[STANDARD] = accuracy.get(STANDARD, float(np.mean(left)))
@@ -157,11 +157,12 @@ def _runs(functions: dict[str, reference.Judged], folder: pathlib.Path) -> dict[
     return {name: Run.kept(folder / f"{name}.npz", each) for name, each in functions.items()}
 
 
-def _hash(model: Any, data: Examples, *settings: Any) -> str:
-    digest = hashlib.sha256(repr((EPSILONS, settings)).encode())
+def digest(model: Any, data: Examples, *settings: Any) -> str:
+    """Return a name for the runs with a model, examples and settings."""
+    made = hashlib.sha256(repr((EPSILONS, settings)).encode())
     for array in (*model.get_weights(), *data):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+        made.update(np.ascontiguousarray(array).tobytes())
+    return made.hexdigest()[:16]
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -459,9 +459,10 @@ def prepared(content: bytes) -> tuple[bytes, tuple[int, int]]:
     are kept from being run so. Beside the file stands how many 1x1 convolutions are run sparsely,
     and how many there are.
     """
-    file, other = File(content), File(changed(content))
+    file = File(content)
     if not file.makes_dense():
         return content, counts(file)
+    other = File(changed(content))
     count, count_of_other = counts(file), counts(other)
     if count_of_other > count:
         file, count = other, count_of_other
@@ -491,7 +492,7 @@ def changed(content: bytes, *, ends: bool = True) -> bytes:
 def counts(file: File) -> tuple[int, int]:
     """Return how many 1x1 convolutions are run sparsely, and how many there are."""
     seen = graphs(file)
-    parts = [part for graph in seen for part in graph.parts if file.makes_dense()]
+    parts = [part for graph in seen for part in graph.parts] if file.makes_dense() else []
     run = [node for part in parts if part.is_run for node in part.nodes]
     sparse, count = (
         sum(node.kernel is not None for node in nodes)
