@@ -22,7 +22,7 @@ import tensorflow as tf
 
 import tscnc_tf as tscnc
 from benchmarks import emulation, measure, networks, record
-from benchmarks.litert import IN_A_ROW, inference
+from benchmarks.litert import IN_A_ROW, INTERPRETERS, inference
 from benchmarks.study.report import insert
 from tscnc_tf.applications import LeNet5
 
@@ -95,7 +95,7 @@ def run(options: record.Options) -> None:
                 for name, function in by_name.items()
             },
             rounds,
-            warm_up=5,
+            warm_up=2 * INTERPRETERS,
         )
         outcomes = emulation.run(map(pathlib.Path, files.values()), options.pick("rounds", 20, 2))
     for name, outcome in outcomes.items():

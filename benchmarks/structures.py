@@ -14,7 +14,7 @@ from typing import Any
 
 import tscnc_tf as tscnc
 from benchmarks import measure, record
-from benchmarks.litert import IN_A_ROW, inference
+from benchmarks.litert import IN_A_ROW, INTERPRETERS, inference
 from benchmarks.study.plan import HERE, Plan
 from tscnc_tf.experiments import Recipe, stages
 from tscnc_tf.experiments.parts import ARCHITECTURES
@@ -69,7 +69,7 @@ def _measured(plan: Plan, setting: str, rounds: int, smoke: bool) -> dict[str, A
             for place, each in enumerate(runs)
         }
         functions = {name: inference(report.path) for name, report in made.items()}
-        times = measure.interleaved(functions, rounds, warm_up=5)
+        times = measure.interleaved(functions, rounds, warm_up=2 * INTERPRETERS)
     dense = times["dense 0"]
     return {
         "bytes": {name: report.file_bytes for name, report in made.items()},
