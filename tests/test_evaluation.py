@@ -582,6 +582,8 @@ def test_logits_so_large_that_softmax_saturates_are_attacked_all_the_same():
         report = quiet(sure, X, Y, pgd)
     other = quiet(linear, X, Y, pgd)
     assert (report.flags, other.flags) == (("saturated-logits",), ())
+    # Where it is surely wrong, cross-entropy has its largest gradient.
+    assert quiet(sure, X, (Y + 1) % CLASSES, pgd).flags == ()
     assert np.mean(robust(EPSILON)) <= report.robust_accuracy <= other.robust_accuracy
 
 

@@ -264,7 +264,7 @@ def test_the_probes_of_many_evaluations_give_no_warning_of_retracing(caplog):
         ({0.1: 0.6, 0.2: 0.3, 1.0: 0.0}, {1: 0.7, 20: 0.6}, []),
         ({0.1: 0.6, 1.0: 0.2}, {1: 0.7, 20: 0.6}, ["in a ball of radius 1.* leaves 20.0 %"]),
         ({0.1: 0.3, 0.2: 0.5, 1.0: 0.0}, {1: 0.7, 20: 0.3}, ["larger balls do not.* 30.0, 50.0"]),
-        ({0.1: 0.6, 1.0: 0.0}, {1: 0.2, 20: 0.6}, ["20 steps leave 60.0 %, and 1 of them 20.0"]),
+        ({0.1: 0.6, 1.0: 0.0}, {1: 0.2, 20: 0.6}, ["20 steps leave 60.0 %, but 1 only 20.0"]),
     ],
 )
 def test_what_a_ladder_says(accuracies, steps, words):
@@ -556,13 +556,13 @@ def test_a_curve_ends_where_nothing_is_left():
 @pytest.mark.parametrize(
     ("radii", "options", "words"),
     [
-        ([], {}, "epsilons must be radii, one or more and no two alike"),
-        ([0.1, "1/10"], {}, "no two alike"),
+        ([], {}, "epsilons must be one or more radii, all different"),
+        ([0.1, "1/10"], {}, "all different"),
         ([0.0], {}, "epsilons must be > 0"),
         (
             [0.1],
             {"attack": lambda e: attacks.FGSM(epsilon=e, norm="l2")},
-            "attack returned one of norm 'l2' for a curve of norm='linf'",
+            "attack returned an attack of norm 'l2' for a curve of norm='linf'",
         ),
     ],
 )

@@ -195,7 +195,7 @@ def test_the_report_as_table_and_as_json(exported):
     assert {**content, "path": str(exported[1])} == as_json
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.path = "elsewhere"
-    with pytest.raises(ValueError, match="no export report: KeyError"):
+    with pytest.raises(ValueError, match="not an export report: KeyError"):
         export.ExportReport.from_dict({"path": "somewhere"})
 
 
@@ -744,9 +744,9 @@ def test_models_of_several_inputs(tmp_path, rng, kind, library):
     np.testing.assert_allclose(served(x)["y"], model(x, training=False)["y"], rtol=1e-5, atol=1e-6)
     wrong = [np.ones((2, 4)), {"a": np.ones((2, 4)), "c": np.ones((2, 3))}, [np.ones((2, 4))]]
     for values in wrong:
-        with pytest.raises(ValueError, match=r"probe must be of the structure of the model's inp"):
+        with pytest.raises(ValueError, match=r"probe must have the structure of the model's inp"):
             export.export_saved_model(model, tmp_path / "wrong", probe=values)
-        with pytest.raises(ValueError, match=r"inputs must be of the structure of the model's inp"):
+        with pytest.raises(ValueError, match=r"inputs must have the structure of the model's inp"):
             served(values)
 
 
@@ -912,8 +912,8 @@ def flip(file):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: flip(f / VARIABLES), rf"{VARIABLES} has another content"),
-        (lambda f: flip(f / "saved_model.pb"), r"saved_model\.pb has another content"),
+        (lambda f: flip(f / VARIABLES), rf"{VARIABLES} has different content"),
+        (lambda f: flip(f / "saved_model.pb"), r"saved_model\.pb has different content"),
         (lambda f: os.truncate(f / VARIABLES, 99), rf"{VARIABLES} has 99 bytes, recorded as"),
         (lambda f: (f / "variables/variables.index").unlink(), r"variables\.index is missing"),
         (lambda f: (f / manifest.NAME).unlink(), r"has no tscnc_manifest\.json"),
@@ -965,7 +965,7 @@ def test_variables_are_counted_even_if_all_digests_are_right(copy):
     for text in (
         "conv/kernel:0 has zeros 65, recorded as 66",
         "conv/bias:0 has shape (8,), recorded as (7,)",
-        "there are 10 variables, recorded are 9",
+        "there are 10 variables, 9 are recorded",
     ):
         assert text in str(error.value)
 

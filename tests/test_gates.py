@@ -619,7 +619,7 @@ def test_errors_say_what_is_wrong_and_what_to_do(library):
     assert gates.fold(dense) is dense
     assert tscnc.strip(dense) is dense
     cases = [
-        (lambda: gates.add_gates(subclassed(library)), ValueError, r"put `Gated\(layer\)`"),
+        (lambda: gates.add_gates(subclassed(library)), ValueError, r"by `Gated\(layer\)`"),
         (lambda: gates.add_gates(gates.add_gates(dense)), ValueError, "gates already.*fold it"),
         (lambda: gates.add_gates(dense, "conv*"), ValueError, r"those that can are \['hidden', 'l"),
         (lambda: gates.add_gates(dense, 3), TypeError, "layers must be a layer class"),
@@ -630,7 +630,7 @@ def test_errors_say_what_is_wrong_and_what_to_do(library):
         (lambda: gates.add_gates(dense, l0_factor=-1), ValueError, "l0_factor must be >= 0"),
         (lambda: gates.add_gates(adversarial(library, dense)), ValueError, "pass trainer.model"),
         (lambda: tscnc.strip(trainer), ValueError, "pass trainer.model"),
-        (lambda: gates.report(dense), ValueError, "has no gates: add_gates"),
+        (lambda: gates.report(dense), ValueError, "has no gates: add them"),
         (lambda: gates.Gated(library.layers.ReLU()), ValueError, "class ReLU can't have gates"),
         (lambda: gates.Gated(3), TypeError, "layer must be a layer of Keras 3 or tf_keras, got 3"),
         (lambda: pruning.compact(gates.add_gates(dense)), ValueError, "fold them into its weig"),

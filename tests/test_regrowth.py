@@ -391,6 +391,13 @@ def test_a_loop_of_your_own_gives_the_gradients(library):
     with pytest.raises(RuntimeError, match="apply_gradients of its pruner"):
         model.pruner.step(optimizer)
 
+    def bypassing():
+        optimizer.apply_gradients(step())
+        model.pruner.step(optimizer)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="apply_gradients of its pruner"):
+        tf.function(bypassing, autograph=False)()
+
 
 def test_frozen_masks_and_those_at_the_end_stay(library):
     model = compiled(pruned(library, Regrowth(0.5, frequency=1, steps=4, until=0.5)), library)

@@ -222,7 +222,7 @@ def raw(model, path):
 def test_faults_of_files_from_elsewhere_are_named(name, faults, tmp_path):
     report = export.sparse_inference(str(raw(build(name), tmp_path / "raw.tflite")))
     assert sorted(report.faults) == faults
-    assert ("it can't be loaded, or returns wrong results" in str(report)) == bool(faults)
+    assert ("can't be loaded there, or has wrong results" in str(report)) == bool(faults)
 
 
 def test_few_zeros_and_dense_files_are_run_dense(tmp_path):
@@ -367,24 +367,26 @@ def test_a_file_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
     export.export_litert(build("residual"), tmp_path / "dense.tflite")
     with pytest.raises(ValueError, match=r"source has no sparse kernels: .*dense\.tflite"):
         export.rewrite_litert(tmp_path / "dense.tflite", path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="source"):
         export.rewrite_litert(tmp_path / "missing.tflite", path)
     path.write_text("mine")
+    with pytest.raises(ValueError, match=r"source is not the path of a LiteRT file: .*net\.tflite"):
+        export.rewrite_litert(path, tmp_path / "other.tflite")
     with pytest.raises(FileExistsError, match="path is a file that is not LiteRT"):
         export.rewrite_litert(source, path, overwrite=True)
     path.unlink()
-    settle = sparse_litert.settle
+    corrected = sparse_litert.corrected
 
     def broken(content):
-        file = _litert_file.File(settle(content).dense)
+        file = _litert_file.File(corrected(content).dense)
         for graph, number in file.constants():
             buffer = file.model.buffers[graph.tensors[number].buffer]
             buffer.data = -np.asarray(buffer.data).view("<f4")
             buffer.data = buffer.data.view(np.uint8)
-        return settle(content)._replace(content=file.content())
+        return corrected(content)._replace(content=file.content())
 
-    monkeypatch.setattr(sparse_litert, "settle", broken)
-    with pytest.raises(ValueError, match="The rewritten file returns other values than"):
+    monkeypatch.setattr(sparse_litert, "corrected", broken)
+    with pytest.raises(ValueError, match="The outputs of the rewritten file differ from"):
         export.rewrite_litert(source, path)
     assert not path.exists()
 
@@ -393,7 +395,7 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         export.sparse_inference(tmp_path / "missing.tflite")
     (tmp_path / "net.tflite").write_text("nothing of that kind")
-    with pytest.raises(ValueError, match="path of no LiteRT file"):
+    with pytest.raises(ValueError, match="not the path of a LiteRT file"):
         export.sparse_inference(tmp_path / "net.tflite")
 
 

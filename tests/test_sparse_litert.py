@@ -79,7 +79,7 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
         "hidden": "sparse",
         "logits": "dense",
     }
-    few = "less than 30 % of its weights are zero, where the converter writes no sparse form"
+    few = "less than 30 % of its weights are zero: the converter writes no sparse form"
     assert kernels["logits"].reason == few
     for kernel in dense.kernels:
         mine = kernels[kernel.name]
@@ -93,7 +93,7 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
     shown = str(report)
     assert f"Dense ({few}): logits." in shown
     assert "Not for microcontrollers" in shown and "Not for micro" not in str(dense)
-    assert f"this is {report.file_bytes / report.dense_bytes:.2f} of it" in shown
+    assert f"this file is {report.file_bytes / report.dense_bytes:.2f} of that" in shown
 
 
 @pytest.mark.parametrize(("sparsity", "goal"), [(0.9, 0.2), (0.95, 0.13), (0.99, 0.08)])
@@ -308,16 +308,16 @@ def test_the_size_with_dense_kernels_is_that_of_the_dense_file(precision, tmp_pa
 def test_what_a_sparse_form_changes_is_noticed(tmp_path, images, monkeypatch):
     """Where any difference to the model is allowed, the dense file is what is compared with."""
     model = pruned(FLAVOURS["keras"], 0.9)
-    settle = sparse_litert.settle
+    corrected = sparse_litert.corrected
 
     def broken(content):
-        other = _litert_file.File(settle(content).dense)
+        other = _litert_file.File(corrected(content).dense)
         for graph, number in other.constants():
             data = other.model.buffers[graph.tensors[number].buffer].data
             other.model.buffers[graph.tensors[number].buffer].data = data[::-1].copy()
-        return settle(content)._replace(dense=other.content())
+        return corrected(content)._replace(dense=other.content())
 
-    monkeypatch.setattr(sparse_litert, "settle", broken)
+    monkeypatch.setattr(sparse_litert, "corrected", broken)
     with pytest.raises(ValueError, match="LiteRT file with sparse kernels"):
         exported(model, tmp_path, precision="int8", calibration=images)
     assert not (tmp_path / "net.tflite").exists()
@@ -351,7 +351,7 @@ def test_sizes_of_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="model must be a file"):
         inspection.sizes(tmp_path / "none.tflite")
     (tmp_path / "text.tflite").write_text("no such thing")
-    with pytest.raises(ValueError, match=r"path of no LiteRT file, .*text\.tflite"):
+    with pytest.raises(ValueError, match=r"not the path of a LiteRT file: .*text\.tflite"):
         inspection.sizes(tmp_path / "text.tflite")
     for content in (b"\0\0\0\0TFL3", b"\x1c\0\0\0TFL3" + b"\x14" * 300):
         (tmp_path / "text.tflite").write_bytes(content)

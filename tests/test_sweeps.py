@@ -205,8 +205,8 @@ def test_a_sweep_is_read_from_a_file(tmp_path):
     [
         ("seeds: [0]", "must have an entry recipes"),
         ("recipes: {a: smoke}\nsedes: [0]", "unknown: sedes"),
-        ("recipes: [a]", "recipes must be recipes by names"),
-        ("recipes: {a: 3}", "recipes.a must be text or values by names, got 3"),
+        ("recipes: [a]", "recipes must be a mapping of names to recipes"),
+        ("recipes: {a: 3}", "recipes.a must be text or a mapping of names to values, got 3"),
         ("recipes: {a: {trian: 3}}", "recipes.a: .*trian"),
         ("recipes: {a/b: smoke}", "recipes must be usable as the name of a file"),
         ("recipes: {dense: smoke}", "must not have the name 'dense'"),

@@ -1,4 +1,4 @@
-"""A LiteRT file, unpacked: its graphs, its operations by their names, its constants."""
+"""LiteRT files as Python objects: graphs, operations by name, constants."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from tscnc_tf import _extras, _files
 
-# Numbers of the format, which stay as they are: dtypes of kernels, a dense axis.
+# Numbers that the format fixes: the dtypes of kernels, a dense axis.
 DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 9: np.dtype("i1")}
 INT8 = 9
 _DENSE_AXIS = 0
-# What passes a constant on as another one when the file is loaded.
-PASSING = ("DENSIFY", "DEQUANTIZE")
-# Operations whose options are called after more than them.
+# Operations that unpack a constant when the file is loaded.
+UNPACKING = ("DENSIFY", "DEQUANTIZE")
+# The classes of options that several operations share, by the operations.
 _OPTIONS = {"MAXIMUM": "MaximumMinimum"}
 
 
@@ -28,8 +28,7 @@ class File:
         source: where it comes from, for error messages.
 
     Raises:
-        ValueError: it is damaged, or its weights stand behind it, as those of a file of more than
-            2 GB do.
+        ValueError: it is damaged, or it has more than 2 GB, with its weights after the graph.
     """
 
     def __init__(self, content: bytes, source: str = "the LiteRT file") -> None:
@@ -51,8 +50,8 @@ class File:
         }
         if any(buffer.offset > 1 for buffer in self.model.buffers):
             raise ValueError(
-                f"{source} is of more than 2 GB, and its weights stand behind the graph, where "
-                "they are not looked at: export with sparse=False, and inspect the Keras model."
+                f"{source} has more than 2 GB, and its weights are stored after the graph, where "
+                "they can't be read: export with sparse=False, and inspect the Keras model."
             )
 
     def content(self) -> bytes:
@@ -60,14 +59,14 @@ class File:
         return bytes(self._packed(self.model))
 
     def constants(self) -> Iterator[tuple[Any, int]]:
-        """Yield the constants of numbers that kernels have: their graphs and numbers there."""
+        """Yield the constants of the dtypes of kernels: their graphs, and their numbers there."""
         for graph in self.model.subgraphs:
             for number, tensor in enumerate(graph.tensors):
                 if tensor.type in DTYPES and (tensor.sparsity or len(self.values(tensor))):
                     yield graph, number
 
     def sparse(self) -> list[tuple[Any, int]]:
-        """Return those of them that are sparse."""
+        """Return the graphs and numbers of the sparse constants."""
         return [(g, number) for g, number in self.constants() if g.tensors[number].sparsity]
 
     def makes_dense(self) -> bool:
@@ -76,7 +75,7 @@ class File:
         return any(self.kind(each) == "DENSIFY" for each in operators)
 
     def size(self, tensor: Any) -> int:
-        """Return the bytes of a constant, with those that say where its entries are."""
+        """Return the bytes of a constant, the indices of a sparse form included."""
         size = len(self.values(tensor))
         for axis in tensor.sparsity.dimMetadata if tensor.sparsity else ():
             if axis.format != _DENSE_AXIS:
@@ -98,8 +97,8 @@ class File:
         return expanded(tensor.sparsity, shape, values)
 
     @staticmethod
-    def acting(tensor: Any, values: np.ndarray) -> np.ndarray:
-        """Return the dense array of a constant kernel less the integers that stand for 0.0."""
+    def centered(tensor: Any, values: np.ndarray) -> np.ndarray:
+        """Return the dense array of a constant, less its zero points."""
         points = zero_points(tensor)
         if not any(points):
             return values
@@ -108,29 +107,28 @@ class File:
         return values.astype(np.int64) - np.reshape(points, shape)
 
     def integers(self, graph: Any, number: int) -> list[int] | None:
-        """Return the entries of a constant of 32-bit integers, None if it is no constant."""
+        """Return the entries of a constant of 32-bit integers; None if it is not constant."""
         values = self.values(graph.tensors[number])
         return values.view("<i4").tolist() if len(values) else None
 
     def kind(self, operation: Any) -> str:
-        """Return what an operation is, by the format's name, such as `CONV_2D`."""
+        """Return the kind of an operation by the format's name, such as `CONV_2D`."""
         return self._names[self.model.operatorCodes[operation.opcodeIndex].builtinCode]
 
     def readers(self, graph: Any, number: int) -> list[Any]:
-        """Return the operations that take a tensor."""
+        """Return the operations that read a tensor."""
         return [each for each in graph.operators if number in each.inputs]
 
     def kinds(self, graph: Any, number: int) -> set[str]:
-        """Return the kinds of the operations that take a tensor."""
+        """Return the kinds of the operations that read a tensor."""
         return {self.kind(each) for each in self.readers(graph, number)}
 
-    def kinds_behind(self, graph: Any, number: int) -> set[str]:
-        """Return the kinds that take a tensor once it is dense, and of floats as they compute."""
+    def consumer_kinds(self, graph: Any, number: int) -> set[str]:
+        """Return the kinds of the operations that read a tensor, directly or unpacked."""
         found = set()
         for operation in self.readers(graph, number):
-            kind = self.kind(operation)
-            passes_on = kind in PASSING
-            found |= self.kinds_behind(graph, operation.outputs[0]) if passes_on else {kind}
+            kind, output = self.kind(operation), operation.outputs[0]
+            found |= self.consumer_kinds(graph, output) if kind in UNPACKING else {kind}
         return found
 
     def add_constant(self, graph: Any, name: bytes, array: np.ndarray) -> int:
@@ -152,13 +150,13 @@ class File:
         suffix: bytes,
         sizes: Callable[[np.ndarray], np.ndarray] = np.copy,
     ) -> int:
-        """Add a tensor that is computed, like another one; return its number.
+        """Add a computed tensor with the properties of another one; return its number.
 
         Args:
             graph: a graph.
-            number: of the other tensor.
-            suffix: what is added to its name.
-            sizes: returns the shape, given that of the other.
+            number: the number of the other tensor.
+            suffix: the suffix that is added to its name.
+            sizes: a function from the other tensor's shape to the new one.
         """
         given = graph.tensors[number]
         signature = given.shapeSignature
@@ -173,15 +171,15 @@ class File:
         graph.tensors.append(tensor)
         return len(graph.tensors) - 1
 
-    def put_in_front(
+    def insert_before(
         self, graph: Any, kind: str, inputs: Iterable[int], output: int, readers: Sequence[Any]
     ) -> Any:
-        """Put an operation in front of the first of those that take its output; return it."""
+        """Insert an operation in front of the first reader of its output; return it."""
         of_readers = [any(each is one for one in readers) for each in graph.operators]
-        return self.put_in(graph, kind, inputs, output, of_readers.index(True))
+        return self.insert(graph, kind, inputs, output, of_readers.index(True))
 
-    def put_in(self, graph: Any, kind: str, inputs: Iterable[int], output: int, place: int) -> Any:
-        """Put an operation into a graph, at a place in its order; return it."""
+    def insert(self, graph: Any, kind: str, inputs: Iterable[int], output: int, place: int) -> Any:
+        """Insert an operation at a place in the order of a graph; return it."""
         schema = self.schema
         codes, number = self.model.operatorCodes, getattr(schema.BuiltinOperator, kind)
         if number not in [code.builtinCode for code in codes]:
@@ -199,59 +197,57 @@ class File:
 
 
 def is_litert(content: bytes) -> bool:
-    """Tell by the identifier of the FlatBuffers schema."""
+    """Tell whether `content` has the identifier of LiteRT's FlatBuffers schema."""
     return content[4:8] == b"TFL3"
 
 
-def read(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a LiteRT file.
+def read(name: str, path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a LiteRT file, which the argument `name` gives.
 
     Raises:
         ImportError: LiteRT is not installed.
         FileNotFoundError: there is no file at `path`.
-        ValueError: it is no LiteRT file.
+        ValueError: it is not a LiteRT file.
     """
     _extras.require_extra("ai_edge_litert.interpreter", "litert")
-    file = _files.require_file("model", path)
+    file = _files.require_file(name, path)
     content = file.read_bytes()
     if not is_litert(content):
-        raise ValueError(
-            f"model is the path of no LiteRT file, {file}: of a Keras model, pass the model itself."
-        )
+        raise ValueError(f"{name} is not the path of a LiteRT file: {file}.")
     return content
 
 
 def zero_points(tensor: Any) -> tuple[int, ...]:
-    """Return the integers that stand for 0.0 in a constant; none of floats."""
+    """Return the integers that represent 0.0 in a constant; empty for floats."""
     quantization = tensor.quantization
     points = None if quantization is None else quantization.zeroPoint
     return () if points is None else tuple(map(int, points))
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor, with the size -1 for any."""
+    """Return the shape of a tensor, with -1 for a dimension of any size."""
     signature = tensor.shape if tensor.shapeSignature is None else tensor.shapeSignature
     return () if signature is None else tuple(map(int, signature))
 
 
 def replace(operation: Any, old: int, new: int) -> None:
-    """Have an operation take another tensor."""
+    """Make an operation read another tensor."""
     operation.inputs = np.where(operation.inputs == old, new, operation.inputs).astype(np.int32)
 
 
 def expanded(parameters: Any, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
     """Return the dense array of a tensor in sparse form.
 
-    Its axes, and the axes of its blocks behind them, are gone through in an order of its own. Each
-    either has all indices, or lists those that there are (compressed sparse rows); the entries come
-    in that order.
+    The entries are stored in the order in which the axes, then those of the blocks, are traversed,
+    which is part of the sparse form. Each axis has all indices, or lists those with entries
+    (compressed sparse rows).
 
     Args:
         parameters: the tensor's `SparsityParametersT`.
-        shape: of the dense array.
+        shape: the shape of the dense array.
         values: the entries, one-dimensional.
     """
-    places = np.zeros((1, 0), np.int64)  # of what there is so far: a row each, a column per axis
+    places = np.zeros((1, 0), np.int64)  # indices along the axes so far, a row per entry
     for axis in parameters.dimMetadata:
         if axis.format == _DENSE_AXIS:
             inner = np.tile(np.arange(axis.denseSize), len(places))

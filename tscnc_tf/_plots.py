@@ -1,6 +1,7 @@
-"""Figures of reports, by matplotlib's object-oriented interface: nothing is shown or kept.
+"""Figures of reports, by matplotlib's object-oriented interface.
 
-Each function returns a `matplotlib.figure.Figure`; `figure.savefig("name.png")` writes it.
+Each function returns a `matplotlib.figure.Figure`; `figure.savefig("name.png")` writes it. Nothing
+is shown, or registered with `pyplot`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 4  # panels side by side
-SMALLEST = 1e-6  # singular values below are drawn here: the axis is logarithmic
+SMALLEST = 1e-6  # smaller singular values are drawn here, as the axis is logarithmic
 
 
 class Point(NamedTuple):
     """The accuracies of one evaluation; the interval is that of the robust accuracy.
 
     Attributes:
-        at: the position on the axis, such as a sparsity or a radius.
-        clean: the clean accuracy, likewise for the others.
+        at: the position on the horizontal axis, such as a sparsity or a radius.
+        clean, robust: the accuracies, in [0, 1].
+        low, high: the ends of the interval.
     """
 
     at: float
@@ -41,7 +43,7 @@ def spectra(results: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
     Args:
         results: by label, the singular values by kernel, `(n,)` or `(groups, n)`; the values of
-            all groups are sorted into one line. A kernel that one result lacks is left out of it.
+            all groups are sorted into one line. Results need not have all kernels.
     """
     names = list(dict.fromkeys(name for kernels in results.values() for name in kernels))
     figure, panels = _panels(names, sharey=True)
@@ -60,11 +62,11 @@ def spectra(results: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
 
 
 def zeros(fractions: Mapping[str, float], whole: float) -> Figure:
-    """Draw the fraction of zeros of each weight as a bar, and that of all as a line.
+    """Draw the fraction of zeros of each weight as a bar, and that of the pruned ones as a line.
 
     Args:
         fractions: by the name of the weight; the first is drawn at the top.
-        whole: the fraction of zeros of those that are pruned together.
+        whole: the fraction of zeros among the weights that are pruned together.
     """
     figure = _figure(6.0, 1.2 + 0.25 * len(fractions))
     axes = figure.subplots()
@@ -81,8 +83,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the metrics of training against the epoch: losses, accuracies, and each other metric.
 
     Args:
-        rows: the metrics of each epoch, by name, "epoch" among them. What is infinite or not a
-            number leaves a gap.
+        rows: the metrics of each epoch, by name, "epoch" among them. Infinity and NaN leave gaps.
     """
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -108,11 +109,11 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def robustness(
     results: Mapping[str, Iterable[Point]], axis: str = "sparsity (fraction of zeros)"
 ) -> Figure:
-    """Draw robust accuracy with its interval, and clean accuracy dashed, against something.
+    """Draw robust accuracy with its interval, and clean accuracy (dashed), against a quantity.
 
     Args:
         results: the evaluations of each method, by its label.
-        axis: what their points are at.
+        axis: the label of the horizontal axis.
     """
     figure = _figure(6.0, 4.0)
     axes = figure.subplots()
@@ -142,7 +143,7 @@ def _panels(titles: Sequence[str], sharey: bool = False) -> tuple[Figure, list[A
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     figures = require_extra("matplotlib.figure", "plots")
     return figures.Figure(figsize=(width, height), layout="constrained")
 

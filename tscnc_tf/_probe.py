@@ -1,4 +1,4 @@
-"""Probe batches: what a model takes, a batch to run it on, how far its outputs may differ."""
+"""Probe batches: a model's inputs, a batch to run it on, how far its outputs may differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = 8
 
 
 def input_specs(model: Any) -> Any:
-    """Return a graph model's inputs as TensorSpecs, in its own structure; None if not known."""
+    """Return a graph model's inputs as TensorSpecs, in its own structure; None for other models."""
     if not _keras.is_graph_model(model):
         return None
     return tf.nest.map_structure(
@@ -34,8 +34,8 @@ def prepare(model: Any, values: Any, name: str = "probe") -> tuple[Any, Any]:
 
     Args:
         model: a built Keras model. The specs of a subclassed model are taken from `values`.
-        values: a batch given by the user, or None for one that is drawn, see `draw`.
-        name: the name of the argument that `values` is, for error messages.
+        values: a batch given by the user, or None for one from `draw`.
+        name: the user's name for the argument `values`, for error messages.
 
     Raises:
         ValueError: the batch does not fit the model, or none can be drawn for it.
@@ -53,11 +53,11 @@ def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = 
     Args:
         model: a Keras model.
         examples: the number of examples; None for the number that the model names, or `EXAMPLES`.
-        seed: of the generator.
+        seed: the seed of the generator.
         name: the name of the argument by which the user can pass a batch, for error messages.
 
     Raises:
-        ValueError: the shapes of the model's inputs are not known, or an input is no float.
+        ValueError: the shapes of the model's inputs are not known, or an input is not a float.
     """
     way_out = f"Pass {name}=, a batch of inputs as the model takes them."
     specs = input_specs(model)
@@ -85,7 +85,7 @@ def fit(name: str, specs: Any, values: Any) -> Any:
     """Return a batch given by the user as arrays of the dtypes that the model takes.
 
     Args:
-        name: the name of the argument that `values` is, for error messages.
+        name: the user's name for the argument `values`, for error messages.
         specs: the model's inputs, as `input_specs` or `prepare` returns them.
         values: the batch.
 
@@ -100,12 +100,12 @@ def leaves(name: str, specs: Any, values: Any) -> list[Any]:
     """Return what `values` holds for each of `specs`, in the order of `tf.nest.flatten(specs)`.
 
     Args:
-        name: the name of the argument that `values` is, for the error message.
+        name: the user's name for the argument `values`, for the error message.
         specs: a TensorSpec, or lists and dicts of them.
         values: the same structure of arrays or tensors; a tuple stands for a list.
 
     Raises:
-        ValueError: `values` is of another structure.
+        ValueError: `values` has another structure.
     """
     if isinstance(specs, tf.TensorSpec):
         return [values]
@@ -116,7 +116,7 @@ def leaves(name: str, specs: Any, values: Any) -> list[Any]:
         keys = list(range(len(specs)))
     if not fits:
         raise ValueError(
-            f"{name} must be of the structure of the model's inputs, {_describe(specs)}, got "
+            f"{name} must have the structure of the model's inputs, {_describe(specs)}, got "
             f"{_describe(values)}."
         )
     return [leaf for key in keys for leaf in leaves(name, specs[key], values[key])]
@@ -136,13 +136,13 @@ def outputs(
     """Return a function's outputs for a batch as a flat list of float64 arrays.
 
     Args:
-        function: what is called.
+        function: the function.
         batch: its argument.
-        what: the function, for the error.
-        way_out: what to do about it, likewise.
+        what: the name of the function, for the error message.
+        way_out: what the user can do, for the error message.
 
     Raises:
-        ValueError: one is not finite, so that nothing can be compared with it.
+        ValueError: an output is not finite.
     """
     arrays = [np.asarray(output).astype(np.float64) for output in tf.nest.flatten(function(batch))]
     if not all(np.isfinite(array).all() for array in arrays):
@@ -163,9 +163,8 @@ def difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
 def tolerance(model: Any, expected: list[np.ndarray], *, float32: float) -> float:
     """Return by how much two computations of the same outputs may differ.
 
-    It is relative to the largest output, if that is above 1, and depends on the arithmetic:
-    `float32` as given; 1e-2 where a GPU multiplies in TensorFloat-32, which has 10 bits; 5e-2 if a
-    layer computes in 16 bits.
+    It is the `scale` of the outputs times a relative tolerance: `float32`; 1e-2 where a GPU
+    multiplies in TensorFloat-32, which has 10 bits; 5e-2 if a layer computes in 16 bits.
 
     Args:
         model: a Keras model.
@@ -184,7 +183,7 @@ def tolerance(model: Any, expected: list[np.ndarray], *, float32: float) -> floa
 
 
 def scale(expected: list[np.ndarray]) -> float:
-    """Return the largest absolute value of some outputs, at least 1."""
+    """Return the largest absolute value of the outputs, at least 1."""
     return max(1.0, *(float(np.abs(array).max(initial=0.0)) for array in expected))
 
 
@@ -196,7 +195,7 @@ def _of_any_size(spec: tf.TensorSpec) -> tf.TensorSpec:
 
 
 def _identifier(name: str) -> str:
-    """Return `name` as a valid name of a function's argument, as which a signature uses it."""
+    """Return `name` as a valid name of a function argument, as signatures need it."""
     name = re.sub(r"\W", "_", name)
     return f"{name}_" if keyword.iskeyword(name) else name
 

@@ -1,4 +1,4 @@
-"""Reports: records as JSON values, tables as text and HTML, versions of libraries."""
+"""Reports: records as JSON values, tables as text and HTML, digests, versions of libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution: 95 % lie within ±Z95
+Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution: 95 % lie within ±Z95
 LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
 
 
@@ -33,8 +33,8 @@ class Table:
     Attributes:
         title: the line above the table.
         columns: the headings.
-        rows: the cells, one sequence a row.
-        footer: a last row, set apart (totals).
+        rows: the cells, one sequence per row.
+        footer: a separate last row, such as totals.
         notes: the lines below the table.
     """
 
@@ -106,7 +106,7 @@ class Record:
         return jsonable({name: getattr(self, name) for name in names})
 
     def _table(self) -> Table:
-        """Return the record as a table; by default a row for each figure."""
+        """Return the record as a table; by default with a row per figure."""
         rows = [(name, str(value)) for name, value in self.to_dict().items()]
         return Table(type(self).__name__, ("figure", "value"), rows)
 

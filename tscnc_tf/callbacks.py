@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: those that pruning needs, and loggers of kernels and gates."""
+"""Callbacks for `fit`: pruning, a check for NaN, and loggers of kernels and gates."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = [
 def pruning_callbacks(
     *, condition_frequency: int = 100, log_dir: str | None = None, log_kernels: bool = False
 ) -> list[Any]:
-    """Return all that pruning needs in `fit(..., callbacks=...)`.
+    """Return the callbacks that pruning needs in `fit(..., callbacks=...)`.
 
-    That is `UpdatePruning`, `ConditionFeed` for the schedules that ask for it, and on request a
-    `KernelLogger`. They serve both Kerases and both engines, and are safe for a model that is not
-    pruned: then they do nothing. Give them before the callbacks that write checkpoints. Where the
-    pruned model is a part of another one, give them after those that put weights in place when
-    training ends, as `EarlyStopping(restore_best_weights=True)` does: what they put is masked then.
+    These are `UpdatePruning`, `ConditionFeed` for the schedules that need it, and on request a
+    `KernelLogger`. They support both Kerases and both engines, and do nothing for a model that is
+    not pruned. Give them before callbacks that write checkpoints. If the pruned model is a part of
+    another one, give them after callbacks that set weights when training ends, such as
+    `EarlyStopping(restore_best_weights=True)`, so that these weights are masked.
 
     Args:
         condition_frequency: see `ConditionFeed`.
@@ -63,18 +63,18 @@ def pruning_callbacks(
 
 
 class UpdatePruning(flavours.Callback):
-    """Prune in `fit`, whichever engine does it; and say if training is too short for it.
+    """Prune in `fit`, with either engine, and warn if the training is too short for the schedule.
 
-    A model with a `Pruner` prunes in its training step already. This callback prunes where another
-    step runs: for a model inside another one. Likewise it lets the optimizer of the other one train
-    the scores of a `ScorePruner`.
+    A model with a `Pruner` is pruned in its own training step. If it is a part of another model,
+    this callback prunes it instead, and makes the other model's optimizer train the scores of a
+    `ScorePruner`.
 
-    A model in tfmot's wrappers needs it. It does what tfmot's `UpdatePruningStep` does, without
-    which the wrappers refuse to train, and applies the masks after every batch: tfmot applies them
-    in the next forward pass only, and so leaves the weights dense after each optimizer step. Give
-    this callback before those that write checkpoints. (`AdversarialTraining` masks inside its step;
-    for it, what counts is the end of training, where Keras puts the averages of an optimizer with
-    `use_ema=True` in place of the weights.)
+    A model in tfmot's wrappers needs this callback. It includes tfmot's `UpdatePruningStep`,
+    without which the wrappers refuse to train, and applies the masks after every batch. (tfmot
+    itself applies them only in the next forward pass, so the weights are dense after an optimizer
+    step.) Give this callback before those that write checkpoints. `AdversarialTraining` applies
+    masks inside its step; there, this callback masks the averages by which Keras replaces the
+    weights when training ends (`use_ema=True`).
     """
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ class UpdatePruning(flavours.Callback):
         self._pruners: list[Any] = []
         self._steps: dict[Any, tuple[Any, Callable[[], None]]] = {}
         self._training = contextlib.ExitStack()
-        self._ahead = False
+        self._is_first_epoch = False
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """See how the model is pruned, and mask what it begins with."""
+        """Find the pruners and wrappers of the model, and apply the masks."""
         model = self.model
-        self._training.close()  # where the last training broke off
+        self._training.close()  # in case the last training was interrupted
         self._find_pruners()
         wrapped = wrappers.wrapped_layers(model)
         self._tfmots = self._apply = None
@@ -101,28 +101,27 @@ class UpdatePruning(flavours.Callback):
                 lambda: wrappers.apply_masks(model, model.optimizer), autograph=False
             )
             self._apply()
-        self._ahead = True
+        self._is_first_epoch = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Look ahead, in the first epoch, which may not be epoch 0.
+        """Find the pruners again; in the first epoch, check the planned number of steps.
 
         A callback may have pruned the model, or stripped it, since the last epoch.
 
         Warns:
-            UserWarning: in the number of steps that is planned, the last renewal of the masks comes
-                before the schedule has reached its final sparsity, or no weight changes places by
-                the pruner's regrowth.
+            UserWarning: in the planned number of steps, the masks are not renewed at the final
+                sparsity of the schedule, or the pruner's regrowth moves no weight.
         """
         if not (self.params or {}).get("steps"):
             for pruner in self._pruners:
                 pruner.skip_steps(self._optimizer_of(pruner))
         self._find_pruners()
-        if self._ahead:
-            self._ahead = False
-            self._look_ahead(epoch)
+        if self._is_first_epoch:
+            self._is_first_epoch = False
+            self._warn_if_too_short(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Mask what the optimizer step filled in."""
+        """Apply the masks after the optimizer step."""
         if self._apply is not None:
             self._apply()
         if not all(pruner.is_attached for pruner in self._pruners):
@@ -133,10 +132,7 @@ class UpdatePruning(flavours.Callback):
                 step()
 
     def _find_pruners(self) -> None:
-        """Find the pruners of the model, and let it compile its steps again where one is new.
-
-        The steps may have been compiled before the model was pruned, stripped or frozen.
-        """
+        """Find the pruners of the model, and make it compile its steps again for a new one."""
         found = masks.pruners(self.model)
         flavours.register_trainer(self.model, *(pruner.model for pruner in found))
         if any(pruner not in self._pruners for pruner in found):
@@ -146,9 +142,9 @@ class UpdatePruning(flavours.Callback):
         self._steps = {}
 
     def _step_of(self, pruner: Any) -> tuple[Any, Callable[[], None]]:
-        """Return the optimizer that trains the weights of a pruner, and the step to take after it.
+        """Return the optimizer that trains the weights of a pruner, and the pruner's step function.
 
-        Both are kept until the next epoch, or until the model holds another optimizer.
+        Both are cached until the next epoch, or until the model has another optimizer.
         """
         known = self._steps.get(pruner)
         if known and any(each is known[0] for each in optimizers.held(self.model)):
@@ -166,17 +162,17 @@ class UpdatePruning(flavours.Callback):
         return self.model.optimizer if own is None else own
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Do what tfmot does at the end of an epoch."""
+        """Call tfmot's callback."""
         if self._tfmots is not None:
             self._tfmots.on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Mask once more: Keras may have put averaged weights in place."""
+        """Apply the masks again: Keras may have replaced the weights by averages."""
         self._training.close()
         masks.apply(self.model, self.model.optimizer)
 
-    def _look_ahead(self, epoch: int) -> None:
-        """Warn of schedules that training as planned will leave before their end."""
+    def _warn_if_too_short(self, epoch: int) -> None:
+        """Warn of schedules that do not reach their final sparsity in the planned training."""
         params = self.params or {}
         if not params.get("epochs") or not params.get("steps"):
             return
@@ -199,7 +195,7 @@ class UpdatePruning(flavours.Callback):
                     f"{schedule!r} does not reach its sparsity of {final:g} in the training "
                     f"planned, steps {done + 1} to {last}: the last renewal of the masks is at "
                     f"step {step}, to {sparsity:.4g}. Train longer, let the schedule end earlier "
-                    "or renew more often, or force it in the end by the pruner's finalize().",
+                    "or renew more often, or call the pruner's finalize() after training.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -209,7 +205,7 @@ class UpdatePruning(flavours.Callback):
                 warnings.warn(
                     f"{pruner.regrowth!r} moves no weight in the training planned, steps "
                     f"{pruner.steps + 1} to {pruner.steps + planned}: the first move is at step "
-                    f"{first}. Train longer, or take a smaller frequency.",
+                    f"{first}. Train longer, or use a smaller frequency.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -218,13 +214,12 @@ class UpdatePruning(flavours.Callback):
 class ConditionFeed(flavours.Callback):
     """Measure condition numbers for the `ConditionGated` schedules of a model.
 
-    Each such schedule is told the largest condition number among the masked kernels that it
-    governs: when training begins, then every `frequency` optimizer steps, by NumPy's SVD in
-    float64. Equal schedules count as one, also where a model that was saved and loaded has a copy
-    of it for each layer.
+    Each such schedule is given the largest condition number of the masked kernels that it prunes,
+    when training begins and then every `frequency` optimizer steps, by NumPy's SVD in float64.
+    Equal schedules count as one: after loading, a model has a copy for each layer.
 
     Args:
-        frequency: number of optimizer steps between two measurements, >= 1.
+        frequency: number of optimizer steps between measurements, >= 1.
     """
 
     def __init__(self, frequency: int = 100) -> None:
@@ -234,7 +229,7 @@ class ConditionFeed(flavours.Callback):
         self._measured_at = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Find the gated schedules, and measure for the first time."""
+        """Find the `ConditionGated` schedules, and measure for the first time."""
         self._governed = {}
         found = []
         for wrapper in wrappers.wrapped_layers(self.model):
@@ -260,9 +255,9 @@ class ConditionFeed(flavours.Callback):
             schedule = pruner.schedule
             if isinstance(schedule, schedules.ConditionGated) and schedule not in self._governed:
                 warnings.warn(
-                    f"{schedule!r} governs no weight that is read as a matrix, so that its gate "
-                    "stays open: it has no condition number to go by. Prune these layers by "
-                    "another schedule, or kernels of dense layers and convolutions with them.",
+                    f"{schedule!r} governs no weight that is read as a matrix, so there is no "
+                    "condition number, and its gate stays open. Prune these layers by another "
+                    "schedule, or prune kernels of dense layers and convolutions, too.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -270,7 +265,7 @@ class ConditionFeed(flavours.Callback):
             self._measure(self._step())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Measure anew, if enough steps have been taken (one batch may be several steps)."""
+        """Measure again after `frequency` steps (one batch may be several steps)."""
         if self._governed and (step := self._step()) - self._measured_at >= self.frequency:
             self._measure(step)
 
@@ -287,20 +282,20 @@ class ConditionFeed(flavours.Callback):
 
 
 class RaiseOnNaN(flavours.Callback):
-    """Raise an error in the step in which a figure of the logs, or a weight, stops being finite.
+    """Raise an error in the step in which a value of the logs, or a weight, stops being finite.
 
-    Keras' `TerminateOnNaN` looks at the loss and ends `fit` as if all were well. A gradient that is
-    not finite leaves the loss of its own step as it is and ruins the weights; this callback reads
-    all of them after each step, on the device. Give it before the callbacks that write checkpoints,
-    so that none is written of what it refuses.
+    Keras' `TerminateOnNaN` checks the loss, and ends `fit` without an error. But a gradient that is
+    not finite does not change the loss of its own step, only the weights. This callback checks all
+    weights after each step, on the device. Give it before callbacks that write checkpoints, so that
+    they write no such weights.
 
     Args:
-        first_batch: the number of the first batch, where `fit` goes on within an epoch: for the
+        first_batch: the number of the first batch, if `fit` continues within an epoch; for the
             message.
 
     Raises:
-        TypeError, ValueError: the number is no integer >= 0.
-        ValueError: in `fit`; it names the epoch, the batch, and the figures or the weights.
+        TypeError, ValueError: `first_batch` is no integer >= 0.
+        ValueError: in `fit`; it names the epoch, the batch, and the log values or weights.
 
     Example:
         >>> import keras, numpy as np
@@ -322,26 +317,26 @@ class RaiseOnNaN(flavours.Callback):
         self._are_finite: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forget the weights of the last training."""
+        """Discard the check of the last training."""
         self._are_finite = None
 
     def _find_weights(self) -> None:
-        """Compile the check of the weights, which some models have after a first batch only."""
+        """Compile the check of the weights, which some models create only in the first batch."""
         weights = [each for each in self.model.weights if tf.as_dtype(each.dtype).is_floating]
         self._names = [getattr(each, "path", each.name).partition(":")[0] for each in weights]
         tensors = [flavours.tensor_variable(weight) for weight in weights]
-        # The concrete function: `tf.function` warns of many that are compiled at one place.
+        # A concrete function, as many calls of `tf.function` at one place give a warning.
         self._are_finite = tf.function(
             lambda: tf.stack([tf.reduce_all(tf.math.is_finite(each)) for each in tensors]),
             autograph=False,
         ).get_concrete_function()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Take note of the epoch."""
+        """Store the epoch, for the message."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Look at the logs and the weights."""
+        """Check the logs and the weights."""
         if self._are_finite is None:
             self._find_weights()
         finite = self._are_finite().numpy()
@@ -361,12 +356,12 @@ class RaiseOnNaN(flavours.Callback):
             what += f" and {len(names) - 5} others" if len(names) > 5 else ""
         raise ValueError(
             f"{where} {what}. Lower the learning rate or the factors of the penalties, or clip the "
-            "gradients; then go on from the last checkpoint."
+            "gradients; then continue from the last checkpoint."
         )
 
 
 class _Governed(NamedTuple):
-    """A layer, or a wrapper around one, that a schedule governs; and the step that it is at."""
+    """A schedule, a layer (or its wrapper) that it prunes, and a function that returns the step."""
 
     schedule: Any
     layer: Any
@@ -374,7 +369,7 @@ class _Governed(NamedTuple):
 
 
 class _ScalarLogger(flavours.Callback, abc.ABC):
-    """Base: adds the figures of `scalars` to the logs of each epoch, and to TensorBoard's."""
+    """Base of loggers: adds `scalars` to the logs of each epoch, and to TensorBoard's."""
 
     def __init__(self, log_dir: str | None = None) -> None:
         super().__init__()
@@ -385,13 +380,13 @@ class _ScalarLogger(flavours.Callback, abc.ABC):
             )
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Open TensorBoard's file; a new one for each `fit`."""
+        """Open a new TensorBoard file for each `fit`."""
         super().on_train_begin(logs)
         if self._log_dir is not None:
             self._writer = tf.summary.create_file_writer(str(self._log_dir))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measure the model, and add the figures to the logs."""
+        """Add the scalars to the logs."""
         scalars = self.scalars()
         if logs is not None:
             logs.update(scalars)
@@ -402,25 +397,25 @@ class _ScalarLogger(flavours.Callback, abc.ABC):
             self._writer.flush()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Close TensorBoard's file."""
+        """Close the TensorBoard file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     @abc.abstractmethod
     def scalars(self) -> dict[str, float]:
-        """Return the figures of the model as it is now."""
+        """Return the present values for the model, by name."""
 
 
 class KernelLogger(_ScalarLogger):
     """Log sparsity and condition number of every kernel after each epoch.
 
-    They appear in Keras' logs and history as `sparsity`, `condition_number` (the worst), and
-    `sparsity/NAME`, `condition_number/NAME` for each kernel; infinite condition numbers as such,
-    and NaN for the worst where no weight is read as a matrix.
+    They are in Keras' logs and history as `sparsity`, `condition_number` (the largest), and
+    `sparsity/NAME`, `condition_number/NAME` for each kernel. Condition numbers may be infinite; the
+    largest is NaN if no weight is read as a matrix.
 
     Args:
-        log_dir: a folder to which the same scalars are written for TensorBoard, None for none.
+        log_dir: a folder to which the same values are written for TensorBoard, None for none.
 
     Raises:
         ImportError: `log_dir` is given and TensorBoard is not installed.
@@ -440,7 +435,7 @@ class KernelLogger(_ScalarLogger):
     """
 
     def scalars(self) -> dict[str, float]:
-        """Return the figures of the model as it is now."""
+        """Return the present values for the model, by name."""
         zeros = inspection.sparsity(self.model)
         has_kernels = any(kernel_layers.kernels(self.model))
         rows = inspection.condition_numbers(self.model).rows if has_kernels else ()
@@ -454,14 +449,14 @@ class KernelLogger(_ScalarLogger):
 
 
 class GateLogger(_ScalarLogger):
-    """Log after each epoch how many gates are open.
+    """Log how many gates are open after each epoch.
 
-    They appear in Keras' logs and history as `expected_l0` (the expected number of weights whose
-    gate is open in training) and `open_gates` (the share of gates above zero at inference), and as
-    `expected_l0/NAME`, `open_gates/NAME` for each gated layer. See `gates.report`.
+    Keras' logs and history have `expected_l0` (the expected number of weights whose gate is open in
+    training) and `open_gates` (the share of gates above zero at inference), and `expected_l0/NAME`,
+    `open_gates/NAME` for each gated layer. See `gates.report`.
 
     Args:
-        log_dir: a folder to which the same scalars are written for TensorBoard, None for none.
+        log_dir: a folder to which the same values are written for TensorBoard, None for none.
 
     Raises:
         ImportError: `log_dir` is given and TensorBoard is not installed.
@@ -484,7 +479,7 @@ class GateLogger(_ScalarLogger):
     """
 
     def scalars(self) -> dict[str, float]:
-        """Return the figures of the model as it is now."""
+        """Return the present values for the model, by name."""
         report = gates.report(self.model)
         names = _reports.unique(row.name for row in report.rows)
         scalars = {"expected_l0": report.expected_l0, "open_gates": report.open_share}

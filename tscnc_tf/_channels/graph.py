@@ -177,7 +177,7 @@ def _nodes(
 
 
 def _no_graph(library: types.ModuleType, model: Any) -> str:
-    """Return why the graph of a model is not known; an empty string if it is."""
+    """Return why the graph of a model is not known; an empty text if it is."""
     if not _keras.is_graph_model(model):
         return f"is a subclassed model ({type(model).__name__})"
     bases: tuple[Any, ...] = type(model).__mro__
@@ -199,7 +199,7 @@ def _not_followed(
     kwargs: dict[str, Any],
     uses: int,
 ) -> str:
-    """Return why a nested model is not unrolled; an empty string if it is."""
+    """Return why a nested model is not unrolled; an empty text if it is."""
     if reason := _no_graph(library, model):
         return reason
     if uses > 1:

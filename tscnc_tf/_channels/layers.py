@@ -107,7 +107,7 @@ class Reader:
             return [Barrier(call, call.inputs, call.outputs, reason)]
 
     def _unclear(self, call: Call) -> str:
-        """Return why a call can't be analysed; an empty string if it can."""
+        """Return why a call can't be analysed; an empty text if it can."""
         layer = call.layer
         if id(layer) in self.graph.opaque:
             return self.graph.opaque[id(layer)]

@@ -1,10 +1,10 @@
 """Attacks: frozen dataclasses that are called as `attack(model, x, y) -> x_adv`.
 
 `FGSM`, `PGD` and `APGD` follow the gradient of the network, `FAB` searches for the nearest
-adversarial example, `Square` uses outputs only, and `AutoAttack` is the ensemble of the latter
-three, the standard evaluation of the field. `CleverHans` runs the attacks of that library, `Custom`
-any function, such as an attack of another library, and `Transfer` an attack on another model.
-Results lie in a ball around x and within the inputs' bounds.
+adversarial example, and `Square` uses outputs only. `AutoAttack`, the standard evaluation of the
+field, is the ensemble of `APGD`, `FAB` and `Square`. `CleverHans` runs the attacks of that library,
+`Custom` any function, such as an attack of another library, and `Transfer` an attack on another
+model. Results lie in a ball around x and within the inputs' bounds.
 """
 
 from tscnc_tf.attacks.apgd import APGD

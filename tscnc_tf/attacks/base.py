@@ -228,7 +228,7 @@ class CompiledAttack(Attack):
         """Return the point clipped to the bounds, then projected into the ball.
 
         The projection moves it straight towards the anchor, which lies inside the bounds, so the
-        result is inside of both (except for the last bit, see `balls.settle`). For l1 it is the
+        result is inside both (except for the last bit, see `balls.round_inside`). For l1 it is the
         nearest point of the intersection.
         """
         if self.norm == "l1":

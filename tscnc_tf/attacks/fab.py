@@ -65,7 +65,7 @@ class FAB(Search):
             boundary, which needs the gradients of all logits.
         steps: the number of iterations of an attempt, >= 1.
         restarts: the number of attempts (per target class), >= 1: the first from x, others from
-            half way to the surface of the ball.
+            random points at half the radius.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:

@@ -110,9 +110,8 @@ class GradientAttack(CompiledAttack):
             return self._ascend(ascent, anchor, start, unroll)
 
         adversarial = self._best_of(attempt, ascent)
-        settled = balls.settle(x, adversarial, self.epsilon_value, self.norm)
-        low, high = self.bounds
-        return tf.stop_gradient(tf.clip_by_value(settled, low, high))
+        inside = balls.round_inside(x, adversarial, self.epsilon_value, self.norm)
+        return tf.stop_gradient(tf.clip_by_value(inside, *self.bounds))
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:
         """Return this attack with defaults for the fields that are None.
@@ -162,7 +161,7 @@ class GradientAttack(CompiledAttack):
 
     def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         classes: list[int | None] = []
-        result = self.perturb(noting_classes(_keras.inference(model), classes), x, y, seed)
+        result = self.perturb(recording_classes(_keras.inference(model), classes), x, y, seed)
         if tf.executing_eagerly() and y is not None:
             _checks.require_classes(y, classes[0])
         return result
@@ -291,24 +290,24 @@ class _Compiled:
         return concrete(tensors)
 
     def _run(self, tensors: tuple[tf.Tensor, ...]) -> tf.Tensor:
-        logits_fn = noting_classes(_keras.inference(self._recall()), self._classes)
+        logits_fn = recording_classes(_keras.inference(self._recall()), self._classes)
         x, seed, *labels = tensors
         y = labels[0] if labels else None
         # Tracing a loop takes a sixth of the time of unrolled steps, and the graph may run once.
         return self._attack.perturb(logits_fn, x, y, seed, unroll=1)
 
 
-def noting_classes(
+def recording_classes(
     logits_fn: Callable[[tf.Tensor], Any], found: list[int | None]
 ) -> Callable[[tf.Tensor], Any]:
     """Return `logits_fn` wrapped to append its number of logits (None if not known) to a list."""
 
-    def noting(x: tf.Tensor) -> Any:
+    def recording(x: tf.Tensor) -> Any:
         logits = logits_fn(x)
         found.append(logits.shape[-1] if tf.is_tensor(logits) else None)
         return logits
 
-    return noting
+    return recording
 
 
 class Ascent:

@@ -233,13 +233,13 @@ class Search(CompiledAttack):
                 maximum_iterations=attempts - 1,
                 parallel_iterations=1,
             )[1:]
-        return self._settled(x, best[0])
+        return self._inside_ball(x, best[0])
 
-    def _settled(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
+    def _inside_ball(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
         """Return points in the dtype of x, inside the ball and the bounds, without gradient."""
         point = self._feasible(_checks.widened(x), point)
-        settled = balls.settle(x, point, self.epsilon_value, self.norm)
-        return tf.stop_gradient(tf.clip_by_value(settled, *self.bounds))
+        inside = balls.round_inside(x, point, self.epsilon_value, self.norm)
+        return tf.stop_gradient(tf.clip_by_value(inside, *self.bounds))
 
     def _advanced(
         self,
@@ -326,7 +326,7 @@ class SearchRunner:
                 gains = state.score.numpy() > score[rows]
                 result[rows[gains]] = state.result.numpy()[gains]
                 score[rows[gains]] = state.score.numpy()[gains]
-        return attack._settled(x, tf.constant(result))
+        return attack._inside_ball(x, tf.constant(result))
 
     def _trace_logits(self, x: tf.Tensor) -> tf.Tensor:
         examples = Examples(x, None, None, tf.range(tf.shape(x)[0]))

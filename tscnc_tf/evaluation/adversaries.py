@@ -19,7 +19,7 @@ class Source(NamedTuple):
     Attributes:
         model: the model.
         name: its name.
-        by_gradient: whether its gradient may be followed.
+        by_gradient: whether the attack may use the gradient of the model.
     """
 
     model: Any
@@ -28,12 +28,12 @@ class Source(NamedTuple):
 
 
 class Adversary(NamedTuple):
-    """An attack, ready to be run.
+    """An attack of an evaluation.
 
     Attributes:
-        name: unique in the evaluation.
+        name: its name, unique in the evaluation.
         attack: an `attacks.Attack`, or a plain callable `(model, x, y) -> x_adv`.
-        description: what the attack says about itself; empty for a plain callable.
+        description: the result of `attack.describe()`; empty for a plain callable.
     """
 
     name: str
@@ -47,17 +47,17 @@ class Adversary(NamedTuple):
 
     @property
     def uses_gradient(self) -> bool:
-        """Whether it may follow the gradient of the model; a plain callable may."""
+        """Whether the attack may use the gradient of the model; True for a plain callable."""
         return not isinstance(self.attack, attacks_.Attack) or self.attack.uses_gradient
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it runs compiled, and leaves no state in Python."""
+        """Whether the attack runs compiled, without state in Python."""
         return isinstance(self.attack, CompiledAttack)
 
     @property
     def source(self) -> Source | None:
-        """The model that the attack runs on, if that is another one than is evaluated."""
+        """The model that a `Transfer` runs on; None for other attacks."""
         if not isinstance(self.attack, attacks_.Transfer):
             return None
         inner = self.attack.attack
@@ -65,25 +65,25 @@ class Adversary(NamedTuple):
 
     @property
     def parts(self) -> list[Adversary]:
-        """The attacks of an ensemble, each for the examples that those before left; else none."""
+        """The attacks of an ensemble, in order; empty for other attacks."""
         if not isinstance(self.attack, attacks_.AutoAttack):
             return []
         return [Adversary(part.name, part, part.describe()) for part in self.attack.attacks]
 
-    def on(self, model: Any) -> Callable[[np.ndarray, np.ndarray, tuple[int, int]], Any]:
-        """Return the attack on a model, a function of a batch (x, y) and a seed."""
+    def bind(self, model: Any) -> Callable[[np.ndarray, np.ndarray, tuple[int, int]], Any]:
+        """Return the attack on one model as a function of a batch (x, y) and a seed."""
         if isinstance(self.attack, attacks_.Attack):
             bound = self.attack.bind(model)
             return lambda x, y, seed: bound(tf.constant(x), tf.constant(y), seed=seed)
         return lambda x, y, seed: self.attack(model, tf.constant(x), tf.constant(y))  # noqa: ARG005
 
 
-def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
-    """Return the attacks as they were given: one, a sequence, or a mapping by name.
+def as_adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
+    """Return one attack, a sequence of attacks, or a mapping from names to attacks as a list.
 
     Raises:
-        TypeError: something among them is no attack.
-        ValueError: there are none, one of them is targeted, or has other bounds.
+        TypeError: one of them is not an attack.
+        ValueError: there are none, or one of them is targeted or has other bounds.
     """
     named: list[tuple[str | None, Any]]
     if isinstance(attacks, Mapping):
@@ -94,8 +94,8 @@ def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
         named = [(None, attacks)]
     if not named:
         raise ValueError(
-            "attacks is empty: there is no robust accuracy without an attack. Clean accuracy alone "
-            "is what model.evaluate is for."
+            "attacks is empty: robust accuracy needs at least one attack. For clean accuracy alone "
+            "use model.evaluate."
         )
     for _, attack in named:
         _require_attack(attack, bounds)
@@ -109,12 +109,12 @@ def adversaries(attacks: Any, bounds: tuple[float, float]) -> list[Adversary]:
 def checked(
     adversary: Adversary, x: np.ndarray, result: Any, bounds: tuple[float, float]
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Return what an attack returned as float32, and how far it moved at most, by norm.
+    """Check the result of an attack; return it as float32, and its largest distance by norm.
 
     Raises:
-        TypeError: it is no float tensor.
-        ValueError: its shape is not that of `x`, it is not finite, or it leaves the bounds or the
-            ball that the attack declares.
+        TypeError: the result is not a float tensor.
+        ValueError: its shape is not that of `x`, it is not finite, or it lies outside the bounds or
+            the ball that the attack declares.
     """
     attack = f"attack {adversary.name!r}"
     try:
@@ -145,7 +145,7 @@ def checked(
         "l1": float(np.max(np.sum(np.abs(delta), axis=1))),
     }
     norm, epsilon = adversary.description.get("norm"), adversary.epsilon
-    # Near a bound of 255 a float32 is only known to 1e-5.
+    # Near 255 a float32 is accurate to about 1e-5 only.
     rounding = max(1e-6, float(np.finfo(np.float32).eps) * max(map(abs, bounds)))
     if epsilon is not None and norm in moved and moved[norm] > epsilon * (1 + 1e-4) + rounding:
         raise ValueError(
@@ -165,17 +165,16 @@ def _require_attack(attack: Any, bounds: tuple[float, float]) -> None:
         )
     if _describe(attack).get("targeted"):
         raise ValueError(
-            f"attack {_name(attack)!r} is targeted: it takes y for the class to reach, where an "
-            "evaluation passes the true one, and its failures do not show robustness. Pass the "
-            "untargeted attack; or choose the targets in a function and declare its ball with "
-            "attacks.Custom."
+            f"attack {_name(attack)!r} is targeted: it uses y as target classes, but an evaluation "
+            "passes the true classes, so its failures do not show robustness. Pass the untargeted "
+            "attack; or choose the targets in a function and declare its ball with attacks.Custom."
         )
     own = tuple(_describe(attack).get("bounds") or bounds)
     if own != bounds:
         raise ValueError(
-            f"attack {_name(attack)!r} has bounds={own}, the evaluation bounds={bounds}: narrower "
-            "ones make an attack weaker, and with wider ones it leaves the data. Give both the "
-            "bounds of the data."
+            f"attack {_name(attack)!r} has bounds={own}, the evaluation bounds={bounds}. Narrower "
+            "bounds make an attack weaker; with wider ones it leaves the range of the data. Give "
+            "both the bounds of the data."
         )
 
 

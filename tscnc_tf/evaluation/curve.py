@@ -24,11 +24,11 @@ class RobustnessCurve(_reports.Report):
     Attributes:
         epsilons: the radii as they were written, from the smallest to the largest.
         clean_correct: per example, whether the model is right on the input itself.
-        correct: `(radii, examples)`, whether it is right everywhere that attacks looked in the
-            ball; what is wrong in a ball is wrong in a larger one.
+        correct: `(radii, examples)`, whether the model is right on the input and under attack. An
+            example that is wrong at a radius is wrong at all larger ones.
         norm: of the balls.
-        reports: the evaluation in each ball, of the examples that the smaller ones left; fewer than
-            radii if at some radius nothing was left.
+        reports: the evaluation at each radius, of the examples that are robust at all smaller ones.
+            There are fewer reports than radii if no robust examples remain.
     """
 
     _omitted = ("clean_correct", "correct")
@@ -98,10 +98,11 @@ def robustness_curve(
     bounds: tuple[float, float] = (0.0, 1.0),
     progress: bool = True,
 ) -> RobustnessCurve:
-    """Return robust accuracy at several radii, each attacked on what the smaller ones left.
+    """Return robust accuracy at several radii.
 
-    An adversarial example in a ball lies in every larger one; so the curve never rises. One point
-    of it says little: two models may change places along the curve.
+    At each radius only the examples that are robust at all smaller ones are attacked: an
+    adversarial example in a ball lies in every larger one. So the curve never rises. Compare models
+    by whole curves, since their order may change with the radius.
 
     Args:
         model: as in `evaluate_robustness`.
@@ -109,7 +110,7 @@ def robustness_curve(
         y: an array of labels, as in `evaluate_robustness`.
         epsilons: the radii, numbers or fractions such as "8/255".
         attack: returns the attack for a radius; None for `attacks.AutoAttack`.
-        norm: "linf" or "l2"; an `attack` of one's own has to be of this norm.
+        norm: "linf" or "l2"; it must be the norm of `attack`.
         batch_size: examples per batch.
         seed: as in `evaluate_robustness`.
         bounds: the smallest and the largest value of an input.
@@ -137,7 +138,7 @@ def robustness_curve(
     radii = list(epsilons)
     values = [_checks.distance("epsilons", radius) for radius in radii]
     if not radii or len(set(values)) < len(values):
-        raise ValueError(f"epsilons must be radii, one or more and no two alike, got {epsilons!r}.")
+        raise ValueError(f"epsilons must be one or more radii, all different, got {epsilons!r}.")
     radii = [radii[index] for index in np.argsort(values)]
 
     def default(radius: float | str) -> attacks.Attack:
@@ -153,8 +154,8 @@ def robustness_curve(
         own = made.norm if isinstance(made, attacks.Attack) else norm
         if own != norm:
             raise ValueError(
-                f"attack returned one of norm {own!r} for a curve of norm={norm!r}: give the curve "
-                "the norm of the attack."
+                f"attack returned an attack of norm {own!r} for a curve of norm={norm!r}: pass the "
+                "norm of the attack."
             )
         report = evaluate_robustness(
             model,

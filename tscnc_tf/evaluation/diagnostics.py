@@ -11,15 +11,16 @@ import numpy as np
 from tscnc_tf.evaluation.adversaries import Adversary
 from tscnc_tf.evaluation.report import AttackResult, wilson_interval
 
-# Below this difference of accuracies, or this half width of an interval, there is no remark.
+# Smaller differences of accuracies, and smaller half widths of intervals, are not reported.
 _NOTABLE_GAIN = 0.01
 _WIDE = 0.05
-# The share, and the number, of examples that an attack without gradients may find alone.
+# Attacks without gradients may fool up to this share of the examples alone, or fewer than this
+# number, without a finding.
 _BLACK_BOX_SHARE, _BLACK_BOX_NUMBER = 0.002, 3
-# The share of examples from which a property of the model's outputs is remarked on.
+# The share of examples above which a property of the model's outputs is reported.
 _MANY = 0.1
-# What may be left of the accuracy in a ball as wide as the bounds, and by how much it may rise.
-_LEFT_AT_THE_TOP = 0.05
+# In a ladder: the accuracy that may be left in the largest ball, and by how much it may rise.
+_LADDER_TOLERANCE = 0.05
 
 
 class EvaluationWarning(UserWarning):
@@ -41,14 +42,14 @@ class Finding(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What is known of a model's outputs, from before the attacks.
+    """Properties of a model's outputs on the clean inputs.
 
     Attributes:
         repeatable: whether the model returns the same for the same input.
         unit_interval: whether all its outputs lie in [0, 1].
-        zero_gradients: per example, whether an attack would find its gradient exactly zero.
-        undefined_gradients: per example, whether it would find NaN or infinity.
-        saturated: per example, whether softmax would be 1 in float32 for a class, by far.
+        zero_gradients: per example, whether the gradient that attacks use is exactly zero.
+        undefined_gradients: per example, whether that gradient has NaN or infinite entries.
+        saturated: per example, whether softmax is 1 for the label in float32, with a margin.
         tied: per example, whether the largest logit occurs twice.
         operations: the types of operations in its graph that have no useful gradient.
     """
@@ -63,7 +64,7 @@ class Outputs(NamedTuple):
 
 
 def of_model(outputs: Outputs) -> list[Finding]:
-    """Return what makes any attack on a model unreliable."""
+    """Return findings on the outputs of a model that make any attack unreliable."""
     found = []
     if not outputs.repeatable:
         found.append(
@@ -93,7 +94,7 @@ def of_model(outputs: Outputs) -> list[Finding]:
                 "zero-gradients",
                 "The input gradient that attacks ascend is exactly zero for "
                 f"{_share(outputs.zero_gradients)}. Attacks by gradients can't move there, which "
-                "is gradient masking and no robustness: look for saturated, quantised or dead "
+                "is gradient masking, not robustness: look for saturated, quantised or dead "
                 "layers, and add an attack that needs no gradient, attacks.Square.",
             )
         )
@@ -103,7 +104,7 @@ def of_model(outputs: Outputs) -> list[Finding]:
                 "undefined-gradients",
                 "The input gradient that attacks ascend is NaN or infinite for "
                 f"{_share(outputs.undefined_gradients)}. Attacks by gradients do not move there, "
-                "which is no robustness: look for a square root, a norm or a division at 0, whose "
+                "which is not robustness: look for a square root, a norm or a division at 0, whose "
                 "derivative is infinite though its value is finite, and add an attack that needs "
                 "no gradient, attacks.Square.",
             )
@@ -112,10 +113,10 @@ def of_model(outputs: Outputs) -> list[Finding]:
         found.append(
             Finding(
                 "saturated-logits",
-                f"The logits of {_share(outputs.saturated)} lie so far apart that softmax is 1 in "
-                "float32, and the gradient of cross-entropy 0: attacks of other libraries that "
-                "ascend it find nothing. Those of tscnc_tf.attacks ascend what does not saturate; "
-                "for others, divide the logits by a constant.",
+                f"The logits of {_share(outputs.saturated)} lie so far apart that softmax is 1 for "
+                "the label in float32, and the gradient of cross-entropy 0: attacks of other "
+                "libraries that ascend it find nothing. Those of tscnc_tf.attacks ascend what does "
+                "not saturate; for others, divide the logits by a constant.",
             )
         )
     if np.mean(outputs.tied) > _MANY:
@@ -125,57 +126,55 @@ def of_model(outputs: Outputs) -> list[Finding]:
             Finding(
                 "non-differentiable-operations",
                 f"The model's graph has operations of the type {', '.join(outputs.operations)}, "
-                "whose gradient is zero, missing or a stand-in: attacks by gradients may be led "
-                "astray. Add an attack that needs no gradient, attacks.Square, and attack the "
-                "model with these operations left out, by attacks.Transfer.",
+                "whose gradient is zero, missing or a substitute, so attacks by gradients may "
+                "fail. Add an attack that needs no gradient, attacks.Square, and attack the model "
+                "without these operations, by attacks.Transfer.",
             )
         )
     return found
 
 
 def of_ladder(accuracies: Mapping[float, float], steps: Mapping[int, float]) -> list[Finding]:
-    """Return what a ladder of growing balls and more steps says of a model.
+    """Return findings from short attacks in growing balls and with more steps.
 
     Args:
-        accuracies: what a short attack leaves, by radius; the last ball is all that there is
-            within the bounds.
-        steps: what it leaves in the first ball, by the number of steps.
+        accuracies: the accuracy under attack by radius; the largest ball holds all inputs within
+            the bounds.
+        steps: the accuracy under attack in the smallest ball, by the number of steps.
     """
     radii, left = zip(*sorted(accuracies.items()), strict=True)
     rises = [after - before for before, after in itertools.pairwise(left)]
     found = []
-    if left[-1] > _LEFT_AT_THE_TOP:
+    if left[-1] > _LADDER_TOLERANCE:
         found.append(
             f"in a ball of radius {radii[-1]:.3g}, which holds every input within the bounds, an "
-            f"attack by gradients leaves {100 * left[-1]:.1f} %, where nothing can be left"
+            f"attack by gradients leaves {100 * left[-1]:.1f} %, but could fool every example"
         )
-    if max(rises, default=0.0) > _LEFT_AT_THE_TOP:
+    if max(rises, default=0.0) > _LADDER_TOLERANCE:
         steps_up = ", ".join(f"{100 * value:.1f}" for value in left)
         found.append(
-            f"larger balls do not make the model weaker: from epsilon={radii[0]:.3g} to "
+            f"larger balls do not lower the accuracy: from epsilon={radii[0]:.3g} to "
             f"{radii[-1]:.3g} an attack leaves {steps_up} %"
         )
     (few, before), (many, after) = min(steps.items()), max(steps.items())
-    if after - before > _LEFT_AT_THE_TOP:
-        found.append(
-            f"{many} steps leave {100 * after:.1f} %, and {few} of them {100 * before:.1f} %"
-        )
+    if after - before > _LADDER_TOLERANCE:
+        found.append(f"{many} steps leave {100 * after:.1f} %, but {few} only {100 * before:.1f} %")
     return [
         Finding(
             "ladder",
-            f"On the gradients of this model an attack does not get where it must: {text}. That is "
-            "gradient masking: look for operations that stop or mislead the gradient, and trust "
-            "attacks without gradients (attacks.Square) and transferred ones more.",
+            f"Attacks by the gradients of this model fail: {text}. That is gradient masking: look "
+            "for operations that stop or distort the gradient, and rely on attacks without "
+            "gradients (attacks.Square) and transferred ones.",
         )
         for text in found
     ]
 
 
 def of_transfer(fooled: int, examples: int) -> list[Finding]:
-    """Return a finding if adversarial examples of a plain network fool the model after all.
+    """Return a finding if examples of another network fool the model where attacks failed.
 
     Args:
-        fooled: how many examples they fool that no attack did.
+        fooled: the number of examples on which only they fool the model.
         examples: the number of examples of the evaluation.
     """
     if not _is_notable(fooled, examples):
@@ -184,23 +183,24 @@ def of_transfer(fooled: int, examples: int) -> list[Finding]:
         Finding(
             "transfer-wins",
             f"Adversarial examples of a small network, trained on the same inputs for this check, "
-            f"fool the model on {fooled} examples that every attack on the model itself left: its "
-            "gradients mislead. Attack it by attacks.Transfer from a plainly trained network too.",
+            f"fool the model on {fooled} examples where every attack on the model itself failed: "
+            "its gradients are misleading. Attack it by attacks.Transfer from a plainly trained "
+            "network too.",
         )
     ]
 
 
 def of_results(
     clean: np.ndarray,
-    opponents: Sequence[Adversary],
+    adversaries: Sequence[Adversary],
     results: Mapping[str, AttackResult],
 ) -> list[Finding]:
-    """Return what the results of the attacks say of the model.
+    """Return findings from the results of the attacks.
 
     Args:
         clean: per example, whether the model is right on it.
-        opponents: the attacks that were run.
-        results: what they did, by name.
+        adversaries: the attacks.
+        results: their results, by name.
     """
     found = []
     for name, result in results.items():
@@ -210,8 +210,8 @@ def of_results(
                     "above-clean",
                     f"Under {name} the model is right more often ({100 * result.accuracy:.1f} %) "
                     f"than on the inputs themselves ({100 * np.mean(clean):.1f} %): the attack "
-                    "works against itself, as it does on gradients that point the wrong way, or "
-                    "if it descends its loss. Look at both.",
+                    "helps the model, as it does if gradients have the wrong sign, or if it "
+                    "descends its loss. Check both.",
                 )
             )
         if result.tied > _MANY * len(clean):
@@ -219,8 +219,8 @@ def of_results(
         for before, stage in itertools.pairwise(result.stages):
             if "Square" in stage.name and "Square" not in before.name:
                 found += _black_box(stage.name, stage.fooled, len(clean))
-    by_gradient = [each for each in opponents if _followed(each, results[each.name])]
-    for each in opponents:
+    by_gradient = [each for each in adversaries if _used_gradient(each, results[each.name])]
+    for each in adversaries:
         if each.source is None and each.uses_gradient:
             continue
         at_least = [results[other.name].correct for other in by_gradient if _is_within(each, other)]
@@ -229,17 +229,17 @@ def of_results(
             fooled = int(np.sum(left & ~results[each.name].correct))
             found += _black_box(each.name, fooled, len(clean))
     found += itertools.chain.from_iterable(
-        _order(*pair, results) for pair in itertools.permutations(opponents, 2)
+        _order(*pair, results) for pair in itertools.permutations(adversaries, 2)
     )
     return found
 
 
 def of_ensembles(
-    opponents: Sequence[Adversary], results: Mapping[str, AttackResult]
+    adversaries: Sequence[Adversary], results: Mapping[str, AttackResult]
 ) -> list[Finding]:
     """Return a finding for each ensemble of which a part could not be run."""
     found = []
-    for each in opponents:
+    for each in adversaries:
         names = [part.name for part in each.parts]
         run = [stage.name for stage in results[each.name].stages]
         missing = [name for name in names if name not in run]
@@ -248,18 +248,18 @@ def of_ensembles(
                 Finding(
                     "no-gradient",
                     f"The outputs of the model have no gradient in its inputs, so of {each.name} "
-                    f"only {', '.join(run)} was run, and not {', '.join(missing)}: what is left "
-                    "may be much too high. Attack the network that the model was made from too, "
-                    "by attacks.Transfer(source=..., attack=attacks.AutoAttack(...)).",
+                    f"only {', '.join(run)} was run, and not {', '.join(missing)}: the robust "
+                    "accuracy may be much too high. Attack the network that the model was made "
+                    "from too, by attacks.Transfer(source=..., attack=attacks.AutoAttack(...)).",
                 )
             )
     return found
 
 
 def remarks(
-    clean: np.ndarray, opponents: Sequence[Adversary], results: Mapping[str, AttackResult]
+    clean: np.ndarray, adversaries: Sequence[Adversary], results: Mapping[str, AttackResult]
 ) -> list[str]:
-    """Return what a reader of the results should know, though it is no sign of a fault."""
+    """Return notes on the results that are not signs of a fault."""
     found = []
     for name, result in results.items():
         if not result.declared:
@@ -273,8 +273,8 @@ def remarks(
                 f"{name}: it fooled the model on no example. Check its epsilon, steps and bounds "
                 "before calling the model robust."
             )
-    sources = {each.source.name for each in opponents if each.source}
-    if all(each.source for each in opponents):
+    sources = {each.source.name for each in adversaries if each.source}
+    if all(each.source for each in adversaries):
         found.append(
             "No attack ran on this model: all adversarial examples were found on another "
             f"({', '.join(sorted(sources))}). An attack on the model itself may find more."
@@ -290,7 +290,7 @@ def remarks(
 
 
 def _share(chosen: np.ndarray) -> str:
-    """Return how many of all examples are chosen, in words."""
+    """Return the number and the share of chosen examples as text."""
     return f"{np.sum(chosen)} of {len(chosen)} examples ({100 * np.mean(chosen):.2f} %)"
 
 
@@ -301,22 +301,23 @@ def _is_notable(fooled: int, examples: int) -> bool:
 def _tied(chosen: np.ndarray, where: str) -> Finding:
     return Finding(
         "tied-logits",
-        f"The largest logit occurs twice for {_share(chosen)}, {where}: the class is then a matter "
-        "of order and not of the model, and there is no gradient. A model that answers with equal "
-        "logits where it suspects an attack is not robust there, it refuses; count that apart.",
+        f"The largest logit occurs twice for {_share(chosen)}, {where}: the class is then "
+        "decided by the order of the logits, and there is no gradient. A model that returns equal "
+        "logits where it suspects an attack rejects the input, which is not robustness; count "
+        "rejections separately.",
     )
 
 
-def _followed(opponent: Adversary, result: AttackResult) -> bool:
-    """Tell whether an attack has followed the gradient of the model that is evaluated."""
-    if not opponent.parts:
-        return opponent.source is None and opponent.uses_gradient
+def _used_gradient(adversary: Adversary, result: AttackResult) -> bool:
+    """Return whether an attack has used the gradient of the evaluated model."""
+    if not adversary.parts:
+        return adversary.source is None and adversary.uses_gradient
     run = {stage.name for stage in result.stages}
-    return any(part.uses_gradient for part in opponent.parts if part.name in run)
+    return any(part.uses_gradient for part in adversary.parts if part.name in run)
 
 
 def _is_within(inner: Adversary, outer: Adversary) -> bool:
-    """Tell whether the ball of an attack lies within that of another, as far as they declare it."""
+    """Return whether the declared ball of an attack lies within that of another."""
     if inner.epsilon is None or outer.epsilon is None:
         return inner.epsilon is None and outer.epsilon is None
     same = inner.description.get("norm") == outer.description.get("norm")
@@ -330,9 +331,9 @@ def _black_box(name: str, fooled: int, examples: int) -> list[Finding]:
         Finding(
             "black-box-wins",
             f"{name}, which does not use the gradient of the model, fools it on {fooled} of "
-            f"{examples} examples that every attack by its gradient, in no smaller a ball, left: "
-            "these attacks are led "
-            "astray (gradient masking), or too weak. More queries may lower the accuracy further.",
+            f"{examples} examples where all attacks by its gradient failed, in balls at least as "
+            "large: these attacks are misled (gradient masking), or too weak. More queries may "
+            "lower the accuracy further.",
         )
     ]
 

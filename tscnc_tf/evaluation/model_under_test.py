@@ -1,4 +1,4 @@
-"""The model under test: its logits, compiled, and diagnostics of its outputs and gradients."""
+"""The model under test: its compiled logits, and properties of its outputs and gradients."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tscnc_tf.attacks import pgd
 from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.inspection.inputs import one_tensor
 
-# Operations on floats whose gradient is zero, missing or a stand-in.
+# Operations on floats whose gradient is zero, missing or a substitute.
 _BREAKING = (
     *("Round", "Rint", "Floor", "Ceil", "Sign", "FloorDiv", "Bucketize", "ArgMax", "ArgMin"),
     *("QuantizeV2", "QuantizeAndDequantizeV2", "FakeQuantWithMinMaxVars"),
     *("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVarsPerChannel", "PyFunc", "EagerPyFunc"),
 )
-# Log-odds from which softmax is 1 in float32, with something to spare.
-_SATURATED = 50.0
+# Log-odds below which softmax is 1 for the label in float32, with a margin.
+_SATURATED = -50.0
 
 
 class ModelUnderTest:
@@ -36,7 +36,7 @@ class ModelUnderTest:
     Attributes:
         name: of the model.
         classes: the number of its logits.
-        has_gradient: whether its outputs have a gradient in x at all, which `examine` finds.
+        has_gradient: whether its outputs have a gradient in x; set by `examine`.
 
     Raises:
         TypeError: the model is not callable, or does not return one tensor.
@@ -61,17 +61,17 @@ class ModelUnderTest:
         self.has_gradient = True
         batch = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
         labels = tf.TensorSpec((None,), tf.int64)
-        self._logits = tf.function(self._call, input_signature=[batch])
+        self._logits = tf.function(self.call, input_signature=[batch])
         self._examined = tf.function(self._call_and_gradient, input_signature=[batch, labels])
 
     def examine(
         self, batches: Iterator[tuple[np.ndarray, np.ndarray]], by_gradient: bool
     ) -> tuple[np.ndarray, diagnostics.Outputs]:
-        """Return the logits of all examples, and what makes attacks on the model unreliable.
+        """Return the logits of all examples, and properties of the outputs.
 
         Args:
             batches: of inputs and class indices.
-            by_gradient: whether an attack may follow the gradient of the model.
+            by_gradient: whether an attack may use the gradient of the model.
 
         Raises:
             ValueError: some logits are not finite, or all of them are probabilities.
@@ -82,7 +82,7 @@ class ModelUnderTest:
             self._examined.get_concrete_function()
         except Exception as error:
             error.add_note(
-                f"The {self._role} is compiled by tf.function: only TensorFlow may run in it."
+                f"The {self._role} is compiled by tf.function: it may use TensorFlow only."
             )
             raise
         parts = (self._examined(*map(tf.constant, batch)) for batch in batches)
@@ -110,32 +110,29 @@ class ModelUnderTest:
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Return the logits of a batch as TensorFlow operations."""
-        return self._call(x)
+        # The shape of what runs outside of TensorFlow (py_function) is not known.
+        return tf.ensure_shape(one_tensor(self._eager(x)), (None, self.classes))
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits of a batch, `(batch, classes)`."""
         return self._logits(tf.constant(x)).numpy()
 
     def _is_repeatable(self, x: np.ndarray) -> bool:
-        """Tell whether two calls of the model on one batch return the same, up to rounding."""
-        # Not compiled: what a model draws in Python is drawn once, when it is traced.
+        """Return whether two calls on one batch give the same logits, up to rounding."""
+        # Not compiled, since a graph repeats the random numbers that Python drew at tracing.
         first, second = (one_tensor(self._eager(tf.constant(x))).numpy() for _ in range(2))
         size = np.max(np.abs(first), where=np.isfinite(first), initial=0.0)
         return bool(np.allclose(first, second, rtol=0.0, atol=1e-4 * size, equal_nan=True))
 
-    def _call(self, x: tf.Tensor) -> tf.Tensor:
-        # The shape of what runs outside of TensorFlow (py_function) is not known.
-        return tf.ensure_shape(one_tensor(self._eager(x)), (None, self.classes))
-
     def _call_and_gradient(self, x: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Return the logits, and per example if its gradient is 0, not finite, and is saturated.
+        """Return the logits, and per example whether its gradient is 0, not finite, saturated.
 
-        The gradient is that of the log-odds at the input, which attacks ascend. It is saturated
-        where that of cross-entropy is zero in float32.
+        The gradient is that of the log-odds, which attacks ascend, in the input. It counts as
+        saturated where the gradient of cross-entropy is zero in float32.
         """
         with tf.GradientTape() as tape:
             tape.watch(x)
-            logits = self._call(x)
+            logits = self.call(x)
         slope = pgd.slope(functools.partial(losses.log_odds, labels), logits)
         try:
             gradient = tape.gradient(logits, x, slope)
@@ -146,26 +143,26 @@ class ModelUnderTest:
             gradient = tf.zeros_like(x)
         axes = list(range(1, x.shape.rank))
         is_zero = tf.reduce_all(tf.equal(gradient, 0.0), axis=axes)
-        is_saturated = tf.abs(losses.log_odds(labels, logits)) > _SATURATED
+        is_saturated = losses.log_odds(labels, logits) < _SATURATED
         is_undefined = tf.reduce_any(~tf.math.is_finite(gradient), axis=axes)
         return logits, is_zero, is_undefined, is_saturated
 
 
 def are_tied(logits: np.ndarray) -> np.ndarray:
-    """Tell per example whether the largest logit occurs more than once."""
+    """Return per example whether the largest logit occurs more than once."""
     highest = np.max(logits, axis=1, keepdims=True)
     return np.sum(logits == highest, axis=1) > 1
 
 
 def _breaking_operations(graph: Any) -> list[str]:
-    """Return the types in `_BREAKING` that a graph and the functions that it calls hold."""
+    """Return the types of breaking operations in a graph and in the functions that it calls."""
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     return sorted({node.op for node in nodes if _is_breaking(node)})
 
 
 def _is_breaking(node: Any) -> bool:
-    """Tell whether an operation on floats has a gradient of zero, none, or a stand-in."""
+    """Return whether an operation on floats has a zero, missing or substitute gradient."""
     if node.op == "Cast":
         source, goal = (tf.as_dtype(node.attr[name].type) for name in ("SrcT", "DstT"))
         return source.is_floating and goal.is_integer

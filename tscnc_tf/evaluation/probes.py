@@ -1,4 +1,4 @@
-"""Short attacks that an evaluation runs to see whether the gradients of a model can be trusted."""
+"""Short attacks by which an evaluation checks whether the gradients of a model are reliable."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tscnc_tf.functional import balls
 
 EXAMPLES = 64  # of the ladder
 _STEPS = 20
-# Of the network that is trained for transferred examples.
+# Of the network that is trained for transfer attacks.
 _HIDDEN_UNITS, _EPOCHS, _TRAINED_ON = 128, 20, 10_000
 
 
 class Ladder(NamedTuple):
-    """What is left of the accuracy on examples that the model is right on.
+    """Accuracies under attack, on examples that the model classifies correctly.
 
     Attributes:
-        by_radius: after 20 steps, by the radius of the ball, up to that which holds all inputs.
-        by_steps: in the first ball, after a single step and after 20.
+        by_radius: after 20 steps, by the radius of the ball, up to one that holds all inputs.
+        by_steps: in the smallest ball, after a single step and after 20.
     """
 
     by_radius: dict[float, float]
@@ -56,15 +56,15 @@ class Probe:
             tf.TensorSpec((), tf.float32),
             tf.TensorSpec((), tf.int32),
         ]
-        # Concrete: TensorFlow warns of functions that are traced in each of many evaluations.
+        # A concrete function, since TensorFlow warns if many evaluations trace functions.
         traced = tf.function(self._attack, signature, autograph=False)
         self._function = traced.get_concrete_function()
 
     def ladder(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> Ladder:
-        """Return what is left in balls from `epsilon` up.
+        """Return the accuracies under attack in balls of radius `epsilon` and larger.
 
         Args:
-            x: inputs that the model is right on.
+            x: inputs that the model classifies correctly.
             y: their classes.
             epsilon: the first radius.
         """
@@ -74,14 +74,14 @@ class Probe:
         radii = [min(epsilon, widest)]
         while radii[-1] < widest:
             radii.append(min(2 * radii[-1], widest))
-        left = {radius: self._left(x, y, radius, _STEPS) for radius in radii}
-        return Ladder(left, {1: self._left(x, y, radii[0], 1), _STEPS: left[radii[0]]})
+        found = {radius: self._accuracy(x, y, radius, _STEPS) for radius in radii}
+        return Ladder(found, {1: self._accuracy(x, y, radii[0], 1), _STEPS: found[radii[0]]})
 
     def examples(self, x: np.ndarray, y: np.ndarray, epsilon: float) -> np.ndarray:
         """Return adversarial examples."""
         return self._run(x, y, epsilon, _STEPS)[0].numpy()
 
-    def _left(self, x: np.ndarray, y: np.ndarray, epsilon: float, steps: int) -> float:
+    def _accuracy(self, x: np.ndarray, y: np.ndarray, epsilon: float, steps: int) -> float:
         return 1.0 - float(np.mean(self._run(x, y, epsilon, steps)[1]))
 
     def _run(self, x: np.ndarray, y: np.ndarray, epsilon: float, steps: int) -> Any:
@@ -91,7 +91,7 @@ class Probe:
     def _attack(
         self, x: tf.Tensor, y: tf.Tensor, epsilon: tf.Tensor, steps: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the last points, and whether one on the way fooled the model."""
+        """Return the last points, and whether any iterate fooled the model."""
         ascent = pgd.Ascent(self._logits_fn, x, labels=y, objective="cross_entropy", targeted=False)
         step_size = 2.5 * epsilon / tf.cast(steps, tf.float32)
         # The steepest ascent of l1 moves one entry.
@@ -115,13 +115,13 @@ class Probe:
 def plain_network(
     x: np.ndarray, y: np.ndarray, classes: int, seed: int
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return a small network that was trained on examples without an adversary.
+    """Return a small network, trained without an adversary.
 
     Args:
-        x: inputs, of which every k-th is taken, so that at most 10,000 are.
+        x: inputs; every k-th one is used, with the smallest k that gives at most 10,000.
         y: their classes.
-        classes: how many there are.
-        seed: of its first weights.
+        classes: the number of classes.
+        seed: of the initial weights.
 
     Returns:
         A model of Keras 3 that returns logits.
@@ -137,7 +137,7 @@ def plain_network(
             units, activation, kernel_initializer=start, name=name, dtype="float32"
         )
 
-    # Named, so that they leave no trace in the names that Keras gives to other layers.
+    # All are named, so that the names that Keras gives to other layers do not change.
     network = k.Sequential(
         [
             k.Input(x.shape[1:], name="inputs"),

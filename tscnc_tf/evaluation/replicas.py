@@ -1,4 +1,4 @@
-"""The replicas of a distribution strategy, each of which attacks batches of its own."""
+"""The replicas of a distribution strategy, over which batches are distributed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import tensorflow as tf
 
 
 class Replicas:
-    """Where batches are attacked: the devices of a `tf.distribute.MirroredStrategy`, or one place.
+    """The devices on which batches are attacked: those of a `MirroredStrategy`, or the default one.
 
-    The strategy is the one in whose scope this is made, else the one that the model was built
-    under. Each device reads its own copy of the model's variables. What a batch comes to depends on
-    its place in the order only, so the results are those of one device, but for the rounding of
-    devices that differ.
+    The strategy is that of the current scope, else the one that the model was built under. Each
+    device reads its own copy of the model's variables. The result for a batch depends only on its
+    index, so the results are those of one device, except for the rounding of different devices.
 
     Args:
-        model: what is evaluated.
+        model: the evaluated model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -28,12 +27,12 @@ class Replicas:
         if tf.distribute.has_strategy():
             strategy = tf.distribute.get_strategy()
         self._strategy = strategy
-        # Those of several workers are not in one process.
+        # The devices of several workers belong to several processes.
         is_mirrored = isinstance(strategy, tf.distribute.MirroredStrategy)
         self._devices = strategy.extended.worker_devices if is_mirrored else (None,)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of devices."""
         return len(self._devices)
 
     def map(
@@ -43,12 +42,12 @@ class Replicas:
         *,
         together: bool = True,
     ) -> Iterator[Any]:
-        """Yield what a function returns for each tuple of arguments, in their order.
+        """Yield the results of a function for tuples of arguments, in order.
 
         Args:
             make: returns the function; called once for each replica that is needed.
-            batches: the arguments. As many are taken in advance as there are replicas.
-            together: whether several calls may run at a time; if not, all of them run here.
+            batches: the arguments, read in groups of one per replica.
+            together: whether calls may run in parallel; if not, all run in this thread.
         """
         batches = iter(batches)
         if len(self) == 1 or not together:

@@ -1,4 +1,4 @@
-"""The result of an evaluation, with all that is needed to judge and to repeat it."""
+"""The report of an evaluation: its results, and the settings and versions to repeat it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     Unlike the textbook interval it stays inside [0, 1] and is not empty at 0 and at 100 %.
 
     Args:
-        successes: how many trials succeeded, >= 0.
-        trials: how many there were, n >= 1.
+        successes: the number of successful trials, >= 0.
+        trials: the number n of trials, >= 1.
 
     Returns:
         The lower and the upper end, fractions.
 
     Raises:
-        TypeError, ValueError: an argument is no such integer.
+        TypeError, ValueError: an argument is not as described.
 
     Example:
         >>> low, high = wilson_interval(9, 10)
@@ -57,11 +57,11 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class EnsemblePart(_reports.Record):
-    """What one attack of an ensemble did.
+    """The result of one attack of an ensemble.
 
     Attributes:
         name: of the attack.
-        examples: how many it was run on: those that the model was still right on.
+        examples: the number of examples that it was run on: those still classified correctly.
         fooled: on how many of them it fooled the model.
         seconds: how long that took.
     """
@@ -74,18 +74,18 @@ class EnsemblePart(_reports.Record):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttackResult:
-    """What one attack of an evaluation did.
+    """The result of one attack of an evaluation.
 
     Attributes:
         name: of the attack, unique within the report.
-        description: what the attack says about itself: epsilon as written, norm, steps, and so on;
-            empty for a plain callable.
-        correct: per example, whether the model is right under this attack. For an ensemble, whose
-            attacks are run on what is left only, that includes the clean input.
-        largest_distance: the largest perturbation that was measured, by norm.
+        description: the result of `describe()`: epsilon as written, norm, steps, and so on; empty
+            for a plain callable.
+        correct: per example, whether the model is right under this attack; for an ensemble, also on
+            the clean input, as wrong examples are not attacked.
+        largest_distance: the size of the largest perturbation, by norm.
         seconds: how long the attack and its checks took.
         tied: for how many examples the largest logit occurred twice under the attack.
-        stages: of an ensemble, what its attacks did, in their order.
+        stages: of an ensemble, the results of its attacks, in order.
     """
 
     name: str
@@ -127,17 +127,17 @@ class RobustnessReport(_reports.Report):
 
     Attributes:
         clean_correct: per example, whether the model is right on the input itself.
-        attacks: what each attack did, by its name.
+        attacks: the result of each attack, by its name.
         model: the model's name.
-        seed: batch i of each attack drew from the pair (seed, i).
+        seed: batch i of each attack used the seed (seed, i).
         batch_size: examples per batch.
         bounds: the smallest and the largest value of an input.
-        warnings: diagnostics, each a text that begins with its name: signs that the robust
-            accuracy is too high.
-        notes: remarks on the results.
+        warnings: signs that the robust accuracy is too high, each a text that begins with the name
+            of a diagnostic.
+        notes: notes on the results.
         versions: of the libraries.
         seconds: how long the evaluation took.
-        digests: SHA-256 of the data, and of the model's weights if it shows them.
+        digests: SHA-256 of the data, and of the model's weights if they can be read.
     """
 
     clean_correct: np.ndarray
@@ -181,7 +181,7 @@ class RobustnessReport(_reports.Report):
 
     @property
     def robust_accuracy(self) -> float:
-        """The accuracy in the worst case over all attacks, taken example by example."""
+        """The accuracy in the worst case over all attacks, per example."""
         return float(np.mean(self.robust_correct))
 
     @property

@@ -1,4 +1,4 @@
-"""Robust accuracy: examine the model, run the attacks, check what they return, count."""
+"""The evaluation: it checks the model, runs the attacks, and checks and counts their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tscnc_tf import _checks, _reports
 from tscnc_tf import attacks as attacks_
 from tscnc_tf.evaluation import diagnostics, probes
-from tscnc_tf.evaluation.adversaries import Adversary, Source, adversaries, checked
+from tscnc_tf.evaluation.adversaries import Adversary, Source, as_adversaries, checked
 from tscnc_tf.evaluation.model_under_test import ModelUnderTest, are_tied
 from tscnc_tf.evaluation.replicas import Replicas
 from tscnc_tf.evaluation.report import AttackResult, EnsemblePart, RobustnessReport
@@ -41,62 +41,62 @@ def evaluate_robustness(
 ) -> RobustnessReport:
     r"""Return the accuracy of a model, clean and under attack, with diagnostics.
 
-    Robust accuracy is that of the worst case, taken example by example: an example counts if the
-    model is right on it and under every attack,
+    Robust accuracy is the accuracy in the worst case per example: an example counts if the model is
+    right on it and under every attack,
 
     .. math:: \frac1n \sum_i \prod_{x' \in \{x_i, x'_{i1}, x'_{i2}, \dots\}}
         [\operatorname{argmax} f(x') = y_i]
 
-    It is an upper bound of the true one: a better attack may lower it. Without `attacks` it is
-    that of `attacks.AutoAttack`, the measure of the field. Outputs that are no logits, and attacks
-    that leave their ball or the bounds, are errors; what makes a figure too high, such as a
-    gradient that is zero, is a warning.
+    It is an upper bound of the true robust accuracy: a stronger attack may lower it. The default is
+    `attacks.AutoAttack`, the standard of the field. Outputs that are not logits, and attacks that
+    leave their ball or the bounds, are errors. Signs that the accuracy is too high, such as zero
+    gradients, are warnings.
 
     For a model that was built under a `tf.distribute.MirroredStrategy`, or in the scope of one, the
-    batches of PGD, AutoAttack and their like are shared out to its replicas, with the same report.
+    batches of compiled attacks, such as PGD and AutoAttack, are distributed over its replicas. The
+    report is the same.
 
     Args:
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can
-            compile: a Keras 3 or tf_keras model (run in inference mode), a loaded SavedModel,
-            a loaded file of LiteRT or ONNX (without a gradient, so that attacks on it must be
-            `attacks.Square` or an `attacks.Transfer`; of `attacks.AutoAttack` only Square is run),
-            a function.
+            compile: a Keras 3 or tf_keras model (run in inference mode), a loaded SavedModel, a
+            function, or a loaded LiteRT or ONNX file. Files have no gradient: use `attacks.Square`
+            or `attacks.Transfer`; of `attacks.AutoAttack` only Square is run.
         x: inputs `(examples, ...)`, floats within `bounds`, given to the model as float32; or a
             batched `tf.data.Dataset` of pairs (inputs, labels), which is read into memory.
         y: labels, integers `(examples,)` or `(examples, 1)`, or one-hot `(examples, classes)`; None
             with a dataset.
         attacks: an attack, a list of them, or a dict by name. Each is an `attacks.Attack`, or a
-            plain callable `(model, x, y) -> x_adv` that gets tensors; of the latter only the bounds
-            are checked, since it declares no ball (`attacks.Custom` does that for a callable).
-            None for `attacks.AutoAttack` in the ball of `epsilon` and `norm`.
-        epsilon: the radius of the ball, a number or a fraction such as "8/255", if there are no
-            `attacks`; these have their own.
-        norm: "linf" (as None), "l2" or "l1", likewise.
+            plain callable `(model, x, y) -> x_adv` that gets tensors. For a plain callable only the
+            bounds are checked, since it declares no ball; `attacks.Custom` declares one. None for
+            `attacks.AutoAttack` in the ball of `epsilon` and `norm`.
+        epsilon: the radius of the ball, a number or a fraction such as "8/255"; only without
+            `attacks`, which have their own.
+        norm: "linf" (also for None), "l2" or "l1"; only without `attacks`.
         batch_size: examples per batch.
-        seed: batch i of each attack draws from the pair (seed, i), so that neither the order of the
-            attacks nor their number matters. Plain callables seed themselves.
+        seed: batch i of each attack uses the seed (seed, i), so results do not depend on the order
+            and number of the attacks. Plain callables get no seed.
         bounds: the smallest and the largest value of an input.
-        diagnose: whether to run the diagnostics that need attacks of their own, a few seconds:
-            "ladder" and "transfer-wins". None: if there is an `attacks.AutoAttack`.
-        state_path: a file that keeps what has been done, about once in a second; if it exists, the
-            evaluation continues from there, with the same result.
+        diagnose: whether to run the diagnostics "ladder" and "transfer-wins", which run attacks of
+            their own for a few seconds. None for True if there is an `attacks.AutoAttack`.
+        state_path: a file to which the progress is written about once a second. If it exists, the
+            evaluation continues from it, with the same result.
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
 
     Returns:
         A `RobustnessReport`: `print` it, read `robust_accuracy`, or `save` it as JSON.
 
     Raises:
-        TypeError: an argument is of a wrong kind: inputs that are no floats, labels that are no
-            integers, a model that can't be called, an attack that is none.
-        ValueError: inputs or labels are out of range, the model returns probabilities or what is
-            not finite, there are no attacks and no epsilon (or both), an attack is targeted, or
-            one returns what leaves its ball or the bounds; or the file at `state_path` is of
-            another evaluation: of another model, other data, attacks, settings or versions.
+        TypeError: an argument is of a wrong type: inputs are not floats, labels are not integers,
+            or the model or an attack is not callable.
+        ValueError: inputs or labels are out of range; the model returns probabilities or values
+            that are not finite; there are neither attacks nor epsilon, or both; an attack is
+            targeted, or its result lies outside its ball or the bounds; or the file at `state_path`
+            belongs to another model, other data, attacks, settings or versions.
 
     Warns:
-        EvaluationWarning: a sign that the robust accuracy is too high. Each begins with its name
-            ("zero-gradients", "black-box-wins", ...), under which the guide to evaluation gives
-            cause and remedy. Likewise for the source of a `Transfer`.
+        EvaluationWarning: a sign that the robust accuracy is too high, for the model or the source
+            of a `Transfer`. It begins with a name ("zero-gradients", "black-box-wins", ...), under
+            which the guide to evaluation gives cause and remedy.
 
     Example:
         >>> import numpy as np, tensorflow as tf
@@ -118,9 +118,9 @@ def evaluate_robustness(
     seed = _checks.seed("seed", seed)
     bounds = _checks.bounds("bounds", bounds)
     progress = _checks.boolean("progress", progress)
-    opponents = adversaries(_chosen(attacks, epsilon, norm, bounds), bounds)
+    adversaries = as_adversaries(_chosen(attacks, epsilon, norm, bounds), bounds)
     if diagnose is None:
-        diagnose = any(opponent.parts for opponent in opponents)
+        diagnose = any(adversary.parts for adversary in adversaries)
     diagnose = _checks.boolean("diagnose", diagnose)
     inputs, labels, width = _examples(x, y, bounds)
     examined = ModelUnderTest(model, inputs[:batch_size])
@@ -135,11 +135,11 @@ def evaluate_robustness(
         for start in range(0, len(inputs), batch_size):
             yield inputs[start : start + batch_size], labels[start : start + batch_size]
 
-    by_gradient = any(opponent.uses_gradient for opponent in opponents)
+    by_gradient = any(adversary.uses_gradient for adversary in adversaries)
     logits, outputs = examined.examine(batches(), by_gradient)
     clean = np.argmax(logits, axis=1) == labels
     warned = [str(finding) for finding in diagnostics.of_model(outputs)]
-    sources = _sources(opponents)
+    sources = _sources(adversaries)
     for source in sources:
         role = f"source {source.name!r} of a Transfer"
         _, outputs = ModelUnderTest(source.model, inputs[:batch_size], role).examine(
@@ -157,7 +157,7 @@ def evaluate_robustness(
         if weights := digest_of_weights(source.model):
             found[f"source {name}"] = weights
     identity = {
-        "attacks": {opponent.name: opponent.description for opponent in opponents},
+        "attacks": {adversary.name: adversary.description for adversary in adversaries},
         "seed": seed,
         "batch_size": batch_size,
         "bounds": bounds,
@@ -166,11 +166,11 @@ def evaluate_robustness(
     }
     state = EvaluationState(state_path, identity, logits)
     evaluation = _Evaluation(model, examined, (inputs, labels), clean, batch_size, seed, bounds)
-    results = evaluation.run(opponents, state, progress=progress)
-    findings = diagnostics.of_results(clean, opponents, results)
-    findings += diagnostics.of_ensembles(opponents, results)
+    results = evaluation.run(adversaries, state, progress=progress)
+    findings = diagnostics.of_results(clean, adversaries, results)
+    findings += diagnostics.of_ensembles(adversaries, results)
     if diagnose:
-        findings += evaluation.probe(opponents, results)
+        findings += evaluation.probe(adversaries, results)
     for finding in findings:
         warnings.warn(str(finding), diagnostics.EvaluationWarning, stacklevel=2)
     return RobustnessReport(
@@ -181,7 +181,7 @@ def evaluate_robustness(
         batch_size=batch_size,
         bounds=bounds,
         warnings=(*warned, *map(str, findings)),
-        notes=tuple(diagnostics.remarks(clean, opponents, results)),
+        notes=tuple(diagnostics.remarks(clean, adversaries, results)),
         versions=_reports.versions(),
         seconds=time.perf_counter() - begin,
         digests=found,
@@ -200,7 +200,7 @@ def _chosen(
         if epsilon is None:
             raise ValueError(
                 "epsilon must be given, such as epsilon='8/255': without attacks the model is "
-                "judged by attacks.AutoAttack, in a ball of that radius."
+                "evaluated by attacks.AutoAttack, in a ball of that radius."
             )
         return attacks_.AutoAttack(epsilon=epsilon, norm=norm or "linf", bounds=bounds)
     if epsilon is not None or norm is not None:
@@ -223,8 +223,8 @@ def _examples(
         bounds: the smallest and the largest value of an input.
 
     Raises:
-        TypeError: inputs are no floats, labels are no integers, or a dataset holds no pairs.
-        ValueError: something about the values or shapes is wrong; the message says what.
+        TypeError: inputs are not floats, labels are not integers, or a dataset holds no pairs.
+        ValueError: a value or a shape is not as described.
     """
     if isinstance(x, tf.data.Dataset):
         if y is not None:
@@ -233,7 +233,7 @@ def _examples(
     elif y is None:
         raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
     checked_inputs = _checks.inputs(x, bounds)
-    # Not copied: what is evaluated on may be as large as the memory allows.
+    # Not copied, since the data may take most of the memory.
     is_kept = isinstance(x, np.ndarray) and x.dtype == np.float32
     inputs = x if is_kept else checked_inputs.numpy().astype(np.float32, copy=False)
     labels, width = _checks.class_indices("y", y)
@@ -249,7 +249,7 @@ def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(spec[0], tf.TensorSpec):
         raise TypeError(
             f"x must be a dataset of one tensor of inputs and one of labels, got inputs {spec[0]}: "
-            "what is attacked is one input. Wrap a model of several inputs into a function of one "
+            "attacks change a single tensor. Wrap a model of several inputs in a function of one "
             "tensor."
         )
     if int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY:
@@ -277,15 +277,15 @@ def _bar(*, shown: bool) -> Progress:
         console=console,
         transient=True,
         disable=not (shown and console.is_terminal),
-        # The default is 30 s, within which there may be no batch: then no time would be shown.
+        # The default is 30 s: no time would be shown if a batch takes longer.
         speed_estimate_period=math.inf,
     )
 
 
-def _sources(opponents: Sequence[Adversary]) -> list[Source]:
-    """Return the models that attacks run on other than the one evaluated, each once."""
+def _sources(adversaries: Sequence[Adversary]) -> list[Source]:
+    """Return the sources of all transfer attacks, each model once."""
     found: dict[int, Source] = {}
-    for source in filter(None, (opponent.source for opponent in opponents)):
+    for source in filter(None, (adversary.source for adversary in adversaries)):
         known = found.get(id(source.model), source)
         found[id(source.model)] = known._replace(
             by_gradient=known.by_gradient or source.by_gradient
@@ -298,7 +298,7 @@ class _Evaluation:
 
     Args:
         model: as it was given.
-        examined: the model as it is counted.
+        examined: the same model, for logits.
         data: inputs and class indices.
         clean: per example, whether the model is right on it.
         batch_size, seed, bounds: as in `evaluate_robustness`.
@@ -324,17 +324,19 @@ class _Evaluation:
         self._bounds = bounds
 
     def run(
-        self, opponents: Sequence[Adversary], state: EvaluationState, *, progress: bool
+        self, adversaries: Sequence[Adversary], state: EvaluationState, *, progress: bool
     ) -> dict[str, AttackResult]:
-        """Return what all attacks do, by their names."""
+        """Return the results of all attacks, by name."""
         with _bar(shown=progress) as bar:
-            return {opponent.name: self._attack(opponent, state, bar) for opponent in opponents}
+            return {
+                adversary.name: self._attack(adversary, state, bar) for adversary in adversaries
+            }
 
     def probe(
-        self, opponents: Sequence[Adversary], results: dict[str, AttackResult]
+        self, adversaries: Sequence[Adversary], results: dict[str, AttackResult]
     ) -> list[diagnostics.Finding]:
-        """Return what short attacks, of other balls and from another network, say of the model."""
-        known = [each for each in opponents if each.source is None and each.epsilon is not None]
+        """Return findings from short attacks in other balls and from another network."""
+        known = [each for each in adversaries if each.source is None and each.epsilon is not None]
         ball = next((each for each in known if each.uses_gradient), None)
         rows = np.flatnonzero(self._clean)
         if ball is None or ball.epsilon is None or not len(rows) or not self._examined.has_gradient:
@@ -359,15 +361,15 @@ class _Evaluation:
             fooled += int(np.sum(np.argmax(self._examined.logits(candidates), axis=1) != y))
         return found + diagnostics.of_transfer(fooled, len(left))
 
-    def _attack(self, opponent: Adversary, state: EvaluationState, bar: Progress) -> AttackResult:
-        """Run one attack, or the parts of an ensemble on what those before left."""
-        parts = self._parts(opponent)
-        start = self._clean if opponent.parts else np.ones_like(self._clean)
-        so_far = state.of(opponent.name, start)
+    def _attack(self, adversary: Adversary, state: EvaluationState, bar: Progress) -> AttackResult:
+        """Run one attack; of an ensemble each part, on the examples still classified correctly."""
+        parts = self._parts(adversary)
+        start = self._clean if adversary.parts else np.ones_like(self._clean)
+        so_far = state.of(adversary.name, start)
         for part in parts[so_far.part :]:
             if so_far.batch == 0:
                 so_far.before = so_far.correct.copy()
-            rows = np.flatnonzero(so_far.before) if opponent.parts else np.arange(len(start))
+            rows = np.flatnonzero(so_far.before) if adversary.parts else np.arange(len(start))
             chosen = [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
             todo = list(enumerate(chosen))[so_far.batch :]
             task = bar.add_task(
@@ -377,18 +379,18 @@ class _Evaluation:
                 (self._inputs[each], self._labels[each], (self._seed, index))
                 for index, each in todo
             )
-            make = functools.partial(part.on, self._model)
+            make = functools.partial(part.bind, self._model)
             results = self._replicas.map(make, batches, together=part.is_compiled)
             begin = time.perf_counter()
             for (index, each), result in zip(todo, results, strict=True):
-                self._count(part, result, index, each, so_far)
+                self._record(part, result, index, each, so_far)
                 so_far.batch = index + 1
                 now = time.perf_counter()
                 so_far.part_seconds, begin = so_far.part_seconds + now - begin, now
                 state.save()
                 bar.update(task, advance=1, **self._shown(so_far, chosen))
             bar.remove_task(task)
-            if opponent.parts:
+            if adversary.parts:
                 fooled = int(np.sum(so_far.before & ~so_far.correct))
                 so_far.stages.append(
                     EnsemblePart(part.name, len(rows), fooled, so_far.part_seconds)
@@ -397,8 +399,8 @@ class _Evaluation:
             so_far.part, so_far.batch, so_far.part_seconds = so_far.part + 1, 0, 0.0
             state.save(now=True)
         return AttackResult(
-            name=opponent.name,
-            description=opponent.description,
+            name=adversary.name,
+            description=adversary.description,
             correct=so_far.correct,
             largest_distance=so_far.farthest,
             seconds=so_far.seconds,
@@ -407,29 +409,29 @@ class _Evaluation:
         )
 
     def _shown(self, so_far: AttackProgress, batches: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return what the bar says: how many examples are not attacked yet, and the accuracy."""
+        """Return the fields of the bar: the number of examples left, and the accuracy so far."""
         return {
             "left": sum(map(len, batches[so_far.batch :])),
             "accuracy": float(np.mean(so_far.correct & self._clean)),
         }
 
-    def _parts(self, opponent: Adversary) -> list[Adversary]:
-        """Return the attacks to run: of an ensemble those that the model allows."""
-        if not opponent.parts:
-            return [opponent]
+    def _parts(self, adversary: Adversary) -> list[Adversary]:
+        """Return the attacks to run: of an ensemble those that the model supports."""
+        if not adversary.parts:
+            return [adversary]
         can_follow = self._examined.has_gradient
-        parts = [part for part in opponent.parts if can_follow or not part.uses_gradient]
+        parts = [part for part in adversary.parts if can_follow or not part.uses_gradient]
         if not parts:
             raise ValueError(
-                f"{opponent.name} can't be run: the outputs of the model have no gradient in its "
+                f"{adversary.name} can't be run: the outputs of the model have no gradient in its "
                 "inputs. Use attacks.Square, or attacks.Transfer from a model that has one."
             )
         return parts
 
-    def _count(
+    def _record(
         self, part: Adversary, result: Any, index: int, chosen: np.ndarray, so_far: AttackProgress
     ) -> None:
-        """Check what an attack returned for a batch, and count."""
+        """Check the result of an attack for a batch, and record it."""
         x, y = self._inputs[chosen], self._labels[chosen]
         found, moved = checked(part, x, result, self._bounds)
         for norm, distance in moved.items():
@@ -438,7 +440,7 @@ class _Evaluation:
         if not np.all(np.isfinite(logits)):
             raise ValueError(
                 f"model returns NaN or infinity on what attack {part.name!r} found (batch "
-                f"{index}): its logits overflow, so that neither gradients nor accuracy mean much."
+                f"{index}): its logits overflow, so neither gradients nor accuracy are meaningful."
             )
         so_far.tied[chosen] |= are_tied(logits)
         so_far.correct[chosen] = np.argmax(logits, axis=1) == y

@@ -1,4 +1,4 @@
-"""The state of an evaluation in a file, from which one that was stopped continues."""
+"""The state of an evaluation in a file, from which an interrupted evaluation is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tscnc_tf._reports import jsonable
 from tscnc_tf.evaluation.report import EnsemblePart
 
 _FORMAT = 2
-# Of the logits on the first examples, which tell models without visible weights apart.
+# The number of examples whose logits identify a model, and the relative tolerance.
 _PROBED, _TOLERANCE = 16, 1e-3
 _SECONDS_BETWEEN_WRITES = 1.0
 _MASKS = ("correct", "before", "tied")
@@ -24,18 +24,18 @@ _MASKS = ("correct", "before", "tied")
 
 @dataclasses.dataclass
 class AttackProgress:
-    """How far an attack has come.
+    """The progress of an attack.
 
     Attributes:
         correct: per example, whether the model is right so far.
-        before: the same as the current part began.
+        before: `correct` at the beginning of the current part.
         tied: per example, whether its largest logits were equal under an attack so far.
         part: the number of parts of an ensemble that are done; 1 for an attack that is done.
         batch: the number of batches of the current part that are done.
         farthest: the largest perturbation so far, by norm.
         seconds: the time spent so far.
         part_seconds: that of the current part.
-        stages: what the parts did that are done.
+        stages: the results of the parts that are done.
     """
 
     correct: np.ndarray
@@ -64,16 +64,16 @@ class AttackProgress:
 
 
 class EvaluationState:
-    """The progress of all attacks, kept in a file if there is a path for one.
+    """The progress of all attacks, written to a file if a path is given.
 
     Args:
-        path: of the file, which need not exist; None keeps nothing.
-        identity: what must be the same for an evaluation to continue, as JSON values.
-        logits: the clean logits, `(examples, classes)`; of the first ones it is asked that they
-            are nearly the same.
+        path: of the file, which need not exist; None for no file.
+        identity: JSON values that must equal those in the file for an evaluation to be resumed.
+        logits: the clean logits, `(examples, classes)`; those of the first examples must be close
+            to those in the file.
 
     Raises:
-        ValueError: the file is of another evaluation, or it is none.
+        ValueError: the file is of another evaluation, or not a state file.
     """
 
     def __init__(self, path: Any, identity: Mapping[str, Any], logits: np.ndarray) -> None:
@@ -86,7 +86,7 @@ class EvaluationState:
             self._read(self._path)
 
     def of(self, name: str, correct: np.ndarray) -> AttackProgress:
-        """Return the progress of an attack, by its name; what is `correct` before it begins."""
+        """Return the progress of an attack by its name; `correct` is its initial value."""
         return self._attacks.setdefault(
             name, AttackProgress(correct.copy(), correct.copy(), np.zeros_like(correct))
         )
@@ -111,7 +111,7 @@ class EvaluationState:
         self._written = time.monotonic()
 
     def _read(self, path: pathlib.Path) -> None:
-        way_out = "Continue with what it was begun with, or remove the file and begin anew."
+        way_out = "Use the same model, data and settings, or remove the file to start again."
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found, version = content["identity"], content["format"]
@@ -148,14 +148,14 @@ class EvaluationState:
 
 
 def digests(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, str]:
-    """Return SHA-256 of the data, and of a model's weights if it has some that can be read."""
+    """Return SHA-256 of the data, and of a model's weights if they can be read."""
     found = {"data": _reports.digest([("x", x), ("y", y)])}
     weights = digest_of_weights(model)
     return found | {"weights": weights} if weights else found
 
 
 def digest_of_weights(model: Any) -> str:
-    """Return SHA-256 of a model's weights, "" if it has none that can be read."""
+    """Return SHA-256 of a model's weights, "" if there are none that can be read."""
     if _keras.flavour(model) is not None:
         weights = model.get_weights()
     else:

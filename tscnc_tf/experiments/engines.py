@@ -1,4 +1,4 @@
-"""Calls that are made one after the other in this process, or as tasks of Ray."""
+"""Function calls, run one after the other in this process or as tasks of Ray."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from tscnc_tf import _checks, _extras, _files
 
 ENGINES = ("process", "ray")
-_PATIENCE = 60.0  # seconds for tasks that are cancelled
+_PATIENCE = 60.0  # seconds to wait for cancelled tasks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """A call that is to be made.
+    """A function call to be run.
 
     Attributes:
-        function: what is called; on Ray in another process.
-        arguments: for it.
-        after: a call whose result is one argument more, the last. It is made once for all that
-            come after it; where it fails, so do they, with its error.
+        function: the function; on Ray it is called in another process.
+        arguments: its arguments.
+        after: a call to run first, whose result is appended to the arguments. It runs once for all
+            calls that refer to it. If it fails, they fail with the same error.
     """
 
     function: Callable[..., Any]
@@ -34,11 +34,11 @@ class Call:
 
 
 def require(engine: str, cpus: int, gpus: float) -> tuple[int, float]:
-    """Return cores and GPUs, if calls can be made with them by an engine.
+    """Check that an engine is available and supports the cores and GPUs, and return these.
 
     Raises:
-        TypeError, ValueError: there is no such engine, or it does not take the cores or GPUs.
-        ImportError: it is not installed.
+        TypeError, ValueError: there is no such engine, or it does not support cpus or gpus.
+        ImportError: the engine is not installed.
     """
     cpus = _checks.integer("cpus", cpus, minimum=1)
     gpus = _checks.number("gpus", gpus, minimum=0.0)
@@ -47,7 +47,7 @@ def require(engine: str, cpus: int, gpus: float) -> tuple[int, float]:
     elif (cpus, gpus) != (1, 0.0):
         raise ValueError(
             f"cpus and gpus are for engine='ray', got {cpus} and {gpus:g} with {engine!r}, which "
-            "uses what there is: leave them out."
+            "uses what is available: leave them out."
         )
     return cpus, gpus
 
@@ -55,14 +55,14 @@ def require(engine: str, cpus: int, gpus: float) -> tuple[int, float]:
 def run(
     calls: Mapping[str, Call], engine: str, *, cpus: int = 1, gpus: float = 0.0
 ) -> Generator[tuple[str, str]]:
-    """Make calls; yield the name of each as it ends, and its error, empty if it has none.
+    """Run calls; yield the name of each as it ends, and its error message, empty if there is none.
 
-    On Ray SIGTERM acts as Ctrl-C does, for as long as this goes on: tasks are asked to end, and
-    KeyboardInterrupt is raised. (Ray's own handler would end the cluster, and this process with it,
-    before anything else is done.) To close what is returned asks them to end, too.
+    On Ray, SIGTERM acts like Ctrl-C during the run: the tasks are cancelled, and KeyboardInterrupt
+    is raised. (Ray's own handler would end the cluster and this process at once.) Closing the
+    generator also cancels the tasks.
 
     Args:
-        calls: by names.
+        calls: by name.
         engine: "process": in their order, in this process. "ray": as tasks, on the cluster that
             Ray is connected to or finds, else on this machine. A task whose worker dies is started
             again, up to three times.
@@ -71,36 +71,36 @@ def run(
 
     Raises:
         ValueError: no machine has so many cores and GPUs.
-        OSError: a call has met an error of the disk, which the others would meet as well.
+        OSError: a call failed with a disk error, which would affect the others as well.
     """
     return _in_turn(calls) if engine == "process" else _on_ray(calls, cpus, gpus)
 
 
 def _in_turn(calls: Mapping[str, Call]) -> Generator[tuple[str, str]]:
-    done: dict[Call, tuple[Any, str]] = {}  # results and errors of the calls before others
+    done: dict[Call, tuple[Any, str]] = {}  # results and errors of `after` calls
     for name, call in calls.items():
         if call.after is None:
-            yield name, _made(call)[1]
+            yield name, _outcome(call)[1]
             continue
         if call.after not in done:
-            done[call.after] = _made(call.after)
+            done[call.after] = _outcome(call.after)
         result, error = done[call.after]
-        yield name, error or _made(call, result)[1]
+        yield name, error or _outcome(call, result)[1]
 
 
-def _made(call: Call, *more: Any) -> tuple[Any, str]:
-    """Make a call; return its result and its error, one of them empty."""
+def _outcome(call: Call, *more: Any) -> tuple[Any, str]:
+    """Run a call; return its result and its error message, one of them empty."""
     try:
         return call.function(*call.arguments, *more), ""
-    except Exception as error:  # of any kind: it is the call's
-        return None, _said(error)
+    except Exception as error:  # any error of the call is reported
+        return None, _error_text(error)
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     """Return the error of a call as text.
 
     Raises:
-        OSError: it is one of the disk.
+        OSError: it is a disk error.
     """
     if isinstance(error, OSError) and error.errno in _files.OF_THE_DISK:
         raise error
@@ -133,7 +133,7 @@ def _on_ray(calls: Mapping[str, Call], cpus: int, gpus: float) -> Generator[tupl
 
 
 def _require_resources(ray: types.ModuleType, cpus: int, gpus: float) -> None:
-    """Raise a ValueError if no machine has what a task asks for: Ray would wait for one."""
+    """Raise a ValueError if no machine has what a task needs, since Ray would wait for one."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(m.get("CPU", 0.0) >= cpus and m.get("GPU", 0.0) >= gpus for m in machines):
         there = "; ".join(f"{m.get('CPU', 0):g} and {m.get('GPU', 0):g}" for m in machines)
@@ -148,24 +148,24 @@ def _as_tasks(
 ) -> Generator[tuple[str, str]]:
     threads = {name: str(cpus) for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")}
     settings = {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}
-    if 0.0 < gpus < 1.0:  # TensorFlow would take all of its memory
+    if 0.0 < gpus < 1.0:  # otherwise TensorFlow takes all memory of the GPU
         settings["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
-    task = ray.remote(_there).options(
+    task = ray.remote(_in_folder).options(
         num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": settings}, max_retries=3
     )
 
-    def begun(call: Call, *more: Any) -> Any:
+    def submitted(call: Call, *more: Any) -> Any:
         return task.remote(str(pathlib.Path.cwd()), call.function, *call.arguments, *more)
 
     first: dict[Call, Any] = {}
     running: dict[Any, str] = {}
     for name, call in calls.items():
         if call.after is None:
-            running[begun(call)] = name
+            running[submitted(call)] = name
             continue
         if call.after not in first:
-            first[call.after] = begun(call.after)
-        running[begun(call, first[call.after])] = name
+            first[call.after] = submitted(call.after)
+        running[submitted(call, first[call.after])] = name
     try:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -173,18 +173,18 @@ def _as_tasks(
             try:
                 ray.get(done)
             except ray.exceptions.RayError as error:
-                yield name, _said(getattr(error, "cause", None) or error)
+                yield name, _error_text(getattr(error, "cause", None) or error)
             else:
                 yield name, ""
     finally:
         left = [*first.values(), *running]
         for each in left:
             ray.cancel(each)
-        if left:  # what is cancelled writes its state first
+        if left:  # cancelled tasks write their state before they end
             ray.wait(left, num_returns=len(left), timeout=_PATIENCE)
 
 
-def _there(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a working directory, which relative paths begin at."""
+def _in_folder(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a working directory, to which relative paths refer."""
     os.chdir(folder)
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""Training one stage so that it can be ended at any moment and resumed, bit for bit."""
+"""Training of one stage, which can be interrupted at any moment and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def fit(
 ) -> None:
     """Train a stage to its end, from its beginning or from its last checkpoint.
 
-    After each epoch everything that the next one depends on is written: weights, slots and averages
-    of the optimizer, masks and scores, counters of random draws. The order of the examples and
-    their augmentation depend on seed and epoch only.
+    A checkpoint is written after each epoch. It holds everything that the next epoch depends on:
+    weights, slots and averages of the optimizer, masks and scores, counters of random draws. The
+    order of the examples and their augmentation depend on seed and epoch only.
 
-    If the process is asked to end, by SIGTERM or Ctrl-C, the same is written after the step that it
-    is in; then the signal acts as it would have at once. A second one is not waited for.
+    On SIGTERM or Ctrl-C a checkpoint is written after the current step, and then the signal takes
+    effect. A second signal takes effect at once.
 
     Args:
         recipe: of the experiment.
@@ -61,7 +61,7 @@ def fit(
                 augment=recipe.data.augment,
                 first_epoch=begin.epochs,
             )
-            # The rest of an epoch is trained by itself, and goes on from what it has written.
+            # The rest of an interrupted epoch is trained first, up to its checkpoint.
             trainer.fit(
                 batches.skip(begin.steps),
                 steps_per_epoch=checkpoints.steps - begin.steps,
@@ -89,7 +89,7 @@ def best(trained: Any, folder: pathlib.Path) -> tuple[Any, dict[str, np.ndarray]
     arrays = folders.read_arrays(folder / folders.BEST)
     names = [t.name for pruner in masks.pruners(trained) for t, _ in pruner.masked_targets()]
     kept = {name: arrays[f"{MASKS}{index}"] for index, name in enumerate(names)}
-    # A model that trains scores would take these weights for new dense ones.
+    # Stripped first: a model that trains scores would use these weights as new dense ones.
     model = pruning.strip(trained) if names else trained
     model.set_weights([arrays[f"{WEIGHTS}{index}"] for index in range(len(model.get_weights()))])
     return model, kept, int(arrays["epoch"])
@@ -111,10 +111,10 @@ def averaged(model: Any, optimizer: Any) -> Iterator[None]:
 
 
 class SignalNote:
-    """Takes note of SIGTERM and SIGINT during a block, to be acted on where the block wants to.
+    """Defers SIGTERM and SIGINT during a block, until `act` is called or the block ends.
 
-    Only the main thread gets signals, and only one of each block is noted: another one acts at
-    once, as do those that the process ignores or leaves to something else than Python.
+    Only the first signal is deferred, and only in the main thread. A second one takes effect at
+    once. Signals that are ignored, or handled outside of Python, are not deferred.
     """
 
     def __init__(self) -> None:
@@ -122,35 +122,35 @@ class SignalNote:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> SignalNote:
-        """Begin to take note."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                    self._before[number] = signal.signal(number, self._take)
+                    self._before[number] = signal.signal(number, self._defer)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let signals act as before, and one that was noted now."""
+        """Restore the handlers, and raise the deferred signal."""
         self._restore()
         self.act()
 
     def __bool__(self) -> bool:
-        """Tell whether there was a signal."""
+        """Return whether a signal is deferred."""
         return self._signal is not None
 
     def act(self) -> None:
-        """Let the signal that was noted, if there is one, do what it would have done."""
+        """Raise the deferred signal, if there is one."""
         if self._signal is not None:
             number, self._signal = self._signal, None
             signal.raise_signal(number)
 
-    def _take(self, number: int, frame: object) -> None:
+    def _defer(self, number: int, frame: object) -> None:
         self._signal = number
         self._restore()
 
     def _restore(self) -> None:
         for number in list(self._before):
-            if (before := self._before.pop(number, None)) is not None:  # a signal may come between
+            if (before := self._before.pop(number, None)) is not None:  # a signal may interrupt
                 signal.signal(number, before)
 
 
@@ -177,7 +177,7 @@ class CheckpointCallback(flavours.Callback):
         self._logs: dict[str, np.ndarray] = {}
 
     def resume(self, trainer: AdversarialTraining) -> Progress:
-        """Restore the last checkpoint; return how far it is."""
+        """Restore the last checkpoint; return its progress."""
         trainer.optimizer.build(trainer.trainable_variables)
         found = folders.states(self.folder)
         self._begin, state = found[0] if found else (Progress(0), None)
@@ -188,7 +188,7 @@ class CheckpointCallback(flavours.Callback):
         return self._begin
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Let the perturbation of the weights begin with its first epoch; go on with the logs."""
+        """Set the weight perturbation of this epoch; restore the metrics of an interrupted one."""
         self.model.awp = stages.awp(self.settings, epoch)
         if self._logs:
             for name, variable in self._log_variables().items():
@@ -196,7 +196,7 @@ class CheckpointCallback(flavours.Callback):
             self._logs = {}
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Report the progress; end here, if the process is to end."""
+        """Report the progress; if a signal is deferred, write a checkpoint and raise it."""
         epochs = len(self.rows)
         done = batch + 1 + (self._begin.steps if epochs == self._begin.epochs else 0)
         self.on_batch(epochs * self.steps + done)
@@ -251,7 +251,7 @@ class CheckpointCallback(flavours.Callback):
         return figures
 
     def _is_best(self, row: dict[str, Any]) -> bool:
-        """Tell whether an epoch is more robust than all before it that are as sparse, or more."""
+        """Return whether an epoch is more robust than all earlier ones of at least its sparsity."""
         rivals = [old for old in self.rows if old["sparsity"] >= row["sparsity"]]
         score = row["validation_robust_accuracy"]
         return all(score > old["validation_robust_accuracy"] for old in rivals)
@@ -269,7 +269,7 @@ def _checkpoint(trainer: AdversarialTraining) -> tf.train.Checkpoint:
 
 
 def _sparsity(model: Any) -> float:
-    """Return the sparsity of what is pruned, 0 if nothing is."""
+    """Return the sparsity of the masked weights, 0 if there are none."""
     kept = [mask.numpy() for _, mask in masks.masked_variables(model)]
     count = sum(mask.size for mask in kept)
     return 1.0 - sum(int(mask.sum()) for mask in kept) / count if count else 0.0

@@ -19,11 +19,11 @@
             saved_model/    to serve
             manifest.json
 
-While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint (`state-EPOCH-STEP/`, if
-the run was asked to end within an epoch), and `evaluation.json` what the attacks have done.
+While a stage runs, `state-EPOCH/` in its folder holds its last checkpoint (`state-EPOCH-STEP/` if
+the run was interrupted within an epoch), and `evaluation.json` the progress of the attacks.
 
-Files are checked against the manifest before they are used, so that the error about a damaged one
-names it. Folders that were written before manifests had digests are read without these checks.
+Files are checked against the manifest before they are used, so that errors name the damaged file.
+Folders that were written before manifests had digests are read without these checks.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
             )
     elif any((folder / name).exists() for name in (DATA, *STAGE_FOLDERS.values())):
         raise FileExistsError(
-            f"folder {folder} holds an experiment, but not {file}, which says which one: put that "
-            "back, or choose another folder."
+            f"folder {folder} holds an experiment, but not {file} with its recipe: restore that "
+            "file, or choose another folder."
         )
     elif folder.exists() and set(folder.iterdir()) - {*_drafts(folder), *locks.files(folder)}:
         raise FileExistsError(
@@ -124,7 +124,7 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
     tidy(folder)
     file = folder / DATA
     if file.is_file():
-        known = read_json(file, "Remove it, and run again: it is written anew.")
+        known = read_json(file, "Remove it, and run again: it is then rewritten.")
         with errors_begin(f"{file}: "):
             require_same_data(folder, known, data)
     else:
@@ -133,11 +133,11 @@ def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:
 
 def require_there(folder: pathlib.Path) -> None:
     """Raise a FileNotFoundError if the folder of a stage, or that of its experiment, is gone."""
-    recipe = folder.parent / RECIPE  # a later file may have made the folder anew
+    recipe = folder.parent / RECIPE  # writing a later file may have recreated the folder
     if not folder.is_dir() or (folder.name in STAGE_FOLDERS.values() and not recipe.is_file()):
         raise FileNotFoundError(
             f"folder {folder} was removed or renamed while the experiment was running in it. Start "
-            "the experiment again; if the folder is elsewhere now, with its path there."
+            "the experiment again, with the new path if the folder was renamed."
         )
 
 
@@ -157,7 +157,7 @@ def open_dense(dense: pathlib.Path, recipe: Recipe) -> StageOutput:
 
     Raises:
         FileNotFoundError: there is no complete stage in `dense`.
-        ValueError: it is another stage, by a recipe whose first stage differs, or damaged.
+        ValueError: it is another stage, its recipe differs in the first stage, or it is damaged.
     """
     output = open_stage(dense)
     require_whole(dense)
@@ -182,7 +182,7 @@ def copy_dense(dense: StageOutput, folder: pathlib.Path) -> None:
 
 
 def tidy(folder: pathlib.Path, keep: Progress | None = None) -> None:
-    """Remove drafts of killed processes, and all checkpoints but the one at `keep`."""
+    """Remove drafts of killed processes, and all checkpoints except the one at `keep`."""
     for progress, path in states(folder):
         if progress != keep:
             shutil.rmtree(path, ignore_errors=True)
@@ -194,7 +194,7 @@ def tidy(folder: pathlib.Path, keep: Progress | None = None) -> None:
 
 
 def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return files and folders that killed processes have left unfinished."""
+    """Return unfinished files and folders of killed processes."""
     return [*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")]
 
 
@@ -240,12 +240,12 @@ def require_whole(folder: pathlib.Path, *names: str) -> None:
 
     Args:
         folder: of a complete stage or a checkpoint.
-        names: the files to check; all that are there if none is given.
+        names: the files to check; if none are given, all that exist.
     """
     recorded = read_manifest(folder).get("files", {})
     for name in names or [name for name in recorded if (folder / name).exists()]:
-        if name in recorded and (words := manifest.fault(folder / name, recorded[name])):
-            raise _damaged(folder / name, f"it {words}")
+        if name in recorded and (fault := manifest.fault(folder / name, recorded[name])):
+            raise _damaged(folder / name, f"it {fault}")
 
 
 def _damaged(file: pathlib.Path, why: str) -> ValueError:
@@ -256,10 +256,10 @@ def _way_out(file: pathlib.Path) -> str:
     """Return what to do about a damaged file of a stage."""
     names = STAGE_FOLDERS.values()
     stage = next((folder for folder in file.parents if folder.name in names), file.parent)
-    anew = f"emove the folder {stage} and those of later stages, and run the experiment again."
+    stages = f"the folder {stage} and those of later stages, and run the experiment again."
     if is_complete(stage) and file.name not in (MODEL, MANIFEST):
-        return f"Remove {file.name} alone if you can do without it; if not, r{anew}"
-    return f"R{anew}"
+        return f"Remove {file.name} alone if you can do without it; if not, remove {stages}"
+    return f"Remove {stages}"
 
 
 @contextlib.contextmanager
@@ -269,7 +269,7 @@ def _reading(file: pathlib.Path) -> Iterator[None]:
         yield
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:  # libraries raise errors of their own for damaged files
+    except Exception as error:  # libraries raise their own kinds of errors for damaged files
         raise _damaged(file, f"it can't be read ({type(error).__name__}: {error})") from error
 
 
@@ -321,7 +321,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it can't be read.
     """
-    # NumPy leaves a file open that it can't read, unless it is given a stream.
+    # Given a path instead of a stream, NumPy leaves a file that it can't read open.
     with _reading(path), path.open("rb") as stream, np.load(stream) as held:
         return {name: held[name] for name in held.files}
 
@@ -351,14 +351,14 @@ def load_model(path: pathlib.Path) -> Any:
 
 
 class Progress(NamedTuple):
-    """How far a stage is: whole epochs, and steps of the next one."""
+    """The progress of a stage: whole epochs, and steps of the next one."""
 
     epochs: int
     steps: int = 0
 
 
 def states(folder: pathlib.Path) -> list[tuple[Progress, pathlib.Path]]:
-    """Return how far each checkpoint is, and its folder, the last one first."""
+    """Return the progress and the folder of each checkpoint, the last one first."""
     found = [
         (Progress(*map(int, path.name.split("-")[1:])), path) for path in folder.glob(f"{STATE}-*")
     ]
@@ -368,10 +368,10 @@ def states(folder: pathlib.Path) -> list[tuple[Progress, pathlib.Path]]:
 def read_state(
     state: pathlib.Path, checkpoint: tf.train.Checkpoint
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Restore a checkpoint; return the metrics of whole epochs, and the state of those of the next.
+    """Restore a checkpoint; return the metrics of whole epochs, and `logs` of `write_state`.
 
     Raises:
-        ValueError: a file of it is damaged, or that of the best epoch so far.
+        ValueError: a file of the checkpoint or of the best epoch so far is damaged.
     """
     if is_complete(state):
         require_whole(state)
@@ -394,10 +394,10 @@ def write_state(
 
     Args:
         folder: of the stage.
-        progress: how far it is.
+        progress: of the stage.
         checkpoint: to write.
         rows: the metrics of whole epochs.
-        logs: the state of the metrics of the next one; none between two epochs.
+        logs: the state of the metrics of an unfinished epoch; empty between two epochs.
     """
     place = f"{STATE}-{progress.epochs}" + (f"-{progress.steps}" if progress.steps else "")
     with _files.new_directory(STATE, folder / place) as draft:
@@ -409,7 +409,7 @@ def write_state(
     tidy(folder, keep=progress)
 
 
-# What users open
+# Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,10 +452,10 @@ class StageOutput(_reports.Report):
         return {} if epoch is None else self.metrics[epoch - 1]
 
     def plot(self) -> Figure:
-        """Return a figure of the metrics of training by epoch: losses, accuracies, and the others.
+        """Return a figure of the training metrics by epoch: losses, accuracies, and the others.
 
         Raises:
-            ValueError: the stage has no metrics, as that of the evaluation.
+            ValueError: the stage has no metrics, as the evaluation.
             ImportError: matplotlib is not installed.
         """
         if not self.metrics:
@@ -508,13 +508,12 @@ def open_stage(folder: str | pathlib.Path) -> StageOutput:
             `last.keras`, `best.npz`, `masks.npz`, `metrics.jsonl` and `manifest.json`.
 
     Returns:
-        A `StageOutput`, which loads the networks when they are asked for. That of "4-evaluate" has
-        the networks of "3-finetune", which it evaluates; its figures are in its files.
+        A `StageOutput`, which loads the networks on first access. That of "4-evaluate" has the
+        networks of "3-finetune", which it evaluates; its results are in its files.
 
     Raises:
         FileNotFoundError: there is no complete stage in the folder.
-        ValueError: its manifest or its metrics are damaged. The other files are checked when they
-            are asked for.
+        ValueError: its manifest or its metrics are damaged. The other files are checked on access.
 
     Example:
         >>> import tscnc_tf as tscnc

@@ -1,7 +1,7 @@
-"""A folder for one process at a time.
+"""Locks of folders, for one process at a time.
 
-The lock is the system's (flock, on Windows LockFile): it ends with the process that holds it, so
-that a file `.lock` that was left behind locks nothing.
+They are locks of the operating system (flock, on Windows LockFile), which end with the process. So
+a leftover file `.lock` locks nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LOCK, HOLDER = ".lock", ".lock.json"
 
 @contextlib.contextmanager
 def exclusive(folder: pathlib.Path) -> Iterator[None]:
-    """Lock a folder, which is made if it is missing, during the block.
+    """Lock a folder during the block; create it if it is missing.
 
-    Folders in it have locks of their own.
+    Folders inside of it are not locked.
 
     Args:
-        folder: of an experiment, or another one that a single process is to write.
+        folder: of an experiment, or any other that only one process may write to.
 
     Raises:
         ImportError: filelock is not installed.
@@ -44,7 +44,7 @@ def exclusive(folder: pathlib.Path) -> Iterator[None]:
             "other's files. Wait until that one has ended, end it, or choose another folder."
         ) from None
     try:
-        _files.write_text(folder / HOLDER, json.dumps(_me()) + "\n")
+        _files.write_text(folder / HOLDER, json.dumps(_this_process()) + "\n")
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / LOCK, folder / HOLDER]
 
 
-def _me() -> dict[str, object]:
+def _this_process() -> dict[str, object]:
     now = datetime.datetime.now(datetime.UTC)
     return {"pid": os.getpid(), "host": platform.node(), "since": f"{now:%Y-%m-%d %H:%M:%S} UTC"}
 

@@ -51,7 +51,7 @@ def _or_none(check: Check) -> Check:
 
 
 def _as_given(check: Check) -> Check:
-    """Keep what was given, such as the fraction "8/255", rather than the number that it means."""
+    """Keep the given value, such as the fraction "8/255", instead of its number."""
 
     def keep(name: str, value: Any) -> Any:
         check(name, value)
@@ -77,7 +77,7 @@ def _text(name: str, value: Any) -> str:
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be names with values, got {value!r}.")
+        raise TypeError(f"{name} must be a mapping of names to values, got {value!r}.")
     return value
 
 
@@ -127,7 +127,9 @@ def _structure(name: str, value: Any) -> Any:
 
 def _regrowth(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be names with values, of {REGROWTH}, got {value!r}.")
+        raise TypeError(
+            f"{name} must be a mapping of names to values, with names of {REGROWTH}, got {value!r}."
+        )
     if unknown := [key for key in value if key not in REGROWTH]:
         raise ValueError(f"{name} must have names of {REGROWTH}, got {unknown}.")
     _made(name, pruning.Regrowth, **value)
@@ -135,7 +137,7 @@ def _regrowth(name: str, value: Any) -> Any:
 
 
 def _made(name: str, make: Callable[..., Any], *args: Any, **options: Any) -> None:
-    """Make something of a setting's values; its errors begin with the setting's name."""
+    """Check values by making an object of them; errors begin with the setting's name."""
     try:
         make(*args, **options)
     except (TypeError, ValueError) as error:
@@ -179,15 +181,15 @@ class Data(Checked):
 
     Args:
         dataset: a name or a path, see `tscnc_tf.datasets.load`.
-        folder: the folder with the files of the dataset, for those that need one.
+        folder: the folder with the files of the dataset, for datasets that need one.
         validation: the part of the training data on which the best epoch is chosen: a fraction or
             a number of images.
         test: the fraction that becomes the test set of a dataset that has none.
-        image_size: [height, width] to which images are resized; None for as they are.
-        augment: augmentation, see `Dataset.training`; None for the usual one of the dataset.
-        train_examples: number of training images that are used; None for all.
-        test_examples: number of test images that are used; None for all.
-        stream: whether images stay in their files, see `tscnc_tf.datasets.load`.
+        image_size: [height, width] to which images are resized; None for their own size.
+        augment: augmentation, see `Dataset.training`; None for the default of the dataset.
+        train_examples: number of training images to use; None for all.
+        test_examples: number of test images to use; None for all.
+        stream: whether images are read from their files when used, see `tscnc_tf.datasets.load`.
     """
 
     dataset: Annotated[str, _text] = "cifar10"
@@ -227,7 +229,7 @@ class Adversary(Checked):
 
     Args:
         epsilon: radius of the ball, a number or a fraction such as "8/255".
-        step_size: length of a step, likewise.
+        step_size: length of a step, a number or a fraction.
         steps: number of steps.
     """
 
@@ -245,9 +247,9 @@ class Constraints(Checked):
         condition_factor: factor of the condition number constraint; 0 for off.
         a: shape of the transformed l1 penalty, also of that on the gates.
         form: form of the condition number constraint.
-        every: number of steps of which one has the condition number constraint, see
+        every: the condition number constraint acts in one of this many steps, see
             `regularizers.ConditionNumber`.
-        layers: a name pattern or a list of them, which layers; None for all.
+        layers: the constrained layers, a name pattern or a list of them; None for all.
         stages: the stages in which they act; after "train" they act on the masked kernels.
     """
 
@@ -269,7 +271,7 @@ class Gates(Checked):
         drop_rate: initial probability that a gate is drawn below one half.
         weight_decay: penalty on the size of a group's weights.
         l0_factor: penalty on the number of a group's weights.
-        layers: a name pattern or a list of them, which layers; None for all.
+        layers: the layers with gates, a name pattern or a list of them; None for all.
     """
 
     sparsity_factor: Factor = 0.0
@@ -291,17 +293,17 @@ class Training(Checked):
         drops: fractions of the stage after which the learning rate drops.
         drop: factor by which it drops.
         momentum: Nesterov momentum.
-        weight_decay: weight decay of all trainable weights, with method "scores" of the scores.
+        weight_decay: weight decay of all trainable weights; with method "scores", of the scores.
         weight_decay_kind: "l2" (in the gradient, as in the literature and in PyTorch's SGD, see
-            `training.SGDWithL2`), as in the recipes of this package; or "decoupled" (beside the
-            momentum, as Keras' own; at momentum 0.9 the same number acts a tenth as much), which is
-            what a recipe means that says nothing.
+            `training.SGDWithL2`), which the recipes of this package use; or "decoupled" (apart from
+            the momentum, as in Keras; at momentum 0.9 the same number has a tenth of the effect),
+            the default of a recipe.
         average: momentum of the moving averages of the weights, which are validated and kept; 0 for
-            none. They hold zeros where masks do; the statistics of BatchNorm are those of training.
-        average_from: number of epochs before the averages begin, with the weights as they are then;
-            until then the weights themselves are validated and kept.
+            none. Masked entries stay zero; the statistics of BatchNorm are not averaged.
+        average_from: number of epochs before the averages begin, at the weights of that time; until
+            then the weights themselves are validated and kept.
         awp: gamma of the adversarial weight perturbation, see `training.AWP`; 0 for none.
-        awp_from: number of epochs before it begins, as the step is then compiled anew.
+        awp_from: number of epochs before it begins; the step is compiled again then.
         loss: "trades", "madry" or "mart".
         beta: factor of the robust term of TRADES and MART.
         jit_compile: whether the step is compiled by XLA.
@@ -330,8 +332,8 @@ class Training(Checked):
             begin = getattr(self, f"{name}_from")
             if begin and not getattr(self, name):
                 raise ValueError(
-                    f"{name}_from must be 0 with {name}=0, got {begin}: there is nothing that "
-                    f"could begin. Set {name}, such as {usual}."
+                    f"{name}_from must be 0 with {name}=0, which switches {name} off, got {begin}. "
+                    f"Set {name}, such as {usual}."
                 )
             if begin >= self.epochs:
                 raise ValueError(
@@ -346,26 +348,27 @@ class Pruning(Training):
     Args:
         method: "scores" (importance scores are trained, weights are frozen) or "magnitude" (weights
             are trained, a schedule prunes them).
-        layers: a name pattern or a list of them, which layers are pruned; None for all but the
-            first convolution and the classifier (layers named "stem" and "logits").
+        layers: the layers to prune, a name pattern or a list of them; None for all but the first
+            convolution and the classifier (layers named "stem" and "logits").
         scope: as in `pruning.Pruner`; with "scores" also "learned", see `pruning.Learned`; or
             "condition": by `pruning.condition_budgets` of the dense network.
-        perturb_scores: with "scores", the radius of a step on them against training before each of
-            theirs, see `pruning.ScorePruner`; 0 for none.
+        perturb_scores: with "scores", the radius of the adversarial perturbation of the scores
+            before each of their steps, see `pruning.ScorePruner`; 0 for none.
         structure: what is pruned: single "weights", whole "filters", {"block": [rows, columns]} for
             `pruning.Block`, or {"nm": [n, m]} for `pruning.NM`.
-        min_weights: number of weights that every layer keeps, see `pruning.Pruner`.
-        min_per_filter: of single weights, the number that every filter keeps, see
+        min_weights: minimum number of weights that every layer keeps, see `pruning.Pruner`.
+        min_per_filter: with structure "weights", the minimum number that every filter keeps, see
             `pruning.Unstructured`.
-        min_per_input: number of weights that every input channel or unit keeps, see there.
-        ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for all
-            at once, at the first step.
-        frequency: optimizer steps between two choices of the weights to keep; None for 50 choices
-            in all with "magnitude", and for one in each step with "scores".
-        regrowth: with "magnitude", how kept weights change places: `fraction`, `criterion`,
-            `until` (of the stage), `frequency` (if not given, 50 times in the stage) and
-            `across_layers` of `pruning.Regrowth`; {} for its defaults, None for none. With a ramp
-            of 0 the stage is sparse from the start.
+        min_per_input: with structure "weights", the minimum number that every input channel or unit
+            keeps, see `pruning.Unstructured`.
+        ramp: with "magnitude", the fraction of the stage over which the sparsity rises; 0 for the
+            full sparsity at the first step.
+        frequency: optimizer steps between updates of the masks; None for 50 updates in all with
+            "magnitude", and one in each step with "scores".
+        regrowth: with "magnitude", how pruned weights are grown back in place of others:
+            `fraction`, `criterion`, `until` (of the stage), `frequency` (if not given, 50 times in
+            the stage) and `across_layers` of `pruning.Regrowth`; {} for its defaults, None for
+            none. With a ramp of 0 the network is sparse from the start.
     """
 
     epochs: Count = 20
@@ -405,24 +408,24 @@ class Pruning(Training):
             if getattr(self, name) and self.structure != "weights":
                 raise ValueError(
                     f"{name} must be 0 with structure={self.structure!r}, got "
-                    f"{getattr(self, name)}: only of single weights a number can be kept."
+                    f"{getattr(self, name)}: it counts single weights."
                 )
         if self.method == "scores" and self.regrowth is not None:
             raise ValueError(
                 f"regrowth must be null with method='scores', got {self.regrowth!r}: there weights "
-                "come back by their scores. Take method='magnitude'."
+                "are grown back by their scores. Take method='magnitude'."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning(Training):
-    """The stage in which the weights that are left are trained, with fixed masks.
+    """The stage in which the remaining weights are trained, with fixed masks.
 
     Args:
-        loss: "trades", "madry", "mart" or "rslad": distillation from the dense network that the
-            first stage has trained.
-        recalibrate: whether each channel gets the mean and variance first that it has in the dense
-            network, see `pruning.recalibrate`.
+        loss: "trades", "madry", "mart" or "rslad": distillation from the dense network of the first
+            stage.
+        recalibrate: whether each channel is first given the mean and variance that it has in the
+            dense network, see `pruning.recalibrate`.
     """
 
     epochs: Count = 100
@@ -437,15 +440,15 @@ class Evaluation(Checked):
     """The evaluations on the test set, and on the validation set after each epoch.
 
     Args:
-        attack: on the test set: "autoattack"; "apgd", the first two attacks of it, which are much
-            faster (APGD of 100 steps by cross-entropy and by the targeted DLR loss); or "pgd", by
+        attack: on the test set: "autoattack"; "apgd", its first two attacks, which are much faster
+            (APGD of 100 steps by cross-entropy and by the targeted DLR loss); or "pgd", by
             cross-entropy and by the margin.
         epsilon: radius of the ball; None for that of training.
         steps: steps of PGD on the test set, with attack "pgd".
         restarts: restarts of PGD on the test set, with attack "pgd".
-        validation_steps: steps of PGD on the validation set after each epoch, from a random start
-            on cross-entropy.
-        batch_size: images at a time.
+        validation_steps: steps of PGD on the validation set after each epoch, by cross-entropy from
+            a random start.
+        batch_size: images per batch.
     """
 
     attack: Annotated[str, _one_of(*ATTACKS)] = "pgd"

@@ -36,12 +36,12 @@ SHIPPED = pathlib.Path(__file__).parent / "recipes"
 class Recipe(Checked):
     r"""Every setting of an experiment: the data, the network and the stages.
 
-    The defaults are the values of the TSCNC paper's authors where they are known: :math:`\epsilon
+    Where they are known, the defaults are the values of the TSCNC paper's authors: :math:`\epsilon
     = 8/255`, PGD-10 with steps of 0.0069, SGD at 0.1 with Nesterov momentum 0.9, batches of 128,
     200 epochs with the learning rate times 0.2 after 30, 60 and 80 % of them (60, 120 and 160),
     weight averages of 0.99; then 20 epochs of pruning by scores, as in HYDRA, and fine-tuning at
-    0.01. Where they are not known (factors of the constraints, weight decay, the length of the
-    fine-tuning) the defaults are this package's own.
+    0.01. The others (factors of the constraints, weight decay, the length of the fine-tuning) are
+    this package's own.
 
     Args:
         name: the name of the experiment, which must be usable as the name of a folder.
@@ -114,9 +114,9 @@ class Recipe(Checked):
 
         Args:
             path: the file, or one of the names of the recipes of this package: "recommended"
-                (what did best in the study of this package), "paper" (the values of the method's
+                (the best one in the study of this package), "paper" (the values of the method's
                 authors, with constraints and gates), "cpu" (the recommended one, reduced to minutes
-                on two cores), "smoke" (seconds). A file of such a name is "./paper".
+                on two cores), "smoke" (seconds). A file with such a name is given as "./paper".
 
         Raises:
             ImportError: PyYAML is not installed.
@@ -137,8 +137,8 @@ class Recipe(Checked):
         """Return the recipe with other values, by their dotted names, such as "train.epochs".
 
         Raises:
-            ValueError: a name is unknown; the message suggests the nearest one. Or it is that of a
-                section.
+            ValueError: a name is unknown, in which case the message suggests the nearest one, or it
+                is that of a section.
             TypeError, ValueError: a value is of a wrong type or out of range.
         """
         nested = self.to_dict()
@@ -164,9 +164,9 @@ class Recipe(Checked):
         return self.override({**none, "gates.sparsity_factor": 0.0})
 
     def first_stage(self) -> Self:
-        """Return the recipe with the default for all that the first stage does not depend on.
+        """Return the recipe with defaults for all values that the first stage does not depend on.
 
-        Recipes in which it is equal can share that stage.
+        Recipes for which it is equal can share that stage.
         """
         constraints, gates = self.constraints, self.gates
         if not gates.sparsity_factor:
@@ -194,7 +194,7 @@ class Recipe(Checked):
         )
 
     def dense_name(self) -> str:
-        """Return a name for the dense network; equal where recipes can share the first stage."""
+        """Return a name for the dense network, the same for all recipes with this first stage."""
         text = json.dumps(self.first_stage().to_dict(), sort_keys=True)
         return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}-seed{self.seed}"
 
@@ -212,18 +212,18 @@ class Recipe(Checked):
 
 
 @contextlib.contextmanager
-def errors_begin(words: str) -> Iterator[None]:
-    """Put words in front of the message of an error in the user's input."""
+def errors_begin(prefix: str) -> Iterator[None]:
+    """Put a prefix before the message of an error in the user's input."""
     kinds = (FileNotFoundError, TypeError, ValueError)
     try:
         yield
     except kinds as error:  # a subclass may take other arguments
         kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"{words}{error}") from error
+        raise kind(f"{prefix}{error}") from error
 
 
 def differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
-    """Return a line for each value in which two recipes, as nested dicts, differ."""
+    """Return a line for each difference between two recipes, given as nested dicts."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         return [
             line
@@ -244,7 +244,7 @@ def parse(text: str, where: str) -> Any:
 
     Raises:
         ImportError: PyYAML is not installed.
-        TypeError: `text` is no text.
+        TypeError: `text` is not a string.
         ValueError: the text is not YAML, or a mapping has a name twice.
 
     Example:
@@ -257,7 +257,7 @@ def parse(text: str, where: str) -> Any:
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: of a date that does not exist
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that does not exist
         raise ValueError(f"{where} is not YAML: {error}") from error
     for name, first, second in _repeated(yaml, tree, "", set()):
         raise ValueError(
@@ -280,14 +280,16 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: it is not text in UTF-8 ({error}).") from error
     values = parse(text, str(path))
     if values is None:
-        raise ValueError(f"{path} is empty, or was cut off: it must hold names with values.")
+        raise ValueError(
+            f"{path} is empty, or was cut off: it must hold a mapping of names to values."
+        )
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names with values, got {values!r}.")
+        raise ValueError(f"{path} must hold a mapping of names to values, got {values!r}.")
     return values
 
 
 def _repeated(yaml: Any, node: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:
-    """Yield each name that a mapping holds twice, with both lines; PyYAML takes the last."""
+    """Yield each name that a mapping has twice, with both lines; PyYAML uses the last."""
     if id(node) in seen:  # an alias of a node above
         return
     seen.add(id(node))
@@ -326,12 +328,12 @@ def with_bases(
     """Return values of a recipe on top of those of the files that their entry `base` names.
 
     Args:
-        values: what stands in a file.
+        values: the content of a file.
         path: of that file.
-        above: the files that are based on these values, which these can't be based on.
+        above: the files that are based on these values; `base` may not name them.
 
     Raises:
-        OSError, TypeError, ValueError: `base` names no files, or one of them is no recipe.
+        OSError, TypeError, ValueError: `base` does not name files, or one of them is not a recipe.
     """
     own = dict(values)
     bases = own.pop("base", [])
@@ -356,7 +358,8 @@ def merged(below: Any, above: Any) -> Any:
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise TypeError(
-            f"{prefix.rstrip('.') or 'a recipe'} must be names with values, got {values!r}."
+            f"{prefix.rstrip('.') or 'a recipe'} must be a mapping of names to values, "
+            f"got {values!r}."
         )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}

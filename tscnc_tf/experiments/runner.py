@@ -27,7 +27,7 @@ from tscnc_tf.experiments.parts import STAGES
 from tscnc_tf.experiments.recipe import Recipe
 from tscnc_tf.export import export_saved_model
 
-_ENOUGH = 200  # validation images, to tell from guessing
+_ENOUGH = 200  # validation images from which a network is compared with guessing
 
 
 def run(
@@ -47,31 +47,31 @@ def run(
        SavedModel.
 
     Each stage starts from the best epoch of the one before, chosen by the accuracy under PGD on the
-    **validation** set; the test set is used once, in the end. A run that was killed at any moment
-    continues when it is called again with the same recipe and folder; on a CPU it ends with the
-    same weights, bit for bit, as one that was not. `open_stage` describes what each stage writes.
+    **validation** set; the test set is used once, at the end. A killed run continues when it is
+    called again with the same recipe and folder; on a CPU it ends with the same weights, bit for
+    bit, as an uninterrupted one. `open_stage` describes what each stage writes.
 
-    One process at a time runs in a folder. Files of complete stages are checked against the digests
-    that were recorded of them.
+    Only one process at a time can run in a folder. Files of complete stages are checked against
+    their recorded digests.
 
     Args:
         recipe: the settings.
         folder: a new folder, or that of the same experiment.
         dense: the folder of a complete first stage of another experiment, to be copied instead of
-            trained; the recipes must be equal in everything that the first stage depends on. So one
-            dense network can be pruned in several ways.
-        until: the last stage to run; a later call goes on from there.
+            trained, so that one dense network can be pruned in several ways. The recipes must be
+            equal in everything that the first stage depends on.
+        until: the last stage to run; a later call continues from there.
         progress: whether to show a progress bar on stderr, if that is a terminal.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: `recipe` is not a recipe, or a path no path.
+        TypeError: `recipe` is not a recipe, or a path is not a path.
         ValueError: `folder` holds an experiment with another recipe or other data; `dense` has
             another recipe; a stage can't be built, which is checked before anything is trained or
-            written; or a file in `folder` is damaged: the message says which one and what to do.
-        RuntimeError: another process runs an experiment in `folder`; the message says which one.
+            written; or a file in `folder` is damaged: the message names it and what to do.
+        RuntimeError: another process runs an experiment in `folder`; the message names it.
         OSError: the disk is full, or can't be written to; the message names the file.
         FileExistsError: `folder` holds something else.
         NotADirectoryError: `folder` is a file, or lies below one.
@@ -104,7 +104,7 @@ def run(
 def _run(
     recipe: Recipe, data: datasets.Dataset, folder: pathlib.Path, until: str, progress: bool
 ) -> None:
-    """Run the stages up to a last one that are not complete; check the files of the others."""
+    """Run the incomplete stages up to `until`; check the files of complete ones."""
     outputs: list[folders.StageOutput] = []
     with _bar(recipe, data, progress) as show:
         for stage in STAGES:
@@ -126,7 +126,7 @@ def _run(
 
 
 def _warn_of_guessing(output: folders.StageOutput, labels: np.ndarray) -> None:
-    """Warn if a stage's network is no better than guessing, on enough validation images to tell."""
+    """Warn if a stage's network is no better than guessing, given enough validation images."""
     share = np.bincount(labels).max() / len(labels)
     best = max((row["validation_accuracy"] for row in output.metrics), default=1.0)
     deviation = (share * (1 - share) / len(labels)) ** 0.5
@@ -147,7 +147,7 @@ def _train(
     on_batch: Callable[[int], None],
     outputs: Sequence[folders.StageOutput],
 ) -> None:
-    """Run a stage of training, given the outputs of those before it."""
+    """Run a training stage, given the outputs of earlier stages."""
     folder.mkdir(parents=True, exist_ok=True)
     previous = outputs[-1].model if outputs else None
     teacher = outputs[0].model if outputs else None

@@ -28,7 +28,7 @@ from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AWP, AdversarialTraining, SGDWithL2
 
 ENDS = ("stem", "logits")  # the first convolution and the classifier, in all applications
-CALIBRATION = 1024  # the training images that a pruned network is recalibrated on
+CALIBRATION = 1024  # the number of training images on which a pruned network is recalibrated
 
 
 def dataset(recipe: Recipe) -> datasets.Dataset:
@@ -39,7 +39,7 @@ def dataset(recipe: Recipe) -> datasets.Dataset:
         for field in dataclasses.fields(part)
         if field.name in ("dataset", "folder") or getattr(part, field.name) != field.default
     )
-    with errors_begin(f"{given}: "):  # `load` and `subset` name their arguments otherwise
+    with errors_begin(f"{given}: "):  # `load` and `subset` have other names for these values
         data = datasets.load(
             part.dataset,
             folder=part.folder,
@@ -124,10 +124,9 @@ def trainer(
         stage: "train", "prune" or "finetune".
         data: of the recipe.
         previous: the model of the stage before; None for the first.
-        teacher: the dense, robust model, to distil from with the loss "rslad", and to recalibrate
-            by.
-        kept: for "finetune", by weight which entries are trained; None for those that are not zero.
-            What has just come back in regrowth is zero, too.
+        teacher: the dense, robust model, for the loss "rslad" and for recalibration.
+        kept: for "finetune", by weight, which entries are trained; None for those that are not
+            zero. Weights that were just grown back are zero, too, so their masks must be given.
     """
     settings: Training = getattr(recipe, stage)
     count = steps(recipe, stage, data)
@@ -176,7 +175,7 @@ def validator(recipe: Recipe, model: Any) -> AdversarialTraining:
 
 
 def epsilon(recipe: Recipe) -> Any:
-    """Return the radius of the ball of the evaluation, as it is written."""
+    """Return the radius of the ball of the evaluation, as written."""
     return recipe.adversary.epsilon if recipe.evaluate.epsilon is None else recipe.evaluate.epsilon
 
 
@@ -196,7 +195,7 @@ def test_attacks(recipe: Recipe) -> list[attacks.Attack]:
 
 
 def pruned_layers(part: Pruning) -> Any:
-    """Return which layers are pruned, as the functions of `pruning` take it."""
+    """Return the layers to prune, as an argument of the functions of `pruning`."""
     return _is_inner if part.layers is None else part.layers
 
 
@@ -284,7 +283,7 @@ def _pruned(recipe: Recipe, model: Any, steps: int) -> Any:
 
 
 def structure(part: Pruning) -> Any:
-    """Return what is pruned, as an object."""
+    """Return the structure that is pruned, as an object of `pruning`."""
     if part.structure == "filters":
         return pruning.Filters()
     if part.structure == "weights":
@@ -294,7 +293,7 @@ def structure(part: Pruning) -> Any:
 
 
 def _freeze(recipe: Recipe, model: Any, kept: Mapping[str, np.ndarray] | None) -> None:
-    """Fix the masks of a network that is not pruned yet, at its zeros or as they are given."""
+    """Add fixed masks to a network: the given ones, else by its zeros."""
     pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
     if kept:
         (pruner,) = masks.pruners(model)
@@ -313,7 +312,7 @@ def _loss(settings: Training, teacher: Any) -> losses.RobustLoss:
 
 
 def awp(settings: Training, epoch: int) -> AWP | None:
-    """Return the perturbation of the weights in an epoch of a stage, counted from 0."""
+    """Return the weight perturbation in an epoch of a stage, counted from 0."""
     return AWP(settings.awp) if settings.awp and epoch >= settings.awp_from else None
 
 
@@ -338,7 +337,7 @@ def _optimizer(recipe: Recipe, settings: Training, steps: int) -> Any:
 
 @contextlib.contextmanager
 def precision(keras: types.ModuleType, policy: str) -> Iterator[None]:
-    """Have the layers that are made in the block compute by a policy, such as "mixed_float16"."""
+    """Set the dtype policy, such as "mixed_float16", of layers that are made in the block."""
     before = keras.mixed_precision.global_policy()
     keras.mixed_precision.set_global_policy(policy)
     try:

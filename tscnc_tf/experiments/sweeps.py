@@ -1,4 +1,4 @@
-"""Many experiments, recipes × values × seeds, in this process or on Ray; one table of results."""
+"""Sweeps: experiments for all recipes, values and seeds, with one table of results."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SweepRun:
 
     Attributes:
         name: of its recipe in the sweep.
-        values: those of the grid.
-        recipe: with these values, and its seed.
+        values: of the grid, by name.
+        recipe: with these values and the seed.
     """
 
     name: str
@@ -39,7 +39,7 @@ class SweepRun:
 
     @property
     def place(self) -> str:
-        """The path of its folder in that of the sweep."""
+        """The path of its folder, relative to that of the sweep."""
         chosen = [f"{name}={value}".replace("/", ":") for name, value in self.values.items()]
         return "/".join([self.name, *chosen, f"seed-{self.recipe.seed}"])
 
@@ -49,12 +49,12 @@ class Sweep:
     """Recipes by name, each with all combinations of values and several seeds.
 
     Args:
-        recipes: recipes by names, which must be usable as those of folders.
-        seeds: the seeds that each is run with.
+        recipes: recipes by names, which must be usable as names of folders.
+        seeds: the seeds of each combination.
         grid: lists of values by their dotted names in a recipe, as `{"sparsity": [0.9, 0.99]}`.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; or a recipe does not take a value.
+        TypeError, ValueError: an argument is not as described, or a value does not fit a recipe.
 
     Example:
         >>> import tscnc_tf as tscnc
@@ -70,16 +70,18 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if not isinstance(self.recipes, Mapping) or not self.recipes:
-            raise TypeError(f"recipes must be recipes by names, got {self.recipes!r}.")
+            raise TypeError(f"recipes must be a mapping of names to recipes, got {self.recipes!r}.")
         for name, recipe in self.recipes.items():
             _checks.file_name("recipes", name)
             if name == DENSE:
-                raise ValueError(f"recipes must not have the name {DENSE!r}, that of a folder.")
+                raise ValueError(f"recipes must not have the name {DENSE!r}, which is reserved.")
             if not isinstance(recipe, Recipe):
                 raise TypeError(f"recipes must be of Recipe, got {recipe!r} as {name!r}.")
         _require_list("seeds", self.seeds)
         if not isinstance(self.grid, Mapping):
-            raise TypeError(f"grid must be lists of values by names, got {self.grid!r}.")
+            raise TypeError(
+                f"grid must be a mapping of names to lists of values, got {self.grid!r}."
+            )
         for name, values in self.grid.items():
             if name in ("name", "seed"):
                 raise ValueError(f"grid must not have the name {name!r}: give recipes= and seeds=.")
@@ -101,13 +103,13 @@ class Sweep:
     def from_yaml(cls, path: str | pathlib.Path) -> Sweep:
         """Read a sweep from a YAML file.
 
-        Its entries are `recipes`, `seeds` and `grid`. A recipe is what stands in a recipe's file,
-        `base` included; or text, in place of `{base: text}`.
+        Its entries are `recipes`, `seeds` and `grid`. A recipe is written as in its own file,
+        including `base`; a string is short for `{base: string}`.
 
         Raises:
             ImportError: PyYAML is not installed.
             OSError: a file is missing or can't be read.
-            TypeError, ValueError: the file is not YAML, or no sweep.
+            TypeError, ValueError: the file is not YAML, or not a sweep.
         """
         file = _files.absolute("path", path)
         content = parse(file.read_text(encoding="utf-8"), str(file))
@@ -118,7 +120,9 @@ class Sweep:
             if unknown := sorted(map(str, set(content) - set(known))):
                 raise ValueError(f"unknown: {', '.join(unknown)}. A sweep has {', '.join(known)}.")
             if not isinstance(content["recipes"], dict):
-                raise TypeError(f"recipes must be recipes by names, got {content['recipes']!r}.")
+                raise TypeError(
+                    f"recipes must be a mapping of names to recipes, got {content['recipes']!r}."
+                )
             recipes = {
                 str(name): _recipe(name, given, file) for name, given in content["recipes"].items()
             }
@@ -127,14 +131,14 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class SweepReport(_reports.Report):
-    """What a sweep has found; `print` it for a table of means over seeds.
+    """The results of a sweep; `print` it for a table of means over seeds.
 
     Attributes:
         folder: of the sweep; `results.csv` in it has a row for each run.
-        rows: of each run that is complete its name, values, seed, folder, and `clean` and `robust`
-            accuracy on the test set, the share of `zeros`, the largest `condition_number` and
-            the number of `dead_filters`.
-        failed: of each run that has failed, by its folder, why.
+        rows: for each complete run its name, values, seed, folder, and `clean` and `robust`
+            accuracy on the test set, the share of `zeros`, the largest `condition_number` and the
+            number of `dead_filters`.
+        failed: the error messages of failed runs, by folder.
     """
 
     folder: pathlib.Path
@@ -169,28 +173,28 @@ def sweep(
     gpus: float = 0,
     progress: bool = True,
 ) -> SweepReport:
-    """Run all experiments of a sweep, those that are complete aside, and collect their results.
+    """Run all experiments of a sweep that are not complete, and collect the results of all.
 
-    Each is a `run` in a folder of its own, such as `folder/NAME/sparsity=0.99/seed-0`, and goes on
-    where it was if the sweep is stopped and called again. Recipes that share the first stage share
-    its dense network, which is trained once. One that fails does not end the others.
+    Each is a `run` in a folder of its own, such as `folder/NAME/sparsity=0.99/seed-0`. If the sweep
+    is interrupted and called again, it continues. Recipes with an equal first stage share its dense
+    network, which is trained once. A run that fails does not end the others.
 
     Args:
-        plan: what to run.
+        plan: the sweep to run.
         folder: of the sweep.
         engine: "process": one after the other in this process. "ray": as tasks of Ray, on the
             cluster that Ray is connected to or finds (RAY_ADDRESS), else on this machine; `folder`
             must be on a disk that all machines share. A task whose worker dies is started again.
         cpus: cores of each task, on Ray.
         gpus: GPUs of each task, on Ray; a fraction for several tasks on one.
-        progress: whether to say on stderr which run is done, if that is a terminal.
+        progress: whether to print on stderr when a run ends, if that is a terminal.
 
     Returns:
         A `SweepReport`; its rows are also in `folder/results.csv`, which is written after each run.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; or there is a run by another recipe
-            in its place, or, on Ray, no machine with so many cores or GPUs.
+        TypeError, ValueError: an argument is not as described; the folder of a run holds an
+            experiment with another recipe; or, on Ray, no machine has so many cores or GPUs.
         ImportError: the extra "experiments", or with engine="ray" the extra "ray", is not
             installed.
         OSError: the disk is full, or can't be written to; the message names the file.
@@ -207,7 +211,7 @@ def sweep(
     cpus, gpus = engines.require(engine, cpus, gpus)
     runs = {run.place: run for run in plan.runs()}
     for place, run in runs.items():
-        folders.is_new(goal / place, run.recipe)  # raises if it is there by another recipe
+        folders.is_new(goal / place, run.recipe)  # raises if it holds another recipe
     calls = _calls(runs, goal)
     failed: dict[str, str] = {}
     console = Console(stderr=True)
@@ -224,10 +228,10 @@ def sweep(
 
 
 def _calls(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, engines.Call]:
-    """Return the calls that run what is not complete, by place.
+    """Return the calls of runs that are not complete, by place.
 
-    Dense networks are shared by all, complete or not, that can: a run is the same, whatever is
-    complete beside it.
+    Whether a dense network is shared does not depend on which runs are complete, so that the result
+    of a run does not either.
     """
     first = {place: run.recipe.dense_name() for place, run in runs.items()}
     counts = collections.Counter(first.values())
@@ -245,7 +249,7 @@ def _calls(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> dict[str, engi
 
 
 def _train_dense(recipe: Mapping[str, Any], folder: str) -> str:
-    """Train the dense network that a recipe begins with; return the folder of that stage."""
+    """Train the dense network of a recipe; return the folder of that stage."""
     runner.run(Recipe.from_dict(recipe).first_stage(), folder, until="train", progress=False)
     return str(folders.stage_folder(pathlib.Path(folder), "train"))
 
@@ -293,7 +297,7 @@ def _write(runs: Mapping[str, SweepRun], folder: pathlib.Path) -> None:
 
 
 def _spread(figure: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the mean of a figure over seeds and its standard deviation; of κ the median."""
+    """Return the mean of a figure over seeds and its standard deviation; for κ the median."""
     values = np.array([float(row[figure]) for row in rows])
     if figure == "condition_number":
         return _reports.significant(float(np.median(values)))
@@ -308,7 +312,9 @@ def _recipe(name: Any, given: Any, file: pathlib.Path) -> Recipe:
     """Return a recipe of a sweep's file."""
     values = {"base": given} if isinstance(given, str) else given
     if not isinstance(values, dict):
-        raise TypeError(f"recipes.{name} must be text or values by names, got {given!r}.")
+        raise TypeError(
+            f"recipes.{name} must be text or a mapping of names to values, got {given!r}."
+        )
     with errors_begin(f"recipes.{name}: "):
         return Recipe.from_dict(with_bases(values, file))
 

@@ -1,15 +1,16 @@
 """Export of a pruned model: a SavedModel with a manifest, or a file of LiteRT or ONNX.
 
-`export_saved_model` takes the pruning wrappers off, checks what it writes, and adds a manifest to
-the folder; `load_saved_model` checks the folder against the manifest and returns a callable. The
-folder is a plain SavedModel: TF-Serving and `tf.saved_model.load` do not need this package.
+`export_saved_model` removes the pruning wrappers, checks what it writes, and adds a manifest to the
+folder. `load_saved_model` checks the folder against the manifest and returns a callable. The folder
+is a plain SavedModel: TF-Serving and `tf.saved_model.load` do not need this package.
 
-`export_litert` and `export_onnx` write one file with the same checks, and check in addition that
-every zero of every kernel is in it; `load_litert` and `load_onnx` return a callable. They need the
-extras `litert` and `onnx`.
+`export_litert` and `export_onnx` write one file with the same checks, and also check that every
+zero of every kernel is in it. `load_litert` and `load_onnx` return a callable. They need the extras
+`litert` and `onnx`.
 
-`sparse_inference` tells which 1x1 convolutions of a model or a LiteRT file are run by their nonzero
-weights, and why not; `rewrite_litert` makes more of a file run so.
+`sparse_inference` reports which 1x1 convolutions of a model or a LiteRT file are computed from
+their nonzero weights only, and why others are not. `rewrite_litert` rewrites a file so that more of
+them are.
 """
 
 from tscnc_tf.export.litert import export_litert, load_litert

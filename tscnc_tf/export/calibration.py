@@ -1,4 +1,4 @@
-"""The examples from which an int8 export takes the ranges of the activations."""
+"""Calibration sets: an int8 export takes the ranges of the activations from them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import tensorflow as tf
 from tscnc_tf import _probe
 from tscnc_tf.export import preflight
 
-MOST = 4096  # examples that are read of what doesn't say how many it has
+MOST = 4096  # examples that are read from an iterable of unknown length
 
 
 @runtime_checkable
 class _Array(Protocol):
-    """What NumPy takes for an array, as tensors and data frames are."""
+    """What NumPy converts to an array, such as tensors and data frames."""
 
     def __array__(self) -> np.ndarray: ...
 
@@ -29,7 +29,7 @@ def examples(model: Any, calibration: Any) -> Any:
         calibration: a batch as the model takes it, or an iterable of batches, see `export_litert`.
 
     Raises:
-        TypeError, ValueError: it is missing, empty, endless, or does not fit the model.
+        TypeError, ValueError: the set is missing, empty, infinite, or does not fit the model.
     """
     if calibration is None:
         raise ValueError(
@@ -39,7 +39,7 @@ def examples(model: Any, calibration: Any) -> Any:
     preflight.require_exportable(model)
     if not _is_iterable_of_batches(model, calibration):
         return _probe.prepare(model, calibration, "calibration")[1]
-    return _gathered(model, calibration)
+    return _concatenated(model, calibration)
 
 
 def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
@@ -47,7 +47,7 @@ def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
         return False
     if not isinstance(calibration, list | tuple):
         return True
-    # A list is the inputs of a model that has several, or one batch as nested lists.
+    # Other lists are the inputs of a model with several inputs, or one batch as nested lists.
     specs = _probe.input_specs(model)
     return isinstance(specs, tf.TensorSpec) and all(
         isinstance(each, tuple) or (isinstance(each, _Array) and np.ndim(each) == specs.shape.rank)
@@ -55,19 +55,19 @@ def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
     )
 
 
-def _gathered(model: Any, batches: Iterable[Any]) -> Any:
+def _concatenated(model: Any, batches: Iterable[Any]) -> Any:
     sized = isinstance(batches, Sized)
-    if isinstance(batches, tf.data.Dataset):  # whose len() raises if it has none
+    if isinstance(batches, tf.data.Dataset):  # its len() raises if the length is unknown
         cardinality = int(batches.cardinality())
         sized = cardinality >= 0
         if cardinality == tf.data.INFINITE_CARDINALITY:
             raise ValueError(
-                "calibration is a dataset without an end: pass a part of it, calibration.take(n) "
-                "with some hundred examples."
+                "calibration is an infinite dataset: pass a part of it, calibration.take(n) with "
+                "some hundred examples."
             )
     specs, found, count = None, [], 0
     for element in batches:
-        x = _x(element)
+        x = _inputs(element)
         try:
             if specs is None:
                 specs, batch = _probe.prepare(model, x, "calibration")
@@ -75,33 +75,33 @@ def _gathered(model: Any, batches: Iterable[Any]) -> Any:
                 batch = _probe.fit("calibration", specs, x)
         except ValueError as error:
             raise ValueError(
-                f"{error} Each element of calibration is a batch, as of dataset.batch(32), or a "
-                "tuple (x, y) with a batch x."
+                f"{error} Each element of calibration must be a batch, as from dataset.batch(32), "
+                "or a tuple (x, y) with a batch x."
             ) from error
         found.append(batch)
         count += len(tf.nest.flatten(batch)[0])
         if count > MOST and not sized:
             raise ValueError(
-                f"calibration has given {count:,} examples, and doesn't say how many there are: "
-                "pass a part of it, dataset.take(n) or itertools.islice(batches, n), with some "
-                "hundred examples."
+                f"calibration has yielded {count:,} examples, and its length is unknown: pass a "
+                "part of it, dataset.take(n) or itertools.islice(batches, n), with some hundred "
+                "examples."
             )
     if not found:
         raise ValueError(
             "calibration is empty: pass some hundred examples of the training set. (A generator "
-            "can be read once only.)"
+            "can be read only once.)"
         )
     return tf.nest.map_structure(lambda *arrays: np.concatenate(arrays), *found)
 
 
-def _x(element: Any) -> Any:
+def _inputs(element: Any) -> Any:
     """Return the inputs in an element, by Keras' convention: x, (x,), (x, y) or (x, y, weights)."""
     if not isinstance(element, tuple):
         return element
     if not 1 <= len(element) <= 3:
         raise ValueError(
             "calibration must yield batches x or tuples (x, y), got a tuple of "
-            f"{len(element)}. The inputs of a model that has several are a list, or a tuple in a "
-            "tuple: ((a, b), y)."
+            f"{len(element)}. Several inputs of a model must be a list, or a tuple in a tuple: "
+            "((a, b), y)."
         )
     return element[0]

@@ -1,8 +1,8 @@
-"""Which constant of a written file holds which kernel of the model, and whether it has its zeros.
+"""The constants of a written file, matched to the kernels of the model.
 
 A converter transposes kernels, merges their axes, multiplies the scales of BatchNorms into them,
-and renames them. So a kernel's constant is found by its zeros: it is the one that, in some order of
-the axes, is zero wherever the kernel is.
+and renames them. So a kernel's constant is found by its zeros: in some order of the axes, it is
+zero wherever the kernel is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The entries that are compared first: most constants that do not fit differ there.
+# The number of entries that are compared first: most constants that do not match differ there.
 _HEAD = 4096
 
 
@@ -22,8 +22,8 @@ class Constant(NamedTuple):
     """A tensor of weights in a written file.
 
     Attributes:
-        name: as the file calls it.
-        values: as they are stored, floats or integers.
+        name: its name in the file.
+        values: its entries as they are stored, floats or integers.
         zero_points: the integers that represent 0.0, empty for floats.
     """
 
@@ -33,17 +33,17 @@ class Constant(NamedTuple):
 
     @property
     def zeros(self) -> int:
-        """How many of its entries are zero, as stored."""
+        """The number of stored entries that are 0."""
         return int(self.values.size - np.count_nonzero(self.values))
 
 
 class Form(NamedTuple):
-    """How a file holds a kernel.
+    """How a file stores a kernel.
 
     Attributes:
         kind: "dense", "sparse", or "dense on loading": sparse in the file only.
-        size: its bytes in the file, with those that say where its entries are.
-        reason: why it is dense where sparse kernels were asked for; else an empty text.
+        size: its bytes in the file, the indices of a sparse form included.
+        reason: why it is dense although sparse kernels were requested; else an empty string.
     """
 
     kind: str
@@ -52,32 +52,31 @@ class Form(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """What a converter has made.
+    """The result of a conversion.
 
     Attributes:
         content: the file.
-        forms: how it holds its constants, by their names; those that are missing are dense.
-        dense: the file with all kernels dense; None if they are.
+        forms: how it stores its constants, by name; a constant without an entry is dense.
+        dense: the same file with all kernels dense; None if sparse kernels were not requested.
         pointwise: how many 1x1 convolutions are run sparsely on some processors, and how many there
             are; None if no kernel is sparse.
-        beside: a file of weights that stands beside the file, and that it names; None if it holds
-            all of them.
+        data_file: a second file with weights, which the first one names; None if there is none.
     """
 
     content: bytes
     forms: Mapping[str, Form] = {}
     dense: bytes | None = None
     pointwise: tuple[int, int] | None = None
-    beside: pathlib.Path | None = None
+    data_file: pathlib.Path | None = None
 
 
 def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[Constant | None]:
     """Return for each kernel the constant that holds it, or None.
 
-    Of several that have the zeros in place, it is the one most similar to the kernel, if possible
-    one that holds no other kernel. Where a converter has reordered the blocks of a kernel (as for
-    the gates of a recurrent layer), the place of each zero is not known, and only their number is
-    compared.
+    Of several constants with the zeros in place, the one most similar to the kernel is returned,
+    if possible one that holds no other kernel. Where a converter has reordered the blocks of a
+    kernel (as for the gates of a recurrent layer), the places of the zeros are unknown, and only
+    their number is compared.
     """
     by_size: dict[int, list[Constant]] = {}
     for constant in constants:
@@ -99,32 +98,33 @@ def find(kernels: Sequence[np.ndarray], constants: Iterable[Constant]) -> list[C
 
 
 def _similarity(kernel: np.ndarray, values: np.ndarray) -> float | None:
-    """Return the similarity of a kernel and some values, in [0, 1]; None if zeros are missing.
+    """Return the similarity of a kernel and a constant, in [0, 1]; None if zeros are missing.
 
-    It is the cosine of the angle between them, in the order of axes that has the zeros in place.
+    It is the absolute cosine of the angle between them, for the best order of axes that has the
+    zeros in place.
     """
     flat = values.ravel()
     best = None
     for order in _orders(kernel.shape, values.shape):
-        turned = kernel.transpose(order)
-        dead = turned.reshape(-1) == 0
-        if flat[:_HEAD][dead[:_HEAD]].any() or flat[dead].any():
+        transposed = kernel.transpose(order)
+        is_zero = transposed.reshape(-1) == 0
+        if flat[:_HEAD][is_zero[:_HEAD]].any() or flat[is_zero].any():
             continue
-        floats, ours = flat.astype(np.float64), turned.reshape(-1)
-        length = float(np.linalg.norm(floats) * np.linalg.norm(ours))
-        cosine = abs(float(floats @ ours)) / length if length else 0.0
+        floats, entries = flat.astype(np.float64), transposed.reshape(-1)
+        length = float(np.linalg.norm(floats) * np.linalg.norm(entries))
+        cosine = abs(float(floats @ entries)) / length if length else 0.0
         best = max(cosine, best or 0.0)
     return best
 
 
 def _orders(shape: tuple[int, ...], goal: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield the orders of axes in which a shape turns into another by merging neighbours."""
+    """Yield the orders of axes in which a shape, merged or split, gives another one."""
     for order in itertools.permutations(range(len(shape))):
         if _merges([shape[axis] for axis in order], goal):
             yield order
 
 
 def _merges(sizes: Sequence[int], goal: Sequence[int]) -> bool:
-    """Tell whether neighbouring sizes can be multiplied, or split, to give others of one size."""
+    """Tell whether `goal` results from merging, or from splitting, neighbouring sizes."""
     ends = [set(itertools.accumulate(each, int.__mul__)) for each in (sizes, map(int, goal))]
     return ends[1] <= ends[0] or ends[0] <= ends[1]

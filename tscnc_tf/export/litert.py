@@ -41,25 +41,28 @@ def export_litert(
     """Write a model as a LiteRT file (`.tflite`), checked before and after.
 
     The model is stripped and checked as by `export_saved_model`. The file is written under a
-    hidden name beside `path`, loaded from there by the LiteRT interpreter, and checked: every zero
-    of every kernel is a zero in the file, in its place, and the logits are those of the model.
-    Only then it appears at `path`, and replaces what was there.
+    hidden name beside `path` and loaded from there by the LiteRT interpreter. Then it is checked
+    that every zero of every kernel is a zero in the file, at the same place, and that the logits
+    are those of the model. Only then is the file renamed to `path`.
 
-    In float32 the logits may differ by 1e-4 of the largest one (or of 1), as for a SavedModel: the
-    converter multiplies BatchNorms into kernels, and LiteRT takes sums in another order. (Small
-    networks differ by 1e-7, a ResNet-50 of random weights by 6e-5.) In float16 only the weights are
-    of that precision, and the logits may differ by 1e-2. In int8 weights and activations
-    are quantised (per channel and symmetric the weights, so that 0.0 is stored as 0), input and
-    output stay float32, and any finite difference is allowed: it depends on data and training what
-    8 bits cost. The report says how much it was, and whether the classes are the same; robust
-    accuracy is to be measured again, with `attacks.Transfer`.
+    How far the logits may differ depends on the precision:
 
-    With `sparse=True` kernels of many zeros are written as their other entries and where these are,
-    which makes the file smaller. Dense layers are then run in that form, and so faster, where their
-    zeros come in blocks of inputs: prune them in `pruning.Block.for_litert()`, or to 99 %. Other
-    kernels are made dense when the file is loaded, and run as ever; of these, LiteRT runs 1x1
-    convolutions sparsely on some processors (ARM, not x86 with AVX). The report says how each
-    kernel is stored, and why. LiteRT for microcontrollers can't load such a file.
+    * float32: by 1e-4 of the largest one (or of 1), as for a SavedModel. The converter multiplies
+      BatchNorms into kernels, and LiteRT sums in another order. Small networks differ by 1e-7, a
+      ResNet-50 of random weights by 6e-5.
+    * float16: by 1e-2. Only the weights are float16.
+    * int8: by any finite value, since the cost of 8 bits depends on data and training. Weights and
+      activations are quantized, the weights per channel and symmetrically, so that 0.0 is stored
+      as 0. Inputs and outputs stay float32. The report gives the difference, and how many classes
+      are the same. Measure robust accuracy again, with `attacks.Transfer`.
+
+    With `sparse=True`, a kernel of many zeros is stored as its nonzero entries and their indices,
+    which makes the file smaller. Dense layers are also run in that form, and so faster, if their
+    zeros form blocks of inputs: prune them with `pruning.Block.for_litert()`, or to 99 %. Other
+    kernels are made dense when the file is loaded. Of their layers, LiteRT runs only 1x1
+    convolutions sparsely, and only on some processors (ARM, not x86 with AVX): see
+    `sparse_inference`. The report says how each kernel is stored, and why. LiteRT for
+    microcontrollers can't load such a file.
 
     Needs `pip install "tscnc_tf[litert]"`.
 
@@ -67,22 +70,21 @@ def export_litert(
         model: a built model of either Keras, as for `export_saved_model`, that computes in float32.
             Only LiteRT's own operations are used, so that every interpreter runs the file: a
             recurrent layer must be built with `unroll=True`.
-        path: the file to make; its name usually ends in `.tflite`.
+        path: the file to write; its name usually ends in `.tflite`.
         precision: "float32", "float16" or "int8".
-        calibration: for int8, and only for it: typical inputs, from which the ranges of the
-            activations are taken; some hundred examples of the training set. Either one batch as
-            the model takes it, shape (examples, ...), or an iterable of batches: a batched
-            `tf.data.Dataset`, a generator, a list. Of tuples (x, y) and (x, y, weights) x is taken,
-            as Keras takes it. All examples are used; what is endless is refused, and so is what
-            doesn't say how many it has, after 4,096 examples: pass `dataset.take(n)` or
-            `itertools.islice(batches, n)`.
-        sparse: whether kernels are in sparse form where that makes them smaller.
+        calibration: for int8 only: typical inputs, from which the ranges of the activations are
+            taken, such as some hundred examples of the training set. Pass one batch as the model
+            takes it, shape (examples, ...), or an iterable of batches: a batched
+            `tf.data.Dataset`, a generator, a list. Of tuples (x, y) and (x, y, weights), x is used.
+            All examples are used. An infinite dataset is refused, and an iterable of unknown length
+            after 4,096 examples: pass `dataset.take(n)` or `itertools.islice(batches, n)`.
+        sparse: whether to store kernels in sparse form where that makes them smaller.
         expected_sparsity: as for `export_saved_model`.
         probe: a batch of inputs to compare logits on. None takes the first 8 examples of
             `calibration`, or draws 8 from U[0, 1), seeded.
-        overwrite: whether a file of this format at `path` is replaced. It stays until the new one
-            is written and checked, and is replaced in one step; nothing else is replaced but an
-            empty file. If `path` is a link, it is the file that it leads to.
+        overwrite: whether to replace a file at `path`, in one step, after the new one is written
+            and checked. Only an empty file or one of this format is replaced. If `path` is a link,
+            its target is replaced.
 
     Returns:
         A `FileExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
@@ -90,9 +92,9 @@ def export_litert(
     Raises:
         ImportError: LiteRT is not installed.
         FileExistsError, TypeError, RuntimeError, OSError: as `export_saved_model`.
-        ValueError: as `export_saved_model`; or a layer computes in half precision, or `calibration`
-            is missing, empty, endless or does not fit. LiteRT's converter has errors of its own.
-            What was at `path` is as it was then.
+        ValueError: as `export_saved_model`; or a layer does not compute in float32; or
+            `calibration` is missing, empty, infinite, or does not fit. What was at `path` is then
+            unchanged. LiteRT's converter raises errors of its own.
 
     Example:
         >>> import os, tempfile, numpy as np, tf_keras
@@ -123,7 +125,7 @@ def export_litert(
 
 
 def load_litert(path: str | os.PathLike[str]) -> ServedFile:
-    """Load a LiteRT file, for batches of any size, on all processors.
+    """Load a LiteRT file as a function of batches of any size, on all processor cores.
 
     The inputs are resized to each batch. The file needs a signature, as `export_litert` and Keras
     write it.
@@ -137,7 +139,7 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
     Raises:
         ImportError: LiteRT is not installed.
         FileNotFoundError: there is no file at `path`.
-        ValueError: it is no LiteRT file with a signature.
+        ValueError: it is not a LiteRT file with the signature "serving_default".
 
     Example:
         >>> import os, tempfile, tf_keras
@@ -156,19 +158,19 @@ def load_litert(path: str | os.PathLike[str]) -> ServedFile:
         runner = interpreter.get_signature_runner(_SIGNATURE)
     except ValueError as error:
         raise ValueError(
-            f"{file} is no LiteRT file with the signature {_SIGNATURE!r}: {error}"
+            f"{file} is not a LiteRT file with the signature {_SIGNATURE!r}: {error}"
         ) from error
     return _ServedLiteRT(file, runner)
 
 
 class LiteRT(writer.FileFormat):
-    """The format.
+    """The LiteRT format.
 
     Args:
-        settings: for the report.
+        settings: further settings, for the report.
         precision: "float32", "float16" or "int8".
         calibration: examples as arrays, for int8; else None.
-        sparse: whether kernels are in sparse form.
+        sparse: whether to store kernels in sparse form.
     """
 
     name = "LiteRT"
@@ -184,18 +186,17 @@ class LiteRT(writer.FileFormat):
     def convert(
         self, ready: preflight.Checked, serve: Callable[..., Any], signature: list[tf.TensorSpec]
     ) -> Converted:
-        """Return the file, made by way of a SavedModel: only so it has a signature."""
+        """Return the file, converted from a SavedModel: otherwise it would have no signature."""
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            # It is the converter itself that uses the interpreter, to calibrate.
+            # The converter itself uses the deprecated interpreter, to calibrate.
             warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is d", UserWarning)
             writer.write_saved_model(ready, serve, signature, pathlib.Path(folder))
             converter = tf.lite.TFLiteConverter.from_saved_model(
                 folder, signature_keys=[_SIGNATURE]
             )
-            reduces, is_sparse = self.precision != "float32", self._sparse
             converter.optimizations = [
-                *([tf.lite.Optimize.DEFAULT] if reduces else []),
-                *([tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if is_sparse else []),
+                *([tf.lite.Optimize.DEFAULT] if self.precision != "float32" else []),
+                *([tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if self._sparse else []),
             ]
             if self.precision == "float16":
                 converter.target_spec.supported_types = [tf.float16]
@@ -212,10 +213,10 @@ class LiteRT(writer.FileFormat):
                     "LiteRT's own operations are used; a recurrent layer needs unroll=True."
                 )
                 raise
-        return sparse_litert.settle(content) if self._sparse else Converted(content)
+        return sparse_litert.corrected(content) if self._sparse else Converted(content)
 
     def constants(self, path: pathlib.Path) -> list[Constant]:
-        """Return the weights in a file: its constants of floats and int8."""
+        """Return the weights in a file: its constants of floats or int8."""
         file = _litert_file.File(path.read_bytes())
         tensors = [graph.tensors[number] for graph, number in file.constants()]
         return [
@@ -243,10 +244,11 @@ class _ServedLiteRT(ServedFile):
                 return self._runner(**arrays)
         except RuntimeError as error:
             error.add_note(
-                "LiteRT can't run this file. In int8 that happens behind filters without weights, "
-                "where values hardly change: the ratio of two scales is out of LiteRT's range. "
-                "pruning.compact removes such filters, prune(..., structure=Unstructured("
-                "min_per_filter=1)) leaves none; or take precision='float32'."
+                "LiteRT can't run this file. In int8 this happens after filters without nonzero "
+                "weights, whose outputs hardly vary: the ratio of two scales is out of LiteRT's "
+                "range. pruning.compact removes such filters, and prune(..., "
+                "structure=Unstructured(min_per_filter=1)) avoids them; or use "
+                "precision='float32'."
             )
             raise
 
@@ -263,7 +265,7 @@ def _tensors(details: dict[str, Any]) -> list[ExportedTensor]:
 
 
 def _batches(signature: list[tf.TensorSpec], calibration: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of the calibration set by the names of the inputs."""
+    """Yield batches of the calibration set, as dicts by the names of the inputs."""
     arrays = tf.nest.flatten(calibration)
     for start in range(0, len(arrays[0]), _CALIBRATION_BATCH):
         batch = slice(start, start + _CALIBRATION_BATCH)

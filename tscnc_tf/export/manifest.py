@@ -1,7 +1,7 @@
-"""The manifest: an export's report as a JSON file in its folder, with digests, checked on loading.
+"""The manifest: the report of a SavedModel as a JSON file in its folder, with digests.
 
-The digests detect damage: a broken download, a file of another export, a figure edited by hand.
-They are no signature: they do not protect against deliberate manipulation.
+It is checked on loading. The digests detect damage, such as a broken download, a file of another
+export or a figure edited by hand. They do not protect against deliberate manipulation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 def write(folder: pathlib.Path, report: ExportReport) -> None:
-    """Write the manifest into the folder of a SavedModel. It doesn't say where the folder is."""
+    """Write the manifest into the folder of a SavedModel, without the path of the folder."""
     content = {"format": FORMAT, **report.to_dict()}
     del content["path"]
     content["sha256"] = seal(content)
@@ -35,10 +35,10 @@ def write(folder: pathlib.Path, report: ExportReport) -> None:
 
 
 def read(folder: pathlib.Path) -> ExportReport:
-    """Return what the manifest in `folder` says, after checking its seal and the files it lists.
+    """Return the report in a folder's manifest, after checking its digest and the files it lists.
 
     Raises:
-        ValueError: there is no manifest, it can't be read, was changed, or files differ from it.
+        ValueError: there is no manifest, it can't be read or was changed, or files differ from it.
     """
     file = folder / NAME
     if not file.is_file():
@@ -68,25 +68,25 @@ def read(folder: pathlib.Path) -> ExportReport:
 
 
 def seal(content: dict[str, Any]) -> str:
-    """Return the digest of a manifest's content, which is not to hold "sha256" itself."""
+    """Return the SHA-256 digest of a manifest's content, which must not have a key "sha256"."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_facts(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 digest of every file below `folder`, by its path, in order."""
+    """Return the size and SHA-256 digest of every file below `folder`, sorted by path."""
     return {name: _facts(folder / name) for name in _names(folder)}
 
 
 def gzip_size(folder: pathlib.Path) -> int:
-    """Return the size in bytes of `folder` as a .tar.gz that holds names and contents only."""
+    """Return the bytes of `folder` as a .tar.gz of names and contents, without times or owners."""
     counter = _Counter()
     with (
         gzip.GzipFile("", "wb", compresslevel=9, fileobj=counter, mtime=0) as packed,
         tarfile.open(mode="w", fileobj=packed) as archive,
     ):
         for name in _names(folder):
-            member = tarfile.TarInfo(name)  # time, owner and mode at their defaults
+            member = tarfile.TarInfo(name)
             member.size = (folder / name).stat().st_size
             with (folder / name).open("rb") as stream:
                 archive.addfile(member, stream)
@@ -94,22 +94,22 @@ def gzip_size(folder: pathlib.Path) -> int:
 
 
 def variables(loaded: Any) -> list[tf.Variable]:
-    """Return the variables of a loaded SavedModel, in the order of the model's own."""
+    """Return the variables of a loaded SavedModel, in the order of the model's."""
     return [variable for variable in loaded.variables if isinstance(variable, tf.Variable)]
 
 
 def values(variable: Any) -> np.ndarray:
-    """Return a variable's values; of one that is mirrored over devices, those of the first."""
+    """Return a variable's values; for a variable mirrored over devices, those on the first."""
     return tf.convert_to_tensor(variable).numpy()
 
 
 def is_finite(variable: Any) -> bool:
-    """Tell whether a variable holds neither NaN nor infinity; one that is no float holds none."""
+    """Tell whether a variable has neither NaN nor infinity; only floats can have them."""
     return not tf.as_dtype(variable.dtype).is_floating or bool(np.isfinite(values(variable)).all())
 
 
 def variable_facts(loaded: Any) -> tuple[ExportedVariable, ...]:
-    """Return what is to be recorded of the variables of a loaded SavedModel."""
+    """Return the records of the variables of a loaded SavedModel."""
     return tuple(
         ExportedVariable(
             name=variable.name,
@@ -122,10 +122,10 @@ def variable_facts(loaded: Any) -> tuple[ExportedVariable, ...]:
 
 
 def check_variables(report: ExportReport, loaded: Any) -> None:
-    """Check the variables of a loaded SavedModel: finite, and what the manifest says of them.
+    """Check that the variables of a loaded SavedModel are finite and match the manifest.
 
     Raises:
-        ValueError: names every variable that differs.
+        ValueError: some do not; the message names each of them.
     """
     found, recorded = variable_facts(loaded), report.variables
     faults = [
@@ -134,7 +134,7 @@ def check_variables(report: ExportReport, loaded: Any) -> None:
         if not is_finite(variable)
     ]
     if len(found) != len(recorded):
-        faults.append(f"there are {len(found)} variables, recorded are {len(recorded)}")
+        faults.append(f"there are {len(found)} variables, {len(recorded)} are recorded")
     for is_now, was in zip(found, recorded, strict=False):
         faults += [
             f"{was.name} has {field} {getattr(is_now, field)}, recorded as {getattr(was, field)}"
@@ -149,13 +149,13 @@ def check_variables(report: ExportReport, loaded: Any) -> None:
 
 
 def fault(file: pathlib.Path, facts: Mapping[str, Any]) -> str:
-    """Return in words how a file differs from what was recorded of it; nothing if it doesn't."""
+    """Return how a file differs from its record, for an error message; empty if it does not."""
     if not file.is_file():
         return "is missing"
     found = _facts(file)
     if found["bytes"] != facts["bytes"]:
         return f"has {found['bytes']} bytes, recorded as {facts['bytes']}"
-    return "has another content (its sha256 differs)" if found != facts else ""
+    return "has different content (its sha256 differs)" if found != facts else ""
 
 
 def _check_files(folder: pathlib.Path, report: ExportReport) -> None:

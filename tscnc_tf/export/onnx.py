@@ -1,4 +1,4 @@
-"""ONNX: one file for ONNX Runtime and whatever else reads the format."""
+"""ONNX: one file for ONNX Runtime and other runtimes that read the format."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tscnc_tf.export.served_file import ServedFile
 __all__ = ["export_onnx", "load_onnx"]
 
 _OLDEST_OPSET = 13
-# In a file of weights: of what each tensor's place is a multiple, and the bytes of the smallest.
-_ALIGNMENT, _SMALL = 64, 4096
+# External data, in bytes: the alignment of the tensors, and the largest one that stays inline.
+_ALIGNMENT, _LARGEST_INLINE = 64, 4096
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
@@ -41,30 +41,27 @@ def export_onnx(
     """Write a model as an ONNX file, checked before and after.
 
     The model is stripped and checked as by `export_saved_model`, and converted by tf2onnx. The
-    file is written under a hidden name beside `path`, loaded from there by ONNX Runtime, and
-    checked: it is valid, every zero of every kernel is a zero in the file, in its place, and the
-    logits are those of the model. Only then it appears at `path`, and replaces what was there. The
-    logits may differ by 1e-4 of the largest one (or of 1), as for a SavedModel: see
-    `export_litert`. Kernels are dense: ONNX Runtime has no others, so zeros make the file neither
-    smaller nor faster.
+    file is checked as by `export_litert`, in ONNX Runtime, and also that it is valid. The logits
+    may differ by 1e-4 of the largest one (or of 1). Kernels are dense: ONNX Runtime has no others,
+    so zeros make the file neither smaller nor faster.
 
     Needs `pip install "tscnc_tf[onnx]"`.
 
     Args:
         model: a built model of either Keras, as for `export_saved_model`, that computes in float32.
-        path: the file to make; its name usually ends in `.onnx`.
+        path: the file to write; its name usually ends in `.onnx`.
         expected_sparsity: as for `export_saved_model`.
         probe: as for `export_saved_model`.
-        opset: the version of ONNX's operations, from 13 to what tf2onnx knows (18); None for the
+        opset: the version of ONNX's operations, from 13 to the newest of tf2onnx (18); None for the
             default of tf2onnx (15).
-        batch_size: the number of examples that the file is to take, for runtimes that want to know
-            it; None for any number, as the file's first dimension then says by the name `batch`.
-        external_data: whether all tensors of more than 4 KiB stand in a second file beside `path`,
-            `<name>.<8 hex digits>.data`, which the first one names: the two are moved together. It
-            is there before the first one appears at `path`; that of an earlier export which is
-            replaced goes afterwards, and so does that of an export that fails. A runtime can map
-            it into memory; models of more than 2 GB can't be written so either, as tf2onnx makes a
-            single file first (its own `large_model` fails with NumPy 2).
+        batch_size: the number of examples that the file takes, for runtimes that need a fixed one;
+            None for any number: the first dimension of the inputs is then named `batch`.
+        external_data: whether to store all tensors of more than 4 KiB in a second file beside
+            `path`, `<name>.<8 hex digits>.data`, which a runtime can map into memory. The first
+            file names it, so move the two together. It is complete before the first file appears
+            at `path`. After that, the one of a replaced export is removed; if the export fails,
+            the new one is. Models of more than 2 GB can't be exported this way either, as tf2onnx
+            makes a single file first (its own `large_model` fails with NumPy 2).
         overwrite: as for `export_litert`.
 
     Returns:
@@ -73,8 +70,8 @@ def export_onnx(
     Raises:
         ImportError: onnx, tf2onnx or ONNX Runtime is not installed.
         FileExistsError, TypeError, RuntimeError, OSError: as `export_saved_model`.
-        ValueError: as `export_saved_model`; or a layer computes in half precision, or an operation
-            of the model is not known to ONNX. What was at `path` is as it was then.
+        ValueError: as `export_saved_model`; or a layer does not compute in float32; or ONNX has no
+            equivalent of an operation of the model. What was at `path` is then unchanged.
 
     Example:
         >>> import os, tempfile, numpy as np, tf_keras
@@ -106,7 +103,7 @@ def export_onnx(
 
 
 def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
-    """Load an ONNX file, for batches of any size, on all cores of the CPU.
+    """Load an ONNX file as a function of batches of any size, on all processor cores.
 
     Args:
         path: the file.
@@ -117,7 +114,7 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
     Raises:
         ImportError: ONNX Runtime is not installed.
         FileNotFoundError: there is no file at `path`.
-        ValueError: ONNX Runtime can't read it; the error says what it says.
+        ValueError: ONNX Runtime can't read it; its error is part of the message.
 
     Example:
         >>> import os, tempfile, tf_keras
@@ -133,16 +130,16 @@ def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
     file = _files.require_file("path", path)
     try:
         session = library.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    except Exception as error:  # each kind of fault has a class of its own, without a common base
+    except Exception as error:  # its errors have no common base class
         raise ValueError(f"{file} can't be read by ONNX Runtime: {error}") from error
     return _ServedONNX(file, session)
 
 
 class ONNX(writer.FileFormat):
-    """The format; its settings are the opset, and whether the weights stand in a second file.
+    """The ONNX format; the settings are opset, external data and batch size.
 
-    That one has a name of its own, so that at any time what is at the path finds its weights, be it
-    the old file or the new one.
+    Each export gives its external data a new name. So the file at the path, whether the old or the
+    new one, always finds its own weights.
     """
 
     name = "ONNX"
@@ -156,19 +153,19 @@ class ONNX(writer.FileFormat):
         self._files: set[pathlib.Path] = set()
 
     def export(self, model: Any, path: str | os.PathLike[str], **options: Any) -> Any:
-        """Export, and remove the files of weights that what is at the path then does not name."""
+        """Export, then remove the external data that the file at the path does not name."""
         try:
             return super().export(model, path, **options)
         finally:
             if self._goal is not None:
-                for file in self._files - _files_of_weights(self._goal):
+                for file in self._files - _external_data(self._goal):
                     file.unlink(missing_ok=True)
 
     def write(
         self, ready: preflight.Checked, goal: pathlib.Path, draft: pathlib.Path
     ) -> FileExportReport:
-        """Write a draft, and the weights beside it if they are to stand there."""
-        self._goal, self._files = goal, _files_of_weights(goal)
+        """Write a draft, with external data if requested."""
+        self._goal, self._files = goal, _external_data(goal)
         if "external_data" in self.settings:
             self._data = goal.with_name(f"{goal.name[:200]}.{secrets.token_hex(4)}.data")
             self._files.add(self._data)
@@ -176,11 +173,11 @@ class ONNX(writer.FileFormat):
 
     def convert(
         self,
-        ready: preflight.Checked,  # noqa: ARG002 - the endpoint is enough here
+        ready: preflight.Checked,  # noqa: ARG002 - `serve` is enough here
         serve: Callable[..., Any],
         signature: list[tf.TensorSpec],
     ) -> Converted:
-        """Return the file, as tf2onnx makes it, with all weights in it or beside it."""
+        """Return the file that tf2onnx makes, with all weights in it or in the external data."""
         onnx = _extras.require_extra("onnx", "onnx")
         convert = _extras.require_extra("tf2onnx.convert", "onnx")
         function = tf.function(serve, input_signature=signature)
@@ -191,23 +188,20 @@ class ONNX(writer.FileFormat):
         for tensor in (*proto.graph.input, *proto.graph.output):
             dimensions = tensor.type.tensor_type.shape.dim
             if dimensions and dimensions[0].dim_param:
-                dimensions[0].dim_param = "batch"  # rather than a number that tf2onnx counts up
+                dimensions[0].dim_param = "batch"  # tf2onnx names it by a running number
         if self._data is not None:
             _store(onnx, proto.graph, self._data)
-        return Converted(proto.SerializeToString(), beside=self._data)
+        return Converted(proto.SerializeToString(), data_file=self._data)
 
     def constants(self, path: pathlib.Path) -> list[Constant]:
-        """Return the weights in a file that ONNX finds valid: its constants of float32.
-
-        Those of loops are among them.
-        """
+        """Return the weights in a valid file: its float32 constants, those in loops included."""
         onnx = _extras.require_extra("onnx", "onnx")
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except onnx.checker.ValidationError as error:
             raise ValueError(
                 f"The model can't be written as ONNX with opset {self.settings['opset']}: {error} "
-                "Exchange the layer that uses the operation, or try a newer opset."
+                "Replace the layer that uses the operation, or try a newer opset."
             ) from error
         return [
             Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
@@ -216,7 +210,7 @@ class ONNX(writer.FileFormat):
         ]
 
     def holds(self, content: bytes) -> bool:
-        """Tell whether it can be read: the format has no mark, but must name its version."""
+        """Tell whether it can be parsed: the format has no magic number, but requires a version."""
         onnx = _extras.require_extra("onnx", "onnx")
         try:
             return onnx.load_model_from_string(content).ir_version > 0
@@ -249,9 +243,9 @@ def _tensors(arguments: Any) -> list[ExportedTensor]:
 
 @contextlib.contextmanager
 def _inlined() -> Iterator[None]:
-    """Trace functions in functions as part of the outer one.
+    """Trace nested functions as part of the outer one.
 
-    Keras 3 has a grouped convolution compiled by XLA, in a function that tf2onnx can't look into.
+    Keras 3 compiles grouped convolutions by XLA, in a function that tf2onnx can't convert.
     """
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
@@ -262,7 +256,7 @@ def _inlined() -> Iterator[None]:
 
 
 def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
-    """Make constants of the tensors that a model has in Python, which tf2onnx takes for inputs."""
+    """Make constants of the tensors that a model captures, which tf2onnx turns into inputs."""
     captured = concrete.captured_inputs
     places = concrete.inputs[len(concrete.inputs) - len(captured) :]
     values = {place.name: value for place, value in zip(places, captured, strict=True)}
@@ -274,14 +268,14 @@ def _embed(onnx: Any, graph: Any, concrete: Any) -> None:
 
 
 def _store(onnx: Any, graph: Any, path: pathlib.Path) -> None:
-    """Write the large tensors of a graph to a file, and where they are there into the graph.
+    """Move the large tensors of a graph to a file, and record their places in the graph.
 
-    (tf2onnx has an argument for it, `large_model`, that uses a function which NumPy 2 lacks.)
+    (tf2onnx's own argument for this, `large_model`, uses a function that NumPy 2 lacks.)
     """
     with path.open("xb") as stream:
         for tensor in _tensors_in(graph):
             values = tensor.raw_data
-            if len(values) <= _SMALL:
+            if len(values) <= _LARGEST_INLINE:
                 continue
             stream.write(bytes(-stream.tell() % _ALIGNMENT))
             place = {"location": path.name, "offset": stream.tell(), "length": len(values)}
@@ -294,10 +288,10 @@ def _store(onnx: Any, graph: Any, path: pathlib.Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _files_of_weights(path: pathlib.Path) -> set[pathlib.Path]:
-    """Return the files beside an ONNX file that `export_onnx` has written for it, by what it says.
+def _external_data(path: pathlib.Path) -> set[pathlib.Path]:
+    """Return the external data that an ONNX file names and `export_onnx` wrote.
 
-    Of what is no ONNX file there are none.
+    The set is empty if there is no ONNX file at `path`.
     """
     onnx = _extras.require_extra("onnx", "onnx")
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The checks of a model before it is exported, and of its logits afterwards."""
+"""Checks of a model before it is exported, and of its logits afterwards."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tscnc_tf.export import manifest
 
 
 class Checked(NamedTuple):
-    """A model that has passed the checks, and what the written one is compared with.
+    """A model that has passed the checks, with what the written one is compared with.
 
     Attributes:
         model: the model.
-        library: the Keras that it is made of.
-        stripped: the model with its masks applied, and without pruning wrappers and gates.
+        library: its Keras, as a module.
+        stripped: the model with its masks applied, without pruning wrappers and gates.
         weights: its zeros.
         ideal_sparse_bytes: the size of the weights, each in the smallest sparse format.
         expected_sparsity: the sparsity that was required, or None.
@@ -46,7 +46,7 @@ class Checked(NamedTuple):
         return _probe.examples(self.batch)
 
     def versions(self, *distributions: str) -> dict[str, str]:
-        """Return the versions of what makes an export, with those of further distributions."""
+        """Return the versions of the libraries behind an export, and of further distributions."""
         return _reports.versions(
             "tscnc_tf", "tensorflow", self.library.__name__, "numpy", *distributions
         )
@@ -99,25 +99,25 @@ def require_same(
     shapes, wanted = ([array.shape for array in arrays] for arrays in (left, right))
     if shapes != wanted:
         raise ValueError(
-            f"On the probe batch, the logits of {what} are of the shapes {shapes}, and those of "
-            f"the stripped model {wanted}."
+            f"On the probe batch, the logits of {what} have the shapes {shapes}, and those of the "
+            f"stripped model {wanted}."
         )
-    apart = _probe.difference(left, right)
-    if apart > allowed:
+    difference = _probe.difference(left, right)
+    if difference > allowed:
         raise ValueError(
             f"On the probe batch, the logits of {what} differ from those of the stripped model by "
-            f"up to {apart:.3g}, and {allowed:.3g} is allowed. A layer that is random in inference "
-            "mode, keeps a state between calls, or reads Python variables would do this."
+            f"up to {difference:.3g}, and {allowed:.3g} is allowed. Possible causes are layers "
+            "that are random in inference mode, keep state between calls, or read Python variables."
         )
-    return apart
+    return difference
 
 
 def require_exportable(model: Any) -> types.ModuleType:
-    """Return the Keras of a model that can be exported; raise for all others."""
+    """Return the Keras of a model that can be exported; raise an error for all others."""
     if tf.distribute.has_strategy():
         raise RuntimeError(
-            "A model must be exported outside of strategy.scope(): what is loaded to check the "
-            "export would be spread over devices. The model may have been made inside."
+            "A model must be exported outside of strategy.scope(): the copy that is loaded to "
+            "check the export would be distributed over devices. The model may be created inside."
         )
     library = _keras.library("model", model)
     if isinstance(model, training.AdversarialTraining):
@@ -137,22 +137,22 @@ def require_exportable(model: Any) -> types.ModuleType:
 
 
 def variables(model: Any) -> list[Any]:
-    """Return a model's variables; tf_keras lists the vocabularies of text layers among them."""
+    """Return a model's variables, without the vocabularies that tf_keras lists among them."""
     return [variable for variable in model.variables if flavours.is_variable(variable)]
 
 
 def require_finite(model: Any) -> None:
-    """Raise a ValueError that names the variables unless all weights are finite."""
+    """Raise a ValueError that names the variables with NaN or infinity, if there are any."""
     bad = [_name(v) for v in variables(model) if not manifest.is_finite(v)]
     if bad:
         raise ValueError(
             f"model {model.name!r} has weights that are NaN or infinite, in {', '.join(bad)}. "
-            "Go back to a checkpoint from before the training diverged."
+            "Restore a checkpoint from before the training diverged."
         )
 
 
 def strip(model: Any) -> Any:
-    """Return the model with masks applied, gates folded and no wrappers, and check that it is so.
+    """Apply a model's masks, and return it with gates folded and without wrappers, checked.
 
     Raises:
         ValueError: a weight under a mask is not zero, or a wrapper could not be taken out.
@@ -168,7 +168,7 @@ def strip(model: Any) -> Any:
     for variable in {id(variable): variable for variable in prunable}.values():
         _make_zeros_positive(variable)
 
-    # A pruner may stay where it is: it hides its masks from SavedModels.
+    # A pruner may stay attached: it hides its masks from SavedModels.
     stripped = pruning.strip(model) if wrappers.wrapped_layers(model) else gates.fold(model)
     left = [layer.name for layer in wrappers.wrapped_layers(stripped)]
     theirs = masks.names(model)
@@ -176,14 +176,14 @@ def strip(model: Any) -> Any:
     if left:
         raise ValueError(
             f"model {model.name!r} still has pruning wrappers after stripping: {', '.join(left)}. "
-            "They are inside a layer whose parts can't be exchanged from outside: put each "
+            "They are inside a layer whose parts can't be replaced from outside: put each "
             "wrapper's `.layer` in the wrapper's place yourself."
         )
     return stripped
 
 
 def require_sparsity(weights: inspection.SparsityReport, expected: float) -> None:
-    """Raise unless each weight has the zeros that tfmot would make, in tfmot's own arithmetic."""
+    """Raise a ValueError unless each weight has as many zeros as tfmot makes, in its arithmetic."""
     keep = np.float32(1) - np.float32(expected)
     short = []
     for row in weights.prunable:
@@ -203,8 +203,7 @@ def require_sparsity(weights: inspection.SparsityReport, expected: float) -> Non
 def _make_zeros_positive(variable: Any) -> None:
     """Turn -0.0, which a mask makes of a negative weight, into 0.0.
 
-    Both count the same, but a mixture of the two does not compress: at 90 % zeros, a gzipped kernel
-    is a third larger with it.
+    A mixture of the two does not compress: at 90 % zeros, it makes a gzipped kernel a third larger.
     """
     values = manifest.values(variable).copy()
     negative = np.signbit(values) & (values == 0)
@@ -214,5 +213,5 @@ def _make_zeros_positive(variable: Any) -> None:
 
 
 def _name(variable: Any) -> str:
-    """Return what a variable is called: Keras 3 has the full name in `path`."""
+    """Return the full name of a variable, which Keras 3 has in `path`."""
     return getattr(variable, "path", variable.name)

@@ -1,4 +1,4 @@
-"""The reports of exports: to a SavedModel, whose report is its manifest, and to a file."""
+"""Reports of exports: to a SavedModel, whose manifest is the report, and to a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "FileExportReport",
 ]
 
-# Where LiteRT has sparse kernels for 1x1 convolutions.
+# The processors on which LiteRT has sparse kernels for 1x1 convolutions.
 PROCESSORS = "ARM, WebAssembly, RISC-V, and x86 without AVX"
 
 
@@ -26,8 +26,8 @@ class ExportedTensor(_reports.Record):
     """One input or output of the `serving_default` signature.
 
     Attributes:
-        name: the keyword that the signature knows it by.
-        shape: its shape; None is a dimension of any size.
+        name: its keyword in the signature.
+        shape: its shape; None for a dimension of any size.
         dtype: the name of its dtype.
     """
 
@@ -42,7 +42,7 @@ class ExportedTensor(_reports.Record):
 
 @dataclasses.dataclass(frozen=True)
 class ExportedVariable(_reports.Record):
-    """One variable of the SavedModel; its place in the report is its place in `variables` there.
+    """One variable of a SavedModel; reports list them in the order of the model's `variables`.
 
     Attributes:
         name: the name that TensorFlow gives it.
@@ -69,13 +69,13 @@ class ExportedKernel(_reports.WeightRecord):
         dtype: the name of its dtype.
         weights: the number of entries.
         model_zeros: how many of them are zero in the model.
-        zeros: how many of them are zero in the file. At least as many: small weights may be
-            rounded to zero, and the zeros of a BatchNorm may have been multiplied in.
+        zeros: how many of them are zero in the file: at least `model_zeros`, since small weights
+            may be rounded to zero, and zero scales of a BatchNorm multiplied into the kernel.
         stored: "dense"; "sparse" if it is also run in sparse form; "dense on loading" if it is
             sparse in the file only.
-        stored_bytes: what it takes in the file, with what says where its entries are; None for a
+        stored_bytes: its bytes in the file, the indices of a sparse form included; None for a
             weight that the converter has split.
-        reason: why it is dense where sparse kernels were asked for; else an empty text.
+        reason: why it is dense although sparse kernels were requested; else an empty string.
     """
 
     name: str
@@ -91,7 +91,7 @@ class ExportedKernel(_reports.WeightRecord):
 
 
 class _Export(_reports.Report):
-    """What both reports share: the notes below the table."""
+    """Base of both reports: the notes below the table."""
 
     expected_sparsity: float | None
     inputs: tuple[ExportedTensor, ...]
@@ -106,9 +106,9 @@ class _Export(_reports.Report):
         """Return the notes.
 
         Args:
-            size: of what was written, in bytes.
-            comparison: what follows the largest difference of logits.
-            more: further notes, put before the versions.
+            size: the bytes of the files that were written.
+            comparison: the text after the largest difference of logits.
+            more: further notes, placed before the versions.
         """
         asked, ideal = self.expected_sparsity, ""
         if self.ideal_sparse_bytes is not None:
@@ -146,10 +146,10 @@ class ExportReport(_Export):
             make this size smaller; the SavedModel itself stores each of them.
         ideal_sparse_bytes: what the weights alone would take, each kernel in the smallest of a
             dense array, a bitmap with values and compressed rows, as `inspection.sizes` counts; no
-            SavedModel is that small. None for an export made before this was counted.
-        files: for every file of the SavedModel, its size in bytes and its SHA-256 digest. If a
-            model is exported twice, the variables' files are the same; that of the graph is not,
-            since TensorFlow numbers its functions on.
+            SavedModel is that small. None for an export by an older version without this count.
+        files: for every file of the SavedModel, its size in bytes and its SHA-256 digest. Two
+            exports of a model have the same files of variables, but not of the graph, since
+            TensorFlow gives functions new numbers each time.
         versions: of the libraries that made the export; "unknown" if not installed as a package.
     """
 
@@ -170,7 +170,7 @@ class ExportReport(_Export):
 
     @property
     def kernels(self) -> tuple[WeightSparsity, ...]:
-        """The prunable weights: every kernel, and whatever else had a mask."""
+        """The prunable weights: every kernel, and every other weight that had a mask."""
         return self.weights.rows
 
     @property
@@ -191,10 +191,10 @@ class ExportReport(_Export):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the report whose `to_dict()` is `values`; what follows from others is recomputed.
+        """Return the report whose `to_dict()` is `values`; derived values are recomputed.
 
         Raises:
-            ValueError: a value is missing or of another kind.
+            ValueError: a value is missing or of the wrong type.
         """
         try:
             parsed: dict[str, Any] = {
@@ -213,7 +213,7 @@ class ExportReport(_Export):
             names = [field.name for field in dataclasses.fields(cls)]
             return cls(**{name: values[name] for name in names if name not in parsed}, **parsed)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"This is no export report: {error!r}.") from error
+            raise ValueError(f"This is not an export report: {error!r}.") from error
 
     def _table(self) -> _reports.Table:
         table = self.weights._table()
@@ -231,27 +231,26 @@ class FileExportReport(_Export):
     Attributes:
         path: the file, absolute.
         format: "LiteRT" or "ONNX".
-        precision: "float32"; "float16" of the weights, the sums being in float32; or "int8" of
-            both.
+        precision: "float32"; "float16" for the weights, computing in float32; or "int8" for weights
+            and activations.
         weights: the zeros of the model that was exported.
         kernels: the zeros of the file, kernel by kernel.
         inputs, outputs: the tensors that the file takes and returns.
         logit_tolerance: the largest difference of logits that would have passed; None for int8,
-            where any is allowed.
+            where any finite one passes.
         same_class: the share of the probe's examples for which model and file return the same
             class; None for several outputs, or one logit.
         file_bytes: the size of the file; with `data_file`, of both.
-        dense_bytes: what it would be with all kernels dense; None where no sparse ones were asked
-            for.
+        dense_bytes: its size with all kernels dense; None if sparse kernels were not requested.
         pointwise: of the 1x1 convolutions, how many LiteRT runs sparsely on some processors, and
             how many there are (see `sparse_inference`); None for a file without sparse kernels.
         gzip_bytes: its size gzipped (level 9, without time stamp); zeros make it smaller.
-        ideal_sparse_bytes: as in `ExportReport`; None but for float32: it counts these.
-        sha256: its digest; with `data_file`, that of both, one behind the other.
-        settings: what else it was made with: the number of calibration examples, the opset.
+        ideal_sparse_bytes: as in `ExportReport`, for float32 only; else None.
+        sha256: its SHA-256 digest; with `data_file`, that of both files, concatenated.
+        settings: further settings: calibration examples, opset, batch size, external data.
         expected_sparsity, max_logit_difference, probe_examples, versions: as in `ExportReport`.
-        data_file: the file beside it that holds its weights (ONNX with `external_data`), absolute;
-            None if it holds them itself.
+        data_file: the second file, with the weights (ONNX with `external_data`), absolute; None if
+            there is none.
     """
 
     _derived = ("sparsity",)
@@ -299,7 +298,7 @@ class FileExportReport(_Export):
             given = ", ".join(f"{name} {value}" for name, value in self.settings.items())
             notes.append(f"Settings: {given}.")
         if self.data_file is not None:
-            notes.append(f"Its weights are in {self.data_file}: the two are moved together.")
+            notes.append(f"Its weights are in {self.data_file}: move the two files together.")
         if self.dense_bytes is not None:
             columns += ["stored", "bytes"]
             for row, kernel in zip(rows, self.kernels, strict=True):
@@ -309,7 +308,7 @@ class FileExportReport(_Export):
         if self.format == "ONNX":
             notes.append(
                 "Kernels are dense, as ONNX Runtime has no others: zeros make the file neither "
-                "smaller nor faster. `compact` does, and `export_litert(sparse=True)`."
+                "smaller nor faster. `compact` and `export_litert(sparse=True)` do."
             )
         title = f"{self.format} ({self.precision}) {self.path}"
         noted = self._notes(self.file_bytes, f"(allowed: {allowed}){same}", *notes)
@@ -318,20 +317,20 @@ class FileExportReport(_Export):
     def _storage(self, dense_bytes: int) -> list[str]:
         """Return the notes on sparse kernels."""
         share = f"{self.file_bytes / dense_bytes:.2f}"
-        notes = [f"With dense kernels: {_reports.size(dense_bytes)}; this is {share} of it."]
+        notes = [f"With dense kernels: {_reports.size(dense_bytes)}; this file is {share} of that."]
         for reason in dict.fromkeys(row.reason for row in self.kernels if row.reason):
             names = ", ".join(row.name for row in self.kernels if row.reason == reason)
             notes.append(f"Dense ({reason}): {names}.")
         stored = {row.stored for row in self.kernels}
         if "dense on loading" in stored:
             notes.append(
-                "What is dense on loading makes the file smaller and nothing faster, but for 1x1 "
-                "convolutions."
+                "Kernels that are dense on loading make the file smaller, but only 1x1 "
+                "convolutions faster."
             )
         if stored - {"dense"}:
             notes.append(
-                "Not for microcontrollers: LiteRT there can't load what is dense on loading, and "
-                "returns wrong logits for what is sparse, without an error. Export with "
+                "Not for microcontrollers: LiteRT can't load kernels there that are dense on "
+                "loading, and returns wrong logits for sparse ones, without an error. Export with "
                 "sparse=False for them, and make the network smaller by pruning.compact."
             )
         if self.pointwise is not None and self.pointwise[1]:
@@ -344,13 +343,13 @@ class FileExportReport(_Export):
 
 
 def _counted(weights: int, model_zeros: int, zeros: int) -> list[str]:
-    """Return the cells of numbers of weights and zeros."""
+    """Return the cells of the last four columns: weights, zeros in model and file, sparsity."""
     share = _reports.percent(zeros / weights)
     return [f"{weights:,}", f"{model_zeros:,}", f"{zeros:,}", share]
 
 
 def _rows(kind: type, rows: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """Return dataclasses from their dictionaries, which may hold derived values besides."""
+    """Return records of a dataclass from their dictionaries, ignoring derived values."""
     names = [field.name for field in dataclasses.fields(kind)]
     return tuple(
         kind(**{name: row[name] for name in names if name != "shape"}, shape=tuple(row["shape"]))

@@ -1,4 +1,4 @@
-"""LiteRT files from elsewhere, rewritten so that LiteRT runs what it can of them sparsely."""
+"""Rewriting of LiteRT files from other sources for sparse inference."""
 
 from __future__ import annotations
 
@@ -23,49 +23,47 @@ def rewrite_litert(
 ) -> sparse_inference.SparseInferenceReport:
     """Rewrite a sparse LiteRT file for sparse inference, without changing its function.
 
-    `export_litert(sparse=True)` does this to each file; here it is done to files that others have
-    made, by LiteRT's converter with `tf.lite.Optimize.EXPERIMENTAL_SPARSITY`. Their graphs often
-    miss the form in which LiteRT runs 1x1 convolutions by their nonzero weights (see
-    `sparse_inference`), or are such that LiteRT gets them wrong on the processors that do so. What
-    f(x) is for an input x of shape (examples, ...) stays. Where that makes more of the file run
-    sparsely:
+    `export_litert(sparse=True)` does this itself. The function is for files that LiteRT's converter
+    has written with `tf.lite.Optimize.EXPERIMENTAL_SPARSITY`. Their graphs often lack the form in
+    which LiteRT runs 1x1 convolutions sparsely (see `sparse_inference`), or LiteRT computes them
+    wrongly on the processors where it does. These changes are made if they let LiteRT run more of
+    the file sparsely:
 
-    * a "same" padding of a strided convolution that is even for the size of the image, p rows and
-      columns on each side, becomes an operation of its own (PAD) before a "valid" convolution;
-    * a constant c of shape (channels,) that is added to or multiplied with an image becomes the
-      first operand, of shape (1, 1, 1, channels);
-    * a mean over an image that keeps its axes (`keepdims=True`) returns shape (examples, channels),
-      and a RESHAPE gives it (examples, 1, 1, channels) afterwards, if no part that is run sparsely
-      follows.
+    * "Same" padding of a strided convolution becomes a separate operation (PAD) before a "valid"
+      convolution, if the size of the image makes it even, that is, equal on opposite sides.
+    * A constant of shape (channels,) that is added to or multiplied with an image becomes the first
+      operand, of shape (1, 1, 1, channels).
+    * A mean over an image that keeps its axes (`keepdims=True`) returns the shape (examples,
+      channels), and a RESHAPE makes it (examples, 1, 1, channels), if no sparse part follows.
 
-    And always:
+    These are always made:
 
-    * a part of the graph that LiteRT would run sparsely and get wrong is kept from it, by the
-      operation max(x, x) = x behind its first convolution;
-    * a kernel in sparse form is made dense where that is no larger, or where LiteRT does not run
-      it; blocks become single entries where that is smaller.
+    * A part of the graph that LiteRT would run sparsely, with wrong results, is run dense: the
+      operation max(x, x) = x is inserted after its first convolution.
+    * A kernel in sparse form is made dense where that is no larger, or where LiteRT can't run it.
+      Blocks become single entries where that is smaller.
 
-    The new file is loaded and compared with the old one before it appears at `path`.
+    The new file is loaded and compared with the old one before it is renamed to `path`.
 
     Needs `pip install "tscnc_tf[litert]"`.
 
     Args:
         source: a LiteRT file with sparse kernels and a signature, as Keras writes it.
-        path: the file to make. It may be `source`, with `overwrite=True`.
-        overwrite: whether a LiteRT file at `path` is replaced, in one step; nothing else is.
+        path: the file to write. It may be `source`, with `overwrite=True`.
+        overwrite: as for `export_litert`.
 
     Returns:
-        The `SparseInferenceReport` of the new file: which 1x1 convolutions it has run sparsely, and
-        what stands in the way of the others, which only a change of the network removes.
+        The `SparseInferenceReport` of the new file. Only a change of the network removes the
+        obstacles that it still names.
 
     Raises:
         ImportError: LiteRT is not installed.
         FileNotFoundError: there is no file at `source`.
         FileExistsError, OSError: as `export_litert`.
-        TypeError: `overwrite` is no bool.
-        ValueError: `source` is no LiteRT file with a signature, is damaged, or has no sparse
+        TypeError: `overwrite` is not a bool.
+        ValueError: `source` is not a LiteRT file with a signature, is damaged, or has no sparse
             kernel; or the outputs of the new file, for 8 examples from U[0, 1), differ by more than
-            1e-4 of the largest (or of 1). What was at `path` is as it was then.
+            1e-4 of the largest (or of 1). What was at `path` is then unchanged.
 
     Example:
         >>> import os, tempfile, pathlib, tensorflow as tf, tf_keras
@@ -88,10 +86,10 @@ def rewrite_litert(
         1
 
     Reference:
-        XNNPACK, src/subgraph.c, `xnn_subgraph_rewrite_for_nchw`: which graphs are run so.
+        XNNPACK, src/subgraph.c, `xnn_subgraph_rewrite_for_nchw`: which graphs are run sparsely.
     """
     overwrite = _checks.boolean("overwrite", overwrite)
-    content = read(source)
+    content = read("source", source)
     if not File(content, str(source)).sparse():
         raise ValueError(
             f"source has no sparse kernels: {source}. Convert with "
@@ -99,26 +97,27 @@ def rewrite_litert(
         )
     form = litert.LiteRT({}, "float32", None, sparse=True)
     replacement = _files.Replacement(overwrite, form.require_replaceable)
-    with _files.new_file("path", path, replacement) as draft, tempfile.TemporaryDirectory() as spot:
-        old = pathlib.Path(spot) / "old.tflite"
+    with _files.new_file("path", path, replacement) as draft, tempfile.TemporaryDirectory() as temp:
+        old = pathlib.Path(temp) / "old.tflite"
         old.write_bytes(content)
-        draft.write_bytes(sparse_litert.settle(content).content)
+        draft.write_bytes(sparse_litert.corrected(content).content)
         before, after = (_outputs(litert.load_litert(file)) for file in (old, draft))
-        apart, allowed = _probe.difference(before, after), _ALLOWED * _probe.scale(before)
-        if apart > allowed:
+        difference, allowed = _probe.difference(before, after), _ALLOWED * _probe.scale(before)
+        if difference > allowed:
             raise ValueError(
-                f"The rewritten file returns other values than {source}, by up to {apart:.3g}, and "
-                f"{allowed:.3g} is allowed: export the model by export_litert(sparse=True)."
+                f"The outputs of the rewritten file differ from those of {source} by up to "
+                f"{difference:.3g}, and {allowed:.3g} is allowed: export the model by "
+                "export_litert(sparse=True)."
             )
         return sparse_inference.inspected(draft.read_bytes(), {}, str(path))
 
 
 def _outputs(served: ServedFile) -> list[np.ndarray]:
-    """Return what a file returns for examples from U[0, 1); axes of any size have 16."""
+    """Return a file's outputs for examples from U[0, 1); axes of any size get the size 16."""
     rng = np.random.default_rng(0)
     batch = {}
     for tensor in served.inputs:
         sizes = [16 if size is None else size for size in tensor.shape[1:]]
-        first = [_probe.EXAMPLES if tensor.shape[0] is None else tensor.shape[0]]
-        batch[tensor.name] = rng.random((*first, *sizes)).astype(tensor.dtype)
+        count = _probe.EXAMPLES if tensor.shape[0] is None else tensor.shape[0]
+        batch[tensor.name] = rng.random((count, *sizes)).astype(tensor.dtype)
     return _probe.outputs(served, batch, "The file")

@@ -1,4 +1,4 @@
-"""SavedModel: the export with a manifest, and the exported model as a function."""
+"""SavedModel: export with a manifest, and the exported model as a function."""
 
 from __future__ import annotations
 
@@ -28,52 +28,53 @@ def export_saved_model(
     probe: Any = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a model as a SavedModel that serves without us, checked before and after.
+    """Write a model as a SavedModel that needs no Keras to be served, checked before and after.
 
-    The pruning masks are applied to the model's weights and the pruning wrappers left out; gates
-    are folded into the weights that are written (`gates.fold`). Before
-    anything is written, it is checked that no variable of a wrapper is left, that every weight
-    under a mask is exactly zero, that all weights are finite, that there are as many zeros as
-    expected, and that the logits are still the same. The SavedModel is written into a hidden
-    folder beside `path`, loaded from there, compared with the model (all variables bit by bit, and
-    the logits), and given a manifest, `tscnc_manifest.json`. Only then it is renamed to `path`. So
-    there is a whole, checked export at `path`, or what was there before, also if the process is
-    killed (the hidden folder, `.<name>.<8 hex digits>`, stays behind then, and may be removed).
+    The pruning masks are applied to the model's weights. The written model has no pruning wrappers,
+    and its weights include the gates (`gates.fold`). Before it is written, it is checked that no
+    variable of a wrapper is left, that every masked weight is exactly zero, that all weights are
+    finite, that there are as many zeros as expected, and that the logits are unchanged.
+
+    The SavedModel is written into a hidden folder beside `path`, loaded from there, compared with
+    the model (all variables bit by bit, and the logits), and given a manifest,
+    `tscnc_manifest.json`. Only then is it renamed to `path`. So `path` holds a complete, checked
+    export or what was there before, even if the process is killed. The hidden folder,
+    `.<name>.<8 hex digits>`, may then remain, and can be deleted.
 
     The SavedModel has the endpoint `serve` and the signatures `serve` and `serving_default`, all in
     inference mode: `tf.saved_model.load` and TF-Serving need neither Keras, tfmot nor this package.
 
     Args:
-        model: a built tf_keras model, with pruning wrappers or without, or a built Keras 3 model
-            (which has none). Of an `AdversarialTraining`, pass its `model`. The model stays as it
-            is, but for its masks being applied; zeros of negative sign become positive, since the
-            two mixed don't compress.
-        path: the folder to make.
-        expected_sparsity: the fraction of zeros, in [0, 1), that every pruned weight must reach, or
-            every kernel if the model has no masks. Counted as tfmot prunes: of n weights it keeps
-            max(round(n·(1 - s)), 1). None asks for nothing.
+        model: a built tf_keras model, with or without pruning wrappers, or a built Keras 3 model
+            (which has none). For an `AdversarialTraining`, pass its `model`. The model itself is
+            changed in two ways only: its masks are applied, and zeros of negative sign become
+            positive, since a mixture of both does not compress.
+        path: the folder to write.
+        expected_sparsity: the fraction s of zeros, in [0, 1), that every pruned weight must reach,
+            or every kernel if the model has no masks. It is counted as tfmot prunes: of n weights,
+            max(round(n·(1 - s)), 1) are kept. None requires nothing.
         probe: a batch of inputs to compare logits on, shape (examples, ...), in the structure that
-            the model takes (array, list or dict). None draws 8 examples from U[0, 1), seeded. A
-            subclassed model needs one: the signature takes its shape, with any number of examples.
-        overwrite: whether a SavedModel at `path` is replaced. It stays until the new one is written
-            and checked, and the two change places in one step (on file systems that can't do that,
-            the old one is moved to a hidden name first; if the process is killed right then,
-            `load_saved_model` and the next export put it back). Only a folder that holds a
-            SavedModel and nothing else is replaced, or an empty one; if `path` is a link, the
-            folder that it leads to.
+            the model takes (array, list or dict). None draws 8 examples from U[0, 1), seeded. It is
+            required for a subclassed model, whose signature gets its shape from it, with any number
+            of examples.
+        overwrite: whether to replace a SavedModel at `path`. After the new one is written and
+            checked, the two are swapped in one step. (On file systems that can't do that, the old
+            one is first moved to a hidden name. If the process is killed at that moment,
+            `load_saved_model` and the next export move it back.) Only an empty folder, or one that
+            holds a SavedModel and nothing else, is replaced. If `path` is a link, its target is
+            replaced.
 
     Returns:
         An `ExportReport`: zeros per kernel, sizes in bytes, signature, versions. `print` it.
 
     Raises:
-        FileExistsError: there is something at `path`, and `overwrite` is False or it is not what
-            may be replaced.
-        TypeError: `model` is no Keras model, or an argument is of a wrong type.
-        ValueError: the model is not built or has no kernels, its wrappers can't be stripped (they
-            are inside a subclassed model or layer), an argument is out of range, or a check fails:
-            the error names weights and figures. Nothing is written then, and nothing replaced.
-        OSError: the disk is full, or can't be written to; the error names `path`.
-        RuntimeError: it is called inside the scope of a distribution strategy.
+        FileExistsError: `path` exists, and `overwrite` is False or it must not be replaced.
+        TypeError: `model` is not a Keras model, or an argument has a wrong type.
+        ValueError: the model is not built or has no kernels; its wrappers can't be stripped, since
+            they are inside a subclassed model or layer; an argument is out of range; or a check
+            fails, and the message names weights and figures. Nothing is written or replaced then.
+        OSError: the disk is full or not writable; the message names `path`.
+        RuntimeError: the call is inside the scope of a distribution strategy.
 
     Example:
         >>> import os, tempfile, tf_keras
@@ -98,7 +99,7 @@ class ServedModel:
 
     Args:
         loaded: what `tf.saved_model.load` returned.
-        report: what its manifest says.
+        report: the report in its manifest.
 
     Example:
         See `load_saved_model`.
@@ -112,7 +113,7 @@ class ServedModel:
 
     @property
     def report(self) -> ExportReport:
-        """What is known of the export, as `export_saved_model` returned it."""
+        """The report of the export, as `export_saved_model` returned it."""
         return self._report
 
     @property
@@ -129,10 +130,10 @@ class ServedModel:
 
         Returns:
             A float32 tensor of shape (examples, classes), or the structure of tensors that the
-            model returns; what is no float keeps its dtype.
+            model returns; tensors other than floats keep their dtype.
 
         Raises:
-            ValueError: `inputs` is of another structure than the model takes.
+            ValueError: `inputs` has another structure than the model takes.
         """
         leaves = _probe.leaves("inputs", self._specs, inputs)
         specs = tf.nest.flatten(self._specs)
@@ -145,22 +146,22 @@ class ServedModel:
 
 
 def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
-    """Load what `export_saved_model` wrote, after checking that it still is what was written.
+    """Load what `export_saved_model` wrote, after checking that it is unchanged.
 
-    Checked are the manifest itself, the size and SHA-256 digest of each file, and in the variables
-    as loaded that all are finite and have as many zeros as when they were exported. This finds
-    damage and mix-ups; it does not protect against deliberate manipulation. As with every
-    SavedModel: it is a program, load it only from where you would take a program.
+    Checked are the manifest, the size and SHA-256 digest of each file, and the loaded variables:
+    all must be finite and have as many zeros as when they were exported. This detects damage and
+    mix-ups, but not deliberate manipulation. A SavedModel is a program: load it only from sources
+    that you would run a program from.
 
     Args:
-        path: the folder that `export_saved_model` made; it may have been moved since.
+        path: the folder that `export_saved_model` wrote; it may have been moved since.
 
     Returns:
         A `ServedModel`: call it on a batch.
 
     Raises:
         FileNotFoundError: there is no folder at `path`.
-        ValueError: there is no manifest, or something differs from it; the error names what.
+        ValueError: there is no manifest, or something differs from it; the message names what.
 
     Example:
         >>> import os, tempfile, tf_keras
@@ -186,17 +187,17 @@ def load_saved_model(path: str | os.PathLike[str]) -> ServedModel:
         else:
             if _identity(folder) == identity:
                 return served
-        # An export has replaced the folder meanwhile: the files that were read are of two models.
+        # An export has replaced the folder meanwhile, so the files read may be of two models.
 
 
 class _SavedModel(writer.Format):
-    """The format: a folder with a manifest."""
+    """The SavedModel format: a folder with a manifest."""
 
     kind = "a SavedModel"
     new = staticmethod(_files.new_directory)
 
     def other(self, path: pathlib.Path) -> str:
-        """Return what is at a path if that is more than a SavedModel, else an empty text."""
+        """Return what is at a path; empty if it is only a SavedModel or an empty folder."""
         found = {file.name for file in path.iterdir()} if path.is_dir() else None
         if found is None:
             return "no folder"
@@ -215,7 +216,7 @@ class _SavedModel(writer.Format):
         loaded = tf.saved_model.load(str(draft))
         _require_same_variables(ready, loaded)
         served = _probe.outputs(loaded.serve, ready.batch)
-        apart = preflight.require_same(
+        difference = preflight.require_same(
             "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
         )
         files = manifest.file_facts(draft)
@@ -227,7 +228,7 @@ class _SavedModel(writer.Format):
             expected_sparsity=ready.expected_sparsity,
             inputs=_tensors(signature.structured_input_signature[1]),
             outputs=_tensors(signature.structured_outputs),
-            max_logit_difference=apart,
+            max_logit_difference=difference,
             logit_tolerance=ready.tolerance,
             probe_examples=ready.examples,
             saved_model_bytes=sum(facts["bytes"] for facts in files.values()),
@@ -241,7 +242,7 @@ class _SavedModel(writer.Format):
 
 
 def _require_same_variables(ready: preflight.Checked, loaded: Any) -> None:
-    """Raise unless a loaded SavedModel has the variables of the stripped model, bit by bit."""
+    """Raise a ValueError unless a SavedModel has the stripped model's variables, bit by bit."""
     theirs = set(masks.names(ready.model).values())
     reachable = tf.train.TrackableView(loaded).descendants()
     faults = [v.name for v in reachable if isinstance(v, tf.Variable) and v.name in theirs]
@@ -258,7 +259,7 @@ def _require_same_variables(ready: preflight.Checked, loaded: Any) -> None:
 
 
 def _write(ready: preflight.Checked, folder: pathlib.Path) -> None:
-    """Write what `model.export` writes, but in inference mode whatever the model's default is."""
+    """Write the SavedModel that `model.export` writes, but always in inference mode."""
 
     def serve(inputs: Any) -> Any:
         return ready.stripped(inputs, training=False)
@@ -281,7 +282,7 @@ def _load(folder: pathlib.Path) -> ServedModel:
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int] | None:
-    """Return what tells a folder from another one that takes its place; None if there is none."""
+    """Return the device and inode of a folder, which a replacement changes; None if missing."""
     try:
         found = folder.stat()
     except FileNotFoundError:
@@ -290,6 +291,6 @@ def _identity(folder: pathlib.Path) -> tuple[int, int] | None:
 
 
 def _as(value: Any, dtype: tf.DType) -> tf.Tensor:
-    """Return a tensor, in `dtype` if both are floats: another precision is no mistake."""
+    """Return a tensor, cast to `dtype` if both are floats."""
     tensor = tf.convert_to_tensor(value, dtype_hint=dtype)
     return tf.cast(tensor, dtype) if tensor.dtype.is_floating and dtype.is_floating else tensor

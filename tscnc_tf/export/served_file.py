@@ -1,4 +1,4 @@
-"""From a single file on disk, as of LiteRT or ONNX, to a function that is called."""
+"""Exported files, LiteRT or ONNX, as functions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["ServedFile"]
 class ServedFile(abc.ABC):
     """An exported file, loaded: `served(x)` returns its logits in float32.
 
-    It can be the `model` of an evaluation. It has no gradient, so an attack must not ask for one:
-    `attacks.Transfer` runs on the model that was exported, and has the file face what it found.
+    It can be the `model` of an evaluation. It has no gradient, so attacks that need one can't run
+    on it. `attacks.Transfer` evaluates it on adversarial examples of the model that was exported.
 
     Args:
         path: the file.
-        inputs, outputs: its tensors.
+        inputs, outputs: the tensors that it takes and returns.
 
     Example:
         See `load_litert` and `load_onnx`.
@@ -47,27 +47,27 @@ class ServedFile(abc.ABC):
 
     @property
     def inputs(self) -> tuple[ExportedTensor, ...]:
-        """The tensors that it takes."""
+        """The tensors that the file takes."""
         return self._inputs
 
     @property
     def outputs(self) -> tuple[ExportedTensor, ...]:
-        """The tensors that it returns."""
+        """The tensors that the file returns."""
         return self._outputs
 
     def __call__(self, inputs: Any) -> Any:
-        """Return the logits for a batch of any size; in a graph, too.
+        """Return the logits for a batch of any size, also inside a `tf.function`.
 
         Args:
             inputs: tensor or array of shape (examples, ...); a dict of them, by name, if there are
                 several inputs.
 
         Returns:
-            A tensor of shape (examples, classes), float32 where the file's is; a dict of them, by
-            name, if there are several outputs.
+            A tensor of shape (examples, classes), in the dtype of the file's output; a dict of
+            them, by name, if there are several outputs.
 
         Raises:
-            ValueError: `inputs` is not what the file takes.
+            ValueError: `inputs` does not match the file's inputs.
         """
         names = [tensor.name for tensor in self._inputs]
         if len(names) == 1 and not isinstance(inputs, dict):
@@ -95,7 +95,7 @@ class ServedFile(abc.ABC):
         """Return the outputs by name for arrays of the right shapes and dtypes."""
 
     def _arrays(self, *values: np.ndarray) -> list[np.ndarray]:
-        """Return the outputs in their order for inputs in theirs."""
+        """Return the outputs, in the order of `outputs`, for values in the order of `inputs`."""
         arrays = {
             tensor.name: np.ascontiguousarray(
                 _probe.fit(f"inputs {tensor.name!r}", _spec(tensor), value)
@@ -104,7 +104,7 @@ class ServedFile(abc.ABC):
         }
         if len({len(array) for array in arrays.values()}) > 1:
             sizes = ", ".join(f"{name}: {len(array)}" for name, array in arrays.items())
-            raise ValueError(f"inputs must have as many examples each, got {sizes}.")
+            raise ValueError(f"inputs must all have the same number of examples, got {sizes}.")
         results = self._run(arrays)
         return [results[tensor.name] for tensor in self._outputs]
 

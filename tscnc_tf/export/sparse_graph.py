@@ -1,18 +1,13 @@
-"""Which 1x1 convolutions of a LiteRT file are run sparsely, and graphs in which they are.
+"""Which 1x1 convolutions of a LiteRT file are run sparsely, and changes after which more are.
 
-On processors where LiteRT has kernels for it (ARM, WebAssembly, RISC-V, x86 without AVX), its
-library XNNPACK runs whole parts of a graph with the channels first, and the 1x1 convolutions in
-them by their nonzero weights alone. Such a part begins with a 3x3 convolution of stride 2 on the
-three channels of an image, consists of 1x1 convolutions, evenly padded depthwise ones and functions
-of single entries, and ends in a mean over the image or in a depth-to-space. It must be closed:
-whatever is computed in it comes from it, and goes nowhere else. And more than two thirds of the
-weights of its 1x1 convolutions are zero. Nothing is run so in a file in which no kernel, of
-whatever layer, is made dense on loading, which XNNPACK takes for a hint. (Dense layers that are run
-in sparse form are not run by it.)
+LiteRT's library XNNPACK runs certain parts of a graph with the channels first, and their 1x1
+convolutions sparsely. `sparse_inference.sparse_inference` describes the processors and the parts.
+XNNPACK needs a hint for it: a kernel of any layer that is made dense on loading. In a file without
+one, nothing is run sparsely. (Dense layers in sparse form are not run by XNNPACK.)
 
-XNNPACK gets parts wrong whose results leave them by another way than an end, or in which a mean
-keeps the axes of the image, whose order is then another one: the file fails to load, or its results
-are wrong. Here such parts are not sound, and `prepared` sees to it that only sound ones are run.
+XNNPACK computes a part wrongly if an operation other than an end passes its result out of the part,
+or if a mean keeps the axes of the image, whose order is another one with the channels first. Then
+the file fails to load, or its results are wrong. `prepared` makes LiteRT run such parts dense.
 """
 
 from __future__ import annotations
@@ -23,36 +18,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tscnc_tf._litert_file import DTYPES, PASSING, File, replace, shape_of
+from tscnc_tf._litert_file import DTYPES, UNPACKING, File, replace, shape_of
 
 _ELEMENTWISE = {
     *("ABS", "CEIL", "ELU", "EXP", "FLOOR", "GELU", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG"),
     *("RELU", "RELU6", "RELU_0_TO_1", "RELU_N1_TO_1", "ROUND", "RSQRT", "SQRT", "SQUARE", "TANH"),
 }
-# What stops XNNPACK where it takes a result of a part; anything else may get a wrong one.
-_STOPPING = {
+# If one of these reads a result of a part, XNNPACK runs the part dense. Any other operation outside
+# may read a wrong result.
+_REJECTED_READERS = {
     *("AVERAGE_POOL_2D", "CONCATENATION", "DIV", "MAXIMUM", "MAX_POOL_2D", "MINIMUM", "POW"),
     *("SOFTMAX", "STRIDED_SLICE", "SUB"),
 }
 _SAME = 0
-_FLOATS, _INTEGERS = (0, 1), (3, 7, 9, 17)  # of 8, 16, 8 and 4 bits
+_FLOATS, _INTEGERS = (0, 1), (3, 7, 9, 17)  # dtypes of the format; integers of 8, 16, 8, 4 bits
 _START, _INSIDE, _END = "start", "inside", "end"
 _MEANS = ("MEAN", "SUM")
 _CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D")
-# What is put in front of a part that is not to be run sparsely: the larger of x and x.
+# The operation in front of a part that must not be run sparsely: the larger of x and x.
 BARRIER = "MAXIMUM"
-# Rows of zeros before and behind an image, columns of zeros before and behind.
+# Rows of zeros above and below an image, columns of zeros left and right of it.
 Pads = tuple[int, int, int, int]
 
 
 class Obstacle(NamedTuple):
-    """What keeps a part of a graph from being run sparsely, and rightly.
+    """An operation that keeps a part of a graph from being run sparsely and correctly.
 
     Attributes:
-        tensor: the name of the operation's kernel, or of the tensor that it returns.
+        tensor: the name of its kernel, or of the tensor that it returns.
         operation: its kind.
-        why: what is wrong with it.
-        change: what would help, or an empty text.
+        why: what is wrong with it; empty if it is no obstacle.
+        change: what would help, or an empty string.
     """
 
     tensor: str
@@ -63,16 +59,18 @@ class Obstacle(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """An operation, with the padding in front of it as its own.
+    """An operation, merged with the padding in front of it.
+
+    Tensors are given by their numbers in the graph.
 
     Attributes:
-        operation: as the file has it.
-        padding: the operation that pads for it alone, or None.
+        operation: the operation in the file.
+        padding: the PAD operation that only it reads from, or None.
         inputs: the tensors that are not constant.
         output: the first tensor that it returns.
-        kernel: of a 1x1 convolution, the number of the constant; else None.
-        roles: what it can be in a part that is run sparsely, none of them if it can't be in one.
-        obstacle: why not.
+        kernel: the kernel of a 1x1 convolution; None for other operations.
+        roles: what it can be in a part that is run sparsely; empty if it can't be in one.
+        obstacle: why it can't.
     """
 
     operation: Any
@@ -85,7 +83,7 @@ class Node:
 
     @property
     def kind(self) -> str:
-        """What the operation is."""
+        """The kind of the operation, such as `CONV_2D`."""
         return self.obstacle.operation
 
 
@@ -95,48 +93,48 @@ class Part:
 
     Attributes:
         nodes: the operations.
-        obstacles: why they can't be run so, or not rightly.
-        faults: those of them whose results would be wrong.
-        stops: whether XNNPACK sees for itself that they can't be run so.
+        obstacles: why they can't be run sparsely, or not correctly.
+        faults: the operations whose results would be wrong.
+        is_rejected: whether XNNPACK itself runs them dense.
         weights, zeros: of the 1x1 convolutions.
     """
 
     nodes: list[Node]
     obstacles: list[Obstacle] = dataclasses.field(default_factory=list)
     faults: list[Node] = dataclasses.field(default_factory=list)
-    stops: bool = False
+    is_rejected: bool = False
     weights: int = 0
     zeros: int = 0
 
     @property
     def has_zeros(self) -> bool:
-        """Whether so many weights are zero that LiteRT runs it sparsely."""
+        """Whether enough weights are zero for LiteRT to run it sparsely."""
         return 3 * self.zeros > 2 * self.weights
 
     @property
     def is_run(self) -> bool:
-        """Whether it is run sparsely, and rightly."""
+        """Whether it is run sparsely and correctly."""
         return self.has_zeros and not self.obstacles
 
     @property
     def starts(self) -> list[Node]:
-        """The convolutions of images that it begins with."""
+        """The convolutions that it begins with."""
         return [node for node in self.nodes if _START in node.roles]
 
 
 class Graph:
-    """A graph of a file, as XNNPACK sees it.
+    """A graph of a file, divided into parts as by XNNPACK.
 
     Attributes:
         nodes: its operations.
-        parts: those of them that can be run sparsely, by the parts that they would be run in.
+        parts: the operations that can be run sparsely, grouped by the parts they would be run in.
     """
 
     def __init__(self, file: File, graph: Any) -> None:
         self.file, self.graph = file, graph
         self._made = {int(out): each for each in graph.operators for out in each.outputs}
         operators = [each for each in graph.operators if len(each.outputs)]
-        found = {id(each): self._node(each) for each in operators if not self._is_fixed(each)}
+        found = {id(each): self._node(each) for each in operators if not self._is_constant(each)}
         padded = {id(node.padding) for node in found.values()}
         self.nodes = [node for key, node in found.items() if key not in padded]
         self._makers = {int(out): node for node in self.nodes for out in node.operation.outputs}
@@ -144,34 +142,33 @@ class Graph:
         for node in self.nodes:
             for number in node.inputs:
                 self._readers.setdefault(number, []).append(node)
-        self.parts = [self._part(nodes) for nodes in self._connected()]
+        self.parts = [self._part(nodes) for nodes in self._groups()]
 
     def name(self, number: int) -> str:
         """Return the name of a tensor."""
         return self.graph.tensors[number].name.decode()
 
     def constant(self, number: int) -> int | None:
-        """Return the number of the constant that a tensor has its entries from, or None."""
+        """Return the number of the constant that a tensor is, or is unpacked from; else None."""
         maker = self._made.get(number)
-        if maker is not None and self.file.kind(maker) in PASSING:
+        if maker is not None and self.file.kind(maker) in UNPACKING:
             return self.constant(int(maker.inputs[0]))
         tensor = self.graph.tensors[number]
         has_entries = tensor.sparsity is not None or len(self.file.values(tensor))
         return number if has_entries else None
 
     def part_of(self, node: Node) -> Part | None:
-        """Return the part that an operation belongs to."""
+        """Return the part that an operation belongs to, or None."""
         return next((part for part in self.parts if node in part.nodes), None)
 
     def shape(self, number: int) -> tuple[int, ...]:
-        """Return the shape of a tensor, with the size -1 for any."""
+        """Return the shape of a tensor, with -1 for a dimension of any size."""
         return shape_of(self.graph.tensors[number])
 
-    def _is_fixed(self, operation: Any) -> bool:
-        """Tell whether an operation returns a constant."""
-        return (
-            self.file.kind(operation) in PASSING and self.constant(operation.outputs[0]) is not None
-        )
+    def _is_constant(self, operation: Any) -> bool:
+        """Tell whether an operation only unpacks a constant."""
+        unpacks = self.file.kind(operation) in UNPACKING
+        return unpacks and self.constant(operation.outputs[0]) is not None
 
     def _node(self, operation: Any) -> Node:
         padding = self._padding(operation)
@@ -194,7 +191,7 @@ class Graph:
         return Node(operation, padding, inputs, output, kernel, frozenset(roles), obstacle)
 
     def _padding(self, operation: Any) -> Any:
-        """Return the operation in front of a convolution that pads for it alone, or None."""
+        """Return the PAD operation that only this convolution reads from, or None."""
         if self.file.kind(operation) not in _CONVOLUTIONS:
             return None
         given = int(operation.inputs[0])
@@ -202,13 +199,13 @@ class Graph:
         if maker is None or self.file.kind(maker) != "PAD" or given in self.graph.outputs:
             return None
         sizes = self.file.integers(self.graph, int(maker.inputs[1]))
-        is_alone = len(self.file.readers(self.graph, given)) == 1
+        is_only_reader = len(self.file.readers(self.graph, given)) == 1
         fits = sizes is not None and len(sizes) == 8 and not any(sizes[:2] + sizes[6:])
         is_valid = operation.builtinOptions.padding != _SAME
-        return maker if is_alone and fits and is_valid else None
+        return maker if is_only_reader and fits and is_valid else None
 
     def _pads(self, operation: Any, padding: Any) -> Pads | None:
-        """Return what a convolution is padded by, None if that depends on the size."""
+        """Return the padding of a convolution; None if it depends on the size of the image."""
         if padding is not None:
             sizes = self.file.integers(self.graph, int(padding.inputs[1])) or []
             top, bottom, left, right = sizes[2:6]
@@ -230,7 +227,7 @@ class Graph:
     def _role(
         self, operation: Any, inputs: list[int], pads: Pads | None
     ) -> tuple[set[str], str, str]:
-        """Return an operation's roles, or none, why not, and what would help."""
+        """Return an operation's roles, why it has none, and what would help."""
         kind = self.file.kind(operation)
         if kind in ("RESHAPE", "SHAPE"):
             return set(), "it changes the axes", ""
@@ -256,7 +253,7 @@ class Graph:
                 return {_INSIDE}, "", ""
             if has_image and first is not None and len(sizes) == 4 and sizes[:3] == (1, 1, 1):
                 return {_INSIDE}, "", ""
-            why = "it takes something else than two images, or a constant per channel in float32"
+            why = "its operands are not two images, or an image and a float32 constant per channel"
             return set(), why, ""
         if kind in ("MAX_POOL_2D", "AVERAGE_POOL_2D"):
             change = "a depthwise convolution of stride 2 instead"
@@ -273,14 +270,14 @@ class Graph:
             return set(), "it is a dilated or grouped convolution", "depthwise and 1x1 convolutions"
         if size == (1, 1):
             if strides != (1, 1):
-                return set(), "it is a 1x1 convolution with strides", "strides before it"
+                return set(), "it is a 1x1 convolution with strides", "strides in a layer before it"
             if pads is not None and any(pads):
-                return set(), "it is a padded 1x1 convolution", "padding before what is before it"
+                return set(), "it is a padded 1x1 convolution", "padding in a layer before it"
             return {_INSIDE}, "", ""
         if size == (3, 3) and strides == (2, 2) and channels == 3:
             if pads == (1, 1, 1, 1):
                 return {_START}, "", ""
-            return set(), *self._uneven(operation, pads, 1)
+            return set(), *self._padding_fault(operation, pads, 1)
         name = f"{size[0]}x{size[1]} convolution of stride {strides[0]} on {channels} channels"
         change = "depthwise and 1x1 convolutions, and a 3x3 one of stride 2 on the image"
         return set(), f"it is a {name}", change
@@ -299,10 +296,10 @@ class Graph:
         even = height // 2
         if pads == (even, even, even, even):
             return {_INSIDE}, "", ""
-        return set(), *self._uneven(operation, pads, even)
+        return set(), *self._padding_fault(operation, pads, even)
 
-    def _uneven(self, operation: Any, pads: Pads | None, even: int) -> tuple[str, str]:
-        """Return what is wrong with a padding, and what would help."""
+    def _padding_fault(self, operation: Any, pads: Pads | None, even: int) -> tuple[str, str]:
+        """Return what is wrong with a padding that is not even, and what would help."""
         change = f'ZeroPadding2D({even}) before it, and padding="valid"'
         maker = self._made.get(int(operation.inputs[0]))
         if (
@@ -310,30 +307,30 @@ class Graph:
             and self.file.kind(maker) == "PAD"
             and self._padding(operation) is None
         ):
-            return "its padding serves other layers, too", f"a ZeroPadding2D({even}) of its own"
+            return "its padding is also read by other layers", f"a ZeroPadding2D({even}) of its own"
         if pads is None and min(self.shape(int(operation.inputs[0]))[1:3]) < 1:
             return "its padding depends on the size of the image", change
         if pads is None:
-            return "its padding is uneven, as that of strides on an even size is", change
+            return "its padding is uneven, as with strides on an even size", change
         above, below, left, right = pads
         return (
             f"it is padded by {above} above, {below} below, {left} left and {right} right",
             change,
         )
 
-    def _connected(self) -> Iterator[list[Node]]:
-        """Yield the operations that can be run sparsely, connected by what they pass on."""
+    def _groups(self) -> Iterator[list[Node]]:
+        """Yield the groups of connected operations that can be run sparsely."""
         groups = {id(node): [node] for node in self.nodes if node.roles}
         for node in self.nodes:
-            for maker in self._partners(node) if node.roles & {_INSIDE, _END} else ():
+            for maker in self._predecessors(node) if node.roles & {_INSIDE, _END} else ():
                 ours, theirs = groups[id(node)], groups[id(maker)]
                 if ours is not theirs:
                     ours += theirs
                     groups.update((id(each), ours) for each in theirs)
         yield from {id(group): group for group in groups.values()}.values()
 
-    def _partners(self, node: Node) -> list[Node]:
-        """Return the operations that pass something on to another in a part."""
+    def _predecessors(self, node: Node) -> list[Node]:
+        """Return the operations of a part whose results an operation of the part reads."""
         makers = (self._makers.get(number) for number in node.inputs)
         return [maker for maker in makers if maker and maker.roles & {_START, _INSIDE}]
 
@@ -344,8 +341,8 @@ class Graph:
             if id(node) not in members:
                 continue
             for number in node.inputs:
-                self._look_at_input(part, number, members)
-            self._look_at_output(part, node, members)
+                self._check_input(part, number, members)
+            self._check_output(part, node, members)
             if node.kernel is not None:
                 kernel = self.file.array(self.graph.tensors[node.kernel])
                 part.weights += kernel.size
@@ -354,34 +351,34 @@ class Graph:
         part.faults = list({id(node): node for node in part.faults}.values())
         return part
 
-    def _look_at_input(self, part: Part, number: int, members: set[int]) -> None:
-        """Note what is wrong with a tensor that an operation of a part takes."""
+    def _check_input(self, part: Part, number: int, members: set[int]) -> None:
+        """Record what is wrong with a tensor that an operation of a part reads."""
         maker = self._makers.get(number)
         if maker is None:
-            why = "the input of the graph comes into it without a 3x3 convolution of stride 2"
+            why = "the input of the graph enters without a 3x3 convolution of stride 2"
             change = "such a convolution in front"
             part.obstacles.append(Obstacle(self.name(number), "INPUT", why, change))
-            part.stops = True
+            part.is_rejected = True
         elif not maker.roles & {_START, _INSIDE}:
             part.obstacles.append(_with_reason(maker, "it ends a part that is run sparsely"))
-            part.stops = True
+            part.is_rejected = True
         else:
             if number in self.graph.outputs:
                 part.obstacles.append(self._output(number))
                 part.faults.append(maker)
             for reader in self._readers.get(number, []):
-                # A dense layer of features without an image is no matter: they have one layout.
+                # A dense layer on features is no problem: without an image, there is one layout.
                 if id(reader) not in members and reader.kind != "FULLY_CONNECTED":
                     part.obstacles.append(_with_reason(reader, "it begins another part"))
-                    if reader.kind in _STOPPING:
-                        part.stops = True
+                    if reader.kind in _REJECTED_READERS:
+                        part.is_rejected = True
                     else:
                         part.faults.append(maker)
 
-    def _look_at_output(self, part: Part, node: Node, members: set[int]) -> None:
-        """Note whether an operation of a part is one that LiteRT gets wrong, or an improper end."""
+    def _check_output(self, part: Part, node: Node, members: set[int]) -> None:
+        """Record what LiteRT gets wrong about an operation, or that it is not a proper end."""
         readers = self._readers.get(node.output, [])
-        if why := self._is_wrong(node):
+        if why := self._fault(node):
             part.obstacles.append(node.obstacle._replace(why=why))
             part.faults.append(node)
         elif _END not in node.roles and not any(id(each) in members for each in readers):
@@ -389,35 +386,35 @@ class Graph:
             part.obstacles += outside or [self._output(node.output)]
             part.faults.append(node)
 
-    def _is_wrong(self, node: Node) -> str:
-        """Return what LiteRT gets wrong about an operation with channels first, or nothing."""
+    def _fault(self, node: Node) -> str:
+        """Return what LiteRT gets wrong about an operation with the channels first, or nothing."""
         if node.kind in ("FULLY_CONNECTED", "RESIZE_BILINEAR"):
-            return "LiteRT does not do it rightly with the channels first"
+            return "LiteRT computes it wrongly with the channels first"
         if node.kind in _MEANS and self._axes(node) != {1, 2}:
             return "it is a mean over other axes than those of the image"
         if self._keeps_axes(node):
-            return "it keeps the axes of the image (keepdims=True), which LiteRT takes for others"
+            return "it keeps the axes of the image (keepdims=True), and LiteRT confuses their order"
         return ""
 
     def _output(self, number: int) -> Obstacle:
         return Obstacle(self.name(number), "OUTPUT", "it is an output of the graph", "")
 
     def _axes(self, node: Node) -> set[int]:
-        """Return the axes that a mean is taken over; none if they are no constant."""
+        """Return the axes that a mean is taken over; empty if they are not constant."""
         axes = self.file.integers(self.graph, int(node.operation.inputs[1]))
         return {axis % 4 for axis in axes or ()}
 
     def _keeps_axes(self, node: Node) -> bool:
-        """Tell whether an operation is a mean that returns an image of one pixel."""
+        """Tell whether an operation is a mean that keeps the axes of the image."""
         return node.kind in _MEANS and len(self.shape(node.output)) == 4
 
-    def means_to_end_in(self) -> list[Node]:
-        """Return the means that keep the axes, and lead to nothing but improper ends of parts."""
+    def means_to_flatten(self) -> list[Node]:
+        """Return the means that keep the axes, and that improper ends are computed from."""
         found = [self._means_before(fault) or [] for part in self.parts for fault in part.faults]
         return list({id(mean): mean for means in found for mean in means}.values())
 
     def _means_before(self, node: Node) -> list[Node] | None:
-        """Return the means that keep the axes, and that all of an operation comes from, or None."""
+        """Return the means that an operation is computed from; None if it has other inputs, too."""
         if self._keeps_axes(node):
             return [node] if self._axes(node) == {1, 2} else None
         found = []
@@ -430,20 +427,20 @@ class Graph:
             found += means
         return found
 
-    def faulty(self) -> list[Part]:
-        """Return the parts that XNNPACK runs sparsely, and gets wrong."""
-        if not any(_END in node.roles and self._partners(node) for node in self.nodes):
+    def faulty_parts(self) -> list[Part]:
+        """Return the parts that XNNPACK runs sparsely, with wrong results."""
+        if not any(_END in node.roles and self._predecessors(node) for node in self.nodes):
             return []
-        run = [part for part in self.parts if part.starts and part.has_zeros and not part.stops]
-        return [part for part in run if part.faults]
+        run = [part for part in self.parts if part.starts and part.has_zeros]
+        return [part for part in run if part.faults and not part.is_rejected]
 
     def faults(self) -> list[Node]:
-        """Return the operations whose results are wrong, or keep the file from being loaded."""
-        return [fault for part in self.faulty() for fault in part.faults]
+        """Return the operations that have wrong results, or make loading the file fail."""
+        return [fault for part in self.faulty_parts() for fault in part.faults]
 
 
 def _with_reason(node: Node, reason: str) -> Obstacle:
-    """Return an operation as an obstacle, for a reason of the place where it stands, if need be."""
+    """Return an operation as an obstacle, for its own reason if it has one, else for `reason`."""
     return node.obstacle if node.obstacle.why else node.obstacle._replace(why=reason)
 
 
@@ -453,11 +450,11 @@ def graphs(file: File) -> list[Graph]:
 
 
 def prepared(content: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Return a file of the same function whose 1x1 convolutions are run sparsely where they can be.
+    """Return a file of the same function, with its 1x1 convolutions run sparsely where possible.
 
-    What `changed` does is done if it makes more of the file run sparsely. Parts that are not sound
-    are kept from being run so. Beside the file stands how many 1x1 convolutions are run sparsely,
-    and how many there are.
+    The changes of `changed` are made if more is then run sparsely. Parts that LiteRT would compute
+    wrongly are run dense. The second value is how many 1x1 convolutions are run sparsely, and how
+    many there are.
     """
     file = File(content)
     if not file.makes_dense():
@@ -467,23 +464,23 @@ def prepared(content: bytes) -> tuple[bytes, tuple[int, int]]:
     if count_of_other > count:
         file, count = other, count_of_other
     for graph in file.model.subgraphs:
-        for part in Graph(file, graph).faulty():
-            _keep_out(file, graph, part)
+        for part in Graph(file, graph).faulty_parts():
+            _insert_barrier(file, graph, part)
     return file.content(), count
 
 
 def changed(content: bytes, *, ends: bool = True) -> bytes:
-    """Return a file of the same function in a form that more can be run sparsely of.
+    """Return a file of the same function, in the form in which more can be run sparsely.
 
-    "same" paddings that are even for the size of the image are written as such, constants per
-    channel in the form that is taken. With `ends`, means that keep the axes of the image return
-    features, which get them afterwards, if all that follows is to be run as ever.
+    "same" paddings that are even for the size of the image become explicit, and constants per
+    channel get the shape that XNNPACK needs. With `ends`, means that keep the axes of the image
+    become the ends of parts, followed by a RESHAPE, if nothing after them can be run sparsely.
     """
     file = File(content)
     for graph in file.model.subgraphs:
         _pad_evenly(file, graph)
-        _spread_constants(file, graph)
-        while ends and (means := Graph(file, graph).means_to_end_in()):
+        _reshape_constants(file, graph)
+        while ends and (means := Graph(file, graph).means_to_flatten()):
             for mean in means:
                 _flatten(file, graph, mean)
     return file.content()
@@ -502,7 +499,7 @@ def counts(file: File) -> tuple[int, int]:
 
 
 def _flatten(file: File, graph: Any, mean: Node) -> None:
-    """Have a mean return features without axes of an image, and give these to it afterwards."""
+    """Let a mean drop the axes of the image, and restore them by a RESHAPE."""
     kept = graph.tensors[mean.output]
     made = file.add_like(graph, mean.output, b"_without_axes", lambda sizes: sizes[[0, 3]])
     sizes = np.array(kept.shape, np.int32)
@@ -511,12 +508,12 @@ def _flatten(file: File, graph: Any, mean: Node) -> None:
     mean.operation.outputs = np.array([made], np.int32)
     mean.operation.builtinOptions.keepDims = False
     place = graph.operators.index(mean.operation) + 1
-    reshape = file.put_in(graph, "RESHAPE", [made, shape], mean.output, place)
+    reshape = file.insert(graph, "RESHAPE", [made, shape], mean.output, place)
     reshape.builtinOptions.newShape = sizes
 
 
-def _keep_out(file: File, graph: Any, part: Part) -> None:
-    """Have a part begin with what is not run with channels first."""
+def _insert_barrier(file: File, graph: Any, part: Part) -> None:
+    """Insert `BARRIER` after the first convolutions of a part, so that it is run dense."""
     members = {id(each) for node in part.nodes for each in (node.operation, node.padding)}
     for start in part.starts:
         readers = [each for each in file.readers(graph, start.output) if id(each) in members]
@@ -525,11 +522,11 @@ def _keep_out(file: File, graph: Any, part: Part) -> None:
         made = file.add_like(graph, start.output, b"_passed_on")
         for each in readers:
             replace(each, start.output, made)
-        file.put_in_front(graph, BARRIER, [start.output] * 2, made, readers)
+        file.insert_before(graph, BARRIER, [start.output] * 2, made, readers)
 
 
 def _pad_evenly(file: File, graph: Any) -> None:
-    """Write "same" paddings of strided convolutions out where they are even."""
+    """Make "same" paddings of strided convolutions explicit where they are even."""
     for operation in list(graph.operators):
         if file.kind(operation) not in _CONVOLUTIONS:
             continue
@@ -549,12 +546,12 @@ def _pad_evenly(file: File, graph: Any) -> None:
         made = file.add_like(graph, number, b"_padded", pads.sum(axis=1).__add__)
         sizes_of_pads = file.add_constant(graph, graph.tensors[number].name + b"_pads", pads)
         replace(operation, number, made)
-        file.put_in_front(graph, "PAD", [number, sizes_of_pads], made, [operation])
+        file.insert_before(graph, "PAD", [number, sizes_of_pads], made, [operation])
         options.padding = file.schema.Padding.VALID
 
 
-def _spread_constants(file: File, graph: Any) -> None:
-    """Put the constant first, in the shape (1, 1, 1, channels), where an image meets it."""
+def _reshape_constants(file: File, graph: Any) -> None:
+    """Make constants per channel the first operands, in the shape (1, 1, 1, channels)."""
     seen = Graph(file, graph)
     for node in seen.nodes:
         operation = node.operation
@@ -570,5 +567,5 @@ def _spread_constants(file: File, graph: Any) -> None:
         if array is None or array.size not in (1, *channels) or array.shape[-1:] != (array.size,):
             continue
         name = constant.name + b"_per_channel"
-        spread = file.add_constant(graph, name, np.array(array).reshape(1, 1, 1, -1))
-        operation.inputs = np.array([spread, image], np.int32)
+        reshaped = file.add_constant(graph, name, np.array(array).reshape(1, 1, 1, -1))
+        operation.inputs = np.array([reshaped, image], np.int32)

@@ -1,4 +1,4 @@
-"""Which 1x1 convolutions of a model LiteRT runs by their nonzero weights alone, and why not."""
+"""Report on the 1x1 convolutions that LiteRT computes from their nonzero weights only."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["PointwiseConvolution", "SparseInferenceReport", "SparseObstacle", "s
 
 _FEW_ZEROS = "no more than two thirds of the weights in its part of the graph are zero"
 _LAYER = "of the convolution itself"
-_NOT_WRITTEN = "the file is not written so; export_litert(sparse=True) would"
-_NO_SPARSE = "no kernel of the file is made dense on loading, without which LiteRT runs all dense"
+_NOT_WRITTEN = "the file lacks the form for it, which export_litert(sparse=True) writes"
+_NO_SPARSE = "no kernel of the file is made dense on loading: LiteRT then runs all of them dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class PointwiseConvolution(_reports.WeightRecord):
     """A 1x1 convolution of a file, and how it is run.
 
     Attributes:
-        name: of its layer.
+        name: the name of its layer.
         weights: the number of entries of its kernel.
         zeros: how many of them are zero.
-        is_sparse: whether it is run by its nonzero weights alone.
-        reason: why not, or an empty text.
+        is_sparse: whether it is computed from its nonzero weights only.
+        reason: why not; empty if it is.
     """
 
     name: str
@@ -50,10 +50,10 @@ class SparseObstacle(_reports.Record):
     """One operation that keeps 1x1 convolutions from being run sparsely.
 
     Attributes:
-        name: of its layer.
-        operation: its kind, as LiteRT calls it.
+        name: the name of its layer.
+        operation: its kind, by LiteRT's name.
         why: what is wrong with it.
-        change: what to have instead, or an empty text where nothing is known to help.
+        change: what to use instead; empty if nothing is known to help.
     """
 
     name: str
@@ -72,10 +72,9 @@ class SparseInferenceReport(_reports.Report):
 
     Attributes:
         rows: the convolutions, in the order of the graph.
-        obstacles: what stands in the way of those that are run dense.
-        faults: layers whose results are wrong on such processors, or keep the file from being
-            loaded; none in files that `export_litert` has written, where what LiteRT gets wrong is
-            run dense.
+        obstacles: the operations that keep convolutions from being run sparsely.
+        faults: layers that have wrong results on such processors, or make loading the file fail;
+            empty for files from `export_litert`, in which such parts are run dense.
     """
 
     rows: tuple[PointwiseConvolution, ...]
@@ -102,31 +101,31 @@ class SparseInferenceReport(_reports.Report):
         notes += map(str, self.obstacles)
         if self.faults:
             notes.append(
-                f"The file is faulty there: it can't be loaded, or returns wrong results, for what "
-                f"{', '.join(self.faults)} return. Export it by export_litert(sparse=True)."
+                f"The file can't be loaded there, or has wrong results, because of these layers: "
+                f"{', '.join(self.faults)}. Export it by export_litert(sparse=True)."
             )
         title = f"{self.sparse} of {len(self.rows)} 1x1 convolutions are run sparsely"
         return _reports.Table(title, columns, rows, None, notes)
 
 
 def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
-    """Tell which 1x1 convolutions LiteRT runs sparsely, and what stands in the way of the others.
+    """Return which 1x1 convolutions LiteRT runs sparsely, and what prevents it for the others.
 
-    On ARM, WebAssembly, RISC-V, and on x86 without AVX, LiteRT (by its library XNNPACK) runs 1x1
-    convolutions by their nonzero weights alone, where the graph around them is of a certain form:
+    On ARM, WebAssembly, RISC-V, and on x86 without AVX, LiteRT (by its library XNNPACK) computes
+    1x1 convolutions from their nonzero weights only, in parts of a graph of this form:
 
-    * It begins with a 3x3 convolution of stride 2 on three channels, padded by 1 on each side
+    * The part begins with a 3x3 convolution of stride 2 on three channels, padded by 1 on each side
       (`ZeroPadding2D(1)`, then `padding="valid"`: "same" pads an even size on one side only).
-    * In it are 1x1 convolutions, depthwise ones of 3x3 or 5x5 that are padded evenly, sums and
-      products of images, constants per channel, and functions of single entries (activations).
+    * It consists of 1x1 convolutions, depthwise ones of 3x3 or 5x5 with even padding, sums and
+      products of images, constants per channel, and elementwise functions (activations).
     * It ends in a mean over the image (`GlobalAveragePooling2D`), or in a depth-to-space.
-    * Nothing else comes into it, and what is computed in it is not needed elsewhere.
+    * It has no other inputs, and its intermediate results are not used elsewhere.
     * More than two thirds of the weights of its 1x1 convolutions are zero.
 
-    `applications.MobileNetV1` and `MobileNetV2` are so. What can be changed without changing the
-    function, `export_litert(sparse=True)` changes by itself: "same" paddings that are even for the
-    size of the image, constants per channel, and ends that LiteRT would get wrong. Parts that it
-    would get wrong otherwise, as with squeeze and excitation, are run dense in such files.
+    `applications.MobileNetV1` and `MobileNetV2` have this form. `export_litert(sparse=True)` makes
+    "same" paddings explicit if they are even for the size of the image, reshapes constants per
+    channel, and rewrites ends that LiteRT would compute wrongly; the function stays the same. Other
+    parts that LiteRT would compute wrongly, as with squeeze and excitation, are run dense.
 
     Needs `pip install "tscnc_tf[litert]"`.
 
@@ -140,7 +139,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
     Raises:
         ImportError: LiteRT is not installed.
         FileNotFoundError: there is no file at a path that is given.
-        ValueError: the file is none of LiteRT, or as for `export_litert`.
+        ValueError: the file is not a LiteRT file, or as for `export_litert`.
         TypeError, RuntimeError, OSError: as for `export_litert`.
 
     Example:
@@ -159,7 +158,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
         [('wide', True)]
     """
     if isinstance(model, str | os.PathLike):
-        return inspected(read(model), {}, str(model))
+        return inspected(read("model", model), {}, str(model))
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
         report = litert.export_litert(model, path, sparse=True, probe=probe)
@@ -171,15 +170,15 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
 def inspected(
     content: bytes, names: Mapping[str, str], source: str = "the LiteRT file"
 ) -> SparseInferenceReport:
-    """Return the report on a file, given the names of the layers that its tensors are of."""
-    file, better = File(content, source), File(sparse_graph.changed(content, ends=False))
+    """Return the report on a file, given the names of layers by the names of tensors."""
+    file, changed = File(content, source), File(sparse_graph.changed(content, ends=False))
     makes_dense = file.makes_dense()
     rows, obstacles, faults = [], dict[SparseObstacle, None](), []
-    graphs = zip(sparse_graph.graphs(file), sparse_graph.graphs(better), strict=True)
+    graphs = zip(sparse_graph.graphs(file), sparse_graph.graphs(changed), strict=True)
     for graph, other in graphs:
         found = graph.faults() if makes_dense else []
         faults += [_layer(fault.obstacle.tensor, names) for fault in found]
-        # What could be changed without changing the function is no reason.
+        # What a rewritten file would not have is no obstacle.
         twins = {node.output: node for node in other.nodes}
         for node in graph.nodes:
             if node.kernel is None:
@@ -207,10 +206,10 @@ def inspected(
 def _obstacles(
     graph: sparse_graph.Graph, node: sparse_graph.Node, names: Mapping[str, str]
 ) -> list[SparseObstacle]:
-    """Return what keeps a convolution from being run sparsely, but for its zeros."""
+    """Return what keeps a convolution from being run sparsely, apart from too few zeros."""
     part = graph.part_of(node)
     found = [node.obstacle] if part is None else part.obstacles
-    # What `prepared` has put before a part is there for the other reasons.
+    # A barrier that `prepared` has inserted is there because of the other obstacles.
     found = [each for each in found if each.operation != sparse_graph.BARRIER] or found
     return [SparseObstacle(_layer(each.tensor, names), *each[1:]) for each in found]
 
@@ -218,7 +217,7 @@ def _obstacles(
 def _reason(
     obstacles: list[SparseObstacle], node: sparse_graph.Node, part: sparse_graph.Part | None
 ) -> str:
-    """Return why a convolution is run dense, in few words."""
+    """Return why a convolution is run dense, as a cell of the table."""
     if obstacles and not node.roles:
         return _LAYER
     if obstacles:
@@ -227,11 +226,11 @@ def _reason(
 
 
 def _layer(tensor: str, names: Mapping[str, str]) -> str:
-    """Return the name of the layer that a tensor is of, as far as its name says it.
+    """Return the name of the layer that a tensor belongs to, as far as its name tells.
 
-    A name is that of the operation in the model, with the layers that it is in: `net/conv/Relu`,
-    or of several that have become one: `net/conv/Relu;net/conv/convolution`. Keras 3 numbers what
-    has been called before.
+    A tensor is named by the operation and the layers around it, as `net/conv/Relu`, or by several
+    operations that were merged, as `net/conv/Relu;net/conv/convolution`. Keras 3 appends numbers to
+    the names of layers that are called repeatedly.
     """
     if tensor in names:
         return names[tensor]

@@ -1,4 +1,4 @@
-"""The writer that all formats share: checked before and after, put in place by one rename."""
+"""The steps that all formats share: check, write and check a draft, rename it into place."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tscnc_tf.export.report import ExportedKernel, FileExportReport
 from tscnc_tf.export.served_file import ServedFile
 from tscnc_tf.inspection import weights
 
-# How many times the difference of logits that float32 may have each precision may have.
+# The allowed difference of logits, relative to that of float32.
 _TOLERANCES = {"float32": 1.0, "float16": 100.0, "int8": math.inf}
-# How far logits in 8 bits may be apart that differ in roundings only, as a share of the largest.
+# By how much logits may differ from 8-bit rounding alone, relative to the largest one.
 _QUANTA = 0.05
-_NOT_CARRIED = "The format does not carry this model: choose another precision or format."
+_NOT_REPRESENTABLE = "The format can't represent this model: choose another precision or format."
 
 
 class Format(abc.ABC):
     """A format, and the export to it.
 
     Attributes:
-        kind: what is written, with its article, for error messages.
+        kind: a noun with article for what is written, for error messages.
         new: `_files.new_directory` or `_files.new_file`.
     """
 
@@ -54,7 +54,7 @@ class Format(abc.ABC):
     ) -> Any:
         """Check a model, write and check a draft of the export, and rename it to `path`.
 
-        If something fails, the draft is removed, and what was at the path is as it was.
+        On failure, the draft is removed, and what was at the path is unchanged.
 
         Raises:
             FileExistsError, TypeError, ValueError, OSError, RuntimeError: see `export_saved_model`.
@@ -68,14 +68,14 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def write(self, ready: preflight.Checked, goal: pathlib.Path, draft: pathlib.Path) -> Any:
-        """Write a draft of what is to be at `goal`, check it, and return the report."""
+        """Write and check a draft, which will be renamed to `goal`, and return the report."""
 
     @abc.abstractmethod
     def other(self, path: pathlib.Path) -> str:
-        """Return what is at a path if it is not of this format nor empty, else an empty text."""
+        """Return what is at a path; an empty string if it is of this format, or empty."""
 
     def require_replaceable(self, path: pathlib.Path) -> None:
-        """Raise a FileExistsError if what is at a path is not of this format, nor empty."""
+        """Raise a FileExistsError if what is at a path is neither of this format nor empty."""
         if other := self.other(path):
             raise FileExistsError(
                 f"path is {other}: {path}. overwrite=True replaces {self.kind}, and nothing else: "
@@ -87,12 +87,12 @@ class FileFormat(Format):
     """A format of single files.
 
     Attributes:
-        name: of the format.
-        distributions: whose versions the report gives; by the names that pip knows.
+        name: the name of the format.
+        distributions: the packages, by their names for pip, whose versions the report gives.
         precision: "float32", "float16" or "int8".
-        settings: for the report.
+        settings: further settings, for the report.
         batch_size: the number of examples that the file takes; None for any.
-        load: returns a file as a function.
+        load: a function from the path of a file to a `ServedFile`.
     """
 
     name: str
@@ -113,11 +113,11 @@ class FileFormat(Format):
     def convert(
         self, ready: preflight.Checked, serve: Callable[..., Any], signature: list[tf.TensorSpec]
     ) -> constants.Converted:
-        """Return the file for a model, given its endpoint and the specs of that."""
+        """Return the file for a model, given its endpoint and the specs of the arguments."""
 
     @abc.abstractmethod
     def constants(self, path: pathlib.Path) -> Iterable[constants.Constant]:
-        """Return the weights in a file, and in the one beside it if there is one.
+        """Return the weights in a file, and in its external data if there is any.
 
         Raises:
             ValueError: the file is not valid.
@@ -125,10 +125,10 @@ class FileFormat(Format):
 
     @abc.abstractmethod
     def holds(self, content: bytes) -> bool:
-        """Tell whether this is a file of the format."""
+        """Tell whether `content` is a file of the format."""
 
     def other(self, path: pathlib.Path) -> str:
-        """Return what is at a path if it is no file of the format, nor an empty one."""
+        """Return what is at a path; an empty string for a file of the format, or an empty one."""
         if not path.is_file():
             return "no file"
         if path.stat().st_size and not self.holds(path.read_bytes()):
@@ -160,16 +160,16 @@ class FileFormat(Format):
         allowed = ready.tolerance * _TOLERANCES[self.precision]
         what = f"the {self.name} file"
         served_outputs = functools.partial(
-            _probe.outputs, what=f"The {self.name} file", way_out=_NOT_CARRIED
+            _probe.outputs, what=f"The {self.name} file", way_out=_NOT_REPRESENTABLE
         )
         outputs = served_outputs(served, named)
-        apart = preflight.require_same(what, outputs, originals, allowed)
+        difference = preflight.require_same(what, outputs, originals, allowed)
         if self.batch_size is None:
-            # A converter that has frozen the number of examples would show with another one.
+            # A converter may have fixed the number of examples: try another one.
             single = served_outputs(served, {name: array[:1] for name, array in named.items()})
             preflight.require_same(what, single, [array[:1] for array in originals], allowed)
         if converted.dense is not None:
-            # Whatever a precision costs, to store zeros in another way costs next to nothing.
+            # At any precision, sparse storage may change the logits by rounding only.
             with tempfile.TemporaryDirectory() as folder:
                 twin = pathlib.Path(folder) / "dense"
                 twin.write_bytes(converted.dense)
@@ -177,8 +177,8 @@ class FileFormat(Format):
             largest = max(float(np.abs(array).max()) for array in dense)
             close = min(allowed, max(ready.tolerance, _QUANTA * largest))
             preflight.require_same(f"{what} with sparse kernels", outputs, dense, close)
-        beside = converted.beside
-        content = converted.content + (b"" if beside is None else beside.read_bytes())
+        data_file = converted.data_file
+        content = converted.content + (b"" if data_file is None else data_file.read_bytes())
         return FileExportReport(
             path=str(goal),
             format=self.name,
@@ -188,7 +188,7 @@ class FileFormat(Format):
             expected_sparsity=ready.expected_sparsity,
             inputs=served.inputs,
             outputs=served.outputs,
-            max_logit_difference=apart,
+            max_logit_difference=difference,
             logit_tolerance=allowed if math.isfinite(allowed) else None,
             same_class=_same_class(outputs, originals),
             probe_examples=self.batch_size or ready.examples,
@@ -200,7 +200,7 @@ class FileFormat(Format):
             sha256=hashlib.sha256(content).hexdigest(),
             settings=self.settings,
             versions=ready.versions(*self.distributions),
-            data_file=None if beside is None else str(beside),
+            data_file=None if data_file is None else str(data_file),
         )
 
 
@@ -209,8 +209,8 @@ def endpoint(
 ) -> tuple[Callable[..., dict[str, tf.Tensor]], list[tf.TensorSpec]]:
     """Return a model in inference mode as a function of flat tensors, and their named specs.
 
-    A tensor without a name has that of its key if the model takes a dict, else "input_0" and so on.
-    The function returns a dict: the model's own, or "output_0", "output_1" and so on.
+    A tensor without a name is named by its key if the model takes a dict, else "input_0" and so on.
+    The function returns a dict: the model's own, or one with keys "output_0" and so on.
     """
     flat = tf.nest.flatten(specs)  # a dict by its sorted keys
     is_flat_dict = isinstance(specs, dict) and len(specs) == len(flat)
@@ -218,8 +218,8 @@ def endpoint(
     signature: dict[str, tf.TensorSpec] = {}
     for index, (key, spec) in enumerate(zip(keys, flat, strict=True)):
         name = spec.name or re.sub(r"\W", "_", str(key))
-        name = name if name[0].isalpha() else f"input_{name}"  # as every format takes it
-        while name in signature:  # "a b" is "a_b", too
+        name = name if name[0].isalpha() else f"input_{name}"  # accepted by every format
+        while name in signature:  # keys "a b" and "a_b" give the same name
             name += f"_{index}"
         signature[name] = tf.TensorSpec(spec.shape, spec.dtype, name=name)
 
@@ -245,7 +245,7 @@ def write_saved_model(
         ready: the model.
         serve: the function.
         signature: the specs of its arguments.
-        folder: where to.
+        folder: the folder to write.
     """
     archive = ready.library.export.ExportArchive()
     archive.track(ready.stripped)
@@ -263,13 +263,13 @@ def _kernels(
     found: Iterable[constants.Constant],
     forms: Mapping[str, constants.Form],
 ) -> tuple[ExportedKernel, ...]:
-    """Return the rows of a report, after checking that all zeros are in the file."""
+    """Return the rows of a report, after checking that the file has all zeros of the model."""
     held = constants.find([weight.values for weight in weights.listed(ready.model)], found)
     rows, faults = [], []
     for row, constant in zip(ready.weights.rows, held, strict=True):
         if constant is None:
             if row.zeros:
-                faults.append(f"{row.name} and its {row.zeros:,} zeros are not to be found")
+                faults.append(f"{row.name} and its {row.zeros:,} zeros are not found")
             rows.append(ExportedKernel(row.name, None, (), "", row.weights, row.zeros, 0))
             continue
         if any(constant.zero_points):
@@ -292,7 +292,7 @@ def _kernels(
     if faults:
         raise ValueError(
             f"The {form} file lacks zeros of the model: {'; '.join(faults)}. Its converter has "
-            "computed with these weights; leave the layers out, or write them in another way."
+            "changed these weights: remove the layers, or build them in another way."
         )
     return tuple(rows)
 
@@ -314,7 +314,7 @@ def _require_float32(model: Any) -> None:
 
 
 def _same_class(left: list[np.ndarray], right: list[np.ndarray]) -> float | None:
-    """Return the share of examples with the same largest logit; None if that means nothing."""
+    """Return the share of examples of the same class; None without one output of several logits."""
     if len(left) != 1 or left[0].ndim != 2 or left[0].shape[1] == 1:
         return None
     return float(np.mean(left[0].argmax(axis=1) == right[0].argmax(axis=1)))
@@ -322,7 +322,7 @@ def _same_class(left: list[np.ndarray], right: list[np.ndarray]) -> float | None
 
 @contextlib.contextmanager
 def _silent_tf_keras() -> Iterator[None]:
-    """Keep tf_keras from printing, in this thread, as far as it has a switch for that."""
+    """Keep tf_keras from printing in this thread, as far as its logging switch allows."""
     utils = _keras.tf_keras.utils
     was_enabled = utils.is_interactive_logging_enabled()
     utils.disable_interactive_logging()

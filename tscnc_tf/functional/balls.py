@@ -107,7 +107,7 @@ def _shrunk(delta: tf.Tensor, limit: tf.Tensor, epsilon: Any) -> tf.Tensor:
     return tf.sign(delta) * parts * tf.minimum(tf.math.divide_no_nan(epsilon, sums), 1.0)
 
 
-def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
+def round_inside(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
     """Return points of the ball around `center` in the dtype of `center`, still inside the ball.
 
     Rounding to that dtype may move an entry out of the ball: by a tenth of the radius for float16
@@ -118,7 +118,7 @@ def settle(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tensor:
         center: `(batch, ...)`, any float dtype.
         point: `(batch, ...)`, of the dtype of `center` or a wider one.
         epsilon: the radius.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
     """
     center, point = tf.convert_to_tensor(center), tf.convert_to_tensor(point)
     wide = tf.cast(center, point.dtype)

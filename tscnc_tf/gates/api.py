@@ -1,4 +1,4 @@
-"""Put gates into a model that exists already, and multiply them into its weights at the end."""
+"""Functions that put gates into an existing model, and fold them into its weights."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ def add_gates(
 ) -> Any:
     r"""Return a copy of a model with gates on the filters and input units of its layers.
 
-    Each chosen convolution or dense layer is put into a `Gated` of its name; weights are the same.
-    Outputs are not: gates begin partly open (at a `drop_rate` of 0.3 they are about 0.74 at
-    inference), so the model must be trained afterwards. With the defaults the penalty of a layer is
-    :math:`\sum_g T_a(p_g u_g)` as it stands; `sparsity_factor` multiplies it.
+    Each chosen convolution or dense layer is wrapped by a `Gated` of the same name. The weights are
+    the same, but not the outputs: gates are partly open at first (with a `drop_rate` of 0.3 they
+    are about 0.74 at inference), so the model must be trained afterwards. With the defaults the
+    penalty of a layer is :math:`\sum_g T_a(p_g u_g)`; `sparsity_factor` multiplies it.
 
-    Train the copy as any model. What is closed by then is cut by `fold`. To prune single weights as
-    well, add the gates first, then call `prune`: a pruned model takes no gates. Keras' `quantize`
-    and `enable_lora` are for what `fold` returns: layers with gates refuse them.
+    Train the copy like any model, then call `fold`. To prune single weights as well, add the gates
+    first, then call `prune`: gates can't be added to a pruned model. Call Keras' `quantize` and
+    `enable_lora` on the result of `fold`: layers with gates raise an error.
 
     Args:
-        model: a Sequential or functional model of either Keras, built; nested models are followed,
-            and a layer that is used in several places stays one, with the same gates in each.
+        model: a built Sequential or functional model of either Keras. Nested models are included,
+            and a layer that is used in several places has the same gates in each.
         layers: which layers, as in `pruning.add_regularizers`; None for all convolutions and dense
-            layers, the one of the logits among them (whose gates are on its inputs, so that no
-            class can be lost). Layers inside wrappers such as TimeDistributed take no gates.
-        drop_rate: the probability with which a gate is drawn below one half to begin with, in
-            (0, 1); see `Gated`.
-        sparsity_factor: what the penalty is multiplied by, >= 0.
+            layers, including that of the logits (whose gates are on its inputs, so that no class
+            can be lost). Layers inside wrappers such as TimeDistributed get no gates.
+        drop_rate: the initial probability that a gate is drawn below one half, in (0, 1); see
+            `Gated`.
+        sparsity_factor: the factor of the penalty, >= 0.
         weight_decay: the factor of the squared norm in the cost of a group, >= 0.
-        l0_factor: the cost of each single weight of a group, >= 0.
-        a: of the transformed l1, > 0; see `Gated`.
-        seed: of the initial values and of all draws; each layer gets one of its own made of it.
+        l0_factor: the cost of each weight of a group, >= 0.
+        a: the parameter of the transformed l1, > 0; see `Gated`.
+        seed: of the initial values and of all draws; each layer gets its own seed from it.
 
     Returns:
-        A new, uncompiled model of the same Keras. The old one is not changed.
+        A new, uncompiled model of the same Keras. The given model is not changed.
 
     Raises:
-        TypeError: `model` is no Keras model, or an argument is of a wrong type.
-        ValueError: the model is subclassed, not built, has gates already, is being pruned, holds a
-            layer that can't be rebuilt from its configuration, no layer is chosen that can have
-            gates, something in a list fits no layer, a chosen layer is quantized or has LoRA
-            enabled, or an argument is out of range.
+        TypeError: `model` is no Keras model, or an argument has a wrong type.
+        ValueError: the model is subclassed, not built, has gates already, is pruned, or has a layer
+            that can't be rebuilt from its configuration; no chosen layer can have gates, an element
+            of a list matches no layer, a chosen layer is quantized or has LoRA enabled, or an
+            argument is out of range.
 
     Warns:
-        UserWarning: some chosen kernels can have no gates; it names them.
+        UserWarning: some chosen kernels can't have gates.
 
     Example:
         >>> import keras
@@ -100,8 +100,8 @@ def add_gates(
     if gating.skipped:
         warnings.warn(
             f"These kernels are chosen, but get no gates: {', '.join(gating.skipped)}. Gates are "
-            "for convolutions and dense layers that are no part of another layer. Choose the "
-            "others by layers= if that is meant.",
+            "for convolutions and dense layers that are no part of another layer. To avoid this "
+            "warning, choose the other layers by layers=.",
             UserWarning,
             stacklevel=2,
         )
@@ -109,24 +109,24 @@ def add_gates(
 
 
 def fold(model: Any) -> Any:
-    """Return a model without gates that computes what the gated one computes at inference.
+    """Return a model without gates, with the outputs that the gated one has at inference.
 
-    The gates of inference are multiplied into the weights: into kernel and bias of a filter, into
-    the row of an input unit. Filters whose gate is closed are zero then, and `pruning.compact`
-    takes them out. What `prune` masks is set to zero before. `strip` folds, too, and exports do.
+    The gates are multiplied into the weights: into kernel and bias of a filter, or into the kernel
+    row of an input unit. Filters with a closed gate become zero, and `pruning.compact` removes
+    them. Masks of `prune` are applied before. `strip` and exports fold, too.
 
     Args:
-        model: a built model of either Keras, Sequential or functional. It stays as it is, but for
-            its masks being applied.
+        model: a built Sequential or functional model of either Keras. It is not changed, except
+            that its masks are applied.
 
     Returns:
-        A new, uncompiled model, with weights of its own, layers of the classes and names that they
-        had before `add_gates`, and no pruner. A model without gates is returned as it is.
+        A new, uncompiled model with its own weights, the layer classes and names from before
+        `add_gates`, and no pruner. A model without gates is returned as it is.
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it has gates and is subclassed or a trainer, or a gated layer is inside of a
-            layer whose parts can't be exchanged from outside.
+        ValueError: it has gates and is subclassed or a trainer, or a gated layer is inside a layer
+            whose parts can't be replaced.
 
     Example:
         >>> import keras
@@ -141,21 +141,21 @@ def fold(model: Any) -> Any:
         return model
     library = flavours.require_network(model)
     _keras.require_graph_model(
-        "model", model, "The gated layers' `gated_variables()` say what to multiply by what."
+        "model", model, "The gated layers' `gated_variables()` say which weights have which gates."
     )
     bare = cloning.bare(model)
     called = kernel_layers.calls(bare)
     if inside := [layer.name for layer in gated.gated_layers(bare) if id(layer) not in called]:
         raise ValueError(
             f"model {model.name!r} has gates that can't be folded, in {', '.join(inside)}: they "
-            "are inside a layer whose parts can't be exchanged from outside."
+            "are inside a layer whose parts can't be replaced."
         )
     masks.apply(model)
     return _Folding(library, gated.factors(bare)).rebuild(bare)
 
 
 class _Gating(cloning.Rebuilder):
-    """Chooses the layers of one model that get gates, and puts their copies into gates."""
+    """Rebuilds a model with gates on the chosen layers."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Gating(cloning.Rebuilder):
         self._skipped: dict[int, str] = {}
 
     def replacement(self, layer: Any) -> Any:
-        """Return the copy of a layer, in gates if they are wanted."""
+        """Return the copy of a layer, with gates if it is chosen and can have them."""
         new = self.copied(layer)
         if id(layer) in self._chosen and kind_of(layer):
             seed = np.random.SeedSequence([self._seed, self.count]).generate_state(1)
@@ -196,12 +196,12 @@ class _Gating(cloning.Rebuilder):
 
     @property
     def skipped(self) -> list[str]:
-        """The names of the kernels that are chosen, but can have no gates."""
+        """The names of the chosen kernels that can't have gates."""
         return list(self._skipped.values())
 
 
 class _Folding(cloning.Rebuilder):
-    """Puts the copy of a layer in place of its gated one, with the gates in its weights."""
+    """Rebuilds a model with plain layers in place of gated ones, the gates in their weights."""
 
     def __init__(self, library: types.ModuleType, gates: dict[int, tf.Tensor]) -> None:
         super().__init__(library)
@@ -212,7 +212,7 @@ class _Folding(cloning.Rebuilder):
         return self.copied(layer.layer if gated.is_gated(layer) else layer)
 
     def weights(self, layer: Any) -> dict[str, np.ndarray]:
-        """Return the weights that have gates, times them."""
+        """Return the weights that have gates, multiplied by them."""
         return {
             name: _acting(value, self._gates[id(value)])
             for name, value in vars(layer).items()
@@ -223,18 +223,18 @@ class _Folding(cloning.Rebuilder):
 def _require_plain(model: Any) -> types.ModuleType:
     """Return the Keras of a model that can be given gates; raise for all others."""
     library = flavours.require_network(model)
-    _keras.require_graph_model("model", model, "There, put `Gated(layer)` in a layer's place.")
+    _keras.require_graph_model("model", model, "There, replace layers by `Gated(layer)`.")
     _keras.require_built("model", model)
     if found := [layer.name for layer in gated.gated_layers(model)]:
         raise ValueError(f"model {model.name!r} has gates already, in {found}: fold it first.")
     if wrappers.wrapped_layers(model) or masks.pruners(model):
         raise ValueError(
-            f"model {model.name!r} is being pruned: add gates first and call prune on what is "
-            "returned, or strip the model before."
+            f"model {model.name!r} is being pruned: add gates first, then call prune on the "
+            "result, or strip the model before."
         )
     return library
 
 
 def _acting(weight: Any, gates: tf.Tensor) -> np.ndarray:
-    """Return a weight times its gates; zeros are positive, as negative ones don't compress."""
+    """Return a weight times its gates, with positive zeros: negative ones don't compress."""
     return np.asarray(gated.times(tf.convert_to_tensor(weight), gates) + 0.0)

@@ -1,4 +1,4 @@
-"""A layer around another one with gates on its filters or input units, and which those are."""
+"""The wrapper layer that puts gates on the filters or input units of another layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INITIAL_DEVIATION = 0.01
 _DENSE = kernel_layers.classes("Dense")
 _CONVOLUTIONS = kernel_layers.classes(*kernel_layers.ALL_CONVOLUTIONS)
 
-_Base: Any = object  # The subclasses at the end of this file put Keras' Wrapper in its place.
+_Base: Any = object  # replaced by Keras' Wrapper in the subclasses at the end of this file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,10 +31,10 @@ class Groups:
     """The groups of weights of a layer, one for each gate.
 
     Attributes:
-        kind: "filter" (all that leads to one output channel) or "input" (all that reads one unit).
-        kernel: the variable that the groups are parts of.
-        bias: the variable that has a gate for each of its entries, too, or None.
-        shape: that of the gates as they broadcast with the kernel.
+        kind: "filter" (all weights of one output channel) or "input" (all that read one unit).
+        kernel: the variable that contains the groups.
+        bias: the variable whose entries have the same gates, or None.
+        shape: the shape in which gates broadcast with the kernel.
     """
 
     kind: str
@@ -62,16 +62,16 @@ class Groups:
 
 
 def kind_of(layer: Any) -> str:
-    """Return the kind of groups of a layer that can have gates, else an empty text."""
+    """Return the kind of groups of a layer; an empty text if it can't have gates."""
     if isinstance(layer, _DENSE):
         return "input"
     return "filter" if isinstance(layer, _CONVOLUTIONS) else ""
 
 
 def groups_of(layer: Any) -> Groups:
-    """Return the groups of a built layer of a kind that can have gates."""
+    """Return the groups of a built layer that can have gates."""
     kind = kind_of(layer)
-    # A separable convolution has its filters in the last of its kernels.
+    # The filters of a separable convolution are in the last kernel.
     spec = kernel_layers.kernel_specs(layer)[-1]
     kernel = getattr(layer, spec.attribute)
     *_, first, last = kernel.shape
@@ -84,14 +84,14 @@ def groups_of(layer: Any) -> Groups:
 class Gated(gated.GatedLayer, _Base):
     r"""A convolution or dense layer with a hard-concrete gate on each filter or input unit.
 
-    A convolution of any kind (transposed, depthwise, separable and grouped ones too) has one gate
-    per output filter, which acts on its kernel and bias; a dense layer has one per input unit,
-    which acts on a row of its kernel. The layer computes with :math:`z_g w_g` for :math:`w_g`:
+    A convolution of any kind (also transposed, depthwise, separable or grouped) has one gate per
+    output filter, for its kernel and bias. A dense layer has one per input unit, for a row of its
+    kernel. The layer computes with :math:`z_g w_g` in place of :math:`w_g`:
 
     * in training with gates that are drawn once per forward pass, by `functional.hard_concrete`,
       and are the same for the whole batch;
-    * at inference with `functional.deterministic_gate`: nothing is random, so attacks and
-      evaluation see one network.
+    * at inference with `functional.deterministic_gate`, without randomness: attacks and evaluation
+      see the same network.
 
     `losses` has the penalty
 
@@ -99,48 +99,46 @@ class Gated(gated.GatedLayer, _Base):
               u_g = \tfrac12\,\text{weight\_decay}\,\|w_g\|^2 + \text{l0\_factor}\,|g|
 
     with :math:`p_g` the probability that the gate is open and :math:`|g|` the number of kernel
-    weights of the group. It is a regularizer of :math:`\log\alpha`, so it is there exactly once,
-    whether the layer has been called not at all, or several times. After each optimizer step
-    :math:`\log\alpha` is clipped to [log 0.01, log 100], by a constraint.
+    weights of the group. It is a regularizer of :math:`\log\alpha`, so it is added exactly once,
+    however often the layer is called. After each optimizer step a constraint clips
+    :math:`\log\alpha` to [log 0.01, log 100].
 
-    With the defaults the factor is 1, and the penalty is the sum as it stands. `l0_factor=1e-6` is
-    of the size that the paper on gates uses on 60 000 examples (0.1/N); `weight_decay=5e-4` is the
-    usual one of image classifiers. An optimizer's own weight decay acts beside it, also on
-    :math:`\log\alpha`, which it draws to 0, where gates are half open.
+    `l0_factor=1e-6` is about the value in the paper on gates for 60 000 examples (0.1/N).
+    `weight_decay=5e-4` is usual for image classifiers. An optimizer's own weight decay is applied
+    in addition, also to :math:`\log\alpha`: it moves this towards 0, where gates are half open.
 
-    How gates are drawn: by the Philox generator, from `seed` and the number of draws so far, which
-    is an int64 weight of the layer. So a run that goes on from a checkpoint
-    draws what it would have drawn without the break; and eager code, graphs and XLA draw the same.
-    Replicas of a distribution strategy all draw the same: a gate belongs to the step, and the batch
-    is shared out. A layer that a model calls in several places has the same gates in all of them,
-    as it has the same weights, if `calls` says how often it is called.
+    Gates are drawn by the Philox generator, from `seed` and the number of draws so far, which is an
+    int64 weight of the layer. So training from a checkpoint continues with the same draws, and
+    eager code, graphs and XLA draw the same. All replicas of a distribution strategy draw the same
+    gates, as they train on parts of one batch. A layer that a model calls in several places has the
+    same gates in all of them, if `calls` is the number of calls.
 
-    Other regularizers see the kernel itself, without gates; `inspection` sees it as it acts at
-    inference, gates included. `prune` masks the kernel inside. Where the weights of the layer
-    inside are frozen when the gates are added, so are the gates.
+    Other regularizers are applied to the kernel without gates; `inspection` uses the kernel with
+    the gates of inference. `prune` masks the kernel inside. If the weights of the layer inside are
+    frozen when the gates are added, the gates are frozen, too.
 
-    It is a layer of the Keras that `layer` is of. A subclass derives from the class for its Keras,
+    It is a layer of the same Keras as `layer`. A subclass derives from the class for its Keras,
     `gates.layer.Keras3Gated` or `TfKerasGated`.
 
     Args:
         layer: the layer to put gates on, built or not.
-        drop_rate: the probability d with which a gate is drawn below one half to begin with, in
-            (0, 1): :math:`\log\alpha \sim N(\log((1-d)/d), 0.01^2)`. Exactly closed it is less
-            often, with d = 0.3 in 8 % of draws.
-        sparsity_factor: what the penalty is multiplied by, >= 0.
+        drop_rate: the initial probability d that a gate is drawn below one half, in (0, 1):
+            :math:`\log\alpha \sim N(\log((1-d)/d), 0.01^2)`. The probability that it is exactly
+            closed is lower: 8 % with d = 0.3.
+        sparsity_factor: the factor of the penalty, >= 0.
         weight_decay: the factor of the squared norm in the cost of a group, >= 0.
-        l0_factor: the cost of each single weight of a group, >= 0.
-        a: of the transformed l1, > 0. Costs far below `a` are punished in proportion, and with the
-            defaults costs are: about 1e-3 for a filter of 1000 weights. An `a` of the size of the
-            costs presses on the cheap groups first.
+        l0_factor: the cost of each weight of a group, >= 0.
+        a: the parameter of the transformed l1, > 0. The penalty is proportional to costs far below
+            `a`, as with the defaults: about 1e-3 for a filter of 1000 weights. With an `a` of the
+            size of the costs, its gradient is larger for groups of low cost.
         seed: of the initial values and of all draws; give each layer its own.
         calls: how often the model calls the layer in one forward pass.
-        **kwargs: of every layer. The name is by default that of the layer inside.
+        **kwargs: arguments of Keras' layers. The name is by default that of the layer inside.
 
     Raises:
-        TypeError: `layer` is no Keras layer, or an argument is of a wrong type.
+        TypeError: `layer` is no Keras layer, or an argument has a wrong type.
         ValueError: `layer` is of a kind that can't have gates, is quantized or has LoRA enabled
-            (or is to be: first `fold`, then `quantize` or `enable_lora`), or an argument is out of
+            (also later: first `fold`, then `quantize` or `enable_lora`), or an argument is out of
             range.
 
     Example:
@@ -157,11 +155,9 @@ class Gated(gated.GatedLayer, _Base):
     """
 
     def __new__(cls, layer: Any, **kwargs: Any) -> Any:  # noqa: ARG004
-        """Return a layer of the Keras that `layer` is of.
+        """Return an object of the subclass for the Keras of `layer`.
 
-        Users know one name for two classes. Which of them is meant is only known from the layer, so
-        the choice is made here, where Python chooses the class of a new object. What follows is the
-        usual construction: `__init__` runs on the chosen class.
+        `Gated` is one name for two classes. Python then calls `__init__` of the chosen class.
         """
         if not isinstance(layer, keras.layers.Layer | tf_keras.layers.Layer):
             raise TypeError(f"layer must be a layer of Keras 3 or tf_keras, got {layer!r}.")
@@ -189,7 +185,7 @@ class Gated(gated.GatedLayer, _Base):
         if state := adapted.state(layer):
             raise ValueError(_not_plain(layer, f"can't have gates: {state}."))
         kwargs = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
-        # The layer inside is computed with, but not called: what a call adds is added around it.
+        # The layer inside is not called, so this layer does what Keras does around a call.
         kwargs.setdefault("activity_regularizer", layer.activity_regularizer)
         kwargs.setdefault("trainable", layer.trainable)
         super().__init__(layer, **kwargs)
@@ -202,16 +198,16 @@ class Gated(gated.GatedLayer, _Base):
         self.calls = _checks.integer("calls", calls, minimum=1)
         self.supports_masking = layer.supports_masking
         if isinstance(layer, adapted.CLASSES):
-            # Keras' `model.quantize` asks the layer inside, past this one.
+            # Keras' `model.quantize` calls the method of the layer inside, not of this one.
             layer.quantize = _refusal(layer, "quantized")
             layer.enable_lora = _refusal(layer, "given LoRA")
 
     def build(self, input_shape: Any = None) -> None:
-        """Build the layer inside, and make a gate for each of its groups."""
+        """Build the layer inside, and create a gate for each of its groups."""
         super().build(input_shape)
         is_keras_3 = _keras.flavour(self) == "keras"
         first = "only_first_replica" if is_keras_3 else tf.VariableAggregation.ONLY_FIRST_REPLICA
-        # Weights that layers compute with are cast to float16 where that is the policy; not these.
+        # These weights are not cast to float16, whatever the dtype policy.
         autocast = {"autocast" if is_keras_3 else "experimental_autocast": False}
         self.log_alpha = self.add_weight(
             name="log_alpha",
@@ -241,7 +237,7 @@ class Gated(gated.GatedLayer, _Base):
         return groups_of(self.layer)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
-        """Return what the layer inside makes of its inputs with gated weights."""
+        """Return the output of the layer inside, computed with gated weights."""
         gates = self._gates(training)
         values = {}
         for variable, shape in self._shapes():
@@ -252,21 +248,21 @@ class Gated(gated.GatedLayer, _Base):
         return acting.call(inputs, **({"training": training} if takes_training else {}))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        """Return what the layer inside returns."""
+        """Return the output shape of the layer inside."""
         return self.layer.compute_output_shape(input_shape)
 
     def gated_variables(self) -> Iterator[tuple[Any, Any]]:
-        """Yield (variable, gates) as they act at inference; gates broadcast with the variable."""
+        """Yield (variable, gates) for inference; gates broadcast with the variable."""
         gates = functional.deterministic_gate(self.log_alpha)
         for variable, shape in self._shapes():
             yield variable, tf.reshape(gates, shape)
 
     def own_variables(self) -> list[Any]:
-        """Return the variables that belong to the gates, and not to the layer inside."""
+        """Return the variables of the gates, without those of the layer inside."""
         return [self.log_alpha, self.draws]
 
     def get_prunable_weights(self) -> list[Any]:
-        """Return what tfmot is to prune: what it prunes of the layer inside."""
+        """Return the weights of the layer inside that tfmot prunes."""
         return wrappers.prunable_weights(self.layer) or []
 
     def get_config(self) -> dict[str, Any]:
@@ -283,7 +279,7 @@ class Gated(gated.GatedLayer, _Base):
         }
 
     def _shapes(self) -> list[tuple[Any, tuple[int, ...]]]:
-        """Return the variables that gates act on, and the shape of the gates for each."""
+        """Return the gated variables, and the shape of the gates for each."""
         groups = self.groups
         shapes: list[tuple[Any, tuple[int, ...]]] = [(groups.kernel, groups.shape)]
         return shapes if groups.bias is None else [*shapes, (groups.bias, (-1,))]
@@ -306,7 +302,7 @@ class Gated(gated.GatedLayer, _Base):
 
     def _initial_log_alpha(self, shape: Any, dtype: Any = None, **_: Any) -> tf.Tensor:
         mean = math.log((1.0 - self.drop_rate) / self.drop_rate)
-        normal = tf.math.ndtri(self._uniform(0))  # draw 0 is for this, the others for the gates
+        normal = tf.math.ndtri(self._uniform(0))  # draw 0; gates use draws 1, 2, ...
         log_alpha = _clipped(mean + _INITIAL_DEVIATION * normal)
         return tf.cast(tf.reshape(log_alpha, shape), dtype or tf.float32)
 
@@ -319,7 +315,7 @@ class Gated(gated.GatedLayer, _Base):
 
 
 def _refusal(layer: Any, what: str) -> Callable[..., None]:
-    """Return what stands for a method of Keras that would change what a gated layer computes."""
+    """Return a function that raises a ValueError, to replace a method of a gated layer."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError(_not_plain(layer, f"can't be {what}: it has gates."))
@@ -330,8 +326,8 @@ def _refusal(layer: Any, what: str) -> Callable[..., None]:
 def _not_plain(layer: Any, problem: str) -> str:
     return (
         f"layer {layer.name!r} {problem} Gates multiply a kernel of floats that the layer itself "
-        "computes with: add them first, and quantize, or enable LoRA in, what gates.fold(model) "
-        "returns."
+        "computes with: add them first, and quantize, or enable LoRA in, the result of "
+        "gates.fold(model)."
     )
 
 

@@ -1,4 +1,4 @@
-"""How far the gates of a model have opened and closed."""
+"""The report on the open gates of a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class GateStatus(_reports.Record):
     """The gates of one layer.
 
     Attributes:
-        name: of the layer.
+        name: the name of the layer.
         kind: the class of the layer inside.
-        unit: what each gate is on, a "filter" or an "input".
-        gates: how many there are.
+        unit: what each gate is for, a "filter" or an "input".
+        gates: the number of gates.
         weights: the number of kernel weights that have gates.
-        expected_open: the sum of the gates' probabilities to be open in training.
-        open_gates: how many are above zero at inference.
-        mean_gate: their mean at inference.
+        expected_open: the expected number of open gates in training.
+        open_gates: the number of gates above zero at inference.
+        mean_gate: the mean of the gates at inference.
     """
 
     _derived = ("expected_l0", "open_share")
@@ -67,7 +67,7 @@ class GateReport(_reports.Report):
 
     @property
     def expected_open(self) -> float:
-        """The sum of all gates' probabilities to be open in training."""
+        """The expected number of open gates in training."""
         return sum(row.expected_open for row in self.rows)
 
     @property
@@ -77,7 +77,7 @@ class GateReport(_reports.Report):
 
     @property
     def open_gates(self) -> int:
-        """How many gates are above zero at inference."""
+        """The number of gates above zero at inference."""
         return sum(row.open_gates for row in self.rows)
 
     @property
@@ -106,13 +106,13 @@ class GateReport(_reports.Report):
 
 
 def report(model: Any) -> GateReport:
-    r"""Return how many gates of each layer are open: as expected in training, and at inference.
+    r"""Return how many gates of each layer are open, in training (expected) and at inference.
 
-    In training a gate is open with probability :math:`p_g`; their sum is the expected number of
-    open gates, and :math:`\sum_g p_g |g|` that of weights, the expected L0 norm.
+    In training, a gate is open with probability :math:`p_g`. The expected number of open gates is
+    :math:`\sum_g p_g`, and that of their weights, the expected L0 norm, is :math:`\sum_g p_g |g|`.
 
     Args:
-        model: a built model of either Keras with gated layers, wherever they are.
+        model: a built model of either Keras that contains gated layers.
 
     Raises:
         TypeError: `model` is no Keras model.
@@ -130,7 +130,7 @@ def report(model: Any) -> GateReport:
     _keras.require_built("model", model)
     rows = tuple(_row(layer) for layer in gated.gated_layers(model))
     if not rows:
-        raise ValueError(f"model {model.name!r} has no gates: add_gates returns one that has.")
+        raise ValueError(f"model {model.name!r} has no gates: add them by add_gates(model).")
     return GateReport(rows)
 
 

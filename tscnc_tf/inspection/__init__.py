@@ -1,4 +1,4 @@
-"""Reading a model without changing it: zeros, sizes, speed, spectra, Lipschitz estimates."""
+"""Inspection of a model without changing it: zeros, sizes, speed, spectra, Lipschitz constants."""
 
 from tscnc_tf._timing import Times
 from tscnc_tf.inspection.lipschitz import (

@@ -1,4 +1,4 @@
-"""What a network returns, checked: one tensor."""
+"""A check of a network's outputs: one tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 def one_tensor(outputs: Any) -> tf.Tensor:
-    """Return what a model returned as a float32 tensor, or raise a TypeError if it is not one."""
+    """Return a model's output as a float32 tensor; raise a TypeError if there are several."""
     if isinstance(outputs, (dict, list, tuple)):
         raise TypeError(
             f"model must return one tensor, got a {type(outputs).__name__} of {len(outputs)}. Pass "

@@ -24,15 +24,15 @@ class LipschitzReport(_reports.Report):
     """Empirical local Lipschitz constants; `print` it for a table.
 
     Attributes:
-        values: one per example, float64: the largest quotient that was found. A lower bound of the
-            true constant. Not in `to_dict()`.
-        epsilon: the radius of the ball as written, such as "8/255".
-        epsilon_value: the same as a number.
-        steps: of the ascent.
-        step_size: of the ascent, in the units of the inputs.
-        bounds: of the inputs.
-        seed: of the random starts.
-        batch_size: of the ascent; a start depends on an example's place in its batch.
+        values: the largest quotient found for each example, float64: a lower bound of the true
+            constant. Not in `to_dict()`.
+        epsilon: the radius of the ball as given, such as "8/255".
+        epsilon_value: the radius as a number.
+        steps: the number of steps of the ascent.
+        step_size: the size of a step, in the units of the inputs.
+        bounds: the bounds of the inputs.
+        seed: the seed of the random starts.
+        batch_size: the examples per batch; a start depends on an example's place in its batch.
     """
 
     _derived = ("mean", "interval", "maximum", "examples")
@@ -54,7 +54,7 @@ class LipschitzReport(_reports.Report):
 
     @property
     def mean(self) -> float:
-        """The mean over the examples, which the literature reports."""
+        """The mean over the examples, the figure that papers report."""
         return float(np.mean(self.values))
 
     @property
@@ -115,15 +115,15 @@ def local_lipschitz(
         model: a Keras 3 or tf_keras model, or any differentiable callable `x -> outputs`.
         x: inputs `(examples, ...)`, floats within `bounds`; a NumPy array or a tensor.
         epsilon: the radius of the ball, a number or a fraction such as "8/255".
-        steps: of the ascent.
-        step_size: in the units of the inputs; `2.5 * epsilon / steps` if None, which is enough to
-            cross the ball.
-        batch_size: examples per step.
+        steps: the number of steps of the ascent.
+        step_size: the size of a step, in the units of the inputs; `2.5 * epsilon / steps` if None,
+            which is enough to cross the ball.
+        batch_size: the number of examples per batch.
         bounds: the smallest and the largest value of an input; the search stays inside.
-        seed: of the random starts.
+        seed: the seed of the random starts.
 
     Returns:
-        A `LipschitzReport` with the mean over x, its 95 % interval, and the value of each example.
+        A `LipschitzReport`: the mean over x, its 95 % interval, and the value of each example.
 
     Raises:
         TypeError: `model` is not callable, or `x` does not hold floats.
@@ -161,7 +161,7 @@ def local_lipschitz(
         batch = tf.constant(inputs[first : first + batch_size])
         outputs, point = start(batch, tf.constant([seed, index], tf.int64))
         best = tf.zeros(len(batch))
-        # One more than the steps: the last one evaluates the point that the ascent has reached.
+        # The additional step evaluates the last point of the ascent.
         for _ in range(steps + 1):
             best, point = step(batch, outputs, point, best)
         if not (np.all(np.isfinite(outputs)) and np.all(np.isfinite(best))):
@@ -216,19 +216,19 @@ def _ascent(
 def lipschitz_upper_bound(model: Any) -> float:
     r"""Return an upper bound of the global Lipschitz constant of a chain of layers, from l2 to l2.
 
-    It is the product of the layers' constants,
+    It is the product of the layers' constants:
 
-    .. math:: \|f(x) - f(x')\|_2 \le \prod_i L_i \; \|x - x'\|_2,
+    .. math:: \|f(x) - f(x')\|_2 \le \prod_i L_i \; \|x - x'\|_2.
 
-    which are
+    The constants are:
 
     * Dense: the spectral norm of the kernel.
     * Conv2D (not grouped, not dilated): the spectral norm of the convolution with circular padding
       on an image that is larger by the kernel's size less 1. With zero padding, or strides, the
       layer computes a part of that.
-    * BatchNormalization: scales its channels by :math:`\gamma / \sqrt{v + \epsilon}`, which are
-      multiplied into the kernel right before it; elsewhere the largest factor counts.
-    * Normalization: the largest :math:`1 / \max(\sqrt v, 10^{-7})`, the limit being Keras' own.
+    * BatchNormalization: the factors :math:`\gamma / \sqrt{v + \epsilon}` of its channels are
+      multiplied into a kernel directly before it; elsewhere it is the largest factor.
+    * Normalization: the largest :math:`1 / \max(\sqrt v, 10^{-7})`, with the limit of Keras.
     * GlobalAveragePooling2D over n positions: :math:`1 / \sqrt n`.
     * ReLU (with a negative slope of at most 1), relu and linear activations, Dropout, Flatten, and
       MaxPooling2D with windows that don't overlap: 1.
@@ -242,8 +242,8 @@ def lipschitz_upper_bound(model: Any) -> float:
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: it is not built or not a chain, or has a layer of another kind; or weights are
-            not finite.
+        ValueError: the model is not built or not a chain, or has a layer of another kind; or
+            weights are not finite.
 
     Reference:
         Szegedy et al. 2014, "Intriguing properties of neural networks", arXiv 1312.6199, section
@@ -259,7 +259,7 @@ def lipschitz_upper_bound(model: Any) -> float:
         6.0
     """
     read = weights.Reader(model)
-    bound, gain = 1.0, np.ones(1)  # the gain of each channel that the next layer multiplies by
+    bound, gain = 1.0, np.ones(1)  # the channels' factors of the BatchNormalization that follows
     for layer, shape in _chain(model):
         if _is_a(layer, "BatchNormalization"):
             bound *= float(np.max(np.abs(gain)))
@@ -281,7 +281,7 @@ _RELU = (keras.activations.relu, tf_keras.activations.relu, tf.nn.relu)
 
 
 def _is_a(layer: Any, *names: str) -> bool:
-    """Tell whether a layer is of one of Keras' classes themselves, not of one derived from them."""
+    """Tell whether a layer is exactly of one of these Keras classes, not of a subclass."""
     return type(layer) in kernel_layers.classes(*names)
 
 
@@ -311,7 +311,7 @@ def _constant(layer: Any, shape: tuple[Any, ...], read: weights.Reader, gain: np
     """Return a bound of a layer's Lipschitz constant, its output channels scaled by `gain`.
 
     Raises:
-        ValueError: none is known, or weights are not finite.
+        ValueError: no bound is known, or weights are not finite.
     """
     if _is_a(layer, "Dense", "Conv2D", "Activation") and layer.activation not in _LINEAR + _RELU:
         raise ValueError(f"{_of(layer)}: no bound is known for its activation.")

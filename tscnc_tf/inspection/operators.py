@@ -11,7 +11,7 @@ import numpy as np
 from tscnc_tf import _checks, functional
 from tscnc_tf._keras import layers, wrappers
 
-# The transfer matrices of one chunk of frequencies take at most about this many bytes.
+# The approximate maximum of bytes for the transfer matrices of one chunk of frequencies.
 _CHUNK = 2**26
 
 
@@ -24,14 +24,15 @@ def operator_singular_values(
 ) -> np.ndarray:
     r"""Return the singular values of a convolution with stride 1 and circular padding.
 
-    The kernel as a matrix tells how the filters relate to each other; the operator is the map from
-    images to images. Its singular values are those of the transfer matrices
+    `singular_values` reads the kernel as a matrix, which shows how the filters relate to each
+    other. This function reads it as a linear map between images. The singular values of the map are
+    those of the transfer matrices
 
     .. math:: \hat K(f) = \sum_t K_t \, e^{-2\pi i \langle f / N,\, t \rangle}
 
-    over all frequencies f of an image of N positions. Zero padding, as in `padding="same"`, makes
-    another operator at the border; the circular one is close to it, and the closer the larger the
-    image. Where the kernel is larger than the image, it is wrapped around.
+    for all frequencies f of an image of N positions. Zero padding, as in `padding="same"`, gives
+    another operator at the border. The circular one approximates it, the better the larger the
+    image is. A kernel that is larger than the image is wrapped around.
 
     Args:
         kernel: `(*positions, in, out)`, with one to three axes of positions; or in one of the other
@@ -47,7 +48,7 @@ def operator_singular_values(
 
     Raises:
         TypeError: the kernel holds no numbers.
-        ValueError: the kernel has no, or more than three, axes of positions, the input size has
+        ValueError: the kernel does not have one to three axes of positions, the input size has
             another number of axes, or the kernel is not finite.
 
     Reference:
@@ -92,15 +93,15 @@ def operator_singular_values(
 
 
 def extremes(kernel: layers.Kernel, values: np.ndarray, model: Any) -> tuple[float, float] | None:
-    """Return the largest and the smallest singular value of a layer's operator.
+    """Return the largest and the smallest singular value of a layer's operator, or None.
 
-    None for all but convolutions with stride 1 and without dilation, and where the layer's input
-    has no known size.
+    None is for layers other than convolutions with stride 1 and without dilation, and for inputs of
+    unknown size.
 
     Args:
         kernel: the kernel, as found in `model`.
         values: its values, masked.
-        model: the model, for the wrapper around the layer, if any.
+        model: the model, in which the layer may have a wrapper.
     """
     size = input_size(kernel, model)
     if size is None:
@@ -110,7 +111,7 @@ def extremes(kernel: layers.Kernel, values: np.ndarray, model: Any) -> tuple[flo
 
 
 def input_size(kernel: layers.Kernel, model: Any) -> tuple[int, ...] | None:
-    """Return the positions of the images that a convolution reads, or None (see `extremes`)."""
+    """Return the size of the images that a convolution reads, or None (see `extremes`)."""
     layer, rank = kernel.layer, len(kernel.variable.shape)
     strides, dilation = getattr(layer, "strides", None), getattr(layer, "dilation_rate", None)
     if kernel.spec.attribute == "pointwise_kernel" or not 3 <= rank <= 5:
@@ -123,7 +124,7 @@ def input_size(kernel: layers.Kernel, model: Any) -> tuple[int, ...] | None:
     owner = {id(w.layer): w for w in wrappers.wrapped_layers(model)}.get(id(layer), layer)
     try:
         shape = tuple(owner.input.shape)
-    except (AttributeError, ValueError, RuntimeError):  # not connected, or to several inputs
+    except (AttributeError, ValueError, RuntimeError):  # not connected, or called on several inputs
         return None
     if len(shape) != rank:
         return None
@@ -132,7 +133,7 @@ def input_size(kernel: layers.Kernel, model: Any) -> tuple[int, ...] | None:
 
 
 def _half_of_frequencies(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return one of each pair of frequencies f and -f, `(count, axes)`, and how many it stands for.
+    """Return one of each pair of frequencies f and -f, `(count, axes)`, and the size of the pair.
 
     The kernel is real, so both have the same singular values.
     """

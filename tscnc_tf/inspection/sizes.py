@@ -1,4 +1,4 @@
-"""How many bytes weights take: dense, compressed, in formats that leave zeros out, in a file."""
+"""The bytes of weights: dense, compressed, in formats without zeros, and in a LiteRT file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tscnc_tf import _checks, _litert_file, _reports
 from tscnc_tf.inspection import weights
 
 NOTE = (
-    "A file saved by Keras (.keras, .h5, a SavedModel) is not smaller for the zeros in it: each "
-    "zero is stored in full width, uncompressed, and so is the optimizer's state, if there is one. "
-    "Compress the file, or write a sparse one: tscnc.export_litert(sparse=True)."
+    "Zeros don't make a file saved by Keras (.keras, .h5, a SavedModel) smaller: each is stored in "
+    "full width, uncompressed, and so is the optimizer's state, if there is one. Compress the "
+    "file, or write a sparse one: tscnc.export_litert(sparse=True)."
 )
 FILE_NOTE = (
-    "The whole file holds the graph beside the weights; gzip is that of the whole file. "
+    "The whole file includes the graph; its gzip size is that of the whole file. "
     "export_litert(sparse=True) writes kernels without their zeros."
 )
 
@@ -31,22 +31,24 @@ class KernelSize(_reports.Record):
     """The bytes of one kernel, or of another weight that is pruned or can be, in several formats.
 
     Attributes:
-        name: the layer's name, and which of its weights, where there are several; of a file, the
-            tensor's name.
+        name: the layer's name, and the weight's if the layer has several; in a file, the tensor's
+            name.
         shape: the shape of the variable, or of the tensor.
         dtype: the name of its dtype.
         weights: the number of entries, n.
         nonzeros: how many of them are not zero, k.
         dense_bytes: n times the size of an entry.
-        gzip_bytes: of the dense array as a gzip stream of its own (level 9); None if not asked for.
-        bitmap_bytes: one bit per entry that tells zeros from others, and the others.
-        csr_bytes: compressed sparse rows: a pointer per row and one more, a column for each of the
-            others, and the others; by rows or by columns, whichever is smaller, with unsigned
-            integers of 1, 2, 4 or 8 bytes, each kind the smallest that suffices.
-        limit_bytes: n·H(k/n) bits to tell where the zeros are, and the others. No format takes
-            less for zeros in places that are independent of each other; gzip may, where they make a
-            pattern or the values repeat. H is the binary entropy.
-        stored_bytes: in a LiteRT file, with the indices of a sparse form; None of a model.
+        gzip_bytes: the dense array as a separate gzip stream (level 9); None if not requested.
+        bitmap_bytes: one bit per entry, which marks the zeros, and the nonzero entries.
+        csr_bytes: compressed sparse rows: a pointer per row and one more, a column index per
+            nonzero entry, and the nonzero entries; by rows or by columns, whichever is smaller.
+            Pointers and indices are the smallest unsigned integers, of 1, 2, 4 or 8 bytes, that
+            suffice.
+        limit_bytes: n·H(k/n) bits for the places of the zeros, with the binary entropy H, and the
+            nonzero entries. No format takes less if the places are independent of each other; gzip
+            may, if they form a pattern or values repeat.
+        stored_bytes: its bytes in a LiteRT file, the indices of a sparse form included; None for a
+            model.
     """
 
     _derived = ("sparsity", "ratio", "ideal_sparse_bytes", "ideal_format")
@@ -70,7 +72,7 @@ class KernelSize(_reports.Record):
 
     @property
     def ideal_sparse_bytes(self) -> int:
-        """The smallest of dense, bitmap and CSR: what a format that knows all three takes."""
+        """The smallest of dense, bitmap and CSR."""
         return min(self.dense_bytes, self.bitmap_bytes, self.csr_bytes)
 
     @property
@@ -90,15 +92,14 @@ class SizeReport(_reports.Report):
     """The bytes of a model's weights, kernel by kernel; `print` it for a table.
 
     Attributes:
-        rows: one per kernel, then one per other weight, as in `sparsity`; of a file, one per
+        rows: one per kernel, then one per other weight, as in `sparsity`; for a file, one per
             constant of floats or int8 with two axes or more (equal ones are stored once, and have
             one row).
-        other_weights: the number of all other weights: biases, normalisation, embeddings; of a
-            file, of all other constants, shapes and axes among them.
+        other_weights: the number of all other weights: biases, normalisation, embeddings; for a
+            file, of all other constants, shapes and axes included.
         other_bytes: their size; they are dense in every format.
-        gzip_bytes: of all weights, or of the file, in one gzip stream (level 9); None if not asked
-            for.
-        file_bytes: of the LiteRT file; None of a model.
+        gzip_bytes: all weights, or the file, as one gzip stream (level 9); None if not requested.
+        file_bytes: the size of the LiteRT file; None for a model.
     """
 
     _derived = ("dense_bytes", "ideal_sparse_bytes", "limit_bytes", "ratio", "gzip_ratio")
@@ -111,17 +112,17 @@ class SizeReport(_reports.Report):
 
     @property
     def dense_bytes(self) -> int:
-        """All weights as dense arrays, in their dtypes: about what Keras saves."""
+        """All weights as dense arrays in their dtypes: about the size of a file saved by Keras."""
         return sum(row.dense_bytes for row in self.rows) + self.other_bytes
 
     @property
     def ideal_sparse_bytes(self) -> int:
-        """Each row in its ideal format, all else dense."""
+        """Each row in its ideal format, other weights dense."""
         return sum(row.ideal_sparse_bytes for row in self.rows) + self.other_bytes
 
     @property
     def limit_bytes(self) -> int:
-        """Each row at its lower limit, all else dense."""
+        """Each row at its lower limit, other weights dense."""
         return sum(row.limit_bytes for row in self.rows) + self.other_bytes
 
     @property
@@ -169,9 +170,8 @@ class SizeReport(_reports.Report):
                 *(size(self.ideal_sparse_bytes), _times(self.ratio), size(self.limit_bytes)),
             ),
             [
-                f"Smaller than dense: {packed}ideal sparse {_times(self.ratio)}; if only the "
-                "values were stored and the entropy of the zeros' places, "
-                f"{_times(_ratio(self.dense_bytes, self.limit_bytes))}.",
+                f"Smaller than dense: {packed}ideal sparse {_times(self.ratio)}, at the lower "
+                f"limit {_times(_ratio(self.dense_bytes, self.limit_bytes))}.",
                 FILE_NOTE if is_file else NOTE,
             ],
         )
@@ -189,14 +189,14 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
     * the lower limit: :math:`\lceil n H(k/n) / 8 \rceil + k b` with the binary entropy
       :math:`H(q) = -q \log_2 q - (1 - q) \log_2 (1 - q)`
 
-    The matrix has a row per output channel (or, in the other direction, a column). A pruned weight
-    counts as `weight * mask`, in the dtype of its variable, and zeros have no sign. All that is
-    neither a kernel nor pruned counts as dense. The values themselves count in full: rounding them
-    to fewer bits is another way to save, and not looked at here. Of a layer that Keras has
-    quantized the integers count, without scales and statistics; LoRA's factors count as merged.
+    The matrix has a row per output channel (or, for CSR by columns, a column). A pruned weight
+    counts as `weight * mask`, in the dtype of its variable, and zeros have no sign. Weights that
+    are neither kernels nor pruned count as dense. Values count in full: rounding them to fewer bits
+    is not considered here. For a layer that Keras has quantized, the integers count, without scales
+    and statistics. LoRA's factors count as merged into the kernel.
 
-    Of a LiteRT file, the rows are its constants of two axes or more, dense or in sparse form, by
-    the names of their tensors, and `stored_bytes` says what they take there.
+    For a LiteRT file, the rows are its constants of two axes or more, dense or in sparse form, by
+    the names of their tensors, and `stored_bytes` is their size in the file.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers; or the path of a
@@ -204,13 +204,13 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
         gzip: whether to compress all weights as well, which takes seconds for a hundred MiB.
 
     Returns:
-        A `SizeReport`; `report.ideal_sparse_bytes` beside `report.dense_bytes` and
-        `report.gzip_bytes`. The same weights give the same figures.
+        A `SizeReport`, with `dense_bytes`, `ideal_sparse_bytes` and `gzip_bytes`. The same weights
+        give the same figures.
 
     Raises:
         TypeError: `model` is neither a Keras model nor a path, or `gzip` not a boolean.
-        ValueError: it has no weights yet, or neither kernels nor pruned weights; or it is the path
-            of no LiteRT file.
+        ValueError: the model has no weights yet, or neither kernels nor pruned weights; or the file
+            is not a LiteRT file.
         FileNotFoundError: there is no file at the path.
         ImportError: LiteRT is not installed, and `model` is a path.
 
@@ -242,7 +242,7 @@ def sizes(model: Any, *, gzip: bool = True) -> SizeReport:
 
 def _of_file(path: str | os.PathLike[str], gzip: bool) -> SizeReport:
     """Return the report on a LiteRT file."""
-    content = _litert_file.read(path)
+    content = _litert_file.read("model", path)
     file = _litert_file.File(content, str(path))
     rows, held, other_weights, other_bytes = [], set(), 0, 0
     for graph in file.model.subgraphs:
@@ -250,18 +250,18 @@ def _of_file(path: str | os.PathLike[str], gzip: bool) -> SizeReport:
             stored = file.size(tensor)
             if not stored or tensor.buffer in held:
                 continue
-            held.add(tensor.buffer)  # constants of the same content share one
+            held.add(tensor.buffer)  # constants of the same content share a buffer
             name = (tensor.name or b"").decode() or f"tensor {number}"
             shape = _litert_file.shape_of(tensor)
             if tensor.type not in _litert_file.DTYPES or len(shape) < 2:
                 other_weights += math.prod(shape)
                 other_bytes += stored
                 continue
-            # Filters come first, but for those of depthwise convolutions.
+            # The first axis is that of the filters, except for depthwise convolutions.
             outputs = shape[0] if shape[0] > 1 else shape[-1]
             values = file.array(tensor)
-            acting = file.acting(tensor, values)
-            rows.append(_sizes(name, acting, values, outputs, gzip, stored))
+            centered = file.centered(tensor, values)
+            rows.append(_sizes(name, centered, values, outputs, gzip, stored))
     return SizeReport(
         rows=tuple(rows),
         other_weights=other_weights,
@@ -288,9 +288,9 @@ def _sizes(
     gzip: bool,
     stored_bytes: int | None = None,
 ) -> KernelSize:
-    """Return the sizes of a weight, given its values as they act and as they are stored."""
+    """Return the sizes of a weight, given its values as computed with and as stored."""
     count, nonzeros = values.size, int(np.count_nonzero(values))
-    item = stored.nbytes / count  # of int4 two fit into a byte
+    item = stored.nbytes / count  # two int4 values share a byte
     inputs = count // outputs
     alive = math.ceil(nonzeros * item)
     share = nonzeros / count
@@ -311,19 +311,19 @@ def _sizes(
 
 
 def _csr(rows: int, columns: int, nonzeros: int) -> int:
-    """Return the bytes of the pointers and the columns of a matrix in compressed sparse rows."""
+    """Return the bytes of the pointers and column indices of a matrix in CSR."""
     return (rows + 1) * _width(nonzeros) + nonzeros * _width(columns - 1)
 
 
 def _width(largest: int) -> int:
-    """Return the bytes of the smallest unsigned integer that reaches `largest`."""
+    """Return the bytes of the smallest unsigned integer type that holds `largest`."""
     return next(width for width in (1, 2, 4, 8) if largest < 256**width)
 
 
 def _stored(values: np.ndarray, variable: Any) -> np.ndarray:
-    """Return float64 values as the variable holds them, with zeros of positive sign.
+    """Return float64 values in the variable's dtype, with zeros of positive sign.
 
-    What is quantized to integers, packed maybe, is what it is.
+    For quantized variables, the integers themselves are returned, which may be packed.
     """
     dtype = tf.as_dtype(variable.dtype)
     if not dtype.is_floating:
@@ -338,7 +338,7 @@ def _gzip_bytes(arrays: Iterable[np.ndarray]) -> int:
 
 
 def _ratio(dense: int, size: int) -> float:
-    """Return how many times smaller a size is; of nothing, it is 1."""
+    """Return how many times smaller a size is; 1 if both sizes are 0."""
     return dense / size if size else math.inf if dense else 1.0
 
 

@@ -25,8 +25,8 @@ class KernelCondition(_reports.Record):
     of the matrix with the largest condition number.
 
     Attributes:
-        name: the layer's name, and which of its kernels, where there are several.
-        shape: of the matrix, `(p, n)` with `p >= n`.
+        name: the layer's name, and the kernel's if the layer has several.
+        shape: the shape of the matrix, `(p, n)` with `p >= n`.
         groups: the number of matrices.
         sigma_max: the largest singular value: worst-case absolute amplification.
         sigma_min: the smallest singular value.
@@ -34,13 +34,13 @@ class KernelCondition(_reports.Record):
             rank is below n.
         effective_condition_number: `sigma_max` over the smallest singular value above
             `sigma_max * max(p, n) * eps(float32)`; inf for a zero matrix.
-        rank: how many singular values are above `sigma_max * max(p, n) * eps(float64)`, the
-            precision of the SVD itself.
+        rank: the number of singular values above `sigma_max * max(p, n) * eps(float64)`, the
+            precision of the SVD.
         stable_rank: `||M||_F^2 / sigma_max^2`; 0 for a zero matrix.
         filters: the number of output channels.
         dead_filters: how many of them have only zero weights.
-        operator_sigma_max: the largest singular value of the convolution as a map between images,
-            where it was asked for and is defined.
+        operator_sigma_max: the largest singular value of the convolution as a map between images;
+            None if not requested or not defined.
         operator_sigma_min: the smallest singular value of that map.
         singular_values: as the function `singular_values` returns them; not in `to_dict()`.
     """
@@ -77,7 +77,7 @@ class ConditionReport(_reports.Report):
 
     @property
     def worst(self) -> KernelCondition:
-        """The kernel with the largest condition number; ties go by the effective one."""
+        """The kernel with the largest condition number; the effective one decides ties."""
         return max(self.rows, key=lambda r: (r.condition_number, r.effective_condition_number))
 
     @property
@@ -160,29 +160,30 @@ class ConditionReport(_reports.Report):
 def condition_numbers(model: Any, *, operator: bool = False) -> ConditionReport:
     r"""Return the condition number of each kernel of a model, :math:`\sigma_{max}/\sigma_{min}`.
 
-    For signals in the range of the layer it bounds how much more a relative error is amplified than
-    the signal, where :math:`\sigma_{max}` bounds the absolute amplification. Pruning tends to lower
-    the second and, by making filters alike or dead, to raise the first; neither is a theorem.
+    It bounds how much more a relative error is amplified than a signal in the range of the layer;
+    :math:`\sigma_{max}` bounds the absolute amplification. Pruning tends to lower
+    :math:`\sigma_{max}`, and to raise the condition number by making filters similar or dead;
+    neither is a theorem.
 
     Each kernel is read as a matrix of (everything else) × (output channels), a grouped or depthwise
-    one as several (see `functional.matrices`), masked weights as zero, LoRA merged and integers of
-    quantization as the numbers they stand for, and decomposed in float64.
-    The condition number is infinite if the matrix is rank-deficient to the precision of that
-    decomposition; so values far beyond the precision of float32 are told apart from infinity. The
-    effective condition number leaves out directions that are lost in float32.
+    one as several (see `functional.matrices`), and decomposed in float64. Masked weights are read
+    as zero, LoRA as merged, and quantized integers as the numbers they represent. The condition
+    number is infinite if the matrix is rank-deficient to the precision of the decomposition, so
+    finite values can be far beyond the precision of float32. The effective condition number leaves
+    out directions that are lost in float32.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
-        operator: add the largest and smallest singular value of each convolution as a map between
-            images (`operator_singular_values`), where it has stride 1, no dilation, and an input of
-            known size. For wide layers on large images that takes seconds per layer.
+        operator: whether to add the largest and smallest singular value of each convolution as a
+            map between images (`operator_singular_values`), if it has stride 1, no dilation, and an
+            input of known size. For wide layers on large images, this takes seconds per layer.
 
     Returns:
         A `ConditionReport`; `report.worst.condition_number` is the largest.
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: it is not built, has no kernels, or has weights that are not finite.
+        ValueError: the model is not built, has no kernels, or has weights that are not finite.
 
     Example:
         >>> import numpy as np, tf_keras, tscnc_tf.inspection
@@ -213,8 +214,8 @@ def singular_values(model: Any) -> dict[str, np.ndarray]:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
 
     Returns:
-        By the kernel's name, a float64 vector of n values; for a kernel that is several matrices
-        (grouped or depthwise), an array `(groups, n)`.
+        For each kernel, by its name, a float64 vector of n values; for a kernel that is several
+        matrices (grouped or depthwise), an array `(groups, n)`.
 
     Raises:
         TypeError, ValueError: as `condition_numbers`.

@@ -1,4 +1,4 @@
-"""The patterns that the zeros of a kernel make: dead channels, 2:4, blocks."""
+"""Patterns of the zeros of a kernel: dead channels, 2:4, blocks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from tscnc_tf import _reports
 class KernelStructure(_reports.Record):
     """The patterns of the zeros of one kernel.
 
-    Blocks lie on a grid in the matrix (inputs × outputs) of each position, as tfmot's `block_size`
-    counts them. Zeros at random places form whole blocks of 16, too: at a sparsity s, a share of
-    s^15 of them (86 % at 99 %), which a block format uses all the same.
+    Blocks lie on a grid in the matrix (inputs × outputs) of each position, as for tfmot's
+    `block_size`. Zeros at random places form whole blocks of 16, too: at sparsity s, a share s^15
+    of them does (86 % at 99 %). A block format uses these as well.
 
     Attributes:
         filters: the number of output channels.
         dead_filters: how many of them have only zero weights.
         inputs: the number of input channels.
-        dead_inputs: how many of them are read by zero weights only.
+        dead_inputs: how many of them have only zero weights.
         two_of_four: the share of groups of four successive inputs (of one output, at one position)
-            with at least two zeros; 1 is the pattern 2:4 that NVIDIA's sparse tensor cores take.
-            None where there are fewer than four inputs.
+            with at least two zeros; 1 is the pattern 2:4 of NVIDIA's sparse tensor cores. None if
+            there are fewer than four inputs.
         blocks_4x4: the share of the zeros that lie in all-zero blocks of 4 inputs and 4 outputs; 1
-            is a block-sparse kernel. None without zeros, or where a block is larger than the
-            matrix.
-        blocks_1x16: likewise with blocks of one input and 16 outputs.
-        blocks_16x1: likewise with blocks of 16 inputs and one output, as LiteRT's sparse fully
-            connected kernel takes them.
+            is a block-sparse kernel. None without zeros, or if a block is larger than the matrix.
+        blocks_1x16: the same for blocks of one input and 16 outputs.
+        blocks_16x1: the same for blocks of 16 inputs and one output, as for LiteRT's sparse fully
+            connected kernel.
     """
 
     filters: int
@@ -68,7 +67,7 @@ class KernelStructure(_reports.Record):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The complete patterns and the dead channels, in words; empty if there are none."""
+        """The complete patterns and the dead channels as phrases; empty if there are none."""
         dead = [(self.dead_filters, self.filters, "filters")]
         dead += [(self.dead_inputs, self.inputs, "inputs")]
         patterns = ["2:4 along the inputs"]
@@ -82,7 +81,7 @@ class KernelStructure(_reports.Record):
 def _blocks(zero: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the last two axes as blocks, `(..., down, height, across, width)`.
 
-    What is missing at the edges counts as zero, as runtimes pad it.
+    Incomplete blocks at the edges are padded with zeros, as by runtimes.
     """
     missing = (-zero.shape[2] % height, -zero.shape[3] % width)
     pads = ((0, 0), (0, 0), (0, missing[0]), (0, missing[1]))
@@ -92,11 +91,11 @@ def _blocks(zero: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _share_in_blocks(zero: np.ndarray, height: int, width: int) -> float | None:
-    """Return the share of the zeros that lie in all-zero blocks."""
+    """Return the share of the zeros that lie in all-zero blocks; None as in `blocks_4x4`."""
     inputs, outputs = zero.shape[2:]
     count = int(zero.sum())
     if not count or inputs < height or outputs < width:
         return None
-    dead = _blocks(zero, height, width).all(axis=(3, 5))
-    inside = dead.repeat(height, axis=2).repeat(width, axis=3)[:, :, :inputs, :outputs]
+    is_empty = _blocks(zero, height, width).all(axis=(3, 5))
+    inside = is_empty.repeat(height, axis=2).repeat(width, axis=3)[:, :, :inputs, :outputs]
     return int(inside.sum()) / count

@@ -1,4 +1,4 @@
-"""The weights of a model as they act, in float64: with masks, gates and LoRA applied."""
+"""The weights that a model computes with, in float64: masks, gates and LoRA applied."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tscnc_tf._keras import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight as it acts: its variable times its mask and its gates, if it has any.
+    """A weight that a model computes with: its variable times its mask and gates, if any.
 
     Attributes:
-        name: unique within the model.
+        name: its name.
         variable: the variable that was read.
-        values: float64, of the variable's shape.
-        masked: whether it carries a mask.
+        values: its values, float64, of the variable's shape.
+        masked: whether it has a mask.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KernelWeight(Weight):
-    """A kernel as it acts.
+    """A kernel that a model computes with.
 
     Attributes:
-        kernel: how to read it as matrices.
+        kernel: its layer, and how to read it as matrices.
     """
 
     kernel: layers.Kernel
@@ -60,22 +60,22 @@ class KernelWeight(Weight):
 
 
 class Reader:
-    """Reads variables of a model as they act at inference, in float64.
+    """Reads the values of variables that a model computes with at inference, in float64.
 
-    A pruned variable is read times the mask of its tfmot wrapper: between an optimizer's step and
-    the next forward pass, it is not zero although its mask is. (A pruner of this package sets the
-    variable itself to zero.) Gates are those of inference. Of a layer with LoRA the kernel is the
-    sum, and of a quantized layer the numbers that its integers stand for.
+    A variable pruned by tfmot is read times its mask: between an optimizer's step and the next
+    forward pass, the variable itself is not zero. (A pruner of this package sets the variable to
+    zero.) Gates have their values at inference. The kernel of a layer with LoRA is the sum, that of
+    a quantized layer the numbers that its integers represent.
 
     Args:
         model: a built Keras model or layer, of either Keras.
 
     Attributes:
-        masked: the ids of the variables that carry masks.
+        masked: the ids of the variables with masks.
 
     Raises:
-        TypeError: `model` is something else.
-        ValueError: it is not built.
+        TypeError: `model` is neither a model nor a layer.
+        ValueError: `model` is not built.
     """
 
     def __init__(self, model: Any) -> None:
@@ -108,12 +108,12 @@ class Reader:
         return values
 
     def counts(self, variable: Any) -> bool:
-        """Tell whether a variable holds weights: floats, or what stands for floats."""
+        """Tell whether a variable holds weights: floats, or integers that represent floats."""
         return tf.as_dtype(variable.dtype).is_floating or id(variable) in self._adapted
 
 
 def kernels(model: Any) -> list[KernelWeight]:
-    """Return the kernels of a built model, with unique names; there may be none."""
+    """Return the kernels of a built model, with unique names; the list may be empty."""
     read, found = Reader(model), list(layers.kernels(model))
     names = _reports.unique(kernel.name for kernel in found)
     return [
@@ -127,9 +127,9 @@ def kernels(model: Any) -> list[KernelWeight]:
 def others(model: Any) -> list[Weight]:
     """Return the weights that are pruned, or would be by default, and are not in `kernels`.
 
-    Those are kernels of attention and of user-defined layers, and whatever else carries a mask,
-    such as an embedding. LoRA and quantization keep a kernel from being pruned, not from being
-    listed. Their names may repeat.
+    These are kernels of attention and of user-defined layers, and all other weights with a mask,
+    such as an embedding. A kernel with LoRA or quantization can't be pruned, but is listed. Names
+    may repeat.
     """
     read = Reader(model)
     known = {id(kernel.variable) for kernel in layers.kernels(model)}
@@ -138,7 +138,7 @@ def others(model: Any) -> list[Weight]:
         for _, layer, weight, _ in models.owned(model, lambda _: False)
         if id(weight) in read.masked or models.is_kernel(layer, weight)
     }
-    vectors = read.masked - owners.keys()  # weights of rank 1, pruned by explicit choice
+    vectors = read.masked - owners.keys()  # weights of rank 1, which the user chose to prune
     for layer in layers.flatten(model) if vectors else ():  # inner layers come later
         if not wrappers.is_wrapper(layer):
             owners |= {id(v): (layer, v) for v in layer.weights if id(v) in vectors}
@@ -154,33 +154,33 @@ def listed(model: Any) -> list[Weight]:
 
     Raises:
         TypeError: `model` is not a Keras model or layer.
-        ValueError: it is not built, or there are no such weights.
+        ValueError: `model` is not built, or there are no such weights.
     """
     found = [*kernels(model), *others(model)]
     if not found:
-        raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights to look at.")
+        raise ValueError(f"model {model.name!r} has neither kernels nor pruned weights.")
     names = _reports.unique(weight.name for weight in found)
     return [dataclasses.replace(w, name=name) for w, name in zip(found, names, strict=True)]
 
 
 def totals(model: Any) -> tuple[int, int]:
-    """Return the number of weights that the network computes with, and how many are zero."""
+    """Return the number of weights in `all_weights`, and how many are zero."""
     every = [(values.size, np.count_nonzero(values)) for _, values in all_weights(model)]
     count = sum(size for size, _ in every)
     return count, count - int(sum(nonzeros for _, nonzeros in every))
 
 
 def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield every weight that the network computes with: the variable, and its values as they act.
+    """Yield every weight that the model computes with: the variable, and its values in `Reader`.
 
     Left out are variables of pruning (masks, thresholds, counters), of gates, and of metrics, and
-    variables that are not floats (counters, seeds, look-up tables). LoRA's factors are part of the
-    weights that they are added to, and scales of those that they multiply.
+    variables that are not floats (counters, seeds, look-up tables). LoRA's factors and the scales
+    of quantization are not separate weights, but part of the kernels that they change.
     """
     read = Reader(model)
     left_out: set[int] = set()
     for layer in model._flatten_layers():
-        if isinstance(layer, tf_keras.Model):  # whose weights may hold its metrics' variables
+        if isinstance(layer, tf_keras.Model):  # `weights` may include metrics
             left_out |= {id(variable) for metric in layer.metrics for variable in metric.variables}
     left_out |= set(masks.names(model)) | set(gated.names(model))
     left_out |= {id(v) for layer in layers.flatten(model) for v in adapted.companions(layer)}

@@ -1,4 +1,4 @@
-"""How many weights are zero, and where."""
+"""The zeros of a model, weight by weight."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class WeightSparsity(_reports.WeightRecord):
     """The zeros of one kernel, or of another weight that is pruned or can be.
 
     Attributes:
-        name: the layer's name, and which of its weights, where there are several.
+        name: the layer's name, and the weight's if the layer has several.
         shape: the shape of the variable.
         weights: the number of entries.
         zeros: how many of them are zero.
-        masked: whether a pruning mask holds zeros in place.
+        masked: whether it has a pruning mask.
     """
 
     name: str
@@ -74,12 +74,12 @@ class SparsityReport(ByWeight):
     Attributes:
         rows: one per kernel, then one per other weight that is pruned or would be by default:
             kernels of attention, weights of user-defined layers.
-        model_weights: the number of all weights: biases and normalisation included, masks and
-            counters of pruning wrappers not.
-        model_zeros: how many of those are zero. A bias that still has its initial value counts.
-        effective_zeros: of each row, how many weights are zero or on no path from an input of the
-            model to an output; None if it was not looked at, or could not be.
-        not_followed: why it could not be; an empty text if it could.
+        model_weights: the number of all weights, including biases and normalisation, but not the
+            masks and counters of pruning wrappers.
+        model_zeros: how many of those are zero, including biases with their initial value.
+        effective_zeros: for each row, how many weights are zero or on no path from an input of the
+            model to an output; None if not computed.
+        not_followed: why paths can't be followed in this model; an empty string if they can.
     """
 
     _derived = (
@@ -96,7 +96,7 @@ class SparsityReport(ByWeight):
 
     @property
     def prunable(self) -> tuple[WeightSparsity, ...]:
-        """The rows that carry a mask; all rows, if none does."""
+        """The rows with a mask; all rows if none has one."""
         return tuple(row for row in self.rows if row.masked) or self.rows
 
     @property
@@ -123,18 +123,18 @@ class SparsityReport(ByWeight):
         return sum(zeros for row, zeros in pairs if row in self.prunable) / self.prunable_weights
 
     def without_paths(self) -> SparsityReport:
-        """Return the report without what paths through the network say, as exports record it."""
+        """Return the report without the results on paths, as recorded by exports."""
         return dataclasses.replace(self, effective_zeros=None, not_followed="")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values; those of paths if they were looked at."""
+        """Return the figures as JSON values; those on paths if they were computed."""
         values = super().to_dict()
         if self.effective_zeros is None and not self.not_followed:
             return {name: value for name, value in values.items() if name not in self._effective}
         return values
 
     def _about_paths(self) -> list[str]:
-        """Return a note on the effective sparsity, none if paths were not looked at."""
+        """Return a note on the effective sparsity; none if paths were not followed."""
         if self.not_followed:
             return [f"Effective sparsity: not known, as {self.not_followed}."]
         if self.effective_sparsity is None:
@@ -168,31 +168,31 @@ class SparsityReport(ByWeight):
 def sparsity(model: Any) -> SparsityReport:
     r"""Return how many weights of a model are zero: :math:`\#\{w_i = 0\} / \#\{w_i\}`.
 
-    Sparsity is the fraction of **zeros**, never the fraction that is kept. For a pruned weight
-    `weight * mask` is counted: right after an optimizer's step the variable itself is dense, until
-    the next forward pass applies the mask. For a Keras 3 layer with LoRA it is the sum that the
-    layer computes with, and for a quantized layer the numbers that its integers stand for; LoRA's
-    factors, scales and statistics are not counted as weights.
+    Sparsity is the fraction of **zeros**, never the fraction that is kept. For a pruned weight,
+    `weight * mask` is counted: after an optimizer's step, the variable itself is dense until the
+    next forward pass applies the mask. For a Keras 3 layer with LoRA, the sum that the layer
+    computes with is counted, and for a quantized layer the numbers that its integers represent.
+    LoRA's factors, scales and statistics are not counted as weights.
 
-    The **effective** sparsity also counts weights that are on no path of non-zero weights from an
-    input of the model to an output: what they compute is a constant, or is never read. Paths are
-    followed channel by channel, through convolutions, grouped and depthwise ones too, dense layers,
-    BatchNorm (a scale of 0 ends a path), activations, pooling, flattening, additions,
-    concatenations and `MultiHeadAttention`, in Sequential and functional models. A channel that no
-    input reaches may still send on a constant, by its bias; that is no path. Of a model with
-    anything else, such as recurrent layers, or gates and wrappers that are not yet folded, the
-    report says why it is not known.
+    The **effective** sparsity also counts weights that are on no path of nonzero weights from an
+    input of the model to an output: their results are constant, or never read. Paths are followed
+    channel by channel in Sequential and functional models: through convolutions (grouped and
+    depthwise ones, too), dense layers, BatchNorm (a scale of 0 ends a path), activations, pooling,
+    flattening, additions, concatenations and `MultiHeadAttention`. A channel that no input reaches
+    may pass on a constant, its bias, which is not a path. For a model with anything else, such as
+    recurrent layers or gates and wrappers that are not folded, the effective sparsity is unknown,
+    and the report says why.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
 
     Returns:
-        A `SparsityReport`. Its `sparsity` is that of the weights that carry masks, or of all rows
-        if none does; its `model_sparsity` is that of all weights, biases included.
+        A `SparsityReport`. Its `sparsity` is that of the weights with masks, or of all rows if
+        there are none; its `model_sparsity` is that of all weights, biases included.
 
     Raises:
         TypeError: `model` is not a Keras model.
-        ValueError: it is not built, or has neither kernels nor pruned weights.
+        ValueError: the model is not built, or has neither kernels nor pruned weights.
 
     Example:
         >>> import numpy as np, tf_keras, tscnc_tf.inspection

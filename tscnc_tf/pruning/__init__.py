@@ -1,4 +1,4 @@
-"""Functions on models: attach regularizers, prune, keep zeros, strip; and the pruners."""
+"""Attach regularizers to a model, prune it, freeze its masks, strip it; and the pruners."""
 
 from tscnc_tf.pruning.api import freeze_mask, prune, prune_now, prune_scope, strip
 from tscnc_tf.pruning.budgets import condition_budgets

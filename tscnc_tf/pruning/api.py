@@ -1,4 +1,4 @@
-"""The functions that prune a model, keep its zeros, and remove the pruning from it."""
+"""Functions that prune a model, freeze its masks, and strip the pruning from it."""
 
 from __future__ import annotations
 
@@ -107,46 +107,44 @@ def prune(
     method: str = "magnitude",
     **options: Any,
 ) -> Any:
-    """Return a model whose weights are pruned as it is trained: by magnitude, or by scores.
+    """Return a model whose weights are pruned during training: by magnitude, or by scores.
 
-    By **magnitude** the schedule says when how much is pruned, and what is pruned stays so. By
-    **scores** (HYDRA) the model is pruned to `sparsity` at once, and training finds out which
-    weights to keep: their scores are trained and the weights are not, until
-    `pruning.freeze_mask(model)`. That is for a network that has been trained already; see
-    `ScorePruner`.
+    By **magnitude**, the schedule sets the sparsity at each step, and pruned weights stay pruned.
+    By **scores** (HYDRA), the model is pruned to `sparsity` at once. Then the scores that choose
+    the kept weights are trained, and the weights are not, until `pruning.freeze_mask(model)`. This
+    is for a network that is trained already; see `ScorePruner`.
 
-    Two engines do the first. **"masks"**, the one for Keras 3, is a `Pruner`: masks on the
-    variables of any model of either Keras, which is changed in place and returned. **"tfmot"**, the
-    default for tf_keras, puts each layer into a wrapper of
-    `tfmot.sparsity.keras.prune_low_magnitude` and returns a new model that shares the weights; it
+    Two engines prune by magnitude. **"masks"**, the engine for Keras 3, is a `Pruner`: it puts
+    masks on the variables of any model of either Keras, in place, and the model is returned.
+    **"tfmot"**, the default for tf_keras, wraps the layers by
+    `tfmot.sparsity.keras.prune_low_magnitude` and returns a new model that shares the weights. It
     takes Sequential and functional models.
 
-    Weights that can't be pruned don't abort it: they are left as they are, and
-    `pruning.report(model)` says why. Train the model with `callbacks.pruning_callbacks()`.
+    Weights that can't be pruned are left as they are, and `pruning.report(model)` says why. Train
+    the model with `callbacks.pruning_callbacks()`.
 
     Args:
         model: a built model of either Keras.
         schedule: a `PruningSchedule` of `tscnc_tf.schedules` or tfmot; for the masks engine any
-            callable from a step to (whether to choose the weights anew, the sparsity). None for
-            scores.
+            callable from a step to (whether to renew the masks, the sparsity). None for scores.
         layers: which layers, as in `add_regularizers`; None for all that can be pruned.
-        engine: "masks" or "tfmot"; None for tfmot where the model is a tf_keras model, but for
-            scores, which the masks engine trains.
+        engine: "masks" or "tfmot". None for "tfmot" if a tf_keras model is pruned by magnitude,
+            else "masks".
         method: "magnitude" or "scores".
         **options: for the masks engine those of `Pruner`: `weights`, `min_rank`, `criterion`,
             `structure`, `scope`, `min_weights`, `regrowth`. For tfmot `block_size`,
-            `block_pooling_type`, `sparsity_m_by_n`, as tfmot takes them. For scores those of
-            `ScorePruner`: `sparsity`, which has to be given, `frequency`, `also_train`, `weights`,
-            `min_rank`, `structure`, `scope`, `min_weights`, `perturb_scores`.
+            `block_pooling_type`, `sparsity_m_by_n`, as in tfmot. For scores those of
+            `ScorePruner`: `sparsity` (required), `frequency`, `also_train`, `weights`, `min_rank`,
+            `structure`, `scope`, `min_weights`, `perturb_scores`.
 
     Returns:
         The pruned model: the same one, or a new, uncompiled one (tfmot).
 
     Raises:
-        TypeError: `model` is no Keras model, `schedule` no schedule, or an option is not known.
-        ValueError: the model is not built or pruned already, nothing can be pruned, the engine does
-            not take such a model or method, or an option is out of range.
-        ImportError: the engine is tfmot, and it is not installed.
+        TypeError: `model` is no Keras model, `schedule` no schedule, or an option is unknown.
+        ValueError: the model is not built or is pruned already, no weight can be pruned, the engine
+            does not take such a model or method, or an option is out of range.
+        ImportError: the engine is tfmot, which is not installed.
 
     Example:
         >>> import keras
@@ -192,7 +190,7 @@ def prune(
 
 
 def _require_options(options: dict[str, Any], how: str) -> None:
-    """Raise a TypeError that names an option which this way of pruning does not have."""
+    """Raise a TypeError if this way of pruning does not have one of the options."""
     for name, value in options.items():
         if name in _OPTIONS[how]:
             continue
@@ -216,8 +214,8 @@ def _prune_by_scores(
         )
     if options.pop("regrowth", None) is not None:
         raise TypeError(
-            "regrowth must be left out with method='scores', by which weights come back anyway: "
-            "each keeps its score."
+            "regrowth must be left out with method='scores': pruned weights can come back anyway, "
+            "as each keeps its score."
         )
     _require_options(options, _BY_SCORES)
     if "sparsity" not in options:
@@ -229,9 +227,9 @@ def _prune_by_scores(
 def prune_now(
     model: Any, sparsity: float, *, layers: Any = None, **options: Unpack[MaskOptions]
 ) -> Any:
-    """Prune a model at once, without training; what is kept stays as it is, bit for bit.
+    """Prune a model at once, without training. The kept weights do not change, bit for bit.
 
-    The model keeps its masks, frozen: if it is trained on, what is zero stays zero.
+    The masks are frozen: in further training, zeros stay zeros.
 
     Args:
         model: a built model of either Keras; it is changed in place.
@@ -244,7 +242,7 @@ def prune_now(
         The same model.
 
     Raises:
-        TypeError, ValueError: as `Pruner`; or `regrowth` is given, though nothing is trained.
+        TypeError, ValueError: as `Pruner`; or `regrowth` is given.
 
     Example:
         >>> import keras
@@ -268,24 +266,24 @@ def prune_now(
 
 
 def freeze_mask(model: Any, *, layers: Any = None) -> Any:
-    """Keep a model's zeros where they are from now on, for fine-tuning; return the model.
+    """Freeze the zeros of a model, for fine-tuning, and return the model.
 
-    A model that is being pruned keeps its masks as they are. For one whose scores are trained that
-    ends the stage: its weights are trained again, those that are kept; compile the model anew for
-    that, as fine-tuning has a learning rate of its own. A model that has no masks, such as a sparse
-    one that was stripped, is given a frozen `Pruner`, whose masks are where its kernels are not
-    zero. In a callback of `fit` it acts from the next step on.
+    The masks of a model that is being pruned do not change any more. If its scores are trained,
+    that training ends: from then on the kept weights are trained. Compile the model again for
+    fine-tuning. A model without masks, such as a sparse one that was stripped, is given a frozen
+    `Pruner` that keeps the non-zero entries of its kernels. Called in a callback of `fit`, it takes
+    effect from the next step on.
 
     Args:
-        model: a built model of either Keras; it is changed in place. One in tfmot's wrappers is to
-            be stripped first.
-        layers: the zeros of which layers, as in `add_regularizers`; None for all. For a model that
-            has no masks yet.
+        model: a built model of either Keras; it is changed in place. Strip a model in tfmot's
+            wrappers first.
+        layers: the layers whose zeros are frozen, as in `add_regularizers`; None for all. Only for
+            a model without masks.
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is not built, in tfmot's wrappers, or has nothing that could be pruned; or
-            layers are given for a model that has masks.
+        ValueError: it is not built, is in tfmot's wrappers, or has no weight that can be pruned; or
+            `layers` is given for a model that has masks.
 
     Example:
         >>> import keras
@@ -315,17 +313,22 @@ def freeze_mask(model: Any, *, layers: Any = None) -> Any:
 
 
 def strip(model: Any) -> Any:
-    """Return a pruned model without what pruned it, its masks applied to the weights.
+    """Return a model without pruner, tfmot's wrappers and gates, the masks applied to the weights.
 
-    A model with a `Pruner` loses it in place, and is itself returned, in a callback of `fit` from
-    the next step on; what other models share with it is free, too. A model in tfmot's wrappers
-    stays, and a new one without them is returned, which shares its weights. A model with gates
-    stays as well, but for its masks, and a new one is returned that has weights of its own, with
-    the gates in them (`gates.fold`). A model that has nothing of these is returned as it is.
+    * A `Pruner` is removed in place, and the same model is returned. Weights that other models
+      share are no longer masked there either. Called in a callback of `fit`, it takes effect from
+      the next step on.
+    * For a model in tfmot's wrappers, a new model without them is returned, which shares the
+      weights.
+    * For a model with gates, a new model with its own weights is returned, which the gates are
+      multiplied into (`gates.fold`). The given model is not changed, except that its masks are
+      applied.
+
+    Any other model is returned as it is.
 
     Args:
-        model: a model of either Keras; with tfmot's wrappers or gates a Sequential or functional
-            one.
+        model: a model of either Keras; Sequential or functional if it has tfmot's wrappers or
+            gates.
 
     Raises:
         TypeError: `model` is no Keras model.
@@ -348,9 +351,9 @@ def strip(model: Any) -> Any:
 
 
 def prune_scope() -> Any:
-    """Return tfmot's scope, in which models in its wrappers load, from whatever format.
+    """Return tfmot's scope, in which models in its wrappers can be loaded, from any format.
 
-    Models with a `Pruner` need none: they load wherever tscnc_tf has been imported.
+    Models with a `Pruner` don't need it: to load them, import tscnc_tf.
 
     Raises:
         ImportError: tensorflow-model-optimization is not installed.

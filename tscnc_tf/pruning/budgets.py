@@ -1,4 +1,4 @@
-"""How many weights each layer may keep, so that the condition numbers of all together stay low."""
+"""Sparsities of layers that keep the sum of their log condition numbers low."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tscnc_tf.pruning.targets import FROZEN, Target, candidates, require_model
 
 __all__ = ["condition_budgets"]
 
-_LEVELS = 24  # densities that are tried for each layer
+_LEVELS = 24  # densities that are measured for each layer
 
 
 def condition_budgets(
@@ -32,40 +32,40 @@ def condition_budgets(
 ) -> dict[str, float]:
     r"""Return a sparsity for each layer, by its name, that keeps condition numbers low: a `scope`.
 
-    Layers differ in how soon their kernels become ill-conditioned as they are pruned. All together
-    (but for frozen ones, which are not pruned) keep as many weights as at one `sparsity` for all,
-    shared out so that
+    Some kernels become ill-conditioned at a lower sparsity than others. Together, the layers
+    (without frozen ones, which are not pruned) keep as many weights k as with the same `sparsity`
+    for all. They are distributed so that
 
     .. math:: \sum_l \log \kappa\left(w_l \odot m_l(k_l)\right), \qquad \sum_l k_l = k
 
-    is small, :math:`m_l(k)` being the k largest weights of layer l. For each layer the condition
-    number is measured at 24 numbers of weights, by singular values (a kernel that is singular in
-    float32, a dead filter being enough, counts as one at that limit). Then weights go where they
-    lower the sum most, each, along the lower convex hulls of what was measured; the last step may
-    end between two of these numbers. If one sparsity for all turns out no worse, it is that one.
+    is small, where :math:`m_l(k)` is the mask of the k largest weights of layer l. The condition
+    number of each layer is measured at 24 numbers of kept weights, by singular values. A kernel
+    that is singular in float32, such as one with a dead filter, counts with the largest condition
+    number of float32. Then weights are added one step after another where each lowers the sum most,
+    along the lower convex hulls of the measurements. The last step may end between two measured
+    numbers. If the same sparsity for all is no worse, it is returned.
 
-    It is a heuristic: condition numbers of layers do not add up to one of the network, the weights
-    are judged as they are when it is called, before training has gone on, and accuracy is not in
-    it.
+    This is a heuristic. The condition numbers of layers do not add up to that of the network. They
+    are measured on the present weights, which later training changes. Accuracy is not measured.
 
     Args:
         model: a built model of either Keras, trained already.
         sparsity: of all layers together, the fraction of zeros, in (0, 1).
-        layers: which layers, as in `Pruner`: give both the same.
+        layers: which layers, as in `Pruner`. Give the same to the pruner.
         weights: a pattern for the names of weights, as in `Pruner`.
         min_rank: the smallest rank of a weight to prune.
-        min_per_filter: how many weights every filter keeps at least; to be given to the pruner too,
-            as `structure=Unstructured(min_per_filter)`.
-        lowest: what no layer falls below: this part of the density of all, in (0, 1].
+        min_per_filter: the minimum number of weights per filter. Give it to the pruner too, as
+            `structure=Unstructured(min_per_filter)`.
+        lowest: the minimum density of each layer, relative to that of all together, in (0, 1].
 
     Returns:
-        Sparsities by name, to be given as `scope=` to `prune`, `prune_now` or a pruner that leads
-        to the same `sparsity`.
+        Sparsities by name, for the argument `scope` of `prune`, `prune_now` or a pruner with the
+        same final `sparsity`.
 
     Raises:
-        TypeError: an argument is of a wrong kind.
-        ValueError: an argument is out of range, nothing is left to prune, a kernel is not finite,
-            or the minima alone are more than what the sparsity leaves.
+        TypeError: an argument has a wrong type.
+        ValueError: an argument is out of range, no weight is left to prune, a kernel is not finite,
+            or the minima together exceed the number of weights that the sparsity leaves.
 
     Example:
         >>> import keras
@@ -96,19 +96,24 @@ def condition_budgets(
     total = int(functional.kept_count(sum(target.size for target in targets), sparsity))
     measures = [_Measure(target, structure) for target in targets]
     curves = [measure.curve(lowest * (1.0 - sparsity)) for measure in measures]
-    least = sum(curve.counts[0] for curve in curves)
-    if least > total:
+    minimum = sum(curve.counts[0] for curve in curves)
+    if minimum > total:
         raise ValueError(
             f"at a sparsity of {sparsity:g} the layers keep {total:,} weights in all, fewer than "
-            f"the {least:,} that min_per_filter={min_per_filter} and lowest={lowest:g} ask for: "
+            f"the {minimum:,} that min_per_filter={min_per_filter} and lowest={lowest:g} ask for: "
             "lower these, or prune less."
         )
-    alike = [int(functional.kept_count(target.size, sparsity)) for target in targets]
-    ways = [alike, _share(curves, total)]
-    fitting = [way for way in ways if sum(way) <= max(total, sum(alike)) and _above(way, curves)]
+    uniform = [int(functional.kept_count(target.size, sparsity)) for target in targets]
+    limit = max(total, sum(uniform))
+    allocations = [
+        counts
+        for counts in (uniform, _share(curves, total))
+        if sum(counts) <= limit
+        and all(count >= curve.counts[0] for count, curve in zip(counts, curves, strict=True))
+    ]
     best = min(
-        fitting,
-        key=lambda way: sum(m.cost(kept) for m, kept in zip(measures, way, strict=True)),
+        allocations,
+        key=lambda counts: sum(m.cost(count) for m, count in zip(measures, counts, strict=True)),
     )
     return {
         target.name: 1.0 - kept / target.size for target, kept in zip(targets, best, strict=True)
@@ -116,10 +121,10 @@ def condition_budgets(
 
 
 class _Curve(NamedTuple):
-    """The condition number of a layer as a function of the number of weights that it keeps.
+    """The condition number of a layer as a function of the number of kept weights.
 
     Attributes:
-        counts: of weights, rising; the last is all.
+        counts: the numbers of weights, in increasing order; the last is all.
         costs: the logarithms of the condition numbers.
     """
 
@@ -132,7 +137,7 @@ class _Measure:
 
     Args:
         target: the weight.
-        structure: with the minimum per filter.
+        structure: has the minimum per filter.
     """
 
     def __init__(self, target: Target, structure: Unstructured) -> None:
@@ -149,7 +154,7 @@ class _Measure:
         return _Curve(counts, [self.cost(count) for count in counts])
 
     def cost(self, count: int) -> float:
-        """Return log κ where so many weights are kept."""
+        """Return log κ for this number of kept weights."""
         target, alive = self._target, [tf.ones(self._target.shape, tf.bool)]
         (mask,) = self._selection.masks(1.0 - count / target.size, alive)
         kernel = tf.where(mask, self._weight, tf.zeros_like(self._weight))
@@ -157,7 +162,7 @@ class _Measure:
 
 
 def _log_condition(matrices: tf.Tensor) -> float:
-    """Return log κ of the worst of some matrices; of singular ones, that at float32's limit."""
+    """Return log κ of the worst of some matrices, at most the limit of float32."""
     matrices = np.asarray(tf.cast(matrices, tf.float64))
     spectra = np.linalg.svd(matrices, compute_uv=False)
     limit = max(matrices.shape[-2:]) * float(np.finfo(np.float32).eps)
@@ -165,19 +170,14 @@ def _log_condition(matrices: tf.Tensor) -> float:
     return -math.log(max(float(ratios.min()), limit))
 
 
-def _above(counts: list[int], curves: list[_Curve]) -> bool:
-    """Tell whether numbers of weights reach the minima of all layers."""
-    return all(count >= curve.counts[0] for count, curve in zip(counts, curves, strict=True))
-
-
 def _share(curves: list[_Curve], total: int) -> list[int]:
-    """Return how many weights each layer keeps: the fewest, and more where a weight helps most."""
+    """Return the number of kept weights of each layer: its minimum, and more by steepest slope."""
     kept = [curve.counts[0] for curve in curves]
     left = total - sum(kept)
     steps = [
         (slope, layer, count) for layer, curve in enumerate(curves) for slope, count in _hull(curve)
     ]
-    for _, layer, count in sorted(steps):  # of one layer, the steeper come first
+    for _, layer, count in sorted(steps):  # the slopes of a layer increase with the count
         more = min(count - kept[layer], left)
         kept[layer] += more
         left -= more
@@ -185,7 +185,7 @@ def _share(curves: list[_Curve], total: int) -> list[int]:
 
 
 def _hull(curve: _Curve) -> list[tuple[float, int]]:
-    """Return (slope, count) along the lower convex hull of a curve."""
+    """Return (slope, count at its end) of each edge of the lower convex hull of a curve."""
     points = list(zip(curve.counts, curve.costs, strict=True))
     steps, here = [], 0
     while here + 1 < len(points):

@@ -1,4 +1,4 @@
-"""What a pruner is given, checked and as JSON values: schedules, criteria, structures."""
+"""Checks of schedules, and serialization of a pruner's schedule, criterion and structure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ def require_schedule(schedule: Any) -> None:
     except Exception as error:
         raise TypeError(
             "schedule must return (whether to prune, sparsity) for a step, by TensorFlow "
-            "operations, "
-            f"tf.where and not if, as it is compiled; {schedule!r} fails: {error}"
+            f"operations (tf.where, not if), as it is compiled; {schedule!r} fails: {error}"
         ) from error
     final = scheduling.final_sparsity(schedule)
     if not 0.0 <= final < 1.0:
         raise ValueError(
-            f"schedule must lead to a sparsity in [0, 1), the fraction of zeros; {schedule!r} "
-            f"leads to {final:g}."
+            f"schedule must end at a sparsity in [0, 1), the fraction of zeros; {schedule!r} "
+            f"ends at {final:g}."
         )
 
 
@@ -40,7 +39,7 @@ def serialize_schedule(schedule: Any, model: Any) -> dict[str, Any]:
     """Return a schedule as JSON values.
 
     Raises:
-        ValueError: it is a lambda, which has no name to find it by.
+        ValueError: it is a lambda.
     """
     from tscnc_tf import schedules
 
@@ -59,8 +58,8 @@ def deserialize_schedule(config: dict[str, Any], model: Any) -> Any:
 
 
 def serialize(obj: Any, model: Any) -> Any:
-    """Return an object as its model's Keras serializes it; text stays as it is."""
-    if isinstance(obj, str):  # which tf_keras does not take while it writes a SavedModel
+    """Return an object as its model's Keras serializes it; a string is returned unchanged."""
+    if isinstance(obj, str):  # tf_keras does not take strings while it writes a SavedModel
         return obj
     if getattr(obj, "__name__", "") == "<lambda>":
         raise ValueError(

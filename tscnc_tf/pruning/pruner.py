@@ -1,4 +1,4 @@
-"""The mask engine: pruning on variables, for models of either Keras, without wrappers."""
+"""The masks engine: pruning by masks on variables, for models of either Keras."""
 
 from __future__ import annotations
 
@@ -42,81 +42,86 @@ from tscnc_tf.pruning.taylor import Taylor
 
 __all__ = ["Pruner"]
 
-_KEPT_STEPS = 4  # compiled, of a pruner that several optimizers call in turn
+_KEPT_STEPS = 4  # compiled steps per pruner, for several optimizers that alternate
 
 
 @_keras.register
 class Pruner(StepCount):
-    r"""Prunes the weights of a model as it is trained, by masks on its variables.
+    r"""Prunes the weights of a model during training, by masks on its variables.
 
-    At each optimizer step t it asks the schedule; where the schedule says so, it chooses anew the
-    weights to keep, by their scores. What is not kept is zero: in the weights,
+    At each optimizer step t it asks the schedule whether to renew the masks. A renewal chooses the
+    weights to keep by their scores. All others are zero: in the weights,
     :math:`w \leftarrow m \odot w`, in the optimizer's slots, and in moving averages of weights. A
     pruned weight does not come back as long as the sparsity does not fall.
 
-    **Zeros stay zero** wherever the weights are trained: a mask is the constraint of its variable
-    (after the constraint that the layer has, if any), and Keras' optimizers apply constraints
-    after each update. So they hold in another model that a pruned layer becomes a part of, such as
-    a new head on a pruned body, too. (That model's files do not hold the masks, only the zeros:
-    `freeze_mask` goes on with these after loading. And where its optimizer has averages that are
-    put in place of weights when training ends, `use_ema=True`, it needs `pruning_callbacks()`.)
+    **Zeros stay zero** in any training. A mask is the constraint of its variable (after the layer's
+    own constraint, if any), and Keras' optimizers apply constraints after each update. So masks
+    also hold in another model that contains a pruned layer, such as a new head on a pruned body.
+    Files of that model contain the zeros, but not the masks: call `freeze_mask` after loading. If
+    its optimizer replaces weights by averages when training ends (`use_ema=True`), it needs
+    `pruning_callbacks()`.
 
-    **Masks are renewed** by `step`, which is called after each optimizer step, inside the compiled
-    step, by the model's own `fit` and by `AdversarialTraining`. A training loop of your own calls
-    it. Where the model is a part of another one that is trained, where its layers are, or where it
-    has a `make_train_function` of its own, `callbacks.pruning_callbacks()` call it. Masks, step
-    and schedule are saved with the model: in `.keras` files, in weight files, and in TensorFlow's
-    checkpoints. `strip` takes the pruner off again.
+    **Masks are renewed** by `step`, after each optimizer step. The model's own `fit` and
+    `AdversarialTraining` call it inside the compiled step; your own training loop must call it.
+    `callbacks.pruning_callbacks()` call it if the model or its layers are part of another model
+    that is trained, or if the model overrides `make_train_function`. Masks, step and schedule are
+    saved with the model: in `.keras` files, in weight files, and in TensorFlow's checkpoints.
+    `strip` removes the pruner.
 
-    **What is frozen** (`layer.trainable = False`) when a step is taken does not change: its mask
-    stays as it is, and scopes share out what is kept among the others. Once it is trained again it
-    is pruned, at the first step: with Keras, changes of `trainable` act from the next `compile`.
-    A layer that is given LoRA weights leaves the pruner: its kernel is frozen then, and what acts
-    is the sum with the LoRA product, which has no zeros.
+    **Frozen weights** (`layer.trainable = False`) are not pruned: their masks do not change, and
+    scopes distribute the kept weights among the others. Once they are trainable again, the next
+    step prunes them. In Keras, changes of `trainable` take effect at the next `compile`. A layer
+    that gets LoRA weights is no longer pruned: its kernel is frozen, and the layer computes with
+    the sum of kernel and LoRA product, which has no zeros.
 
-    Steps are counted by the optimizer's `iterations`: not by forward passes, so that a layer that
-    is called twice counts once. A step that only accumulates gradients does not count, nor does one
-    that a loss scale skips, where the optimizer does not count it (Keras 3). With a new optimizer
-    the count continues where that of the last one stopped.
+    Steps are counted by the optimizer's `iterations`, not by forward passes. A step that only
+    accumulates gradients does not count, nor does one that a loss scale skips, if the optimizer
+    does not count it (Keras 3). With a new optimizer the count continues.
 
     Args:
-        model: a built model of either Keras, subclassed ones too.
+        model: a built model of either Keras; it may be subclassed.
         schedule: a `PruningSchedule` of `tscnc_tf.schedules` or tfmot, or any callable from a step
-            to (whether to choose anew, the sparsity) that consists of TensorFlow operations.
+            to (whether to renew the masks, the sparsity) that consists of TensorFlow operations.
         layers: which layers: a class, a layer, a name pattern, a predicate, or a list of these, as
-            in `add_regularizers`. None for all, but for what Keras' own layers hold that is no
-            kernel, such as embeddings, and, where the structure takes whole filters away, for the
-            layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
-            integers, are left out in any case.
+            in `add_regularizers`. None for all layers, without those weights of Keras' layers that
+            are no kernels, such as embeddings, and, if the structure removes whole filters, without
+            the layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
+            integers, are never pruned.
         weights: a pattern for the names of weights, such as `"*kernel"`; None for all of them.
         min_rank: the smallest rank of a weight to prune.
-        criterion: what weights are worth: a callable from a weight tensor to scores of its shape;
-            or `Taylor(x, y)`, which is measured on data, for a schedule that has its final sparsity
-            at step 1; `Magnitude()` if None.
+        criterion: a callable from a weight tensor to scores of its shape; or `Taylor(x, y)`, which
+            is measured on data, with a schedule that has its final sparsity at step 1;
+            `Magnitude()` if None.
         structure: `Unstructured()`, also with minima per filter and per input, `NM(2, 4)`,
             `Block(rows, columns)` or `Filters()`.
-        scope: how what is kept is shared out: "layer" (each weight tensor has the schedule's
-            sparsity), "global" (all compete by their scores), "lamp" (all compete by their squares
-            over the sum of the larger ones of their tensor), "erk" (Erdős–Rényi-Kernel: small
-            layers stay denser), "igq" (ideal-gas quotas: of n weights n / (1 + F n), so that no
-            layer is starved), or a dict of final sparsities by name pattern (of several patterns
-            that fit a weight the first one counts; weights that none fits follow the schedule).
-            Numbers of weights are exact: of each tensor with "layer" and a dict, so that their sum
-            is off by the rounding of each; of all tensors together with the others.
-        min_weights: the number of weights that every weight tensor keeps at least.
+        scope: how the kept weights are distributed among the weight tensors:
+
+            * "layer": each tensor has the schedule's sparsity.
+            * "global": all weights compete by their scores.
+            * "lamp": all weights compete by their squares, divided by the sum of the squares of
+              their tensor that are not smaller.
+            * "erk" (Erdős–Rényi-Kernel): small layers stay denser.
+            * "igq" (ideal-gas quotas): a tensor of n weights keeps n / (1 + F n), so that no layer
+              loses all its weights.
+            * a dict of final sparsities by name pattern. The first pattern that matches a weight
+              counts; weights without a match follow the schedule.
+
+            Numbers of weights are exact: for each tensor with "layer" and a dict, where the total
+            is off by the rounding of each, and for all tensors together otherwise.
+        min_weights: the minimum number of kept weights of every weight tensor.
         regrowth: a `Regrowth`, by which kept weights change places in training; None for none.
 
     Raises:
-        TypeError: an argument is of a wrong kind.
-        ValueError: the model is not built or has a pruner already, nothing is left to prune, what
-            is in a list of layers fits none, an argument is out of range, or the regrowth does not
-            go with the structure or schedule.
+        TypeError: an argument has a wrong type.
+        ValueError: the model is not built or already pruned, no weight is left to prune, an element
+            of a list of layers matches none, an argument is out of range, or the regrowth does not
+            fit the structure or schedule.
 
     Warns:
-        UserWarning: a weight tensor would be left with fewer weights than it has outputs, so that
-            some of them would be dead, or outputs of the model would no longer depend on its
-            inputs; with the figures. Or the structure takes whole filters of a subclassed model, of
-            which it is not known which make its outputs.
+        UserWarning: a weight tensor would keep fewer weights than it has outputs, so that some
+            outputs would be dead; or outputs of the model would no longer depend on its inputs; or
+            the structure removes whole filters of a subclassed model, whose output layers are not
+            known.
 
     Example:
         >>> import keras
@@ -149,39 +154,40 @@ class Pruner(StepCount):
         if not isinstance(regrowth, Regrowth | None):
             raise TypeError(f"regrowth must be a Regrowth(...) or None, got {regrowth!r}.")
         require_schedule(schedule)
-        measured = criterion if isinstance(criterion, Taylor) else None
-        if measured:
-            measured.require(schedule)
+        taylor = criterion if isinstance(criterion, Taylor) else None
+        if taylor:
+            taylor.require(schedule)
         found = candidates(model, layers, weights, min_rank, unfit(structure, layers))
-        if found is not layers:  # else the pruner is restored, or follows one of scores
+        if found is not layers:  # else the pruner is restored, or replaces a ScorePruner
             learned.require_fixed(scope)
         self._set_up(
             model,
             schedule,
             found,
-            criterion=None if measured else criterion,
+            criterion=None if taylor else criterion,
             structure=structure,
             scope=scope,
             min_weights=min_weights,
             regrowth=regrowth,
         )
         if found is not layers:
-            self._begin_new(measured)
+            self._begin_new(taylor)
 
     def begin(self) -> None:
-        """Keep all weights; where the network is sparse from the start, choose them as they are.
+        """Reset the masks for the present weights, before the first step of a new pruner.
 
-        It is for a program of TensorFlow operations that is given the weights later, before the
-        first step of a new pruner. An importance measured on data is not measured again.
+        All weights are kept, unless the network is sparse from the start. It consists of TensorFlow
+        operations, for a program that gets the weights at run time. A criterion that is measured on
+        data is not measured again.
         """
         for mask in self.state.masks:
             mask.assign(tf.ones_like(mask))
         if self._is_sparse_from_the_start:
-            self._prune_to_the_end()
+            self._prune_to_final_sparsity()
 
     @staticmethod
     def of_zeros(model: Any, layers: Any = None) -> Pruner:
-        """Return a frozen pruner of a model whose masks are False where a kernel is zero now."""
+        """Return a frozen pruner of a model, whose masks are False where a kernel is zero."""
         require_model(model)
         found = candidates(model, layers)
         variables = [tensor_variable(target.variable) for target, reason in found if not reason]
@@ -196,8 +202,8 @@ class Pruner(StepCount):
         Args:
             model: a built model of either Keras, not pruned.
             found: its weights, and why some of them are not pruned.
-            kept: masks of those that are, in their order; True where a weight is kept.
-            sparsity: that was asked for.
+            kept: masks of the pruned ones, in the same order; True where a weight is kept.
+            sparsity: the sparsity by which the masks were chosen.
             **options: how the masks were chosen: `structure`, `scope`, `min_weights`.
         """
         from tscnc_tf import schedules
@@ -216,15 +222,7 @@ class Pruner(StepCount):
         regrowth: Regrowth | None = None,
         **options: Any,
     ) -> None:
-        """Attach the pruner to its model.
-
-        Args:
-            model: the model.
-            schedule: the schedule.
-            found: its weights, and why some of them are not pruned.
-            regrowth: how kept weights change places, None for not at all.
-            **options: those of `Selection`.
-        """
+        """Attach the pruner to its model; see the constructor, `candidates` and `Selection`."""
         self.model = model
         self.schedule = schedule
         self.targets = [target for target, reason in found if not reason]
@@ -237,19 +235,19 @@ class Pruner(StepCount):
         if regrowth is not None:
             regrowth.require(self.structure, options["scope"], self.targets, schedule)
         self.regrowth = regrowth
-        # In a dense network weights would not change places.
+        # Regrowth needs pruned weights.
         self._is_sparse_from_the_start = bool(regrowth) and scheduling.is_at_once(schedule)
         self._shares: learned.TrainedShares | None = None
-        self._compiled: dict[Any, Any] = {}  # steps, for calls outside of any graph
+        self._compiled: dict[Any, Any] = {}  # steps for calls outside any graph
         self.state = self._new_state()
         masks.attach(model, self)
         for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.constrain(target.variable, self, mask)
 
-    def _begin_new(self, measured: Taylor | None = None) -> None:
-        """Raise a ValueError if all is frozen; warn of dead outputs; prune if it is time to.
+    def _begin_new(self, taylor: Taylor | None = None) -> None:
+        """Check for frozen weights and dead outputs, and prune if the schedule prunes at once.
 
-        Whatever is raised, the model is as it was then.
+        If it raises, the model is as before.
         """
         active = self._active()
         try:
@@ -257,11 +255,11 @@ class Pruner(StepCount):
                 raise ValueError(self._nothing_to_prune())
             if self.regrowth is not None:
                 self.regrowth.require_moves(self.schedule)
-            _, judged = self._ranked(active)
-            self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, judged)
-            if measured or self._is_sparse_from_the_start:
-                self._prune_to_the_end(measured)
-        except BaseException:  # an interrupt, too
+            _, values = self._ranked(active)
+            self._selection.only(active).warn_of_dead_outputs(self.target_sparsity, values)
+            if taylor or self._is_sparse_from_the_start:
+                self._prune_to_final_sparsity(taylor)
+        except BaseException:  # also an interrupt
             self.detach()
             raise
 
@@ -283,25 +281,25 @@ class Pruner(StepCount):
         )
 
     def detach(self) -> None:
-        """Take the pruner off its model and its weights, which stay as they are."""
+        """Remove the pruner from its model; the weights are not changed."""
         for target, mask in zip(self.targets, self.state.masks, strict=True):
             masks.release(target.variable)
-            mask.assign(tf.ones_like(mask))  # for steps of other models, compiled with it
+            mask.assign(tf.ones_like(mask))  # compiled steps of other models still apply it
         masks.detach(self.model)
 
     @property
     def is_attached(self) -> bool:
-        """Whether the pruner is still that of its model."""
+        """Whether the model still has this pruner."""
         return vars(self.model).get(masks.PRUNER) is self
 
     @property
     def structure(self) -> Structure:
-        """The structure that was asked for."""
+        """The structure of the masks."""
         return self._selection.structure
 
     @property
     def skipped(self) -> tuple[Candidate, ...]:
-        """The weights of rank 2 or more that are not pruned now, and why."""
+        """The weights of rank 2 or more that are not pruned at present, and why."""
         pruned = {id(variable) for variable, _ in self.masked_variables()}
         return tuple(
             Candidate(target, reason or self._not_pruned(target))
@@ -316,14 +314,14 @@ class Pruner(StepCount):
 
     @property
     def frozen(self) -> bool:
-        """Whether the masks stay as they are."""
+        """Whether the masks are frozen."""
         return bool(self.state.frozen.numpy())
 
     def masked_targets(self) -> list[tuple[Target, Any]]:
-        """Return (target, mask) for what is pruned now; masks are True where a weight is kept.
+        """Return (target, mask) of the pruned weights; masks are True where a weight is kept.
 
-        A weight that the model does not hold any more is not pruned, nor is one that has been
-        frozen before it was.
+        Weights that the model no longer holds are left out, and those that were frozen before they
+        were pruned.
         """
         active = {id(self.targets[index]) for index in self._active()}
         return [
@@ -333,11 +331,11 @@ class Pruner(StepCount):
         ]
 
     def masked_variables(self) -> list[tuple[Any, Any]]:
-        """Return the pairs (weight, mask); masks are True where a weight is kept."""
+        """Return (weight, mask) for each of `masked_targets`."""
         return [(target.variable, mask) for target, mask in self.masked_targets()]
 
     def _held(self) -> list[int]:
-        """Return the places of the targets that the model holds, as plain kernels."""
+        """Return the indices of the targets that the model holds as plain kernels."""
         own = {id(weight) for weight in self.model.weights}
         return [
             index
@@ -346,11 +344,11 @@ class Pruner(StepCount):
         ]
 
     def _held_pairs(self) -> list[tuple[Target, Any]]:
-        """Return (target, mask) for what the model holds."""
+        """Return (target, mask) for the indices of `_held`."""
         return [(self.targets[index], self.state.masks[index]) for index in self._held()]
 
     def _active(self) -> list[int]:
-        """Return the places of those that are trained, and not frozen."""
+        """Return the indices of `_held` whose weights are trainable."""
         trained = {optimizers.key(weight) for weight in self.model.trainable_variables}
         held = self._held()
         return [index for index in held if optimizers.key(self.targets[index].variable) in trained]
@@ -359,9 +357,9 @@ class Pruner(StepCount):
         """Return the value of a weight after an optimizer step: zero where its mask is False.
 
         Args:
-            weight: its value.
-            mask: its mask.
-            own: the constraint of its layer, None for none; it sees the masked weight.
+            weight: the value.
+            mask: the mask.
+            own: the constraint of its layer, which is given the masked weight; None for none.
         """
         weight = kept(weight, mask)
         return weight if own is None else kept(own(weight), mask)
@@ -370,39 +368,40 @@ class Pruner(StepCount):
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Count an optimizer step, renew the masks if that is due, and apply them.
 
-        To be called after each step; without a further step it only applies the masks.
+        Call it after each optimizer step. If there was no step since the last call, it only applies
+        the masks.
 
         Args:
-            optimizer: the one that has taken the step. None for the one that the model is compiled
-                with, or another one of its own that trains these weights; if there is none, each
-                call counts as a step.
-            is_constrained: whether nothing but an optimizer of Keras has changed the weights, so
-                that their constraints have masked them already.
+            optimizer: the optimizer that took the step. None for the model's own optimizer that
+                trains these weights; if there is none, each call counts as a step.
+            is_constrained: whether only an optimizer of Keras has changed the weights, so that
+                their constraints have masked them already.
 
         Raises:
             RuntimeError: regrowth needs the gradients of the step, and the step was not intercepted
-                (`training`, `apply_gradients`).
+                (`training`, `apply_gradients`); in a graph also tf.errors.InvalidArgumentError.
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizer
-        if self._needs_gradients and self._is_bypassed(optimizer):
-            raise RuntimeError(
+        if self._needs_gradients:
+            self._require_intercepted(
+                optimizer,
                 "an optimizer step was taken whose gradients the pruner was not given, and its "
                 "regrowth needs them. Train the model by its own fit, by AdversarialTraining, as a "
                 "part of another model with pruning_callbacks(), or by apply_gradients of its "
-                "pruner; or take Regrowth(criterion='random')."
+                "pruner; or take Regrowth(criterion='random').",
             )
         if self._needs_gradients and self._is_used and is_constrained:
-            return  # all is done where the optimizer's step was intercepted
+            return  # `_on_step` has done this step
         self._step(optimizer, is_constrained and optimizer is not None)
 
     @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
-        """Take an optimizer's step, and the step of the pruner that belongs to it.
+        """Take an optimizer step and the pruner's step.
 
-        For a training loop of your own, in place of `optimizer.apply_gradients` and `step`.
+        For your own training loop, in place of `optimizer.apply_gradients` and `step`.
 
         Args:
-            optimizer: of the model's Keras.
+            optimizer: an optimizer of the model's Keras.
             gradients_and_variables: pairs of a gradient and a variable of the model.
 
         Returns:
@@ -415,14 +414,13 @@ class Pruner(StepCount):
 
     @property
     def _needs_gradients(self) -> bool:
-        """Whether masks are renewed by the gradients of a step."""
+        """Whether regrowth needs the gradients of a step."""
         return self.regrowth is not None and self.regrowth.needs_gradients
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:
-        """Return `step` for an optimizer, to be called many times outside of any graph.
+        """Return `step` for an optimizer, for many calls outside any graph.
 
-        What `step` determines in Python at each call is determined once: which weights are trained,
-        and what the optimizer keeps for them.
+        Which weights are trained, and the optimizer's variables for them, are determined only once.
         """
         if self._needs_gradients:
             return functools.partial(self.step, optimizer)
@@ -435,10 +433,10 @@ class Pruner(StepCount):
         return step
 
     def _step(self, optimizer: Any, is_constrained: bool, gradients: Any = None) -> None:
-        """Count a step, renew the masks where that is due, and let them act.
+        """Count a step, renew the masks if that is due, and apply them.
 
         Args:
-            optimizer: that has taken it, None if not known.
+            optimizer: the optimizer that took it; None if not known.
             is_constrained: see `step`.
             gradients: of the step, one per target (None for none); None if they are not known.
         """
@@ -446,35 +444,35 @@ class Pruner(StepCount):
             self._reset_if_new(optimizer)
             self._compiled_step(optimizer, is_constrained)(gradients)
         else:
-            self._act(optimizer, is_constrained, gradients)
+            self._run_step(optimizer, is_constrained, gradients)
 
-    def _act(self, optimizer: Any, is_constrained: bool, gradients: Any = None) -> None:
+    def _run_step(self, optimizer: Any, is_constrained: bool, gradients: Any = None) -> None:
         update_everywhere(
             self.model,
             lambda strategy: self._update(strategy, optimizer, is_constrained, gradients),
         )
 
     def _compiled_step(self, optimizer: Any, is_constrained: bool) -> Callable[..., None]:
-        # What an optimizer keeps for each weight is there only once it has begun.
+        # Optimizers create their variables for each weight at their first step.
         kept = optimizers.companions(optimizer, [target.variable for target in self.targets])
         ids = (id(variable) for companions in kept for variable in companions)
         key = (id(optimizer), is_constrained, tuple(self._active()), *ids)
         if key not in self._compiled:
             if len(self._compiled) == _KEPT_STEPS:
                 self._compiled.pop(next(iter(self._compiled)))
-            act = functools.partial(self._act, optimizer, is_constrained)
+            act = functools.partial(self._run_step, optimizer, is_constrained)
             self._compiled[key] = tf.function(act, autograph=False)
         return self._compiled[key]
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which an optimizer is to train the model.
+        """Return the context for training the model, in which optimizer steps are intercepted.
 
         `fit`, `AdversarialTraining` and the callbacks enter it by themselves. Regrowth by gradients
-        needs it, and the legacy optimizers of tf_keras do: they refuse to apply constraints after
-        sparse gradients.
+        needs it, and so do the legacy optimizers of tf_keras: they refuse to apply constraints
+        after sparse gradients.
 
         Args:
-            optimizer: None for all that the model holds.
+            optimizer: the optimizer; None for all that the model holds.
         """
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
@@ -483,7 +481,7 @@ class Pruner(StepCount):
         return stack
 
     def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:
-        """Make the gradients of the targets dense; take the step; let regrowth see them."""
+        """Take a step with dense gradients of the targets, then regrow by these gradients."""
         ours = {optimizers.key(target.variable) for target in self.targets}
         pairs = [
             (tf.convert_to_tensor(gradient), variable)
@@ -496,7 +494,7 @@ class Pruner(StepCount):
         known = [gradient for gradient in gradients if gradient is not None]
         if not (known and self._needs_gradients and self.is_attached):
             return step(pairs)
-        # A step without data, at the end of a dataset, would be counted.
+        # Otherwise a step without data, at the end of a dataset, would count.
         with depending_on(known):
             weights = [target.variable for target in self.targets]
             gradients = optimizers.summed_up(optimizer, gradients, weights)
@@ -505,38 +503,38 @@ class Pruner(StepCount):
             self._step(optimizer, True, gradients)
         return result
 
-    perturb_scores = 0.0  # it has none
+    perturb_scores = 0.0  # see `ScorePruner`
 
     def perturbed(self, loss: Any) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
-        """Return the context in which the gradient of a loss is taken; here it does nothing."""
+        """Return the context in which the gradient of a loss is computed; it does nothing here."""
         return contextlib.nullcontext()
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, optimizer: Any = None) -> None:
-        """Set to zero what is not kept: in weights, in the optimizer's slots and averages."""
+        """Apply the masks to weights, and to the optimizer's slots and averages."""
         update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))
 
     def on_weights_set(self) -> None:
-        """Set to zero what is not kept, after weights were set from outside."""
+        """Apply the masks after weights were set from outside."""
         self.apply()
 
     def finalize(self) -> None:
-        """Prune to the schedule's final sparsity now, wherever the schedule is, and freeze."""
-        self._prune_to_the_end()
+        """Prune to the schedule's final sparsity now, at whatever step, and freeze."""
+        self._prune_to_final_sparsity()
         self.freeze()
 
-    def _prune_to_the_end(self, measured: Taylor | None = None) -> None:
-        """Prune to the final sparsity, by what a criterion has measured on data, if it is given."""
-        judged = measured and measured.importance(self.model, [t.variable for t in self.targets])
+    def _prune_to_final_sparsity(self, taylor: Taylor | None = None) -> None:
+        """Prune to the final sparsity, by `Taylor` importance if it is given."""
+        importance = taylor and taylor.importance(self.model, [t.variable for t in self.targets])
 
         def update(strategy: Any) -> None:
-            self._renew(strategy, tf.constant(self._asked), judged)
+            self._renew(strategy, tf.constant(self._asked), importance)
             self._apply(strategy, getattr(self.model, "optimizer", None))
 
         update_everywhere(self.model, update)
 
     def freeze(self) -> None:
-        """Keep the masks as they are from now on, for fine-tuning: what is zero stays zero."""
+        """Freeze the masks, for fine-tuning: zeros stay zeros."""
         self.state.frozen.assign(True)
 
     def _update(
@@ -545,10 +543,10 @@ class Pruner(StepCount):
         before, now, count = self._counted(optimizer)
         due, sparsity = scheduling.due_between(self.schedule, before, now)
         active = self._among(self._active())
-        # Weights that were frozen when masks were renewed, and are not now, are pruned now.
+        # Weights that were frozen at the last renewal, and are trainable now, are pruned now.
         due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)
-        is_free = ~tf.identity(tensor_variable(self.state.frozen))
-        due &= is_free
+        is_unfrozen = ~tf.identity(tensor_variable(self.state.frozen))
+        due &= is_unfrozen
 
         def renew() -> None:
             self._renew(strategy, sparsity)
@@ -556,7 +554,7 @@ class Pruner(StepCount):
 
         tf.cond(due, renew, lambda: None)
         if self.regrowth is not None and (gradients or not self._needs_gradients):
-            due = self.regrowth.is_due(self.schedule, before, now) & is_free
+            due = self.regrowth.is_due(self.schedule, before, now) & is_unfrozen
             move = functools.partial(
                 self._regrow, self.regrowth, strategy, optimizer, gradients, now
             )
@@ -570,7 +568,7 @@ class Pruner(StepCount):
     def _regrow(
         self, regrowth: Regrowth, strategy: Any, optimizer: Any, gradients: Any, step: tf.Tensor
     ) -> None:
-        """Let kept weights change places, and start those that are new from zero."""
+        """Exchange kept weights for others, which start from zero."""
         chosen = [
             index for index in self._active() if gradients is None or gradients[index] is not None
         ]
@@ -578,7 +576,7 @@ class Pruner(StepCount):
         given = [gradients[index] for index in chosen] if gradients else []
 
         def move() -> None:
-            self._apply(strategy, optimizer)  # what is pruned at present is what starts from zero
+            self._apply(strategy, optimizer)  # so that regrown weights start from zero
             moved = regrowth.masks(
                 self.structure,
                 pairs,
@@ -595,18 +593,18 @@ class Pruner(StepCount):
         tf.cond(tf.reduce_all(tf.stack(finite or [True])), move, lambda: None)
 
     def _among(self, indices: list[int]) -> tf.Tensor:
-        """Return a vector with True for those of the targets."""
+        """Return a boolean vector over the targets, True at these indices."""
         return tf.constant(np.isin(np.arange(len(self.targets)), indices))
 
     def _renew(self, strategy: Any, sparsity: tf.Tensor, importance: Any = None) -> None:
-        """Choose the weights to keep among those that are trained, and write the masks."""
+        """Choose the weights to keep among the trainable targets, and assign the masks."""
         active = self._active()
         if active:
-            alive, judged = self._ranked(active)
+            alive, values = self._ranked(active)
             if importance is not None:
-                judged = [importance[index] for index in active]
+                values = [importance[index] for index in active]
             scope = None if self._shares is None else self._shares.scope(active)
-            chosen = self._selection.only(active).masks(sparsity, alive, judged, scope)
+            chosen = self._selection.only(active).masks(sparsity, alive, values, scope)
             for index, mask in zip(active, chosen, strict=True):
                 variable = self.state.masks[index]
                 strategy.extended.update(variable, assign, args=(mask,))
@@ -615,7 +613,7 @@ class Pruner(StepCount):
         strategy.extended.update(variable, assign, args=(left_out,))
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
-        """Return which entries may be kept, and what the criterion judges; None for weights."""
+        """Return `alive` and `values` for `Selection.masks`."""
         return [self.state.masks[index] for index in indices], None
 
     def _apply(self, strategy: Any, optimizer: Any) -> None:
@@ -628,17 +626,17 @@ class Pruner(StepCount):
             strategy.extended.update(variable, keep, args=(mask,))
 
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
-        """Mask what an optimizer keeps for each weight: slots, sums of gradients, averages."""
+        """Mask the optimizer's variables for each weight: slots, sums of gradients, averages."""
         pairs = self._held_pairs()
         weights = [target.variable for target, _ in pairs]
-        # Gradients that are summed up for regrowth are those of pruned weights, too.
+        # Regrowth needs the summed gradients of pruned weights, too.
         kept = optimizers.companions(optimizer, weights, sums=not self._needs_gradients)
         for (_, mask), companions in zip(pairs, kept, strict=True):
             for variable in companions:
                 strategy.extended.update(tensor_variable(variable), keep, args=(mask,))
 
     def get_config(self) -> dict[str, Any]:
-        """Return the configuration from which the pruner is restored; masks are saved beside it."""
+        """Return the configuration of the pruner; its variables are saved separately."""
         return {
             "schedule": serialize_schedule(self.schedule, self.model),
             "criterion": serialize(self._selection.criterion, self.model),
@@ -652,7 +650,7 @@ class Pruner(StepCount):
         return {
             "class_name": type(self).__name__,
             "structure": serialize(self.structure, self.model),
-            "scope": serialize(learned.among(self._selection.scope, targets), self.model),
+            "scope": serialize(learned.restricted(self._selection.scope, targets), self.model),
             "min_weights": self._selection.min_weights,
             "weights": [
                 {
@@ -666,10 +664,10 @@ class Pruner(StepCount):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
-        """Give `model` the pruner that `get_config` described.
+        """Attach the pruner of a configuration to `model`.
 
-        Weights are found by their paths, whose steps are attributes: a subclassed model names its
-        layers anew when it is built.
+        Weights are found by their paths of attributes, not by layer names: a subclassed model
+        gives its layers new names when it is built.
 
         Raises:
             ValueError: the model lacks a weight that was pruned.

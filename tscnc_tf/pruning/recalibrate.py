@@ -1,4 +1,4 @@
-"""Moving statistics of BatchNorm, and the spread of channels, made to fit a pruned network."""
+"""Recalibration of a pruned network: moving statistics of BatchNorm, and moments of channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tscnc_tf._keras import adapted, gated, masks, models
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.score_pruner import ScorePruner
 
-# The layers whose outputs have a kernel's channels along one axis.
+# Layers whose output channels are those of a kernel, along one axis.
 _WITH_CHANNELS = kernel_layers.classes("Dense", *kernel_layers.ALL_CONVOLUTIONS)
 _NORMS = (
     *kernel_layers.classes("BatchNormalization"),
@@ -31,42 +31,43 @@ class _Moments(NamedTuple):
 
 
 def recalibrate(model: Any, x: Any, *, dense: Any = None, batch_size: int = 128) -> Any:
-    r"""Fit a pruned network's normalisation to what its layers return now; no training.
+    r"""Fit the normalisation of a pruned network to its present activations, without training.
 
-    Pruning changes the distribution of what each layer returns; after one-shot pruning at a high
+    Pruning changes the distribution of each layer's outputs. After one-shot pruning at a high
     sparsity the moving statistics of BatchNorm no longer fit, and accuracy falls to chance. This
-    sets the moving mean and variance of each BatchNormalization to those of its inputs on `x`, one
-    layer after the other in the order in which they are called, each with those before it fixed.
+    function sets the moving mean and variance of each BatchNormalization to those of its inputs on
+    `x`, in the order in which the model calls them: each with the new statistics of those before.
 
-    Given the dense network, first each channel of a dense or convolutional layer (grouped,
-    transposed, depthwise and separable ones too, the last by their pointwise kernels) gets the mean
-    and variance that it has there: with z the channel before its activation,
+    Given the dense network, it first gives each channel of a dense or convolutional layer the mean
+    and variance of that channel in the dense network. This includes grouped, transposed, depthwise
+    and separable convolutions, the last by their pointwise kernels. With :math:`\mu` and
+    :math:`\sigma` the mean and deviation of the channel before its activation:
 
     .. math:: w \leftarrow \frac{\sigma_{\text{dense}}}{\sigma}\,w, \qquad
         b \leftarrow b + \mu_{\text{dense}} - \mu'
 
-    where :math:`\mu'` is its mean with the new w (the latter where there is a bias). A channel that
-    does not vary stays as it is. Zeros stay zeros. It is useful before fine-tuning, and alone after
-    `prune_now`. The model runs once for each of these layers.
+    where :math:`\mu'` is the mean with the new w. The second applies to layers with a bias. A
+    constant channel is not changed. Zeros stay zeros. This is useful before fine-tuning, and alone
+    after `prune_now`. The model runs once for each of these layers.
 
     Args:
         model: a built model of either Keras, pruned or stripped; changed in place.
         x: inputs of the model, `(examples, ...)`: a few hundred training examples.
-        dense: the network before pruning, with the same layers by name; None to fit the
-            statistics of BatchNorm only.
-        batch_size: examples at a time; the result does not depend on it, but for rounding.
+        dense: the network before pruning, with the same layers by name; None to fit only the
+            statistics of BatchNorm.
+        batch_size: examples per batch; except for rounding, the result does not depend on it.
 
     Returns:
         The model.
 
     Raises:
         TypeError: `model` or `dense` is no Keras model.
-        ValueError: one of them is not built, the layers of `dense` are others, there is nothing
-            to fit, `x` is no input of the model, or a layer returns NaN or infinity. Or `dense` is
-            given for a model that has gates, or whose scores are trained.
+        ValueError: one of them is not built, `dense` has different layers, there is nothing to fit,
+            `x` is no input of the model, or a layer returns NaN or infinity. Or `dense` is given
+            for a model that has gates, or whose scores are trained.
 
     Warns:
-        UserWarning: `dense` is given, and layers of other kinds have weights: with their names.
+        UserWarning: `dense` is given, and some layers with weights are of other kinds.
 
     Example:
         >>> import keras, numpy as np
@@ -119,8 +120,8 @@ def _match_channels(model: Any, dense: Any, batches: list[np.ndarray]) -> None:
     gated.require_none(dense, "recalibrate")
     if any(isinstance(pruner, ScorePruner) for pruner in masks.pruners(model)):
         raise ValueError(
-            f"model {model.name!r} still has its scores trained, by which its masks, and so the "
-            "moments of its channels, go on changing: call pruning.freeze_mask(model) first, then "
+            f"model {model.name!r} still has its scores trained, so its masks and the moments of "
+            "its channels will change again: call pruning.freeze_mask(model) first, then "
             "recalibrate(model, x, dense=...)."
         )
     own, others = _matched(model), _matched(dense)
@@ -150,44 +151,44 @@ def _match_channels(model: Any, dense: Any, batches: list[np.ndarray]) -> None:
 
 
 def _matched(model: Any) -> dict[str, kernel_layers.Kernel]:
-    """Return the kernels whose outputs are channels of layers, by the layers' unique names."""
+    """Return the kernels that make the channels of layers, by the layers' unique names."""
     found = []
     for layer in _unique(model):
         if isinstance(layer, _WITH_CHANNELS) and not adapted.state(layer):
-            found += list(kernel_layers.kernels(layer))[-1:]  # of two, the pointwise one
+            found += list(kernel_layers.kernels(layer))[-1:]  # of a separable layer, the pointwise
     return dict(zip(_reports.unique(kernel.layer.name for kernel in found), found, strict=True))
 
 
 def _warn_of_others(model: Any, matched: list[Any]) -> None:
-    """Warn of the layers of a model that have weights of rank 2 or more, but for those matched."""
+    """Warn of other layers than `matched` that have weights of rank 2 or more."""
     every = {id(layer): layer for _, layer, _, _ in models.owned(model, lambda _: False)}
     left = [layer for layer in every.values() if not any(layer is each for each in matched)]
     if left:
         listing = ", ".join(f"{layer.name!r} ({type(layer).__name__})" for layer in left)
         warnings.warn(
-            f"The channels of these layers stay as they are: {listing}. Only those of dense and "
-            "convolutional layers that the model calls, with kernels in their plain form, are "
-            "given the moments of the dense network.",
+            f"The channels of these layers stay as they are: {listing}. The moments of the dense "
+            "network are given only to dense and convolutional layers that the model calls, "
+            "without LoRA and quantization.",
             UserWarning,
             stacklevel=4,
         )
 
 
 def _scaled(kernel: kernel_layers.Kernel, scale: np.ndarray) -> tf.Tensor:
-    """Return a kernel whose output channels are multiplied by factors, in the layer's order."""
+    """Return a kernel with its output channels multiplied by factors."""
     values = functional.canonical(kernel.variable, **kernel.reading)
     factors = tf.reshape(tf.cast(scale, values.dtype), (values.shape[0], 1, 1, -1))
     return functional.restore(values * factors, kernel.variable.shape, kernel.spec.layout)
 
 
 def _inputs(layer: Any, x: Any, call: Callable[[], Any]) -> tuple[Any, Any, int]:
-    """Return the output of a BatchNorm, its input, and the axis of that's channels."""
+    """Return the output of a BatchNorm layer, its input, and the channel axis of the input."""
     axis = layer.axis
     return call(), x, axis if isinstance(axis, int) else axis[0]
 
 
 def _before_activation(layer: Any, x: Any, call: Callable[[], Any]) -> tuple[Any, Any, int]:  # noqa: ARG001
-    """Return the output of a layer, what its activation takes, and the axis of that's channels."""
+    """Return the output of a layer, its values before the activation, and their channel axis."""
     activation = layer.activation
     layer.activation = None
     try:
@@ -202,14 +203,14 @@ def _moments(
     model: Any,
     layer: Any,
     batches: list[np.ndarray],
-    measured: Callable[[Any, Any, Callable[[], Any]], tuple[Any, Any, int]],
+    values_of: Callable[[Any, Any, Callable[[], Any]], tuple[Any, Any, int]],
 ) -> _Moments:
-    """Return the moments of what is measured at a layer in all its calls on all batches."""
+    """Return the moments of a layer's `_inputs` or `_before_activation` values over all calls."""
     count, total, squares = 0, np.zeros(1), np.zeros(1)
 
     def replaced(original: Callable[..., Any], x: Any, *args: Any, **options: Any) -> Any:
         nonlocal count, total, squares
-        output, values, axis = measured(layer, x, lambda: original(x, *args, **options))
+        output, values, axis = values_of(layer, x, lambda: original(x, *args, **options))
         rows = np.moveaxis(np.asarray(values, np.float64), axis, -1)
         rows = rows.reshape(-1, rows.shape[-1])
         count += len(rows)
@@ -217,7 +218,7 @@ def _moments(
         squares = squares + np.square(rows).sum(axis=0)
         return output
 
-    with _watched(layer, replaced):
+    with _with_call(layer, replaced):
         for batch in batches:
             model(tf.constant(batch), training=False)
     mean = total / count
@@ -230,10 +231,10 @@ def _moments(
 
 
 def _in_order(model: Any, layers: list[Any], batch: np.ndarray) -> list[Any]:
-    """Return layers in the order in which the model calls them first; those that it does call."""
+    """Return those of some layers that a model calls, in the order of their first calls."""
     order: list[Any] = []
 
-    def noting(layer: Any) -> Callable[..., Any]:
+    def recorder(layer: Any) -> Callable[..., Any]:
         def replaced(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
             if not any(layer is each for each in order):
                 order.append(layer)
@@ -243,16 +244,16 @@ def _in_order(model: Any, layers: list[Any], batch: np.ndarray) -> list[Any]:
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_watched(layer, noting(layer)))
+            stack.enter_context(_with_call(layer, recorder(layer)))
         model(tf.constant(batch[:1]), training=False)
     return order
 
 
 @contextlib.contextmanager
-def _watched(layer: Any, replaced: Callable[..., Any]) -> Iterator[None]:
-    """Let a function stand in for a layer's `call`, which it gets as its first argument."""
+def _with_call(layer: Any, replaced: Callable[..., Any]) -> Iterator[None]:
+    """Replace a layer's `call` by a function that is given the original as its first argument."""
     original = layer.call
-    # Past Keras, which would track what is set.
+    # Set in `vars`, as Keras tracks attributes.
     vars(layer)["call"] = lambda *args, **options: replaced(original, *args, **options)
     try:
         yield

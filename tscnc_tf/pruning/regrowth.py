@@ -1,4 +1,4 @@
-"""Regrowth: the smallest weights that are kept give their places to others, now and then."""
+"""Regrowth: the smallest kept weights are exchanged for others, every so many steps."""
 
 from __future__ import annotations
 
@@ -22,44 +22,45 @@ __all__ = ["Regrowth"]
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class Regrowth(_configs.Configurable):
-    r"""Lets the kept weights of a sparse network change places as it is trained.
+    r"""Exchanges kept weights of a sparse network for pruned ones during training.
 
     Every `frequency` steps, in every weight tensor, the fraction
 
     .. math:: f(t) = \tfrac12\,\text{fraction}\,(1 + \cos(\pi t / T)), \quad
         T = \text{until} \cdot \text{steps}
 
-    of the weights that are kept, rounded to a number, goes: those of the smallest magnitude. As
-    many are kept in their place, so that the masks keep exactly as many weights as the schedule
-    says: where the gradient of the loss is largest in magnitude, among all that are zero or go.
-    What is new begins at 0, and at 0 in the slots of the optimizer (momenta, second moments,
-    averages). From step T on, the masks stay; until then weights that have just come are zero in a
-    stripped or exported model, too. With structures other than `Unstructured` whole units go and
-    come, by the means of their weights; with `NM` as many come in every group as go.
+    of the kept weights, rounded to a number, is dropped: those of the smallest magnitude. The same
+    number of weights grows, so that the masks keep exactly as many weights as the schedule says:
+    those with the largest gradient magnitude among all pruned and dropped weights. A grown weight
+    starts from 0, and so do its slots in the optimizer (momenta, second moments, averages). From
+    step T on, the masks do not change. Until then, weights that have just grown are zero in a
+    stripped or exported model, too. With structures other than `Unstructured`, whole units are
+    exchanged, by the means of their weights. With `NM`, the number of kept weights of every group
+    does not change.
 
-    The **gradient** is the one that the optimizer is given in this very step: that of the training
-    loss with all its penalties, the robust loss under `AdversarialTraining`, and of all weights, as
-    those that are pruned are zero in the layer, and their gradient is there. So it costs nothing. A
-    step whose gradients are not finite moves nothing; where several batches are accumulated, their
-    sum counts, and under a distribution strategy that of all replicas.
+    The **gradient** is the one that the optimizer applies in the same step: that of the training
+    loss with all penalties (the robust loss under `AdversarialTraining`). It includes pruned
+    weights, which are zeros in the layer, so it costs nothing. A step whose gradients are not
+    finite exchanges no weights. With gradient accumulation, and under a distribution strategy, the
+    sum over batches or replicas counts.
 
-    Where the schedule asks for its final sparsity at step 1, as `OneShot(sparsity)` does, the
-    pruner prunes when it is made: the network is sparse from the start. (Of weights drawn at
-    random the largest are at random places.) With a schedule that rises, a dense network is pruned
-    and regrows on the way. Where it is known that no weight would ever move, as T comes before the
-    first multiple of `frequency` or before anything is pruned, the pruner raises a ValueError.
+    If the schedule has its final sparsity at step 1, as `OneShot(sparsity)` has, the pruner prunes
+    in its constructor: the network is sparse from the start. (The largest of random weights are at
+    random positions.) With a rising schedule, a dense network is pruned, and regrows during that.
+    The pruner raises a ValueError if it is known that no weight would ever be exchanged, because T
+    is before the first multiple of `frequency`, or before the first pruned weight.
 
     Args:
-        fraction: of the kept weights that go at first, in (0, 1).
-        criterion: what is kept in their place: "gradient", or "random" for any weight.
-        until: the share of `steps` after which nothing moves any more, in (0, 1].
-        frequency: number of optimizer steps from one move to the next, >= 1.
+        fraction: of the kept weights that are dropped at first, in (0, 1).
+        criterion: which weights grow: "gradient", or "random".
+        until: the share of `steps` after which the masks do not change, in (0, 1].
+        frequency: number of optimizer steps between exchanges, >= 1.
         steps: number of optimizer steps of the training, counted as the pruner counts them; None
             for the `end_step` of the schedule.
-        across_layers: whether weights of all tensors take each other's places, so that tensors
-            become denser and sparser while the sparsity of all together stays; each keeps its
-            `min_weights`. For `Unstructured` only, with scope "global" or "lamp".
-        seed: of what is random, >= 0.
+        across_layers: whether weights are exchanged between tensors, so that the sparsity of each
+            tensor changes, but not that of all together; each keeps its `min_weights`. For
+            `Unstructured` only, with scope "global" or "lamp".
+        seed: of the random choices, >= 0.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -78,8 +79,8 @@ class Regrowth(_configs.Configurable):
         Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, algorithm 1 (there the optimizer
         pauses in a step that moves weights; here it does not); Chen et al. 2022, "Sparsity winning
         twice", arXiv 2202.09844, for adversarial training (Flying Bird; in their Flying Bird+ the
-        sparsity follows validation losses and ends wherever these lead, while here it is the
-        schedule's); Mocanu et al. 2018, arXiv 1707.04780, for random places.
+        sparsity depends on validation losses, here it is the schedule's); Mocanu et al. 2018,
+        arXiv 1707.04780, for random growth.
     """
 
     fraction: float = 0.3
@@ -102,13 +103,13 @@ class Regrowth(_configs.Configurable):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether it is to be given the gradients of a step."""
+        """Whether it needs the gradients of a step."""
         return self.criterion == "gradient"
 
     def require(
         self, structure: Structure, scope: Any, targets: Sequence[Target], schedule: Any
     ) -> None:
-        """Raise a ValueError unless it goes with what a pruner was asked for."""
+        """Raise a ValueError if it does not fit the arguments of a pruner."""
         if self.across_layers and not isinstance(structure, Unstructured):
             raise ValueError(
                 f"across_layers must be False with structure={structure!r}, whose units are of "
@@ -127,7 +128,7 @@ class Regrowth(_configs.Configurable):
             )
 
     def require_moves(self, schedule: Any) -> None:
-        """Raise a ValueError if it is known that weights never move under a schedule."""
+        """Raise a ValueError if it is known that a schedule never lets a weight move."""
         if self.first_move(schedule) == 0:
             raise ValueError(
                 f"regrowth={self!r} would never move a weight under {schedule!r}: it does so at "
@@ -138,9 +139,9 @@ class Regrowth(_configs.Configurable):
             )
 
     def first_move(self, schedule: Any) -> int | None:
-        """Return the first step at which weights move; 0 if none does, None if that is not known.
+        """Return the first step at which weights move; 0 if there is none, None if not known.
 
-        It is the first multiple of `frequency` at which there are pruned weights, if it is below T.
+        It is the first multiple of `frequency` with pruned weights, if that is below T.
         """
         last = self.last_step(schedule) - 1
         known = scheduling.renewals(schedule, last) if self.frequency <= last else []
@@ -151,17 +152,17 @@ class Regrowth(_configs.Configurable):
         return step if step <= last else 0
 
     def last_step(self, schedule: Any) -> int:
-        """Return the step T from which nothing moves any more; 0 if that is not known."""
+        """Return the step T, from which no weight moves; 0 if it is not known."""
         steps = getattr(schedule, "end_step", -1) if self.steps is None else self.steps
         return round(self.until * steps) if steps > 1 else 0
 
     def is_due(self, schedule: Any, before: tf.Tensor, now: tf.Tensor) -> tf.Tensor:
-        """Return whether weights move at a step after `before` up to `now`."""
-        is_met = now // self.frequency > before // self.frequency
-        return is_met & (now < self.last_step(schedule))
+        """Return whether weights move at a step in (before, now]."""
+        has_multiple = now // self.frequency > before // self.frequency
+        return has_multiple & (now < self.last_step(schedule))
 
     def share(self, schedule: Any, step: tf.Tensor) -> tf.Tensor:
-        """Return the fraction of the kept weights that go at a step."""
+        """Return the fraction of the kept weights that are dropped at a step."""
         progress = tf.cast(step, tf.float32) / self.last_step(schedule)
         return 0.5 * self.fraction * (1.0 + tf.cos(math.pi * tf.minimum(progress, 1.0)))
 
@@ -178,24 +179,24 @@ class Regrowth(_configs.Configurable):
         """Return the masks after a move.
 
         Args:
-            structure: of the pruner.
-            pairs: (target, mask) of each weight.
-            gradients: of the loss by each, not looked at where places are random.
-            share: fraction of the kept weights that go.
-            step: the present one, for the seeds.
-            min_weights: what every weight tensor keeps at least.
+            structure: the structure of the pruner.
+            pairs: (target, mask) of each weight tensor.
+            gradients: of the loss with respect to each; not used with criterion "random".
+            share: fraction of the kept weights that are dropped.
+            step: the present step, for the seeds.
+            min_weights: the minimum number of kept weights of every weight tensor.
         """
         weights = [tf.convert_to_tensor(tensor_variable(target.variable)) for target, _ in pairs]
-        worths = [finite(Magnitude()(weight)) for weight in weights]
-        widest = tf.float64 if any(w.dtype == tf.float64 for w in worths) else tf.float32
+        magnitudes = [finite(Magnitude()(weight)) for weight in weights]
+        widest = tf.float64 if any(m.dtype == tf.float64 for m in magnitudes) else tf.float32
         moves = []
         for index, (target, mask) in enumerate(pairs):
-            worth = tf.cast(worths[index], widest)
+            keep_score = tf.cast(magnitudes[index], widest)
             if self.needs_gradients:
-                gain = tf.cast(tf.abs(gradients[index]), worth.dtype)
+                grow_score = tf.cast(tf.abs(gradients[index]), widest)
             else:
                 seed = tf.stack([tf.constant(self.seed, tf.int32), tf.cast(step, tf.int32)])
                 seed = tf.random.experimental.stateless_fold_in(seed, index)
-                gain = tf.random.stateless_uniform(target.shape, seed, dtype=worth.dtype)
-            moves.append(Move(target, tf.convert_to_tensor(mask), worth, gain))
+                grow_score = tf.random.stateless_uniform(target.shape, seed, dtype=widest)
+            moves.append(Move(target, tf.convert_to_tensor(mask), keep_score, grow_score))
         return structure.moved(moves, share, min_weights if self.across_layers else 0)

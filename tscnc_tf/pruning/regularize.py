@@ -1,4 +1,4 @@
-"""Attach regularizers to the layers of a model that exists already."""
+"""Attach regularizers to the layers of an existing model."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from tscnc_tf._keras.models import listed, selector
 def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any:
     """Return a copy of a model with a regularizer on its kernels; weights and outputs are the same.
 
-    In Keras, setting `layer.kernel_regularizer` does nothing once the layer is built. So the layers
-    are built anew from their configuration, with the regularizer in it, and given the old weights;
-    what is frozen stays so, and functions and adapted vocabularies come along.
+    In Keras, setting `layer.kernel_regularizer` has no effect once the layer is built. So the
+    layers are rebuilt from their configurations with the regularizer, and the weights are copied.
+    Frozen layers stay frozen; functions and adapted vocabularies are copied, too.
 
-    What a layer has for a regularizer already stays: both are added up. Kernels of grouped,
-    depthwise, separable and transposed convolutions are read as what they are. Layers inside
-    wrappers (TimeDistributed, Bidirectional, RNN) are followed, and a layer that is used in several
-    places stays one. A warning names the chosen kernels that stay unconstrained, such as those of
-    MultiHeadAttention, which take a regularizer by hand, with `layout="attention"`.
+    If a layer already has a regularizer, both are added. The kernels of grouped, depthwise,
+    separable and transposed convolutions are read with the right layout. Layers inside wrappers
+    (TimeDistributed, Bidirectional, RNN) are included, and a layer that is used in several places
+    remains one layer. A warning names the chosen kernels that get no regularizer, such as those of
+    MultiHeadAttention: give these layers one by hand, with `layout="attention"`.
 
     Args:
-        model: a Sequential or functional model of either Keras, built; nested models are followed.
+        model: a built Sequential or functional model of either Keras; nested models are included.
         regularizer: a regularizer of `tscnc_tf.regularizers`, or any other `kernel -> penalty`.
         layers: which layers: a layer class or a tuple of them, a layer of the model, a name pattern
             such as "conv*", a predicate `layer -> bool`, or a list of these; None for all that
-            have a kernel. To choose a layer is to choose the layers inside it. An element of a list
-            that fits no layer of the model is an error.
+            have a kernel. A chosen layer includes the layers inside it. An element of a list that
+            matches no layer of the model is an error.
 
     Returns:
-        A new, uncompiled model of the same Keras. The old one is not changed.
+        A new, uncompiled model of the same Keras. The given model is not changed.
 
     Raises:
         TypeError: `model` is no Keras model, or `regularizer` is not callable.
-        ValueError: the model is subclassed, not built, pruned already (or a model inside it is),
-            holds a layer that can't be rebuilt from its configuration, no layer is chosen, or one
-            that is quantized or has LoRA enabled; or a name, class or layer in a list fits none.
+        ValueError: the model is subclassed, not built, already pruned (or a model inside it is), or
+            has a layer that can't be rebuilt from its configuration; no layer is chosen, or one
+            that is quantized or has LoRA enabled; or an element of a list matches no layer.
 
     Example:
         >>> import tf_keras
@@ -73,9 +73,9 @@ def add_regularizers(model: Any, regularizer: Any, *, layers: Any = None) -> Any
     if names := rebuilding.unconstrained():
         warnings.warn(
             f"These kernels are chosen, but stay unconstrained: {', '.join(names)}. They are not "
-            "one matrix from inputs to outputs, or their layer's configuration has no place for "
-            "a regularizer. Attention and EinsumDense take one by hand, with layout= (see "
-            "KernelRegularizer). Choose the others by layers= if that is meant.",
+            "one matrix from inputs to outputs, or their layer's configuration has no entry for "
+            "a regularizer. Give attention and EinsumDense layers one by hand, with layout= (see "
+            "KernelRegularizer). To avoid this warning, choose the other layers by layers=.",
             UserWarning,
             stacklevel=2,
         )
@@ -86,14 +86,14 @@ def _able(layer: Any) -> Iterator[Any]:
     """Yield the layers, of a model or in a layer, whose kernels take a regularizer."""
     specs = kernel_layers.kernel_specs(layer)
     if specs and any(spec.regularizer in layer.get_config() for spec in specs):
-        yield layer  # what is inside, such as a cell, has no configuration of its own
+        yield layer  # parts such as a cell have no configuration of their own
         return
     for part in kernel_layers.parts(layer):
         yield from _able(part)
 
 
 class _Rebuilding(cloning.Rebuilder):
-    """Builds the layers of one model anew, with a regularizer on the kernels that are chosen."""
+    """Rebuilds the layers of one model with a regularizer on the chosen kernels."""
 
     def __init__(
         self,
@@ -106,8 +106,8 @@ class _Rebuilding(cloning.Rebuilder):
         self.regularizer = regularizer
         self.constrained = 0
         self._graph = list(_layers(library, model))
-        # To choose a layer is to choose the layers inside it.
-        self._taken = {
+        # A chosen layer includes the layers inside it.
+        self._chosen = {
             id(inner)
             for layer in self._graph
             for part in kernel_layers.flatten(layer)
@@ -116,8 +116,8 @@ class _Rebuilding(cloning.Rebuilder):
         }
 
     def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the configuration with the regularizer in it, if the layer is chosen."""
-        for spec in kernel_layers.kernel_specs(layer) if id(layer) in self._taken else ():
+        """Return the configuration, with the regularizer if the layer is chosen."""
+        for spec in kernel_layers.kernel_specs(layer) if id(layer) in self._chosen else ():
             if spec.regularizer not in config:
                 continue
             adapted.require_plain(layer, "a regularizer on it")
@@ -128,27 +128,26 @@ class _Rebuilding(cloning.Rebuilder):
         return config
 
     def unconstrained(self) -> list[str]:
-        """Return the names of the chosen kernels that got no regularizer. The copy is built."""
+        """Return the names of the chosen kernels without the regularizer; call it after rebuild."""
         constrained = {
             id(getattr(before, spec.attribute, None))
             for before, after in self.pairs
             for spec in kernel_layers.kernel_specs(before)
             if _is_added(before, after, spec.regularizer)
         }
-        names: dict[
-            int, str
-        ] = {}  # by the ids of the kernels, as wrappers have those of the layer inside, too
+        # By the ids of the kernels, as wrappers have those of the layer inside, too.
+        names: dict[int, str] = {}
         for layer in self._graph:
             for part in kernel_layers.flatten(layer):
                 for attribute, variable in kernel_layers.named_kernels(part):
-                    if id(part) in self._taken and id(variable) not in constrained:
+                    if id(part) in self._chosen and id(variable) not in constrained:
                         path = [layer.name] if part is layer else [layer.name, part.name]
                         names.setdefault(id(variable), "/".join([*path, attribute]))
         return list(names.values())
 
 
 def _layers(library: types.ModuleType, model: Any) -> Iterator[Any]:
-    """Yield the layers that a model and the models nested in it are made of."""
+    """Yield the layers of a model and of the models nested in it."""
     for layer in model.layers:
         if isinstance(layer, library.Model):
             yield from _layers(library, layer)
@@ -157,7 +156,7 @@ def _layers(library: types.ModuleType, model: Any) -> Iterator[Any]:
 
 
 def _is_added(before: Any, after: Any, argument: str) -> bool:
-    """Tell whether a rebuilt layer has a regularizer in addition to what it had."""
+    """Return whether a rebuilt layer has another regularizer than before."""
     old, new = getattr(before, argument, None), getattr(after, argument, None)
     if old is None:
         return new is not None
@@ -167,7 +166,7 @@ def _is_added(before: Any, after: Any, argument: str) -> bool:
 
 
 def _combined(existing: Any, new: Any, spec: kernel_layers.KernelSpec, library: Any) -> Any:
-    """Return what a layer's configuration holds already and what comes, added up."""
+    """Return the sum of the regularizer in a layer's configuration and the new one."""
     if isinstance(new, regularizers.KernelRegularizer | regularizers.RegularizerSum):
         new = new.for_kernel(layout=spec.layout, channel_groups=spec.channel_groups)
     if existing is not None:

@@ -1,4 +1,4 @@
-"""How the weights that are kept are distributed among the layers."""
+"""Scopes: how the kept weights are distributed among the weight tensors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class Units(NamedTuple):
 
     Attributes:
         scores: a float vector, one per unit.
-        size: the number of weights in each unit; a vector where they differ.
-        weights: the number of all weights.
-        guard: a mask of the units, of one weight each, that are kept whatever the sparsity; None
-            for no such units.
+        size: the number of weights in each unit; a vector if they differ.
+        weights: the number of weights of the tensor.
+        guard: a mask of units of one weight each that are kept at any sparsity; None for none.
     """
 
     scores: tf.Tensor
@@ -35,14 +34,14 @@ class Units(NamedTuple):
 
     @property
     def ranks(self) -> tf.Tensor:
-        """The scores, with +inf for what is kept in any case."""
+        """The scores, with +inf for guarded units."""
         if self.guard is None:
             return self.scores
         return tf.where(self.guard, tf.constant(np.inf, self.scores.dtype), self.scores)
 
 
 class Scope(abc.ABC):
-    """Chooses the units to keep; of every weight tensor at least `min_weights` weights."""
+    """Chooses the units to keep, at least `min_weights` weights of every weight tensor."""
 
     is_per_layer = False
 
@@ -65,13 +64,13 @@ class Scope(abc.ABC):
             number = tf.maximum(tf.cast(number, tf.int32), fewest)
             exact = count if units.size == 1 else number
             return functional.largest(units.ranks, exact)
-        # Units are kept as long as they fit into the count, so it is raised to reach the minimum.
-        reach = minimum + int(np.max(units.size)) - 1
-        return functional.largest_within(units.scores, units.size, tf.maximum(count, reach))
+        # Units are kept while they fit into the count: this one makes sure of the minimum.
+        sufficient = minimum + int(np.max(units.size)) - 1
+        return functional.largest_within(units.scores, units.size, tf.maximum(count, sufficient))
 
 
 class ByCounts(Scope):
-    """Each weight tensor by itself, with its own sparsity."""
+    """Each weight tensor has its own sparsity: `rule` lists them, given that of the schedule."""
 
     def __init__(self, min_weights: int, rule: Any, is_per_layer: bool) -> None:
         super().__init__(min_weights)
@@ -79,7 +78,7 @@ class ByCounts(Scope):
         self.is_per_layer = is_per_layer
 
     def counts(self, sizes: Sequence[int], sparsity: Any) -> list[tf.Tensor]:
-        """Return how many weights each tensor keeps."""
+        """Return the number of weights that each tensor keeps."""
         sparsities = self._rule(tf.cast(sparsity, tf.float32))
         return [
             tf.maximum(functional.kept_count(size, sparsities[index]), min(self.min_weights, size))
@@ -92,17 +91,17 @@ class ByCounts(Scope):
         return [self._best(*pair) for pair in zip(units, counts, strict=True)]
 
 
-class SharedOut(Scope):
-    """What the sparsity leaves is shared out among all weight tensors, exactly as many.
+class ByCurve(Scope):
+    """Distributes the kept weights of all tensors together by a curve; the total is exact.
 
-    They are as many as all together have at that sparsity, or as their minima, if these are more.
-    None keeps more as the sparsity rises. With units of several weights each count is rounded to
-    whole ones after that.
+    The total is what the sparsity leaves of all tensors together, or the sum of the minima, if that
+    is more. No tensor keeps more weights at a higher sparsity. With units of several weights, each
+    count is then rounded to whole units.
 
     Args:
-        min_weights: what every weight tensor keeps at least.
-        curve: returns what each tensor is to keep, a float64 vector, given a float64 scalar with
-            which all of them rise, from nothing at -60 to all at 60.
+        min_weights: the minimum number of kept weights of every weight tensor.
+        curve: returns the number of kept weights of each tensor, a float64 vector, given a float64
+            scalar. All numbers increase with the scalar, from none at -60 to all at 60.
     """
 
     def __init__(self, min_weights: int, curve: Callable[[tf.Tensor], tf.Tensor]) -> None:
@@ -116,7 +115,7 @@ class SharedOut(Scope):
         return [self._best(*pair) for pair in zip(units, counts, strict=True)]
 
     def counts(self, sizes: Sequence[int], sparsity: Any, lowest: Sequence[Any]) -> list[tf.Tensor]:
-        """Return how many weights each tensor keeps, given what it keeps at least."""
+        """Return the number of weights that each tensor keeps, given the minima."""
         total = functional.kept_count(sum(sizes), sparsity)
         return tf.unstack(share_out(self._curve, lowest, sizes, total))
 
@@ -128,7 +127,7 @@ class SharedOut(Scope):
 
 
 def in_proportion(parts: Any) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Return the curve of `SharedOut` for numbers in proportion to positive ones."""
+    """Return the curve of `ByCurve` for numbers in proportion to `parts`, which are positive."""
     parts = tf.cast(parts, tf.float64)
     return lambda log_factor: tf.exp(log_factor) * parts
 
@@ -138,15 +137,15 @@ def share_out(
 ) -> Any:
     r"""Return integers that add up to `total`, each within its bounds.
 
-    They are :math:`\text{clip}(\text{round}(f_l(t)))` with the largest t at which they are no more
-    than `total`; those that would all rise there rise one after the other, the first ones first. So
-    none falls as `total` rises. (Rounded down, with the rest given to the largest fractions, some
-    would.) Where `total` is out of reach, they add up to the sum of the nearer bounds.
+    They are :math:`\text{clip}(\text{round}(f_l(t)))` with the largest t at which their sum is at
+    most `total`. If several increase at this t, they are increased one after another, in order. So
+    no number decreases if `total` increases. (With rounding down, and the rest given to the largest
+    fractions, some would.) If `total` is out of reach, the sum is that of the nearer bounds.
 
     Args:
-        curve: the functions f of t, see `SharedOut`.
-        lowest: a vector of integers.
-        highest: likewise.
+        curve: the functions f of t, see `ByCurve`.
+        lowest: the lower bounds, a vector of integers.
+        highest: the upper bounds, a vector of integers.
         total: an integer.
 
     Returns:
@@ -156,9 +155,9 @@ def share_out(
     total = tf.clip_by_value(total, tf.reduce_sum(lowest), tf.reduce_sum(highest))
 
     def whole(at: tf.Tensor) -> tf.Tensor:
-        # Clipped before the cast: what is far above all bounds is no int32.
-        found = tf.minimum(tf.round(curve(at)), tf.cast(highest, tf.float64))
-        return tf.maximum(tf.cast(found, tf.int32), lowest)
+        # Clipped before the cast, as large values overflow int32.
+        clipped = tf.minimum(tf.round(curve(at)), tf.cast(highest, tf.float64))
+        return tf.maximum(tf.cast(clipped, tf.int32), lowest)
 
     def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         middle = (low + high) / 2
@@ -167,7 +166,7 @@ def share_out(
 
     ends = tf.constant(-60.0, tf.float64), tf.constant(60.0, tf.float64)
     low, high = tf.while_loop(lambda *_: True, halve, ends, maximum_iterations=60)
-    # What rises within rounding of there rises at once, on every device.
+    # The tolerance makes the result independent of rounding errors, which depend on the device.
     below, above = whole(low - 1e-10), whole(high + 1e-10)
     more = above - below
     left = total - tf.reduce_sum(below)
@@ -175,7 +174,7 @@ def share_out(
 
 
 class Global(Scope):
-    """All weight tensors together, by their scores."""
+    """The units of all weight tensors compete by their scores."""
 
     def choose(self, units: Sequence[Units], sparsity: Any) -> list[tf.Tensor]:
         """Return a mask of units for each weight tensor."""
@@ -192,23 +191,24 @@ class Global(Scope):
         else:
             sizes = [np.broadcast_to(u.size, n) for u, n in zip(units, lengths, strict=True)]
             mask = functional.largest_within(scores, np.concatenate(sizes), count)
-        # The minima hold also where all of them together are more than the sparsity leaves.
+        # The minima are kept even if their sum is more than the sparsity leaves.
         return tf.split(mask | tf.equal(scores, np.inf), lengths)
 
     def _compared(self, units: Units) -> tf.Tensor:
-        """Return what the units of all weight tensors are compared by."""
+        """Return scores that are comparable between weight tensors."""
         return units.scores
 
 
 class Lamp(Global):
-    r"""All weight tensors together, by layer-adaptive scores.
+    r"""The units of all weight tensors compete by layer-adaptive scores.
 
-    The score of a unit is its square over the sum of squares of its own weight tensor's units that
-    are not smaller,
+    The score of a unit is its square, divided by the sum of squares of the units of its tensor that
+    are not smaller:
 
     .. math:: s_u^2 / \textstyle\sum_{v:\, s_v \ge s_u} s_v^2
 
-    which keeps their order within a tensor, and the largest of each in any case, with a score of 1.
+    The order within a tensor does not change. The largest unit of each tensor has the score 1, so
+    it is always kept.
 
     Reference:
         Lee et al. 2021, arXiv 2010.07611, equation 4.
@@ -217,7 +217,7 @@ class Lamp(Global):
     def _compared(self, units: Units) -> tf.Tensor:
         alive = tf.math.is_finite(units.scores)
         sizes = tf.where(alive, tf.maximum(units.scores, 0.0), 0.0)
-        # In units of the largest: squares of tiny scores are zero in float32.
+        # Divided by the largest, as squares of tiny scores would be zero in float32.
         squares = tf.square(tf.math.divide_no_nan(sizes, tf.reduce_max(sizes)))
         order = tf.argsort(squares, direction="DESCENDING", stable=True)
         ordered = tf.gather(squares, order)
@@ -232,16 +232,16 @@ def scope_for(
     final: float,
     minimum: int,
 ) -> Scope:
-    """Return the scope that an argument `scope` names.
+    """Return the scope for an argument `scope`.
 
     Args:
         value: one of `SCOPES`, or final sparsities by name pattern.
-        targets: the weights that are pruned.
+        targets: the pruned weights.
         final: the schedule's final sparsity.
-        minimum: how many weights every weight tensor keeps at least.
+        minimum: the minimum number of kept weights of every weight tensor.
 
     Raises:
-        TypeError, ValueError: `value` is none of these, or a pattern fits no weight.
+        TypeError, ValueError: `value` is none of these, or a pattern matches no weight.
     """
     if value == "layer":
         return ByCounts(minimum, lambda sparsity: [sparsity] * len(targets), True)
@@ -250,9 +250,9 @@ def scope_for(
     if value == "lamp":
         return Lamp(minimum)
     if value == "igq":
-        return SharedOut(minimum, _igq([target.size for target in targets]))
+        return ByCurve(minimum, _igq([target.size for target in targets]))
     if value == "erk":
-        return SharedOut(minimum, _erk([target.shape for target in targets]))
+        return ByCurve(minimum, _erk([target.shape for target in targets]))
     if not isinstance(value, Mapping):
         raise ValueError(
             f"scope must be one of {', '.join(map(repr, SCOPES))}, or a dict of final sparsities "
@@ -262,7 +262,7 @@ def scope_for(
 
 
 def fitting(ratios: Mapping[str, float], targets: Sequence[Target]) -> dict[str, float]:
-    """Return the sparsities by name pattern whose patterns fit a weight."""
+    """Return the sparsities by name pattern, without patterns that match no weight."""
     return {
         pattern: ratio
         for pattern, ratio in ratios.items()
@@ -271,12 +271,12 @@ def fitting(ratios: Mapping[str, float], targets: Sequence[Target]) -> dict[str,
 
 
 def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: float) -> Any:
-    """Return the rule of sparsities by name: each rises in step with the schedule."""
+    """Return the rule of `ByCounts` for sparsities by name, in proportion to the schedule's."""
     ratios = {name: _checks.sparsity(f"scope[{name!r}]", ratio) for name, ratio in ratios.items()}
     if final == 0.0:
         raise ValueError(
-            f"scope={dict(ratios)!r} needs a schedule that leads to a sparsity above 0: those of "
-            "scope rise in step with it."
+            f"scope={dict(ratios)!r} needs a schedule with a final sparsity above 0: the "
+            "sparsities of scope are in proportion to it."
         )
     names = [target.name for target in targets]
     for pattern in ratios:
@@ -294,8 +294,7 @@ def _by_pattern(ratios: Mapping[str, float], targets: Sequence[Target], final: f
 def _erk(shapes: Sequence[tuple[int, ...]]) -> Callable[[tf.Tensor], tf.Tensor]:
     r"""Return the curve of Erdős–Rényi-Kernel: densities in proportion to Σ axes / Π axes.
 
-    No density is above 1; what that takes from one layer goes to the others, so that the sparsity
-    of all together is the one asked for.
+    Densities are at most 1; the other layers then keep more, so that the total is exact.
 
     Reference:
         Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, section 3.
@@ -306,8 +305,8 @@ def _erk(shapes: Sequence[tuple[int, ...]]) -> Callable[[tf.Tensor], tf.Tensor]:
 def _igq(sizes: Sequence[int]) -> Callable[[tf.Tensor], tf.Tensor]:
     r"""Return the curve of ideal-gas quotas: of n weights :math:`n / (1 + F n)` are kept.
 
-    F is the same for all layers, and such that together they keep what the sparsity leaves. Small
-    layers stay denser, and none keeps more than 1/F: no layer is starved.
+    F is the same for all layers, and such that the total is exact. Small layers stay denser, and no
+    layer keeps more than 1/F weights.
 
     Reference:
         Chen et al. 2022, "Sparsity winning twice", arXiv 2202.09844, section 3.2.

@@ -1,4 +1,4 @@
-"""Pruning by importance scores that are trained: the second way of the mask engine (HYDRA)."""
+"""Pruning by trained importance scores (HYDRA), by the masks engine."""
 
 from __future__ import annotations
 
@@ -33,69 +33,67 @@ _ALSO_TRAIN = ("normalization", "all", "none")
 
 @_keras.register
 class ScorePruner(Pruner):
-    r"""Learns which weights to keep, by a score for each, while the weights stay as they are.
+    r"""Trains a score for each weight, to choose the weights to keep. The weights do not change.
 
-    Of each kernel :math:`w` the k weights with the largest :math:`|s|` act, and the others are
-    zero: the kernel of the layer is :math:`w \odot m`, :math:`m = 1[|s| \in \text{top } k]`, after
-    every step, and exactly k weights are kept, ties or not. What training changes is s. It begins
-    as
+    Of each kernel :math:`w` the k weights with the largest :math:`|s|` are kept, and the others are
+    zero: after every step the kernel of the layer is :math:`w \odot m`,
+    :math:`m = 1[|s| \in \text{top } k]`. Exactly k weights are kept, also with ties. The scores are
+    initialised by
 
     .. math:: s = \sqrt{6/\text{fan-in}}\; w / \max|w|
 
-    so at first the largest weights act. The gradient passes the choice as if it were the identity
-    (straight-through), and :math:`|s|` as it is:
+    so that at first the largest weights are kept. The gradient of the scores is straight-through:
+    it passes the choice of the masks as if that were the identity.
 
     .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
 
-    It is there for weights that are zero at present, too: so they can come back. (A kernel's sign
-    is that of s at first; without the last factor a negative score would fall in magnitude just
-    where its weight is of use.)
+    Pruned weights have this gradient too, so they can come back. (At first s has the sign of w.
+    Without the last factor, the magnitude of a negative score would fall if its weight is useful.)
 
-    The model is given the pruner in place, as with `Pruner`, and is pruned at once. From then on
-    its `fit`, and `AdversarialTraining`, train the scores in place of the kernels: the optimizer
-    sees the kernels' gradients as those of the scores, with its momentum, clipping, loss scale,
-    weight decay (of scores) and moving averages (of scores; where Keras puts these in place of the
-    weights, they become the scores, and the masks are chosen by them). Penalties on kernels, such
-    as `TSCNC`, are part of the loss. A loop of your own calls `apply_gradients` of this pruner in
-    place of the optimizer's; for a model inside another one, `callbacks.pruning_callbacks()` do
-    it. Weights that are set or loaded from outside (`set_weights`, `load_weights`) become the dense
-    ones, and their scores are initialised again. Keras' `SwapEMAWeights` does not work here: it
-    would put scores in place of weights. Where the stage is begun by a callback of `fit` and the
-    optimizer has averages, `use_ema=True`, give `callbacks.pruning_callbacks()`, too.
+    The pruner is attached to the model in place, as with `Pruner`, and prunes it at once. From then
+    on its `fit`, and `AdversarialTraining`, train the scores in place of the kernels. The optimizer
+    applies its momentum, clipping, loss scale, weight decay and moving averages to the scores and
+    their gradients. If Keras replaces weights by averages (`use_ema=True`), the averages become the
+    scores and choose the masks; if in addition a callback of `fit` attaches this pruner, give
+    `callbacks.pruning_callbacks()`, too. Keras' `SwapEMAWeights` does not work here: it would
+    replace weights by scores. Penalties on kernels, such as `TSCNC`, are part of the loss.
 
-    After the stage, `pruning.freeze_mask(model)` ends it: the mask stays for good, the weights
+    Your own training loop calls `apply_gradients` of this pruner in place of the optimizer's. For a
+    model inside another one, give `callbacks.pruning_callbacks()`. Weights that are set or loaded
+    from outside (`set_weights`, `load_weights`) become the dense weights, and their scores are
+    initialised again.
+
+    `pruning.freeze_mask(model)` ends this training: the masks are frozen, the weights
     :math:`w \odot m` are trained again, and the model's pruner is a frozen `Pruner`. Compile the
-    model anew for it. `strip` ends it without more.
+    model again for it. `strip` ends it, too, and leaves no pruner.
 
-    Dense weights and scores take twice the memory of the kernels, in `.keras` files too, until
-    then. All else is as with `Pruner`.
+    Until then, dense weights and scores take twice the memory of the kernels, also in `.keras`
+    files. Everything else is as with `Pruner`.
 
     Args:
-        model: a built model of either Keras, trained already, subclassed ones too.
+        model: a built, trained model of either Keras; it may be subclassed.
         sparsity: fraction of zeros, in [0, 1).
-        frequency: number of optimizer steps from one choice of the masks to the next, >= 1. A
-            choice takes some 30 passes over the scores; in between, the masks are those of the last
-            one. Where the stage ends, they are chosen once more.
-        also_train: what is trained beside the scores: "normalization" (γ and β of normalization
-            layers, as in the authors' code), "all" that is trainable, biases and kernels that are
-            not pruned among them, or "none". Moving statistics of BatchNorm follow the data as in
-            any training, whichever it is.
+        frequency: number of optimizer steps between renewals of the masks, >= 1. A renewal takes
+            some 30 passes over the scores. The masks are renewed once more at the end.
+        also_train: what is trained in addition to the scores: "normalization" (γ and β of
+            normalization layers, as in the authors' code), "all" that is trainable, including
+            biases and kernels that are not pruned, or "none". In any case the moving statistics of
+            BatchNorm are updated.
         layers: which layers, as in `Pruner`.
         weights: a pattern for the names of weights, as in `Pruner`.
         min_rank: the smallest rank of a weight to prune.
-        structure: as in `Pruner`; a unit is worth the mean of its weights' :math:`|s|`.
-        scope: as in `Pruner`; or "learned", or `Learned()` with options: the shares of the layers
-            are trained, together with the scores.
-        min_weights: the number of weights that every weight tensor keeps at least.
-        perturb_scores: the radius of a step on the scores *against* training before each step of
-            theirs, relative to the norm of the scores of each weight tensor, >= 0; 0 for none. See
-            `perturbed`.
+        structure: as in `Pruner`; the score of a unit is the mean of :math:`|s|`.
+        scope: as in `Pruner`; or "learned", or `Learned()` with options, to train the shares of the
+            layers together with the scores.
+        min_weights: the minimum number of kept weights of every weight tensor.
+        perturb_scores: the radius of an adversarial step on the scores before each step of the
+            optimizer, relative to the norm of the scores of each weight tensor, >= 0; 0 for none.
+            See `perturbed`.
 
     Raises:
-        TypeError: an argument is of a wrong kind.
-        ValueError: the model is not built or has a pruner already, nothing is left to prune, a
-            kernel is all zero or not finite, a layer has LoRA enabled, or an argument is out of
-            range.
+        TypeError: an argument has a wrong type.
+        ValueError: the model is not built or already pruned, no weight is left to prune, a kernel
+            is all zero or not finite, a layer has LoRA enabled, or an argument is out of range.
 
     Warns:
         UserWarning: as `Pruner`.
@@ -150,7 +148,7 @@ class ScorePruner(Pruner):
             found,
             criterion=None,
             structure=structure,
-            scope=learned.option(scope),
+            scope=learned.normalized(scope),
             min_weights=min_weights,
         )
         if is_new:
@@ -159,22 +157,22 @@ class ScorePruner(Pruner):
 
     def _set_up(self, *arguments: Any, **options: Any) -> None:
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that took a step
-        self._steps_under_way = 0  # of optimizers, on scores in the kernels' place; one a replica
-        self._perturbations = 0  # that act at present; one a replica
+        self._running_steps = 0  # steps of optimizers on scores, one per replica
+        self._perturbations = 0  # open contexts of `perturbed`, one per replica
         super()._set_up(*arguments, **options)
         scope = self._selection.scope
         if isinstance(scope, Learned):
-            least = self._selection.min_weights
+            min_weights = self._selection.min_weights
             self._shares = learned.TrainedShares(
-                scope, self.targets, self._asked, least, self.state
+                scope, self.targets, self._asked, min_weights, self.state
             )
         self._initialise()
 
     def begin(self) -> None:
-        """Begin the stage with the kernels as they are: as dense weights, and for first scores.
+        """Initialise dense weights and scores from the present kernels, and choose the masks.
 
         The constructor does so. Called again, it discards the trained scores. It consists of
-        TensorFlow operations, for a program that is given the weights later.
+        TensorFlow operations, for a program that gets the weights at run time.
         """
         self._initialise()
         self.choose()
@@ -184,28 +182,28 @@ class ScorePruner(Pruner):
             weight = tf.convert_to_tensor(tensor_variable(target.variable))
             dense.assign(weight)
             score.assign(arithmetic.initial(weight, target))
-        self._begin_shares(self._first_masks)
+        self._reset_shares(self._first_masks)
 
     def _new_state(self, *_: Any) -> Any:
         dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
         return super()._new_state(dtypes, has_shares=isinstance(self._selection.scope, Learned))
 
     def triples(self) -> list[tuple[Target, Any, Any]]:
-        """Return (target, variable of its dense weights, variable of its scores) for each."""
+        """Return (target, variable of the dense weights, variable of the scores) for each."""
         dense, scores = self.state.dense, self.state.scores
         return [(self.targets[index], dense[index], scores[index]) for index in self._held()]
 
     @property
     def shares(self) -> dict[str, float]:
-        """The shares of the weights to keep by name, as trained so far, if they are `Learned`.
+        """The trained shares of kept weights, by name; empty unless the scope is `Learned`.
 
-        What the layers keep is in proportion to them; `pruning.report` has that.
+        The numbers of kept weights are in proportion to them; `pruning.report` has these numbers.
         """
         return {} if self._shares is None else self._shares.named(self._held())
 
     @property
     def frequency(self) -> int:
-        """The number of optimizer steps from one choice of the masks to the next."""
+        """The number of optimizer steps between renewals of the masks."""
         return self.schedule.frequency
 
     def training(self, optimizer: Any = None) -> contextlib.AbstractContextManager[Any]:
@@ -214,10 +212,10 @@ class ScorePruner(Pruner):
         `fit`, `AdversarialTraining` and the callbacks enter it by themselves.
 
         Args:
-            optimizer: None for all that the model holds.
+            optimizer: the optimizer; None for all that the model holds.
 
         Raises:
-            ValueError: LoRA was enabled in a layer whose scores are to be trained.
+            ValueError: LoRA was enabled in a layer whose scores are trained.
         """
         _require_no_lora(target.layer for target in self.targets)
         stack = contextlib.ExitStack()
@@ -227,22 +225,24 @@ class ScorePruner(Pruner):
 
     @contextlib.contextmanager
     def perturbed(self, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
-        r"""Let other weights act in the block, for a gradient that is more robust in the scores.
+        r"""Return a context in which perturbed scores choose the kept weights.
 
-        Those are the largest after one step on the scores of each weight tensor that raises a loss,
+        The scores of each weight tensor are perturbed by one step that raises the loss,
 
         .. math:: s + \rho\, \|s\|_2\, g / \|g\|_2, \qquad g = \partial L / \partial s
 
-        with :math:`\rho` = `perturb_scores`. The scores themselves stay; the next step on them uses
-        the gradient that is computed in the block, and brings back the weights that they choose.
+        with :math:`\rho` = `perturb_scores`. The scores themselves do not change. The next
+        optimizer step applies the gradient that is computed in the context to them, and restores
+        the weights that they choose.
 
-        `AdversarialTraining` does so in each step. It costs one more training pass (forward and
-        backward) and one more choice of the weights. Keras' own `fit` can't, and refuses. A loop of
-        your own computes its gradients in this block, and calls `apply_gradients` there.
+        `AdversarialTraining` uses it in each step, at the cost of one more training pass (forward
+        and backward) and one more choice of the weights. Keras' own `fit` can't, and raises an
+        error. Your own training loop computes its gradients, and calls `apply_gradients`, in this
+        context.
 
         Args:
-            loss: computes the value to descend, a scalar. What else it changes (moving statistics,
-                seeds of Dropout) is put back.
+            loss: returns the training loss, a scalar. Other state that it changes (moving
+                statistics, seeds of Dropout) is restored.
         """
         if not self.perturb_scores:
             yield
@@ -255,39 +255,41 @@ class ScorePruner(Pruner):
         found = tape.gradient(value, kernels, unconnected_gradients="zero")
         gradients = flavours.sum_over_replicas([tf.convert_to_tensor(each) for each in found])
         update_everywhere(
-            self.model, lambda strategy: self._act_uphill(strategy, active, gradients)
+            self.model, lambda strategy: self._assign_perturbed(strategy, active, gradients)
         )
         self._perturbations += 1
         try:
             yield
-        except BaseException:  # an interrupt, too
+        except BaseException:  # also an interrupt
             if tf.executing_eagerly():
                 self.apply()
             raise
         finally:
             self._perturbations -= 1
 
-    def _act_uphill(self, strategy: Any, active: list[int], gradients: list[tf.Tensor]) -> None:
-        """Let the weights act that perturbed scores choose, of some targets."""
-        dense, uphill = [self.state.dense[index] for index in active], []
+    def _assign_perturbed(
+        self, strategy: Any, active: list[int], gradients: list[tf.Tensor]
+    ) -> None:
+        """Assign the weights that perturbed scores choose to the kernels of some targets."""
+        dense, scores = [self.state.dense[index] for index in active], []
         for index, weight, slope in zip(active, dense, gradients, strict=True):
             score = self.state.scores[index]
             slope = arithmetic.gradient(slope * weight, score)
-            uphill.append(arithmetic.uphill(score, slope, self.perturb_scores))
-        for index, weight, mask in zip(active, dense, self._masks_by(active, uphill), strict=True):
+            scores.append(arithmetic.perturbed(score, slope, self.perturb_scores))
+        for index, weight, mask in zip(active, dense, self._masks_by(active, scores), strict=True):
             variable = tensor_variable(self.targets[index].variable)
-            strategy.extended.update(variable, _act, args=(weight, mask))
+            strategy.extended.update(variable, _assign_masked, args=(weight, mask))
 
     @tf.autograph.experimental.do_not_convert
     def apply_gradients(self, optimizer: Any, gradients_and_variables: Any) -> Any:
-        """Take an optimizer's step on the scores, and choose the weights to keep by them.
+        r"""Take an optimizer step on the scores, and choose the weights to keep by them.
 
-        For a training loop of your own, in place of `optimizer.apply_gradients`.
+        For your own training loop, in place of `optimizer.apply_gradients`.
 
         Args:
-            optimizer: of the model's Keras.
-            gradients_and_variables: pairs of a gradient and a variable of the model, kernels as
-                they are in the model.
+            optimizer: an optimizer of the model's Keras.
+            gradients_and_variables: pairs of a gradient and a variable of the model; those of
+                kernels are the gradients of :math:`w \odot m`.
 
         Returns:
             What the optimizer's `apply_gradients` returns.
@@ -296,14 +298,14 @@ class ScorePruner(Pruner):
             return optimizer.apply_gradients(gradients_and_variables)
 
     def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:
-        """Let an optimizer take its step on scores.
+        """Take an optimizer step on the scores.
 
-        While it acts, the kernels' variables hold the scores: so all that it keeps for them
-        (momenta, averages), and all that it does to them (weight decay), is for the scores.
+        During the step the kernels' variables hold the scores, so that the optimizer's variables
+        (momenta, averages) and updates (weight decay) are for the scores.
 
         Args:
-            optimizer: of either Keras.
-            pairs: of gradients and weights, those of kernels as they act.
+            optimizer: an optimizer of either Keras.
+            pairs: gradients and variables, see `apply_gradients`.
             step: the optimizer's own step, `step(pairs)`.
         """
         kernels = {optimizers.key(target.variable) for target, _, _ in self.triples()}
@@ -311,7 +313,7 @@ class ScorePruner(Pruner):
         if not (self.is_attached and is_ours):
             return step(pairs)
         self._require_followed(optimizer)
-        # A step without data, at the end of a dataset, would leave the scores in the kernels.
+        # Otherwise a step without data, at the end of a dataset, would leave scores in the kernels.
         with depending_on([gradient for gradient, _ in pairs if gradient is not None]):
             if tf.executing_eagerly():
                 self._reset_if_new(optimizer)
@@ -321,25 +323,25 @@ class ScorePruner(Pruner):
             factors = {optimizers.key(t.variable): (dense, s) for t, dense, s in self.triples()}
             others = _frozen_others(self.model, self.also_train) - set(factors)
             products = arithmetic.products(pairs, factors)
-            slopes = self._shares and self._shares.slopes(optimizer, products)
+            slopes = self._shares and self._shares.gradients(optimizer, products)
             trained = arithmetic.gradients(pairs, products, factors, others)
             update_everywhere(self.model, lambda strategy: self._load_scores(strategy, optimizer))
-            self._steps_under_way += 1
+            self._running_steps += 1
             try:
                 result = step(trained)
-            except BaseException:  # an interrupt, too
+            except BaseException:  # also an interrupt
                 if tf.executing_eagerly():
-                    self.apply()  # the kernels hold scores at this moment
+                    self.apply()  # the kernels still hold the scores
                 raise
             finally:
-                self._steps_under_way -= 1
+                self._running_steps -= 1
             if self._shares is not None:
-                self._shares.move(self.model, self._active(), slopes)
+                self._shares.update(self.model, self._active(), slopes)
             self._step(optimizer, True)
         return result
 
     def _require_followed(self, optimizer: Any) -> None:
-        """Raise if an optimizer's step can't be followed by what is trained beside scores."""
+        """Raise a ValueError if this step can't train the shares, or lacks the perturbation."""
         accumulated = getattr(optimizers.innermost(optimizer), "gradient_accumulation_steps", None)
         if self._shares is not None and accumulated:
             raise ValueError(
@@ -354,29 +356,29 @@ class ScorePruner(Pruner):
                 "the gradients of your own loop in the context pruner.perturbed(loss)."
             )
 
-    def _begin_shares(self, masks_of: Callable[[list[int]], list[tf.Tensor]]) -> None:
-        """Let learned shares begin as what masks keep.
+    def _reset_shares(self, masks_of: Callable[[list[int]], list[tf.Tensor]]) -> None:
+        """Reset learned shares, if there are any, to those of masks.
 
         Args:
-            masks_of: returns the masks of some of the targets, given by their places.
+            masks_of: returns the masks of some of the targets, given by their indices.
         """
         active = self._active()
         if self._shares is not None and active:
-            self._shares.begin(active, masks_of(active))
+            self._shares.reset(active, masks_of(active))
 
     def _first_masks(self, indices: list[int]) -> list[tf.Tensor]:
-        """Return the masks that the start of learned shares chooses."""
-        alive, judged = self._ranked(indices)
-        return self._selection.only(indices).masks(self._asked, alive, judged)
+        """Return the masks of some targets by the scope `Learned.start`."""
+        alive, values = self._ranked(indices)
+        return self._selection.only(indices).masks(self._asked, alive, values)
 
     def _masks_by(self, indices: list[int], scores: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the masks that scores choose, one tensor for each of these targets."""
+        """Return the masks of some targets by given scores, one tensor for each."""
         alive, _ = self._ranked(indices)
         scope = None if self._shares is None else self._shares.scope(indices)
         return self._selection.only(indices).masks(self._asked, alive, scores, scope)
 
     def _on_finalize(self, finalize: Any) -> None:
-        """Let an optimizer put its averages in place of scores."""
+        """Replace the scores by the optimizer's averages of them, and choose the masks again."""
         if not self.is_attached:
             finalize()
             return
@@ -389,54 +391,53 @@ class ScorePruner(Pruner):
 
     def _load_scores(self, strategy: Any, optimizer: Any) -> None:
         """Assign the scores to the kernels' variables, for the optimizer."""
-        past = optimizers.iterations(optimizer) > 0
+        has_steps = optimizers.iterations(optimizer) > 0
 
-        def begin() -> None:
+        def reset() -> None:
             for target, _, score in self.triples():
-                optimizers.reset_companions(strategy, optimizer, target.variable, score, past)
+                optimizers.reset_companions(strategy, optimizer, target.variable, score, has_steps)
 
-        tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, begin, lambda: None)
+        tf.cond(tf.identity(tensor_variable(self.state.seen)) < 0, reset, lambda: None)
         for target, _, score in self.triples():
             strategy.extended.update(tensor_variable(target.variable), assign, args=(score,))
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Any) -> Any:  # noqa: ARG002
-        """Return what an optimizer's step has made of scores.
+        """Return the scores after an optimizer step, unchanged.
 
         Raises:
             RuntimeError: it was a step on the kernels.
         """
-        if not self._steps_under_way:
+        if not self._running_steps:
             raise RuntimeError(self._bypassed())
         return weight
 
     def _bypassed(self) -> str:
         return (
-            f"an optimizer step has changed the kernels of model {self.model.name!r}, which are "
-            "not what is trained while scores are. Train it by its own fit, by "
-            "AdversarialTraining, as a part of another model with pruning_callbacks(), or by "
-            "apply_gradients of its pruner; and compile anew what was trained before it was pruned."
+            f"an optimizer step has changed the kernels of model {self.model.name!r}, whose scores "
+            "are trained in place of the kernels. Train it by its own fit, by AdversarialTraining, "
+            "as a part of another model with pruning_callbacks(), or by apply_gradients of its "
+            "pruner. Compile every model again that was trained before this one was pruned."
         )
 
     @tf.autograph.experimental.do_not_convert
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:  # noqa: ARG002
-        """Check that no optimizer step has bypassed the scores; there is nothing else to do.
+        """Check that no optimizer step has bypassed the scores.
 
         Raises:
-            RuntimeError: one has changed the kernels, whose change is lost.
+            RuntimeError: a step has changed the kernels; the change is lost.
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizer
-        if self._is_bypassed(optimizer):
-            raise RuntimeError(self._bypassed())
+        self._require_intercepted(optimizer, self._bypassed())
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:
-        """Return `step` for an optimizer, to be called many times."""
+        """Return `step` for an optimizer, for many calls."""
         return functools.partial(self.step, optimizer)
 
     def on_weights_set(self) -> None:
-        """Use weights that were set from outside as dense ones, and initialise their scores again.
+        """Use weights that were set from outside as dense weights, and initialise their scores.
 
-        Where they are zero, the dense weights stay what they were, and rank last. What is as the
-        pruner has it is unchanged.
+        Where they are zero, the dense weights do not change, and rank last. Kernels that were not
+        changed keep their scores.
 
         Raises:
             ValueError: a kernel is all zero or not finite.
@@ -451,33 +452,32 @@ class ScorePruner(Pruner):
             for target, _, _ in changed:
                 _require_rankable(target, "the weights that were set")
         except ValueError:
-            self.apply()  # nothing has been set
+            self.apply()  # restores the kernels
             raise
         for target, dense, score in changed:
             given = tf.convert_to_tensor(tensor_variable(target.variable))
             alive = tf.not_equal(given, 0)
-            least = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
-            below = dense * tf.math.divide_no_nan(0.5 * least, tf.reduce_max(tf.abs(dense)))
+            smallest = tf.reduce_min(tf.where(alive, tf.abs(given), given.dtype.max))
+            below = dense * tf.math.divide_no_nan(0.5 * smallest, tf.reduce_max(tf.abs(dense)))
             score.assign(arithmetic.initial(tf.where(alive, given, below), target))
             dense.assign(tf.where(alive, given, dense))
         if changed:
             alive = [tf.not_equal(tensor_variable(each.variable), 0) for each in self.targets]
-            self._begin_shares(lambda indices: self._given_masks(indices, alive))
+            self._reset_shares(lambda indices: self._given_masks(indices, alive))
             self.choose()
 
     def _given_masks(self, indices: list[int], alive: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the masks of weights that were set, if these are as sparse as asked for."""
+        """Return `alive` of some targets if it has the sparsity asked for, else the first masks."""
         given = [alive[index] for index in indices]
         total = sum(self.targets[index].size for index in indices)
-        kept_now = sum(int(tf.math.count_nonzero(mask)) for mask in given)
-        is_as_asked = kept_now == int(functional.kept_count(total, self._asked))
+        count = sum(int(tf.math.count_nonzero(mask)) for mask in given)
+        is_as_asked = count == int(functional.kept_count(total, self._asked))
         return given if is_as_asked else self._first_masks(indices)
 
     def freeze(self) -> None:
-        """End the stage: keep the masks for good, and let the weights be trained again.
+        """End the training of scores: freeze the masks, and let the weights be trained again.
 
-        The model's pruner is from now on a frozen `Pruner`. What the optimizers keep for the
-        scores is reset.
+        The model then has a frozen `Pruner`. The optimizers' variables for the scores are reset.
         """
         self.choose()
         super().freeze()
@@ -506,11 +506,11 @@ class ScorePruner(Pruner):
         update_everywhere(model, reset)
 
     def finalize(self) -> None:
-        """End the stage, as `freeze` does."""
+        """Do the same as `freeze`."""
         self.freeze()
 
     def choose(self) -> None:
-        """Choose the weights to keep by the scores as they are, and let them act."""
+        """Choose the masks by the present scores, and assign the kept weights to the kernels."""
 
         def update(strategy: Any) -> None:
             self._renew(strategy, tf.constant(self._asked))
@@ -528,20 +528,20 @@ class ScorePruner(Pruner):
         self._mask_weights(strategy)
 
     def _ranked(self, indices: list[int]) -> tuple[list[Any], list[Any] | None]:
-        anything = [tf.ones(self.targets[index].shape, tf.bool) for index in indices]
-        return anything, [self.state.scores[index] for index in indices]
+        alive = [tf.ones(self.targets[index].shape, tf.bool) for index in indices]
+        return alive, [self.state.scores[index] for index in indices]
 
     def _mask_weights(self, strategy: Any) -> None:
         for (_, mask), (target, dense, _) in zip(self._held_pairs(), self.triples(), strict=True):
             variable = tensor_variable(target.variable)
-            strategy.extended.update(variable, _act, args=(dense, mask))
+            strategy.extended.update(variable, _assign_masked, args=(dense, mask))
 
-    @tf.autograph.experimental.do_not_convert  # it can't read a body that is a docstring only
+    @tf.autograph.experimental.do_not_convert  # AutoGraph fails on a body of a docstring only
     def _mask_companions(self, strategy: Any, optimizer: Any) -> None:
-        """Leave what an optimizer keeps for scores as it is: what is pruned may come back."""
+        """Do nothing: the optimizer's variables are for scores, also of pruned weights."""
 
     def get_config(self) -> dict[str, Any]:
-        """Return what brings the pruner back, given the same model; its state is saved beside."""
+        """Return the configuration of the pruner; its variables are saved separately."""
         return {
             "sparsity": self.schedule.sparsity,
             "frequency": self.frequency,
@@ -552,7 +552,7 @@ class ScorePruner(Pruner):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
-        """Give `model` the pruner that `get_config` described.
+        """Attach the pruner of a configuration to `model`.
 
         Raises:
             ValueError: the model lacks a weight that was pruned.
@@ -578,34 +578,34 @@ class ScorePruner(Pruner):
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """The schedule of one sparsity throughout; masks are chosen every so many steps."""
+    """A schedule of constant sparsity that renews the masks every `frequency` steps."""
 
     sparsity: float
     frequency: int
 
     def __call__(self, step: Any) -> tuple[tf.Tensor, float]:
-        """Return whether to choose the masks anew at this step, and the sparsity."""
+        """Return whether to renew the masks at this step, and the sparsity."""
         return tf.equal((tf.cast(step, tf.int64) - 1) % self.frequency, 0), self.sparsity
 
 
 def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
-    """Return a function that says why a weight is not pruned by scores, if it is not."""
-    otherwise = structures.unfit(structure, layers)
+    """Return a function that returns why a weight can't be pruned by scores, or an empty text."""
+    structure_reason = structures.unfit(structure, layers)
 
     def reason(target: Target) -> str:
         constraint = masks.own_constraint(target.variable)
         if constraint is not None:
             return (
                 f"its constraint {type(constraint).__name__} would act on the scores, which are "
-                "what is trained"
+                "trained in place of the weights"
             )
-        return otherwise(target)
+        return structure_reason(target)
 
     return reason
 
 
 def _require_no_lora(layers: Iterable[Any]) -> None:
-    """Raise a ValueError if one of some layers has LoRA enabled, whose kernels get no gradients."""
+    """Raise a ValueError if a layer has LoRA enabled: its kernel gets no gradient."""
     if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
         raise ValueError(
             "method='scores' needs layers without LoRA, which freezes their kernels and trains "
@@ -615,18 +615,18 @@ def _require_no_lora(layers: Iterable[Any]) -> None:
 
 
 def _require_rankable(target: Target, where: str) -> None:
-    """Raise a ValueError if a kernel is all zero, or holds what is no number."""
+    """Raise a ValueError if a kernel is all zero or not finite."""
     largest = float(np.max(np.abs(tensor_variable(target.variable).numpy())))  # NaN if there is any
     if not 0.0 < largest < math.inf:
         raise ValueError(
-            f"{where}: kernel {target.name!r} has max|w| = {largest:g}, so there is nothing to "
-            "rank its weights by. Scores are for a network that has been trained: train or load "
-            "it first, or leave this kernel out by layers=."
+            f"{where}: kernel {target.name!r} has max|w| = {largest:g}, so its weights can't be "
+            "ranked. Scores are for a trained network: train or load it first, or leave this "
+            "kernel out by layers=."
         )
 
 
 def _frozen_others(model: Any, also_train: str) -> set[Any]:
-    """Return the keys of a model's weights that are frozen while scores are trained."""
+    """Return the keys of the trainable variables that `also_train` excludes."""
     if also_train == "all":
         return set()
     trained: set[Any] = set()
@@ -637,6 +637,6 @@ def _frozen_others(model: Any, also_train: str) -> set[Any]:
     return {optimizers.key(variable) for variable in model.trainable_variables} - trained
 
 
-def _act(variable: Any, dense: Any, mask: Any) -> Any:
+def _assign_masked(variable: Any, dense: Any, mask: Any) -> Any:
     """Set a variable to dense weights, and to zero where their mask is False."""
     return variable.assign(kept(dense, mask))

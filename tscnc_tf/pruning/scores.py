@@ -1,4 +1,4 @@
-"""The arithmetic of importance scores: how they begin, their gradients, a step against them."""
+"""The arithmetic of importance scores: initial values, gradients, perturbation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tscnc_tf.pruning.targets import Target
 
 
 def initial(weight: tf.Tensor, target: Target) -> tf.Tensor:
-    """Return the scores that a weight begins with: sqrt(6 / fan-in) · w / max|w|."""
+    """Return the initial scores of a weight tensor: sqrt(6 / fan-in) · w / max|w|."""
     if target.layout:
         _, positions, inputs, _ = target.canonical_shape
         fan_in = positions * inputs
-    else:  # as Keras' initializers have it
+    else:  # as in Keras' initializers
         fan_in = math.prod(target.shape[:-1])
     largest = tf.reduce_max(tf.abs(weight))
     return tf.math.divide_no_nan(weight, largest) * tf.cast(math.sqrt(6.0 / fan_in), weight.dtype)
 
 
 def products(pairs: optimizers.Pairs, factors: dict[Any, tuple[Any, Any]]) -> dict[Any, tf.Tensor]:
-    r"""Return :math:`\partial L/\partial(w\odot m) \odot w` of each kernel with a gradient.
+    r"""Return :math:`\partial L/\partial(w\odot m) \odot w` by kernel, if it has a gradient.
 
     Args:
-        pairs: of a gradient and a weight, those of kernels as they act.
-        factors: (dense weights, scores) of each kernel, by the keys of the kernels.
+        pairs: gradients and variables; those of kernels are the gradients of :math:`w\odot m`.
+        factors: (dense weights w, scores) of each kernel, by the keys of the kernels.
     """
     keys = [(slope, optimizers.key(variable)) for slope, variable in pairs]
     return {
@@ -38,7 +38,7 @@ def products(pairs: optimizers.Pairs, factors: dict[Any, tuple[Any, Any]]) -> di
 
 
 def gradient(product: tf.Tensor, score: Any) -> tf.Tensor:
-    r"""Return the gradient of scores, straight through the choice: product ⊙ sign(s)."""
+    r"""Return the straight-through gradient of scores: product ⊙ sign(s)."""
     return product * tf.sign(score)
 
 
@@ -48,15 +48,15 @@ def gradients(
     factors: dict[Any, tuple[Any, Any]],
     frozen: set[Any],
 ) -> optimizers.Pairs:
-    r"""Return the pairs to train scores by: gradients of kernels as those of their scores.
+    r"""Return pairs in which the gradients of kernels are replaced by those of their scores.
 
     .. math:: \partial L/\partial s = \partial L/\partial(w\odot m) \odot w \odot \text{sign}(s)
 
     Args:
-        pairs: of a gradient and a weight, those of kernels as they act.
-        products: the gradients of kernels as they act times their dense weights, by their keys.
-        factors: (dense weights, scores) of each kernel, likewise.
-        frozen: keys of other weights, which are left out.
+        pairs: as in `products`.
+        products: the result of `products`.
+        factors: as in `products`.
+        frozen: keys of variables that are left out.
     """
     result = []
     for slope, variable in pairs:
@@ -68,15 +68,15 @@ def gradients(
     return result
 
 
-def uphill(score: Any, slope: tf.Tensor, radius: float) -> tf.Tensor:
-    r"""Return :math:`s + \rho \|s\|_2\, g / \|g\|_2`; s itself where g is zero or not finite.
+def perturbed(score: Any, slope: tf.Tensor, radius: float) -> tf.Tensor:
+    r"""Return :math:`s + \rho \|s\|_2\, g / \|g\|_2`, or s if g is zero or not finite.
 
     Args:
-        score: of a weight tensor, s.
-        slope: the gradient of the loss with respect to it, g.
+        score: the scores s of a weight tensor.
+        slope: the gradient g of the loss with respect to s.
         radius: :math:`\rho`.
     """
     score = tf.convert_to_tensor(score)
     step = slope * tf.math.divide_no_nan(tf.norm(score), tf.norm(slope))
-    is_sound = tf.reduce_all(tf.math.is_finite(step))
-    return tf.where(is_sound, score + radius * step, score)
+    is_finite = tf.reduce_all(tf.math.is_finite(step))
+    return tf.where(is_finite, score + radius * step, score)

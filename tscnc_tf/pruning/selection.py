@@ -1,4 +1,4 @@
-"""Selects the weights to keep, by a criterion, a structure and a scope."""
+"""The selection of the weights to keep, by a criterion, a structure and a scope."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras, _reports
 from tscnc_tf._keras.flavours import tensor_variable
-from tscnc_tf.pruning.learned import Learned, among, first
+from tscnc_tf.pruning.learned import Learned, initial, restricted
 from tscnc_tf.pruning.scopes import Scope, scope_for
 from tscnc_tf.pruning.structures import NM, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target, require_finite
@@ -42,11 +42,11 @@ class Selection:
     """Selects the weights to keep; see `Pruner` for the arguments.
 
     Args:
-        targets: the weights that are pruned.
+        targets: the pruned weights.
         criterion: returns the scores of weights, None for magnitude.
         structure: which weights are kept or pruned together, None for single weights.
         scope: how the kept weights are distributed among the layers.
-        min_weights: what every weight tensor keeps at least.
+        min_weights: the minimum number of kept weights of every weight tensor.
         sparsity: the final sparsity.
     """
 
@@ -72,17 +72,17 @@ class Selection:
         self.scope = scope
         self.min_weights = _checks.integer("min_weights", min_weights, minimum=1)
         self._sparsity = sparsity
-        self._scope = scope_for(first(scope), self.targets, sparsity, self.min_weights)
-        if isinstance(scope, Learned):  # from wherever they start, shares come to differ
+        self._scope = scope_for(initial(scope), self.targets, sparsity, self.min_weights)
+        if isinstance(scope, Learned):  # whatever the start, trained shares differ
             self._scope.is_per_layer = False
         self.structure.require(self._scope)
 
     def only(self, indices: Sequence[int]) -> Selection:
-        """Return the choice among some of the targets: scopes share out what these keep."""
+        """Return the selection for some of the targets, as if there were no others."""
         if len(indices) == len(self.targets):
             return self
         targets = [self.targets[index] for index in indices]
-        scope = among(self.scope, targets)
+        scope = restricted(self.scope, targets)
         return Selection(
             targets, self.criterion, self.structure, scope, self.min_weights, self._sparsity
         )
@@ -91,21 +91,21 @@ class Selection:
         self,
         sparsity: Any,
         alive: Sequence[Any],
-        judged: Sequence[Any] | None = None,
+        values: Sequence[Any] | None = None,
         scope: Scope | None = None,
     ) -> list[tf.Tensor]:
-        """Return a mask per weight, True where it is kept.
+        """Return a mask per weight tensor, True where a weight is kept.
 
         Args:
             sparsity: fraction of zeros, a scalar, possibly a tensor.
-            alive: the masks so far; what is pruned ranks below all that is not.
-            judged: what the criterion is applied to, one variable or tensor per weight; None for
-                the weights.
-            scope: in place of the one that was asked for.
+            alive: the present masks; pruned weights rank below all kept ones.
+            values: inputs of the criterion, one variable or tensor per weight tensor; None for the
+                weights.
+            scope: replaces the scope of the constructor.
         """
-        judged = [target.variable for target in self.targets] if judged is None else judged
-        values = [tf.convert_to_tensor(tensor_variable(variable)) for variable in judged]
-        scores = [self._scores(*pair) for pair in zip(self.targets, values, strict=True)]
+        values = [target.variable for target in self.targets] if values is None else values
+        tensors = [tf.convert_to_tensor(tensor_variable(variable)) for variable in values]
+        scores = [self._scores(*pair) for pair in zip(self.targets, tensors, strict=True)]
         widest = tf.float64 if any(score.dtype == tf.float64 for score in scores) else tf.float32
         ranked = []
         for score, mask in zip(scores, alive, strict=True):
@@ -123,22 +123,22 @@ class Selection:
             )
         return score
 
-    def warn_of_dead_outputs(self, sparsity: float, judged: Sequence[Any] | None = None) -> None:
-        """Warn of weight tensors that keep fewer weights than outputs, or all, in the end.
+    def warn_of_dead_outputs(self, sparsity: float, values: Sequence[Any] | None = None) -> None:
+        """Warn if outputs would be dead at a sparsity, by the present weights (or `values`).
 
-        And of outputs of the model that will not depend on its inputs, where weights go by several.
-
-        Judged by the weights as they are now, or by what `masks` is told to judge.
+        It warns of weight tensors that keep fewer weights than outputs, or all their weights. With
+        structures of several weights it also warns of model outputs that do not depend on the
+        inputs. `values` is as in `masks`.
         """
         if sparsity == 0.0:
             return
         alive = [tf.ones(target.shape, tf.bool) for target in self.targets]
         found = []
-        masks = self.masks(sparsity, alive, judged)
-        by_several = not isinstance(self.structure, Unstructured | NM)
+        masks = self.masks(sparsity, alive, values)
+        has_units = not isinstance(self.structure, Unstructured | NM)
         for target, mask in zip(self.targets, masks, strict=True):
             kept, outputs = int(np.sum(mask)), target.outputs or 1
-            dead = _dead(target, mask) if target.makes_outputs and by_several else 0
+            dead = _dead(target, mask) if target.makes_outputs and has_units else 0
             if dead:
                 found.append(
                     f"{target.name} makes the model's outputs, and {dead} of its {outputs} would "
@@ -156,31 +156,30 @@ class Selection:
             for target in self.targets
         ):
             found.append(
-                f"{self.structure!r} takes whole filters away, and it is not known which layers "
-                "make the outputs of a subclassed model, whose logits would be lost"
+                f"{self.structure!r} removes whole filters, and it is not known which layers "
+                "make the outputs of a subclassed model: logits would be lost"
             )
         if found:
             warnings.warn(
-                f"At a sparsity of {_reports.percent(sparsity)}, {'; '.join(found)}. Leave these "
-                "out by layers=, keep more by min_weights=, scope= or structure=Unstructured("
-                "min_per_filter=1), or prune less.",
+                f"At a sparsity of {_reports.percent(sparsity)}, {'; '.join(found)}. Exclude these "
+                "layers by layers=, keep more weights by min_weights=, scope= or "
+                "structure=Unstructured(min_per_filter=1), or prune less.",
                 UserWarning,
                 stacklevel=5,
             )
 
 
 def finite(score: tf.Tensor) -> tf.Tensor:
-    """Return scores without infinities and NaN.
+    """Return scores without infinities and NaN; NaN and -inf become the lowest finite value.
 
-    NaN, and -inf, are the lowest of what lives, and above what is pruned; +inf is left to what a
-    structure keeps in any case.
+    So -inf is free for pruned weights, and +inf for those that a structure keeps in any case.
     """
     score = tf.clip_by_value(score, score.dtype.min, score.dtype.max)
     return tf.where(tf.math.is_nan(score), score.dtype.min, score)
 
 
 def _dead(target: Target, mask: tf.Tensor) -> int:
-    """Return how many filters of a weight keep nothing; 0 if it is not known which they are."""
+    """Return the number of filters without any kept weight; 0 if the layout is not known."""
     if not target.layout:
         return 0
     alive = np.any(target.canonical(mask), axis=(1, 2))

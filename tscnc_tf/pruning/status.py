@@ -1,4 +1,4 @@
-"""What of a model is pruned and what is not, weight by weight, and why."""
+"""The report on which weight tensors of a model are pruned, and why the others are not."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class WeightStatus(_reports.WeightRecord):
     """One weight tensor of rank 2 or more: whether it is pruned, and if not, why.
 
     Attributes:
-        name: of its layer, and which of its weights, where there are several.
+        name: the name of its layer, and that of the weight if the layer has several.
         kind: the class of the layer.
-        shape: of the weight.
+        shape: its shape.
         weights: the number of its entries.
-        zeros: how many of them are zero, masks and closed gates counted.
+        zeros: the number of zeros, with masks and closed gates applied.
         pruned: whether it has a mask.
         reason: why it has none; empty if it has one.
     """
@@ -40,14 +40,14 @@ class WeightStatus(_reports.WeightRecord):
 
 @dataclasses.dataclass(frozen=True)
 class PruningReport(ByWeight):
-    """What of a model is pruned and what is not, weight by weight; `print` it for a table.
+    """Which weights of a model are pruned, and why the others are not; `print` it for a table.
 
-    Biases and other weights of rank 1 are not listed; they count for the whole model.
+    Biases and other weights of rank 1 have no rows, but count in `model_weights`.
 
     Attributes:
         rows: one per weight tensor of rank 2 or more.
         model_weights: the number of all weights of the model.
-        model_zeros: how many of them are zero.
+        model_zeros: the number of zeros among them.
     """
 
     _derived = ("sparsity", "model_sparsity")
@@ -97,10 +97,10 @@ class PruningReport(ByWeight):
 
 
 def report(model: Any) -> PruningReport:
-    """Return which weights of a model are pruned, and why the others are not.
+    """Return which weight tensors of a model are pruned, and why the others are not.
 
     Args:
-        model: a built model of either Keras, pruned by whichever engine, or not pruned.
+        model: a built model of either Keras, pruned by either engine, or not pruned.
 
     Raises:
         TypeError: `model` is no Keras model.

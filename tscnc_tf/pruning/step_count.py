@@ -1,4 +1,4 @@
-"""How a pruner counts the steps of the optimizers that train its model."""
+"""The count of optimizer steps by which a pruner follows its schedule."""
 
 from __future__ import annotations
 
@@ -14,55 +14,56 @@ from tscnc_tf.pruning.targets import Target
 
 
 class StepCount:
-    """Base of pruners: counts optimizer steps, by the `iterations` of one optimizer after another.
+    """Base of pruners: counts optimizer steps by `iterations`, also over several optimizers.
 
     Attributes:
-        model: that is trained.
-        targets: its weights that are pruned.
-        state: variables, the counts among them: `step` of the pruner, `seen` of the optimizer.
+        model: the trained model.
+        targets: its pruned weights.
+        state: variables, including the counts `step` (of the pruner) and `seen` (the last
+            `iterations` of the optimizer, -1 for a new one).
     """
 
     model: Any
     targets: Sequence[Target]
     state: Any
-    _optimizer: Any = None  # the last one, a weak reference
-    _is_used = False  # by an optimizer whose step was intercepted
+    _optimizer: Any = None  # a weak reference to the last optimizer
+    _is_used = False  # whether an optimizer step was intercepted
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps that the pruner has seen."""
+        """The number of counted optimizer steps."""
         return int(self.state.step.numpy())
 
     def on_train_begin(self, optimizer: Any) -> None:
         """Prepare for training by an optimizer; called before its steps are compiled.
 
-        The step count is reset, unless the optimizer is the last one, or was restored together with
-        this pruner. (To compile a model with an optimizer is not to train with it: a model may be
-        evaluated by another trainer in between.)
+        `reset_step_count` is called, unless the optimizer is the last one, or was restored together
+        with this pruner. (It is not called by `compile`, as a model may be compiled with another
+        optimizer only to evaluate it.)
         """
         if self._seen() >= 0 and self._optimizer is None and self.is_behind(optimizer):
             self.reset_step_count()
         self._reset_if_new(optimizer)
 
     def _reset_if_new(self, optimizer: Any) -> None:
-        """Reset the step count if the optimizer is another one than in the last call."""
+        """Call `reset_step_count` if the optimizer is not that of the last call."""
         known = self._optimizer is not None
         if known and optimizer is not None and self._optimizer() is not optimizer:
             self.reset_step_count()
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     def own_optimizer(self) -> Any:
-        """Return the model's optimizer that trains the targets, None if there is none."""
+        """Return the model's optimizer that trains the targets, or None."""
         return optimizers.trainer_of(self.model, [target.variable for target in self.targets])
 
     def reset_step_count(self) -> None:
-        """Count the steps of the next optimizer from its current count: it is new here."""
+        """Prepare for a new optimizer, whose earlier steps do not count."""
         self.state.seen.assign(-1)
 
     def skip_steps(self, optimizer: Any) -> None:
-        """Ignore what an optimizer has counted since the last step.
+        """Ignore the increase of an optimizer's count since the last step.
 
-        At the end of a dataset of unknown length a compiled step that gets no data may count.
+        At the end of a dataset of unknown length, it may count a compiled step without data.
         """
         if self._seen() >= 0:
             self.state.seen.assign(optimizers.iterations(optimizer))
@@ -71,30 +72,36 @@ class StepCount:
         return int(self.state.seen.numpy())
 
     def is_behind(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer has taken steps that `step` has not been called for."""
+        """Return whether an optimizer has taken steps without a call of `step`."""
         return self._seen() != int(optimizers.iterations(optimizer))
 
-    def _is_bypassed(self, optimizer: Any) -> bool:
-        """Tell whether an optimizer has taken a step on the weights that was not intercepted.
+    def _require_intercepted(self, optimizer: Any, text: str) -> None:
+        """Raise a RuntimeError if an optimizer step on the weights was not intercepted.
 
-        With masks that are frozen that does not matter.
+        In a graph of which that is known only as it runs, it is an assertion, which XLA and
+        distribution strategies leave out. Frozen masks need no interception.
         """
         with tf.init_scope():
             if bool(self.state.frozen.numpy()):
-                return False
-        if not tf.executing_eagerly():
-            return not self._is_used
+                return
+        if not tf.executing_eagerly() and not self._is_used:
+            raise RuntimeError(text)
         if not optimizers.trains(optimizer, [target.variable for target in self.targets]):
-            return False
-        return int(optimizers.iterations(optimizer)) > max(self._seen(), 0)
+            return
+        seen = tf.maximum(tf.identity(tensor_variable(self.state.seen)), 0)
+        is_known = optimizers.iterations(optimizer) <= seen
+        if not tf.executing_eagerly():
+            if not tf.distribute.has_strategy():
+                tf.debugging.Assert(is_known, [text])
+        elif not bool(is_known):
+            raise RuntimeError(text)
 
     def _counted(self, optimizer: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Return the step before, the step now, and the optimizer's own count."""
         before = tf.identity(tensor_variable(self.state.step))
         seen = tf.identity(tensor_variable(self.state.seen))
         count = tf.maximum(seen, 0) + 1 if optimizer is None else optimizers.iterations(optimizer)
-        # The first time, only the step just taken is ours. A count that has fallen is that of
-        # another optimizer, which began anew.
+        # Of a new optimizer only the last step counts. A count that has decreased was reset.
         first = tf.minimum(count, 1)
         taken = tf.where(seen < 0, first, tf.where(count >= seen, count - seen, count))
         return before, before + taken, count

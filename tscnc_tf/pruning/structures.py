@@ -1,7 +1,7 @@
-"""Which weights are kept or pruned together: single ones, blocks, filters, n of every m.
+"""Structures: which weights are kept or pruned together (single ones, blocks, filters, N:M).
 
-A structure turns the scores of a weight tensor into those of its units, and a mask of units back
-into a mask of weights. A unit's score is the mean of its weights' scores.
+A structure computes the scores of units from those of weights, and a mask of weights from a mask of
+units. A unit's score is the mean of its weights' scores.
 """
 
 from __future__ import annotations
@@ -31,126 +31,126 @@ class Structure(_configs.Configurable, abc.ABC):
         return ""
 
     def removes_outputs(self, target: Target) -> bool:  # noqa: ARG002
-        """Tell whether all weights of a filter, or of several, are kept or go together."""
+        """Return whether a unit contains whole filters."""
         return False
 
     def reachable(self, sparsity: float) -> float:
-        """Return the sparsity that this structure gives where `sparsity` is asked for."""
+        """Return the sparsity of this structure if `sparsity` is asked for."""
         return sparsity
 
     def require(self, scope: Scope) -> None:
-        """Raise a ValueError if this structure does not go with a scope."""
+        """Raise a ValueError if this structure does not support a scope."""
 
     @abc.abstractmethod
     def masks(
         self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
     ) -> list[tf.Tensor]:
-        """Return one mask per weight, True where it is kept.
+        """Return one mask per weight tensor, True where a weight is kept.
 
         Args:
-            scores: one tensor per weight, of its shape.
-            targets: the weights.
-            scope: how the kept weights are shared out.
+            scores: one tensor per weight tensor, of its shape.
+            targets: the weight tensors.
+            scope: how the kept weights are distributed among the tensors.
             sparsity: fraction of zeros, a scalar, possibly a tensor.
         """
 
     def require_equal_units(self, targets: Sequence[Target]) -> None:
-        """Raise a ValueError if weights are kept in units of several sizes."""
+        """Raise a ValueError if units have different sizes."""
 
     @abc.abstractmethod
     def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:
-        """Return one mask per weight, in which as many weights are kept as before.
+        """Return one mask per weight tensor after an exchange; the number of kept weights is equal.
 
-        A share of the units that are kept, those of the smallest worth, give their places to units
-        of the largest gain, among which they are themselves.
+        A share of the kept units, those with the smallest `keep_score`, is dropped. The same number
+        of units with the largest `grow_score`, among all pruned and dropped ones, is kept instead.
 
         Args:
-            moves: of the weights.
+            moves: one per weight tensor.
             share: fraction of the kept units, a scalar, possibly a tensor.
-            across: 0: every weight tensor keeps as many as before. Else units of all tensors take
-                each other's places, and each tensor keeps that many weights at least.
+            across: 0 to exchange units within each tensor. Else units are exchanged between all
+                tensors, and this is the minimum number of kept weights of each.
         """
 
 
 class Move(NamedTuple):
-    """What decides which entries of a weight tensor change places: float tensors of its shape.
+    """A weight tensor and the scores by which its entries are exchanged; tensors of its shape.
 
     Attributes:
-        target: the weight.
-        mask: True where it is kept.
-        worth: of what is kept; finite.
-        gain: of what takes its place; finite.
+        target: the weight tensor.
+        mask: True where a weight is kept.
+        keep_score: of kept weights; the smallest are dropped. Finite.
+        grow_score: of pruned and dropped weights; the largest grow. Finite.
     """
 
     target: Target
     mask: tf.Tensor
-    worth: tf.Tensor
-    gain: tf.Tensor
+    keep_score: tf.Tensor
+    grow_score: tf.Tensor
 
     @property
     def ranked(self) -> tf.Tensor:
-        """The worth of what is kept, and -inf elsewhere."""
-        return tf.where(self.mask, self.worth, tf.constant(-np.inf, self.worth.dtype))
+        """The keep scores of kept weights, and -inf elsewhere."""
+        return tf.where(self.mask, self.keep_score, tf.constant(-np.inf, self.keep_score.dtype))
 
 
 class _Ranked(Structure):
-    """Structures whose units compete by their scores, as the scope has it."""
+    """Base of structures whose units compete by their scores, according to the scope."""
 
     def masks(
         self, scores: Sequence[tf.Tensor], targets: Sequence[Target], scope: Scope, sparsity: Any
     ) -> list[tf.Tensor]:
-        """Return one mask per weight, True where it is kept."""
+        """Return one mask per weight tensor, True where a weight is kept."""
         units = [self._units(*pair) for pair in zip(scores, targets, strict=True)]
         chosen = scope.choose(units, sparsity)
         return [self._spread(*pair) for pair in zip(chosen, targets, strict=True)]
 
     def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:
-        """Return one mask per weight, in which as many weights are kept as before."""
+        """Return one mask per weight tensor after an exchange."""
         units = [self._units(move.ranked, move.target) for move in moves]
-        gains = [self._units(move.gain, move.target).scores for move in moves]
+        grow = [self._units(move.grow_score, move.target).scores for move in moves]
         kept = [unit.scores > -np.inf for unit in units]
-        worth = [unit.ranks for unit in units]
+        keep = [unit.ranks for unit in units]
         if across:
-            fixed = [functional.largest(ranks, across) for ranks in worth]
-            pairs = zip(fixed, worth, strict=True)
-            worth = [tf.where(best, tf.constant(np.inf, r.dtype), r) for best, r in pairs]
-            lengths = [int(ranks.shape[0]) for ranks in worth]
-            joint = [tf.concat(each, axis=0) for each in (kept, worth, gains)]
+            fixed = [functional.largest(ranks, across) for ranks in keep]
+            pairs = zip(fixed, keep, strict=True)
+            keep = [tf.where(best, tf.constant(np.inf, r.dtype), r) for best, r in pairs]
+            lengths = [int(ranks.shape[0]) for ranks in keep]
+            joint = [tf.concat(each, axis=0) for each in (kept, keep, grow)]
             chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share), lengths)
         else:
-            rows = zip(kept, worth, gains, strict=True)
-            chosen = [_exchanged(mask, ranks, gain, share) for mask, ranks, gain in rows]
+            chosen = [_exchanged(*row, share) for row in zip(kept, keep, grow, strict=True)]
         return [self._spread(*pair) for pair in zip(chosen, (m.target for m in moves), strict=True)]
 
     @abc.abstractmethod
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
-        """Return the scores of a weight's units."""
+        """Return the units of a weight tensor, with scores."""
 
     @abc.abstractmethod
     def _spread(self, mask: tf.Tensor, target: Target) -> tf.Tensor:
-        """Return a mask of units as one of weights."""
+        """Return the mask of weights for a mask of units."""
 
 
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class Unstructured(_Ranked):
-    """Single weights, wherever they are.
+    """Single weights, each kept or pruned by itself.
 
-    A filter (all weights that lead to one output channel or unit) that loses its last weight is
-    dead: its output no longer depends on the input, and the condition number of the kernel is
-    infinite. With a minimum per filter no filter dies, at any sparsity: the largest weights of each
-    are kept first, and the others compete for what is left. With a minimum per input, every input
-    channel or unit leads to something, too: both together keep paths open from the inputs of the
-    model to its outputs. Where the sparsity leaves fewer weights than all the minima together, that
-    many are kept, and no more; with scope "layer", and sparsities by name, that holds for each
-    weight tensor by itself, so that all together may keep more than either.
+    A filter (all weights of one output channel or unit) without any kept weight is dead: its output
+    does not depend on the input, and the condition number of the kernel is infinite. With a minimum
+    per filter no filter dies, at any sparsity: the largest weights of each filter are kept first,
+    and the others compete for the rest. With a minimum per input, every input channel or unit is
+    read, too. Both together keep paths from the inputs of the model to its outputs. If the sparsity
+    leaves fewer weights than all minima together, exactly the minima are kept. With scope "layer",
+    and sparsities by name, this holds for each weight tensor separately, so that the total may
+    exceed both numbers.
 
     Args:
-        min_per_filter: how many weights every filter keeps at least (all, if it has fewer), >= 0.
-        min_per_input: how many weights every input channel or unit keeps, likewise.
+        min_per_filter: the minimum number of kept weights of every filter (all, if it has fewer),
+            >= 0.
+        min_per_input: likewise, of every input channel or unit.
 
     Raises:
-        TypeError, ValueError: a minimum is no such number.
+        TypeError, ValueError: an argument is not as described.
 
     Example:
         >>> import keras
@@ -170,13 +170,14 @@ class Unstructured(_Ranked):
         _checks.integer("min_per_input", self.min_per_input, minimum=0)
 
     def reason(self, target: Target) -> str:
-        """Return why a weight has no filters and inputs, if these matter, or an empty text."""
+        """Return why a weight tensor can't have these minima, or an empty text."""
         has_minimum = self.min_per_filter or self.min_per_input
-        return _UNREAD if has_minimum and not target.layout else ""
+        return _UNKNOWN_AXES if has_minimum and not target.layout else ""
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
         flat = tf.reshape(scores, (-1,))
-        # Of the axes (groups, positions, inputs, outputs), what a filter or an input is one of.
+        # A filter is a slice along the axes 0 and 3 of (groups, positions, inputs, outputs), an
+        # input along 0 and 2.
         guards = [
             self._guard(scores, target, number, axes)
             for number, axes in ((self.min_per_filter, (0, 3)), (self.min_per_input, (0, 2)))
@@ -195,7 +196,7 @@ class Unstructured(_Ranked):
         slices = tf.reshape(moved, (moved.shape[0] * moved.shape[1], -1))
         size = slices.shape[1]
         number = min(number, size)
-        if number == 1:  # under XLA the other is a sort
+        if number == 1:  # under XLA, top_k is a sort
             best = tf.argmax(slices, axis=1, output_type=tf.int32)[:, tf.newaxis]
         else:
             best = tf.math.top_k(slices, number).indices
@@ -210,14 +211,13 @@ class Unstructured(_Ranked):
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class Filters(_Ranked):
-    """Whole filters: all weights that lead to one output channel or unit.
+    """Whole filters: all weights of one output channel or unit.
 
-    What is left can be made smaller by `pruning.compact`, and is faster then on any hardware.
+    `pruning.compact` makes the pruned network smaller, and so faster on any hardware.
 
-    The layers that make the model's outputs (its logits) are left out, unless `layers=` chooses
-    them: half of their filters would be half of the classes. Of a subclassed model, or of a last
-    layer of your own that holds others, it is not known which these are: leave them out by
-    `layers=`.
+    The layers that make the model's outputs (its logits) are not pruned, unless `layers=` chooses
+    them: half of their filters would be half of the classes. In a subclassed model, or with a last
+    layer of your own that contains others, these layers are not known: exclude them by `layers=`.
 
     Example:
         >>> import keras
@@ -230,11 +230,11 @@ class Filters(_Ranked):
     """
 
     def reason(self, target: Target) -> str:
-        """Return why a weight has no filters, or an empty text."""
-        return "" if target.layout else _UNREAD
+        """Return why the filters of a weight tensor are not known, or an empty text."""
+        return "" if target.layout else _UNKNOWN_AXES
 
     def removes_outputs(self, target: Target) -> bool:
-        """Tell whether all weights of a filter are kept or go together: they do."""
+        """Return whether the filters of a weight tensor are known."""
         return bool(target.layout)
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
@@ -253,12 +253,13 @@ class Filters(_Ranked):
 class Block(_Ranked):
     """Blocks of the kernel as a matrix of (positions and inputs) × outputs.
 
-    Blocks at the end of a matrix whose sides are no multiples are smaller. Where a block is as high
-    as the matrix, whole filters go, so what `Filters` says of the model's outputs holds there.
+    If the sides of the matrix are no multiples of these, the last blocks are smaller. A block as
+    high as the matrix consists of whole filters: then the model's outputs are treated as with
+    `Filters`.
 
     Args:
-        rows: of a block, along positions and inputs, >= 1.
-        columns: of a block, along outputs, >= 1.
+        rows: the height of a block, along positions and inputs, >= 1.
+        columns: the width of a block, along outputs, >= 1.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -282,10 +283,10 @@ class Block(_Ranked):
         4 inputs by 1 output in float32, 16 by 1 in int8; see `export_litert(sparse=True)`.
 
         Args:
-            precision: of the file, "float32" or "int8"; in float16 there are none.
+            precision: of the file, "float32" or "int8"; there are no such blocks for float16.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: `precision` is neither.
 
         Example:
             >>> import tscnc_tf as tscnc
@@ -296,26 +297,26 @@ class Block(_Ranked):
         return cls(rows[_checks.one_of("precision", precision, tuple(rows))], 1)
 
     def reason(self, target: Target) -> str:
-        """Return why a weight has no such blocks, or an empty text."""
-        return "" if target.layout else _UNREAD
+        """Return why the blocks of a weight tensor are not known, or an empty text."""
+        return "" if target.layout else _UNKNOWN_AXES
 
     def removes_outputs(self, target: Target) -> bool:
-        """Tell whether a block is as high as the matrix: all weights of a filter, or of several."""
+        """Return whether a block is as high as the matrix."""
         if not target.layout:
             return False
         _, positions, inputs, _ = target.canonical_shape
         return self.rows >= positions * inputs
 
     def require_equal_units(self, targets: Sequence[Target]) -> None:
-        """Raise a ValueError if there are smaller blocks at the end of a matrix."""
+        """Raise a ValueError if a matrix has smaller blocks at its end."""
         for target in targets:
             _, positions, inputs, outputs = target.canonical_shape
             if positions * inputs % self.rows or outputs % self.columns:
                 raise ValueError(
                     f"structure={self!r} makes blocks of several sizes of {target.name!r}, a "
-                    f"matrix of {positions * inputs} x {outputs}, so that blocks can't take each "
-                    "other's places: choose rows and columns that divide its sides, or leave it "
-                    "out by layers=."
+                    f"matrix of {positions * inputs} x {outputs}, so regrowth can't exchange "
+                    "blocks: choose rows and columns that divide its sides, or leave it out by "
+                    "layers=."
                 )
 
     def _units(self, scores: tf.Tensor, target: Target) -> Units:
@@ -344,11 +345,11 @@ class Block(_Ranked):
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class NM(Structure):
-    """N of every M weights along the input axis: 2:4 is what sparse tensor cores compute with.
+    """N of every M weights along the input axis; sparse tensor cores support 2:4.
 
-    At a sparsity s, ceil(M·(1 - s)) weights of every M are kept, never fewer than N: so a schedule
-    that rises to 1 - N/M thins the groups out step by step. Of an incomplete group at the end of an
-    axis the same number is kept, as far as it has so many.
+    At a sparsity s, ceil(M·(1 - s)) weights of every M are kept, but at least N. So a schedule that
+    rises to 1 - N/M prunes the groups step by step. An incomplete group at the end of an axis keeps
+    the same number, or all its weights if it has fewer.
 
     Args:
         n: weights kept of each group, >= 1.
@@ -373,16 +374,16 @@ class NM(Structure):
         _checks.integer("m", self.m, minimum=self.n + 1)
 
     def reason(self, target: Target) -> str:
-        """Return why a weight has no such groups, or an empty text."""
+        """Return why a weight tensor has no such groups, or an empty text."""
         if not target.layout:
-            return _UNREAD
+            return _UNKNOWN_AXES
         inputs = target.canonical_shape[2]
         if inputs < self.m:
             return f"it has {inputs} inputs per output, fewer than a group of {self.m}"
         return ""
 
     def reachable(self, sparsity: float) -> float:
-        """Return the sparsity of the pattern, if that much or more is asked for."""
+        """Return the sparsity of the groups: at most that of the pattern, 1 - N/M."""
         return 1.0 - int(self._kept(sparsity)) / self.m
 
     def masks(
@@ -392,7 +393,7 @@ class NM(Structure):
         scope: Scope,  # noqa: ARG002
         sparsity: Any,
     ) -> list[tf.Tensor]:
-        """Return one mask per weight; see the class."""
+        """Return one mask per weight tensor; see the class."""
         kept = self._kept(sparsity)
         return [self._mask(*pair, kept) for pair in zip(scores, targets, strict=True)]
 
@@ -405,22 +406,21 @@ class NM(Structure):
             )
 
     def _kept(self, sparsity: Any) -> tf.Tensor:
-        # Less a tolerance before rounding up: in float32 4·(1 - 0.75) may be 1.0000001.
+        # The tolerance is for rounding errors: in float32 4·(1 - 0.75) may be 1.0000001.
         kept = tf.math.ceil(self.m * (1.0 - tf.cast(sparsity, tf.float32)) - 1e-4)
         return tf.clip_by_value(tf.cast(kept, tf.int32), self.n, self.m)
 
     def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:  # noqa: ARG002
-        """Return one mask per weight, in which every group keeps as many as before."""
+        """Return one mask per weight tensor; the number of kept weights per group is unchanged."""
 
         def flat(values: tf.Tensor) -> tf.Tensor:
             return tf.reshape(values, (-1,))
 
         chosen = []
-        for target, mask, worth, gain in moves:
-            stays = functional.largest_share(flat(mask), flat(worth), share)
-            ranks = tf.where(tf.reshape(stays, target.shape), np.inf, gain)
-            lowest = tf.zeros((), gain.dtype)
-            groups = self._groups(tf.cast(mask, gain.dtype), target, lowest)
+        for target, mask, keep, grow in moves:
+            stays = functional.largest_share(flat(mask), flat(keep), share)
+            ranks = tf.where(tf.reshape(stays, target.shape), np.inf, grow)
+            groups = self._groups(tf.cast(mask, grow.dtype), target, tf.zeros((), grow.dtype))
             kept = tf.cast(tf.reduce_max(tf.reduce_sum(groups, axis=-1)), tf.int32)
             chosen.append(self._mask(ranks, target, kept))
         return chosen
@@ -434,26 +434,26 @@ class NM(Structure):
         return tf.reshape(values, (groups, positions, outputs, -1, self.m))
 
     def _mask(self, scores: tf.Tensor, target: Target, kept: tf.Tensor) -> tf.Tensor:
-        # Padding has the rank of pruned weights, and comes after them as it is last.
+        # Padding ranks as pruned weights do, and after them, as ties go to the first.
         rows = self._groups(scores, target, tf.constant(-np.inf, scores.dtype))
         mask = functional.largest_per_row(rows, kept)
         mask = tf.reshape(mask, (*rows.shape[:3], -1))[..., : target.canonical_shape[2]]
         return target.restore(tf.transpose(mask, (0, 1, 3, 2)))
 
 
-def _exchanged(kept: tf.Tensor, worth: tf.Tensor, gains: tf.Tensor, share: Any) -> tf.Tensor:
-    """Return a mask with as many entries as `kept`: those that stay, then the largest gains."""
-    stays = functional.largest_share(kept, worth, share)
+def _exchanged(kept: tf.Tensor, keep: tf.Tensor, grow: tf.Tensor, share: Any) -> tf.Tensor:
+    """Return a mask of as many units as `kept`: those that stay, and the largest of `grow`."""
+    stays = functional.largest_share(kept, keep, share)
     count = tf.reduce_sum(tf.cast(kept, tf.int32))
-    return functional.largest(tf.where(stays, tf.constant(np.inf, gains.dtype), gains), count)
+    return functional.largest(tf.where(stays, tf.constant(np.inf, grow.dtype), grow), count)
 
 
 def unfit(structure: Structure | None, layers: Any) -> Callable[[Target], str]:
-    """Return a function that says why a weight is not pruned in a structure, if it is not.
+    """Return a function that returns why a structure can't prune a weight, or an empty text.
 
     Args:
-        structure: what is asked for; None for single weights.
-        layers: the layers that are chosen, None for all: then outputs of the model are not pruned.
+        structure: the structure; None for single weights.
+        layers: the chosen layers. None for all: then outputs of the model are not removed.
     """
 
     def reason(target: Target) -> str:
@@ -464,11 +464,11 @@ def unfit(structure: Structure | None, layers: Any) -> Callable[[Target], str]:
         if why or not is_spared:
             return why
         return (
-            f"it makes the model's outputs, and {structure!r} would take whole ones away; choose "
-            "it by layers= to prune it"
+            f"it makes the model's outputs, and {structure!r} would remove whole ones; choose it "
+            "by layers= to prune it"
         )
 
     return reason
 
 
-_UNREAD = "it is not known which of its axes are inputs and which outputs"
+_UNKNOWN_AXES = "it is not known which of its axes are inputs and which outputs"

@@ -1,4 +1,4 @@
-"""Which weights of a model are pruned, and why the others are not."""
+"""The choice of the weights of a model that are pruned."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FROZEN = "it is frozen (trainable=False)"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """A weight that is pruned.
+    """A weight tensor that is pruned.
 
     Attributes:
-        name: of the layer, and which of its weights, where there are several.
+        name: the name of the layer, and that of the weight if the layer has several.
         layer: the layer that holds it.
-        variable: the weight, a variable of the layer's Keras.
-        layout: how to read its axes, as in `functional.canonical`; empty if that is not known.
-        channel_groups: of a grouped convolution, else 1.
-        makes_outputs: whether each of its filters makes one output of the model; None if that is
-            not known, as the model is subclassed, and it was not chosen by name.
+        variable: the weight tensor, a variable of the layer's Keras.
+        layout: the layout of its axes, as in `functional.canonical`; empty if not known.
+        channel_groups: the number of groups of a grouped convolution, else 1.
+        makes_outputs: whether each of its filters makes one output of the model; None if not known
+            (such as in a subclassed model) and not chosen by `layers`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
+        """The shape of the weight tensor."""
         return tuple(self.variable.shape)
 
     @property
@@ -51,7 +51,7 @@ class Target:
 
     @property
     def outputs(self) -> int | None:
-        """The number of its output channels, None if that is not known."""
+        """The number of its output channels; None if not known."""
         if not self.layout:
             return None
         groups, _, _, outputs = self.canonical_shape
@@ -63,7 +63,7 @@ class Target:
         return tuple(self.canonical(tf.zeros(self.shape, tf.bool)).shape)
 
     def canonical(self, values: tf.Tensor) -> tf.Tensor:
-        """Return values of the weight's shape as `(groups, positions, inputs, outputs)`."""
+        """Return values of this shape as `(groups, positions, inputs, outputs)`."""
         return functional.canonical(values, self.layout, self.channel_groups)
 
     def restore(self, values: tf.Tensor) -> tf.Tensor:
@@ -72,25 +72,25 @@ class Target:
 
 
 class Candidate(NamedTuple):
-    """A weight of rank 2 or more, and the reason not to prune it, empty if there is none."""
+    """A weight tensor of rank 2 or more, and why it is not pruned; empty if it is."""
 
     target: Target
     reason: str
 
 
 class Candidates(list[Candidate]):
-    """The weights of a model, with the decision on each: which are pruned, and why others not."""
+    """The candidates of a model; a type of its own, to tell them from an argument `layers`."""
 
 
 def require_model(model: Any) -> None:
-    """Raise unless a model is one of either Keras, built, and not pruned yet."""
+    """Raise unless `model` is a built model of either Keras that is not pruned."""
     _keras.library("model", model)
     _keras.require_built("model", model)
     require_unpruned("model", model)
 
 
 def require_unpruned(name: str, model: Any) -> None:
-    """Raise a ValueError if a model, or one inside it, is pruned already, by whichever engine."""
+    """Raise a ValueError if a model, or one inside it, is already pruned by either engine."""
     if isinstance(model, flavours.Trainer):
         raise ValueError(
             f"{name} must be the network itself, not the trainer: prune trainer.model."
@@ -100,10 +100,10 @@ def require_unpruned(name: str, model: Any) -> None:
 
 
 def require_finite(targets: list[Target]) -> list[Target]:
-    """Return targets whose weights can be ranked; in a graph they are not looked at.
+    """Return the targets after a check of their values, which is skipped in a graph.
 
     Raises:
-        ValueError: one is NaN or infinite somewhere.
+        ValueError: a target has NaN or infinite values.
     """
     if not tf.executing_eagerly():
         return targets
@@ -123,20 +123,20 @@ def candidates(
     min_rank: int = 2,
     unfit: Callable[[Target], str] = lambda _: "",
 ) -> Candidates:
-    """Return all weights of rank 2 or more of a model, with the reason not to prune each.
+    """Return all weight tensors of rank 2 or more of a model, with the reason not to prune each.
 
     Args:
         model: a built model of either Keras.
-        layers: which layers, see `models.selector`; None for every layer that has kernels. Of a
-            layer that is chosen, all weights of the rank asked for are taken, but biases.
-            `Candidates`, such as those of a saved pruner, are returned as they are.
+        layers: which layers, see `models.selector`; None for every layer with kernels. Of a chosen
+            layer, all weights of sufficient rank are pruned, except biases. `Candidates`, such as
+            those of a saved pruner, are returned unchanged.
         weights: a pattern for the names of weights, such as "*kernel"; None for all but biases.
         min_rank: the smallest rank of a weight to prune.
-        unfit: returns why a weight does not suit the structure asked for, or an empty text.
+        unfit: returns why a structure can't prune a weight, or an empty text.
 
     Raises:
-        TypeError: `layers`, `weights` or `min_rank` is of a wrong kind.
-        ValueError: `layers` chooses no layer that has weights to prune, an element of it fits no
+        TypeError: `layers`, `weights` or `min_rank` has a wrong type.
+        ValueError: `layers` chooses no layer with weights to prune, an element of it matches no
             layer, or `min_rank` is below 1.
     """
     if isinstance(layers, Candidates):
@@ -178,7 +178,7 @@ def candidates(
 
 
 def _able(model: Any) -> list[Any]:
-    """Return the layers of a model that have weights which are pruned if they are chosen."""
+    """Return the layers of a model with weights that can be pruned."""
     return [
         layer
         for _, layer, variable, _ in models.owned(model, lambda _: False)
@@ -187,12 +187,12 @@ def _able(model: Any) -> list[Any]:
 
 
 def found_again(model: Any, weights: list[dict[str, Any]]) -> Candidates:
-    """Return the weights of a model, those to prune found by their paths.
+    """Return the candidates of a model for the weights of a saved pruner, found by their paths.
 
     Args:
         model: a built model.
-        weights: of each weight that is to be pruned its path (`layers.weight_paths`), name and
-            shape; in older files its position among all candidates, in place of the path.
+        weights: the path (`layers.weight_paths`), name and shape of each pruned weight. Older files
+            have its position among all candidates in place of the path.
 
     Raises:
         ValueError: the model lacks one of them.
@@ -225,13 +225,13 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> Candidates:
 
 
 def _named(found: list[Candidate]) -> Candidates:
-    """Shorten names to that of the layer where it has one such weight; keep all names apart."""
-    beside = [adapted.is_companion(target.layer, target.variable) for target, _ in found]
+    """Shorten each name to that of the layer if it has one such weight, and make names unique."""
+    companions = [adapted.is_companion(target.layer, target.variable) for target, _ in found]
     counts: dict[int, int] = {}
-    for (target, _), is_companion in zip(found, beside, strict=True):
+    for (target, _), is_companion in zip(found, companions, strict=True):
         counts[id(target.layer)] = counts.get(id(target.layer), 0) + (not is_companion)
     names = []
-    for (target, _), is_companion in zip(found, beside, strict=True):
+    for (target, _), is_companion in zip(found, companions, strict=True):
         single = counts[id(target.layer)] == 1 and "/" in target.name and not is_companion
         names.append(target.name.rpartition("/")[0] if single else target.name)
     unique = _reports.unique(names)
@@ -242,7 +242,7 @@ def _named(found: list[Candidate]) -> Candidates:
 
 
 def _reading(layer: Any, variable: Any) -> tuple[str, int]:
-    """Return the layout and the channel groups of a weight; an empty layout if not known."""
+    """Return the layout of a weight (empty if not known) and its number of channel groups."""
     for spec in kernel_layers.kernel_specs(layer):
         if adapted.stored(layer, spec.attribute) is variable:
             return spec.layout, spec.channel_groups

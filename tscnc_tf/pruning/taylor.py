@@ -1,4 +1,4 @@
-"""Importance by gradient times weight, measured on data: what the loss would lose with a weight."""
+"""Taylor importance: the gradient of the loss times the weight, measured on data."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ __all__ = ["Taylor"]
 class Taylor:
     r"""The importance of weights by the gradient of a loss on given data, for pruning at once.
 
-    To set a weight w to zero changes the loss, to first order, by -g w, with g its gradient. The
-    importance is the root of the mean square of that over batches b,
+    To first order, setting a weight w to zero changes the loss by -g w, with g the gradient of the
+    loss. The importance is the root mean square of this over batches b,
 
     .. math:: s = |w| \sqrt{\textstyle\sum_b \frac{n_b}{N}\, g_b^2}, \qquad
         g_b = \frac{1}{n_b} \sum_{i \in b} \frac{\partial \ell(x_i', y_i)}{\partial w}
 
-    with :math:`n_b` of the N examples in batch b. (Over all data at once the gradient of a trained
-    network is next to nothing, which is why squares are averaged.) Structures compare the means
-    over their units. With an attack, :math:`x_i'` are adversarial examples, and what is pruned is
-    what robustness needs least. The network runs as at inference.
+    with :math:`n_b` of the N examples in batch b. (Squares are averaged because the gradient of a
+    trained network over all data is almost zero.) Structures compare the means over their units.
+    With an attack, :math:`x_i'` are adversarial examples, so the weights that matter least for
+    robustness are pruned. The network runs in inference mode.
 
-    It is measured when the pruner is made, on the weights as they are then, and the pruner prunes
-    at once: `prune_now(model, sparsity, criterion=Taylor(...))`, or with regrowth
-    `prune(model, OneShot(sparsity), criterion=..., regrowth=...)`. A saved pruner does not hold it.
+    The importance is measured once, in the constructor of the pruner, which then prunes at once:
+    `prune_now(model, sparsity, criterion=Taylor(...))`, or with regrowth
+    `prune(model, OneShot(sparsity), criterion=..., regrowth=...)`. It is not saved with the pruner.
 
     Args:
         x: inputs of the model, `(examples, ...)`; a few hundred training examples.
         y: labels, as in `tscnc_tf.losses`.
-        attack: an attack of `tscnc_tf.attacks` that follows the gradient, such as that of a
-            trainer; None for the inputs as they are.
+        attack: a gradient attack of `tscnc_tf.attacks`, such as that of a trainer; None for clean
+            inputs.
         loss: a loss of `tscnc_tf.losses`, such as that of a trainer; None for cross-entropy.
-        batch_size: examples in a batch.
-        seed: of the attack.
+        batch_size: the number of examples in a batch.
+        seed: the seed of the attack.
 
     Raises:
-        TypeError: `attack` follows no gradient or `loss` is none of these; or, with an attack, `x`
-            is not of floats.
-        ValueError: there are no examples, `y` has another number of them or is not of the form of
-            labels; or, with an attack, `x` is not finite or leaves the attack's bounds. When the
-            model is pruned: labels are not of its classes.
+        TypeError: `attack` is no gradient attack, or `loss` is none of these; or, with an attack,
+            `x` does not contain floats.
+        ValueError: there are no examples, `y` has another number of them, or its values are no
+            labels; or, with an attack, `x` is not finite or exceeds the attack's bounds. When the
+            model is pruned: a label is none of its classes.
 
     Example:
         >>> import keras
@@ -103,7 +103,7 @@ class Taylor:
         self.seed = _checks.seed("seed", seed)
 
     def require(self, schedule: Any) -> None:
-        """Raise a ValueError unless a schedule prunes at once, when the importance is known."""
+        """Raise a ValueError unless a schedule prunes at once."""
         if not scheduling.is_at_once(schedule):
             raise ValueError(
                 f"criterion={self!r} is measured once, and {schedule!r} prunes later: take "
@@ -114,8 +114,8 @@ class Taylor:
         """Return the importance of weights of a model, one tensor for each variable.
 
         Raises:
-            ValueError: the model returns no logits or has none for a label, or a gradient is not
-                finite.
+            ValueError: the model returns no logits, a label is none of its classes, or a gradient
+                is not finite.
         """
         classes = models.traced_classes("model", _keras.inference(model), self.x)
         _checks.require_classes(self.y, classes)
@@ -123,7 +123,7 @@ class Taylor:
         signature = [
             tf.TensorSpec((None, *each.shape[1:]), each.dtype) for each in (self.x, self.y)
         ]
-        # The concrete function: `tf.function` warns of many that are compiled at one place.
+        # A concrete function, as many calls of `tf.function` at one place give a warning.
         gradient = tf.function(
             lambda x, y, seed: self._gradients(model, weights, x, y, seed),
             [*signature, tf.TensorSpec((2,), tf.int32)],

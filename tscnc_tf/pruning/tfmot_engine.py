@@ -1,4 +1,4 @@
-"""The tfmot engine: prunes by tfmot's wrappers around layers, and removes them."""
+"""The tfmot engine: wraps layers by tfmot's pruning wrappers, and removes these."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
     Args:
         model: a Sequential or functional tf_keras model, built.
         schedule: a `PruningSchedule`.
-        layers: as in `selection.selector`.
-        options: what `tfmot.sparsity.keras.prune_low_magnitude` takes.
+        layers: as in `models.selector`.
+        options: arguments of `tfmot.sparsity.keras.prune_low_magnitude`.
 
     Raises:
         TypeError, ValueError: see `prune`.
@@ -56,8 +56,8 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
     if m_by_n:
         warnings.warn(
             f"tfmot does not save sparsity_m_by_n={tuple(m_by_n)}: a model that is saved and "
-            "loaded again goes on unstructured. Train it to the end before you save it, and save "
-            'the stripped model; or use engine="masks" with '
+            "loaded again is pruned without structure. Finish the training before you save it, and "
+            'save the stripped model; or use engine="masks" with '
             f"structure={_same_pattern(*m_by_n)}, which is saved.",
             UserWarning,
             stacklevel=3,
@@ -66,7 +66,7 @@ def wrap(model: Any, schedule: Any, layers: Any, options: dict[str, Any]) -> Any
 
 
 class _Wrapping(cloning.Rebuilder):
-    """Shares the layers of a model, and puts those that are chosen and prunable into wrappers."""
+    """Rebuilds a model with the same layers, of which the chosen and prunable ones are wrapped."""
 
     def __init__(self, chosen: Callable[[Any], bool], schedule: Any, options: dict[str, Any]):
         super().__init__(tf_keras)
@@ -80,7 +80,7 @@ class _Wrapping(cloning.Rebuilder):
         return layer
 
     def replacement(self, layer: Any) -> Any:
-        """Return the layer, in a wrapper if it is to be pruned."""
+        """Return the layer, wrapped if it is chosen and prunable."""
         layer = self.copied(layer)
         inner = layer.layer if gated.is_gated(layer) else layer
         if not matrix_weights(inner) or not (self._chosen(layer) or self._chosen(inner)):
@@ -93,7 +93,7 @@ class _Wrapping(cloning.Rebuilder):
 
 
 def _unfit(layer: Any, options: dict[str, Any]) -> str:
-    """Return why tfmot can't prune a layer in the way asked for, or an empty text if it can."""
+    """Return why tfmot can't prune a layer with these options, or an empty text."""
     inner = layer.layer if gated.is_gated(layer) else layer
     if not matrix_weights(inner):
         return "it has no weights of rank 2 or more"
@@ -102,19 +102,19 @@ def _unfit(layer: Any, options: dict[str, Any]) -> str:
 
 
 def _same_pattern(zeros: int, size: int) -> NM:
-    """Return our structure for tfmot's m by n: it counts the zeros, we what is kept."""
+    """Return the structure for tfmot's m by n, where m is the number of zeros."""
     return NM(size - zeros, size)
 
 
 def unwrap(model: Any) -> Any:
-    """Return a copy of a tf_keras model without tfmot's wrappers, the masks applied before."""
+    """Return a copy of a tf_keras model without tfmot's wrappers, with the masks applied."""
     _keras.require_graph_model("model", model)
     wrappers.apply_masks(model)
     return cloning.unwrapped(model)
 
 
 def reason(model: Any, layer: Any) -> str:
-    """Return why tfmot does not prune a layer of a wrapped model; "not chosen" if it could."""
+    """Return why tfmot does not prune a layer of a wrapped model."""
     every = wrappers.wrapped_layers(model)
     sizes = {tuple(wrapper.block_size) for wrapper in every}
     patterns = {wrapper.sparsity_m_by_n for wrapper in every}
@@ -124,6 +124,6 @@ def reason(model: Any, layer: Any) -> str:
 
 
 def matrix_weights(layer: Any) -> list[Any]:
-    """Return a layer's weights of rank 2 or more, frozen or not: what could be pruned at all."""
+    """Return a layer's weights of rank 2 or more, in frozen layers too."""
     weights = flavours.variables(layer)
     return [weight for weight in weights if weight.trainable and len(weight.shape) >= 2]

@@ -1,4 +1,4 @@
-"""Remove from a network what pruning has made dead, so that it is smaller and faster as it is."""
+"""Remove the dead channels of a pruned network, so that it is smaller and faster."""
 
 from tscnc_tf._timing import Latency
 from tscnc_tf.pruning.compaction.api import compact

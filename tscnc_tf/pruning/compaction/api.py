@@ -1,4 +1,4 @@
-"""`compact`: remove from a network the channels that pruning has made dead."""
+"""The function `compact`."""
 
 from __future__ import annotations
 
@@ -18,56 +18,60 @@ from tscnc_tf.pruning.compaction.report import Compaction, Kept, LayerChange, Le
 
 
 def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) -> Compaction:
-    r"""Return a smaller model with the same logits: dead filters are removed, not only zero.
+    r"""Return a smaller model with the same logits, without the dead filters.
 
-    Zeros in a kernel cost as much time as any other value. But a filter that is zero altogether
-    sends on a constant, what bias, normalisation and activation make of nothing, and a constant
-    needs no convolution. With :math:`w_{tio}` the kernel of the next layer (taps :math:`t`, inputs
-    :math:`i`, outputs :math:`o`) and :math:`D` the dead inputs, which always have the values
-    :math:`c_i`, the layer stays exactly what it is, without them, if its bias becomes
+    Zeros in a kernel cost as much time as any other value. But a filter of zeros has a constant
+    output, after bias, normalisation and activation, and the next layer can fold this constant into
+    its bias. With :math:`w_{tio}` the kernel of the next layer (taps :math:`t`, inputs :math:`i`,
+    outputs :math:`o`) and :math:`D` its dead inputs, which have the constant values :math:`c_i`,
+    the outputs do not change without these inputs if the bias becomes
 
     .. math:: b'_o = b_o + \sum_{i \in D} c_i \sum_t w_{tio}.
 
-    Removed are (1) filters and units whose output is a constant, whatever the input, and (2) those
-    whose output is not read, because all weights for it are zero; and whatever becomes dead
-    thereby, and so on. Constants are followed through BatchNorm (in inference mode), element-wise
-    activations, pooling, flattening, additions, products and concatenations, and a layer without a
-    bias gets one if it needs it. A channel that is added to others (a residual network) goes only
-    if every branch can lose it, and one that is concatenated in several places only from all of
-    them. Of a convolution in groups, dead groups go whole; the others lose as many inputs, and as
-    many filters, as are dead in each of them, since Keras has groups of equal size only. Of
-    `MultiHeadAttention`, heads go whose values are all constants, or are not read by the output
-    projection, and as many values as are dead in each of the other heads; sizes of keys stay.
+    A filter or unit is removed (1) if its output is constant for every input, or (2) if its output
+    is not read, because all weights for it are zero. This is repeated for the filters that become
+    dead thereby. Constants are propagated through BatchNorm (in inference mode), element-wise
+    activations, pooling, flattening, additions, products and concatenations. A layer without a bias
+    gets one if it needs it.
 
-    What can't be removed stays, and `kept` says why: a constant other than zero, say, does not fold
-    into a convolution with padding="same", since that sees zeros at the border. Layers that are not
-    understood (recurrent layers, `LayerNormalization`, `Lambda`, your own classes, layers that are
-    used twice, ...) are left alone with all channels that touch them, and `left_alone` names them.
-    Inputs and outputs of the model keep their shapes, layers their names, dtypes, regularizers and
-    `trainable`. The result is for inference: in training, BatchNorm and dropout would have treated
-    the constants differently.
+    Some channels can only be removed together:
+
+    * A channel that is added to others (as in a residual network) is removed from all branches or
+      from none; one that is concatenated in several places, from all of them or from none.
+    * Grouped convolutions have groups of equal size in Keras. Dead groups are removed. All others
+      lose the same number of inputs, and of filters.
+    * Heads of `MultiHeadAttention` are removed if their values are all constant, or not read by the
+      output projection. The other heads lose the same number of values, and no keys.
+
+    `kept` names the dead channels that can't be removed, with the reason. For example, a constant
+    other than zero does not fold into a convolution with padding="same", which reads zeros at the
+    border. Layers of unknown effect (recurrent layers, `LayerNormalization`, `Lambda`, your own
+    classes, layers that are used twice, ...) keep all their channels, and `left_alone` names them.
+    The inputs and outputs of the model keep their shapes, and layers keep their names, dtypes,
+    regularizers and `trainable`. The result is for inference: in training, BatchNorm and dropout
+    would have treated the constants differently.
 
     Args:
-        model: a Sequential or functional model of either Keras, built, without pruning wrappers
-            and without gates. Nested models are followed. A class of your own on top of these may
-            have more methods, and no `call`: of a functional one the result is of the same class,
-            if its constructor takes inputs and outputs, else of Keras' own. It is not changed, but
-            for the masks of its `Pruner` being applied, if it has one; the smaller model has none
-            (`pruning.freeze_mask` keeps its zeros where it is trained on).
+        model: a built Sequential or functional model of either Keras, without pruning wrappers and
+            gates. Nested models are included. A subclass of these may add methods, but not override
+            `call`. The result for a functional one has the same class, if the constructor takes
+            inputs and outputs, else Keras' class. The model is not changed, except that the masks
+            of its `Pruner`, if any, are applied. The smaller model has no pruner:
+            `pruning.freeze_mask` keeps its zeros in further training.
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
             rows drawn from U[0, 1), seeded.
-        tolerance: by how much they may differ, relative to the largest logit (if above 1); None for
-            1e-5, or what the arithmetic allows for if it is less exact than float32: 5e-2 with
-            layers that compute in 16 bits, 1e-2 on GPUs that multiply in TensorFloat-32.
+        tolerance: the largest difference of the logits, relative to the largest logit (if above 1).
+            None for 1e-5, or more if the arithmetic is less exact than float32: 5e-2 with layers
+            that compute in 16 bits, 1e-2 on GPUs that multiply in TensorFloat-32.
 
     Returns:
-        A `Compaction`: its `model` is new and not compiled.
+        A `Compaction`; its `model` is new and not compiled.
 
     Raises:
         TypeError: `model` is no Keras model.
-        ValueError: it is subclassed with a `call` of its own or holds such a model, is a trainer
-            (pass `trainer.model`), not built, still wrapped for pruning or gated, holds a layer
-            that can't be rebuilt from its configuration, or `probe` does not fit it.
+        ValueError: it overrides `call` or contains such a model, is a trainer (pass
+            `trainer.model`), is not built, has pruning wrappers or gates, or has a layer that can't
+            be rebuilt from its configuration; or `probe` does not fit it.
         RuntimeError: the logits differ by more than the tolerance; no model is returned.
 
     Example:
@@ -114,7 +118,7 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     if difference > allowed:
         raise RuntimeError(
             f"The compacted model {model.name!r} gives logits that differ by {difference:.3g} from "
-            f"those of the model given, where {allowed:.3g} is allowed. If the model itself is "
+            f"those of the given model, where {allowed:.3g} is allowed. If the model itself is "
             "that sensitive to rounding, pass tolerance=; else please report it."
         )
     return Compaction(
@@ -134,13 +138,13 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
 
 
 class _Compactor(cloning.Rebuilder):
-    """Builds a model anew without the channels that don't stay.
+    """Rebuilds a model with the kept channels.
 
     Args:
         library: the Keras of the model.
-        graph: of the model.
+        graph: the graph of the model.
         operations: its operations.
-        plan: of its channels.
+        plan: its kept channels.
     """
 
     def __init__(
@@ -157,15 +161,15 @@ class _Compactor(cloning.Rebuilder):
             self._edits[operation.call.layer] |= operation.edit(plan)
 
     def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the configuration with the edits in it."""
+        """Return the edited configuration."""
         return config | self._edits[layer].config
 
     def weights(self, layer: Any) -> Mapping[str, Any]:
-        """Return the weights that are edited."""
+        """Return the edited weights."""
         return self._edits[layer].weights
 
     def channels(self, model: Any) -> list[int | None]:
-        """Return the numbers of channels that stay, of the inputs of a nested model."""
+        """Return the numbers of kept channels of the inputs of a nested model."""
         if id(model) not in self._nested_inputs:
             return super().channels(model)
         tensors = self._nested_inputs[id(model)]
@@ -173,7 +177,7 @@ class _Compactor(cloning.Rebuilder):
 
 
 def _rows(graph: Graph, plan: ChannelPlan, layers: dict[int, Any]) -> tuple[LayerChange, ...]:
-    """Return what has become of each layer that has weights, in the order of the model."""
+    """Return the change of each layer with weights, in the order of the model."""
     calls: dict[Any, list[Call]] = {}
     for call in graph.calls:
         if getattr(call.layer, "weights", None):
@@ -197,7 +201,7 @@ def _rows(graph: Graph, plan: ChannelPlan, layers: dict[int, Any]) -> tuple[Laye
 
 
 def _parameters(layer: Any) -> int:
-    # A weight may be of a size that is not known, such as the summary of a Discretization.
+    # A weight may have an unknown size, such as the summary of a Discretization.
     shapes = [tuple(weight.shape) for weight in flavours.variables(layer)]
     return sum(math.prod(shape) for shape in shapes if None not in shape)
 

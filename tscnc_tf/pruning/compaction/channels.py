@@ -1,4 +1,4 @@
-"""Which channels of a network can be removed: constants forwards, needs backwards, ties."""
+"""The analysis of which channels of a network can be removed."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ AT_LEAST_ONE = "Keras has no layers without any filter"
 
 
 class ChannelAnalysis:
-    """Which channels of each tensor stay, and why no more of them can be removed.
+    """Finds the channels of each tensor that are kept, and why they can't be removed.
 
-    A channel goes if nothing that stays depends on its value: a later kernel has only zeros for it,
-    or it is a constant that the later layers fold into their biases. It does not matter how long
-    the chain of layers is in which one death brings another: needs are followed from the outputs
-    backwards, so that the largest set of channels that only serve each other is found at once.
+    A channel can be removed if no kept channel depends on its value: later kernels have only zeros
+    for it, or it is a constant that later layers fold into their biases. Needs are propagated from
+    the outputs backwards, so that channels which only serve removed ones are found in one pass.
 
     Args:
-        graph: of the model.
-        operations: its operations, each after those that it reads.
+        graph: the graph of the model.
+        operations: its operations in topological order.
 
     Attributes:
-        constants: the value that a channel of a tensor has for every input, or NaN.
-        needed: whether something that counts would change with its value.
-        reasons: what keeps a value that is constant from being dropped, there or further on.
-        held: what keeps the channel where it is; an empty text if it goes.
+        constants: the constants of the channels of each tensor, NaN if not constant.
+        needed: masks of the channels whose values the outputs depend on.
+        reasons: why the constants of channels can't be folded, at the next layer or a later one.
+        held: why channels are kept; an empty text for removed ones.
     """
 
     def __init__(self, graph: Graph, operations: list[Step]) -> None:
@@ -57,21 +56,21 @@ class ChannelAnalysis:
 
     @property
     def plan(self) -> ChannelPlan:
-        """Which channels stay."""
+        """The constants and the kept channels."""
         keeps = {tensor: held != "" for tensor, held in self.held.items()}
         return ChannelPlan(self.constants, keeps)
 
     def _find_constants(self) -> None:
-        """Go forwards: the constants of each tensor from those before it."""
+        """Propagate the constants forwards."""
         for operation in self.operations:
             if isinstance(operation, Operation):
                 given = [self.constants[tensor] for tensor in operation.inputs]
-                with np.errstate(all="ignore"):  # what overflows is no constant
+                with np.errstate(all="ignore"):  # a value that overflows is treated as unknown
                     found = operation.constants(given)
                 self.constants[operation.output] = np.where(np.isfinite(found), found, np.nan)
 
     def _find_needs(self) -> None:
-        """Go backwards: which values are needed, and what stops constants from being dropped."""
+        """Propagate needs backwards, and the reasons why constants can't be folded."""
         self._require(self.graph.outputs, "it is an output of the model")
         for operation in reversed(self.operations):
             if not isinstance(operation, Operation):
@@ -98,12 +97,12 @@ class ChannelAnalysis:
             self._explain(tensor, np.full(tensor.channels, reason, object))
 
     def _explain(self, tensor: Tensor, texts: Channels) -> None:
-        """Note reasons for channels that have none yet."""
+        """Set reasons for channels that have none yet."""
         before = self.reasons[tensor]
         self.reasons[tensor] = np.where(before == "", texts, before)
 
     def _find_held(self) -> None:
-        """Hold the channels that something needs, and with each all that are tied to it."""
+        """Hold the needed channels, and all channels that are tied to them."""
         self._hold(self.graph.inputs, "tied to an input of the model")
         self._hold(self.graph.outputs, "tied to an output of the model")
         for operation in self.operations:
@@ -115,7 +114,7 @@ class ChannelAnalysis:
         self._spread()
         for held in self.held.values():
             if held.size and not (held != "").any():
-                # A Keras layer needs at least one filter. One channel is harmless: its value is not
+                # A Keras layer needs at least one filter. Keeping one is correct: its value is not
                 # needed, or it is a constant for which the layers that read it keep their weights.
                 held[0] = AT_LEAST_ONE
                 self._spread()
@@ -126,13 +125,13 @@ class ChannelAnalysis:
             self.held[tensor] = np.where((held == "") & chosen, reason, held).astype(object)
 
     def _spread(self) -> None:
-        """Carry `held` to all that is tied to it and that layers need beside it."""
+        """Hold the channels that are tied to held ones, or that Keras layers need with them."""
         self._carry()
-        while sum(map(self._complete, self.operations)):  # of all, and not until the first
+        while sum(map(self._complete, self.operations)):  # unlike any(), completes all
             self._carry()
 
     def _complete(self, operation: Step) -> bool:
-        """Hold what a layer needs to have a form that Keras has; tell whether that is more."""
+        """Hold the channels that a Keras layer needs; return whether there are new ones."""
         if not isinstance(operation, Operation):
             return False
         tensors = [*operation.inputs, operation.output]
@@ -145,7 +144,7 @@ class ChannelAnalysis:
         return changed
 
     def _carry(self) -> None:
-        """Carry `held` along the ties, in both directions, until nothing changes."""
+        """Propagate `held` along the ties, in both directions, until nothing changes."""
         changed = True
         while changed:
             changed = False
@@ -165,7 +164,7 @@ class ChannelAnalysis:
         return changed
 
     def obstacles(self) -> dict[Call, collections.Counter[str]]:
-        """Return why filters stay whose output is constant or not needed."""
+        """Return the numbers of dead filters that are kept, by call and reason."""
         found: dict[Call, collections.Counter[str]] = {}
         for operation in self.operations:
             if not isinstance(operation, Linear | Depthwise) or not operation.counts:

@@ -1,4 +1,4 @@
-"""The report of a compaction: layers before and after, what stays and why, latency."""
+"""The report of a compaction: layers before and after, kept dead filters, latency."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tscnc_tf import _checks, _keras, _probe, _reports, _timing
 
-NOTES = 20  # rows of `kept` below the table; a residual network has hundreds
+NOTES = 20  # entries of `kept` below the table; a residual network has hundreds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +15,10 @@ class LayerChange(_reports.Record):
     """One layer with weights, before and after.
 
     Attributes:
-        name: the layer's name, after those of the nested models that it is in.
+        name: the layer's name, prefixed by those of the nested models around it.
         kind: its class.
-        filters_before, filters_after: the channels of its output; None if not known.
-        parameters_before, parameters_after: the entries of all its weights.
+        filters_before, filters_after: the number of output channels; None if not known.
+        parameters_before, parameters_after: the number of entries of all its weights.
         flops_before, flops_after: for one example; None for layers that are not counted.
     """
 
@@ -42,12 +42,12 @@ class LayerChange(_reports.Record):
 
 @dataclasses.dataclass(frozen=True)
 class Kept(_reports.Record):
-    """Filters of a layer that have no effect on the result and stay nevertheless.
+    """Dead filters of a layer that could not be removed.
 
     Attributes:
         layer: the layer's name.
-        channels: how many of its filters; of attention, values of its heads count as well.
-        reason: why they stay.
+        channels: the number of filters; of attention, values of heads count as well.
+        reason: why they are kept.
     """
 
     layer: str
@@ -57,7 +57,7 @@ class Kept(_reports.Record):
 
 @dataclasses.dataclass(frozen=True)
 class LeftAlone(_reports.Record):
-    """A layer that is not understood: the channels that it reads and makes all stay.
+    """A layer of unknown effect on channels: all its input and output channels are kept.
 
     Attributes:
         layer: the layer's name.
@@ -70,22 +70,22 @@ class LeftAlone(_reports.Record):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compaction(_reports.Report):
-    """A compacted model, and what has become of its layers; `print` it for a table.
+    """A compacted model, and the changes of its layers; `print` it for a table.
 
     FLOPs are those of the kernels of convolutions and dense layers for one example, two per
-    multiply-add: `2 · kernel entries · positions`, a position being a place of the output (of the
-    input, for transposed convolutions). Biases, normalisation, activations and pooling are not
-    counted, nor is padding told apart. Other layers have no FLOPs here.
+    multiply-add: `2 · kernel entries · positions`, with the positions of the output (of the input,
+    for transposed convolutions). Multiplications by padding count. Biases, normalisation,
+    activations, pooling and other layers are not counted.
 
     Attributes:
         model: the new model, uncompiled.
-        original: the model that was given.
+        original: the given model.
         layers: one row per layer with weights.
         kept: the dead filters that could not be removed, and why.
-        left_alone: the layers that are not understood.
+        left_alone: the layers of unknown effect, which keep all their channels.
         max_logit_difference: the largest absolute difference between the logits of both models on
             the probe batch.
-        logit_tolerance: the largest difference that would have passed.
+        logit_tolerance: the largest allowed difference.
         probe_examples: the number of examples in the probe batch.
     """
 
@@ -103,7 +103,7 @@ class Compaction(_reports.Report):
 
     @property
     def parameters_before(self) -> int:
-        """The number of parameters of the model that was given."""
+        """The number of parameters of the given model."""
         return sum(row.parameters_before for row in self.layers)
 
     @property
@@ -113,23 +113,23 @@ class Compaction(_reports.Report):
 
     @property
     def flops_before(self) -> int:
-        """The FLOPs of the model that was given, of what is counted."""
+        """The FLOPs of the given model."""
         return sum(row.flops_before or 0 for row in self.layers)
 
     @property
     def flops_after(self) -> int:
-        """The FLOPs of the new model, of what is counted."""
+        """The FLOPs of the new model."""
         return sum(row.flops_after or 0 for row in self.layers)
 
     def measure_latency(self, batch: Any, *, rounds: int = 50) -> _timing.Latency:
-        """Measure how long a forward pass takes before and after. It is never run by itself.
+        """Measure the latency of a forward pass before and after.
 
         Both models are compiled by `tf.function` for the batch, warmed up, and then timed in turns
-        (A B A B ...) in this process, so that what slows the machine down slows both.
+        (A B A B ...) in this process, so that other load affects both.
 
         Args:
-            batch: inputs as the model takes them; its size is part of what is measured.
-            rounds: how often each model is timed.
+            batch: inputs of the model; the latency depends on the batch size.
+            rounds: the number of timed passes of each model.
 
         Returns:
             A `Latency`: medians, quartiles, the ratio, and the device.
