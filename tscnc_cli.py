@@ -3,8 +3,8 @@
 The result is printed on stdout, as text or (`--json`) as one JSON document; progress and what the
 libraries print go to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
-This module lies beside the package, which it imports when a command runs: importing TensorFlow
-takes seconds, and `tscnc --help` shall not wait for it.
+This module is outside of the package, which it imports only when a command runs: importing
+TensorFlow takes seconds, and `tscnc --help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, get_type_hints
 
 import click
 
-Result = tuple[Mapping[str, Any], Any]  # for --json; for people, by str()
+Result = tuple[Mapping[str, Any], Any]  # values for --json, and an object whose str() is the text
 
 FILE = click.Path(path_type=pathlib.Path)
 EXISTING = click.Path(exists=True, path_type=pathlib.Path)
@@ -77,7 +77,7 @@ def _command(**settings: Any) -> Callable[[Callable[..., Result]], click.Command
 
 
 class _Distance(click.ParamType):
-    """A number, or a fraction such as 8/255, which reports then show as it was written."""
+    """A number, or a fraction such as 8/255, which reports show as it was written."""
 
     name = "number"
 
@@ -92,7 +92,7 @@ class _Distance(click.ParamType):
 
 
 class _RunCommand(click.Command):
-    """A command with a flag for every value of a recipe, which are looked up when it is called."""
+    """A command with a flag for every value of a recipe; the flags are made when it is called."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters of the function, then those of the recipe."""
@@ -119,7 +119,7 @@ def _recipe_flags() -> list[click.Option]:
 
 
 def _documented_arguments(cls: type) -> dict[str, str]:
-    """Return what the docstrings of a class and its bases say of the arguments."""
+    """Return the descriptions of arguments in the docstrings of a class and its bases, by name."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         text = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
@@ -132,9 +132,9 @@ def _documented_arguments(cls: type) -> dict[str, str]:
 @_command(cls=_RunCommand, options_metavar="--output FOLDER [OPTIONS]")
 @click.argument("recipe", default="recommended")
 @click.option(
-    "--output", required=True, type=FILE, help="Folder of the experiment, new or to be resumed."
+    "--output", required=True, type=FILE, help="Folder of a new experiment, or of one to resume."
 )
-@click.option("--dense", type=EXISTING, help="The 1-train of another experiment to start from.")
+@click.option("--dense", type=EXISTING, help="The 1-train of another experiment, to start from.")
 @click.option("--baseline", is_flag=True, help="Without constraints and gates.")
 def run(
     recipe: str,
@@ -145,8 +145,8 @@ def run(
 ) -> Result:
     """Train, prune, fine-tune and evaluate a network by a RECIPE.
 
-    RECIPE is "recommended" (if none is given: what did best in the study of this package), "paper"
-    (the values of the method's authors, with constraints and gates), "cpu" (the recommended one in
+    RECIPE is "recommended" (the default, the best one in the study of this package), "paper" (the
+    values of the method's authors, with constraints and gates), "cpu" (the recommended one, in
     minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a recipe has a flag. A
     run that was stopped continues when the same command is called again.
 
@@ -179,10 +179,11 @@ def run(
     type=click.Choice(["process", "ray"]),
     default="process",
     show_default=True,
-    help="One after the other in this process, or tasks of Ray, here or on its cluster.",
+    help="Run the experiments one after the other in this process, or as tasks of Ray, on this "
+    "machine or on a cluster.",
 )
-@click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Of a task.")
-@click.option("--gpus", type=click.FloatRange(0), default=0, show_default=True, help="Of a task.")
+@click.option("--cpus", type=click.IntRange(1), default=1, show_default=True, help="Per task.")
+@click.option("--gpus", type=click.FloatRange(0), default=0, show_default=True, help="Per task.")
 def sweep(plan: pathlib.Path, output: pathlib.Path, engine: str, cpus: int, gpus: float) -> Result:
     """Run all experiments of SWEEP, a YAML file of recipes, seeds and values.
 
@@ -206,7 +207,7 @@ def sweep(plan: pathlib.Path, output: pathlib.Path, engine: str, cpus: int, gpus
     return report.to_dict(), report
 
 
-# The options of evaluate that only some attacks have, and which ones.
+# The options of `evaluate` that only some attacks have, and these attacks.
 _OWNERS = {
     "version": ("autoattack",),
     "steps": ("pgd",),
@@ -226,8 +227,9 @@ _OWNERS = {
     type=click.Choice(["autoattack", "apgd", "pgd", "fgsm"]),
     default=["autoattack"],
     show_default=True,
-    help="apgd: the first two attacks of AutoAttack, APGD of 100 steps by cross-entropy and by the "
-    "targeted DLR loss, much faster. Repeat it for several attacks; the worst case counts.",
+    help="apgd: the first two attacks of AutoAttack, which are much faster: APGD of 100 steps on "
+    "cross-entropy and on the targeted DLR loss. Repeat --attack for several attacks; the report "
+    "also has their worst case.",
 )
 @click.option(
     "--epsilon", type=_Distance(), default="8/255", show_default=True, help="Radius of the ball."
@@ -237,35 +239,39 @@ _OWNERS = {
     type=click.Choice(["linf", "l2", "l1"]),
     default="linf",
     show_default=True,
-    help="l1: of autoattack and apgd only.",
+    help="l1: for autoattack and apgd only.",
 )
 @click.option(
     "--version",
     type=click.Choice(["standard", "plus", "rand"]),
-    help="Of autoattack; standard by default. rand: for a model whose outputs are random.",
+    help="For autoattack; standard by default. rand: for a model whose outputs are random.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Of pgd; 50 by default.")
-@click.option("--step-size", type=_Distance(), help="Of pgd; 2.5 epsilon / steps by default.")
-@click.option("--restarts", type=click.IntRange(1), help="Of pgd; 5 by default.")
+@click.option("--steps", type=click.IntRange(1), help="For pgd; 50 by default.")
+@click.option("--step-size", type=_Distance(), help="For pgd; 2.5 epsilon / steps by default.")
+@click.option("--restarts", type=click.IntRange(1), help="For pgd; 5 by default.")
 @click.option(
     "--objective",
     type=click.Choice(["cross_entropy", "margin", "dlr"]),
-    help="Of pgd and fgsm; cross_entropy by default.",
+    help="For pgd and fgsm; cross_entropy by default.",
 )
 @click.option(
     "--source",
     type=EXISTING,
-    help="The model on which adversarial examples are searched, for a MODEL without gradient.",
+    help="The model to attack in place of a MODEL without gradients.",
 )
 @click.option(
     "--state",
     type=FILE,
-    help="A file that keeps what is done; an evaluation that was stopped continues from it.",
+    help="A file for the progress; an evaluation that was stopped continues from it.",
 )
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True
 )
-@click.option("--examples", type=click.IntRange(1), help="Only the first ones.")
+@click.option(
+    "--examples",
+    type=click.IntRange(1),
+    help="Number of examples, from the first one on; all by default.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--output", type=FILE, help="A JSON file for the report.")
@@ -288,9 +294,9 @@ def evaluate(
 ) -> Result:
     """Measure the accuracy of MODEL on DATA, clean and under attack, by AutoAttack.
 
-    Of a MODEL without gradient (.tflite, .onnx) AutoAttack runs Square only, which finds less. With
-    --source the adversarial examples are those of another model, such as the one that the file was
-    made from.
+    For a MODEL without gradients (.tflite, .onnx), AutoAttack runs only Square, which finds fewer
+    adversarial examples. With --source they are computed on another model, such as the one that
+    was exported to the file.
 
     \b
     tscnc evaluate model.keras cifar10 --epsilon 8/255 --state state.json
@@ -324,9 +330,9 @@ def evaluate(
 def inspect_model(model: pathlib.Path) -> Result:
     """Show the zeros, condition numbers, dead filters and sizes of MODEL.
 
-    MODEL is a Keras model, or a SavedModel written by this package, of which the zeros and sizes
-    are shown that its manifest records; or a LiteRT file (.tflite), of which the zeros and sizes
-    are shown, which 1x1 convolutions are run sparsely, and what stands in the way of the others.
+    All of these are shown for a Keras model. For a SavedModel written by this package, the zeros
+    and sizes in its manifest are shown. For a LiteRT file (.tflite), the zeros and sizes are shown,
+    which 1x1 convolutions run sparsely, and why the others do not.
 
     \b
     tscnc inspect model.keras
@@ -432,10 +438,10 @@ def compact(model: pathlib.Path, output: pathlib.Path, overwrite: bool) -> Resul
     type=click.Choice(["float32", "float16", "int8"]),
     default="float32",
     show_default=True,
-    help="Of litert.",
+    help="For litert.",
 )
-@click.option("--calibration", metavar="DATA", help="Whose training images int8 is calibrated on.")
-@click.option("--sparse", is_flag=True, help="Kernels in sparse form, of litert.")
+@click.option("--calibration", metavar="DATA", help="Dataset whose training images calibrate int8.")
+@click.option("--sparse", is_flag=True, help="Store kernels in sparse form, for litert.")
 @click.option("--overwrite", is_flag=True, help="Replace an export at --output.")
 def export(
     model: pathlib.Path,
@@ -446,7 +452,7 @@ def export(
     sparse: bool,
     overwrite: bool,
 ) -> Result:
-    """Write MODEL as a SavedModel, a LiteRT or an ONNX file, checked against it.
+    """Write MODEL as a SavedModel, a LiteRT or an ONNX file, and check it against MODEL.
 
     \b
     tscnc export model.keras --format saved_model --output served
@@ -484,10 +490,10 @@ def export(
 def _attacks(
     names: tuple[str, ...], epsilon: float | str, norm: str, options: Mapping[str, Any]
 ) -> list[Any]:
-    """Return the attacks of these names, with their options; None for what was not given.
+    """Return the attacks of these names, with their options; an option of None was not given.
 
     Raises:
-        click.UsageError: an option is of another attack, or a value is out of range.
+        click.UsageError: an option belongs to another attack, or a value is out of range.
     """
     chosen: dict[str, dict[str, Any]] = {name: {} for name in ("autoattack", "apgd", "fgsm")}
     chosen["pgd"] = {"steps": 50, "restarts": 5}
@@ -555,7 +561,7 @@ def _load(path: pathlib.Path) -> Any:
 
 
 def _save(model: Any, path: pathlib.Path) -> None:
-    """Write a Keras model in one piece."""
+    """Write a Keras model atomically."""
     from tscnc_tf.experiments import folders
 
     with warnings.catch_warnings():
@@ -592,7 +598,7 @@ def _package() -> types.ModuleType:
 
 @contextlib.contextmanager
 def _redirected(stream: int, goal: int) -> Iterator[None]:
-    """Send what is written to a stream (1: stdout, 2: stderr), in Python or below, elsewhere."""
+    """Redirect a stream (1: stdout, 2: stderr) to a file descriptor, for Python and C++ code."""
     python = sys.stdout if stream == 1 else sys.stderr
     python.flush()
     kept = os.dup(stream)

@@ -7,7 +7,7 @@ import importlib
 import os
 import pathlib
 
-# Before TensorFlow is imported: its start-up messages are not what is wanted here.
+# Hides TensorFlow's start-up messages, so it must precede the import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from benchmarks import networks, record
@@ -16,7 +16,7 @@ BENCHMARKS = (
     *("step", "rivals", "condition", "dense", "masks", "scores"),
     *("litert", "structures", "stablehlo"),
 )
-# They need what nothing else does, libraries, an emulator or a GPU, or measure no time.
+# They need more (libraries, an emulator, a GPU), or measure something other than time.
 BY_NAME_ONLY = (
     "faults",
     "gpu",
@@ -30,16 +30,16 @@ BY_NAME_ONLY = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmarks that are named, or all but those of `BY_NAME_ONLY`."""
+    """Run the benchmarks that are named; without names, those of `BENCHMARKS`."""
     known = BENCHMARKS + BY_NAME_ONLY
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
-    parser.add_argument("--smoke", action="store_true", help="tiny networks; figures mean nothing")
-    parser.add_argument("--rounds", type=_positive, help="rounds that are timed")
-    parser.add_argument("--batch-size", type=_positive, help="examples a step")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(known)}")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks, to check that all run")
+    parser.add_argument("--rounds", type=_positive, help="number of timed rounds")
+    parser.add_argument("--batch-size", type=_positive, help="examples per step")
     parser.add_argument("--network", choices=list(networks.NETWORKS))
     parser.add_argument("--ablate", action="store_true", help="step: also without its parts")
-    parser.add_argument("--part", help="faults: one kind of them")
+    parser.add_argument("--part", help="faults: the only kind to run")
     parser.add_argument(
         "--output", type=pathlib.Path, default=record.Options.output, help="folder for the results"
     )

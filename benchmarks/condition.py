@@ -17,7 +17,7 @@ _WHEN = ("before", "after")
 
 
 def run(options: record.Options) -> None:
-    """Measure the term and the step's parts, network by network; write `condition.json`."""
+    """Measure the term and the pieces of the step; print a table and write `condition.json`."""
     chosen = [options.network] if options.network else ["resnet18", "vgg16", "wrn28_4"]
     if options.smoke and not options.network:
         chosen = ["tiny"]
@@ -97,7 +97,7 @@ def _measure(network: str, batch_size: int, sample: int, steps: int, rounds: int
 
 
 def _term(kernels: list[Any], *, jit_compile: bool) -> Any:
-    """Return a compiled function of no arguments: the penalty of all kernels and its gradients."""
+    """Return a compiled function that computes the penalty of all kernels and its gradients."""
     penalty = tscnc.regularizers.ConditionNumber(1e-2)
 
     @tf.function(jit_compile=jit_compile)
@@ -110,7 +110,7 @@ def _term(kernels: list[Any], *, jit_compile: bool) -> Any:
 
 
 def _scaled(floor: parts.Floor, seconds: dict[str, float], scale: float) -> float:
-    """Return the seconds of a step from those of its pieces, at `scale` times their batch size."""
+    """Return the seconds of a step at `scale` times the batch size of its pieces."""
     calls = {
         piece: floor.calls[piece] * (1 if piece == "update" else scale) for piece in floor.calls
     }
@@ -118,7 +118,7 @@ def _scaled(floor: parts.Floor, seconds: dict[str, float], scale: float) -> floa
 
 
 def _check(network: str, batch_size: int, sample: int, steps: int) -> dict[str, Any]:
-    """Hold a scaled figure against one whole step without any penalty."""
+    """Compare a scaled figure with one whole step without any penalty."""
     model = parts.pruned_model(network, regularized=False)
     step = parts.step(parts.trainer(model, steps))
     floor = parts.Floor(network, sample, steps)
@@ -128,7 +128,7 @@ def _check(network: str, batch_size: int, sample: int, steps: int) -> dict[str, 
     )
     whole = functools.partial(step, *parts.batch(model, batch_size))
     functions: dict[str, Any] = {**before, "step": whole, **after}
-    # Another whole step to warm up would take a minute: a single example will do.
+    # The warm-up uses a single example, as a whole step takes a minute.
     step(*parts.batch(model, 1))
     for piece in floor.pieces:
         floor.run(piece, 1)

@@ -1,4 +1,4 @@
-"""What the condition number constraint costs a step where the layers are dense and wide."""
+"""What the condition number constraint costs in a step with wide dense layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LABELS = {
 
 
 def run(options: record.Options) -> None:
-    """Time runs of steps in the same rounds, network by network; write `dense.json`."""
+    """Time the steps of each network; print a table and write `dense.json`."""
     chosen = [options.network] if options.network else ["mlp512", "mlp1024"]
     if options.smoke and not options.network:
         chosen = ["tiny"]
@@ -79,7 +79,7 @@ def _measure(options: record.Options, network: str, size: int, rounds: int) -> d
 
 
 def _steps(options: record.Options, network: str, size: int, penalty: Any) -> Callable[[], None]:
-    """Return a function that takes as many steps as one with the constraint comes around in."""
+    """Return a function that takes `EVERY` steps, one period of the constraint."""
     model = networks.build(network)
     if penalty is not None:
         model = tscnc.pruning.add_regularizers(model, penalty)

@@ -1,4 +1,4 @@
-"""LiteRT files on a processor without AVX, emulated by QEMU: what they return, and how fast."""
+"""LiteRT files on a processor without AVX, emulated by QEMU: their outputs and times."""
 
 from __future__ import annotations
 
@@ -44,13 +44,12 @@ print(json.dumps(found))
 
 
 class Outcome(NamedTuple):
-    """What became of a file.
+    """The result of running a file.
 
     Attributes:
-        seconds: of each round of one inference, on one thread.
-        outputs: what it returns for examples that are uniform in [0, 1), with seed 0; None if it
-            failed.
-        error: why it failed, or an empty text.
+        seconds: the time of one inference on one thread, by round.
+        outputs: the outputs for examples drawn from [0, 1) with seed 0; None if it failed.
+        error: why it failed; an empty text if it did not.
     """
 
     seconds: list[float]
@@ -59,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 def run(paths: Iterable[pathlib.Path], rounds: int = 5, batch_size: int = 1) -> dict[str, Outcome]:
-    """Return what becomes of files, by their stems; all are run once in each round."""
+    """Run all files once in each round; return the outcomes by the stems of the files."""
     command = [str(EMULATOR), "-cpu", "Westmere", sys.executable, "-c", _SCRIPT]
     command += [str(rounds), str(batch_size)]
     command += map(str, paths)

@@ -1,4 +1,4 @@
-"""A training step on a GPU: over its floor, under XLA, and in mixed precision."""
+"""A training step on a GPU over its floor, with XLA, and in mixed precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOAL = 1.10
 
 
 def run(options: record.Options) -> None:
-    """Time steps and their floors in the same rounds; print a table and write `gpu.json`.
+    """Time steps and their floors; print a table and write `gpu.json`.
 
     Raises:
         SystemExit: TensorFlow sees no GPU.
@@ -27,7 +27,7 @@ def run(options: record.Options) -> None:
     if not devices and not options.smoke:
         sys.exit(
             "TensorFlow sees no GPU here: install it as pip install 'tensorflow[and-cuda]', and "
-            "look at what nvidia-smi says."
+            "check the output of nvidia-smi."
         )
     network = options.pick("network", "resnet18", "tiny")
     size = options.pick("batch_size", 128, 4)

@@ -15,19 +15,19 @@ from ai_edge_litert.interpreter import Interpreter
 import tscnc_tf as tscnc
 from benchmarks import measure, networks, record
 
-# Inferences that are timed together: the clock takes longer than a fast one.
+# Inferences that are timed together, as reading the clock takes longer than a fast one.
 IN_A_ROW = 10
 INTERPRETERS = 5
 SPARSITIES = (0.9, 0.95, 0.99)
-SIZES = (0.20, 0.13, 0.08)  # at most, of the dense file
-BLOCKS, SINGLE = (2.5, 4.0, 10.0), (None, None, 5.0)  # at least, times as fast
+SIZES = (0.20, 0.13, 0.08)  # goals: bytes over those of the dense file, at most
+BLOCKS, SINGLE = (2.5, 4.0, 10.0), (None, None, 5.0)  # goals: times as fast, at least
 _STRUCTURES = {"blocks": tscnc.pruning.Block.for_litert(), "single weights": None}
 _INT8 = "int8"
-_EXAMPLES = 4  # for the ranges of int8, which decide neither sizes nor times
+_EXAMPLES = 4  # for the ranges of int8, which affect neither sizes nor times
 
 
 def run(options: record.Options) -> None:
-    """Export, time one inference in the same rounds, print a table and write `litert.json`."""
+    """Export files and time inferences; print a table and write `litert.json`."""
     large = options.pick("network", "resnet18", "tiny")
     dense_layers = "tiny" if options.smoke else "mlp1024"
     rounds = options.pick("rounds", 200, 2)
@@ -116,7 +116,7 @@ def run(options: record.Options) -> None:
 def _size(network: str, sparsity: float, folder: pathlib.Path) -> dict[str, Any]:
     """Return the bytes of sparse and dense files of a network, in float32 and in int8."""
     found: dict[str, Any] = {}
-    # Of initial weights one budget leaves whole layers without weights, which int8 can't scale.
+    # On initial weights, one budget for all prunes whole layers, which int8 can't scale.
     for precision, scope in (("float32", "global"), (_INT8, "layer")):
         model = tscnc.prune_now(networks.build(network), sparsity, scope=scope)
         report = tscnc.export_litert(
@@ -140,10 +140,10 @@ def _examples(model: Any) -> np.ndarray:
 def _inference(
     network: str, structure: Any, sparsity: float, folder: pathlib.Path, *, is_int8: bool = False
 ) -> tuple[Callable[[], None], str]:
-    """Return a function that runs a network on one example, its hidden layers pruned.
+    """Export a network with pruned hidden layers; return a function that runs it on one example.
 
-    And how the file has the kernels that are pruned: a share of zeros that is "dense on loading" is
-    computed as a dense one is.
+    The second result is how the file stores the pruned kernels. Those that are "dense on loading"
+    take as long as dense ones.
     """
     model = networks.build(network)
     if sparsity:
@@ -157,10 +157,10 @@ def _inference(
 
 
 def inference(path: str | pathlib.Path) -> Callable[[], None]:
-    """Return a function that runs a file on one example `IN_A_ROW` times, by one thread.
+    """Return a function that runs a file on one example `IN_A_ROW` times, on one thread.
 
-    Each call takes the next of several interpreters: where one's memory lies changes its time by a
-    tenth and more, so the median over the calls is one over places too.
+    The calls take turns among several interpreters, because the place of an interpreter in memory
+    changes its time by a tenth and more.
     """
     turns = itertools.cycle([_loaded(path) for _ in range(INTERPRETERS)])
 

@@ -1,7 +1,4 @@
-"""What masks cost a training step: between renewals, at one, and where weights change places.
-
-Beside them: tfmot's wrappers.
-"""
+"""What masks, their updates, regrowth and tfmot's wrappers cost in a training step."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ REGROWTH_GOAL = 0.02
 _LABELS = {
     "train": "a training pass: forward and backward",
     "update": "the optimizer's update",
-    "masks": "masks as they are: the constraints of the weights, and a pruner's step",
-    "renewal, layer": "… that renews them, layer by layer",
-    "renewal, global": "… that renews them, over the whole network",
-    "regrowth": "masks as they are, where weights may change places, and don't in this step",
-    "move": "… that lets weights change places",
+    "masks": "masks, not updated: the constraints of the weights, and a pruner's step",
+    "renewal, layer": "… that updates them, layer by layer",
+    "renewal, global": "… that updates them, over the whole network",
+    "regrowth": "masks, not updated, with regrowth, but not in this step",
+    "move": "… with regrowth in this step",
     "tfmot": "tfmot's wrappers: masks applied after a step",
 }
 
@@ -40,11 +37,11 @@ def run(options: record.Options) -> None:
         piece: functools.partial(floor.run, piece) for piece in ("train", "update")
     }
     functions |= {
-        "masks": _pruner(network, "layer", renews=False),
-        "renewal, layer": _pruner(network, "layer", renews=True),
-        "renewal, global": _pruner(network, "global", renews=True),
-        "regrowth": _pruner(network, "layer", renews=False, regrowth=_regrowth(moves=False)),
-        "move": _pruner(network, "layer", renews=False, regrowth=_regrowth(moves=True)),
+        "masks": _pruner(network, "layer", updates_masks=False),
+        "renewal, layer": _pruner(network, "layer", updates_masks=True),
+        "renewal, global": _pruner(network, "global", updates_masks=True),
+        "regrowth": _pruner(network, "layer", updates_masks=False, regrowth=_regrowth(moves=False)),
+        "move": _pruner(network, "layer", updates_masks=False, regrowth=_regrowth(moves=True)),
         "tfmot": _wrapped(network),
     }
     times = measure.interleaved(functions, rounds)
@@ -56,7 +53,7 @@ def run(options: record.Options) -> None:
         if name not in ("train", "update")
     }
     share = ratios["masks"]["wall"]
-    # Over training: what a step without a move costs more, and a move in every so many steps.
+    # Mean over training: one step in `every` lets weights change places.
     every = tscnc.pruning.Regrowth().frequency
     median = {name: timing.wall.median for name, timing in times.items()}
     more = median["regrowth"] - median["masks"] + (median["move"] - median["regrowth"]) / every
@@ -88,7 +85,7 @@ def run(options: record.Options) -> None:
             for name, value in ratios.items()
             if name != "masks"
         ),
-        f"What regrowth adds to training, with a move in every {every}th step: "
+        f"What regrowth adds to training, in which every {every}th step regrows: "
         f"{record.against(regrowth, REGROWTH_GOAL)}",
         f"By CPU time the first is {ratios['masks']['cpu'].of_medians:.3f}.",
         "A plain training step: no attack. With PGD-10 a step is about six times as long.",
@@ -98,18 +95,18 @@ def run(options: record.Options) -> None:
 
 
 def _regrowth(*, moves: bool) -> Any:
-    """Return a regrowth that moves weights in each step, or in none that is timed."""
+    """Return a regrowth that acts in each step, or in no step that is timed."""
     return tscnc.pruning.Regrowth(frequency=1 if moves else 10**6, until=1.0, steps=10**6 + 1)
 
 
-def _pruner(network: str, scope: str, *, renews: bool, regrowth: Any = None) -> Any:
-    """Return what masks add to an optimizer's step, compiled: SGD with momenta, 90 % zeros."""
+def _pruner(network: str, scope: str, *, updates_masks: bool, regrowth: Any = None) -> Any:
+    """Return a compiled function of what masks add to a step of SGD with momenta, at 90 % zeros."""
     model = networks.build(network)
     optimizer = parts.optimizer()
     optimizer.build(model.trainable_variables)
 
     def schedule(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.equal(step, 1) | renews, tf.constant(0.9)
+        return tf.equal(step, 1) | updates_masks, tf.constant(0.9)
 
     pruner = tscnc.pruning.Pruner(model, schedule, scope=scope, min_weights=64, regrowth=regrowth)
     targets = [target.variable for target in pruner.targets]
@@ -125,16 +122,16 @@ def _pruner(network: str, scope: str, *, renews: bool, regrowth: Any = None) -> 
     def step() -> None:
         if regrowth is None:
             update()
-        else:  # the optimizer's own step is intercepted, and not what is timed
+        else:  # calls what intercepts the optimizer's step; that step itself is not timed
             pruner._on_step(optimizer, list(zip(gradients, targets, strict=True)), update)
         pruner.step(optimizer, is_constrained=True)
 
-    step()  # the first one renews in any case
+    step()  # the first step always updates the masks
     return step
 
 
 def _wrapped(network: str) -> Any:
-    """Return what applies the masks of tfmot's wrappers, to weights only, compiled."""
+    """Return a compiled function that applies the masks of tfmot's wrappers to the weights."""
     schedule = tscnc.schedules.OneShot(0.9)
     model = tscnc.prune(networks.build(network), schedule, engine="tfmot")
     return tf.function(lambda: wrappers.apply_masks(model))

@@ -1,4 +1,4 @@
-"""Functions timed in turn, by the wall clock and by CPU time; ratios of their times."""
+"""Interleaved timing of functions, by wall and CPU time; ratios of their times."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ class Summary(_reports.Record):
 
     @classmethod
     def of(cls, values: Any) -> Summary:
-        """Return the summary of a list of numbers."""
+        """Return the summary of a sequence of numbers."""
         values = tuple(float(value) for value in values)
         lower, median, upper = np.percentile(values, (25, 50, 75))
         return cls(float(median), float(lower), float(upper), values)
 
     @property
     def fastest(self) -> float:
-        """The smallest of them."""
+        """The smallest value."""
         return min(self.values)
 
     @property
     def rounds(self) -> int:
-        """How many rounds there were."""
+        """The number of rounds."""
         return len(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing(_reports.Record):
-    """Seconds of one thing over the rounds of a run, by two clocks.
+    """Seconds of one function over the rounds of a run, by two clocks.
 
     Attributes:
-        wall: seconds that passed: what a user waits for.
-        cpu: seconds that all threads of this process computed; other processes change them little.
-            They don't count an accelerator's time.
+        wall: wall time.
+        cpu: CPU time of all threads of this process, without the time of an accelerator. Other
+            processes change it little.
     """
 
     wall: Summary
@@ -61,13 +61,12 @@ class Timing(_reports.Record):
 
 @dataclasses.dataclass(frozen=True)
 class Ratio(_reports.Record):
-    """One time over another, in three ways.
+    """The ratio of two times, in three ways.
 
     Attributes:
-        of_medians: the median of the one over that of the other: the figure to report.
-        of_fastest: the fastest round of the one over that of the other: the one that the machine's
-            load changes least.
-        of_rounds: the ratios within single rounds: the spread.
+        of_medians: the ratio of the medians, which is the figure to report.
+        of_fastest: the ratio of the fastest rounds, which the machine's load changes least.
+        of_rounds: the ratios within single rounds, which show the spread.
     """
 
     of_medians: float
@@ -78,14 +77,14 @@ class Ratio(_reports.Record):
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, Timing]:
-    """Run the functions in rounds, each in an order of its own, and return the seconds of each.
+    """Run the functions in rounds and return the times of each function by name.
 
-    A change of the machine's load affects all functions of a round about alike: compare times of
-    one call of this function, not of two. The orders are drawn at random, always the same ones: a
-    function finds the caches as the one before has left them, or the collection of garbage.
+    A change of the machine's load affects all functions of a round about alike. So compare times of
+    one call of `interleaved`, not of two. The order in a round is random, with a fixed seed, as a
+    function depends on the state of the caches that its predecessor leaves.
 
     Args:
-        functions: what to time, by name; they are called without arguments.
+        functions: functions without arguments, by name.
         rounds: the number of rounds that are timed.
         warm_up: the number of rounds before, in which graphs are traced and memory is allocated.
     """
@@ -96,7 +95,7 @@ def interleaved(
             for name, function in draws.sample(items, len(items)):
                 wall, cpu = time.perf_counter(), time.process_time()
                 function()
-                tf.test.experimental.sync_devices()  # an accelerator may still be at work
+                tf.test.experimental.sync_devices()  # waits for an accelerator
                 if index >= warm_up:
                     seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {
@@ -106,7 +105,7 @@ def interleaved(
 
 
 def ratio(above: list[Timing], below: list[Timing], clock: str = "wall") -> Ratio:
-    """Return how a sum of times compares with another sum of the same run."""
+    """Return the ratio of two sums of times of the same run, by one clock."""
     tops, bottoms = ([getattr(timing, clock) for timing in part] for part in (above, below))
     rounds = np.sum([s.values for s in tops], axis=0) / np.sum([s.values for s in bottoms], axis=0)
     return Ratio(
@@ -122,9 +121,9 @@ def ratios(above: list[Timing], below: list[Timing]) -> dict[str, Ratio]:
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has had, in bytes; Linux says it.
+    """Return the peak memory of this process in bytes, on Linux.
 
-    (What `resource.getrusage` says counts the process that started this one as well.)
+    `resource.getrusage` can't be used, as it includes the parent process.
     """
     status = pathlib.Path("/proc/self/status").read_text()
     [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]

@@ -14,14 +14,14 @@ from benchmarks import measure, record
 
 COUNTS, FEW = (1_000, 10_000, 100_000), (200, 400)
 SHAPE, CLASSES = (8, 8, 1), 4
-EPSILON = 1e-4  # so small that nearly all examples stand: each attack gets all of them
+EPSILON = 1e-4  # so small that nearly all examples are robust, and each attack gets them all
 BATCH = 1_000
-MOST = 2.0  # bytes of memory for each further byte of data, that of the data themselves included
+MOST = 2.0  # bytes of memory for each further byte of data, the data themselves included
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run(options: record.Options) -> None:
-    """Evaluate sets of each size, each in a process of its own; write what they needed."""
+    """Evaluate each number of examples in its own process; print a table, write `memory.json`."""
     found = []
     for count in FEW if options.smoke else COUNTS:
         command = [sys.executable, "-m", "benchmarks.memory", str(count)]
@@ -51,10 +51,10 @@ def run(options: record.Options) -> None:
 
 
 def measured(count: int) -> dict[str, Any]:
-    """Evaluate so many examples; return the peak of the memory, and the size of the data.
+    """Evaluate `count` examples; return the peak memory and the size of the data.
 
-    The attacks of AutoAttack are cut to few iterations, which changes nothing about what is kept of
-    an example. All diagnostics are run.
+    The attacks of AutoAttack are cut to few iterations, which does not change what is kept of an
+    example. All diagnostics are run.
     """
     import keras
 

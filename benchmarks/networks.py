@@ -1,4 +1,4 @@
-"""Networks to measure on, as logits: those of the literature on CIFAR-10, and dense ones."""
+"""Networks for the benchmarks, which return logits: those used for CIFAR-10, and MLPs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSES = 10
 
 
 def tiny() -> Any:
-    """One convolution and the logits, on 8x8 inputs: not worth timing, for smoke runs."""
+    """Return a network of one convolution and the logits on 8x8 inputs, for smoke runs."""
     layers = tf_keras.layers
     return tf_keras.Sequential(
         [
@@ -30,7 +30,7 @@ def tiny() -> Any:
 
 
 def mlp(units: int) -> Any:
-    """Two hidden layers on 784 inputs, as of digits of 28x28 pixels."""
+    """Return an MLP with two hidden layers on 784 inputs, such as images of 28x28 pixels."""
     layers = tf_keras.layers
     return tf_keras.Sequential(
         [

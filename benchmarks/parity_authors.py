@@ -1,7 +1,6 @@
-"""AutoAttack here beside the authors' own code: all of its attacks, versions and norms, and seeds.
+"""AutoAttack of the package and of its authors: all attacks, versions and norms, several seeds.
 
-Wants torch and pyautoattack, a package of what the authors published. What both sides did is kept
-in `outputs/parity`.
+Needs torch and pyautoattack, a package of the authors' code. Results are kept in `outputs/parity`.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from benchmarks.parity.networks import EPSILONS, Examples
 from tscnc_tf import _reports
 
 NETWORK = "pruned 99 %"  # on which the two differ most
-# By version the norms that it is run in. In l1 the authors define "standard" only; "rand" attacks
-# the network with noise at its inputs.
+# The norms of each version. In l1 the authors define "standard" only; "rand" attacks the network
+# with noise at its inputs.
 VERSIONS = {"standard": ("linf", "l2", "l1"), "plus": ("linf", "l2"), "rand": ("linf",)}
 SEEDS = (0, 1, 2)  # of "standard"
-NOISE, CALLS = 0.05, 20  # the standard deviation of the noise; how often what is found is judged
+NOISE, CALLS = 0.05, 20  # standard deviation of the noise; evaluations of each result under it
 SINGLES = ("apgd-ce", "apgd-dlr", "fab", "apgd-t", "fab-t", "square")
 GOALS = {"version": 0.002, "single": 0.005}
 
@@ -39,7 +38,7 @@ def run(options: record.Options) -> None:
     training, data = networks.examples(64 if smoke else 1000)
     folder = options.output / "parity" if smoke else parity.FOLDER
     model = networks.trained(NETWORK, training, 15 if smoke else 60, folder)
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # what it thinks of gradients
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)  # hides warnings about gradients
     code = [path.read_text() for path in sorted(parity.ATTACKS.glob("*.py"))]
     left: dict[str, tuple[dict[str, np.ndarray], ...]] = {norm: ({}, {}) for norm in EPSILONS}
     for version, norms in VERSIONS.items():
@@ -79,13 +78,13 @@ def run(options: record.Options) -> None:
 
 
 def _belongs(name: str, version: str) -> bool:
-    """Tell whether a run is done together with a version: single attacks with "standard"."""
+    """Tell whether a run belongs to a version; single attacks belong to "standard"."""
     others = [other for other in VERSIONS if other != "standard"]
     return next((other for other in others if name.startswith(other)), "standard") == version
 
 
 def ours(model: Any, data: Examples, norm: str) -> Attacks:
-    """Return what attacks of the package leave of each example, as functions by name."""
+    """Return functions by name that return the share of correct calls of each example."""
     ball: dict[str, Any] = {"epsilon": EPSILONS[norm], "norm": norm}
     ce, targeted, fab, square = tscnc.attacks.AutoAttack(**ball).attacks
     dlr = dataclasses.replace(ce, loss="dlr")
@@ -116,7 +115,10 @@ def ours(model: Any, data: Examples, norm: str) -> Attacks:
 
 
 def authors(model: Any, data: Examples, norm: str) -> Attacks:
-    """Return the same of the authors' attacks; names of `reach_the_edges` end in "to the edges"."""
+    """Return the same as `ours` for the authors' attacks.
+
+    Names that end in "to the edges" are those of attacks with `reach_the_edges`.
+    """
     import pyautoattack
     import torch
 
@@ -135,7 +137,7 @@ def authors(model: Any, data: Examples, norm: str) -> Attacks:
         among: np.ndarray | None = None,
         to_the_edges: bool = False,
     ) -> np.ndarray:
-        """Return what attacks leave, all of the version or those named, and those only that are."""
+        """Run the attacks `names`, or all of the version, on the examples that `among` selects."""
         attacked = Noisy() if version == "rand" else network
         attack = pyautoattack.AutoAttack(
             attacked, norm=reference.NORMS[norm], eps=EPSILONS[norm], seed=seed, version=version
@@ -174,10 +176,11 @@ def authors(model: Any, data: Examples, norm: str) -> Attacks:
 
 
 def reach_the_edges(attack: Any) -> None:
-    """Have the authors' Square draw all places of a window, as algorithms 1 to 3 of the paper say.
+    """Make the authors' Square draw all places of a window, as algorithms 1 to 3 of the paper do.
 
-    Their code draws from 0 to h - s - 1 for a window of side s in an image of h rows, so that it
-    never touches the last row and the last column; the paper, and this package, from 0 to h - s.
+    For a window of side s in an image of h rows, their code draws from 0 to h - s - 1. So it never
+    touches the last row and the last column. The paper, and this package, draw from 0 to h - s. On
+    images of 8x8 that makes a large difference.
     """
     draw = attack.square.random_int
     attack.square.random_int = lambda low, high: draw(low, high + 1)
@@ -186,7 +189,7 @@ def reach_the_edges(attack: Any) -> None:
 def _compared(
     mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
-    """Return accuracies by name, one for each seed, and how far the means differ."""
+    """Return by name the accuracies of each side, one per seed, and the differences of means."""
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(key.partition(",")[0] for key in mine):
         sides = {

@@ -1,4 +1,4 @@
-"""The step under test, and the pieces that any such step is made of."""
+"""The training step that is measured, and its floor: the pieces that any such step needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOSSES = {"TRADES": tscnc.losses.TRADES(6.0), "Madry": tscnc.losses.Madry()}
 
 
 class Batch(NamedTuple):
-    """A batch of random images and labels: what is in them does not change what they cost."""
+    """A batch of random images and labels, as their values do not change the time."""
 
     x: tf.Tensor
     y: tf.Tensor
@@ -32,15 +32,14 @@ def batch(model: Any, size: int) -> Batch:
 
 
 def optimizer() -> Any:
-    """Return the optimizer of the experiments; at a small rate, to stay among usual numbers."""
+    """Return the optimizer of the experiments, with a small rate, so that values stay usual."""
     return tf_keras.optimizers.SGD(1e-3, momentum=0.9, nesterov=True)
 
 
 def pruned_model(network: str, *, regularized: bool = True, pruned: bool = True) -> Any:
-    """Return a network as it is trained: TSCNC on its kernels, in tfmot's pruning wrappers.
+    """Return a network with TSCNC on its kernels, in tfmot's pruning wrappers.
 
-    The masks come from a schedule that updates them in every 100th step, tfmot's own habit; the
-    first step is one of those.
+    The masks are updated in every 100th step, tfmot's default; the first step is one of those.
     """
     model = networks.build(network)
     if regularized:
@@ -55,7 +54,7 @@ def pruned_model(network: str, *, regularized: bool = True, pruned: bool = True)
 
 
 def trainer(model: Any, steps: int, loss: str = "TRADES") -> Any:
-    """Return a compiled trainer: PGD in the ball that the literature on CIFAR-10 uses."""
+    """Return a compiled trainer with PGD in the ball that is usual for CIFAR-10."""
     attack = tscnc.attacks.PGD(epsilon=EPSILON, step_size=STEP_SIZE, steps=steps)
     made = tscnc.AdversarialTraining(model, attack=attack, loss=LOSSES[loss])
     made.compile(optimizer=optimizer())
@@ -66,8 +65,8 @@ def trainer(model: Any, steps: int, loss: str = "TRADES") -> Any:
 def step(trainer: Any, *, jit_compile: bool = False) -> Any:
     """Return `(x, y) -> logs`, one optimizer step, compiled as `fit` compiles it.
 
-    That is without AutoGraph, and for batches of any size: the last one of an epoch may be smaller.
-    XLA wants to know the size, and gets that of the first batch.
+    That is without AutoGraph, and for batches of any size, as the last one of an epoch may be
+    smaller. With `jit_compile` it is compiled for each batch size.
     """
 
     def take(x: tf.Tensor, y: tf.Tensor) -> Any:
@@ -81,15 +80,15 @@ def step(trainer: Any, *, jit_compile: bool = False) -> Any:
 
 
 class Floor:
-    """What a TRADES step has to do at the least, each piece compiled on its own.
+    """The least that a TRADES step has to compute, each piece compiled on its own.
 
-    The network is bare: no pruning wrappers, no regularizers. No piece draws random numbers,
-    computes a KL divergence or a metric, projects, or applies a mask.
+    The network has no pruning wrappers and no regularizers. No piece draws random numbers, computes
+    a KL divergence or a metric, projects, or applies a mask.
 
     Args:
         network: a name in `networks.NETWORKS`.
         size: the batch size.
-        steps: how many steps the attack has.
+        steps: the number of steps of the attack.
         jit_compile: whether XLA compiles the pieces.
 
     Attributes:
@@ -97,12 +96,12 @@ class Floor:
             gradient at the input (of a fixed combination of the logits). "forward": one forward
             pass in inference mode. "train": forward in training mode and backward to the weights,
             cross-entropy, on a batch of twice the size. "update": one optimizer update.
-        arguments: the arguments of each piece, tensors.
+        arguments: tensors, the arguments of each piece.
         calls: how often a training step needs each piece.
     """
 
     def __init__(self, network: str, size: int, steps: int, *, jit_compile: bool = False) -> None:
-        # One network for each piece: the updates of one must not change what another computes.
+        # A second network, so that updates do not change what the other pieces compute.
         model = networks.build(network)
         other = networks.build(network)
         variables = other.trainable_variables
@@ -131,7 +130,7 @@ class Floor:
 
         rng = np.random.default_rng(1)
         slope = tf.constant(rng.normal(size=(size, networks.CLASSES)), tf.float32)
-        # Tiny ones, so that a thousand updates leave the weights where they are.
+        # Tiny gradients, so that a thousand updates hardly change the weights.
         tiny = [tf.constant(1e-6 * rng.normal(size=v.shape), tf.float32) for v in variables]
         self.pieces = {
             function.__name__: tf.function(function, jit_compile=jit_compile)
@@ -146,6 +145,6 @@ class Floor:
         self.calls = {"gradient": steps, "forward": 1, "train": 1, "update": 1}
 
     def run(self, piece: str, calls: int | None = None) -> None:
-        """Run a piece as often in a row as a step needs it, or so many times."""
+        """Run a piece `calls` times in a row; None for as often as a step needs it."""
         for _ in range(self.calls[piece] if calls is None else calls):
             self.pieces[piece](*self.arguments[piece])

@@ -1,4 +1,4 @@
-"""What zeros in 1x1 convolutions save on a processor where LiteRT runs these sparsely."""
+"""What zeros in 1x1 convolutions save on a processor where LiteRT skips them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAYERS = {
 
 
 def run(options: record.Options) -> None:
-    """Time one inference in the same rounds, print a table and write `pointwise.json`.
+    """Time one inference of each file; print a table and write `pointwise.json`.
 
     Raises:
         RuntimeError: QEMU is not installed.
@@ -70,7 +70,7 @@ def run(options: record.Options) -> None:
 def _compared(
     name: str, sparsities: tuple[float, ...], rounds: int, folder: pathlib.Path
 ) -> dict[str, Any]:
-    """Return the sizes and the times of one network at each sparsity."""
+    """Return the sizes and times of one network by sparsity."""
     files, reports = [], {}
     for sparsity in sparsities:
         model = networks.build(name)
@@ -103,5 +103,5 @@ def _compared(
 
 
 def _timing(seconds: measure.Summary) -> measure.Timing:
-    """Return times of an emulator, which has one clock."""
+    """Return the times of an emulator, which has one clock."""
     return measure.Timing(seconds, seconds)

@@ -1,4 +1,4 @@
-"""What is kept of a run: a table for people and a JSON file for later."""
+"""Options and results of the benchmarks: a printed table and a JSON file."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _DISTRIBUTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line. None leaves a number to the benchmark.
+    """The options of the command line; None stands for the default of the benchmark.
 
     Attributes:
-        smoke: run on a tiny network, to see that everything works; the figures mean nothing.
-        rounds: how many rounds are timed.
-        batch_size: examples a step.
+        smoke: run on a tiny network, to check that everything works.
+        rounds: the number of timed rounds.
+        batch_size: examples per step.
         network: a name in `networks.NETWORKS`.
-        ablate: whether to time the step without its parts, too.
-        part: of the benchmark, where it has parts.
+        ablate: whether to time the step without regularizers and pruning, too.
+        part: the part of the benchmark to run, if it has parts.
         output: the folder for the JSON files.
     """
 
@@ -57,11 +57,11 @@ class Options:
 
     @property
     def steps(self) -> int:
-        """The steps of the attack: the ten of the literature, but for a smoke run."""
+        """The number of steps of the attack: 10, or 1 in a smoke run."""
         return 1 if self.smoke else 10
 
     def pick(self, name: str, default: Any, smoke: Any) -> Any:
-        """Return what was asked for, or else what suits a real or a smoke run."""
+        """Return the option `name` if it was given, else the default of a real or a smoke run."""
         asked = getattr(self, name)
         if asked is not None:
             return asked
@@ -69,7 +69,7 @@ class Options:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and the device: what the figures hang on besides the code."""
+    """Return the versions of libraries and the device."""
     devices = [device.device_type for device in tf.config.list_physical_devices()]
     return {
         "versions": _reports.versions(*_DISTRIBUTIONS),
@@ -84,7 +84,7 @@ def environment() -> dict[str, Any]:
 
 
 def write(options: Options, name: str, values: dict[str, Any]) -> pathlib.Path:
-    """Write `<name>.json` into the output folder; summaries become dictionaries."""
+    """Write `<name>.json` into the output folder and return its path."""
     path = options.output / f"{name}.json"
     whole = {
         "benchmark": name,
@@ -103,7 +103,7 @@ def show(
     notes: Iterable[str],
     path: pathlib.Path,
 ) -> None:
-    """Print a table, its notes, and where the JSON is."""
+    """Print a table, its notes, and the path of the JSON file."""
     print(_reports.Table(title, columns, rows, None, [*notes, f"Written to {path}"]), flush=True)
     print(flush=True)
 
@@ -112,20 +112,20 @@ COLUMNS = ("what", "median", "lower quartile", "upper quartile", "median, CPU ti
 
 
 def milliseconds(timing: Timing) -> list[str]:
-    """Return the cells for `COLUMNS` but the first."""
+    """Return the cells of all `COLUMNS` but the first."""
     wall = timing.wall
     seconds = (wall.median, wall.lower_quartile, wall.upper_quartile, timing.cpu.median)
     return [f"{1e3 * value:,.1f} ms" for value in seconds]
 
 
 def against(value: float, goal: float, digits: int = 3) -> str:
-    """Return a figure beside its goal: what was hoped for never stands without what is."""
-    verdict = "met" if value <= goal else "missed"
-    return f"{value:.{digits}f} (goal: at most {goal:g}; {verdict})"
+    """Return a figure with its goal, and whether it is met."""
+    outcome = "met" if value <= goal else "missed"
+    return f"{value:.{digits}f} (goal: at most {goal:g}; {outcome})"
 
 
 def spread(ratio: Ratio) -> str:
-    """Return what else is to be said of a ratio of medians."""
+    """Return a ratio of the fastest rounds and the spread over single rounds as text."""
     rounds = ratio.of_rounds
     return (
         f"of the fastest rounds {ratio.of_fastest:.3f}, of single rounds {rounds.median:.3f} "
@@ -134,7 +134,7 @@ def spread(ratio: Ratio) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's name, as well as the system tells it."""
+    """Return the processor's name, as far as the system gives it."""
     try:
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Our step beside the same step written by hand from cleverhans and tfmot."""
+"""The training step compared with one written by hand with cleverhans and tfmot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KINDS = {
 
 
 def run(options: record.Options) -> None:
-    """Time all three for TRADES and for Madry in the same rounds; write `rivals.json`."""
+    """Time all three with TRADES and with Madry; print a table and write `rivals.json`."""
     network = options.pick("network", "resnet20", "tiny")
     size = options.pick("batch_size", 32, 4)
     rounds = options.pick("rounds", 7, 1)
@@ -82,9 +82,9 @@ def written_by_hand(
 ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """Return `(x, y) -> loss`, one step of TRADES or Madry on a tfmot-pruned model.
 
-    As a careful user writes it: the attack sees inference mode, and each step has one forward pass
-    in training mode (two would run the pruning schedule at twice its speed). The attack calls the
-    wrapped model, for that is the model at hand; so every forward pass writes every masked weight.
+    The attack runs in inference mode, and each step has one forward pass in training mode (two
+    would run the pruning schedule at twice its speed). The attack calls the wrapped model, so every
+    forward pass assigns every masked weight.
     """
     optimizer = parts.optimizer()
     optimizer.build(model.trainable_variables)

@@ -1,7 +1,7 @@
 """What zeros save in each runtime: bytes of the file, and the time of one inference.
 
-The networks are pruned without training: how long they take follows from which weights stay, and
-not from their values.
+The networks are pruned without training, as their times depend on which weights are kept, not on
+the values.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tscnc_tf.applications import LeNet5
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
 SPARSITIES = (0.9, 0.95, 0.99)
-# The shares of filters whose removal leaves about as many weights.
+# By sparsity, the share of filters whose removal leaves about as many weights.
 FILTERS = {0.9: 0.68, 0.95: 0.78, 0.99: 0.9}
 _INNER = ["stage_2_conv_1", "hidden_1"]
-# Where all weights are multiplied, zero or not: one share of zeros is enough to see it.
+# Runtimes that multiply by zeros, too: they run at one sparsity only, `_RUN_IN_ALL`.
 _DENSE_ONLY = ("ONNX Runtime", "SavedModel", "SavedModel, XLA")
 _RUN_IN_ALL = 0.99
 _MICRO, _EMULATED = "LiteRT for microcontrollers", "LiteRT without AVX"
-_SINGLE = (_MICRO, _EMULATED)  # that are timed one inference at a time
+_SINGLE = (_MICRO, _EMULATED)  # timed one inference at a time
 _COLUMNS = (_EMULATED, *_DENSE_ONLY, _MICRO)
 _CANNOT, _WRONG = "can't be loaded", "returns wrong logits, without an error"
 _CRASHES = "crashes"
@@ -49,7 +49,7 @@ interpreter = runtime.Interpreter.from_file(sys.argv[1])
 x = np.random.default_rng(0).random(tuple(map(int, sys.argv[3:])), np.float32)
 seconds = []
 for _ in range(1 + int(sys.argv[2])):
-    interpreter.set_input(x, 0)  # its memory is used again while a network runs
+    interpreter.set_input(x, 0)  # each time, as its memory is reused during an inference
     begin = time.perf_counter()
     interpreter.invoke()
     seconds.append(time.perf_counter() - begin)
@@ -58,9 +58,7 @@ print(json.dumps([seconds[1:], interpreter.get_output(0).tolist()]))
 
 
 def run(options: record.Options) -> None:
-    """Export, time one inference in the same rounds, print a table and write `runtimes.json`.
-
-    The table of `docs/export.md` is made from it.
+    """Export and time all networks; write `runtimes.json` and the table of `docs/export.md`.
 
     Raises:
         RuntimeError: QEMU is not installed.
@@ -132,8 +130,8 @@ def run(options: record.Options) -> None:
 def table(found: Mapping[str, Any]) -> str:
     """Return what `runtimes.json` holds as the table of `docs/export.md`, in Markdown.
 
-    Bytes are shares of the dense file of the same network and format, times say how many times as
-    fast as dense it is by the same runtime; of dense networks both are absolute.
+    Bytes are relative to the dense file of the same network and format. Times are given as the
+    number of times as fast as dense in the same runtime. For dense networks both are absolute.
     """
     head = ["network", "bytes: LiteRT", "ONNX", "time: LiteRT", *_COLUMNS]
     rows = []
@@ -159,7 +157,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _networks(smoke: bool) -> Iterator[tuple[str, Any, float]]:
-    """Yield networks by name, and what share of their inner weights is to be zero or gone."""
+    """Yield names, networks, and the share of inner weights that are zero or removed."""
     shape = {"width": 4, "hidden": 16} if smoke else {}
     levels = (_RUN_IN_ALL,) if smoke else SPARSITIES
 
@@ -184,7 +182,7 @@ def _networks(smoke: bool) -> Iterator[tuple[str, Any, float]]:
 
 
 def _others(place: pathlib.Path) -> Mapping[str, Callable[[], Any]]:
-    """Return functions that run the ONNX file and the SavedModel in a folder on one example."""
+    """Return functions by runtime that run the files in a folder on one example."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
@@ -213,10 +211,10 @@ def _in_a_row(function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def _in_micro(path: str, model: Any, rounds: int) -> list[float] | str:
-    """Return the seconds of inferences by LiteRT for microcontrollers on this machine, or why not.
+    """Return the seconds of inferences by LiteRT for microcontrollers, or why they failed.
 
-    It is its portable code, without the kernels that a microcontroller's maker adds. It reads past
-    the end of kernels that it takes for dense ones, hence a process of its own.
+    It runs as portable code on this computer, without the kernels of microcontroller vendors. It
+    runs in its own process, as it reads past the end of sparse kernels that it takes for dense.
     """
     if importlib.util.find_spec("tflite_micro") is None:
         return "not tried: needs pip install tflite-micro"
@@ -236,7 +234,7 @@ def _of_one_clock(seconds: list[float]) -> measure.Timing:
 
 
 def _times_as_fast(times: Mapping[str, measure.Timing], name: str) -> float:
-    """Return how many times as fast as the dense one a network runs in its runtime, by CPU time."""
+    """Return how many times as fast as dense a network runs in its runtime, by CPU time."""
     dense = f"{name.partition(',')[0]}, dense"
     if name.startswith("SavedModel, XLA"):
         dense = f"SavedModel, XLA: {name.split(': ')[1].partition(',')[0]}, dense"

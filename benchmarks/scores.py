@@ -16,14 +16,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "perturbed": {"perturb_scores": 0.01},
 }
 _LABELS = {
-    "scores": "one step of the scores, each layer with its share (HYDRA)",
-    "learned": "… where the layers' shares are learned with them (HARP)",
-    "perturbed": "… where the scores are perturbed first (S2AP)",
+    "scores": "one step of the scores, with the same share in each layer (HYDRA)",
+    "learned": "… with learned shares of the layers (HARP)",
+    "perturbed": "… with perturbed scores (S2AP)",
 }
 
 
 def run(options: record.Options) -> None:
-    """Time the steps in the same rounds; print a table and write `scores.json`."""
+    """Time the steps; print a table and write `scores.json`."""
     network = options.pick("network", "resnet20", "tiny")
     size = options.pick("batch_size", 32, 4)
     rounds = options.pick("rounds", 9, 2)
@@ -55,7 +55,7 @@ def run(options: record.Options) -> None:
         f"{record.spread(learned)}; by CPU time {ratios['learned']['cpu'].of_medians:.3f}",
         f"Perturbed scores, over none: {ratios['perturbed']['wall'].of_medians:.3f}; by CPU time "
         f"{ratios['perturbed']['cpu'].of_medians:.3f}",
-        "The step: TRADES, 90 % zeros, the masks chosen anew in each step.",
+        "The step: TRADES, 90 % zeros, masks that are updated in each step.",
     ]
     title = f"A step of the scores: {network}, batch {size}, {rounds} rounds"
     record.show(title, record.COLUMNS, rows, notes, path)

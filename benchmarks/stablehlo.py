@@ -1,7 +1,4 @@
-"""The whole step as one XLA program, checked, and written out to be timed where there is JAX only.
-
-`accelerator/runner/run_stablehlo.py` runs what is written here.
-"""
+"""The whole step as one XLA program, checked, and exported for `accelerator/runner`."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def run(options: record.Options) -> None:
     calls = {"step": 1, **floor.calls}
     _export({"step": step, **floor.pieces}, arguments, calls, trainer, folder)
 
-    # What the other side's steps are held against: the state after the very first steps.
+    # JAX's steps are compared with the states after the first and the last step.
     before = model.get_weights()
     step(*data)  # compiles
     first = _state(trainer)
@@ -89,7 +86,7 @@ def run(options: record.Options) -> None:
     columns = ("program", "lines", "inputs", "variables", "assigned", "calls in a step")
     notes = [
         "The step compiles with jit_compile=True and takes "
-        f"{1e3 * times['step'].wall.median:,.1f} ms here; over the plain step's time: "
+        f"{1e3 * times['step'].wall.median:,.1f} ms; over the plain step's time: "
         f"{over_plain.of_medians:.3f}; {record.spread(over_plain)}",
         f"After {rounds + 1} steps all weights are finite: {finite}; they moved: {moved}.",
         f"Programs and their state are in {folder}; run_stablehlo.py runs them.",
@@ -105,7 +102,7 @@ def _export(
     trainer: Any,
     folder: pathlib.Path,
 ) -> None:
-    """Write the programs, and beside them `arguments.npz` and `calls.json`: what they are fed."""
+    """Write the programs, `arguments.npz` (their arguments), and `calls.json` (calls per step)."""
     named = {
         name: {str(index): tf.convert_to_tensor(value) for index, value in enumerate(values)}
         for name, values in arguments.items()
@@ -125,7 +122,7 @@ def _export(
 
 
 def _measures(folder: pathlib.Path, calls: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Return what there is to say of the size of each program."""
+    """Return the sizes of each program and its calls per step."""
     plans = json.loads((folder / "programs.json").read_text())["programs"]
     return {
         name: {
@@ -140,9 +137,9 @@ def _measures(folder: pathlib.Path, calls: dict[str, int]) -> dict[str, dict[str
 
 
 def _state(trainer: Any) -> dict[str, np.ndarray]:
-    """Return the variables of a trainer by name.
+    """Return the variables of a trainer by name, without metrics.
 
-    Not the metrics: they count, and one prediction that tips over is a whole 1.
+    Metrics count predictions, so that one that changes makes a difference of 1.
     """
     named = accelerator.trainer_variables(trainer)
     return {name: v.numpy() for name, v in named.items() if not name.startswith("metrics/")}

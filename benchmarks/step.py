@@ -1,4 +1,4 @@
-"""One optimizer step of `AdversarialTraining`, beside the least that such a step has to do."""
+"""One optimizer step of `AdversarialTraining` over its floor, see `parts.Floor`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ABLATED = {
 
 
 def run(options: record.Options) -> None:
-    """Time the step and its floor in the same rounds; print a table and write `step.json`."""
+    """Time the step and its floor; print a table and write `step.json`."""
     network = options.pick("network", "resnet20", "tiny")
     size = options.pick("batch_size", 32, 4)
     rounds = options.pick("rounds", 9, 2)

@@ -1,4 +1,4 @@
-"""Peak memory and speed of data that stay in their files, by the number of examples."""
+"""Peak memory and speed of streamed data, by the number of examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run(options: record.Options) -> None:
-    """Stream sets of each kind and size, each in a process of its own; write what they needed."""
+    """Stream data sets of each kind and size, each in its own process; write `streaming.json`."""
     counts = FEW if options.smoke else COUNTS
     kinds: dict[str, Any] = {}
     for kind, write in KINDS.items():
@@ -68,7 +68,7 @@ def run(options: record.Options) -> None:
 
 
 def write_records(folder: pathlib.Path, count: int) -> None:
-    """Write TFRecord files: `count` images to train, and a tenth of them to test."""
+    """Write TFRecord files: `count` images for training, and a tenth as many for tests."""
     import tensorflow as tf
 
     folder.mkdir()
@@ -89,7 +89,7 @@ def write_records(folder: pathlib.Path, count: int) -> None:
 
 
 def write_folders(folder: pathlib.Path, count: int) -> None:
-    """Write folders of images, `count` to train and a tenth of them to test, by hard links."""
+    """Write folders of images as hard links: `count` for training, a tenth as many for tests."""
     originals = folder / "originals"
     originals.mkdir(parents=True)
     files = []
@@ -109,7 +109,7 @@ KINDS = {"TFRecord files": write_records, "Folders": write_folders}
 
 
 def images() -> Iterator[tuple[int, bytes]]:
-    """Yield 1,000 pairs of a class and an encoded image, of which sets of any size are made."""
+    """Yield 1,000 pairs of a class and a PNG image, which are repeated in larger sets."""
     rng = np.random.default_rng(0)
     for index in range(CLASSES * 100):
         stream = io.BytesIO()
@@ -118,7 +118,7 @@ def images() -> Iterator[tuple[int, bytes]]:
 
 
 def measured(folder: pathlib.Path) -> dict[str, Any]:
-    """Load a set, take all that training and evaluation take; return seconds and peak memory."""
+    """Load a data set, train and evaluate; return the seconds and the peak memory."""
     import tscnc_tf as tscnc
 
     seconds = {}

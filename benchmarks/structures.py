@@ -1,8 +1,7 @@
 """What the structure of the zeros saves in LiteRT: bytes, and the time of one inference.
 
-The networks are those of `benchmarks/study/structure.yaml`, which says what each costs in accuracy.
-How long they take follows from how many weights, blocks and filters stay, not from their values; so
-they are pruned here without training.
+The networks are those of `benchmarks/study/structure.yaml`, a study of their accuracy. They are
+pruned here without training, as their times depend on which weights are kept, not on the values.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from benchmarks.study.plan import HERE, Plan
 from tscnc_tf.experiments import Recipe, stages
 from tscnc_tf.experiments.parts import ARCHITECTURES
 
-GOAL = 1 / 3  # of the dense network's time, at most, for the fastest that is accurate enough
+GOAL = 1 / 3  # of the dense network's time, at most
 _PLAN = HERE / "structure.yaml"
 _SIZES = {"digits": 8, "fashion_mnist": 28}  # of the images
 
 
 def run(options: record.Options) -> None:
-    """Export, time one inference in the same rounds, print a table and write `structures.json`."""
+    """Export files and time inferences; print a table and write `structures.json`."""
     plan = Plan.read(_PLAN)
     rounds = options.pick("rounds", 300, 2)
     found = {setting: _measured(plan, setting, rounds, options.smoke) for setting in plan.settings}
@@ -83,9 +82,9 @@ def _measured(plan: Plan, setting: str, rounds: int, smoke: bool) -> dict[str, A
 
 
 def exported(recipe: Recipe, path: pathlib.Path, smoke: bool) -> Any:
-    """Return the report on a file with a recipe's network, pruned at once as its plan says.
+    """Return the report on an exported file with a recipe's network, pruned in one shot.
 
-    Filters are removed; the zeros of all other structures are left out where that is smaller.
+    Filters are removed; the other structures are exported with `sparse=True`.
     """
     build = getattr(tscnc.applications, ARCHITECTURES[recipe.network.architecture])
     size = _SIZES[recipe.data.dataset]

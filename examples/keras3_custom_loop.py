@@ -1,9 +1,9 @@
 """A training loop of your own in Keras 3: a subclassed model, a pruner, fine-tuning with its zeros.
 
-`Pruner` works on the variables of any model without wrapping anything, so that the loop needs one
-more line after each optimizer step. Here the weights of the whole network are ranked together
-(`scope="global"`), by a schedule that is a plain function; then the masks are frozen, and the
-weights that are left are fine-tuned.
+`Pruner` works on the variables of any model without wrapping anything, so the loop needs one more
+line after each optimizer step. Here the weights of the whole network are ranked together
+(`scope="global"`), and the schedule is a plain function. Then the masks are frozen, and the
+remaining weights are fine-tuned.
 
     python examples/keras3_custom_loop.py [--epochs 20] [--seed 0]
 """

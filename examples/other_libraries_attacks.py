@@ -1,6 +1,6 @@
 """Evaluate a network by attacks of CleverHans, foolbox and ART (Adversarial Robustness Toolbox).
 
-`attacks.CleverHans` runs that library's attacks by name. Of any other one, a callable
+`attacks.CleverHans` runs that library's attacks by name. For other libraries, any callable
 `(model, x, y) -> x_adv` is an attack; `attacks.Custom` declares its ball, so that the evaluation
 also checks that its outputs stay inside.
 

@@ -1,7 +1,7 @@
 """The method's three stages on a dataset, in Python; `tscnc run` does the same from a shell.
 
-Adversarial training under the constraints, pruning, fine-tuning, evaluation and export. When it is
-stopped and started again, it continues where it was.
+It runs adversarial training with the constraints, pruning, fine-tuning, evaluation and export. If
+it is stopped and started again, it continues where it was.
 """
 
 import sys

@@ -2,9 +2,8 @@
 
 `add_regularizers` rebuilds the layers of a trained model with a regularizer on their kernels; the
 weights and the outputs stay the same, bit for bit. Then the network is fine-tuned while it is
-pruned. The images are scikit-learn's digits, enlarged; `--weights imagenet` starts from weights
-that tf_keras downloads, and by default the network starts from scratch, so that nothing is
-downloaded.
+pruned. The images are scikit-learn's digits, enlarged. By default the network has random weights,
+so that nothing is downloaded; `--weights imagenet` starts from weights that tf_keras downloads.
 
     python examples/pretrained_model.py [--weights imagenet] [--epochs 5] [--seed 0]
 """
@@ -48,8 +47,8 @@ def main() -> None:
     logits = tf_keras.layers.Dense(10, name="logits")(trunk.output)
     model = tf_keras.Model(trunk.input, logits)
 
-    # Pointwise convolutions hold nearly all weights; the depthwise ones are small, and by type
-    # they are convolutions as well, so they are left out by name.
+    # Pointwise convolutions hold nearly all weights. They are chosen by name, since the small
+    # depthwise ones are convolutions as well.
     pointwise = ["*expand", "*project", "Conv_1"]
     constrained = tscnc.pruning.add_regularizers(
         model,

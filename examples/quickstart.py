@@ -1,7 +1,7 @@
 """Adversarial training, pruning, export and evaluation of a small network, in minutes.
 
 A network is trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
-once as it is and once under the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
+once without and once with the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
 during further training, with one budget for all layers; the first one also with the same share of
 zeros in each layer. Each result is exported as a SavedModel, loaded again and evaluated on test
 images.
@@ -31,13 +31,13 @@ import tscnc_tf as tscnc
 
 EPSILON = 0.1  # of a grey scale from 0 to 1
 ATTACK = tscnc.attacks.PGD(epsilon=EPSILON, step_size=0.05, steps=3)
-# The whole of AutoAttack takes minutes more a network: FAB and Square.
+# The rest of AutoAttack, FAB and Square, takes minutes more per network.
 TEST_ATTACKS = tscnc.attacks.AutoAttack(epsilon=EPSILON).attacks[:2]
 # The factors were chosen on a part of the training images, before the test images were looked at.
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
 WEIGHT_DECAY = 0.01
-# What each row of the table is called: whether it has the constraints, and how the kept weights are
-# shared out over the layers.
+# The rows of the table: whether the network has the constraints, and how the kept weights are
+# distributed over the layers.
 KINDS = {"uniform": (False, "layer"), "global": (False, "global"), "TSCNC": (True, "global")}
 
 
@@ -65,7 +65,7 @@ def network(constrained: bool) -> tf_keras.Model:
 
 
 class Advance(tf_keras.callbacks.Callback):
-    """Move a progress bar on after every epoch."""
+    """Advance a progress bar after every epoch."""
 
     def __init__(self, progress: Progress, task: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def train(model: tf_keras.Model, x, y, epochs: int, args, on_epoch) -> None:
 
 
 def pruned(model: tf_keras.Model, sparsity: float, scope: str, x, args) -> tf_keras.Model:
-    """Return the network so that training prunes its inner convolutions.
+    """Return the network prepared for training that prunes its inner convolutions.
 
     The first and the last layer stay dense, as usual: 99 % zeros would leave the stem 3 weights for
     32 filters, and the last layer 6 for 10 classes.
@@ -114,7 +114,7 @@ def steps_per_epoch(x, args) -> int:
 
 
 def evaluate(model, path: pathlib.Path, x, y, expected: float | None, seed: int) -> dict:
-    """Export a model, and evaluate the SavedModel that comes out."""
+    """Export a model, and evaluate the SavedModel."""
     export = tscnc.export_saved_model(model, path, expected_sparsity=expected, probe=x[:8])
     served = tscnc.load_saved_model(path)
     robustness = tscnc.evaluate_robustness(
@@ -148,7 +148,7 @@ def show(results: dict, console: Console) -> None:
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
-    """Draw the singular values of every kernel, one panel a layer."""
+    """Draw the singular values of every kernel, one panel per layer."""
     (label, first), *others = ((name, result["conditions"]) for name, result in results.items())
     first.plot(label=label, others=dict(others)).savefig(path, dpi=120)
 

@@ -1,18 +1,19 @@
 """What pruning does to a network's kernels and to its robustness, measured level by level.
 
 Two networks are pruned level by level up to 99.9 % zeros, by magnitude: once without training, and
-once trained on at each level. Measured are spectral norms and what they bound, condition numbers,
-stable ranks, dead filters; the empirical local Lipschitz constant, and the accuracy, clean and
-under attack. docs/theory.md says what is proven about these, and what is not.
+once with further training at each level. At each level it measures spectral norms and the bound
+that follows from them, condition numbers, stable ranks, dead filters, the empirical local Lipschitz
+constant, and the accuracy, clean and under attack. docs/theory.md says what is proven about these,
+and what is not.
 
-By default it trains two networks on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
-from the same seed, one without the constraints and one with them; and that for three seeds:
+By default it trains two networks on scikit-learn's bundled digits (1,797 images of 8x8 pixels) for
+each of three seeds, one without the constraints and one with them:
 
     python examples/theory.py                 # about 4 minutes on 2 cores
     python examples/theory.py --seeds 1 --finetune 0 --output DIR
 
-Or it takes networks of yours, in `.keras` files of either Keras, with test images and labels, the
-arrays `x` and `y`, and with `x_train` and `y_train`, if they are to be trained on:
+Or it measures your own networks, `.keras` files of either Keras. The file of the data holds test
+images and labels, the arrays `x` and `y`; and `x_train` and `y_train` for further training:
 
     python examples/theory.py --model plain.keras --other constrained.keras --data images.npz
 """
@@ -41,7 +42,7 @@ from theory_figure import Runs, draw, save, table, wide_console
 import tscnc_tf as tscnc
 
 LEVELS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-# What is kept of the report on each kernel.
+# The columns of the report on each kernel that are stored.
 KERNEL = ("sigma_max", "sigma_min", "condition_number", "effective_condition_number")
 KERNEL += ("stable_rank", "filters", "dead_filters")
 CONSTRAINTS = tscnc.regularizers.TSCNC(sparsity_factor=1e-5, condition_factor=1.0)
@@ -69,7 +70,7 @@ def digits(seed: int, args) -> dict[str, np.ndarray]:
 
 
 def loaded(path: pathlib.Path):
-    """Load a network by the Keras that has written it."""
+    """Load a network by the Keras that wrote it."""
     try:
         with zipfile.ZipFile(path) as archive:
             version = json.loads(archive.read("metadata.json"))["keras_version"]
@@ -79,7 +80,7 @@ def loaded(path: pathlib.Path):
 
 
 def trained(model, data, seed: int, args) -> keras.Model:
-    """One of our own networks, trained adversarially from the beginning."""
+    """Train one of the built-in networks adversarially, and return it."""
     x, y = data["x_train"], data["y_train"]
     rate = keras.optimizers.schedules.CosineDecay(0.1, args.epochs * -(-len(x) // args.batch_size))
     trainer(model, rate, seed, args).fit(x, y, args.batch_size, args.epochs, verbose=0)
@@ -87,7 +88,7 @@ def trained(model, data, seed: int, args) -> keras.Model:
 
 
 def trainer(model, rate, seed: int, args):
-    """Return what trains a network adversarially."""
+    """Return a compiled trainer for adversarial training of a network."""
     library = tf_keras if isinstance(model, tf_keras.Model) else keras
     attack = tscnc.attacks.PGD(epsilon=args.epsilon, step_size=args.epsilon / 2, steps=3)
     loss = tscnc.losses.TRADES(beta=3.0)
@@ -106,7 +107,7 @@ def upper_bound(model, x) -> float:
 
 
 def measured(model, data, seed: int, args) -> dict:
-    """The figures of a network in its present state."""
+    """Return the measurements of a network in its current state."""
     attack = tscnc.attacks.PGD(epsilon=args.epsilon, step_size=args.epsilon / 5, steps=20)
     x, y, many = data["x"], data["y"], {"batch_size": 512, "seed": seed}
     with unwarned():
@@ -131,7 +132,7 @@ def measured(model, data, seed: int, args) -> dict:
 
 @contextlib.contextmanager
 def unwarned():
-    """Without warnings about the effects that are measured: dead filters and zero gradients."""
+    """Ignore warnings about effects that are measured here: dead filters and zero gradients."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "At a sparsity of")
         warnings.simplefilter("ignore", tscnc.EvaluationWarning)
@@ -139,7 +140,7 @@ def unwarned():
 
 
 def pruned(model, data, seed: int, args, advance) -> list[dict]:
-    """Prune a network to each level, and measure it; it is left as it was."""
+    """Prune a network to each level, and measure it; its weights are restored each time."""
     dense, results = model.get_weights(), []
     for level in args.levels:
         with unwarned():
@@ -151,12 +152,12 @@ def pruned(model, data, seed: int, args, advance) -> list[dict]:
 
 
 def retrained(model, data, seed: int, args, advance) -> list[dict]:
-    """Prune a network from level to level, train it on at each, and measure it."""
+    """Prune a network from level to level, train it further at each, and measure it."""
     x, y = data["x_train"], data["y_train"]
     stay = args.finetune * -(-len(x) // args.batch_size)
 
     def stairs(step):
-        """The next level at the first step of each stay."""
+        """Return whether to prune at this step, the first one at a level, and the level."""
         level = tf.minimum((step - 1) // stay + 1, len(args.levels) - 1)
         return (step - 1) % stay == 0, tf.gather(args.levels, level)
 
@@ -174,7 +175,7 @@ def retrained(model, data, seed: int, args, advance) -> list[dict]:
 
 
 def jsonable(value):
-    """The same in what JSON can hold: six digits, and infinity as "inf"."""
+    """Return a value for JSON: floats with six digits, and infinity as "inf"."""
     if isinstance(value, dict):
         return {key: jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -190,16 +191,16 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", type=pathlib.Path, default=pathlib.Path("outputs/theory"))
-    add("--model", type=pathlib.Path, help="a network of yours, .keras")
-    add("--other", type=pathlib.Path, help="another one, to stand beside it")
+    add("--model", type=pathlib.Path, help="your own network, a .keras file")
+    add("--other", type=pathlib.Path, help="another one, to compare with it")
     add("--data", type=pathlib.Path, help="with --model: an .npz file with x and y")
-    add("--layers", help="which to prune, a pattern; ours: conv_[123]; yours: all")
-    add("--epsilon", type=float, default=0.1, help="of the ball, linf, inputs being in [0, 1]")
+    add("--layers", help="name pattern of the layers to prune; conv_[123], or all with --model")
+    add("--epsilon", type=float, default=0.1, help="radius of the linf ball, for inputs in [0, 1]")
     add("--epochs", type=int, default=10, help="of training, before pruning")
     add("--finetune", type=int, default=3, help="epochs of training at each level")
-    add("--rate", type=float, default=0.02, help="the learning rate at that")
+    add("--rate", type=float, default=0.02, help="the learning rate at each level")
     add("--batch-size", type=int, default=64)
-    add("--seeds", type=int, default=3, help="how many networks of each kind, of ours")
+    add("--seeds", type=int, default=3, help="the number of seeds, without --model")
     add("--smoke", action="store_true", help="a few steps only, to see that it runs")
     args = parser.parse_args()
     if (args.model is None) != (args.data is None) or (args.other and not args.model):
@@ -246,7 +247,7 @@ def images(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def titles(paths: list[pathlib.Path]) -> list[str]:
-    """The ends of the paths, as long as is needed to tell them apart."""
+    """Return the shortest ends of the paths that differ."""
     parts = [path.with_suffix("").parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -130,7 +130,7 @@ def draw(runs: Runs, path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # to a third of the size
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)  # a third of the size
 
 
 def panel(

@@ -345,7 +345,7 @@ def test_jpeg_files_are_decoded_as_tensorflow_does(tmp_path):
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    with pytest.raises(ValueError, match="has no class folders: images belong into"):
+    with pytest.raises(ValueError, match="has no class folders: images belong in"):
         load(tmp_path)
     class_folders(tmp_path, {"ant": 4})
     with pytest.raises(ValueError, match="y_train must hold 2 classes or more, got 1"):

@@ -366,7 +366,7 @@ def test_what_is_left_out_of_a_folder_of_images_is_noted(tmp_path):
     (root / "train" / "ant" / "notes.txt").write_text("")
     assert load(root, validation=0).provenance == (
         "val/ is not read, as there is test/",
-        "1 files are left out, no images by name: train/ant/notes.txt ...",
+        "1 files are left out, not named as images: train/ant/notes.txt ...",
     )
 
 

@@ -236,8 +236,8 @@ def test_tuning_goes_round_by_round_and_takes_the_best(tmp_path):
         ("name: tiny", "name: ../tiny", r"^name must be usable as the name of a file"),
         ("  cnc: {base", "  ../cnc: {base", "a name in arms must be usable as .* got '../cnc'"),
         ("  digits:\n", "  a/b:\n", "a name in settings must be usable as .* got 'a/b'"),
-        ("seeds: [0, 1]", "", r"tiny\.yaml is no plan: it must hold \['against', .*'seeds'"),
-        ("grid:", "grids:", r"tiny\.yaml is no plan"),
+        ("seeds: [0, 1]", "", r"tiny\.yaml is not a plan: it must have \['against', .*'seeds'"),
+        ("grid:", "grids:", r"tiny\.yaml is not a plan"),
         ("base: uniform", "base: other", "'other' is none of the arms"),
         ("arms: [uniform]", "arms: [other]", "'other' is none of the arms"),
         ("  digits: [{arms", "  digit: [{arms", "grid and tuning must be of the settings"),
@@ -300,7 +300,7 @@ def test_a_group_of_which_nothing_comes_is_a_failure_and_is_not_tried_for_ever(
     monkeypatch.setattr(work, "work", lambda job, group, end: tried.append(group))
     failed = work.supervise(job)
     assert sorted(failed) == sorted(tried) == sorted({run.group for run in plan.runs({})})
-    assert all("a disk that all machines share?" in error for error in failed.values())
+    assert all("do all machines share this disk?" in error for error in failed.values())
 
 
 def content(run, **values):

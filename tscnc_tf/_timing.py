@@ -1,4 +1,4 @@
-"""Timing by the wall clock: functions in turn, two models side by side, the device."""
+"""Wall-clock times of functions that run in turn, the latency of two models, the device."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ WARM_UP = 2
 
 @dataclasses.dataclass(frozen=True)
 class Times(_reports.Record):
-    """Quartiles of the seconds that one thing took, by the wall clock.
+    """The wall-clock time of a function over several rounds, in seconds.
 
     Attributes:
-        median: half of the rounds took less.
-        lower_quartile: a quarter of the rounds took less.
-        upper_quartile: a quarter of the rounds took more.
-        rounds: how many there were.
+        median: the median over the rounds.
+        lower_quartile, upper_quartile: the quartiles over the rounds.
+        rounds: the number of rounds.
     """
 
     median: float
@@ -37,12 +36,12 @@ class Times(_reports.Record):
 
     @classmethod
     def of(cls, seconds: list[float]) -> Times:
-        """Return the quartiles of the seconds of each round."""
+        """Return the quartiles of the seconds that the rounds took."""
         lower, median, upper = np.percentile(seconds, (25, 50, 75)).tolist()
         return cls(median, lower, upper, len(seconds))
 
     def overlaps(self, other: Times) -> bool:
-        """Tell whether the ranges between the quartiles overlap: then neither is clearly faster."""
+        """Return whether the interquartile ranges overlap: then neither is clearly faster."""
         return (
             self.lower_quartile <= other.upper_quartile
             and other.lower_quartile <= self.upper_quartile
@@ -63,10 +62,10 @@ class Latency(_reports.Record):
         before, after: the lower quartile, the median and the upper quartile over the rounds.
         ratio: the median over the rounds of time before / time after, both of one round: above 1
             the new model is faster.
-        ratio_quartiles: the quartiles of the same.
-        rounds: how often each was timed.
+        ratio_quartiles: the quartiles of these ratios.
+        rounds: the number of rounds.
         examples: the size of the batch.
-        device: where it was computed.
+        device: the device, as TensorFlow names it.
     """
 
     before: tuple[float, float, float]
@@ -91,7 +90,7 @@ class Latency(_reports.Record):
 
 
 class Timed(NamedTuple):
-    """Something to time: `run`, after `prepare`, which isn't timed."""
+    """A function to time, `run`, and `prepare`, which is called before it and is not timed."""
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
@@ -100,12 +99,12 @@ class Timed(NamedTuple):
 def interleaved(functions: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
     """Run functions in rounds, A B C A B C ..., and return the seconds of each round by name.
 
-    A change of the machine's load affects all of them in the same rounds. Before the timed rounds
-    come `WARM_UP` others, in which graphs are traced and memory is allocated. Python's garbage
-    collector is paused.
+    So a change of the machine's load affects all of them alike. `WARM_UP` rounds come first, in
+    which graphs are traced and memory is allocated; they are not timed. Python's garbage collector
+    is paused.
 
     Args:
-        functions: what to time, by name.
+        functions: the functions to time, by name.
         rounds: the number of rounds that are timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -133,8 +132,8 @@ def latency(
     Args:
         before: the first model, a function of a batch.
         after: the second one.
-        batch: what they take, arrays or tensors.
-        rounds: how often each is timed.
+        batch: the inputs of both, arrays or tensors.
+        rounds: the number of timed rounds.
     """
     values = tf.nest.map_structure(tf.convert_to_tensor, batch)
     first, second = (Timed(compiled(model, values)) for model in (before, after))

@@ -37,7 +37,7 @@ _STEP: contextvars.ContextVar[Any] = contextvars.ContextVar("step", default=None
 
 @contextlib.contextmanager
 def in_step(step: Any) -> Iterator[None]:
-    """Compute penalties for a training step of that number, an integer tensor, in this context."""
+    """Compute the penalties in this context for training step `step`, an integer tensor."""
     token = _STEP.set(step)
     try:
         yield
@@ -59,12 +59,12 @@ class KernelRegularizer(_keras.Regularizer):
             (heads, size, out) of the output projection.
         channel_groups: `groups` of a grouped convolution.
 
-    Pass both where you give the regularizer to such a layer, as they can't be derived from the
-    kernel; `pruning.add_regularizers` takes them from the layer. With the default layout, a kernel
-    of rank 3 or more is refused if its name shows that it belongs to an EinsumDense or to
-    attention, since another matrix would be read. A tensor, or the kernel of an EinsumDense with a
-    custom name, can't be recognised, but needs `layout` as well. `AdversarialTraining`, which has
-    the layers, refuses those without.
+    Neither can be derived from the kernel. `pruning.add_regularizers` takes them from the layer;
+    otherwise pass them where a layer needs other values than the defaults. With the default layout,
+    a kernel of rank 3 or more is refused if its name shows that it belongs to an EinsumDense or to
+    attention, since its axes would be misread. A tensor, or the kernel of an EinsumDense with a
+    custom name, is not recognised, but needs `layout` as well. `AdversarialTraining` knows the
+    layers, and refuses an EinsumDense without it.
     """
 
     def __init__(self, *, layout: str = "standard", channel_groups: int = 1) -> None:
@@ -370,8 +370,8 @@ class RegularizerSum(_keras.Regularizer):
 
     Args:
         regularizers: a list of regularizers of one Keras, of this package, or names such as "l2".
-        library: "tf_keras" or "keras", to look up names in; None for that of the regularizers, or
-            tf_keras if all are of this package or names.
+        library: the Keras in which names are looked up, "tf_keras" or "keras"; None for that of the
+            regularizers, or tf_keras if all are names or of this package.
 
     Raises:
         TypeError: `regularizers` is not a list.
@@ -461,7 +461,7 @@ def require_layouts(model: Any) -> None:
                 f"layout must be given to the kernel_regularizer of layer {layer.name!r}, an "
                 f"EinsumDense of the equation {equation!r} with a kernel of shape "
                 f"{tuple(layer.kernel.shape)}: {layer.kernel_regularizer!r} would read another "
-                "matrix. " + (f"Give layout={letters!r}." if letters else "It is no single matrix.")
+                "matrix. " + (f"Give layout={letters!r}." if letters else "It is not one matrix.")
             )
 
 

@@ -1,8 +1,8 @@
-"""Training where there is JAX only, by the programs that TensorFlow compiles.
+"""Training where there is JAX only, with the programs that TensorFlow compiles.
 
-`export_stage` writes the stages of an arm (train, prune, fine-tune, ...) from compiled trainers.
-The folder `runner`, which needs Python, NumPy and JAX alone, runs them. `restore` brings back what
-they end with.
+`export_stage` exports the stages of an arm (train, prune, fine-tune, ...) from compiled trainers.
+The folder `runner`, which needs only Python, NumPy and JAX, runs them. `restore` loads the trained
+variables into a trainer.
 """
 
 from benchmarks.accelerator.names import model_variables, restore, trainer_variables

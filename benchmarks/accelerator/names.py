@@ -1,4 +1,4 @@
-"""Names by which variables are found again: in the next stage, and when they come back."""
+"""Unique names of variables, by which stages and trainers exchange their values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 
-# What a variable is to training; its name begins with it.
+# The name of a variable begins with its role.
 ROLES = ("model", "pruner", "optimizer", "metrics", "other")
 
 
 def model_variables(model: Any) -> dict[str, Any]:
-    """Return the TensorFlow variables of a network by name, what prunes it left out.
+    """Return the TensorFlow variables of a network, without those of its pruner, by name.
 
-    Names are those that `trainer_variables` has for them.
+    The names are those of `trainer_variables`.
     """
     pruning, found = masks.names(model), _Names()
     found.add("model", [variable for variable in model.variables if id(variable) not in pruning])
@@ -28,13 +28,13 @@ def model_variables(model: Any) -> dict[str, Any]:
 def trainer_variables(trainer: Any) -> dict[str, Any]:
     """Return the TensorFlow variables of a compiled `AdversarialTraining` by name.
 
-    A name is the variable's role and the path that its Keras gives it: "model/conv/kernel",
+    A name is the variable's role and its path in Keras: "model/conv/kernel",
     "optimizer/sgd/conv_kernel_momentum", "metrics/loss/total". A pruner's masks are named after
-    their weights: "pruner/mask/conv/kernel". Where a path stands for several, as in layers of one
-    name in several models, the later ones are numbered: "model/conv/kernel#2".
+    their weights: "pruner/mask/conv/kernel". If several variables have the same path, as in nested
+    models whose layers have the same names, the later ones are numbered: "model/conv/kernel#2".
 
-    So two models have the same names if they are built in the same way, and if their layers are
-    named or Keras counts from the start for both (`clear_session`).
+    Two models have the same names if they are built in the same way, and if their layers have names
+    or Keras restarts its numbering of layers before each (`clear_session`).
     """
     model = trainer.model
     found, pruning = _Names(model_variables(model)), masks.names(model)
@@ -59,15 +59,16 @@ def with_others(named: Mapping[str, Any], variables: Iterable[Any]) -> dict[str,
 
 
 def restore(trainer: Any, path: str | os.PathLike[str], roles: Iterable[str] = ("model",)) -> None:
-    """Give a trainer the state that the runner has written, variables being found by name.
+    """Assign the values in a file of the runner to the variables of a trainer, by name.
 
     Args:
         trainer: a compiled trainer, built as the one that was exported.
-        path: of an `.npz` file of the runner, such as `run/dense-best.npz`.
-        roles: what to bring back, of `ROLES`. What the file lacks stays, but for the "model".
+        path: the path of an `.npz` file of the runner, such as `run/dense-best.npz`.
+        roles: the roles, of `ROLES`, whose variables are assigned. Variables that the file lacks
+            keep their values, except for those of the "model".
 
     Raises:
-        ValueError: the file lacks a variable of the model, or has it in another shape.
+        ValueError: the file lacks a variable of the model, or has another shape for a variable.
     """
     chosen = tuple(f"{role}/" for role in roles)
     with np.load(path) as held:
@@ -82,22 +83,22 @@ def restore(trainer: Any, path: str | os.PathLike[str], roles: Iterable[str] = (
                     "one, with the same names of layers."
                 )
             value = held[name]
-            # NumPy's files don't know bfloat16, and keep its bytes.
+            # NumPy's files store bfloat16 as plain bytes.
             value = value.view(variable.dtype.as_numpy_dtype) if value.dtype.kind == "V" else value
             variable.assign(value)
 
 
 class _Names:
-    """Variables by unique names; each variable has one, the first that it is given."""
+    """Variables by unique names; a variable keeps the first name that it gets."""
 
     def __init__(self, named: Mapping[str, Any] | None = None) -> None:
         self.variables: dict[str, Any] = dict(named or {})
         self._names = {id(variable.handle): name for name, variable in self.variables.items()}
 
     def add(self, role: str, variables: Iterable[Any], path: str | None = None) -> None:
-        """Name the variables that have no name yet; by `path`, if it is given."""
+        """Name those of the variables that have no name yet; by `path`, if it is given."""
         for variable in variables:
-            # In half precision Keras hands out the same variable in several wrappers.
+            # In half precision Keras returns the same variable in several wrappers.
             key = id(tensor_variable(variable).handle)
             if key in self._names:
                 continue

@@ -1,13 +1,13 @@
-"""Functions of TensorFlow as programs in StableHLO over one state, in a folder.
+"""Export of TensorFlow functions as StableHLO programs that share one state.
 
-In the folder are, for every program, `NAME.mlir.gz`, the very program that XLA compiles for
-TensorFlow; `state.npz`, the variables of them all as they are now, by name; and `programs.json`:
+The folder has a file `NAME.mlir.gz` for each program, the program that XLA compiles for TensorFlow.
+`state.npz` has the current values of the variables of all programs, by name. `programs.json` has:
 
 * "programs", by name: "sha256" of the file; "arguments" and "outputs", lists of name, shape and
   dtype; "state", the names of the variables that follow the arguments as inputs, in their order;
   "assigned", those of them that follow the outputs as results, in their order.
 * "variables", by name: shape and dtype.
-* "same", by name: another variable that has the same values, and stands for both in `state.npz`.
+* "same", by name: the variable with the same value whose name `state.npz` uses for both.
 
 `runner/programs.py` runs them.
 """
@@ -36,13 +36,13 @@ _ALIAS = re.compile(
 _MAIN = re.compile(
     r"func\.func (?:public )?@main\((?P<inputs>.*?)\)(?: -> (?P<results>[^{]*))? \{", re.S
 )
-# What stands in `loc(...)`: names, which may hold anything, and other locations in brackets.
+# `loc(...)` contains quoted names, with any characters, and nested locations in brackets.
 _LOCATION = re.compile(
     r""" loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\)|^#loc.*\n""", re.MULTILINE
 )
 _FUNCTION = re.compile(r"func\.func private (@[\w.$-]+)")
 _SYMBOL = re.compile(r"@[\w.$-]+")
-# A copy is a thing of XLA's; in StableHLO a value needs none.
+# An operation of XLA that StableHLO does not need.
 _COPY = re.compile(r"mhlo\.copy (%\S+) : (tensor<.*?>)(?=\s)")
 
 
@@ -51,10 +51,10 @@ class Program:
     """A function to export.
 
     Attributes:
-        function: takes tensors and returns None, a tensor, or a flat dict or sequence of them; all
-            else that it reads or changes is in variables. It is compiled here, by XLA and without
-            AutoGraph, unless it is a `tf.function` with `jit_compile=True` already.
-        arguments: what it takes, by name.
+        function: takes tensors and returns None, a tensor, or a flat dict or sequence of tensors.
+            All else that it reads or changes must be in variables. It is compiled here, by XLA and
+            without AutoGraph, unless it already is a `tf.function` with `jit_compile=True`.
+        arguments: the specs of its arguments, by name.
     """
 
     function: Callable[..., Any]
@@ -68,15 +68,15 @@ def export(
     *,
     omitted: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write programs and the state that they share into a folder; return what `programs.json` says.
+    """Write programs and their shared state into a folder; return the content of `programs.json`.
 
     Args:
-        programs: by name.
-        folder: where to write; it exists.
-        named: returns variables by name, as `trainer_variables` does. It is called when all
-            functions have been traced, since Keras makes some variables only then. What it lacks
-            gets names in the order of appearance.
-        omitted: roles whose values are left out, since they come from somewhere else.
+        programs: the programs by name.
+        folder: the folder to write to, which exists.
+        named: returns variables by name, as `trainer_variables` does. It is called after all
+            functions have been traced, since Keras makes some variables only then. Variables that
+            it lacks get names in the order of appearance.
+        omitted: roles whose values are not written, since they come from elsewhere.
 
     Raises:
         ValueError: a program draws random numbers that don't follow from its state and arguments,
@@ -88,7 +88,7 @@ def export(
     by_handle = {id(variable.handle): name for name, variable in known.items()}
     plans = {}
     for name, program in traced.items():
-        # Packed, since identity matrices and the like are written out in full.
+        # Compressed, since constants such as identity matrices are written out in full.
         packed = gzip.compress(program.text.encode(), mtime=0)
         (folder / f"{name}.mlir.gz").write_bytes(packed)
         state = [by_handle[id(variable.handle)] for variable in program.state]
@@ -169,20 +169,19 @@ class _Traced:
 def _require_no_values(
     name: str, lower: Callable[[], str], text: str, unused: Sequence[tf.Variable]
 ) -> None:
-    """Raise if a program holds values of variables as they are now, instead of reading them.
+    """Raise if a program holds current values of variables as constants.
 
-    XLA does so where it must know at compile time what follows from a variable: an index by which
-    is sliced, or a shape.
+    XLA makes constants of what it must know at compile time: a shape, or an index of a slice.
 
     Args:
-        name: of the program.
-        lower: returns its text.
-        text: as it was returned.
-        unused: the inputs that it does not look at. Most are only written.
+        name: the name of the program.
+        lower: a function that compiles the program again and returns its text.
+        text: the text of the program.
+        unused: the inputs that the program does not read. Most are only written.
     """
 
     def follows_from(variables: Sequence[tf.Variable]) -> bool:
-        """Tell whether other values of some variables make another program."""
+        """Tell whether the program changes with the values of the variables."""
         values = [variable.numpy() for variable in variables]
         try:
             for variable, value in zip(variables, values, strict=True):
@@ -196,13 +195,13 @@ def _require_no_values(
         found = [each.name for each in unused if follows_from([each])]
         raise ValueError(
             f"program {name!r} holds as a constant what follows from the values of "
-            f"{found or [each.name for each in unused]}: XLA must know it at compile time. Take "
-            "tf.gather, where a tensor is sliced by what follows from a variable."
+            f"{found or [each.name for each in unused]}: XLA must know it at compile time. Use "
+            "tf.gather instead of a slice whose indices depend on a variable."
         )
 
 
 def _constant(name: str, tensor: tf.Tensor) -> tf.Variable:
-    """Return a variable for a tensor from outside, such as the mean in a Normalization layer."""
+    """Return a variable for a captured tensor, such as the mean in a Normalization layer."""
     if tensor.dtype in (tf.resource, tf.variant):
         raise ValueError(
             f"program {name!r} uses {tensor!r}, which is neither an argument nor a variable nor an "
@@ -212,7 +211,7 @@ def _constant(name: str, tensor: tf.Tensor) -> tf.Variable:
 
 
 def _outputs(structure: Any) -> dict[str, tf.TensorSpec]:
-    """Return what a function returns, in the order of the program's results."""
+    """Return the specs of a function's outputs, in the order of the program's results."""
     if structure is None:
         return {}
     if isinstance(structure, Mapping):
@@ -225,16 +224,16 @@ def _outputs(structure: Any) -> dict[str, tf.TensorSpec]:
 
 
 def _portable(name: str, text: str) -> str:
-    """Return a program in StableHLO alone, without the places in the code it came from.
+    """Return a program in StableHLO only, without locations in the source code.
 
-    Nor names that TensorFlow counts up, so that what is the same stays the same: JAX compiles it
-    but once, if it has a cache.
+    Names that TensorFlow numbers are replaced, so that equal programs have equal texts, and JAX
+    finds them in its cache.
     """
     if re.search(r"= stablehlo\.rng ", text):
         raise ValueError(
             f"program {name!r} draws random numbers that don't follow from its state: a run could "
-            "not be repeated. Layers such as tf_keras' Dropout do that; Keras 3 has the state of "
-            "its generators in variables, and there is `tf.random.stateless_uniform`."
+            "not be repeated. Layers such as tf_keras' Dropout do that. Use Keras 3, which has the "
+            "state of its generators in variables, or `tf.random.stateless_uniform`."
         )
     text = _COPY.sub(r"stablehlo.reshape \1 : (\2) -> \2", _LOCATION.sub("", text))
     text = re.sub(r"^module @\S+", "module @program", text, count=1, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A stage of training: from a compiled trainer to a folder that the runner works through."""
+"""Export of a stage of training: from a compiled trainer to a folder for the runner."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ INHERITABLE = ("model", "pruner", "pruner/mask", "optimizer")
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to the images of a training batch, at random.
+    """Random augmentation of training images.
 
     Attributes:
-        pad: how many pixels of zeros are put around an image before one of its size is cut out.
-        flip: whether it is mirrored, left to right, with probability 1/2.
+        pad: the number of zero pixels on each side, before an image of the same size is cropped.
+        flip: whether an image is mirrored, left to right, with probability 1/2.
     """
 
     pad: int = 4
@@ -54,43 +54,43 @@ def export_stage(
     select: str = "best",
     select_from: int = 1,
 ) -> pathlib.Path:
-    """Add a stage to an arm, a sequence of stages that hand on their networks.
+    """Add a stage to an arm, a sequence of stages that pass on their networks.
 
-    What a stage does is in programs over one state, all the variables of the trainer:
+    A stage consists of programs over one state, all variables of the trainer:
 
-    * "begin", once: what follows from the network that the stage before hands on, such as the
-      optimizer's moving averages of the weights, which begin with the weights;
-    * "step": one optimizer step, `trainer.train_step`. The schedules of the learning rate and of
-      the pruning are inside, by the optimizer's own count, as are the seeds of the attacks;
+    * "begin", once: computes what depends on the network of the previous stage, such as the
+      optimizer's moving averages of the weights, which begin with the weights.
+    * "step": one optimizer step, `trainer.train_step`. It includes the schedules of the learning
+      rate and of the pruning, by the optimizer's own count, and the seeds of the attacks.
     * "finish", at the end of each epoch on a copy of the state: what `fit` does in the end. So each
-      epoch is judged, and kept, as the network that would result if it were the last one;
-    * "evaluate", and "test" with `test_attack`: how many of a batch are right, clean ("clean"), and
-      clean and under attack ("attacked"), as `evaluate_robustness` counts.
+      epoch is evaluated, and kept, as the network that would result if it were the last one.
+    * "evaluate", and "test" with `test_attack`: count the examples of a batch that are correct
+      ("clean"), and those that stay correct under attack ("attacked"), as `evaluate_robustness`.
 
     Args:
         trainer: a compiled `AdversarialTraining`, its model pruned or not.
-        folder: of the arm; stages are run in the order in which they are exported.
-        name: of the stage, and of its folder in the arm's.
-        epochs: how many there are.
-        steps_per_epoch: how many batches of an epoch are taken, from the first on.
+        folder: the folder of the arm; stages are run in the order in which they are exported.
+        name: the name of the stage, and of its folder in the arm's.
+        epochs: the number of epochs.
+        steps_per_epoch: the number of batches per epoch.
         batch_size: examples per step.
-        attack: for the validation after each epoch.
-        test_attack: for the test set, if this stage is the last one; `attack` if None.
+        attack: the attack of the validation after each epoch.
+        test_attack: the attack on the test set, if this is the last stage; None for `attack`.
         evaluation_batch_size: examples per batch of an evaluation; None for `batch_size`.
-        evaluation_seed: batch i of an evaluation draws from the pair (evaluation_seed, i).
-        augmentation: of the training images; None for none.
-        seed: of the order of the examples and of the augmentation.
-        begin: called without arguments, it assigns what else is to follow from the inherited
-            variables, by TensorFlow operations; for example `model.pruner.begin`.
-        finish: what else is to be done in the end, likewise; for example `model.pruner.finalize`.
+        evaluation_seed: batch i of an evaluation has the seed (evaluation_seed, i).
+        augmentation: the augmentation of the training images; None for none.
+        seed: the seed of the order of the examples and of the augmentation.
+        begin: a function without arguments that assigns, by TensorFlow operations, what else
+            depends on the inherited variables; for example `model.pruner.begin`.
+        finish: such a function for the end of training; for example `model.pruner.finalize`.
         plain: returns the network in another form, such as without gates: values by the names of
-            variables (`model_variables`), made by TensorFlow operations. The runner writes it as
-            `STAGE-plain.npz`, for another arm to begin with.
-        inherits: what the stage takes over from the one before, of `INHERITABLE`: the variables of
-            which roles, "pruner/mask" being the masks alone, as a stage that only trains what is
-            kept needs them. The others begin as they are now.
-        select: which network is handed on, and tested: that of the "best" epoch by the accuracy
-            under attack on the validation set (of equals the first), or of the "last".
+            variables (`model_variables`), computed by TensorFlow operations. The runner writes them
+            to `STAGE-plain.npz`, for another arm to begin with.
+        inherits: the roles, of `INHERITABLE`, whose variables are taken from the previous stage.
+            "pruner/mask" are the masks only, for a stage that only trains the kept weights. Other
+            variables begin with their current values.
+        select: which network is passed on, and tested: that of the "best" epoch by the accuracy
+            under attack on the validation set (if equal, the first), or of the "last".
         select_from: the first epoch, counted from 1, that may be the best.
 
     Returns:
@@ -169,17 +169,17 @@ def _require_compiled(trainer: Any) -> None:
     if isinstance(optimizer, _keras.tf_keras.optimizers.legacy.Optimizer):
         raise ValueError(
             f"trainer {trainer.name!r} is compiled with {optimizer!r}, a legacy optimizer, whose "
-            "variables have no order: take the one of the same name in tf_keras.optimizers."
+            "variables have no order: use the one of the same name in tf_keras.optimizers."
         )
 
 
 def _require_folder_name(name: str) -> None:
     if _checks.file_name("name", name) == "run":
-        raise ValueError("name must not be 'run', where results go.")
+        raise ValueError("name must not be 'run', the folder of the results.")
 
 
 def _build(trainer: Any) -> None:
-    """Let the optimizer make its variables, which a compiled function can't."""
+    """Make the optimizer's variables, which a compiled function can't do, and reset metrics."""
     if not getattr(trainer.optimizer, "built", False):
         trainer.optimizer.build(trainer.model.trainable_variables)
     for metric in trainer.metrics:
@@ -192,7 +192,7 @@ def _batch(trainer: Any, size: int) -> dict[str, tf.TensorSpec]:
 
 
 def _finish(trainer: Any, finish: Callable[[], Any] | None) -> None:
-    """Do what `fit` does in the end, and what else is asked for."""
+    """Do what `fit` does in the end, then call `finish`."""
     with masks.training(trainer.model, trainer.optimizer):
         trainer.optimizer.finalize_variable_values(trainer.model.trainable_variables)
     masks.apply(trainer.model, trainer.optimizer)
@@ -218,11 +218,11 @@ def _evaluation(trainer: Any, attack: attacks.Attack, size: int) -> programs.Pro
 
 
 def _averages(trainer: Any) -> list[tuple[Any, Any]]:
-    """Return the weights that the optimizer averages over time, each with its average."""
+    """Return pairs of the weights that the optimizer averages over time, and their averages."""
     optimizer = optimizers.innermost(trainer.optimizer)
     if not optimizer.use_ema:
         return []
-    averages = optimizer._model_variables_moving_average  # Keras shows them in no other way
+    averages = optimizer._model_variables_moving_average  # Keras has no public access to them
     pairs = zip(trainer.model.trainable_variables, averages, strict=True)
     return [(weight, average) for weight, average in pairs if average is not None]
 
@@ -242,7 +242,7 @@ def _stages(arm: pathlib.Path) -> list[str]:
 def _require_sources(
     arm: pathlib.Path, stages: list[str], plan: dict[str, Any], inherits: Sequence[str]
 ) -> None:
-    """Raise unless the stage before has all that this one inherits, in the same shapes."""
+    """Raise unless the previous stage has all inherited variables in the same shapes."""
     if not stages:
         return
     held = json.loads((arm / stages[-1] / "programs.json").read_text())["variables"]

@@ -1,7 +1,7 @@
-"""What goes wrong outside of the code, tried: what ends well, what is said, and what is lost.
+"""Tests of faults: each must end as if nothing had happened, or with an error that names it.
 
-`python -m benchmarks faults` tries all of it, in about an hour on two cores, and
-`python -m benchmarks faults --part kills` one kind; it fails if anything is lost.
+`python -m benchmarks faults` tests all kinds in about an hour on two cores, and
+`python -m benchmarks faults --part kills` one kind. It fails if anything is lost.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ KINDS = ("numbers", "calls", "memory", "damage", "disks", "kills", "cluster")
 
 
 def run(options: record.Options) -> None:
-    """Try all kinds of faults, or one; of each, print a table and write `faults_KIND.json`.
+    """Test all kinds of faults, or one; for each, print a table and write `faults_KIND.json`.
 
     Raises:
-        SystemExit: there is no such kind; or something was lost, or not said.
+        SystemExit: there is no such kind, or a case has ended wrongly.
     """
     if options.part not in (None, *KINDS):
         sys.exit(f"--part must be one of {', '.join(KINDS)}, got {options.part!r}.")

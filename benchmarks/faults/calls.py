@@ -1,4 +1,4 @@
-"""Random calls of the public functions and classes, one argument of each being wrong."""
+"""Random calls of public functions and classes with one wrong argument."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRONG: tuple[Any, ...] = (
     *(tf.constant("x"), tf.ragged.constant([[1.0], [2.0, 3.0]]), tf.zeros((2, 0)), tf.float16),
     *(keras.optimizers.SGD(), keras.metrics.Mean),
 )
-"""What is wrong in most places; where it is right by chance, the call may well succeed."""
+"""Values that are wrong for most arguments; where one is valid, the call may succeed."""
 
 BESIDE: dict[str, dict[str, Any]] = {
     "evaluate_robustness": {"epsilon": 0.1, "y": np.arange(8) % 3},
@@ -46,7 +46,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "evaluation.robustness_curve": {"attack": lambda e: tscnc.attacks.FGSM(epsilon=e)},
     "export.rewrite_litert": {"source": "nowhere.tflite"},
 }
-"""What some need besides the arguments without a default, or instead of what others get."""
+"""By function, arguments that it needs in addition to, or instead of, those of `_arguments`."""
 
 _RETURNED = (_reports.Report, tscnc.export.ServedFile, tscnc.export.ServedModel)
 
@@ -60,7 +60,7 @@ _TINY = {
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Call functions with one wrong argument; yield what became of it."""
+    """Call functions with one wrong argument; yield the outcome."""
     outcome = Outcome("public functions and classes called with one wrong argument")
     arguments = _arguments()
     named = dict(public_callables())
@@ -89,7 +89,7 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
 
 
 def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield the names of functions and classes that users call, and these."""
+    """Yield names and objects of the functions and classes that users call."""
     for name in tscnc.__all__:
         value = getattr(tscnc, name)
         pairs = [(name, value)]
@@ -98,7 +98,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
         for full, each in pairs:
             is_kind = isinstance(each, type)
             if not callable(each) or (is_kind and issubclass(each, Warning | _reports.Record)):
-                continue  # records and reports are what functions return
+                continue  # functions return records and reports
             if is_kind and (inspect.isabstract(each) or issubclass(each, _RETURNED)):
                 continue
             yield full, each
@@ -112,7 +112,7 @@ def call(
     value: Any,
     arguments: dict[str, Callable[[], Any]],
 ) -> None:
-    """Call a function with a wrong value at a place among its arguments; say what became of it."""
+    """Call a function with `value` as its argument number `place`; add the result to `outcome`."""
     parameters = [
         each
         for each in inspect.signature(function).parameters.values()
@@ -153,10 +153,9 @@ def is_clear(
 ) -> bool:
     """Tell whether an error says what is wrong.
 
-    That is a TypeError or a ValueError that has the argument's name or, of a file, its path; one
-    that the
-    docstring names; or an error of the system that has the path. Functions of tensors leave what
-    tensors they take to TensorFlow.
+    It does if it is a TypeError or a ValueError with the name of the argument, or the path if that
+    is the argument; an OSError with a path; or an error that the docstring lists. Functions of
+    tensors may also raise errors of TensorFlow.
     """
     of_tensors = name.startswith(("functional.", "losses."))
     if of_tensors and isinstance(error, (TypeError, ValueError, tf.errors.OpError)):
@@ -178,7 +177,7 @@ def written() -> set[str]:
 
 
 def _arguments() -> dict[str, Callable[[], Any]]:
-    """Return what makes a sound value of each argument that has no default, by its name."""
+    """Return functions that make valid values of the arguments without defaults, by name."""
     rng = np.random.default_rng(0)
     x, y = rng.random((8, 6)).astype("float32"), np.arange(8) % 3
     logits = rng.normal(size=(8, 3)).astype("float32")
@@ -220,7 +219,7 @@ def _arguments() -> dict[str, Callable[[], Any]]:
     }
     return {
         **{name: lambda value=value: value for name, value in values.items()},
-        # Pruning may change a model, and leaves a copy of it here alone.
+        # Copies, since pruning may change a model.
         **dict.fromkeys(("model", "teacher", "source"), lambda: keras.models.clone_model(model)),
         "path": lambda: pathlib.Path(tempfile.mkdtemp(dir=".")) / "model",
     }

@@ -1,4 +1,4 @@
-"""A cluster of two machines, of which one dies: Ray's own processes for two, on this one."""
+"""A Ray cluster of two nodes, both on this computer, of which one dies."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import experiments
 
-# Sets variables of the environment during a block; all are as they were afterwards.
+# Sets environment variables during a block, and restores all of them.
 _environment = functools.partial(mock.patch.dict, os.environ)
-_WAIT = 900.0  # seconds for two runs to begin
+_WAIT = 900.0  # timeout in seconds until two runs have begun
 _ALONE = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")
 
 
 def scenarios(_smoke: bool) -> Iterator[Outcome]:
-    """Yield what became of a sweep on two machines, of which one is killed.
+    """Yield the outcome of a sweep on two nodes, of which one is killed.
 
-    It must end as in one process, bit for bit. (A real cluster shares a disk by a network, whose
-    faults are not tried.)
+    It must end as in one process, bit for bit. Faults of a network disk, which the machines of a
+    real cluster share, are not tested.
     """
     with tempfile.TemporaryDirectory(prefix="two-") as name:
         folder = pathlib.Path(name)
@@ -51,7 +51,7 @@ def scenarios(_smoke: bool) -> Iterator[Outcome]:
 
 
 def _in_one_process(folder: pathlib.Path) -> None:
-    """Run the sweep in another process, with as many threads as a task of Ray's has."""
+    """Run the sweep in another process, with as many threads as a Ray task has."""
     with _environment(_ALONE):
         process = multiprocessing.get_context("spawn").Process(
             target=_sweep, args=(folder, "process")
@@ -65,19 +65,19 @@ def _plan() -> experiments.Sweep:
 
 
 def _sweep(folder: pathlib.Path, engine: str) -> Mapping[str, str]:
-    """Run a sweep of two seeds; return what has failed, and why."""
+    """Run a sweep of two seeds; return the errors of the failed runs."""
     return experiments.sweep(_plan(), folder, engine=engine, progress=False).failed
 
 
 @contextlib.contextmanager
 def _two_machines(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
-    """Connect to a cluster of two machines with a core each; yield what kills the second.
+    """Connect to a cluster of two nodes with a core each; yield a function that kills the second.
 
-    It has nothing to do with a cluster that runs here already, whose address may be in a file in
-    Ray's folder of temporary files.
+    The cluster has its own folder of temporary files, so that Ray does not connect to another
+    cluster on this computer.
     """
     with _environment({"RAY_TMPDIR": str(folder)}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own
+        warnings.simplefilter("ignore")  # those of Ray
         os.environ.pop("RAY_ADDRESS", None)
         import ray
         from ray.cluster_utils import Cluster
@@ -95,11 +95,11 @@ def _two_machines(folder: pathlib.Path) -> Iterator[Callable[[], None]]:
 
 
 def _kill_when_busy(folder: pathlib.Path, kill: Callable[[], None], outcome: Outcome) -> None:
-    """Kill a machine when both have written the state of a run that they are in."""
+    """Kill a node once both nodes have written the state of a run."""
     deadline = time.monotonic() + _WAIT
     busy: set[pathlib.Path] = set()
     while len(busy) < 2:
-        with contextlib.suppress(FileNotFoundError):  # what is complete is removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # complete stages remove theirs
             busy = {path.parents[1] for path in folder.rglob("state-*")}
         if time.monotonic() > deadline:
             outcome.lose("the two machines were never at work at the same time")

@@ -1,4 +1,4 @@
-"""Files of experiments that are not what was written: changed, cut off, exchanged, taken away."""
+"""Damaged files of experiments: changed, cut off, exchanged or removed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PLACES = (0.0, 0.5, 1.0)
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Yield what was said of damaged files, of a complete experiment and of a stopped one.
+    """Yield the outcomes of damaged files of a complete and of a stopped experiment.
 
-    An experiment is run again on each damaged file. It must name the file, or end as if nothing had
-    happened; and so must whoever opens its outputs.
+    The experiment is run again for each damaged file. It, or opening its outputs, must raise an
+    error that names the file, or end as if nothing had happened.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -34,7 +34,7 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
 
 
 def _half_of(stage: str, begun: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """Return an experiment that was stopped after an epoch of a stage."""
+    """Return the folder of an experiment that was stopped after an epoch of `stage`."""
     original = folders.write_state
 
     class _StoppedError(Exception):
@@ -56,7 +56,7 @@ def _half_of(stage: str, begun: pathlib.Path, folder: pathlib.Path) -> pathlib.P
 
 
 def damages(content: bytes, others: bytes) -> dict[str, bytes | None]:
-    """Return what may be in place of a file's content; None: the file is gone."""
+    """Return damaged contents of a file by the kind of damage; None stands for a removed file."""
     found: dict[str, bytes | None] = {"gone": None, "empty": b"", "of another file": others}
     for share in PLACES:
         place = round(share * (len(content) - 1))
@@ -101,16 +101,13 @@ def _tried(name: str, folder: pathlib.Path, whole: pathlib.Path, smoke: bool) ->
 
 
 def _end(folder: pathlib.Path, file: pathlib.Path) -> str:
-    """Run an experiment again; return how it ended.
-
-    "recovered"; "named", if an error names the file; or else the error.
-    """
+    """Run an experiment again; return "recovered", "named" (by the error), or the error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tscnc.experiments.run(runs.recipe(True), folder, progress=False)
     except (ValueError, OSError) as error:
-        # A part of a checkpoint or of a SavedModel may be named by what it is a part of.
+        # For a part of a checkpoint or of a SavedModel, the error may name the whole.
         is_part = any(part.startswith(("state-", "saved_model")) for part in file.parts)
         names = (str(folder / file), *([str((folder / file).parent)] if is_part else []))
         return "named" if any(name in str(error) for name in names) else f"{error}"
@@ -120,9 +117,9 @@ def _end(folder: pathlib.Path, file: pathlib.Path) -> str:
 
 
 def _wrong(folder: pathlib.Path, whole: pathlib.Path) -> str:
-    """Return what is wrong in a folder of which nothing was said; empty for nothing.
+    """Return what is wrong in a folder after a run without an error; empty if nothing is.
 
-    What a complete stage lacks, or cannot be read, is said when it is opened.
+    An error on opening a stage is right if it names the folder.
     """
     try:
         return runs.differences(folder, whole)

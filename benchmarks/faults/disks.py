@@ -1,4 +1,4 @@
-"""Disks that are full, folders that are taken away or closed, and clocks that are wrong."""
+"""Full disks, folders that are removed or read-only, and wrong clocks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tscnc_tf.experiments import locks, stages
 SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)
 NOBODY = 65534
 HOUR, YEAR = 3600.0, 365.25 * 86400.0
-ORDERS = {"reversed": -HOUR, "in-order": HOUR}  # of the times of files: from one to the next
-_WAIT = 300.0  # seconds for something to appear
+ORDERS = {"reversed": -HOUR, "in-order": HOUR}  # difference in time from one file to the next
+_WAIT = 300.0  # timeout in seconds
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Yield what became of experiments in such surroundings."""
+    """Yield the outcomes of experiments under these faults."""
     recipe = runs.recipe(True)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -42,28 +42,27 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
 
 
 def limit_files(size: int) -> None:
-    """Let no file of this process grow above a size, as if the disk were full."""
+    """Limit the size of the files that this process writes, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def become_nobody() -> None:
-    """Give up the right to write where others may not, if this process has it."""
+    """Give up root's rights, if this process has them."""
     if os.getuid() == 0:
-        stages.dry_run(runs.recipe(True), stages.dataset(runs.recipe(True)))  # imports all it needs
+        stages.dry_run(runs.recipe(True), stages.dataset(runs.recipe(True)))  # imports all modules
         os.setuid(NOBODY)
 
 
 def set_clock(start: float, step: float = 0.0) -> None:
-    """Let the clock of this process, as Python's code reads it, begin anew.
+    """Replace the clock that Python code in this process reads.
 
-    Readers are the locks of folders, which write down since when they are held, and the writers of
-    archives (`.keras`, `.npz`), which date what they put in. The package decides nothing by it;
-    pauses and timings are by another clock, which only goes on.
+    Locks of folders write down its time, as do writers of archives (`.keras`, `.npz`). The package
+    makes no decision by it; pauses and timings use the monotonic clock.
 
     Args:
-        start: what it says now, in seconds since 1970.
-        step: how much further it is with each look, in seconds; below 0 it goes backwards.
+        start: the time now, in seconds since 1970.
+        step: seconds that are added each time the clock is read; negative to go backwards.
     """
     begin, looks = time.monotonic(), itertools.count()
 
@@ -80,7 +79,7 @@ def set_clock(start: float, step: float = 0.0) -> None:
 
 
 def date_files(folder: pathlib.Path, first: float, step: float) -> None:
-    """Let the times of all files in a folder be others, in the order in which they were written."""
+    """Set the times of all files in a folder, in the order in which they were written."""
     there = sorted(folder.rglob("*"), key=lambda path: path.stat().st_mtime)
     for index, path in enumerate(there):
         os.utime(path, (first + step * index,) * 2)
@@ -151,9 +150,9 @@ def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
 
 
 def _clocks(folder: pathlib.Path, whole: pathlib.Path, orders: tuple[str, ...]) -> Outcome:
-    """Begin in 1970, go on with a clock that goes backwards, be killed, and end at another time.
+    """Run an experiment in 1970, then with a clock that goes backwards until it is killed.
 
-    Before the end the files get times that can't be, and a lock from the future is left behind.
+    Then set the times of its files to the future, leave a lock from the future, and finish it.
     """
     outcome = Outcome("clocks that go backwards or are decades off, files from the future")
     for order in orders:
@@ -182,7 +181,7 @@ def _finish(
     whole: pathlib.Path,
     before: Callable[[], None] | None = None,
 ) -> None:
-    """Run an experiment to its end, and take note of whether that is the right one."""
+    """Run an experiment to its end, and count whether its results are those of `whole`."""
     process = runs.process(runs.recipe(True), run, before)
     process.join()
     problem = runs.error_of(run)[:300] if process.exitcode else _problem(run, whole)

@@ -1,4 +1,4 @@
-"""Processes that are killed, or asked to end, at random moments."""
+"""Processes that get SIGKILL or SIGTERM at random moments."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.faults.outcome import Outcome
 
 KILLS, TERMS = 50, 15
 FEW = 2
-START = 3.0  # seconds: no step is taken before
+START = 3.0  # seconds before the first step of training
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Yield how experiments ended that were killed, or asked to end, again and again."""
+    """Yield the outcomes of experiments that get SIGKILL or SIGTERM again and again."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         whole = folder / "whole"
@@ -40,7 +40,7 @@ def _signalled(
     seconds: float,
     smoke: bool,
 ) -> Outcome:
-    """Send a signal again and again, to one experiment after the other, until each has ended."""
+    """Send a signal `count` times; run each experiment again until it has ended."""
     outcome = Outcome(f"{number.name} at {count} random moments of all stages")
     within = 0
     rng = np.random.default_rng(number)
@@ -59,7 +59,7 @@ def _signalled(
                 break
             os.kill(process.pid, number)
             process.join()
-            if process.exitcode == 0:  # it had ended a moment before
+            if process.exitcode == 0:  # it had already ended
                 break
             sent += 1
             where = sorted(str(path.relative_to(run)) for path in run.glob("*/state-*"))

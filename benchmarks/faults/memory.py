@@ -1,4 +1,4 @@
-"""Whether a process that does the same again and again grows."""
+"""Growth of memory over many cycles of the same work in one process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import tscnc_tf as tscnc
 from benchmarks.faults.outcome import Outcome
 
 CYCLES, FEW = 200, 8
-BEFORE = 0.5  # of the cycles, while caches and the allocator fill
-MOST = 0.05  # MiB a cycle
-MOST_AT_FIRST = 30.0  # in a few cycles, in which much is loaded and compiled for the first time
+BEFORE = 0.5  # share of cycles before the measurement, in which caches fill
+MOST = 0.05  # MiB per cycle
+MOST_AT_FIRST = 30.0  # MiB per cycle in a smoke run, in which code is loaded and compiled
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Yield how evaluations and cycles of pruning and stripping grow, in MiB."""
+    """Yield the growth in MiB of evaluations, and of cycles of pruning and stripping."""
     rng = np.random.default_rng(0)
     x, y = rng.random((16, 6)).astype("float32"), np.arange(16) % 3
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8), keras.layers.Dense(3)])

@@ -1,4 +1,4 @@
-"""Matrices and values that arithmetic breaks on."""
+"""Numerically hard matrices, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PENALTIES: dict[str, Callable[[Any], tf.Tensor]] = {
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Yield what became of hard matrices, and of values that are not finite."""
+    """Yield the outcomes of hard matrices, and of values that are not finite."""
     yield _matrices(FEW if smoke else MATRICES)
     yield _not_finite((np.nan,) if smoke else (np.nan, np.inf))
 
 
 def hard_matrices(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return matrices of one shape: of any rank, a scale from 1e-30 to 1e30, with zeros."""
+    """Return matrices of one shape, of any rank, of scales from 1e-30 to 1e30, with zeros."""
     columns = int(rng.integers(1, 9))
     rows = columns + int(rng.integers(0, 9))
     stack = np.zeros((count, rows, columns))
@@ -79,7 +79,7 @@ def _matrices(count: int) -> Outcome:
 
 
 def _not_finite(values: tuple[float, ...]) -> Outcome:
-    """Put NaN or infinity where they may get: into weights, data, labels, a loss, a step."""
+    """Put NaN or infinity into weights, data, labels, sample weights and learning rates."""
     outcome = Outcome("NaN and infinity in weights, data, labels, losses and steps")
     for bad in values:
         for name, attempt in _attempts(bad).items():

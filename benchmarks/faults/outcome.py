@@ -1,4 +1,4 @@
-"""What became of a kind of fault."""
+"""The outcomes of a kind of fault."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tscnc_tf import _reports
 
 @dataclasses.dataclass
 class Outcome(_reports.Record):
-    """A kind of fault: how often it was tried, how these ended, and what was lost.
+    """The cases of a kind of fault.
 
     Attributes:
-        fault: what went wrong.
-        tried: how often.
-        ends: how often it ended in which way, if nothing was lost.
-        lost: what was lost, or not said, a line for each case.
+        fault: the kind of fault.
+        tried: the number of cases.
+        ends: the number of cases that ended well, by the way in which they ended.
+        lost: a line for each other case.
     """
 
     fault: str
@@ -25,11 +25,11 @@ class Outcome(_reports.Record):
     lost: list[str] = dataclasses.field(default_factory=list)
 
     def count(self, end: str) -> None:
-        """Take note of a case that ended well, and how."""
+        """Count a case that ended well, by its end."""
         self.tried += 1
         self.ends[end] += 1
 
     def lose(self, case: str) -> None:
-        """Take note of a case in which something was lost."""
+        """Record a case that ended wrongly."""
         self.tried += 1
         self.lost.append(case)

@@ -1,4 +1,4 @@
-"""A small experiment that faults happen to, in a process of its own, and whether it ended right."""
+"""A small experiment in its own process, and the check of its results."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ SHORT = {"train.epochs": 2, "prune.epochs": 2, "finetune.epochs": 2, "data.train
 
 
 def recipe(short: bool) -> experiments.Recipe:
-    """Return the recipe of the small experiment, or of a shorter one."""
+    """Return the recipe of the small experiment; with `short`, a shorter one."""
     return experiments.Recipe.from_dict(RECIPE).override(SHORT if short else {})
 
 
 def process(
     settings: experiments.Recipe, folder: pathlib.Path, before: Callable[[], None] | None = None
 ) -> Any:
-    """Start a process that runs an experiment; its error, if there is one, is in `folder.error`.
+    """Start a process that runs an experiment, and writes an error to `folder.error`.
 
     Args:
         settings: the recipe.
-        folder: of the experiment.
-        before: called in the process before it begins; a function of a module.
+        folder: the folder of the experiment.
+        before: a function of a module that the process calls before the experiment.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tscnc_tf", "scipy.linalg"])
@@ -52,13 +52,13 @@ def process(
 
 
 def error_of(folder: pathlib.Path) -> str:
-    """Return the error that ended the last process in a folder, its kind first; empty for none."""
+    """Return the error of the last process in a folder, its type first; empty for none."""
     file = _error_file(folder)
     return file.read_text() if file.exists() else ""
 
 
 def differences(folder: pathlib.Path, whole: pathlib.Path) -> str:
-    """Return in what an experiment has ended otherwise than another one; empty for nothing."""
+    """Return in what the results of two experiments differ; empty for nothing."""
     for stage in STAGES:
         mine, theirs = (experiments.open_stage(each / stage) for each in (folder, whole))
         if mine.metrics != theirs.metrics:
@@ -86,7 +86,7 @@ def _error_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _run(settings: dict[str, Any], folder: pathlib.Path, before: Any) -> None:
-    # Opened before anything is forbidden.
+    # Opened first, as `before` may make writing impossible.
     with _error_file(folder).open("w") as stream:
         try:
             if before is not None:

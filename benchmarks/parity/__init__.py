@@ -1,7 +1,7 @@
-"""AutoAttack here beside AutoAttack in torch: the same networks, examples and constants.
+"""AutoAttack of the package and of torch on the same networks and examples.
 
-Wants the extra `parity`: torch, torchattacks, foolbox and ART. What they did is kept in
-`outputs/parity`, so that they are run once for each network.
+Needs the extra `parity`: torch, torchattacks, foolbox and ART. Results are kept in
+`outputs/parity`, so that each attack runs once per network.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from benchmarks.parity.networks import EPSILONS, Examples
 from benchmarks.parity.reference import Budget
 from tscnc_tf import _reports
 
-# The goals: |ours - reference| in the robust accuracy of "standard"; ours - reference for each
-# attack; and the share of the examples that a witness breaks, and our "standard" does not.
+# Upper bounds: of |ours - reference| in the robust accuracy of "standard"; of ours - reference for
+# each attack; and of the share of examples that a witness breaks and our "standard" does not.
 GOALS = {"standard": 0.002, "single": 0.005, "witness": 0.001}
 STANDARD = "standard"
 NORMS = ("linf", "l2")  # torchattacks has no APGD in l1
-TIMED = ("adversarial", "linf")  # the network and norm of the comparison of times
+TIMED = ("adversarial", "linf")  # network and norm for the comparison of times
 FOLDER = pathlib.Path("outputs/parity")
 ATTACKS = pathlib.Path(tscnc.attacks.__file__).parent
 _LIBRARIES = ("torch", "torchattacks", "foolbox", "adversarial-robustness-toolbox")
@@ -36,7 +36,12 @@ _LIBRARIES = ("torch", "torchattacks", "foolbox", "adversarial-robustness-toolbo
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an attack left: for each example, whether the network is right on it; and seconds."""
+    """The result of an attack.
+
+    Attributes:
+        correct: for each example, whether the attacked network is correct; with noise, how often.
+        wall, cpu: seconds of the attack.
+    """
 
     correct: np.ndarray
     wall: float
@@ -44,14 +49,14 @@ class Run:
 
     @classmethod
     def of(cls, function: Callable[[], np.ndarray]) -> Run:
-        """Return what a call of a function left, and its seconds."""
+        """Return the result of a function, and its times."""
         wall, cpu = time.perf_counter(), time.process_time()
         correct = np.asarray(function())
         return cls(correct, time.perf_counter() - wall, time.process_time() - cpu)
 
     @classmethod
     def kept(cls, path: pathlib.Path, function: Callable[[], np.ndarray]) -> Run:
-        """Return a run from a file, or else call a function and write the file."""
+        """Return a run from a file; if there is none, call the function and write the file."""
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path, **dataclasses.asdict(cls.of(function)))
@@ -60,7 +65,7 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """The accuracy that is left."""
+        """The robust accuracy."""
         return float(np.mean(self.correct))
 
     def figures(self) -> dict[str, float]:
@@ -69,7 +74,7 @@ class Run:
 
 
 def run(options: record.Options) -> None:
-    """Run both sides on all networks; write `parity.json`."""
+    """Run both sides on all networks; print a table and write `parity.json`."""
     smoke = options.smoke
     names = ["standard", "adversarial"] if smoke else list(networks.NETWORKS)
     training, data = networks.examples(128 if smoke else 1000)
@@ -119,9 +124,9 @@ def ours(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str, ref
 def compare(
     model: Any, data: Examples, norm: str, budget: Budget, folder: pathlib.Path, *, timed: bool
 ) -> dict[str, Any]:
-    """Return what both sides and the witnesses did to one network, and which goals are met.
+    """Return the results of both sides and the witnesses on one network, and which goals are met.
 
-    With `timed`, "standard" of both sides, and ART's AutoAttack, are run one after the other.
+    With `timed`, the reference's "standard" and ART's AutoAttack are run, too.
     """
     setting = (model, data, norm, budget)
     theirs = _runs(reference.references(*setting, timed=timed), folder / digest(*setting))
@@ -135,7 +140,7 @@ def compare(
     broken = {
         name: float(np.mean(mine[STANDARD].correct & ~each.correct)) for name, each in seen.items()
     }
-    goals = {name: goal + 1e-9 for name, goal in GOALS.items()}  # of sums of 1 / examples
+    goals = {name: goal + 1e-9 for name, goal in GOALS.items()}  # tolerance of rounding
     return {
         "clean": float(np.mean(np.argmax(model(data.x, training=False), axis=1) == data.y)),
         "ours": {name: each.figures() for name, each in mine.items()},
@@ -158,7 +163,7 @@ def _runs(functions: dict[str, reference.Judged], folder: pathlib.Path) -> dict[
 
 
 def digest(model: Any, data: Examples, *settings: Any) -> str:
-    """Return a name for the runs with a model, examples and settings."""
+    """Return the name of the folder for runs with a model, examples and settings: a hash."""
     made = hashlib.sha256(repr((EPSILONS, settings)).encode())
     for array in (*model.get_weights(), *data):
         made.update(np.ascontiguousarray(array).tobytes())

@@ -1,4 +1,4 @@
-"""The networks and examples that attacks are compared on: small ones, trained here."""
+"""The small networks and the examples that attacks are compared on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Examples(NamedTuple):
 
 
 def examples(count: int) -> tuple[Examples, Examples]:
-    """Return what the networks are trained on, and `count` other examples, up to 1,000 of them."""
+    """Return the training examples, and `count` other examples, at most 1,000."""
     data = tscnc.datasets.load("digits", validation=0.02, test=0.56)
     training = Examples(data.x_train.astype("float32"), data.y_train)
     return training, Examples(data.x_test[:count].astype("float32"), data.y_test[:count])
@@ -54,7 +54,7 @@ def _standard(data: Examples, epochs: int) -> Any:
 
 
 def _adversarial(data: Examples, epochs: int, model: Any = None) -> Any:
-    """Train a network, a new one unless it is given, against PGD."""
+    """Train `model`, or a new network if it is None, against PGD."""
     attack = tscnc.attacks.PGD(epsilon=EPSILONS["linf"], steps=7)
     trainer = tscnc.AdversarialTraining(
         build() if model is None else model, attack=attack, loss=tscnc.losses.TRADES(beta=3.0)
@@ -66,7 +66,7 @@ def _adversarial(data: Examples, epochs: int, model: Any = None) -> Any:
 
 def _pruned(sparsity: float) -> Callable[[Examples, int], Any]:
     def train(data: Examples, epochs: int) -> Any:
-        # Few weights are left: each filter keeps one, and a small layer more than its share.
+        # So that no layer dies: one budget for all layers, and a weight kept in every filter.
         options = {"scope": "global", "structure": tscnc.pruning.Unstructured(min_per_filter=1)}
         pruned = tscnc.prune_now(_adversarial(data, epochs), sparsity, **options)
         return tscnc.strip(_adversarial(data, epochs, pruned))
@@ -96,7 +96,7 @@ NETWORKS: dict[str, Callable[[Examples, int], Any]] = {
 
 
 def trained(name: str, data: Examples, epochs: int, folder: pathlib.Path) -> Any:
-    """Return a trained network with plain layers, from a file in `folder` if there is one."""
+    """Return a trained network with plain layers; load it from `folder` if it is there."""
     path = folder / f"{name.replace(' %', '').replace(' ', '-')}.weights.npz"
     model = build()
     if path.exists():

@@ -1,6 +1,6 @@
-"""The reference: AutoAttack as torchattacks has it, and attacks of other libraries as witnesses.
+"""The reference, AutoAttack from torchattacks, and attacks of other libraries as witnesses.
 
-torchattacks' own `AutoAttack` runs 10 iterations of APGD and FAB. Here its attacks are put together
+torchattacks' own `AutoAttack` runs 10 iterations of APGD and FAB. Here its attacks are combined
 with the constants of the publication: 100 iterations, 9 target classes, 5,000 queries.
 """
 
@@ -17,14 +17,14 @@ import tensorflow as tf
 import tscnc_tf as tscnc
 from benchmarks.parity.networks import EPSILONS, Examples
 
-NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # as the libraries write them
+NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # the names in torch libraries
 _ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
 
-Judged = Callable[[], np.ndarray]  # tells for each example whether a network is right on it
+Judged = Callable[[], np.ndarray]  # returns for each example whether the network is correct
 
 
 class Budget(NamedTuple):
-    """How long attacks search.
+    """The budgets of the attacks.
 
     Attributes:
         steps: iterations of APGD and FAB.
@@ -38,11 +38,11 @@ class Budget(NamedTuple):
 
 
 def torch_network(model: Any) -> Any:
-    """Return a torch network of the same layers and weights, for images `(n, 1, 8, 8)`."""
+    """Return a torch network with the same layers and weights, for images `(n, 1, 8, 8)`."""
     import torch
 
     class Channelslast(torch.nn.Module):
-        """Moves the channels to the end, where the dense layer expects them."""
+        """Flattens with the channels last, as the dense layer expects."""
 
         def forward(self, x: Any) -> Any:
             return x.permute(0, 2, 3, 1).flatten(1)
@@ -69,10 +69,10 @@ def torch_network(model: Any) -> Any:
 
 
 def equal_network(model: Any, data: Examples) -> Any:
-    """Return `torch_network(model)`, which runs on one thread.
+    """Return `torch_network(model)`, and set torch to one thread.
 
     Raises:
-        ValueError: its logits are not those of the model, within 1e-4.
+        ValueError: its logits differ from the model's by more than 1e-4.
     """
     import torch
 
@@ -80,12 +80,12 @@ def equal_network(model: Any, data: Examples) -> Any:
     network = torch_network(model)
     gap = np.max(np.abs(torch_logits(network, data.x) - model(data.x, training=False)))
     if gap > 1e-4:
-        raise ValueError(f"the network in torch is another one: its logits differ by {gap:g}.")
+        raise ValueError(f"the logits of the network in torch differ by {gap:g}.")
     return network
 
 
 def torch_images(x: np.ndarray) -> Any:
-    """Return images as torch has them, channels first."""
+    """Return images as a torch tensor, channels first."""
     import torch
 
     return torch.tensor(np.moveaxis(x, -1, 1))
@@ -102,11 +102,11 @@ def torch_logits(network: Any, x: np.ndarray) -> np.ndarray:
 def references(
     model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool
 ) -> dict[str, Judged]:
-    """Return torchattacks' attacks on a network in torch, by name.
+    """Return torchattacks' attacks on the network in torch, by name.
 
-    Each is a function that tells for each example whether the network is right, as torch computes
-    it. With `timed` there is also "standard", one attack after the other on what is left; else
-    that is known from the others: what withstands all four.
+    Each is a function that returns for each example whether the torch network is correct. With
+    `timed` there is also "standard": one attack after the other, each on the examples that are
+    left. Without it, "standard" follows from the others: what withstands all four.
     """
     import torch
     import torchattacks
@@ -137,7 +137,7 @@ def references(
 def witnesses(
     model: Any, data: Examples, norm: str, budget: Budget, *, timed: bool
 ) -> dict[str, Judged]:
-    """Return attacks of foolbox (in torch) and CleverHans, and with `timed` ART's, by name."""
+    """Return the attacks of foolbox (in torch) and CleverHans, with `timed` also ART's, by name."""
     found: dict[str, Judged] = {}
     if norm == "l2":
         found |= _foolbox(model, data, norm, budget)
@@ -162,7 +162,7 @@ def witnesses(
 
 
 def judge(attack: Any, model: Any, data: Examples) -> np.ndarray:
-    """Return for each example whether a network is right under an attack, as Keras computes it."""
+    """Return for each example whether the Keras network is correct under an attack."""
     found = np.asarray(attack(model, data.x, data.y, seed=0))
     require_ball(found, data, attack.norm)
     return np.argmax(model(found, training=False), axis=1) == data.y
@@ -182,7 +182,7 @@ def _foolbox(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str,
     }
 
     def judged(attack: Any) -> np.ndarray:
-        right = torch.argmax(network(x), 1) == y  # an attack wants examples to start from
+        right = torch.argmax(network(x), 1) == y  # foolbox attacks correct examples only
         broken = torch.ones_like(right)
         _, _, broken[right] = attack(network, x[right], y[right], epsilons=EPSILONS[norm])
         return ~broken.numpy()
@@ -191,7 +191,7 @@ def _foolbox(model: Any, data: Examples, norm: str, budget: Budget) -> dict[str,
 
 
 def _art(model: Any, data: Examples, norm: str) -> np.ndarray:
-    """Return for each example whether a network is right under ART's AutoAttack, as shipped."""
+    """Return for each example whether a network is correct under ART's AutoAttack, unchanged."""
     from art.attacks.evasion import AutoAttack
     from art.estimators.classification import TensorFlowV2Classifier
 
@@ -210,7 +210,7 @@ def _art(model: Any, data: Examples, norm: str) -> np.ndarray:
 
 
 def require_ball(found: np.ndarray, data: Examples, norm: str) -> None:
-    """Raise a ValueError if adversarial examples are not within the ball and [0, 1]."""
+    """Raise a ValueError if adversarial examples are not in the ball and in [0, 1]."""
     delta = (found.astype("float64") - data.x).reshape(len(found), -1)
     far = np.max(np.linalg.norm(delta, _ORDERS[norm], axis=1))
     if far > EPSILONS[norm] * (1 + 1e-5) + 1e-5 or found.min() < 0 or found.max() > 1:

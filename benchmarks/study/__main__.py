@@ -23,10 +23,10 @@ WHAT = ("run", "report", "export", "collect")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a study, or show what it has found.
+    """Run, report, export or collect a study.
 
     Returns:
-        0 if all of it is done, 75 if there is more to do, 1 if a part has failed.
+        The exit status: 0 if the command is done, 75 if runs are left, 1 if a group has failed.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = options.settings or list(plan.settings)
     if unknown := [name for name in settings if name not in plan.settings]:
         parser.error(f"--settings must be among {list(plan.settings)}, got {unknown[0]!r}.")
-    # Absolute, as a process of Ray's may have another working directory.
+    # Absolute, as a Ray process may have another working directory.
     scratch = options.scratch.resolve() / plan.name
     store = Store(options.results.resolve() / f"{plan.name}.csv", scratch / "results")
     console = Console()
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what in ("export", "collect"):
         if options.what == "export":
             accelerate.export(plan, scratch)
-            console.print(f"{scratch}: python runner/run_all.py . --minutes 9, where JAX is")
+            console.print(f"{scratch}: where JAX is, run python runner/run_all.py . --minutes 9")
         else:
             console.print(accelerate.collect(plan, scratch, store))
         return 0
@@ -108,18 +108,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--plan", type=pathlib.Path, default=HERE / "cpu.yaml")
-    parser.add_argument("--quick", action="store_true", help="the plan of about 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="run quick.yaml, about 10 minutes")
     parser.add_argument(
         "--data", action="append", default=[], metavar="NAME=FILE", help="as cifar10=cifar10.npz"
     )
-    parser.add_argument("--settings", nargs="+", help="in these settings only")
+    parser.add_argument("--settings", nargs="+", help="these settings only")
     parser.add_argument("--engine", choices=engines.ENGINES, default=engines.ENGINES[0])
-    parser.add_argument("--cpus", type=int, default=1, help="cores of each group, on Ray")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each group, on Ray")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
+    parser.add_argument("--cpus", type=int, default=1, help="with Ray: cores per group")
+    parser.add_argument("--gpus", type=float, default=0.0, help="with Ray: GPUs per group")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("outputs/study"))
-    parser.add_argument("--write", action="store_true", help="report: into docs/study.md")
+    parser.add_argument("--write", action="store_true", help="report: write docs/study.md")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""A study's runs as programs for an accelerator that has JAX only; and their results, back again.
+"""Export of a study's runs for an accelerator that has JAX only, and collection of the results.
 
-A dense network is trained once for all that prune it: each is an arm of one stage, and what prunes
-it is an arm of two, which begins with the network that the first has left.
+Each dense network is trained once, by an arm of one stage. Each run is an arm of two stages, which
+begins with that network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tscnc_tf.experiments.recipe import differences
 RUNNER = pathlib.Path(accelerator.__file__).parent / "runner"
 _NO_CACHES = shutil.ignore_patterns("__pycache__")
 
-# What can't be exported: the name of a value, which of its values, why, and what can be.
+# What can't be exported: the name in a recipe, which values, why, and an alternative.
 _LATER = "it needs the dense network, which is not there yet"
 _ALIKE = "one program takes the steps of all epochs of a stage"
 _UNFIT: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
@@ -51,19 +51,18 @@ _UNFIT: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 
 
 def export(plan: Plan, folder: pathlib.Path) -> None:
-    """Write everything that the accelerator needs into a folder; what is there is left alone.
+    """Write what the accelerator needs into a folder; parts that exist are kept.
 
-    * `runner/`: to be run there, by Python, NumPy and JAX.
-    * `SETTING/data-SEED/`: the images, with the study's own splits.
-    * `SETTING/dense-HASH-SEED/`: arms of one stage.
-    * `SETTING/ARM-.../`: arms of two stages; needs.json says with which dense one they begin.
+    * `runner/`: the code that runs there, with Python, NumPy and JAX.
+    * `SETTING/data-seedSEED/`: the images, in the splits of the study.
+    * `SETTING/dense-.../`: arms of one stage.
+    * `SETTING/ARM-.../`: arms of two stages; needs.json names the dense arm that they begin with.
 
-    Each arm has the recipe that it was made by. They are run `in_order`.
+    Each arm has its recipe in a file. The arms are run `in_order`.
 
     Raises:
-        ValueError: an arm can't be exported, such as one that needs what only the dense network can
-            tell, which is not there yet; or what the folder holds was made by another recipe, on
-            other data or for another runner.
+        ValueError: an arm can't be exported, for example because it depends on the trained dense
+            network; or the folder has parts of another recipe, data or runner.
     """
     _require_exportable(plan)
     if not (folder / "runner").exists():
@@ -100,22 +99,19 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
 
 
 def in_order(plan: Plan) -> list[Run]:
-    """Return the runs in the order in which the accelerator is to take them.
-
-    That is setting by setting, sparsity by sparsity as the plan has them, and seed by seed.
-    """
+    """Return the runs in the order for the accelerator: by setting, sparsity and seed."""
     runs = list(plan.runs({}))
     places = list(dict.fromkeys((run.setting, run.sparsity) for run in runs))
     return sorted(runs, key=lambda run: places.index((run.setting, run.sparsity)))
 
 
 def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
-    """Write the results of the runs that are finished as the study keeps them; return their names.
+    """Add the results of finished runs to the study; return the names of the runs.
 
-    Accuracies are those that the accelerator found; the kernels are looked at here.
+    The accuracies are those of the accelerator. The kernels are inspected here.
 
     Raises:
-        ValueError: an arm was made by another recipe, or on other data.
+        ValueError: an arm has another recipe, or other data.
     """
     found = []
     for run in store.missing(plan.runs({})):
@@ -124,7 +120,7 @@ def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
             data = stages.dataset(run.recipe)
             _require_data(folder / run.setting / f"data-seed{run.seed}", data)
             _require_recipe(folder / run.setting / run.name, work.portable(run, data.metadata))
-            content = folders.read_json(done, "Bring it from the accelerator again.")
+            content = folders.read_json(done, "Copy it from the accelerator again.")
             store.add(run, _result(run, content, done.parent))
             found.append(run.name)
     store.enter()
@@ -148,7 +144,7 @@ def _require_runner(folder: pathlib.Path) -> None:
     _, other, lacking = filecmp.cmpfiles(RUNNER, folder, names, shallow=False)
     if other or lacking:
         raise ValueError(
-            f"{folder} is not the runner as it is now, in {[*other, *lacking]}: choose another "
+            f"{folder} has another version of the runner, in {[*other, *lacking]}: choose another "
             "folder by --scratch, or remove this one."
         )
 
@@ -160,7 +156,7 @@ def _require_data(folder: pathlib.Path, data: datasets.Dataset) -> None:
 
 def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
     theirs = folders.read_json(folder / folders.RECIPE, f"Remove {folder}, and export again.")
-    # The data are held against each other by themselves; where they are is no matter.
+    # `_require_data` compares the data; their path does not matter.
     mine = {**recipe, "data": theirs["data"]}
     if changed := differences(theirs, jsonable(mine)):
         raise ValueError(
@@ -171,13 +167,13 @@ def _require_recipe(folder: pathlib.Path, recipe: Mapping[str, Any]) -> None:
 
 def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path) -> None:
     settings = getattr(recipe, stage)
-    stages.library(recipe).backend.clear_session()  # layers without a name are counted anew
+    stages.library(recipe).backend.clear_session()  # restarts the numbering of layers
     previous = None if stage == "train" else stages.network(recipe, data)
     trainer = stages.trainer(recipe, stage, data, previous=previous)
     model = trainer.model
     begin = model.pruner.begin if stage == "prune" else None
     if stage == "prune":
-        # It sets them, whatever they are; zeros need no place in a file.
+        # `begin` overwrites them, and zeros are small in a file.
         for variable in (*model.pruner.state.dense, *model.pruner.state.scores):
             variable.assign(tf.zeros_like(variable))
     per_epoch = data.steps_per_epoch(settings.batch_size)
@@ -207,9 +203,9 @@ def _export_stage(recipe: Recipe, stage: str, data: datasets.Dataset, folder: pa
 def _plain(
     recipe: Recipe, data: datasets.Dataset, model: Any
 ) -> Callable[[], Mapping[str, tf.Tensor]] | None:
-    """Return what folds a network's gates, None if it has none: by the names of a plain network.
+    """Return a function that computes the folded weights by their names in a network without gates.
 
-    What `stages.plain` does to a network at hand.
+    That is `stages.plain` in TensorFlow operations. Return None if the model has no gates.
     """
     if not gated.gated_layers(model):
         return None
@@ -258,16 +254,16 @@ def _parts(data: datasets.Dataset) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _needs(
     order: tuple[int, int], images: str, dense: str | None = None, file: str | None = None
 ) -> str:
-    """Return what `run_all.py` wants to know of an arm: its turn, and the folders beside it."""
+    """Return the content of `needs.json`: the order of an arm, and what it needs beside it."""
     return json.dumps({"order": order, "data": images, "from": dense, "file": file}) + "\n"
 
 
 def network_of(run: Run, folder: pathlib.Path) -> Any:
-    """Return the network that a run has ended with, plain, pruned weights being zero.
+    """Return the final network of a run, plain, with pruned weights set to zero.
 
     Args:
-        run: of the study.
-        folder: where the runner has put its results.
+        run: a run of the study.
+        folder: the folder of the runner's results.
     """
     data = stages.dataset(run.recipe)
     previous = stages.network(run.recipe, data)

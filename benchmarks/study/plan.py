@@ -1,4 +1,4 @@
-"""What a study runs: settings, arms, sparsities, seeds and the tuning, from a YAML file."""
+"""The plan of a study from a YAML file: settings, arms, sparsities, seeds and tuning."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tscnc_tf.experiments import Recipe
 from tscnc_tf.experiments.recipe import read_yaml
 
 HERE = pathlib.Path(__file__).parent
-EVERY = "every"  # stands for all arms of a setting, and for all that have no values of their own
+EVERY = "every"  # all arms of a setting, or those without values of their own
 
-# Where a run stands in a study.
+# The key of a run in a study.
 PLACE = ("setting", "arm", "trial", "sparsity", "seed")
 
-Found = Mapping[tuple[Any, ...], Mapping[str, Any]]  # what runs have left, by where they stand
+Found = Mapping[tuple[Any, ...], Mapping[str, Any]]  # results of runs by their places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Run:
     """One experiment of a study.
 
     Attributes:
-        setting, arm, sparsity, seed: where it stands in the study.
-        trial: of a trial the values that it tries, such as "finetune.learning_rate=0.02"; empty
-            for a run whose network is judged on the test set.
-        recipe: what is run.
+        setting, arm, sparsity, seed: its place in the study.
+        trial: for a trial of the tuning, the values that it tries, such as
+            "finetune.learning_rate=0.02"; empty for a run that is evaluated on the test set.
+        recipe: the recipe of the experiment.
     """
 
     setting: str
@@ -43,18 +43,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The name of its files."""
         parts = (self.arm, self.trial, f"{100 * self.sparsity:g}", f"seed{self.seed}")
         return "-".join(part for part in parts if part)
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """Where it stands: the values of `PLACE`."""
+        """The values of `PLACE`."""
         return tuple(getattr(self, name) for name in PLACE)
 
     @functools.cached_property
     def dense(self) -> str:
-        """The name of the dense network that is pruned; equal where it is the same network."""
+        """The name of the dense network that is pruned; equal networks have equal names."""
         return self.recipe.dense_name()
 
     @property
@@ -67,29 +67,29 @@ class Choice(NamedTuple):
     """One round of the tuning of an arm.
 
     Attributes:
-        names: dotted names of values of a recipe that get the same value.
-        values: to choose from.
+        names: dotted names in a recipe, which all get the same value.
+        values: the values to choose from.
     """
 
     names: tuple[str, ...]
     values: tuple[Any, ...]
 
 
-Tried = Sequence[tuple[Choice, Any]]  # values, and what they were chosen from
+Tried = Sequence[tuple[Choice, Any]]  # choices, and the chosen or tried value of each
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
     """How the arms of a setting are tuned, one round after the other.
 
-    In each round every value is tried, with what the rounds before have chosen, and with each seed.
-    The value is chosen whose networks have the best mean accuracy under attack on the validation
-    images after fine-tuning; of equals the first.
+    Each round tries every value with each seed, and with the values that previous rounds have
+    chosen. It chooses the value with the best mean accuracy under attack on the validation images
+    after fine-tuning; if several are equal, the first.
 
     Attributes:
-        seeds: for the trials; none that the study itself uses.
-        sparsity: of the trials; an arm that is not run at it is tuned at its highest.
-        rounds: for each round the choices by arm; `EVERY` for arms without one of their own.
+        seeds: the seeds of the trials, none of which the study itself uses.
+        sparsity: the sparsity of the trials; an arm that is not run at it is tuned at its highest.
+        rounds: for each round, the choices by arm; `EVERY` for arms without one of their own.
     """
 
     seeds: tuple[int, ...]
@@ -98,10 +98,10 @@ class Tuning:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Tuning:
-        """Build it from the values in a plan.
+        """Return the tuning from its values in a plan.
 
         Raises:
-            ValueError: in a round some arms have more values than others.
+            ValueError: arms have different numbers of values in a round.
         """
         rounds = []
         for number, choices in enumerate(values["rounds"], start=1):
@@ -112,7 +112,7 @@ class Tuning:
             counts = {arm: len(choice.values) for arm, choice in made.items()}
             if len(set(counts.values())) > 1 or EVERY not in made:
                 raise ValueError(
-                    f"round {number} of the tuning must offer {EVERY!r} arm, and each arm that it "
+                    f"round {number} of the tuning must give {EVERY!r}, and each arm that it "
                     f"names, the same number of values, got {counts}."
                 )
             rounds.append(made)
@@ -128,16 +128,16 @@ class Plan:
     """A study.
 
     Attributes:
-        name: of the study, and of its table of results.
-        seeds: each arm is run with each.
-        settings: by name, values of a recipe: data, network, epochs.
-        arms: by name, values of a recipe by their dotted names: what the arm changes. An arm whose
-            `base` names another one begins with the values of that; one with `sparsities` is run
-            at these, whatever the grid says.
+        name: the name of the study, and of its table of results.
+        seeds: the seeds that each arm is run with.
+        settings: by name, the values of a recipe: data, network, epochs.
+        arms: by name, the values that the arm changes, by their dotted names in a recipe. An arm
+            with `base` adds to the values of that arm. An arm with `sparsities` is run at these,
+            whatever the grid says.
         grid: by setting, which arms are run at which sparsities: a list of mappings with `arms`
             (or "every") and `sparsities`.
         against: the arms that all others are compared with.
-        tuning: by setting, how its arms are tuned; a setting without it runs the arms as they are.
+        tuning: by setting, how its arms are tuned; arms of other settings are not tuned.
     """
 
     name: str
@@ -170,19 +170,19 @@ class Plan:
         """Read a plan from a YAML file.
 
         Args:
-            path: of the file.
-            files: where data are that the plan knows by name.
+            path: the path of the file.
+            files: the paths of data sets, by their names in the plan.
 
         Raises:
             OSError: there is no such file, or it can't be read.
-            ValueError: it is no plan, or a name in it can't be that of a file.
+            ValueError: it is not a plan, or a name in it can't be the name of a file.
         """
         values = read_yaml(path)
         fields = dataclasses.fields(cls)
         needed = {f.name for f in fields if f.default_factory is dataclasses.MISSING}
         if not needed <= set(values) <= {field.name for field in fields}:
             raise ValueError(
-                f"{path} is no plan: it must hold {sorted(needed)}, got {sorted(values)}."
+                f"{path} is not a plan: it must have {sorted(needed)}, got {sorted(values)}."
             )
         for setting in values["settings"].values():
             name = setting["data"]["dataset"]
@@ -194,21 +194,21 @@ class Plan:
         return cls(**values)
 
     def base(self, arm: str) -> str | None:
-        """Return the arm that another one adds to, None if it stands for itself."""
+        """Return the arm that `arm` adds to; None if it has no base."""
         return self.arms[arm].get("base")
 
     def sparsities(self, setting: str, arm: str) -> list[float]:
-        """Return at what sparsities an arm is run."""
+        """Return the sparsities that an arm is run at."""
         rows = [row for row in self.grid[setting] if row["arms"] == EVERY or arm in row["arms"]]
         own = self.arms[arm].get("sparsities")
         return own if rows and own else [level for row in rows for level in row["sparsities"]]
 
     def wanted(self, found: Found) -> list[Run]:
-        """Return the trials and the runs that can be begun, or have been, given what there is."""
+        """Return the trials and runs that, given the results, are finished or can be begun."""
         return [*self.trials(found), *self.runs(found)]
 
     def runs(self, found: Found) -> Iterator[Run]:
-        """Yield the runs of the arms that are tuned: seed by seed, so that they are balanced."""
+        """Yield the runs of arms whose tuning is complete, seed by seed."""
         arms = [(setting, arm) for setting in self.settings for arm in self.arms]
         chosen = {each: self._chosen(found, *each) for each in arms}
         for seed in self.seeds:
@@ -218,7 +218,7 @@ class Plan:
                         yield self._run(setting, arm, sparsity, seed, choices)
 
     def trials(self, found: Found) -> Iterator[Run]:
-        """Yield the trials of the rounds of tuning that can be begun, or have been."""
+        """Yield the trials of those rounds of tuning that are finished or can be begun."""
         for setting, tuning in self.tuning.items():
             for arm in self.arms:
                 if not self.sparsities(setting, arm):
@@ -246,7 +246,7 @@ class Plan:
     def _rounds(self, found: Found, setting: str, arm: str) -> list[tuple[Choice, Any]]:
         """Return the rounds of an arm that can be begun, and the value that each has chosen.
 
-        That is None if trials are missing.
+        The value is None if trials are missing.
         """
         rounds: list[tuple[Choice, Any]] = []
         if setting not in self.tuning or not self.sparsities(setting, arm):
@@ -266,7 +266,7 @@ class Plan:
         return rounds
 
     def _trial(self, setting: str, arm: str, seed: int, tried: Tried) -> Run:
-        """Return a trial; where its last value changes nothing, the one of the round before."""
+        """Return a trial; if its last value changes nothing, the trial of the previous round."""
         sparsities, wanted = self.sparsities(setting, arm), self.tuning[setting].sparsity
         sparsity = wanted if wanted in sparsities else max(sparsities)
         run = self._run(setting, arm, sparsity, seed, tried, _name(tried))
@@ -282,7 +282,7 @@ class Plan:
         return Run(setting, arm, trial, sparsity, seed, recipe)
 
     def _values(self, arm: str) -> dict[str, Any]:
-        """Return what an arm changes in a recipe, its base's changes first."""
+        """Return the values that an arm, with its base, changes in a recipe."""
         others = ("base", "sparsities")
         own = {name: value for name, value in self.arms[arm].items() if name not in others}
         base = self.base(arm)
@@ -290,10 +290,10 @@ class Plan:
 
 
 def score(content: Mapping[str, Any]) -> float:
-    """Return what trials are compared by: robust accuracy on the validation images at the end."""
+    """Return the figure that trials are compared by: the final validation robust accuracy."""
     return content["validation"]["finetune"]["robust"]
 
 
 def _name(tried: Tried) -> str:
-    """Return the name of a trial: what it tries, and what rounds before it have chosen."""
+    """Return the name of a trial: its value, and those that previous rounds have chosen."""
     return ",".join(f"{choice.names[0]}={value}" for choice, value in tried)

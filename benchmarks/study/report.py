@@ -27,13 +27,13 @@ ByArm = Mapping[str, Mapping[int, Result]]
 
 
 class Choice(NamedTuple):
-    """A network that an engineer may choose.
+    """The time and robust accuracy of the networks of one arm and sparsity.
 
     Attributes:
-        arm, sparsity: which.
+        arm, sparsity: the networks.
         share: the time of one inference, as a share of the dense network's.
-        robust: accuracy, with its interval over the seeds.
-        is_best: whether none of the others is both as fast and as robust, and better in one.
+        robust: the robust accuracy, with its interval over the seeds.
+        is_best: whether it is Pareto-optimal, that is, no other choice `beats` it.
     """
 
     arm: str
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
         return f"{self.arm}, {100 * self.sparsity:g} %"
 
     def beats(self, other: Choice) -> bool:
-        """Tell whether it is as good as another one in both, and better in one."""
+        """Tell whether it is at least as fast and as robust as `other`, and better in one."""
         mine, theirs = ((-each.share, each.robust.mean) for each in (self, other))
         return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
@@ -55,10 +55,10 @@ BEGIN, END = "<!-- begin: {name} -->", "<!-- end: {name} -->"
 
 
 def tables(plan: Plan, found: Found) -> str:
-    """Return what there is to see: figures and differences of the arms, and what was tuned.
+    """Return the report in Markdown.
 
-    Each setting and sparsity has a table of its arms, and one of what arms add to the arm that they
-    begin with.
+    Each setting and sparsity has a table of its arms, and one of the differences to their bases.
+    Then follow the tuned values and the correlations.
     """
     results = read(found)
     cells = figures.by_cell(results)
@@ -73,12 +73,16 @@ def tables(plan: Plan, found: Found) -> str:
 
 
 def read(found: Found) -> list[Result]:
-    """Return the results among what runs have left; trials have none."""
+    """Return the results of the runs, without trials."""
     return [Result.of(content) for content in found.values() if not content["trial"]]
 
 
 def insert(path: pathlib.Path, name: str, text: str) -> None:
-    """Put tables between the marks of that name in a document."""
+    """Replace the text between the marks `name` in a document.
+
+    Raises:
+        ValueError: the document lacks the marks.
+    """
     content = path.read_text(encoding="utf-8")
     begin, end = BEGIN.format(name=name), END.format(name=name)
     before, found, rest = content.partition(begin)
@@ -89,7 +93,7 @@ def insert(path: pathlib.Path, name: str, text: str) -> None:
 
 
 def _progress(plan: Plan, found: Found) -> str:
-    """Return what is not done yet; nothing if all is."""
+    """Return a line about missing runs; an empty text if there are none."""
     arms = [(s, arm) for s in plan.settings for arm in plan.arms if plan.sparsities(s, arm)]
     total = len(plan.seeds) * sum(len(plan.sparsities(*each)) for each in arms)
     done = sum(not content["trial"] for content in found.values())
@@ -120,7 +124,7 @@ def _table(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
                     for rival in rivals
                     for difference in _ahead(by_arm[arm], by_arm[rival], count)
                 ),
-                _flattery(found),
+                _overestimate(found),
                 f"{100 * np.mean([result.zeros for result in found]):.2f}",
                 _median(found, "condition"),
                 _median(found, "effective"),
@@ -132,7 +136,7 @@ def _table(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
 
 
 def _added(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
-    """Return what arms are ahead of the arm that they begin with."""
+    """Return a table of the differences between arms and their bases."""
     bases = {arm: plan.base(arm) for arm in plan.arms if arm in by_arm}
     pairs = [(arm, base) for arm, base in bases.items() if base in by_arm]
     if not pairs:
@@ -145,7 +149,7 @@ def _added(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
 
 
 def _tuned(plan: Plan, found: Found, setting: str) -> str:
-    """Return the values that the tuning has chosen."""
+    """Return a table of the values that the tuning has chosen."""
     rows = [
         [arm, ", ".join(f"{name} {value:g}" for name, value in chosen.items())]
         for arm in plan.arms
@@ -169,17 +173,17 @@ def _correlations(results: Sequence[Result]) -> str:
 
 
 def plot(plan: Plan, results: Sequence[Result], path: pathlib.Path) -> None:
-    """Draw robust accuracy over sparsity, and over the condition number at one sparsity.
+    """Draw robust accuracy over sparsity, and over the effective condition number.
 
-    On the left the mean of each arm, and a dotted line for arms at sparsity 0; on the right a dot
-    for each run at the sparsity with most arms, of equals the highest.
+    The left panel shows the mean of each arm, and a dotted line for arms at sparsity 0. The right
+    panel shows each run at the sparsity with most arms; if several are equal, at the highest.
     """
     cells = figures.by_cell(results)
     settings = list(dict.fromkeys(cell.setting for cell in cells))
     figure, axes = plt.subplots(
         max(1, len(settings)), 2, figsize=(9, 3.6 * max(1, len(settings))), squeeze=False
     )
-    both = plt.get_cmap("tab20").colors  # each colour in full, then pale
+    both = plt.get_cmap("tab20").colors  # each color, then its pale version
     styles = itertools.product("o^sv", [*both[::2], *both[1::2]])  # marker, colour
     looks = {
         arm: {"marker": marker, "color": colour, "markersize": 3}
@@ -221,9 +225,9 @@ def plot(plan: Plan, results: Sequence[Result], path: pathlib.Path) -> None:
 
 
 def shares(plan: Plan) -> dict[str, dict[str, float]]:
-    """Return the times that `python -m benchmarks structures` has measured, if it is of the plan.
+    """Return the times of `python -m benchmarks structures`; empty for plans other than its own.
 
-    By setting, and by arm and sparsity ("filters 0.5"): that of one inference as a share of the
+    By setting, and by arm and sparsity ("filters 0.5"): the time of one inference as a share of the
     dense network's.
     """
     if plan.name != "structure" or not TIMES.is_file():
@@ -235,12 +239,12 @@ def shares(plan: Plan) -> dict[str, dict[str, float]]:
 def against_time(
     plan: Plan, results: Sequence[Result], times: Mapping[str, Mapping[str, float]]
 ) -> dict[str, list[Choice]]:
-    """Return what networks of each setting are to choose from, the fastest first.
+    """Return the choices of each setting, the fastest first.
 
     Args:
         plan: the study.
-        results: of its runs.
-        times: see `shares`.
+        results: the results of its runs.
+        times: as `shares` returns them.
     """
     found: dict[str, list[Choice]] = {}
     for cell, by_arm in figures.by_cell(results).items():
@@ -262,7 +266,7 @@ def against_time(
 
 
 def table_against_time(choices: Mapping[str, Sequence[Choice]]) -> str:
-    """Return the choices as tables, those in bold that none is both faster and more robust than."""
+    """Return the choices as tables, with the best ones in bold."""
     head = ["arm, zeros", "time of one inference, of the dense network's", "robust"]
     parts = []
     for setting, of_setting in choices.items():
@@ -306,9 +310,9 @@ def _title(cell: Cell) -> str:
 
 
 def _ahead(arm: Mapping[int, Result], base: Mapping[int, Result], count: int) -> list[str]:
-    """Return what an arm is ahead of another one in clean and robust accuracy, seed by seed.
+    """Return the paired differences between two arms in clean and robust accuracy.
 
-    The intervals are such that as many as `count` hold together.
+    The 95 % intervals are simultaneous for `count` differences.
     """
     return [
         _points(figures.paired(arm, base, figure, count), signed=True)
@@ -316,8 +320,8 @@ def _ahead(arm: Mapping[int, Result], base: Mapping[int, Result], count: int) ->
     ]
 
 
-def _flattery(found: Sequence[Result]) -> str:
-    """Return how much of the accuracy under PGD a stronger attack takes; nothing without one."""
+def _overestimate(found: Sequence[Result]) -> str:
+    """Return by how much PGD overestimates the robust accuracy; "–" if PGD has measured it."""
     gaps = [result.pgd - result.robust for result in found]
     return "–" if any(map(math.isnan, gaps)) else _points(figures.estimate(gaps), signed=True)
 
@@ -344,8 +348,8 @@ def _significant(value: float) -> str:
 
 def _correlation(value: Estimate) -> str:
     if not value.count:
-        return "–"  # in each seed, one of the two is the same in all arms
-    # Of two seeds, which can only be alike or not, an interval would be misread.
+        return "–"  # for each seed, one of the two figures is the same in all arms
+    # The interval of two seeds would be misleading.
     interval = f" ± {value.half:.2f}" if value.count > 2 else ""
     return f"{value.mean:+.2f}{interval} ({value.count})"
 

@@ -1,4 +1,4 @@
-"""What the results of a study say: means with intervals, paired differences, correlations."""
+"""Statistics of a study: means with intervals, paired differences, correlations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What is compared: the same setting and sparsity."""
+    """A setting and sparsity, within which arms are compared."""
 
     setting: str
     sparsity: float
@@ -32,15 +32,15 @@ class Result:
     """The figures of one run.
 
     Attributes:
-        cell, arm, seed: where it stands in the study.
+        cell, arm, seed: its place in the study.
         clean, robust: accuracies on the test set.
-        pgd: accuracy under PGD, NaN where that is what has judged.
+        pgd: accuracy under PGD; NaN if `robust` is that.
         zeros: the effective sparsity: zeros, and weights on no path, among all kernels.
         lipschitz: the empirical local Lipschitz constant.
-        condition: the worst condition number of the pruned kernels; inf if one has not full rank.
+        condition: the worst condition number of the pruned kernels; inf if one is rank-deficient.
         effective: the worst effective condition number of the pruned kernels.
-        dead: dead filters in the pruned kernels.
-        versions: of what made it, as "numpy 2.4.6".
+        dead: the number of dead filters in the pruned kernels.
+        versions: the versions of libraries, such as "numpy 2.4.6".
     """
 
     cell: Cell
@@ -58,7 +58,7 @@ class Result:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Result:
-        """Read what a run has written."""
+        """Return the figures of the content that a run has written."""
         kernels = content["kernels"].values()
         kernels = [row for row in kernels if row["pruned"]] or list(kernels)
         return cls(
@@ -89,9 +89,9 @@ def estimate(values: Sequence[float], intervals: int = 1) -> Estimate:
     """Return the mean and Student's interval.
 
     Args:
-        values: independent ones.
-        intervals: how many intervals are looked at together; with 95 % probability, at least, all
-            of them hold (Bonferroni).
+        values: independent values.
+        intervals: the number of simultaneous intervals. All of them hold with a probability of at
+            least 95 % (Bonferroni).
     """
     count = len(values)
     if count < 2:
@@ -107,16 +107,16 @@ def paired(
     figure: str = "robust",
     intervals: int = 1,
 ) -> Estimate:
-    """Return the mean difference of an arm to another one over the seeds that both have."""
+    """Return the mean difference between two arms over the seeds that both have."""
     seeds = sorted(set(arm) & set(base))
     differences = [getattr(arm[s], figure) - getattr(base[s], figure) for s in seeds]
     return estimate(differences, intervals)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, which takes infinity as the largest value.
+    """Return Spearman's rank correlation; infinity is the largest value.
 
-    NaN where one of the two is the same throughout.
+    NaN if all values of `x`, or of `y`, are equal.
     """
     ranks = [stats.rankdata(values) for values in (x, y)]
     if any(np.ptp(each) == 0 for each in ranks):
@@ -125,11 +125,11 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def within_cells(results: Iterable[Result], figure: str) -> dict[Cell, Estimate]:
-    """Return how a figure of the kernels goes with robust accuracy: over arms, seed by seed.
+    """Return the rank correlation of a figure of the kernels with robust accuracy, by cell.
 
-    Runs of one seed share data and partly networks, so that the seeds are what is independent: of
-    each the rank correlation over its arms is taken, and of these the mean with its interval. A
-    seed of fewer than five arms, or whose arms are all alike, has none.
+    It is the mean over seeds, with its interval, of the correlation over the arms of a seed. Seeds
+    are independent; runs of one seed are not, as they share data and partly networks. Seeds with
+    fewer than five arms, or with equal values in all arms, are left out.
     """
     groups: dict[Cell, dict[int, list[Result]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)

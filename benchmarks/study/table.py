@@ -1,12 +1,11 @@
-"""The table of a study: a CSV file with a row per run, which holds all that is kept of it.
+"""The table of a study: a CSV file with one row per run.
 
 A run's result is a dictionary of dictionaries. A column is the path to a value in it, joined by
-colons (`recipe:train:epochs`); a cell is the value as JSON, strings without quotes where they
-can't be mistaken for something else; a run that lacks the value has an empty cell. So nothing is
-lost, and what has changed shows row by row.
+colons (`recipe:train:epochs`). A cell is the value as JSON; strings have no quotes unless they
+would be read as another value. A cell is empty if the run lacks the value.
 
-Several processes run a study, so that each run first leaves a JSON file of its own; `Store.enter`
-moves what is there into the table.
+Several processes may run a study. So each run first writes its own JSON file, and `Store.enter`
+moves these files into the table.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ class Store:
 
     Attributes:
         table: the CSV file, which git keeps.
-        fresh: the folder of the files of runs that have not been entered into the table yet.
+        fresh: the folder of the JSON files of runs that are not in the table yet.
     """
 
     table: pathlib.Path
     fresh: pathlib.Path
 
     def read(self) -> dict[tuple[Any, ...], dict[str, Any]]:
-        """Return all results by where they stand (`PLACE`), in that order.
+        """Return all results by their places (`PLACE`), sorted.
 
         Raises:
             ValueError: the table or a file is damaged.
         """
         fresh = []
         for file in self.fresh.glob("*/*.json"):
-            with contextlib.suppress(FileNotFoundError):  # another process has just entered it
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
                 fresh.append(read_json(file, "Remove it, and run the study again."))
-        found = [*read(self.table), *fresh]  # the table is read after the files that move into it
+        found = [*read(self.table), *fresh]  # the table last, as files move into it
         by_place = {tuple(row[name] for name in PLACE): row for row in found}
         return {place: by_place[place] for place in sorted(by_place)}
 
@@ -59,12 +58,12 @@ class Store:
         _files.write_text(self.fresh / run.setting / f"{run.name}.json", f"{text}\n")
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """Return those of some runs that have no result yet, in their order."""
+        """Return those of the runs that have no result yet, in their order."""
         found = self.read()
         return [run for run in runs if run.place not in found]
 
     def enter(self) -> None:
-        """Move the results that stand in files of their own into the table."""
+        """Move the results in JSON files into the table."""
         if files := list(self.fresh.glob("*/*.json")):
             write(self.table, self.read().values())
             for file in files:
@@ -72,10 +71,10 @@ class Store:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the rows of a table as dictionaries, none if there is no such file.
+    """Return the rows of a table as dictionaries; an empty list if there is no file.
 
     Raises:
-        ValueError: the file is no such table.
+        ValueError: the file is damaged.
     """
     if not path.is_file():
         return []
@@ -91,7 +90,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table in one piece, replacing what was there.
+    """Write a table atomically, in place of the previous one.
 
     Raises:
         ValueError: a key has a colon.
@@ -105,7 +104,7 @@ def write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
-    """Return all columns, those of one group (what stands before the first colon) side by side."""
+    """Return all columns, those of one group (the part before the first colon) side by side."""
     groups: dict[str, dict[str, None]] = {}
     for row in rows:
         for name in row:

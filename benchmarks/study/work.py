@@ -1,4 +1,4 @@
-"""Running a study: group after group, in this process or as tasks of Ray."""
+"""Running a study group by group, in this process or as Ray tasks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _TRAINING = ("train", "prune", "finetune")
 
 
 def require_current(runs: Iterable[Run], store: Store) -> None:
-    """Make sure that the results are those of the plan as it is, and of none that it has been.
+    """Raise unless all results are those of the current plan.
 
     Raises:
-        ValueError: a result is by another recipe; the differences are said.
+        ValueError: a result has another recipe; the error names the differences.
     """
     found = store.read()
     for run in runs:
@@ -39,7 +39,7 @@ def require_current(runs: Iterable[Run], store: Store) -> None:
             mine = run.recipe.override(dataset)
             if stored == jsonable(mine.to_dict()):
                 continue
-            # Through a recipe, so that what it has gained since has its default.
+            # Through `Recipe`, so that values that were added later have their defaults.
             if changed := differences(Recipe.from_dict(stored).to_dict(), mine.to_dict()):
                 raise ValueError(
                     f"{run.name} in {store.table} is by another plan: {'; '.join(changed)}. Remove "
@@ -50,18 +50,17 @@ def require_current(runs: Iterable[Run], store: Store) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be worked on, and how.
+    """A study to run, and how.
 
     Attributes:
         plan: the path of the plan.
-        files: where data of the plan are, by their names there.
-        store: for the results.
-        scratch: the folder for the experiments themselves; of those that are done only the dense
-            networks are kept.
-        settings: which of the plan's settings.
-        minutes: no group is begun after that.
+        files: the paths of data sets, by their names in the plan.
+        store: the store of the results.
+        scratch: the folder of the experiments; of finished ones only the dense networks are kept.
+        settings: the settings of the plan that are run.
+        minutes: the time after which no group is begun.
         engine: "process", one group after the other; or "ray", as many as there are cores for.
-        cpus, gpus: cores and GPUs of each group, on Ray, whose machines must share the disk.
+        cpus, gpus: with Ray, whose machines must share the disk: cores and GPUs per group.
     """
 
     plan: pathlib.Path
@@ -81,15 +80,15 @@ class Job:
 
 
 def supervise(job: Job) -> dict[str, str]:
-    """Run what is missing until nothing is, or the time is over; return the groups that failed.
+    """Run what is missing until nothing is, or the time is over; return errors by failed group.
 
-    Each with its error. A group, the runs that begin with the same dense network, is one call of
-    the engine. Whoever is killed loses at most an epoch: each run goes on where it was. Runs that
-    wait for trials are begun when all that could be begun before them have ended.
+    A group is the runs that begin with the same dense network, and is one call of the engine. A run
+    that is killed loses at most an epoch, and continues in the next call. Runs that wait for trials
+    are begun when all groups that could be begun before have ended.
     """
     console = Console(stderr=True)
     begin, failed = time.monotonic(), dict[str, str]()
-    end = time.time() + 60 * job.minutes  # processes have no other clock in common
+    end = time.time() + 60 * job.minutes  # the only clock that all processes share
     while time.time() < end:
         begun: dict[str, set[tuple[Any, ...]]] = {}
         for run in job.missing():
@@ -101,12 +100,11 @@ def supervise(job: Job) -> dict[str, str]:
         ended = engines.run(calls, job.engine, cpus=job.cpus, gpus=job.gpus)
         with contextlib.closing(ended):
             for group, error in ended:
-                missing = job.missing()  # trials that have ended make others of the group wanted
+                missing = job.missing()  # finished trials may add new ones to the group
                 left = begun[group] & {run.place for run in missing}
                 if not error and time.time() < end and left:
-                    error = (
-                        f"nothing of it is in {job.store.fresh}, a disk that all machines share?"
-                    )
+                    folder = job.store.fresh
+                    error = f"its results are not in {folder}: do all machines share this disk?"
                 if error:
                     failed[group] = error
                 minutes = (time.monotonic() - begin) / 60
@@ -118,7 +116,7 @@ def supervise(job: Job) -> dict[str, str]:
 
 
 def work(job: Job, group: str, end: float = math.inf) -> None:
-    """Run what is missing of one group, unless the time, in seconds of `time.time`, is over.
+    """Run what is missing of one group, if `end`, in seconds of `time.time`, is not over.
 
     Raises:
         RuntimeError: another process works on the group.
@@ -141,7 +139,7 @@ def work(job: Job, group: str, end: float = math.inf) -> None:
 
 
 def finished(run: Run, scratch: pathlib.Path) -> dict[str, Any]:
-    """Run an experiment, or what is missing of it; return what a study keeps."""
+    """Run an experiment, or what is missing of it; return its content for the study."""
     folder = folder_of(run, scratch)
     shared = scratch / "dense" / run.setting / run.dense
     experiments.run(run.recipe.first_stage(), shared, until="train", progress=False)
@@ -157,12 +155,12 @@ def folder_of(run: Run, scratch: pathlib.Path) -> pathlib.Path:
 
 
 def portable(run: Run, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's recipe, the data by name: where its file is, is a matter of one machine."""
+    """Return a run's recipe with the name of the data set in place of its path."""
     return run.recipe.override({"data.dataset": data["name"]}).to_dict()
 
 
 def kernels(conditions: Mapping[str, Any], pruned: Set[str]) -> dict[str, dict[str, Any]]:
-    """Return what a study keeps of a report on condition numbers, by the names of kernels."""
+    """Return the figures of a report on condition numbers that a study keeps, by kernel."""
     shown = ("sigma_max", "condition_number", "effective_condition_number")
     shown += ("stable_rank", "filters", "dead_filters")
     return {
@@ -172,7 +170,7 @@ def kernels(conditions: Mapping[str, Any], pruned: Set[str]) -> dict[str, dict[s
 
 
 def trained(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Return where a run stands, its recipe, and the chosen epoch of each stage of training."""
+    """Return a run's place, its recipe, and the figures of the chosen epoch of each stage."""
     outputs = _stages(folder)
     data = outputs["train"].manifest["data"]
     chosen = {
@@ -198,7 +196,7 @@ def trained(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def judged(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Return the figures of a finished network: on the test set, and of its kernels."""
+    """Return the figures of a finished network on the test set, and those of its kernels."""
     place = folder / "4-evaluate"
     report, conditions, lipschitz, zeros = (
         read_json(place / f"{name}.json", f"Remove {place}, and run the study again.")
@@ -220,7 +218,7 @@ def judged(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def by_pgd(run: Run, folder: pathlib.Path) -> dict[str, float]:
-    """Return the accuracies under PGD, which many reports rest on: of each attack and the worst."""
+    """Return the accuracies under PGD: of each attack, and of all together ("worst")."""
     x, y = stages.dataset(run.recipe).arrays("test")
     report = evaluate_robustness(
         experiments.open_stage(folder / "3-finetune").model,

@@ -44,7 +44,7 @@ class KernelSpec(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel of a model: a name for people, its layer, the variable, how to read it."""
+    """One kernel of a model: a readable name, its layer, the variable, how to read it."""
 
     name: str
     layer: Any
@@ -65,10 +65,10 @@ _RECURRENT = KernelSpec("recurrent_kernel", "recurrent_regularizer")
 def kernel_specs(layer: Any) -> list[KernelSpec]:
     """Return the kernels that a layer has, or will have once built, by its class and arguments.
 
-    Embeddings, biases, normalisation and locally connected weights are not kernels here: they are
-    no matrix that maps inputs to outputs, or a different one at each place. Nor are the kernels of
-    EinsumDense other than plain matrices, those inside MultiHeadAttention among them: which of
-    their axes are inputs is up to the equation.
+    Weights that are not one matrix from inputs to outputs are not kernels here: embeddings, biases,
+    and the weights of normalization and locally connected layers. Of EinsumDense (also inside
+    MultiHeadAttention) only plain matrices are kernels: which axes of others are inputs depends on
+    the equation.
     """
     names = [base.__name__ for base in type(layer).__mro__]
     if _any_starts(names, "LocallyConnected"):
@@ -109,7 +109,7 @@ def kernels(model: Any) -> Iterator[Kernel]:
 
 
 def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (attribute, variable) of what a built layer itself calls a kernel, read or not."""
+    """Yield (attribute, variable) of a built layer's own kernels, also those without a spec."""
     for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel", "recurrent_kernel"):
         variable = adapted.stored(layer, attribute)
         if isinstance(variable, tf.Variable | keras.Variable) and len(variable.shape) >= 2:
@@ -117,14 +117,14 @@ def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def is_normalization(layer: Any) -> bool:
-    """Tell whether a layer is one of Keras' that normalize, and learn γ and β and no more."""
+    """Return whether a layer is a normalization layer of Keras, which trains only γ and β."""
     kinds = ("Batch", "Layer", "Group", "RMS", "Unit")
     names = [base.__name__ for base in type(layer).__mro__]
     return any(f"{kind}Normalization" in name for name in names for kind in kinds)
 
 
 def flatten(layer: Any) -> Iterator[Any]:
-    """Yield a layer or model and all layers in it, in the order of the model, some maybe twice."""
+    """Yield a layer or model and all layers in it, in the model's order, possibly some twice."""
     if flavour(layer) == "tf_keras":
         yield from layer._flatten_layers()
         return
@@ -145,11 +145,11 @@ def parts(layer: Any) -> Iterator[Any]:
 
 
 def state(model: Any) -> list[Any]:
-    """Return what shows, by `is_same_state`, that a model changed otherwise than in its weights.
+    """Return the state of a model apart from the values of its weights, for `is_same_state`.
 
-    That is, of each layer, the attributes that are variables, callables or plain Python values; but
-    not of Sequential and functional models, whose own attributes are those of their training. A
-    state keeps neither layers nor variables alive.
+    It consists of the attributes of each layer that are variables, callables or plain Python
+    values. Sequential and functional models inside are left out, since their own attributes belong
+    to training. A state keeps neither layers nor variables alive.
     """
     found: list[Any] = []
     for layer in flatten(model):
@@ -165,14 +165,14 @@ def state(model: Any) -> list[Any]:
 
 
 def is_same_state(before: list[Any], after: list[Any]) -> bool:
-    """Tell whether two states hold the same objects."""
+    """Return whether two states hold the same objects."""
     return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
 def calls(model: Any) -> collections.Counter[int]:
     """Return how often a graph model calls each layer in a forward pass, by the layers' ids.
 
-    Models inside are followed; what other layers call inside of them is not known.
+    Calls in nested models are counted; those inside of other layers are not known.
     """
     if isinstance(model, keras.Sequential | tf_keras.Sequential):
         called = list(model.layers)
@@ -189,9 +189,10 @@ def calls(model: Any) -> collections.Counter[int]:
 
 
 def einsum_layout(equation: str, rank: int) -> str:
-    """Return the layout of an EinsumDense kernel, a letter an axis, as in `functional.canonical`.
+    """Return the layout of an EinsumDense kernel, a letter per axis, as in `functional.canonical`.
 
-    Empty if an axis of the kernel is neither summed over nor new, so that it is no one matrix.
+    It is empty if an axis of the kernel is neither summed over nor new: such a kernel is not a
+    single matrix.
     """
     operands, _, outputs = equation.replace(" ", "").replace("...", "").partition("->")
     inputs, _, axes = operands.partition(",")
@@ -203,7 +204,7 @@ def einsum_layout(equation: str, rank: int) -> str:
 
 
 def _einsum_specs(equation: str) -> list[KernelSpec]:
-    """Return the kernel of an EinsumDense if it is one matrix: one axis summed over, one new."""
+    """Return the kernel of an EinsumDense if it is a plain matrix, of rank 2."""
     layout = einsum_layout(equation, 2)
     if layout == "io":
         return [_KERNEL]
@@ -217,10 +218,10 @@ def _any_starts(names: list[str], prefix: str) -> bool:
 def weight_paths(model: Any) -> dict[int, str]:
     """Return the path of each weight of a model or layer, by the weight's id.
 
-    It leads from attribute to attribute, as in "encoder/blocks[2]/_kernel". Names that Keras has
-    given to layers are a part of it only where the configuration holds them, as that of a
-    Sequential or functional model does: whatever is made by the code of a subclassed model or
-    layer is named anew when it is built. There, the place in the inner model stands for a name.
+    A path is a sequence of attributes, as in "encoder/blocks[2]/_kernel". The layers of Sequential
+    and functional models are given by their names, which the configuration holds. Layers that the
+    code of a subclassed model or layer creates get new names whenever it is built, so those of a
+    Sequential or functional model inside of one are given by their positions.
 
     Args:
         model: a built model or layer of either Keras.
@@ -260,7 +261,7 @@ def _named_parts(layer: Any, inside: list[Any], is_configured: bool) -> Iterator
 
 
 def _steps(layer: Any, objects: list[Any], others: str) -> Iterator[tuple[str, Any]]:
-    """Yield (attribute of a layer, object); by its place among all where it is in no attribute."""
+    """Yield (step, object): the layer's attribute that holds it, or `others[index]` without one."""
     by_id: dict[int, str] = {}
     for name, value in sorted(vars(layer).items(), key=lambda item: (item[0][0] == "_", item[0])):
         if not name.startswith(_TRACKING):
@@ -270,7 +271,7 @@ def _steps(layer: Any, objects: list[Any], others: str) -> Iterator[tuple[str, A
         yield by_id.get(id(each), f"{others}[{index}]"), each
 
 
-# Lists of Keras' own of all that a layer holds; the places in them depend on how it was built.
+# Keras' own lists of all objects in a layer; the positions in them depend on how it was built.
 _TRACKING = (
     "_layers",
     "_flattened_layers",

@@ -1,4 +1,4 @@
-"""What all networks are made of: their named layers, in either Keras, and checked arguments."""
+"""Layers that all networks are built of, in either Keras, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Options(TypedDict, total=False):
 
 
 class Builder:
-    """Makes the layers of one network, from its input to its logits.
+    """Builds the layers of one network, from its input to its logits.
 
     Args:
-        kind: what the model is called if it is given no name.
-        smallest: the height and width that the network's strides need at least.
+        kind: the default name of the model.
+        smallest: the smallest height and width that the network's strides allow.
         input_shape, classes, mean, std, activation, kernel_initializer, library, name, seed: see
             `tscnc_tf.applications`.
     """
@@ -61,15 +61,15 @@ class Builder:
         self._kernel_initializer = self._library.initializers.get(kernel_initializer)
         seed = None if seed is None else _checks.seed("seed", seed)
         self._seeds = None if seed is None else np.random.default_rng(seed)
-        # Of their own, so that with dropout the first weights are the same as without.
+        # A separate generator, so that dropout does not change the initial weights.
         self._seeds_of_dropout = None if seed is None else np.random.default_rng((seed, 1))
-        # Of the weights: float32 under a mixed precision policy, else what the policy says.
+        # The dtype of the weights: float32 under a mixed precision policy.
         self._full_precision = self.layers.Layer().variable_dtype
         self._inputs = self._library.Input(shape, name="image")
         self.inputs = self._inputs if statistics is None else self._normalized_input(*statistics)
 
     def _normalized_input(self, mean: list[float], variance: list[float]) -> Any:
-        # In half precision, a pixel would be rounded before the mean is taken from it.
+        # In half precision, a pixel would be rounded before the mean is subtracted.
         return self.layers.Normalization(
             mean=mean, variance=variance, dtype=self._full_precision, name="normalization"
         )(self._inputs)
@@ -90,7 +90,7 @@ class Builder:
         padding: str = "same",
         use_bias: bool = False,
     ) -> Any:
-        """Return a convolution of x, as a rule padded to the size of x over the stride."""
+        """Return a convolution of x; by default its size is that of x divided by the stride."""
         return self.layers.Conv2D(
             filters,
             size,
@@ -118,7 +118,7 @@ class Builder:
 
     def normalized(self, x: Any, name: str) -> Any:
         """Return x after BatchNorm."""
-        # The literature's 1e-5 is the least that cuDNN takes; TensorFlow then adds a hair.
+        # The literature has 1e-5; TensorFlow raises it to this, to exceed the minimum of cuDNN.
         return self.layers.BatchNormalization(momentum=0.9, epsilon=1.001e-5, name=name)(x)
 
     def activated(self, x: Any, name: str) -> Any:
@@ -126,7 +126,7 @@ class Builder:
         return self.layers.Activation(self._activation, name=name)(x)
 
     def dropout(self, x: Any, name: str, rate: float) -> Any:
-        """Return x, in training without a part of its entries."""
+        """Return x after dropout."""
         seeds = self._seeds_of_dropout
         seed = None if seeds is None else int(seeds.integers(2**31))
         return self.layers.Dropout(rate, seed=seed, name=name)(x)
@@ -141,8 +141,8 @@ class Builder:
         return self.layers.Add(name=name)([x, y])
 
     def model(self, x: Any) -> Any:
-        """Return the network that ends in logits of x, `(batch, features)`."""
-        # Softmax and cross-entropy of half-precision logits would lose what adversaries look for.
+        """Return the model that computes its logits from x, `(batch, features)`."""
+        # In half precision, small differences of logits, which attacks follow, would be lost.
         logits = self.layers.Dense(
             self._classes,
             kernel_initializer=self._initializer(),
@@ -154,8 +154,8 @@ class Builder:
     def _initializer_per_channel(self, channels: int) -> Any:
         """Return an initializer for a depthwise kernel.
 
-        Keras takes all channels for inputs of each filter, which has one. Its weights would be too
-        small by the root of the number of channels, layer after layer.
+        Keras counts all channels as inputs of each filter, which has only one. Its weights would be
+        too small by the square root of the number of channels.
         """
         initializer = self._initializer()
         scaling = self._library.initializers.VarianceScaling
@@ -169,7 +169,7 @@ class Builder:
         )
 
     def _initializer(self) -> Any:
-        """Return an initializer for one kernel; one that all share might draw the same for all."""
+        """Return an initializer for one kernel; a shared one might draw the same for all."""
         shared = self._kernel_initializer
         if not isinstance(shared, self._library.initializers.Initializer):
             return shared
@@ -189,8 +189,8 @@ def _image_shape(shape: Any, smallest: int) -> tuple[int, int, int]:
     if min(height, width) < smallest:
         raise ValueError(
             f"input_shape must have a height and width of {smallest} or more, which this network's "
-            f"strides take down to 1, got {tuple(shape)}: enlarge the images, or take a network "
-            "with fewer strides."
+            f"strides reduce to 1, got {tuple(shape)}: enlarge the images, or take a network with "
+            "fewer strides."
         )
     return height, width, channels
 

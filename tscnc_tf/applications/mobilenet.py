@@ -21,24 +21,17 @@ def MobileNetV1(*, width: float = 1.0, strides: int = 3, **options: Unpack[Optio
 
     For 10 classes it has 3,217,226 trainable parameters, 98 % of them in 1x1 convolutions. These
     are called `stage_1_block_1_pointwise` and so on, the depthwise ones
-    `stage_1_block_1_depthwise`; `layers="*_pointwise"` prunes what is worth it. LiteRT runs it
-    sparsely on many processors once that is pruned, see `export.sparse_inference`: strided
-    convolutions are padded by 1 on each side, as PyTorch pads them.
+    `stage_1_block_1_depthwise`; `layers="*_pointwise"` selects only the former for pruning. LiteRT
+    runs the pruned network sparsely on many processors, see `export.sparse_inference`, since
+    strided convolutions are padded by 1 on each side, as in PyTorch.
 
     Args:
         width: a factor for the numbers of channels, which are rounded to multiples of 8.
-        strides: how many layers of stride 2 there are, the first convolution being one of them:
-            3 for CIFAR, the images of 4x4 at the end, or 5 as in the paper, for images of 96x96 and
-            more. Without one the last stages keep the size of the image.
-        **options: see `tscnc_tf.applications`; `input_shape` of 2 ** strides or more. (The paper's
-            activation is "relu", as here.)
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        strides: the number of layers of stride 2, the first convolution included: 3 for CIFAR, with
+            4x4 features at the end; or 5 as in the paper, for images of 96x96 or more. The stages
+            after these have stride 1.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            2 ** strides or more. The paper's activation is "relu", as here.
 
     Example:
         >>> MobileNetV1(width=0.25).output_shape
@@ -63,7 +56,7 @@ def MobileNetV1(*, width: float = 1.0, strides: int = 3, **options: Unpack[Optio
 
 
 def MobileNetV2(*, width: float = 1.0, strides: int = 3, **options: Unpack[Options]) -> Any:
-    """Return a MobileNetV2: 17 inverted residual blocks, and a 1x1 convolution behind them.
+    """Return a MobileNetV2: 17 inverted residual blocks, and a 1x1 convolution after them.
 
     For 10 classes it has 2,236,682 trainable parameters. The 1x1 convolutions of a block are called
     `stage_2_block_1_expand` and `stage_2_block_1_project`, its depthwise one
@@ -73,16 +66,10 @@ def MobileNetV2(*, width: float = 1.0, strides: int = 3, **options: Unpack[Optio
     Args:
         width: a factor for the numbers of channels, which are rounded to multiples of 8; those of
             the last convolution only if it is above 1.
-        strides: how many layers of stride 2 there are, as for `MobileNetV1`.
-        **options: see `tscnc_tf.applications`; `input_shape` of 2 ** strides or more. The paper's
-            activation, with a bound of 6, is `activation=keras.activations.relu6`.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        strides: the number of layers of stride 2, as for `MobileNetV1`.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            2 ** strides or more. The paper's activation, with a bound of 6, is
+            `activation=keras.activations.relu6`.
 
     Example:
         >>> MobileNetV2(width=0.35).output_shape

@@ -17,20 +17,14 @@ def VGG16(*, head: str = "hidden", width: int = 64, **options: Unpack[Options]) 
     The first convolution is called `stem`; the others keep their numbers in the paper:
     `stage_1_conv_2`, `stage_2_conv_1` and so on to `stage_5_conv_3`, then `hidden_1`, `hidden_2`.
 
-    For 10 classes it has 15,249,354 trainable parameters, with the linear head 14,724,042. Where
-    the literature has 14,728,266, the convolutions have biases besides, 4,224 of them.
+    For 10 classes it has 15,249,354 trainable parameters, or 14,724,042 with the linear head. The
+    14,728,266 of the literature include 4,224 biases of the convolutions.
 
     Args:
         head: "hidden", two dense layers of 512 before the logits; or "linear", the logits alone.
-        width: the number of channels of the first stage; all other widths go with it.
-        **options: see `tscnc_tf.applications`; `input_shape` of 32x32 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        width: the number of channels of the first stage; all other widths are multiples of it.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            32x32 or more.
 
     Example:
         >>> VGG16(head="linear").output_shape
@@ -53,30 +47,24 @@ def VGG16(*, head: str = "hidden", width: int = 64, **options: Unpack[Options]) 
 def VGG8(*, width: int = 32, **options: Unpack[Options]) -> Any:
     """Return a small VGG with BatchNorm: three stages of two convolutions, and two dense layers.
 
-    For 10 classes it has 814,570 trainable parameters, of images of 28x28 pixels and one channel
-    584,618. Convolutions are called `stem`, `stage_1_conv_2`, `stage_2_conv_1` and so on to
+    For 10 classes it has 814,570 trainable parameters, or 584,618 for images of 28x28 pixels and
+    one channel. Convolutions are called `stem`, `stage_1_conv_2`, `stage_2_conv_1` and so on to
     `stage_3_conv_2`, then `hidden_1`. The kernels between the first and the last have from 9,216
     weights (`stage_1_conv_2`) to 524,288 (`hidden_1`).
 
     Args:
         width: the number of channels of the first stage; the later ones have twice and four times
             as many, the dense layer eight times.
-        **options: see `tscnc_tf.applications`; `input_shape` of 8x8 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            8x8 or more.
 
     Example:
         >>> VGG8(input_shape=(28, 28, 1), mean=(0.286,), std=(0.353,)).output_shape
         (None, 10)
 
     Reference:
-        Simonyan & Zisserman 2015, arXiv 1409.1556, whose stages these are the first three of, each
-        with two convolutions.
+        Simonyan & Zisserman 2015, arXiv 1409.1556; the first three stages, each with two
+        convolutions.
     """
     width = _checks.integer("width", width, minimum=1, maximum=MAX_WIDTH)
     build = Builder("vgg8", 8, **options)
@@ -90,22 +78,16 @@ def LeNet5(
 ) -> Any:
     """Return the LeNet-5 of the literature on robustness: two convolutions and two dense layers.
 
-    For 10 classes it has 4,259,274 trainable parameters, of images of 28x28 pixels and one channel
-    3,274,634, 98 % of them in the dense layer `hidden_1`. The convolutions, `stem` and
+    For 10 classes it has 4,259,274 trainable parameters, or 3,274,634 for images of 28x28 pixels
+    and one channel, 98 % of them in the dense layer `hidden_1`. The convolutions, `stem` and
     `stage_2_conv_1`, have biases and no BatchNorm; each is followed by the activation and pooling.
 
     Args:
         width: the number of channels of the first convolution; the second has twice as many.
         hidden: the number of units of the dense layer.
         kernel_size: height and width of the convolutions' kernels.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            4x4 or more.
 
     Example:
         >>> LeNet5(input_shape=(28, 28, 1)).count_params()
@@ -134,14 +116,8 @@ def SmallCNN(*, width: int = 16, **options: Unpack[Options]) -> Any:
 
     Args:
         width: the number of channels of the first stage; the second has twice as many.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            4x4 or more.
 
     Example:
         >>> SmallCNN(input_shape=(8, 8, 1), mean=(0.3,), std=(0.38,), seed=0).output_shape
@@ -154,7 +130,7 @@ def SmallCNN(*, width: int = 16, **options: Unpack[Options]) -> Any:
 
 
 def _stages(build: Builder, stages: Sequence[tuple[int, int]]) -> Any:
-    """Return what stages of (channels, convolutions) make of the input."""
+    """Return the output of stages, each given as (channels, convolutions)."""
     x = build.stem(stages[0][0])
     for stage, (width, depth) in enumerate(stages, start=1):
         place = f"stage_{stage}"

@@ -17,14 +17,8 @@ def ResNet18(*, width: int = 64, **options: Unpack[Options]) -> Any:
 
     Args:
         width: the number of channels of the first stage; each later one has twice as many.
-        **options: see `tscnc_tf.applications`; `input_shape` of 8x8 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            8x8 or more.
 
     Example:
         >>> model = ResNet18(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -43,18 +37,12 @@ def ResNet18(*, width: int = 64, **options: Unpack[Options]) -> Any:
 def ResNet20(**options: Unpack[Options]) -> Any:
     """Return the ResNet-20 made for CIFAR: stages of 16, 32 and 64 channels, 3 blocks each.
 
-    For 10 classes it has 272,474 trainable parameters. The paper's own has 2,752 fewer, as its
-    shortcuts fill up with zeros where these are projections. Layers are called as in `ResNet18`.
+    For 10 classes it has 272,474 trainable parameters. The paper's network has 2,752 fewer, as its
+    shortcuts pad with zeros, where these are projections. Layers are called as in `ResNet18`.
 
     Args:
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            4x4 or more.
 
     Example:
         >>> ResNet20(classes=100).output_shape

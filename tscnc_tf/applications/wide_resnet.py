@@ -18,16 +18,10 @@ def WideResNet(
     Args:
         depth: the number of layers, 6n + 4 for n blocks per stage: 10, 16, 22, 28, 34, 40, ...
         width: the factor k of the channels, >= 1.
-        dropout_rate: of the dropout between the two convolutions of a block, in [0, 1). What it
-            drops is drawn by `seed`; in tf_keras, by TensorFlow's own seed besides.
-        **options: see `tscnc_tf.applications`; `input_shape` of 4x4 or more.
-
-    Returns:
-        A functional model from `(batch, *input_shape)` to logits `(batch, classes)`.
-
-    Raises:
-        TypeError: an argument is not of the kind said there.
-        ValueError: an argument is out of its range, or mean and std don't fit the channels.
+        dropout_rate: of the dropout between the two convolutions of a block, in [0, 1). `seed`
+            determines which entries are dropped, in tf_keras together with TensorFlow's own seed.
+        **options: see `tscnc_tf.applications`, also for the result and errors; `input_shape` of
+            4x4 or more.
 
     Example:
         >>> WideResNet(16, 2, classes=100).name

@@ -30,7 +30,7 @@ class Dataset:
             which are read from their files when they are needed.
         y_train, y_validation, y_test: class indices `(n,)`, int64.
         class_names: in the order of the labels.
-        name: of the set.
+        name: the name of the data set.
         augmentation: the default of `training`.
         provenance: the processing steps since the data were read, one per line.
 
@@ -152,7 +152,7 @@ class Dataset:
 
         Args:
             batch_size: the number of examples of a batch.
-            seed: of orders and augmentation, >= 0.
+            seed: the seed of orders and augmentation, >= 0.
             augment: "crop", "flip", "crop_and_flip" or "none"; None for `self.augmentation`.
             first_epoch: the number of the first epoch, counted from 0.
             epochs: the number of epochs; None for an infinite dataset, for which `fit` needs
@@ -197,7 +197,7 @@ class Dataset:
 
         Args:
             split: "test", "validation" or "train".
-            batch_size: of all batches except the last, which may be smaller.
+            batch_size: the size of all batches except the last, which may be smaller.
 
         Raises:
             ValueError: there is no such part, or it is empty.
@@ -235,8 +235,8 @@ class Dataset:
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel over the training part only.
 
-        They are for pixels in [0, 1], computed in float64, the deviation with divisor n (not
-        n - 1).
+        They hold for pixels in [0, 1], and are computed in float64. The deviation has the divisor
+        n, not n - 1.
         """
         return self._statistics
 
@@ -258,7 +258,7 @@ class Dataset:
             n_train: the number of examples of the training part to keep; None for all.
             n_test: likewise of the test part.
             n_validation: likewise of the validation part.
-            seed: of the choice.
+            seed: the seed of the choice.
 
         Raises:
             ValueError: a number exceeds the part, or is too small for one training image per class.

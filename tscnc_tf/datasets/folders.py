@@ -37,8 +37,7 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     classes = _folders(root)
     if not classes:
         raise ValueError(
-            f"{root} has no class folders: images belong into {root}/<class>/, one folder per "
-            "class."
+            f"{root} has no class folders: images belong in {root}/<class>/, one folder per class."
         )
     files = _ImageFiles(folder)
     for label, name in enumerate(classes):
@@ -161,7 +160,7 @@ class _ImageFiles:
             first = left_out[0].relative_to(self._root).as_posix()
             notes = [
                 *notes,
-                f"{len(left_out):,} files are left out, no images by name: {first} ...",
+                f"{len(left_out):,} files are left out, not named as images: {first} ...",
             ]
         pixels = images.stored(self, image_size)
         labels = np.array(self._labels)

@@ -78,7 +78,7 @@ def _required(folder: pathlib.Path, split: str, kind: str) -> pathlib.Path:
     if found is None:
         raise FileNotFoundError(
             f"{folder} has no {_names(split, kind)[0]}, with or without .gz: a folder of IDX files "
-            "needs images and labels of train and of t10k, the test."
+            "needs images and labels of train and of t10k (test)."
         )
     return found
 
@@ -99,7 +99,7 @@ def _opened(file: pathlib.Path) -> io.BufferedIOBase:
 
 
 def _parsed(file: pathlib.Path, stream: io.BufferedIOBase, axes: int) -> np.ndarray:
-    """Return the array of an open file; it unpacks one byte more than its header says at most."""
+    """Return the array of an open file; at most one byte more than its header says is unpacked."""
     size = 4 * (1 + axes)
     header = stream.read(size)
     if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in TYPES:

@@ -44,33 +44,33 @@ def load(
 
     * an `.npz` file of `x_train`, `y_train`, `x_test`, `y_test`: images `(n, height, width,
       channels)` or `(n, height, width)` as bytes 0 to 255 or as floats in [0, 1]; labels as
-      integers or one-hot. Or of packed JPEG or PNG files: `train_bytes` (all files concatenated,
-      uint8), `train_offsets` (the start of each, and the end), `train_labels`, and the same for
-      `test`. An entry `class_names` is optional.
+      integers or one-hot. Or an `.npz` file of packed JPEG or PNG files: `train_bytes` (all files
+      concatenated, uint8), `train_offsets` (the start of each, and the end), `train_labels`, and
+      the same for `test`. An entry `class_names` is optional.
     * a folder of IDX files, as those of MNIST: `train-images-idx3-ubyte`,
       `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte` (or
-      `train-images.idx3-ubyte` and so on), gzipped, with `.gz` at the end, or not.
+      `train-images.idx3-ubyte` and so on). Names of gzipped files end in `.gz`.
     * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
       `<class>/*` (or `train/<class>/*`), from which a test part is split off. Symbolic links out of
       the folder are refused.
-    * a TFRecord file (`.tfrecord`, or `-00000-of-00001` at the end), or a folder of them, not
-      compressed, whose names contain the word of their part: train; and test or, if there is none,
-      validation. An example holds an encoded image (JPEG, PNG) and its class index, as features
-      `image` and `label` as in TensorFlow Datasets, or `image/encoded` and `image/class/label`,
-      with classes counted from 0 or 1. A file label.labels.txt with the names of the classes is
-      optional.
+    * an uncompressed TFRecord file (`.tfrecord`, or `-00000-of-00001` at the end), or a folder of
+      them. In a folder, each file name contains the word of its part: train; and test or, if there
+      is none, validation. An example holds an encoded image (JPEG, PNG) and its class index, as the
+      features `image` and `label` of TensorFlow Datasets, or `image/encoded` and
+      `image/class/label`, with classes counted from 0 or 1. A file label.labels.txt with the names
+      of the classes is optional.
 
     Args:
         name_or_path: one of the names, or a path; write `"./mnist"` for a folder with such a name.
         validation: the size of the validation part, split off the training images: a fraction
             below 1, or a count; 0 for none. The split is stratified by class.
-        test: the same for the test part, if the source has none (digits, folders of images without
-            test images), else ignored; it is split off before the validation part.
-        seed: of the validation split.
-        test_seed: of the test split; separate from `seed`, so that experiments with different seeds
-            have the same test images, and none trains on the test images of another.
-        folder: of the files of "svhn" and "tiny-imagenet", which require it, or of the IDX files of
-            "mnist" or "fashion_mnist".
+        test: the size of the test part likewise, split off before the validation part. It is
+            ignored if the source has a test part. (Digits, for example, have none.)
+        seed: the seed of the validation split.
+        test_seed: the seed of the test split; separate from `seed`, so that experiments with
+            different seeds have the same test images, and none trains on test images of another.
+        folder: the folder of the files of "svhn" and "tiny-imagenet", which require it, or of the
+            IDX files of "mnist" or "fashion_mnist".
         image_size: `(height, width)` to resize to, antialiased; None for no resizing.
         stream: whether images stay in their files, and are decoded and resized on each access, for
             data that do not fit in memory. It is supported for folders of images (including

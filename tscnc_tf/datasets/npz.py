@@ -19,11 +19,9 @@ PACKED = tuple(f"{s}_{p}" for s in ("train", "test") for p in ("bytes", "offsets
 
 
 def read(path: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
-    """Read `x_train`, `y_train`, `x_test`, `y_test`; or the same as packed image files.
+    """Read arrays of pixels or packed image files; see `tscnc_tf.datasets.load` for the entries.
 
-    For packed files `train_bytes` holds concatenated JPEG or PNG files as uint8, the i-th from
-    `train_offsets[i]` to `train_offsets[i + 1]`, and `train_labels` their labels; likewise `test_`.
-    `class_names`, an array of strings, is optional in both cases.
+    The i-th packed file is at `train_offsets[i]` to `train_offsets[i + 1]` of `train_bytes`.
 
     Raises:
         ValueError: the file is damaged, lacks entries, or has entries that can't be read.

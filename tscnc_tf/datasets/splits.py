@@ -63,8 +63,8 @@ def sample(
         name: the caller's name for the size, for error messages.
         labels: of all examples.
         size: the number of examples to choose.
-        seed: of the choice.
-        stream: of random numbers, one of the constants above.
+        seed: the seed of the choice.
+        stream: the stream of random numbers, one of the constants above.
         every_class: whether at least one example of each class must be chosen.
 
     Raises:

@@ -126,7 +126,7 @@ def round_inside(center: Any, point: Any, epsilon: float, norm: str) -> tf.Tenso
     rounded = tf.cast(point, center.dtype)
     is_outside = tf.abs(tf.cast(rounded, point.dtype) - wide) > reach
     # Floats are stored as sign and magnitude, so subtracting 1 from the bits gives the next number
-    # toward zero. Zero has none of its sign; it is left, outside by at most 1e-7.
+    # toward zero. Zero has no such number; it is kept, outside by at most 1e-7.
     integer = {2: tf.int16, 4: tf.int32, 8: tf.int64}[center.dtype.size]
     toward_zero = tf.equal(rounded > center, rounded > 0)
     bits = tf.bitcast(rounded, integer)

@@ -30,10 +30,9 @@ def kept_count(size: Any, sparsity: Any) -> tf.Tensor:
 def largest(scores: Any, count: Any) -> tf.Tensor:
     """Return a mask of the `count` largest entries of a vector; among equals, the first ones.
 
-    Exactly `count` entries are True (all, if there are fewer), also where scores are equal.
-
-    The threshold is found bit by bit, by counting the larger entries, without sorting: for millions
-    of weights this is several times faster, even more under XLA, and no shape depends on `count`.
+    Exactly `count` entries are True (all, if there are fewer), also where scores are equal. The
+    threshold is found bit by bit, by counting the larger entries, without sorting: for millions of
+    weights this is several times faster, even more under XLA, and no shape depends on `count`.
 
     Args:
         scores: a vector, float32 or float64, without NaN.
@@ -55,8 +54,8 @@ def largest(scores: Any, count: Any) -> tf.Tensor:
 def largest_share(kept: Any, scores: Any, share: Any) -> tf.Tensor:
     """Return a mask of the kept entries of a vector after removing a share of them.
 
-    Of k kept entries the k - round(k·share) with the largest scores stay, and all with the score
-    +inf. At most as many are removed as there are entries that are not kept, to replace them.
+    Of k kept entries, the k - round(k·share) with the largest scores stay, and all with the score
+    +inf. No more are removed than there are other entries (not kept) to replace them.
 
     Args:
         kept: a boolean vector.

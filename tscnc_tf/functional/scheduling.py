@@ -15,7 +15,7 @@ Schedule = Callable[[Any], tuple[Any, Any]]
 
 _FAR = 2**31 - 1  # a step after the end of any schedule
 _LOOK_AHEAD = 1_000_000  # the most steps that are evaluated, all in one call
-_LOOK_AHEAD_ONE_BY_ONE = 20_000  # the same where each step is a call
+_LOOK_AHEAD_ONE_BY_ONE = 20_000  # the most where each step takes a call
 
 
 def final_sparsity(schedule: Schedule) -> float:

@@ -22,7 +22,7 @@ ABOUT = 1.1  # medians within this ratio, with overlapping quartiles, are about 
 LEAST_SPARSITY = 0.5  # with fewer zeros a sparse product is much slower than the dense one
 NO_FASTER = "no faster: dense kernels multiply zeros at the same speed"
 WHAT_HELPS = (
-    "What does help: tscnc.pruning.compact takes dead filters out, which leaves smaller dense "
+    "What does help: tscnc.pruning.compact removes dead filters, which leaves smaller dense "
     "kernels; a runtime that knows the pattern gains by 2:4 (NVIDIA's sparse tensor cores) or by "
     "blocks (LiteRT, by tscnc.export_litert(sparse=True), which also runs 1x1 convolutions by "
     "their nonzero weights on some processors). Other zeros save bytes: tscnc.inspection.sizes."
@@ -37,13 +37,13 @@ class LayerSpeed(_reports.Record):
     """The times of one kernel's layer, each that of a call of a compiled function.
 
     Attributes:
-        name: the layer's name, and which of its kernels, where there are several.
+        name: the layer's name, with that of the kernel if there are several.
         kind: the layer's class.
         shape: of the kernel.
         sparsity: the fraction of zeros in it.
         input_shape: what the layer was timed on; None if it could not be called by itself.
         structure: the patterns of the zeros.
-        call: an empty compiled function: what TensorFlow takes for no computation at all.
+        call: a compiled function that computes almost nothing: the cost of a call.
         as_is: the layer with its zeros.
         filled: the layer with random weights that are not zero.
         sparse: the same outputs from a sparse kernel; None if there is an obstacle.
@@ -173,37 +173,37 @@ def speed_check(
 ) -> SpeedReport:
     r"""Return how long a model and its layers take, and whether their zeros make them faster.
 
-    They don't, in TensorFlow: its dense kernels multiply zeros like all else. This measures it on
-    the device at hand. Each layer with a kernel is timed
+    In TensorFlow they don't: its dense kernels multiply zeros like other numbers. This function
+    measures it on the device at hand. Each layer with a kernel is timed in three ways:
 
-    * as it is, the zeros in its dense kernel;
+    * as it is, with the zeros in its dense kernel;
     * with random weights that are not zero, in the same kernel;
     * as a product with a sparse kernel that gives the same outputs, bias and activation included:
       by `tf.sparse.sparse_dense_matmul` or `tf.raw_ops.SparseMatrixMatMul`, whichever is faster. A
       convolution then multiplies the patches of its image (`tf.image.extract_patches`). There are
       such products for Dense, Conv1D, Conv2D and the depthwise ones, grouped and dilated or not.
 
-    and the whole model in the first two ways. All are compiled by `tf.function` (not XLA, which
-    has no sparse kernels), and run in turn, A B C A B C ..., in one process, after a warm-up;
-    reported are medians and quartiles by the wall clock. A call alone takes TensorFlow a fraction
-    of a millisecond, so layers of about that size can't be told apart. Layers are given normally
-    distributed inputs. A layer that is called several times is timed on its first input's shape.
+    The whole model is timed in the first two ways. All are compiled by `tf.function` (not by XLA,
+    which has no sparse kernels). After a warm-up they run in turn, A B C A B C ..., in one process.
+    The report has the medians and quartiles of the wall-clock times. A call by itself takes
+    TensorFlow a fraction of a millisecond, so layers that take about as long can't be compared.
+    Layers get normally distributed inputs. A layer that is called several times is timed on the
+    shape of its first input.
 
-    While it is timed, the model's kernels are exchanged, and put back bit by bit, also after an
-    error; so don't use the model from another thread meanwhile. Masks are applied, as by any call.
+    During the timing the model's kernels are replaced, so don't use the model from another thread.
+    They are restored exactly, also after an error. Masks are applied, as by any call.
 
     Args:
         model: a built Keras 3 or tf_keras model, with or without pruning wrappers.
         x: a batch of inputs in the structure that the model takes, cut or repeated to
-            `batch_size`. None draws floats from U[0, 1) of the shape that the model names.
+            `batch_size`. None draws floats from U[0, 1), of the model's input shape.
         batch_size: the number of examples in a call; results depend on it.
-        rounds: how often each time is taken.
-        seed: of all that is drawn.
+        rounds: the number of timed rounds.
+        seed: the seed of all random inputs and weights.
 
     Returns:
-        A `SpeedReport`: `print` it. `report.rows[0].verdict` is a sentence, and
-        `report.rows[0].sparse_ratio` the sparse product's median over the layer's. Times differ
-        from run to run; compare those of one report.
+        A `SpeedReport`; `print` it for a table. Times differ from run to run: compare those of one
+        report only.
 
     Raises:
         TypeError: `model` is not a Keras model, or an argument is of a wrong type.
@@ -301,7 +301,7 @@ def _times(
     originals = [np.array(tf.convert_to_tensor(variable)) for variable in changed]
     filled = [np.ones_like(original) for original in originals]
     for values in filled[: len(variables)]:
-        if np.issubdtype(values.dtype, np.integer):  # quantized: two of int4 in a byte, maybe
+        if np.issubdtype(values.dtype, np.integer):  # quantized; a byte may hold two int4
             values[...] = 0x11 * generator.integers(1, 8, values.shape)
             continue
         scale = (values.size / values.shape[-1]) ** -0.5  # keeps the size of the signal
@@ -326,9 +326,9 @@ def _times(
 def _fastest_product(
     weight: weights.KernelWeight, x: tf.Tensor, expected: tf.Tensor
 ) -> tuple[str, Callable[[], Any] | None, str]:
-    """Return the fastest sparse product's operation and itself; or "", None, and why there is none.
+    """Return the fastest sparse product as (operation, function, ""), or ("", None, obstacle).
 
-    Each is compared with the layer's own output first: a layer may compute more than its product.
+    Each product is compared with the layer's output first, as a layer may compute something else.
     """
     if obstacle := _obstacle(weight):
         return "", None, obstacle
@@ -340,7 +340,7 @@ def _fastest_product(
             run = compiled(function, x)
             if not float(tf.reduce_max(tf.abs(run() - expected))) <= allowed:
                 kind = type(weight.kernel.layer).__name__
-                return "", None, f"{kind} computes something else than the product with its kernel"
+                return "", None, f"{kind} does not compute the product with its kernel"
             found[_timing.fastest_call(run)] = name, run
         except tf.errors.OpError as error:  # no such operation for this device, or no memory
             obstacle = f"{name} fails here: {type(error).__name__}"
@@ -363,8 +363,8 @@ def _obstacle(weight: weights.KernelWeight) -> str:
 def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], tf.Tensor]]:
     """Return functions that compute a layer's output, by the operation that multiplies.
 
-    A convolution becomes one product of matrices: of its kernel and the patches of the image. A
-    grouped or depthwise kernel then is a matrix of blocks along the diagonal.
+    A convolution becomes a product of two matrices, its kernel and the patches of the image. A
+    grouped or depthwise kernel becomes a block diagonal matrix.
 
     Args:
         weight: the kernel of a layer without an `_obstacle`.

@@ -59,7 +59,7 @@ class RobustLoss(_configs.Configurable, abc.ABC):
 @_keras.register
 @dataclasses.dataclass(frozen=True)
 class TRADES(RobustLoss):
-    r"""TRADES: accuracy on clean inputs, and an output that does not move nearby.
+    r"""TRADES: accuracy on clean inputs, and an output that is stable in the ball around them.
 
     .. math:: \mathrm{CE}(y, f(x)) + \beta\,\mathrm{KL}(p(x) \| p(x'))
 

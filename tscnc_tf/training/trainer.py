@@ -72,8 +72,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
             `attack` may be set at any time, also in a callback, and take effect with the next step,
             which is compiled again unless the new value equals the old one. (A running evaluation
             of tf_keras finishes with the old ones.)
-        awp: `training.AWP(gamma)`, to descend at adversarially perturbed weights; None for none. It
-            may be set at any time likewise: the authors begin after some epochs.
+        awp: `training.AWP(gamma)`, to descend at adversarially perturbed weights; None for none.
+            Like `attack` it may be set at any time: the authors begin after some epochs.
         seed: of the attacks' random starts. With it and `keras.utils.set_random_seed` (or
             `tf_keras.`) two runs on a CPU end with the same weights.
         name: of this model.

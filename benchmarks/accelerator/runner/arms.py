@@ -1,4 +1,4 @@
-"""An arm: stages of training, each of which takes over the network of the one before."""
+"""Arms: sequences of stages of training, each of which inherits the network of the previous."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import progress
 from batches import Epoch, Images
 from programs import Bundle, Program, State
 
-_NETWORK = ("model", "pruner", "other")  # the roles that make a network; the rest trains it
+_NETWORK = ("model", "pruner", "other")  # roles; the others are for training only
 
 
 class Stage:
-    """A stage as it was exported: its settings, and its programs over one state."""
+    """An exported stage: its settings, and its programs over one state."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.settings = json.loads((folder / "stage.json").read_text())
@@ -32,7 +32,7 @@ class Stage:
 
     @functools.cached_property
     def fresh(self) -> dict[str, np.ndarray]:
-        """The state as it was exported."""
+        """The exported state."""
         return self.bundle.initial()
 
     @functools.cache  # noqa: B019  a stage lives as long as the process
@@ -42,14 +42,14 @@ class Stage:
 
 
 class Arm:
-    """Works through an arm piece by piece; a piece is a batch.
+    """Executes an arm in pieces of work; a piece is a batch.
 
     Args:
-        folder: what `export_stage` has written.
-        data: what `prepare.py` has written.
-        output: where checkpoints and results go; what is there is gone on with.
-        network: a file `STAGE-best.npz` of another arm, whose network the first stage takes over
-            as it would that of a stage before it; None if it begins with its own.
+        folder: the folder of `export_stage`.
+        data: the folder of `prepare.py`.
+        output: the folder for checkpoints and results; the work continues from a checkpoint there.
+        network: a file `STAGE-best.npz` of another arm, whose network the first stage inherits as
+            from a previous stage; None if it begins with its own.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class Arm:
         self.position.seconds += self._pace.lap(stage, phase)
 
     def save(self) -> None:
-        """Write all that is needed to go on from here."""
+        """Write the checkpoint, the metrics, and at the end the result."""
         lines = "".join(json.dumps(line) + "\n" for line in self.position.lines)
         progress.write_text(self._output / "metrics.jsonl", lines)
         if self.done:
             text = json.dumps(self.result(), indent=1) + "\n"
             progress.write_text(self._output / "result.json", text)
-        # Last: what it says is done has been written.
+        # Last, so that all that it counts as done has been written.
         arrays = {"state": self._state, "best": self._best, "network": self._network}
         progress.save(self._checkpoint, self._hash, self.position, arrays)
 
     def result(self) -> dict[str, Any]:
-        """Return what came of it."""
+        """Return the content of `result.json`."""
         last, counts = self._stages[-1].settings, self.position.counts
         examples = counts["examples"]
         return {
@@ -136,7 +136,7 @@ class Arm:
         }
 
     def describe(self) -> str:
-        """Return a line on how far it is, how fast, and how long it will take."""
+        """Return a line with the position, the speed and the time that is left."""
         where, settings = self.position, self._stage.settings
         pace, left = self._pace.mean(where.phase), self._pace.left(self._pieces_left())
         parts = [f"{settings['name']}: epoch {where.epoch}/{settings['epochs']}"]
@@ -162,7 +162,7 @@ class Arm:
         return Images(self._data, part)
 
     def _begin(self) -> None:
-        """Start a stage: its own state, but for what it inherits."""
+        """Start a stage with its own state, except for the inherited variables."""
         stage = self._stage
         state = stage.fresh
         if self._network:
@@ -175,7 +175,7 @@ class Arm:
         self._enter_epoch()
 
     def _enter_epoch(self) -> None:
-        # As Keras does: what the metrics say is the mean over the epoch.
+        # As in Keras, metrics are means over an epoch.
         self._state |= _on_device(_of_roles(["metrics"], self._stage.fresh))
         self._candidate, self._logs = {}, {}
         self.position.enter("train")
@@ -186,21 +186,21 @@ class Arm:
         size, steps = settings["batch_size"], settings["steps_per_epoch"]
         if steps * size > len(images):
             raise ValueError(
-                f"stage {settings['name']!r} takes {steps} batches of {size} an epoch, but there "
+                f"stage {settings['name']!r} takes {steps} batches of {size} per epoch, but there "
                 f"are only {len(images)} training images."
             )
         augmentation = settings["augmentation"] or {"pad": 0, "flip": False}
         return Epoch.drawn(len(images), (settings["seed"], stage, epoch), **augmentation)
 
     def _train(self) -> None:
-        """Take a step; after the last one of an epoch, see what network there is."""
+        """Take a step; after the last one of an epoch, go on to the validation."""
         stage, where = self._stage, self.position
         epoch = self._epoch(where.stage, where.epoch)
         augmentation = stage.settings["augmentation"] or {"pad": 0}
         batch = epoch.batch(where.batch, stage.settings["batch_size"])
         x, y = self._images("train").cut(batch, pad=augmentation["pad"])
         before, self._logs = self._logs, stage.program("step")(self._state, x, y)
-        # The device has this step to go on with, and not a hundred: the clock should be right.
+        # Waits for the step before, so that at most one is queued, and times are right.
         jax.block_until_ready(before)
         where.batch += 1
         if where.batch == stage.settings["steps_per_epoch"]:
@@ -252,7 +252,7 @@ class Arm:
             where.enter("test")
 
     def _test(self) -> None:
-        """Evaluate a batch of the test set, which nothing else has seen."""
+        """Evaluate a batch of the test set, which is used for nothing else."""
         stage = self._stage
         if not self._state:
             self._state = _on_device(stage.fresh | self._network)
@@ -262,7 +262,7 @@ class Arm:
             self.position.phase = "done"
 
     def _evaluate(self, program: str, state: State, part: str) -> bool:
-        """Count what is right in the next batch, and tell whether it was the last one."""
+        """Count the correct examples in the next batch; return whether it was the last one."""
         settings, where, images = self._stage.settings, self.position, self._images(part)
         size = settings["evaluation_batch_size"]
         batch = Epoch.plain(len(images)).batch(where.batch, size)
@@ -276,14 +276,14 @@ class Arm:
         return where.batch * size >= len(images)
 
     def _kept(self, state: State) -> State:
-        """Return copies of the variables that make a network, or that the next stage inherits."""
+        """Return copies of the variables of the network, and of what the next stage inherits."""
         following = self._stages[self.position.stage + 1 : self.position.stage + 2]
         inherited = [role for stage in following for role in stage.settings["inherits"]]
-        # Copies: what JAX shows as an array may be the memory that the next step writes to.
+        # Copies, as an array of JAX may share the memory that the next step writes to.
         return {n: np.array(v) for n, v in _of_roles({*_NETWORK, *inherited}, state).items()}
 
     def _pieces_left(self) -> dict[str, int]:
-        """Return how many batches are still to come in each phase."""
+        """Return the number of batches that are left in each phase."""
         where = self.position
         left = {"train": 0, "validate": 0, "test": 0}
         for index, stage in enumerate(self._stages[where.stage :]):
@@ -305,5 +305,5 @@ def _of_roles(roles: Iterable[str], state: State) -> State:
 
 
 def _on_device(state: State) -> State:
-    # Copies, since steps write to the memory of what they are given.
+    # Copies, since steps write to the memory of their inputs.
     return {name: jax.numpy.array(value, copy=True) for name, value in state.items()}

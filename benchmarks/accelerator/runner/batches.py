@@ -1,6 +1,6 @@
-"""Images on the device, and the batches that are cut out of them.
+"""Images on the device, and batches of them.
 
-All that is random follows from a seed and the number of the epoch, by NumPy's generator.
+The order and the augmentation of an epoch depend on its seed only, by NumPy's generator.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """The examples of an epoch in their order, and what is done to each.
+    """The order of the examples of an epoch, and the augmentation of each.
 
     Attributes:
-        order: the examples' numbers.
-        shifts: where the image is cut out of its padded self: row and column.
-        flips: whether it is mirrored.
+        order: `(n,)`, the indices of the examples.
+        shifts: `(n, 2)`, row and column of the crop in the padded image.
+        flips: `(n,)`, whether the image is mirrored.
     """
 
     order: np.ndarray
@@ -30,7 +30,7 @@ class Epoch:
 
     @classmethod
     def drawn(cls, count: int, seed: tuple[int, ...], pad: int, flip: bool) -> Epoch:
-        """Return an epoch of training."""
+        """Return a random epoch for training."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(count).astype(np.int32)
         shifts = rng.integers(0, 2 * pad + 1, (count, 2)).astype(np.int32)
@@ -39,17 +39,17 @@ class Epoch:
 
     @classmethod
     def plain(cls, count: int) -> Epoch:
-        """Return the examples in their order and as they are."""
+        """Return all examples in their order, without augmentation."""
         order = np.arange(count, dtype=np.int32)
         return cls(order, np.zeros((count, 2), np.int32), np.zeros(count, bool))
 
     def batch(self, index: int, size: int) -> Epoch:
-        """Return the part of an epoch that makes a batch; the last one may be smaller."""
+        """Return batch `index` of the epoch; the last one may be smaller than `size`."""
         part = slice(index * size, (index + 1) * size)
         return Epoch(self.order[part], self.shifts[part], self.flips[part])
 
     def filled(self, size: int) -> Epoch:
-        """Return a batch with its first example repeated until it has `size`."""
+        """Return the batch, padded to `size` with copies of its first example."""
         spare = size - len(self.order)
         repeat = np.concatenate([np.arange(len(self.order)), np.zeros(spare, int)])
         return Epoch(self.order[repeat], self.shifts[repeat], self.flips[repeat])
@@ -59,7 +59,7 @@ class Images:
     """A set of images and labels on the device.
 
     Args:
-        folder: what `prepare.py` has written.
+        folder: the folder of `prepare.py`.
         part: "train", "validation" or "test".
     """
 
@@ -93,7 +93,7 @@ def _cut(x: Any, y: Any, order: Any, shifts: Any, flips: Any, *, pad: int) -> An
     rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     pixels = x[order[:, None, None], rows[:, :, None], columns[:, None, :]]
     pixels = jnp.where(inside[..., None], pixels, 0)
-    # By a table: a compiler may divide by 255 in its own way, and not quite as NumPy does.
+    # By a table, since a compiler's division by 255 may round differently from NumPy's.
     return jnp.asarray(np.arange(256, dtype=np.float32) / np.float32(255))[pixels], y[order]
 
 

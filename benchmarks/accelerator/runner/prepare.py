@@ -3,8 +3,7 @@
     python prepare.py cifar10.npz DATA --validation 5000
 
 The `.npz` has the layout of Keras' data sets: x_train, y_train, x_test, y_test, images as uint8. A
-part of the training set, drawn by the seed, becomes the validation set, the same for whoever uses
-the folder. Needs NumPy only.
+random part of the training set, drawn by the seed, becomes the validation set. Needs NumPy only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def prepare(
     """Write x and y of "train", "validation" and "test" as `.npy` files, and `data.json`.
 
     Raises:
-        ValueError: there are not as many training images as are asked for.
+        ValueError: there are too few training images.
     """
     with np.load(source) as held:
         x, y, x_test, y_test = (held[k] for k in ("x_train", "y_train", "x_test", "y_test"))
@@ -47,11 +46,11 @@ def write(
 
     Args:
         arrays: images and labels of "train", "validation" and "test".
-        folder: where to.
-        about: what else `data.json` is to say.
+        folder: the folder to write to.
+        about: other entries of `data.json`.
 
     Raises:
-        ValueError: images are no bytes.
+        ValueError: images are not uint8.
     """
     for name, (images, _) in arrays.items():
         if images.dtype != np.uint8:
@@ -78,9 +77,9 @@ def main() -> None:
     )
     parser.add_argument("source", type=pathlib.Path, help="an .npz file")
     parser.add_argument("folder", type=pathlib.Path, help="where to write")
-    parser.add_argument("--validation", type=int, default=5000, help="how many images to hold out")
-    parser.add_argument("--train", type=int, help="how many to train on; all others if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the validation set")
+    parser.add_argument("--validation", type=int, default=5000, help="number of validation images")
+    parser.add_argument("--train", type=int, help="number of training images; default: all others")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the validation set")
     arguments = parser.parse_args()
     prepare(
         arguments.source, arguments.folder, arguments.validation, arguments.seed, arguments.train

@@ -1,4 +1,4 @@
-"""Programs that `benchmarks.accelerator` exported, compiled and run by JAX."""
+"""Programs of `benchmarks.accelerator`, compiled and run by JAX."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import numpy as np
 from jax import export
 from jax.extend.mlir.dialects import stablehlo
 
-jax.config.update("jax_enable_x64", True)  # counters of steps are 64 bits wide
+jax.config.update("jax_enable_x64", True)  # counters of steps have 64 bits
 
 
 State = dict[str, Any]
 
 
 class Bundle:
-    """The programs of a folder, and the state that they begin with.
+    """The programs of a folder, and their initial state.
 
     Args:
-        folder: what `export` or `export_stage` has written.
+        folder: the folder of `export`, or of a stage.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -37,7 +37,7 @@ class Bundle:
         return name in self._plan["programs"]
 
     def initial(self) -> dict[str, np.ndarray]:
-        """Return the state as it was exported, without what is to come from another stage."""
+        """Return the exported state, without variables that come from another stage."""
         sources = {name: self._plan["same"].get(name, name) for name in self.variables}
         with np.load(self._folder / "state.npz") as held:
             return {
@@ -47,7 +47,7 @@ class Bundle:
             }
 
     def program(self, name: str) -> Program:
-        """Return a program, to be compiled when it is first called.
+        """Return a program, which is compiled in its first call.
 
         Raises:
             ValueError: its file is not the one that was exported.
@@ -60,15 +60,15 @@ class Bundle:
 
 
 class Program:
-    """A program: call it with the state, in which it changes what it assigns, and its arguments.
+    """A program: a function of the state and its arguments, which returns results by name.
 
-    It returns its results by name. The arrays of the state that it assigns are given to it, memory
-    and all, and can't be used afterwards.
+    A call replaces the assigned variables in the state. Their old arrays are donated to JAX, and
+    can't be used afterwards.
 
     Args:
-        text: in StableHLO.
-        plan: of the program, in `programs.json`.
-        variables: their shapes and dtypes, likewise.
+        text: the program in StableHLO.
+        plan: the entry of the program in `programs.json`.
+        variables: shapes and dtypes of the variables, from `programs.json`.
     """
 
     def __init__(self, text: str, plan: dict[str, Any], variables: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Program:
         self._call = jax.jit(take, donate_argnums=0)
 
     def __call__(self, state: State, *arguments: Any) -> dict[str, Any]:
-        """Run once; JAX may still be at work when it returns."""
+        """Run the program once, asynchronously."""
         assigned = [state[name] for name in self.assigned]
         read = [state[name] for name in self._read]
         outputs, assigned = self._call(assigned, read, arguments)
@@ -99,15 +99,15 @@ class Program:
 
 
 def typed(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return an array of an `.npz` file in its true dtype: those files don't know bfloat16."""
+    """Return an array of an `.npz` file in its dtype, as such files store bfloat16 as bytes."""
     return array.view(np.dtype(dtype)) if array.dtype.kind == "V" else array
 
 
 def _callable(text: str, inputs: Sequence[Any], results: Sequence[Any]) -> Any:
     """Return a JAX function that runs a program.
 
-    JAX calls programs that JAX has exported. So one of the same form is exported here, and the
-    program put in its place.
+    JAX only calls programs that JAX has exported. So a function with the same inputs and outputs is
+    exported, and its program is replaced.
     """
     specs = [jax.ShapeDtypeStruct(each["shape"], np.dtype(each["dtype"])) for each in inputs]
 

@@ -1,4 +1,4 @@
-"""How far an arm has come: what a checkpoint holds, and how it is written so that it is whole."""
+"""The progress of an arm: its position, checkpoints, atomic writing, and speed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ GROUPS = ("state", "best", "network")
 
 @dataclasses.dataclass
 class Position:
-    """Where an arm is.
+    """The position of an arm.
 
     Attributes:
-        stage: counted from 0.
-        phase: of `PHASES`; what the next piece of work belongs to.
-        epoch: how many epochs of the stage are over, the validation excluded.
-        batch: how many batches of the phase are done.
-        counts: how many examples of the running evaluation are right, "clean" and "attacked".
-        best: the best epoch of the stage so far, as its line among `lines` says it.
-        chosen: of each stage that is over, the line of the epoch that was handed on.
-        lines: what is known of each epoch.
-        seconds: that the work has taken, waiting between slices not counted.
+        stage: the current stage, counted from 0.
+        phase: the phase, of `PHASES`, of the next piece of work.
+        epoch: the number of epochs of the stage whose training is finished.
+        batch: the number of batches of the phase that are done.
+        counts: the numbers of correct examples in the current evaluation, "clean" and "attacked".
+        best: the line of the best epoch of the stage so far.
+        chosen: for each finished stage, the line of the epoch whose network was passed on.
+        lines: the lines of `metrics.jsonl`, one per epoch.
+        seconds: the time of the work, without pauses between slices.
     """
 
     stage: int = 0
@@ -51,13 +51,13 @@ class Position:
 def save(
     path: pathlib.Path, arm: str, position: Position, arrays: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Write a checkpoint in one piece: a reader finds this one or the one before.
+    """Write a checkpoint atomically.
 
     Args:
-        path: of the file.
-        arm: what the checkpoint belongs to, a hash.
-        position: where the arm is.
-        arrays: by name, in the `GROUPS`.
+        path: the path of the file.
+        arm: the hash of the arm.
+        position: the position of the arm.
+        arrays: the arrays by group, of `GROUPS`, and name.
     """
     held = {
         f"{group}/{name}": np.asarray(a) for group in GROUPS for name, a in arrays[group].items()
@@ -88,24 +88,24 @@ def load(path: pathlib.Path, arm: str) -> tuple[Position, dict[str, dict[str, np
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-    """Write an `.npz` file in one piece."""
+    """Write an `.npz` file atomically."""
     write(path, lambda stream: np.savez(stream, **{n: np.asarray(a) for n, a in arrays.items()}))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a text file in one piece."""
+    """Write a text file atomically."""
     write(path, lambda stream: stream.write(text.encode()))
 
 
 def write(path: pathlib.Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under another name, wait until it is on the disk, and rename it."""
+    """Write a file atomically: under another name, which is renamed once it is on the disk."""
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("wb") as stream:
         fill(stream)
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(path)
-    if os.name == "posix":  # elsewhere a folder can't be opened
+    if os.name == "posix":  # other systems can't open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -114,31 +114,31 @@ def write(path: pathlib.Path, fill: Callable[[IO[bytes]], Any]) -> None:
 
 
 class Pace:
-    """How long pieces of work of a kind take; the first of each kind, which is compiled, apart."""
+    """Times of pieces of work by stage and phase; the first of each, which compiles, is apart."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._taken: dict[tuple[int, str], list[float]] = {}
 
     def lap(self, stage: int, phase: str) -> float:
-        """Note that a piece of work is done, and return the seconds since the one before."""
+        """Record that a piece of work is done; return the seconds since the previous one."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         self._taken.setdefault((stage, phase), []).append(seconds)
         return seconds
 
     def is_new(self, stage: int, phase: str) -> bool:
-        """Tell whether no piece of that kind has been done."""
+        """Tell whether no piece of this stage and phase has been done."""
         return (stage, phase) not in self._taken
 
     def mean(self, phase: str) -> float | None:
-        """Return the seconds per piece in the latest stage that had such, None if not known."""
+        """Return the seconds per piece of a phase in its latest stage; None if not known."""
         known = [laps[1:] for (_, name), laps in self._taken.items() if name == phase]
         laps = next((each for each in reversed(known) if each), None)
         return sum(laps) / len(laps) if laps else None
 
     def left(self, pieces: Mapping[str, int]) -> float | None:
-        """Return the seconds that pieces of these phases will take, None if too little is known."""
+        """Return the seconds for numbers of pieces by phase; None if too little is known."""
         means = {phase: self.mean(phase) for phase in pieces}
         if means["train"] is None:
             return None

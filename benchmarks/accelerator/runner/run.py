@@ -1,12 +1,12 @@
-"""Run an arm of training that `benchmarks.accelerator` exported, where there is JAX only.
+"""Run an arm of training that `benchmarks.accelerator` has exported.
 
     python prepare.py cifar10.npz DATA
     python run.py ARM --data DATA --minutes 9    # again and again, while it returns 75
 
 Needs this folder, Python, NumPy and JAX (0.4.38 or newer); neither TensorFlow nor tscnc_tf. Writes
-`checkpoint.npz` and `metrics.jsonl` (one line per epoch) to ARM/run, or where --output says, for
-each stage `STAGE-best.npz` and `STAGE-last.npz`, and in the end `result.json`. Returns 0 when the
-arm is finished, 75 when the time is over and there is more to do.
+to ARM/run, or --output: `checkpoint.npz`, `metrics.jsonl` (one line per epoch), for each stage
+`STAGE-best.npz` and `STAGE-last.npz`, and in the end `result.json`. Returns 0 when the arm is
+finished, 75 when the time is over and there is more to do.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, and work for a while."""
+    """Run an arm until it is finished or the time is over; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("arm", type=pathlib.Path, help="a folder of export_stage")
     parser.add_argument("--data", type=pathlib.Path, required=True, help="a folder of prepare.py")
-    parser.add_argument("--output", type=pathlib.Path, help="for checkpoints and results")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for checkpoints and results")
     parser.add_argument(
         "--network", type=pathlib.Path, help="STAGE-best.npz of another arm, to begin with"
     )
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parser.add_argument(
-        "--checkpoint-seconds", type=float, default=60.0, help="between two checkpoints"
+        "--checkpoint-seconds", type=float, default=60.0, help="seconds between two checkpoints"
     )
     parser.add_argument(
         "--reserve-seconds",
         type=float,
         default=60.0,
-        help="with less left, begin nothing that must be compiled",
+        help="with less time left, begin nothing that must be compiled",
     )
-    parser.add_argument("--cache", type=pathlib.Path, help="where JAX keeps compiled programs")
+    parser.add_argument("--cache", type=pathlib.Path, help="folder for compiled programs of JAX")
     parsed = parser.parse_args(arguments)
 
     begin = time.monotonic()
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return UNFINISHED
     test = arm.result()["test"]
     print(
-        f"Finished: of {test['examples']} test images {test['clean']} are right, "
+        f"Finished: of {test['examples']} test images {test['clean']} are classified correctly, "
         f"{test['attacked']} under {test['attack']['name']}."
     )
     return 0
@@ -70,7 +70,7 @@ def work(
     reserve_seconds: float = 0.0,
     say_seconds: float = 10.0,
 ) -> None:
-    """Work until the arm is done or the time is over; one piece at the least."""
+    """Do pieces of work, at least one, until the arm is done or the time is over."""
     saved = said = time.monotonic()
     while not arm.done:
         arm.advance()

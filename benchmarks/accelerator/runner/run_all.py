@@ -2,11 +2,11 @@
 
     python run_all.py FOLDER --minutes 9    # again and again, while it returns 75
 
-An arm is a folder with a `needs.json`, which names a folder of data beside it, and an arm beside it
-whose network it begins with, if there is one: that one is run before. What is done is not run
-again. An arm that diverges leaves `run/failed.json`, and those that begin with its network are left
-out. Returns 0 when all arms are finished, 75 when the time is over and there is more to do, and 1
-when there is nothing more to do, but some arms have failed.
+An arm is a folder with a `needs.json`, which names a folder of data beside it, and possibly another
+arm beside it, whose network it begins with, and which is run first. Finished arms are not run
+again. An arm that diverges leaves `run/failed.json`, and the arms that begin with its network are
+skipped. Returns 0 when all arms are finished, 75 when the time is over and there is more to do, and
+1 when there is nothing more to do, but some arms have failed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, and work for a while."""
+    """Run arms until all are finished or the time is over; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time limit")
     parsed = parser.parse_args(arguments)
     begin = time.monotonic()
     failed = []
@@ -54,18 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
             progress.write_text(arm / "run" / "failed.json", json.dumps({"error": str(error)}))
             failed.append(str(arm.relative_to(parsed.folder)))
     if failed:
-        print(f"Failed, or begin with what has failed: {', '.join(failed)}.", file=sys.stderr)
+        print(f"Failed, or need a network that failed: {', '.join(failed)}.", file=sys.stderr)
         return 1
     return 0
 
 
 def has_failed(arm: pathlib.Path) -> bool:
-    """Tell whether an arm has diverged before; remove the file to try again."""
+    """Tell whether an arm has diverged before; remove `run/failed.json` to run it again."""
     return (arm / "run" / "failed.json").exists()
 
 
 def ordered(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the arms by their order, those that others begin with before these."""
+    """Return the arms in their order, each after the arm whose network it begins with."""
     paths = folder.glob("*/*/needs.json")
     needs = {path.parent: json.loads(path.read_text()) for path in paths}
     arms: dict[pathlib.Path, None] = {}

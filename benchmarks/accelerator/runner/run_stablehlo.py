@@ -1,4 +1,4 @@
-"""Run the programs that `python -m benchmarks stablehlo` wrote, where there is JAX only.
+"""Run the programs of `python -m benchmarks stablehlo`.
 
     python run_stablehlo.py FOLDER --check       # the same weights as TensorFlow's?
     python run_stablehlo.py FOLDER --rounds 30   # the step beside its floor, timed
@@ -23,10 +23,10 @@ PIECES = ("gradient", "forward", "train", "update")
 
 
 class Programs:
-    """The programs, their state on a device, and the arguments that they are fed again and again.
+    """The programs, their state on a device, and the arguments of all their calls.
 
     Args:
-        folder: what the benchmark has written.
+        folder: the folder of the benchmark.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -34,7 +34,7 @@ class Programs:
         self.begin = bundle.initial()
         self._programs = {name: bundle.program(name) for name in ("step", *PIECES)}
         self.calls = json.loads((folder / "calls.json").read_text())
-        # A copy, for a step writes to the memory of what it is given.
+        # A copy, since a step writes to the memory of its inputs.
         self.state = {n: jax.numpy.array(v, copy=True) for n, v in self.begin.items()}
         with np.load(folder / "arguments.npz") as held:
             self._arguments = {
@@ -43,7 +43,7 @@ class Programs:
             }
 
     def run(self, name: str, calls: int) -> None:
-        """Run a program so many times in a row, and wait for the end."""
+        """Run a program `calls` times in a row, and wait for the end."""
         program, arguments = self._programs[name], self._arguments[name]
         for _ in range(calls):
             outputs = program(self.state, *arguments)
@@ -51,12 +51,12 @@ class Programs:
 
 
 def check(folder: pathlib.Path) -> bool:
-    """Take the steps that TensorFlow took, and tell whether both end up with the same weights.
+    """Take the same steps as TensorFlow, and tell whether both end with the same weights.
 
-    After the first step all variables must be alike within 1e-4. Later the two may part company,
-    and more so in a large network: where the gradient at an input is nearly zero, its sign hangs on
-    rounding, and the attack steps by the sign. So after the last step the distance between the two
-    must be below 1 % of the way that the kernels have gone.
+    After the first step all variables must be equal within 1e-4. Later they differ more, mostly in
+    a large network: where the gradient at an input is nearly zero, rounding decides its sign, and
+    the attack steps by the sign. So after the last step, the distance between the kernels of both
+    must be below 1 % of their distance from the initial kernels.
     """
     programs = Programs(folder)
     with np.load(folder / "expected.npz") as expected:
@@ -75,7 +75,7 @@ def check(folder: pathlib.Path) -> bool:
     worst, where = max((float(np.max(value)), name) for name, value in first.items())
     print(f"{_device()}, {len(first)} variables:")
     print(f"after 1 step the largest difference is {worst:.1e}, in {where}; within 1e-4: {alike}")
-    print(f"after {steps} steps the kernels differ by {share:.1e} of the way they have gone")
+    print(f"after {steps} steps the kernels differ by {share:.1e} of their change in training")
     return alike and share < 0.01
 
 
@@ -98,7 +98,7 @@ def _norm(arrays: list[np.ndarray]) -> float:
 
 
 def measure(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
-    """Time the step and the pieces of its floor in rounds, A B C A B C ..., and print them."""
+    """Time the step and the pieces of its floor in interleaved rounds, and print the times."""
     programs = Programs(folder)
     seconds: dict[str, list[float]] = {name: [] for name in ("step", *PIECES)}
     for index in range(rounds + 2):  # two rounds to warm up
@@ -142,7 +142,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--check", action="store_true", help="compare with TensorFlow's weights")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds that are timed")
+    parser.add_argument("--rounds", type=int, default=20, help="number of timed rounds")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the times")
     arguments = parser.parse_args()
     if arguments.check:
