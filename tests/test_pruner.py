@@ -297,7 +297,7 @@ def test_global_keeps_the_largest_of_all_and_a_floor_in_each(library):
     found = values(model)
     kept = {name: int(mask.sum()) for name, (_, mask) in found.items()}
     assert sum(kept.values()) == 36, "of 72"
-    assert kept["logits"] == 5, "its weights are a thousand times smaller, but for the floor"
+    assert kept["logits"] == 5, "its weights are a thousand times smaller, but for the minimum"
     expected = np.sort(np.abs(hidden).ravel())[-31:]
     np.testing.assert_array_equal(np.sort(np.abs(found["hidden"][0]).ravel())[-31:], expected)
 
@@ -657,7 +657,7 @@ def test_with_a_floor_no_filter_dies_along_a_schedule_or_under_one_threshold(lib
         assert all(mask.any(axis=0).all() for mask in masks)
         assert sum(mask.sum() for mask in masks) <= last
         last = sum(mask.sum() for mask in masks)
-    assert last == sum(mask.shape[-1] for mask in masks), "the floors are more than 7 of 72"
+    assert last == sum(mask.shape[-1] for mask in masks), "the minima are more than 7 of 72"
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -1040,9 +1040,9 @@ def test_a_layer_with_lora_is_left_unpruned_and_the_report_says_why(rng):
     assert list(rows) == ["hidden", "logits"]
     assert rows["logits"].pruned and rows["logits"].sparsity == 0.5
     assert "LoRA is enabled" in rows["hidden"].reason and rows["hidden"].zeros == 0
-    for verb in (pruning.freeze_mask, lambda m, layers: pruning.prune_now(m, 0.5, layers=layers)):
+    for call in (pruning.freeze_mask, lambda m, layers: pruning.prune_now(m, 0.5, layers=layers)):
         with pytest.raises(ValueError, match="LoRA is enabled, and adds to the zeros: save_we"):
-            verb(with_lora(rng), layers="hidden")
+            call(with_lora(rng), layers="hidden")
 
 
 def test_the_way_out_for_lora_is_to_load_the_sums(rng, tmp_path):
