@@ -307,7 +307,7 @@ class Stopped(BaseException):
 
 def stop_after(monkeypatch, batches):
     """Let an evaluation run for so many batches; return the list of those that it ran."""
-    done, count = [], run_module._Evaluation._count
+    done, count = [], run_module._Evaluation._record
 
     def counted(self, part, run, index, *arguments):
         if len(done) == batches:
@@ -315,7 +315,7 @@ def stop_after(monkeypatch, batches):
         count(self, part, run, index, *arguments)
         done.append((part.name, index))
 
-    monkeypatch.setattr(run_module._Evaluation, "_count", counted)
+    monkeypatch.setattr(run_module._Evaluation, "_record", counted)
     return done
 
 

@@ -90,7 +90,7 @@ def test_each_device_reads_its_own_variables(report, networks):
 
 def test_what_was_stopped_goes_on(report, networks, tmp_path, monkeypatch):
     one, mirrored = networks
-    count, path = run_module._Evaluation._count, tmp_path / "state.json"
+    count, path = run_module._Evaluation._record, tmp_path / "state.json"
 
     def stop(self, part, result, index, *rest):
         if (part.name, index) == ("APGD", 3):
@@ -99,7 +99,7 @@ def test_what_was_stopped_goes_on(report, networks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(state, "_SECONDS_BETWEEN_WRITES", 0.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module._Evaluation, "_count", stop)
+        patch.setattr(run_module._Evaluation, "_record", stop)
         report(mirrored, state_path=path)
     assert report(mirrored, state_path=path) == report(one)
 
@@ -120,7 +120,7 @@ def test_autoattack_fools_the_same_also_if_it_was_stopped(
     )
     monkeypatch.setattr(attacks.AutoAttack, "attacks", parts)
     monkeypatch.setattr(state, "_SECONDS_BETWEEN_WRITES", 0.0)
-    count, stop_at = run_module._Evaluation._count, [(parts[2].name, 1)]
+    count, stop_at = run_module._Evaluation._record, [(parts[2].name, 1)]
 
     def stop(self, part, result, index, *rest):
         if (part.name, index) in stop_at:
@@ -142,7 +142,7 @@ def test_autoattack_fools_the_same_also_if_it_was_stopped(
     assert all(examples > 16 for _, examples, _ in stages)  # more batches than devices
     assert stages[0][2] > 0
     with monkeypatch.context() as patch:
-        patch.setattr(run_module._Evaluation, "_count", stop)
+        patch.setattr(run_module._Evaluation, "_record", stop)
         with pytest.raises(KeyboardInterrupt):
             evaluate(mirrored, state_path=tmp_path / "state.json")
         before = len(seen)
