@@ -166,6 +166,11 @@ class Attack(_configs.Configurable, abc.ABC):
     def _width(self) -> float:
         return self.bounds[1] - self.bounds[0]
 
+    def _rounded(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
+        """Return points in the dtype of x, inside the ball around x and the bounds."""
+        inside = balls.round_inside(x, point, self.epsilon_value, self.norm)
+        return tf.clip_by_value(inside, *self.bounds)
+
     def _check_size(self, shape: tf.TensorShape) -> None:
         """Raise a ValueError unless the shape is a batch, and the radius fits its bounds."""
         _checks.require_batch(shape)

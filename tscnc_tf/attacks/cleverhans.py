@@ -279,8 +279,7 @@ class _Bound:
             near = balls.lengths(found - anchor, attack.norm) <= attack.epsilon_value
             chosen = (fooled & right & near)[(slice(None), *[tf.newaxis] * (x.shape.rank - 1))]
             found = tf.where(chosen, found, anchor)
-        inside = balls.round_inside(x, found, attack.epsilon_value, attack.norm)
-        return tf.clip_by_value(inside, *attack.bounds)
+        return attack._rounded(x, found)
 
     def _prepare(
         self, logits_fn: Callable[..., Any], example: tf.Tensor

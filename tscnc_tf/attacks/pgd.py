@@ -110,8 +110,7 @@ class GradientAttack(CompiledAttack):
             return self._ascend(ascent, anchor, start, unroll)
 
         adversarial = self._best_of(attempt, ascent)
-        inside = balls.round_inside(x, adversarial, self.epsilon_value, self.norm)
-        return tf.stop_gradient(tf.clip_by_value(inside, *self.bounds))
+        return tf.stop_gradient(self._rounded(x, adversarial))
 
     def with_defaults(self, *, objective: str | None = None, start: str | None = None) -> Self:
         """Return this attack with defaults for the fields that are None.

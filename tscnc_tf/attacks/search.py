@@ -237,9 +237,7 @@ class Search(CompiledAttack):
 
     def _inside_ball(self, x: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
         """Return points in the dtype of x, inside the ball and the bounds, without gradient."""
-        point = self._feasible(_checks.widened(x), point)
-        inside = balls.round_inside(x, point, self.epsilon_value, self.norm)
-        return tf.stop_gradient(tf.clip_by_value(inside, *self.bounds))
+        return tf.stop_gradient(self._rounded(x, self._feasible(_checks.widened(x), point)))
 
     def _advanced(
         self,
