@@ -147,8 +147,9 @@ def run(
 
     RECIPE is "recommended" (the default, the best one in the study of this package), "paper" (the
     values of the method's authors, with constraints and gates), "cpu" (the recommended one, in
-    minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a recipe has a flag. A
-    run that was stopped continues when the same command is called again.
+    minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a recipe has a flag. In
+    brackets is the value that a YAML file without `base` gets; "recommended", "paper", "cpu" and
+    "smoke" set others. A run that was stopped continues when the same command is called again.
 
     \b
     tscnc run --dataset cifar10 --architecture resnet-18 --sparsity 0.99 --output runs/first
@@ -171,7 +172,7 @@ def run(
     )
 
 
-@_command()
+@_command(short_help="Run all experiments of a YAML file.")
 @click.argument("plan", metavar="SWEEP", type=EXISTING)
 @click.option("--output", required=True, type=FILE, help="Folder of the sweep.")
 @click.option(
@@ -217,7 +218,7 @@ _OWNERS = {
 }
 
 
-@_command()
+@_command(short_help="Measure clean and robust accuracy.")
 @click.argument("model", type=EXISTING)
 @click.argument("data")
 @click.option(
@@ -252,7 +253,7 @@ _OWNERS = {
 @click.option(
     "--objective",
     type=click.Choice(["cross_entropy", "margin", "dlr"]),
-    help="For pgd and fgsm; cross_entropy by default.",
+    help="For pgd and fgsm; cross-entropy by default.",
 )
 @click.option(
     "--source",
@@ -325,7 +326,7 @@ def evaluate(
     return report.to_dict(), report
 
 
-@_command(name="inspect")
+@_command(name="inspect", short_help="Show zeros, condition numbers and sizes.")
 @click.argument("model", type=EXISTING)
 def inspect_model(model: pathlib.Path) -> Result:
     """Show the zeros, condition numbers, dead filters and sizes of MODEL.
@@ -375,7 +376,8 @@ def inspect_model(model: pathlib.Path) -> Result:
     type=click.Choice(["layer", "global", "erk", "igq", "lamp"]),
     default="layer",
     show_default=True,
-    help="Whether each layer has this sparsity, or all of them together.",
+    help="layer: each layer has this sparsity; global: all layers together; erk, igq, lamp: see "
+    "tscnc_tf.pruning.Pruner.",
 )
 @click.option("--filters", is_flag=True, help="Prune whole filters, which `compact` removes.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at --output.")
@@ -427,12 +429,12 @@ def compact(model: pathlib.Path, output: pathlib.Path, overwrite: bool) -> Resul
     return {**report.to_dict(), "path": output}, report
 
 
-@_command()
+@_command(short_help="Write a SavedModel, LiteRT or ONNX file.")
 @click.argument("model", type=EXISTING)
 @click.option(
     "--format", "kind", required=True, type=click.Choice(["saved_model", "litert", "onnx"])
 )
-@click.option("--output", required=True, type=FILE, help="A folder (saved_model) or a file.")
+@click.option("--output", required=True, type=FILE, help="A folder (saved-model) or a file.")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "int8"]),
@@ -455,7 +457,7 @@ def export(
     """Write MODEL as a SavedModel, a LiteRT or an ONNX file, and check it against MODEL.
 
     \b
-    tscnc export model.keras --format saved_model --output served
+    tscnc export model.keras --format saved-model --output served
     tscnc export model.keras --format onnx --output model.onnx
     tscnc export m.keras --format litert --precision int8 --calibration cifar10 --output m.tflite
     tscnc export model.keras --format litert --sparse --output model.tflite

@@ -3,7 +3,7 @@
 A convolutional network is trained adversarially on scikit-learn's bundled digits. It is then pruned
 in two ways during further training:
 
-* single weights, 95 % of them, one budget for all layers: the network keeps its shape, and its file
+* single weights, 95 % of them, by global pruning: the network keeps its shape, and its file
   compresses well;
 * whole filters, two thirds of them, which `compact` then removes: a smaller network, which is
   faster on any device.

@@ -2,9 +2,8 @@
 
 A network is trained adversarially on scikit-learn's bundled digits (1,797 images of 8x8 pixels),
 once without and once with the constraints of TSCNC. Each is then pruned to 95 % and to 99 % zeros
-during further training, with one budget for all layers; the first one also with the same share of
-zeros in each layer. Each result is exported as a SavedModel, loaded again and evaluated on test
-images.
+during further training, by global pruning; the first one also by uniform pruning (the same sparsity
+in each layer). Each result is exported as a SavedModel, loaded again and evaluated on test images.
 
     python examples/quickstart.py                 # about 4 minutes on 2 cores
     python examples/quickstart.py --output DIR --seed 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import os
+import pathlib
 import platform
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -29,9 +29,8 @@ hypothesis.settings.load_profile("tests")
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
 
-# Tests after which freed memory is given back, in the middle of a file too.
-_RELEASE_EVERY = 25
-_tests = itertools.count(1)
+# Memory is released after each file, and after a test if it has grown by this many bytes.
+_GROWTH = 256 * 2**20
 _LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
@@ -39,36 +38,46 @@ def pytest_collection_finish():
     """Have the garbage collector pass over what the imports have made, which stays."""
     gc.collect()
     gc.freeze()
+    memory.released = memory()
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed every generator, and drop the global state that Keras keeps between models."""
-    if next(_tests) % _RELEASE_EVERY == 0:
-        gc.collect()
-        trim()
+    if memory() - memory.released > _GROWTH:
+        release()
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def released():
-    """Release the memory that the tests of a file have used, which adds up to gigabytes."""
+    """Release the memory that the tests of a file have used."""
     yield
     keras.backend.clear_session()
     tf_keras.backend.clear_session()
+    release()
+
+
+def memory():
+    """Return the bytes of this process in memory."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def release():
+    """Free the memory of earlier tests, which adds up to gigabytes.
+
+    What XLA has compiled, and some more of each compiled function, stays until the process ends.
+    """
     gc.unfreeze()  # what refers to a graph must be found
     gc.collect()
     dismantle_unreachable_graphs()
     gc.collect()
     gc.freeze()
-    trim()
-
-
-def trim():
-    """Give freed memory back to the system, most of which the C library keeps until it is told."""
-    if _LIBC is not None:
+    if _LIBC is not None:  # most of what is freed the C library keeps until it is told
         _LIBC.malloc_trim(0)
+    memory.released = memory()
 
 
 def dismantle_unreachable_graphs():

@@ -965,10 +965,10 @@ def test_a_file_that_came_first_stays(tmp_path, links, monkeypatch):
 )
 def test_a_missing_extra_is_named(tmp_path, form, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'pip install "tscnc_tf\[{form}\]"'):
+    with pytest.raises(ImportError, match=rf'pip install "\.\[{form}\]"'):
         EXPORTS[form](small(), tmp_path / "file")
     if module in ("ai_edge_litert.interpreter", "onnxruntime"):
-        with pytest.raises(ImportError, match=rf'pip install "tscnc_tf\[{form}\]"'):
+        with pytest.raises(ImportError, match=rf'pip install "\.\[{form}\]"'):
             LOADS[form](tmp_path / "file")
 
 

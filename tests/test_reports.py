@@ -254,5 +254,5 @@ def test_figures_touch_no_global_state(pruned, tmp_path):
 
 def test_without_matplotlib_the_extra_is_named(pruned, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "tscnc_tf\[plots\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[plots\]"'):
         tscnc.inspection.sparsity(pruned).plot()

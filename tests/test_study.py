@@ -438,7 +438,7 @@ def test_an_interval_is_students(rng):
         mean, half, number = results.estimate(values, count)
         low, high = stats.t.interval(1 - 0.05 / count, 4, np.mean(values), stats.sem(values))
         assert (mean - half, mean + half, number) == pytest.approx((low, high, 5))
-    assert results.estimate([0.5]).half == np.inf
+    assert results.estimate([0.5, 0.6]).half == np.inf
     assert np.isnan(results.estimate([]).mean)
 
 
@@ -507,7 +507,7 @@ def test_the_tables_say_what_was_found(plan):
         for each in found
     ]
     text = report.tables(plan, found_of(found))
-    assert "**Not complete:** 8 of 10 runs are there, and 0 trials" in text
+    assert "**Not complete:** 8 of 10 runs are complete, and 0 trials" in text
     head, rows = table_after(text, "digits, 99 % zeros")
     assert head[:6] == ["arm", "seeds", "clean", "robust", "clean − uniform", "robust − uniform"]
     half = 100 * stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
@@ -527,7 +527,7 @@ def test_the_tables_say_what_was_tuned(tmp_path):
     plan = read(tmp_path, TUNED)
     found = trials_with(plan, lambda run: run.recipe.finetune.weight_decay)
     text = report.tables(plan, found)
-    assert f"0 of 10 runs are there, and {len(found)} trials" in text
+    assert f"0 of 10 runs are complete, and {len(found)} trials" in text
     _, rows = table_after(text, "digits: chosen values")
     assert rows["cnc"] == ["train.weight_decay 0.02, constraints.condition_factor 0.1"]
     assert rows["later"] == ["train.weight_decay 0.02, finetune.learning_rate 0.1"]
@@ -581,7 +581,7 @@ def test_tables_are_put_between_their_marks(tmp_path):
         report.insert(path, "other", "new")
 
 
-@pytest.mark.parametrize("name", ["cpu", "recovery", "structure", "quick", "accelerator"])
+@pytest.mark.parametrize("name", ["cpu", "recovery", "structure", "accelerator"])
 def test_the_document_shows_the_results_that_are_there(name, tmp_path):
     plan, store = Plan.read(HERE / f"{name}.yaml"), Store(RESULTS / f"{name}.csv", tmp_path)
     found = store.read()

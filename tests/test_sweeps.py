@@ -230,7 +230,7 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="plan must be a Sweep, got 3"):
         sweep(3, tmp_path)
     monkeypatch.setitem(engines._extras.importlib.sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r'pip install "tscnc_tf\[ray\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[ray\]"'):
         sweep(PLAN, tmp_path, engine="ray")
     assert not list(tmp_path.iterdir())
 

@@ -1,12 +1,13 @@
-"""tscnc_tf: networks that are both tiny and hard to fool, for Keras and TensorFlow.
+"""Adversarial training, pruning and checked export of small, robust classifiers in Keras.
 
-Families live in their modules; the most used functions and the one model are at the top:
+Each group of functions has a module. The functions used most, and `AdversarialTraining`, are also
+at the top level:
 
     import tscnc_tf as tscnc
 
 * `tscnc.regularizers`, `tscnc.schedules`, `tscnc.attacks`, `tscnc.losses`, `tscnc.training`,
   `tscnc.callbacks`, `tscnc.pruning`, `tscnc.gates`, `tscnc.inspection`, `tscnc.evaluation`,
-  `tscnc.export`, `tscnc.applications`, `tscnc.datasets`, `tscnc.experiments`
+  `tscnc.export`, `tscnc.applications`, `tscnc.datasets`, `tscnc.experiments`, `tscnc.functional`
 * `tscnc.AdversarialTraining`, `tscnc.prune`, `tscnc.prune_now`, `tscnc.strip`,
   `tscnc.evaluate_robustness`
 * `tscnc.export_saved_model`, `tscnc.export_litert`, `tscnc.export_onnx`, and `load_...` of each

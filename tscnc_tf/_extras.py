@@ -17,5 +17,5 @@ def require_extra(module: str, extra: str) -> types.ModuleType:
     except ImportError as error:
         raise ImportError(
             f'This needs {module.partition(".")[0]}, of the extra "{extra}": '
-            f'pip install "tscnc_tf[{extra}]".'
+            f'pip install ".[{extra}]" in a checkout of tscnc_tf.'
         ) from error

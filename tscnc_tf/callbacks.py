@@ -31,12 +31,15 @@ __all__ = [
 def pruning_callbacks(
     *, condition_frequency: int = 100, log_dir: str | None = None, log_kernels: bool = False
 ) -> list[Any]:
-    """Return the callbacks that pruning needs in `fit(..., callbacks=...)`.
+    """Return the callbacks for pruning in `fit`.
+
+    A Keras model with masks is pruned without them; tfmot's wrappers, `ConditionGated` and pruned
+    parts of other models need them. They warn if training is too short.
 
     These are `UpdatePruning`, `ConditionFeed` for the schedules that need it, and on request a
-    `KernelLogger`. They support both Kerases and both engines, and do nothing for a model that is
-    not pruned. Give them before callbacks that write checkpoints. If the pruned model is a part of
-    another one, give them after callbacks that set weights when training ends, such as
+    `KernelLogger`. They support both Keras versions and both engines, and do nothing for a model
+    that is not pruned. Give them before callbacks that write checkpoints. If the pruned model is a
+    part of another one, give them after callbacks that set weights when training ends, such as
     `EarlyStopping(restore_best_weights=True)`, so that these weights are masked.
 
     Args:

@@ -1,4 +1,4 @@
-"""The constraints as regularizers for `kernel_regularizer=` and the like, in both Kerases.
+"""The constraints as regularizers for `kernel_regularizer=` and the like, in both Keras versions.
 
 There is one class per constraint, configured by numbers and names only, so that each is saved with
 a model, and loaded from `.keras` and `.h5` files after `import tscnc_tf`.
@@ -375,7 +375,7 @@ class RegularizerSum(_keras.Regularizer):
 
     Raises:
         TypeError: `regularizers` is not a list.
-        ValueError: the list is empty, or mixes both Kerases.
+        ValueError: the list is empty, or mixes both Keras versions.
 
     Example:
         >>> import tf_keras

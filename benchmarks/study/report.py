@@ -100,7 +100,9 @@ def _progress(plan: Plan, found: Found) -> str:
     if done == total:
         return ""
     trials = sum(bool(content["trial"]) for content in found.values())
-    return f"**Not complete:** {done} of {total} runs are there, and {trials} trials of the tuning."
+    return (
+        f"**Not complete:** {done} of {total} runs are complete, and {trials} trials of the tuning."
+    )
 
 
 def _table(plan: Plan, cell: Cell, by_arm: ByArm) -> str:
@@ -349,8 +351,7 @@ def _significant(value: float) -> str:
 def _correlation(value: Estimate) -> str:
     if not value.count:
         return "–"  # for each seed, one of the two figures is the same in all arms
-    # The interval of two seeds would be misleading.
-    interval = f" ± {value.half:.2f}" if value.count > 2 else ""
+    interval = f" ± {value.half:.2f}" if math.isfinite(value.half) else ""
     return f"{value.mean:+.2f}{interval} ({value.count})"
 
 

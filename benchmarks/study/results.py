@@ -92,9 +92,13 @@ def estimate(values: Sequence[float], intervals: int = 1) -> Estimate:
         values: independent values.
         intervals: the number of simultaneous intervals. All of them hold with a probability of at
             least 95 % (Bonferroni).
+
+    Returns:
+        The estimate; with fewer than three values its interval is infinite, as that of two values
+            would be misleading.
     """
     count = len(values)
-    if count < 2:
+    if count < 3:
         return Estimate(float(np.mean(values)) if count else math.nan, math.inf, count)
     quantile = stats.t.ppf(1 - 0.025 / intervals, count - 1)
     half = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)

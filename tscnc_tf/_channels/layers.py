@@ -30,7 +30,7 @@ from tscnc_tf._channels.operations import (
 )
 from tscnc_tf._keras import layers as kernel_layers
 
-# Names of layers, in both Kerases.
+# Names of layers, in both Keras versions.
 _ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU", "Activation")
 _DROPOUT = ("Dropout", "SpatialDropout", "GaussianDropout", "GaussianNoise", "AlphaDropout")
 _MOVING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "UpSampling", "Cropping")

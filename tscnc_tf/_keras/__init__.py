@@ -47,7 +47,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 class Regularizer(tf_keras.regularizers.Regularizer, keras.regularizers.Regularizer):
-    """Base of regularizers that both Kerases accept, save and load.
+    """Base of regularizers that both Keras versions accept, save and load.
 
     A plain callable suffices for `.keras` files; the legacy `.h5` format of tf_keras accepts only
     subclasses of its own base class.
@@ -92,8 +92,8 @@ def is_graph_model(model: Any) -> bool:
 def require_graph_model(name: str, model: Any, way_out: str = "") -> None:
     """Raise a ValueError unless the model is Sequential or functional, and can be rebuilt.
 
-    In both Kerases a copy of a Sequential is a plain Sequential, whatever its class. A copy of a
-    functional model has the model's class if its constructor takes inputs and outputs.
+    In both Keras versions a copy of a Sequential is a plain Sequential, whatever its class. A copy
+    of a functional model has the model's class if its constructor takes inputs and outputs.
 
     Args:
         name: the argument's name, for the error message.
@@ -144,7 +144,7 @@ def takes_inputs_and_outputs(kind: Any) -> bool:
 
 
 def register(cls: _Class) -> _Class:
-    """Register a class in both Kerases as `tscnc_tf>ClassName`, so that saved models find it.
+    """Register a class in both Keras versions as `tscnc_tf>ClassName`, for loading saved models.
 
     The legacy `.h5` format of tf_keras looks up regularizers by their bare class names, so they are
     registered under those as well.

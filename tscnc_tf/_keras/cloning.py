@@ -1,4 +1,4 @@
-"""Copies of models in both Kerases, made here only.
+"""Copies of models in both Keras versions, made here only.
 
 A copy is built layer by layer from the layers' configurations. Functions, nested layers, weights,
 the state of preprocessing layers and the `trainable` flags, which a configuration lacks, are copied

@@ -67,7 +67,7 @@ def load_model(path: pathlib.Path) -> Any:
 
     Keras' safe mode refuses Python lambdas in `.keras` files. tf_keras applies it neither to `.h5`
     files nor to functions of any module that a file names, so these are checked first. So are the
-    weights, for both Kerases: see `_require_stored`.
+    weights, for both Keras versions: see `_require_stored`.
 
     Raises:
         ValueError: it is not such a file, unpacks to more than the machine's memory, holds or

@@ -1,4 +1,4 @@
-"""Differences of the two Kerases in training, callbacks, classes and variables."""
+"""Differences of the two Keras versions in training, callbacks, classes and variables."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tscnc_tf._keras import adapted, flavour, is_graph_model, keras, plain_class, tf_keras
 
-# The names of the classes of convolutions, in both Kerases.
+# The names of the classes of convolutions, in both Keras versions.
 CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
 TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
 DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
@@ -22,7 +22,7 @@ ALL_CONVOLUTIONS = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE)
 
 
 def classes(*names: str) -> tuple[type, ...]:
-    """Return the classes of layers that have these names in Keras, those of both Kerases."""
+    """Return the classes of layers that have these names in Keras, those of both Keras versions."""
     return tuple(getattr(library.layers, name) for library in (keras, tf_keras) for name in names)
 
 

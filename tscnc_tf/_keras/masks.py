@@ -1,6 +1,6 @@
 """The masks of a model, of either engine, and the class of models that have a pruner.
 
-A pruner's mask is the constraint of its variable. Both Kerases apply constraints after every
+A pruner's mask is the constraint of its variable. Both Keras versions apply constraints after every
 optimizer step, whatever the model, the loop or the `train_step`, so masks hold in any model that
 the variable is a part of. tfmot's masks belong to its wrappers.
 

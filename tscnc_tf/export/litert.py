@@ -58,13 +58,13 @@ def export_litert(
 
     With `sparse=True`, a kernel of many zeros is stored as its nonzero entries and their indices,
     which makes the file smaller. Dense layers are also run in that form, and so faster, if their
-    zeros form blocks of inputs: prune them with `pruning.Block.for_litert()`, or to 99 %. Other
-    kernels are made dense when the file is loaded. Of their layers, LiteRT runs only 1x1
-    convolutions sparsely, and only on some processors (ARM, not x86 with AVX): see
+    zeros form blocks of inputs: prune them with `pruning.Block.for_litert()`, or to 97 % zeros or
+    more. Other kernels are made dense when the file is loaded. Of their layers, LiteRT runs only
+    1x1 convolutions sparsely, and only on some processors (ARM, not x86 with AVX): see
     `sparse_inference`. The report says how each kernel is stored, and why. LiteRT for
-    microcontrollers can't load such a file.
+    microcontrollers can't load such a file, or runs it wrongly without an error.
 
-    Needs `pip install "tscnc_tf[litert]"`.
+    Needs `pip install ".[litert]"` in a checkout.
 
     Args:
         model: a built model of either Keras, as for `export_saved_model`, that computes in float32.

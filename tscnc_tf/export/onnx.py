@@ -45,7 +45,7 @@ def export_onnx(
     may differ by 1e-4 of the largest one (or of 1). Kernels are dense: ONNX Runtime has no others,
     so zeros make the file neither smaller nor faster.
 
-    Needs `pip install "tscnc_tf[onnx]"`.
+    Needs `pip install ".[onnx]"` in a checkout.
 
     Args:
         model: a built model of either Keras, as for `export_saved_model`, that computes in float32.

@@ -45,7 +45,7 @@ def rewrite_litert(
 
     The new file is loaded and compared with the old one before it is renamed to `path`.
 
-    Needs `pip install "tscnc_tf[litert]"`.
+    Needs `pip install ".[litert]"` in a checkout.
 
     Args:
         source: a LiteRT file with sparse kernels and a signature, as Keras writes it.

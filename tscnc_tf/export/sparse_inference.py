@@ -127,7 +127,7 @@ def sparse_inference(model: Any, *, probe: Any = None) -> SparseInferenceReport:
     channel, and rewrites ends that LiteRT would compute wrongly; the function stays the same. Other
     parts that LiteRT would compute wrongly, as with squeeze and excitation, are run dense.
 
-    Needs `pip install "tscnc_tf[litert]"`.
+    Needs `pip install ".[litert]"` in a checkout.
 
     Args:
         model: a built model of either Keras, as for `export_litert`; or the path of a LiteRT file.
