@@ -271,7 +271,7 @@ _OWNERS = {
 @click.option(
     "--examples",
     type=click.IntRange(1),
-    help="Number of examples, from the first one on; all by default.",
+    help="Number of examples, with about the same fraction of each class; all by default.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -295,6 +295,8 @@ def evaluate(
 ) -> Result:
     """Measure the accuracy of MODEL on DATA, clean and under attack, by AutoAttack.
 
+    If MODEL is a stage of an experiment on DATA, the parts are those of the experiment.
+
     For a MODEL without gradients (.tflite, .onnx), AutoAttack runs only Square, which finds fewer
     adversarial examples. With --source they are computed on another model, such as the one that
     was exported to the file.
@@ -311,11 +313,15 @@ def evaluate(
     _require_free(output, overwrite)
     if source is not None:
         made = [tscnc.attacks.Transfer(source=_load(source), attack=attack) for attack in made]
-    x, y = _arrays(data, split)
+    found = _dataset(data, model)
+    if examples is not None:
+        present = len(getattr(found, f"y_{split}"))
+        if examples > present:
+            raise click.UsageError(f"--examples {examples}: the {split} part has {present:,}.")
+        found = found.subset(**{f"n_{split}": examples})
     report = tscnc.evaluate_robustness(
         _load(model),
-        x[:examples],
-        y[:examples],
+        *found.arrays(split),
         made,
         batch_size=batch_size,
         seed=seed,
@@ -443,6 +449,12 @@ def compact(model: pathlib.Path, output: pathlib.Path, overwrite: bool) -> Resul
     help="For litert.",
 )
 @click.option("--calibration", metavar="DATA", help="Dataset whose training images calibrate int8.")
+@click.option(
+    "--probe",
+    metavar="DATA",
+    help="Dataset of whose training images 8 are used to check the export; those of --calibration "
+    "or random inputs by default.",
+)
 @click.option("--sparse", is_flag=True, help="Store kernels in sparse form, for litert.")
 @click.option("--overwrite", is_flag=True, help="Replace an export at --output.")
 def export(
@@ -451,6 +463,7 @@ def export(
     output: pathlib.Path,
     precision: str,
     calibration: str | None,
+    probe: str | None,
     sparse: bool,
     overwrite: bool,
 ) -> Result:
@@ -472,20 +485,19 @@ def export(
         raise click.UsageError("--precision int8 and --calibration need each other.")
     _require_free(output, overwrite)
     loaded = _load(model)
+    checked: Any = {
+        "probe": None if probe is None else _some_images(probe, model, 8),
+        "overwrite": overwrite,
+    }
     if kind == "litert":
-        inputs = None if calibration is None else _arrays(calibration, "train")[0][:512]
+        inputs = None if calibration is None else _some_images(calibration, model, 512)
         report: Any = tscnc.export_litert(
-            loaded,
-            output,
-            precision=precision,
-            calibration=inputs,
-            sparse=sparse,
-            overwrite=overwrite,
+            loaded, output, precision=precision, calibration=inputs, sparse=sparse, **checked
         )
     elif kind == "onnx":
-        report = tscnc.export_onnx(loaded, output, overwrite=overwrite)
+        report = tscnc.export_onnx(loaded, output, **checked)
     else:
-        report = tscnc.export_saved_model(loaded, output, overwrite=overwrite)
+        report = tscnc.export_saved_model(loaded, output, **checked)
     return report.to_dict(), report
 
 
@@ -528,17 +540,17 @@ def _recipe(name: str, baseline: bool, values: Mapping[str, str | None]) -> Any:
     """Return a recipe with the values of the flags, as YAML."""
     experiments = _package().experiments
     recipe = experiments.Recipe.from_yaml(name)
+
+    def value(flag: str, text: str) -> Any:
+        if text.startswith("*"):  # a pattern such as *conv*, which would be an alias in YAML
+            return text
+        parsed = experiments.parse(text, f"--{flag}")
+        is_text = flag in ("name", "data.dataset", "data.folder")  # also a name such as 2024
+        return text if is_text and isinstance(parsed, int | float) else parsed
+
+    given = {flag.replace("__", "."): text for flag, text in values.items() if text is not None}
     try:
-        recipe = recipe.override(
-            {
-                # A pattern such as *conv* would be an alias in YAML.
-                flag.replace("__", "."): text
-                if text.startswith("*")
-                else experiments.parse(text, f"--{flag.replace('__', '.')}")
-                for flag, text in values.items()
-                if text is not None
-            }
-        )
+        recipe = recipe.override({flag: value(flag, text) for flag, text in given.items()})
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     return recipe.baseline() if baseline else recipe
@@ -553,7 +565,7 @@ def _load(path: pathlib.Path) -> Any:
         return tscnc.load_litert(path)
     if path.suffix == ".onnx":
         return tscnc.load_onnx(path)
-    if (path / folders.MANIFEST).is_file() or (path / folders.RECIPE).is_file():
+    if _is_stage(path) or (path / folders.RECIPE).is_file():
         return tscnc.experiments.open_stage(path).model
     if path.is_dir():
         return tscnc.load_saved_model(path)
@@ -583,11 +595,33 @@ def _require_free(output: pathlib.Path | None, overwrite: bool) -> None:
         )
 
 
-def _arrays(data: str, split: str) -> tuple[Any, Any]:
-    """Return images and labels of a part of a dataset."""
-    from tscnc_tf import datasets
+def _is_stage(model: pathlib.Path) -> bool:
+    from tscnc_tf.experiments import folders
 
-    return datasets.load(data).arrays(split)
+    return (model / folders.MANIFEST).is_file()
+
+
+def _dataset(data: str, model: pathlib.Path) -> Any:
+    """Return a dataset; for a stage of an experiment on it, with the parts of the experiment.
+
+    Other parts would hold images that the stage was trained on.
+    """
+    tscnc = _package()
+    from tscnc_tf.experiments import stages
+
+    if _is_stage(model):
+        stage = tscnc.experiments.open_stage(model)
+        recipe = tscnc.experiments.Recipe.from_dict(stage.manifest["recipe"])
+        if recipe.data.dataset == data:
+            return stages.dataset(recipe)
+    return tscnc.datasets.load(data)
+
+
+def _some_images(data: str, model: pathlib.Path, count: int) -> Any:
+    """Return about `count` training images, of every class and with about the same fraction."""
+    found = _dataset(data, model)
+    count = max(found.classes, min(count, len(found.y_train)))
+    return found.subset(count).arrays("train")[0]
 
 
 @functools.cache

@@ -60,9 +60,10 @@ def released():
 
 
 def memory():
-    """Return the bytes of this process in memory."""
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    """Return the bytes of this process in memory; 0 where the system does not tell."""
+    statm = pathlib.Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def release():

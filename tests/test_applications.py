@@ -622,3 +622,14 @@ def test_errors_say_what_is_wrong(call, error, words):
 
 def test_the_default_is_keras_3():
     assert isinstance(applications.SmallCNN(), keras.Model)
+
+
+@pytest.mark.parametrize("library", FLAVOURS)
+def test_channels_first_is_refused(library):
+    backend = FLAVOURS[library].backend
+    backend.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(ValueError, match="image_data_format must be 'channels_last'"):
+            applications.SmallCNN(library=library)
+    finally:
+        backend.set_image_data_format("channels_last")

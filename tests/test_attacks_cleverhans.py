@@ -69,6 +69,21 @@ def test_it_keeps_to_the_ball_and_follows_its_seed(name, norm, model, batch):
     np.testing.assert_allclose(bound(x, y, seed=(1, 2)), found, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["carlini_wagner_l2", "spsa"])
+def test_bounds_scale_the_results(name, model, batch):
+    x, y = batch
+    norm, epsilon = ATTACKS[name][0][0], 0.1 if name == "spsa" else 1.5
+    expected = made(name, norm, epsilon)(model, x, y, seed=2)
+    scaled = made(name, norm, 255 * epsilon, bounds=(0.0, 255.0))
+    found = scaled(lambda x: model(x / 255), 255 * x, y, seed=2)
+    np.testing.assert_allclose(found / 255, expected, atol=1e-3)
+    option = {"carlini_wagner_l2": "initial_const", "spsa": "delta"}[name]
+    given = made(
+        name, norm, 255 * epsilon, bounds=(0.0, 255.0), options=ATTACKS[name][1] | {option: 2.0}
+    )
+    assert given.arguments()[option] == 2.0
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_no_generator_of_tensorflow_or_numpy_is_touched(name, model, batch):
     def draws(attack):

@@ -684,6 +684,23 @@ def test_bounds_scale_the_results(norm):
         np.testing.assert_allclose((found - low) / width, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_square_knows_images_with_the_channels_first(norm, rng):
+    kernel = tf.constant(rng.standard_normal((108, 3)), tf.float32)
+    x, y = tf.constant(rng.uniform(size=(8, 6, 6, 3)), tf.float32), rng.integers(0, 3, 8)
+
+    def last(x):
+        return tf.reshape(x, (-1, 108)) @ kernel
+
+    def first(x):
+        return last(tf.transpose(x, (0, 2, 3, 1)))
+
+    attack = Square(epsilon=2 * EPSILON[norm], norm=norm, queries=40)
+    found = attack(first, tf.transpose(x, (0, 3, 1, 2)), y, seed=2)
+    expected = attack(last, x, y, seed=2)
+    np.testing.assert_allclose(tf.transpose(found, (0, 2, 3, 1)), expected, atol=1e-6)
+
+
 def test_two_classes():
     kernel, bias = np.array([[1.0, -1.0], [0.5, 0.0]], np.float32), [-0.1, 0.0]
     x, y = np.full((3, 2), 0.4, np.float32), [0] * 3

@@ -255,9 +255,9 @@ def test_an_evaluation_goes_on_from_its_state(here, tmp_path):
     words = ["evaluate", model, data, "--attack", "apgd", "--epsilon", "0.3", "--state", state]
     words += ["--examples", 8]
     report = as_json(*words)
-    x, y = tscnc.datasets.load(data).arrays("test")
+    x, y = tscnc.datasets.load(data).subset(n_test=8).arrays("test")
     attacks = tscnc.attacks.AutoAttack(epsilon=0.3).attacks[:2]
-    again = tscnc.evaluate_robustness(load(model), x[:8], y[:8], attacks).to_dict()
+    again = tscnc.evaluate_robustness(load(model), x, y, attacks).to_dict()
     assert without_seconds(report) == without_seconds(again)
     before = state.read_bytes()
     assert without_seconds(as_json(*words)) == without_seconds(report)
@@ -303,6 +303,25 @@ def test_without_options_the_attack_is_autoattack(here):
     assert made == [tscnc.attacks.AutoAttack(epsilon="8/255")]
 
 
+def test_a_stage_is_evaluated_on_the_parts_of_its_experiment(finished):
+    stage = finished / "3-finetune"
+    data = tscnc_cli._dataset("digits", stage)
+    manifest = tscnc.experiments.open_stage(stage).manifest
+    assert data.fingerprint == manifest["data"]["fingerprint"]
+    other = tscnc_cli._dataset("digits", finished / "3-finetune" / "model.keras")
+    assert other.fingerprint == tscnc.datasets.load("digits").fingerprint != data.fingerprint
+
+
+def test_samples_have_all_classes_of_a_sorted_file(here, tmp_path):
+    y = np.repeat([0, 1, 2], 40)
+    x = np.tile(y[:, None, None, None] / 2, (1, 6, 6, 1)).astype("float32")
+    np.savez(tmp_path / "sorted.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    images = tscnc_cli._some_images(str(tmp_path / "sorted.npz"), here / "keras.keras", 9)
+    assert np.bincount((2 * images[:, 0, 0, 0]).astype(int)).tolist() == [3, 3, 3]
+    code, _, err = call("evaluate", here / "keras.keras", here / "data.npz", "--examples", 25)
+    assert (code, err.splitlines()[-1]) == (2, "Error: --examples 25: the test part has 24.")
+
+
 def test_only_some_attacks_have_l1():
     made = tscnc_cli._attacks(("autoattack",), 3.0, "l1", {})
     assert made == [tscnc.attacks.AutoAttack(epsilon=3.0, norm="l1")]
@@ -323,12 +342,12 @@ def test_an_evaluation_is_that_of_evaluate_robustness(here, tmp_path):
     words = ["--attack", "pgd", "--attack", "fgsm", "--epsilon", "8/255", "--steps", 3]
     words += ["--restarts", 2, "--step-size", 0.02, "--objective", "margin", "--examples", 20]
     report = as_json("evaluate", model, data, *words, "--seed", 3, "--output", file)
-    x, y = tscnc.datasets.load(data).arrays("test")
+    x, y = tscnc.datasets.load(data).subset(n_test=20).arrays("test")
     ball = {"epsilon": "8/255", "objective": "margin"}
     again = tscnc.evaluate_robustness(
         load(model),
-        x[:20],
-        y[:20],
+        x,
+        y,
         [
             tscnc.attacks.PGD(**ball, steps=3, restarts=2, step_size=0.02),
             tscnc.attacks.FGSM(**ball),
@@ -401,6 +420,10 @@ def test_flags_override_the_recipe(tmp_path):
     assert recipe_of("--sparsity", "0.9") == Recipe.from_yaml("recommended").override(
         {"sparsity": 0.9}
     )
+    named = recipe_of("smoke", "--name", "2024", "--adversary.step_size", "1e-2")
+    assert (named.name, named.adversary.step_size) == ("2024", "1e-2")
+    with pytest.raises(FileNotFoundError, match=r"no recipe of this name: cpu, paper, recomm"):
+        recipe_of("typo")
     (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {batch_size: 7}\n")
     mine = recipe_of(tmp_path / "mine.yaml", "--train.epochs", "9")
     assert (mine.train.epochs, mine.train.batch_size, mine.data.dataset) == (9, 7, "digits")

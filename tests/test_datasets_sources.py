@@ -256,7 +256,7 @@ def test_an_npz_file_of_packed_images_gives_the_pixels(tmp_path):
 # Folders
 
 
-@pytest.mark.parametrize("held_out", ["test", "val"])
+@pytest.mark.parametrize("held_out", ["test", "val", "validation", "valid"])
 def test_a_folder_with_a_test_part(held_out, tmp_path):
     train = class_folders(tmp_path / "train", {"owl": 5, "ant": 7})
     test = class_folders(tmp_path / held_out, {"owl": 2, "ant": 3}, seed=1)

@@ -421,6 +421,33 @@ def test_a_state_of_another_function_is_refused(tmp_path):
         quiet(lambda x: linear(x) * 1.1, X, Y, attack, state_path=state)
 
 
+def test_a_state_of_an_attack_whose_code_has_changed_is_refused(tmp_path):
+    def made(size, sign=1.0):
+        return lambda model, x, y: tf.clip_by_value(x + sign * size, 0.0, 1.0)
+
+    same = made(0.01)
+    custom = [attacks.Custom(each, epsilon=0.05) for each in (same, made(0.02))]
+    for index, (first, second) in enumerate([(same, made(0.02)), custom]):
+        state = tmp_path / f"{index}.json"
+        for _ in range(2):
+            quiet(dense(keras), X, Y, {"mine": first}, state_path=state)
+        with pytest.raises(ValueError, match="what differs: attacks"):
+            quiet(dense(keras), X, Y, {"mine": second}, state_path=state)
+    text = json.loads((tmp_path / "0.json").read_text())["identity"]["attacks"]["mine"]["code"]
+    assert "tf.clip_by_value(x + sign * size" in text and "'size': 0.01" in text
+
+
+def test_a_version_for_more_classes_is_refused_before_the_first_attack(monkeypatch):
+    def never(*_args, **_more):
+        pytest.fail("an attack has run")
+
+    monkeypatch.setattr(attacks.APGD, "bind", never)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])
+    for version in ("plus", "rand"):
+        with pytest.raises(ValueError, match=r"needs 3 classes.* Use version='standard'"):
+            quiet(model, X, Y % 2, attacks.AutoAttack(epsilon=0.1, version=version))
+
+
 # --- The bar ----------------------------------------------------------------------------------
 
 

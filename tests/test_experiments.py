@@ -386,6 +386,16 @@ def test_each_stage_leaves_what_the_next_or_a_user_can_open(finished):
         assert is_plain(output.model, "keras")
 
 
+def test_the_evaluation_reports_the_sparsity_of_what_is_pruned(finished):
+    pruned = tscnc.experiments.open_stage(finished / "3-finetune").chosen["sparsity"]
+    report = json.loads((finished / "4-evaluate" / "sparsity.json").read_text())
+    assert report["sparsity"] == pytest.approx(pruned, abs=1e-9)
+    masked = [row["name"] for row in report["rows"] if row["masked"]]
+    assert masked == list(tscnc.experiments.open_stage(finished / "3-finetune").masks)
+    served = tscnc.load_saved_model(finished / "4-evaluate" / "saved_model")
+    assert served.report.sparsity == pytest.approx(pruned, abs=1e-9)
+
+
 def is_plain(model, library):
     """Tell whether nothing in a model is of this package."""
     parts = [model, *model.layers]

@@ -698,6 +698,34 @@ def any_size():
     )
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(
+    ("kind", "options", "largest"),
+    [
+        ("Rescaling", {"scale": 1 / 255}, 255.0),
+        ("Rescaling", {"scale": 1 / 127.5, "offset": -1}, 255.0),
+        ("Rescaling", {"scale": 2.0, "offset": -1}, 1.0),
+        ("Normalization", {"mean": [120.0], "variance": [3600.0]}, 240.0),
+        ("Normalization", {"mean": [0.5], "variance": [0.09]}, 1.0),
+    ],
+)
+def test_a_probe_has_the_pixels_that_the_model_scales(flavour, kind, options, largest):
+    k = FLAVOURS[flavour]
+    scaling = getattr(k.layers, kind)(**options)
+    model = k.Sequential([k.layers.InputLayer((8, 8, 1)), scaling, k.layers.Flatten()])
+    probe = _probe.draw(model)
+    assert probe.dtype == np.float32
+    assert 0.95 * largest < probe.max() <= largest
+
+
+def test_a_probe_on_which_all_logits_are_equal_is_warned_of(tmp_path, rng):
+    model = dense()
+    model.set_weights([1e-6 * weight for weight in model.get_weights()])
+    with pytest.warns(UserWarning, match=r"differ by at most .* between its examples.*Pass probe="):
+        export.export_saved_model(model, tmp_path / "model")
+    export.export_saved_model(model, tmp_path / "one", probe=rng.random((1, 4)))
+
+
 def test_a_model_of_any_image_size_needs_a_probe(tmp_path, rng):
     with pytest.raises(ValueError, match=r"float32 \(any, any, any, 1\).*Pass probe="):
         export.export_saved_model(any_size(), tmp_path / "model")

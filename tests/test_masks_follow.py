@@ -122,6 +122,74 @@ def test_a_schedule_goes_on_in_another_model(library):
     assert zeros(body.get_layer("hidden")) < 0.75, "but for dead units"
 
 
+@pytest.mark.filterwarnings("ignore:.*does not reach its sparsity")
+def test_trainings_in_turn_count_the_steps_that_each_takes(library):
+    model = dense_model(library)
+    pruner = pruning.Pruner(model, schedules.CosineSparsity(0.0, 0.5, 0, 1000, frequency=1))
+    trainer = AdversarialTraining(
+        model, attack=attacks.PGD(epsilon=0.01, steps=1), loss=losses.Madry()
+    )
+    outer = library.Sequential([library.layers.InputLayer((6,)), model])
+    trainer.compile("sgd")
+    for each in (model, outer):
+        each.compile("sgd", loss(library), jit_compile=False)
+    counts, steps = [], {"batch_size": 16, "verbose": 0}  # 4 steps an epoch
+    for _ in range(3):
+        model.fit(X, Y, epochs=2, **steps)
+        trainer.fit(X, Y, epochs=1, **steps)
+        outer.fit(X, Y, epochs=1, callbacks=callbacks.pruning_callbacks(), **steps)
+        counts.append(pruner.steps)
+    assert counts == [16, 32, 48]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "scores"])
+def test_a_trainer_masks_weights_that_come_in(method, library, tmp_path):
+    model = dense_model(library)
+    dense = model.get_weights()
+    pruner = (
+        pruning.Pruner(model, schedules.OneShot(0.5))
+        if method == "magnitude"
+        else pruning.ScorePruner(model, sparsity=0.5)
+    )
+    trainer = AdversarialTraining(
+        model, attack=attacks.PGD(epsilon=0.01, steps=1), loss=losses.Madry()
+    )
+    trainer.compile(library.optimizers.SGD(3.0))
+    before = [weight.numpy() for weight in model.layers[-1].weights]
+    trainer.save_weights(tmp_path / "a.weights.h5")
+    trainer.fit(X, Y, batch_size=16, epochs=2, verbose=0)
+    given = {id(weight): value for weight, value in zip(model.weights, dense, strict=True)}
+    pairs = zip(trainer.weights, trainer.get_weights(), strict=True)
+    trainer.set_weights([given.get(id(weight), value) for weight, value in pairs])
+    assert pruner.is_attached
+    kept = model.layers[-1].kernel.numpy()
+    assert np.all((kept == 0) | (kept == dense[-2]))
+    assert zeros(model.layers[-1]) == 0.5
+    trainer.load_weights(tmp_path / "a.weights.h5")
+    for found, wanted in zip(model.layers[-1].weights, before, strict=True):
+        np.testing.assert_array_equal(found.numpy(), wanted)
+    pruning.strip(model)
+    if library is keras:
+        with pytest.raises(ValueError, match=r"pruned or not.*trainer\.model\.save_weights"):
+            trainer.load_weights(tmp_path / "a.weights.h5")
+
+
+def test_stripped_weights_are_not_moved_by_what_trained_their_scores(library):
+    model = dense_model(library)
+    pruning.prune(model, method="scores", sparsity=0.5)
+    optimizer = library.optimizers.SGD(0.0, momentum=0.9, use_ema=True, ema_momentum=0.9)
+    model.compile(optimizer, loss(library), jit_compile=False)
+    kernel = model.layers[0].kernel.numpy()
+
+    class Strip(library.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                pruning.strip(model)
+
+    model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=[Strip()])
+    np.testing.assert_allclose(model.layers[0].kernel.numpy(), kernel, atol=1e-7)
+
+
 def test_steps_of_an_optimizer_of_ones_own_are_counted_once(library):
     model = training_itself(library, library.layers.Dense(3))
     pruning.prune(model, schedules.OneShot(0.5, 3), engine="masks")

@@ -564,3 +564,13 @@ def test_what_does_not_work_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call(model)
     assert not hasattr(model, "pruner")
+
+
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_an_optimizer_that_divides_by_what_it_has_accumulated_is_refused(library):
+    model = dense_model(library)
+    tscnc.prune(model, schedules.OneShot(0.5), engine="masks", regrowth=MOVING)
+    loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(library.optimizers.Ftrl(0.1), loss)
+    with pytest.raises(ValueError, match="optimizer must not be Ftrl"):
+        model.fit(np.ones((4, 6), "float32"), np.zeros(4), verbose=0)

@@ -255,3 +255,14 @@ def test_bad_input_is_named(build, error, words):
 def test_epochs_that_are_none_are_named_as_epochs():
     with pytest.raises(ValueError, match=r"end_epoch must be a step or more after begin_epoch=1"):
         schedules.CosineSparsity.from_epochs(0.0, 0.5, 1, 1, steps_per_epoch=10)
+
+
+def test_a_gate_that_ends_first_prunes_to_the_final_sparsity():
+    inner = schedules.CosineSparsity(0.0, 0.9, 0, 100, frequency=10)
+    gated = schedules.ConditionGated(inner, 10.0, end_step=50)
+    for is_open in (True, False):
+        gated.update(1.0 if is_open else 1e9, 10)
+        found = {step: tuple(float(each) for each in gated(step)) for step in (50, 60, 100)}
+        assert found == {step: (1.0, pytest.approx(0.9)) for step in (50, 60, 100)}
+    gated.update(1.0, 10)
+    assert float(gated(40)[1]) == pytest.approx(float(inner(40)[1]))

@@ -205,3 +205,26 @@ def test_many_importances_give_no_warning_of_retracing(caplog):
     for _ in range(6):  # TensorFlow warns of five
         Taylor(X, Y).importance(model, [model.layers[-1].kernel])
     assert "retracing" not in caplog.text
+
+
+def test_an_embedding_is_ranked_as_the_dense_layer_of_its_one_hot_words(library):
+    rng, layers = np.random.default_rng(0), library.layers
+    words, y = rng.integers(0, 20, (64, 5)), rng.integers(0, 3, 64)
+    embedded = library.Sequential(
+        [
+            layers.InputLayer((5,), dtype="int32"),
+            layers.Embedding(20, 8, name="words"),
+            layers.GlobalAveragePooling1D(),
+            layers.Dense(3),
+        ]
+    )
+    dense = library.Sequential(
+        [layers.InputLayer((20,)), layers.Dense(8, use_bias=False, name="words"), layers.Dense(3)]
+    )
+    dense.set_weights(embedded.get_weights())
+    inputs = np.eye(20, dtype="float32")[words].mean(axis=1)
+    for model, x in ((embedded, words), (dense, inputs)):
+        pruning.prune_now(model, 0.5, layers="words", criterion=Taylor(x, y))
+    kept, wanted = (model.get_weights()[0] != 0 for model in (embedded, dense))
+    np.testing.assert_array_equal(kept, wanted)
+    assert kept.mean() == 0.5

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-_FRACTION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*")
+_NUMBER = r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*"
+_FRACTION = re.compile(rf"{_NUMBER}(?:/{_NUMBER})?")
 # The message of `require` in the error of an assertion; it begins with an argument's name.
 _FAILED = re.compile(r"assertion failed: \[((?:x|y|model|teacher) must .*)\]\s*$", re.MULTILINE)
 
@@ -126,12 +127,13 @@ def bounds(name: str, value: Any) -> tuple[float, float]:
 
 
 def distance(name: str, value: Any) -> float:
-    """Return an epsilon or a step size as a float > 0; it may be written as a fraction, "8/255"."""
+    """Return an epsilon or a step size as a float > 0; it may be text: "8/255" or "1e-2"."""
     if isinstance(value, str):
         match = _FRACTION.fullmatch(value)
-        if not match or float(match[2]) == 0.0:
+        divisor = float(match[2] or 1.0) if match else 0.0
+        if not match or divisor == 0.0:
             raise ValueError(f'{name} must be a number or a fraction like "8/255", got {value!r}.')
-        result = float(match[1]) / float(match[2])
+        result = float(match[1]) / divisor
         if result <= 0.0:
             raise ValueError(f"{name} must be > 0, got {value!r}.")
         return result

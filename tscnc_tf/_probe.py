@@ -14,6 +14,7 @@ from tscnc_tf._keras import layers as model_layers
 from tscnc_tf._keras import models
 
 EXAMPLES = 8
+_SCALING = model_layers.classes("Rescaling", "Normalization")
 
 
 def input_specs(model: Any) -> Any:
@@ -50,6 +51,9 @@ def prepare(model: Any, values: Any, name: str = "probe") -> tuple[Any, Any]:
 def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = "probe") -> Any:
     """Return a batch drawn from U[0, 1), as arrays in the structure of the model's inputs.
 
+    For a model that begins by scaling pixels (`Rescaling`, `Normalization`) they are drawn from
+    U[0, b), where b is about its largest pixel.
+
     Args:
         model: a Keras model.
         examples: the number of examples; None for the number that the model names, or `EXAMPLES`.
@@ -67,6 +71,7 @@ def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = 
             f"its inputs is not known. {way_out}"
         )
     generator = np.random.default_rng(seed)
+    largest = _largest_pixel(model)
 
     def drawn(spec: tf.TensorSpec) -> np.ndarray:
         count = examples or (spec.shape[0] if spec.shape.rank else None) or EXAMPLES
@@ -76,9 +81,25 @@ def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = 
                 f"model {model.name!r} has an input {_describe(spec)}, and no batch can be drawn "
                 f"for it: only floats of known shape can. {way_out}"
             )
-        return values
+        return values * values.dtype.type(largest)
 
     return tf.nest.map_structure(drawn, specs)
+
+
+def _largest_pixel(model: Any) -> float:
+    """Return what a model's first layer that scales pixels takes to 1, or to 2 deviations; else 1.
+
+    Values up to 2 are taken for 1.
+    """
+    layers = (each for each in model_layers.flatten(model) if isinstance(each, _SCALING))
+    scaling: Any = next(layers, None)
+    if scaling is None:
+        return 1.0
+    if hasattr(scaling, "offset"):
+        largest = np.max((1.0 - np.asarray(scaling.offset)) / np.asarray(scaling.scale))
+    else:
+        largest = np.max(np.asarray(scaling.mean) + 2.0 * np.sqrt(np.asarray(scaling.variance)))
+    return float(largest) if np.isfinite(largest) and largest > 2.0 else 1.0
 
 
 def fit(name: str, specs: Any, values: Any) -> Any:

@@ -94,6 +94,9 @@ class UpdatePruning(flavours.Callback):
         model = self.model
         self._training.close()  # in case the last training was interrupted
         self._find_pruners()
+        for pruner in self._pruners:
+            if pruner.model is not model and not isinstance(model, flavours.Trainer):
+                pruner.on_train_begin(self._optimizer_of(pruner))
         wrapped = wrappers.wrapped_layers(model)
         self._tfmots = self._apply = None
         if wrapped:

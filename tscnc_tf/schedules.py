@@ -289,8 +289,12 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
     def __call__(self, step: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Return (whether to renew the masks at this step, the sparsity at this step)."""
         step = tf.cast(step, tf.int64)
-        due, sparsity = self.schedule(step)
-        free = tf.convert_to_tensor(self._open) | (step >= self.end_step)
+        is_over = step >= self.end_step
+        # The final sparsity, also if the inner schedule would reach it later.
+        last = tf.constant(getattr(self.schedule, "end_step", -1), tf.int64)
+        due, _ = self.schedule(step)
+        _, sparsity = self.schedule(tf.where(is_over, tf.maximum(step, last), step))
+        free = tf.convert_to_tensor(self._open) | is_over
         sparsity = tf.where(free, sparsity, tf.minimum(self._held_sparsity, sparsity))
         return (due & free) | tf.equal(step, self.end_step), sparsity
 

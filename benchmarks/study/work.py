@@ -202,6 +202,7 @@ def judged(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         read_json(place / f"{name}.json", f"Remove {place}, and run the study again.")
         for name in ("report", "kernels", "lipschitz", "sparsity")
     )
+    weights = sum(row["weights"] for row in zeros["rows"])
     return {
         "clean": report["clean"]["accuracy"],
         "robust": report["robust"]["accuracy"],
@@ -211,8 +212,8 @@ def judged(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         **({} if run.recipe.evaluate.attack == "pgd" else {"pgd": by_pgd(run, folder)}),
         "notes": [*report["warnings"], *report["notes"]],
         "lipschitz": lipschitz["mean"],
-        "zeros": zeros["sparsity"],
-        "effective_zeros": zeros["effective_sparsity"],
+        "zeros": sum(row["zeros"] for row in zeros["rows"]) / weights,  # of all kernels
+        "effective_zeros": sum(zeros["effective_zeros"]) / weights,
         "kernels": kernels(conditions, set(_stages(folder)["prune"].masks)),
     }
 

@@ -64,6 +64,12 @@ class AttachedPruner(Protocol):
     def perturbed(self, loss: Callable[[], tf.Tensor]) -> contextlib.AbstractContextManager[Any]:
         """Return a context to enter while the gradient of a loss is taken."""
 
+    def own_optimizer(self) -> Any:
+        """Return the model's optimizer that trains the weights, or None."""
+
+    def on_train_begin(self, optimizer: Any) -> None:
+        """Prepare for training by an optimizer, which may be another one than before."""
+
     def reset_step_count(self) -> None:
         """Start counting the steps of the next optimizer from its current count."""
 
@@ -256,9 +262,11 @@ class MaskedModel(_Base):
 
         TensorFlow traces a step twice if variables are created in it.
         """
-        if self.optimizer is not None and self._has_step_of_keras:
-            with self.distribute_strategy.scope():
-                build(self.optimizer, self.trainable_variables)
+        if self.optimizer is not None:
+            if self._has_step_of_keras:
+                with self.distribute_strategy.scope():
+                    build(self.optimizer, self.trainable_variables)
+            self.pruner.on_train_begin(self.pruner.own_optimizer() or self.optimizer)
         return super().make_train_function(*args, **kwargs)
 
     @property

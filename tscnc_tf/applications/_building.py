@@ -53,6 +53,11 @@ class Builder:
     ) -> None:
         self._library = _keras.LIBRARIES[_checks.one_of("library", library, _keras.LIBRARIES)]
         self.layers = self._library.layers
+        if (order := self._library.backend.image_data_format()) != "channels_last":
+            raise ValueError(
+                f"image_data_format must be 'channels_last' for these networks, got {order!r}: "
+                f"{library}.backend.set_image_data_format('channels_last') sets it."
+            )
         self._classes = _checks.integer("classes", classes, minimum=2)
         shape = _image_shape(input_shape, smallest)
         statistics = _statistics(mean, std, shape[-1])

@@ -96,6 +96,14 @@ class AutoAttack(Attack):
             "attacks": [attack.name for attack in self.attacks],
         }
 
+    def require_classes(self, classes: int | None) -> None:
+        """Raise a ValueError if there are too few classes for this version."""
+        if classes == 2 and self.version != "standard":
+            raise ValueError(
+                f"version={self.version!r} needs 3 classes, as its difference of logits ratio is "
+                "not defined for 2. Use version='standard'."
+            )
+
     def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
         if _keras.flavour(model) is None:
             return self._compiled(model)(x, y, seed)
@@ -121,12 +129,7 @@ class AutoAttack(Attack):
                 )
             if y is None:
                 raise ValueError("y is missing: this attack needs the labels.")
-            classes = logits_fn(x[:1]).shape[-1]
-            if classes == 2 and self.version != "standard":
-                raise ValueError(
-                    f"version={self.version!r} needs 3 classes, as its difference of logits ratio "
-                    "is not defined for 2. Use version='standard'."
-                )
+            self.require_classes(logits_fn(x[:1]).shape[-1])
             found = x.numpy()
             truth = _checks.class_indices("y", y)[0]
             is_robust = np.ones(len(found), dtype=bool)

@@ -29,6 +29,11 @@ _RESERVED = (
     *("batch_size", "sanity_checks"),
 )
 _DISTANCES = ("eps_iter", "rand_minmax")  # options that may be written as fractions
+# Options whose defaults are in units of the inputs to this power, for inputs from 0 to 1.
+_IN_UNITS_OF_INPUTS = {
+    "carlini_wagner_l2": {"initial_const": 2},
+    "spsa": {"learning_rate": 1, "delta": 1},
+}
 _REQUIRED = inspect.Parameter.empty
 
 
@@ -78,7 +83,9 @@ class CleverHans(Attack):
         epsilon: the radius, a number or a fraction such as "8/255".
         norm: "linf" or "l2".
         options: the other arguments of the attack, by CleverHans' names: a mapping, or pairs (name,
-            value), the form in which they are stored. A step size may be a fraction.
+            value), the form in which they are stored. A step size may be a fraction. Defaults in
+            units of the inputs ("learning_rate" and "delta" of "spsa", "initial_const" of
+            "carlini_wagner_l2") are CleverHans' own for bounds of 0 and 1, and scaled to others.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
@@ -176,11 +183,14 @@ class CleverHans(Attack):
             "sanity_checks": False,
         }
         known = _parameters(self.attack)
+        defaults = {name: value for name, value in common.items() if name in known}
+        for name, power in _IN_UNITS_OF_INPUTS.get(self.attack, {}).items():
+            defaults[name] = known[name] * (high - low) ** power
         options = {
             name: _checks.distance(name, value) if name in _DISTANCES and value else value
             for name, value in self._given.items()
         }
-        return {name: value for name, value in common.items() if name in known} | options
+        return defaults | options
 
     @property
     def _kind(self) -> _Kind:

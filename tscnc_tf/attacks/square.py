@@ -58,8 +58,9 @@ class Square(Search):
     adds a profile of two pyramids of opposite signs. The side of the windows decreases with the
     queries.
 
-    Inputs of shape `(height, width)` or `(height, width, channels)` are images; for other shapes
-    the windows are intervals of the flattened entries.
+    Inputs of shape `(height, width)` or `(height, width, channels)` are images, and those of shape
+    `(1, n, n)` or `(3, n, n)`, n > 4, are images with the channels first. For other shapes the
+    windows are intervals of the flattened entries.
 
     Args:
         epsilon: the radius, a number or a fraction such as "8/255".
@@ -150,6 +151,8 @@ class Square(Search):
         )
 
     def _evaluated(self, ascent: Ascent, examples: Examples, candidate: tf.Tensor) -> _State:
+        if _is_channels_first(examples.x):
+            candidate = tf.transpose(candidate, (0, 3, 1, 2))
         candidate = like(tf.reshape(candidate, tf.shape(examples.x)), examples.x)
         candidate = self._feasible(examples.x, candidate)
         logits = ascent.logits(candidate)
@@ -274,11 +277,19 @@ def _grid(x: tf.Tensor) -> tf.Tensor:
             f"x must have a static shape except for the batch axis, got {x.shape}: the windows of "
             "Square depend on it."
         )
+    if _is_channels_first(x):
+        return tf.transpose(x, (0, 2, 3, 1))
     if len(shape) == 2:
         shape = (*shape, 1)
     elif len(shape) != 3:
         shape = (math.prod(shape), 1, 1)
     return tf.reshape(x, (-1, *shape))
+
+
+def _is_channels_first(x: tf.Tensor) -> bool:
+    """Return whether inputs are square images with the channels first."""
+    shape = tuple(x.shape[1:])
+    return len(shape) == 3 and shape[0] in (1, 3) and 4 < shape[1] == shape[2]
 
 
 def _position(draw: tf.Tensor, last: Any) -> tf.Tensor:

@@ -15,15 +15,15 @@ from tscnc_tf.datasets import images
 from tscnc_tf.datasets.arrays import Raw
 
 ANNOTATIONS = pathlib.PurePath("val", "val_annotations.txt")
-PARTS = ("train", "test", "val")
+PARTS = ("train", "test", "val", "validation", "valid")
 
 
 def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     """Read a folder of class folders.
 
-    The layout is `train/<class>/*` with `test/<class>/*` or `val/<class>/*` (the first of these
-    that has class folders), or `<class>/*`. Classes are numbered in the order of their names;
-    images may be at any depth in their class folder.
+    The layout is `train/<class>/*` with `<class>/*` in `test`, `val`, `validation` or `valid` (the
+    first of these that has class folders), or `<class>/*`. Classes are numbered in the order of
+    their names; images may be at any depth in their class folder.
 
     Raises:
         ValueError: there are no classes, a class has no images, an image can't be read, or a

@@ -50,9 +50,9 @@ def load(
     * a folder of IDX files, as those of MNIST: `train-images-idx3-ubyte`,
       `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte` (or
       `train-images.idx3-ubyte` and so on). Names of gzipped files end in `.gz`.
-    * a folder of images: `train/<class>/*` and `test/<class>/*` or `val/<class>/*`; or only
-      `<class>/*` (or `train/<class>/*`), from which a test part is split off. Symbolic links out of
-      the folder are refused.
+    * a folder of images: `train/<class>/*` and `<class>/*` in `test`, `val`, `validation` or
+      `valid`; or only `<class>/*` (or `train/<class>/*`), from which a test part is split off.
+      Symbolic links out of the folder are refused.
     * an uncompressed TFRecord file (`.tfrecord`, or `-00000-of-00001` at the end), or a folder of
       them. In a folder, each file name contains the word of its part: train; and test or, if there
       is none, validation. An example holds an encoded image (JPEG, PNG) and its class index, as the

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -46,6 +49,16 @@ class Adversary(NamedTuple):
         return self.description.get("epsilon_value")
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """The description, and the code of a function or class that is not of this package."""
+        attack = self.attack
+        if isinstance(attack, attacks_.Transfer):
+            attack = attack.attack
+        own = attack.function if isinstance(attack, attacks_.Custom) else attack
+        is_ours = type(own).__module__.startswith(f"{attacks_.__name__}.")
+        return dict(self.description) | ({} if is_ours else {"code": _code(own)})
+
+    @property
     def uses_gradient(self) -> bool:
         """Whether the attack may use the gradient of the model; True for a plain callable."""
         return not isinstance(self.attack, attacks_.Attack) or self.attack.uses_gradient
@@ -69,6 +82,14 @@ class Adversary(NamedTuple):
         if not isinstance(self.attack, attacks_.AutoAttack):
             return []
         return [Adversary(part.name, part, part.describe()) for part in self.attack.attacks]
+
+    def require_classes(self, classes: int) -> None:
+        """Raise a ValueError if the attack needs more classes."""
+        attack = self.attack
+        while isinstance(attack, attacks_.Transfer):
+            attack = attack.attack
+        if isinstance(attack, attacks_.AutoAttack):
+            attack.require_classes(classes)
 
     def bind(self, model: Any) -> Callable[[np.ndarray, np.ndarray, tuple[int, int]], Any]:
         """Return the attack on one model as a function of a batch (x, y) and a seed."""
@@ -176,6 +197,28 @@ def _require_attack(attack: Any, bounds: tuple[float, float]) -> None:
             "bounds make an attack weaker; with wider ones it leaves the range of the data. Give "
             "both the bounds of the data."
         )
+
+
+def _code(function: Any) -> str:
+    """Return the source of a function or of the class of an object, and the values it closes over.
+
+    The code of other functions that it calls is not in it.
+    """
+    if isinstance(function, functools.partial):
+        return f"{_code(function.func)}\n{_values((function.args, function.keywords))}"
+    is_function = inspect.isroutine(function)
+    try:
+        text = inspect.getsource(function if is_function else type(function))
+    except (OSError, TypeError):  # from a prompt, or not written in Python
+        text = getattr(function, "__qualname__", type(function).__qualname__)
+    if not inspect.isfunction(function):
+        return f"{text}\n{_values(getattr(function, '__dict__', {}))}"
+    return f"{text}\n{_values(dict(inspect.getclosurevars(function).nonlocals))}"
+
+
+def _values(values: Any) -> str:
+    """Return values as text, without addresses, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(values))
 
 
 def _describe(attack: Any) -> Mapping[str, Any]:

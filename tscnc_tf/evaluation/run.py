@@ -79,7 +79,8 @@ def evaluate_robustness(
         diagnose: whether to run the diagnostics "ladder" and "transfer-wins", which run attacks of
             their own for a few seconds. None for True if there is an `attacks.AutoAttack`.
         state_path: a file to which the progress is written about once a second. If it exists, the
-            evaluation continues from it, with the same result.
+            evaluation continues from it, with the same result. Attacks of your own are known by
+            their source, without that of the functions that they call.
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
 
     Returns:
@@ -125,6 +126,8 @@ def evaluate_robustness(
     inputs, labels, width = _examples(x, y, bounds)
     examined = ModelUnderTest(model, inputs[:batch_size])
     _checks.require_classes(labels, examined.classes)
+    for adversary in adversaries:
+        adversary.require_classes(examined.classes)
     if width not in (None, examined.classes):
         raise ValueError(
             f"y is one-hot of {width} classes, but the model returns {examined.classes} logits per "
@@ -157,7 +160,7 @@ def evaluate_robustness(
         if weights := digest_of_weights(source.model):
             found[f"source {name}"] = weights
     identity = {
-        "attacks": {adversary.name: adversary.description for adversary in adversaries},
+        "attacks": {adversary.name: adversary.identity for adversary in adversaries},
         "seed": seed,
         "batch_size": batch_size,
         "bounds": bounds,

@@ -311,7 +311,11 @@ def _located(path: str | pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Return the file of a recipe: one of this package by its name, or one relative to a folder."""
     shipped = SHIPPED / f"{path}.yaml"
     is_name = isinstance(path, str) and path == shipped.stem and shipped.is_file()
-    return shipped if is_name else folder / path
+    file = shipped if is_name else folder / path
+    if not file.suffix and not file.exists():
+        names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.yaml")))
+        raise FileNotFoundError(f"there is no file {file}, and no recipe of this name: {names}.")
+    return file
 
 
 def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...]) -> dict[str, Any]:

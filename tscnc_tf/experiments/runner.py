@@ -121,7 +121,9 @@ def _run(
                 return
     goal = folders.stage_folder(folder, "evaluate")
     if not folders.is_complete(goal):
-        _evaluate(recipe, data, outputs[-1].model, goal, progress)
+        model = outputs[-1].model
+        stages.freeze(recipe, model, outputs[-1].masks)  # reports say what is pruned
+        _evaluate(recipe, data, model, goal, progress)
     folders.require_whole(goal)
 
 

@@ -137,7 +137,7 @@ def trainer(
     if stage == "prune":
         model = _pruned(recipe, model, count)
     elif stage == "finetune":
-        _freeze(recipe, model, kept)
+        freeze(recipe, model, kept)
         if recipe.finetune.recalibrate:
             count_of_images = min(CALIBRATION, len(data.y_train))
             images = data.subset(count_of_images, seed=recipe.seed).arrays("train")[0]
@@ -292,7 +292,7 @@ def structure(part: Pruning) -> Any:
     return SIZED[kind](*sizes)
 
 
-def _freeze(recipe: Recipe, model: Any, kept: Mapping[str, np.ndarray] | None) -> None:
+def freeze(recipe: Recipe, model: Any, kept: Mapping[str, np.ndarray] | None) -> None:
     """Add fixed masks to a network: the given ones, else by its zeros."""
     pruning.freeze_mask(model, layers=pruned_layers(recipe.prune))
     if kept:

@@ -80,8 +80,8 @@ def export_litert(
             after 4,096 examples: pass `dataset.take(n)` or `itertools.islice(batches, n)`.
         sparse: whether to store kernels in sparse form where that makes them smaller.
         expected_sparsity: as for `export_saved_model`.
-        probe: a batch of inputs to compare logits on. None takes the first 8 examples of
-            `calibration`, or draws 8 from U[0, 1), seeded.
+        probe: as for `export_saved_model`; for int8, None takes 8 examples of `calibration`,
+            evenly spaced.
         overwrite: whether to replace a file at `path`, in one step, after the new one is written
             and checked. Only an empty file or one of this format is replaced. If `path` is a link,
             its target is replaced.
@@ -115,7 +115,10 @@ def export_litert(
         calibration = examples(model, calibration)
         settings["calibration_examples"] = len(tf.nest.flatten(calibration)[0])
         if probe is None:
-            probe = tf.nest.map_structure(lambda array: array[: _probe.EXAMPLES], calibration)
+            # Spread over the set, which may be sorted by class.
+            step = max(1, settings["calibration_examples"] // _probe.EXAMPLES)
+            chosen = slice(None, step * _probe.EXAMPLES, step)
+            probe = tf.nest.map_structure(lambda array: array[chosen], calibration)
     elif calibration is not None:
         raise ValueError(f"calibration is for precision='int8' only: {precision} needs none.")
     form = LiteRT(settings, precision, calibration, sparse=sparse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
             require_sparsity(weights, expected_sparsity)
         logits = _probe.outputs(lambda x: stripped(x, training=False), batch)
         allowed = _probe.tolerance(stripped, logits, float32=1e-4)
+        _warn_if_equal(logits, allowed)
         if stripped is not model:
             before = _probe.outputs(lambda x: model(x, training=False), batch)
             require_same("the model with its pruning wrappers or gates", before, logits, allowed)
@@ -86,6 +88,20 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         logits=logits,
         tolerance=allowed,
     )
+
+
+def _warn_if_equal(logits: list[np.ndarray], allowed: float) -> None:
+    """Warn if the logits differ so little from example to example that a check says nothing."""
+    if any(not array.ndim or len(array) < 2 for array in logits):
+        return
+    spread = max(float(np.ptp(array, axis=0).max(initial=0.0)) for array in logits)
+    if 0.0 < spread <= allowed:  # 0: the model is constant, whatever the probe
+        warnings.warn(
+            f"The logits of the probe batch differ by at most {spread:.3g} between its examples, "
+            f"and the check of the export allows a difference of {allowed:.3g}, so it says little. "
+            "Pass probe=, some typical inputs.",
+            stacklevel=4,
+        )
 
 
 def require_same(

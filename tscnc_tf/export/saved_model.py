@@ -54,9 +54,9 @@ def export_saved_model(
             or every kernel if the model has no masks. It is counted as tfmot prunes: of n weights,
             max(round(n·(1 - s)), 1) are kept. None requires nothing.
         probe: a batch of inputs to compare logits on, shape (examples, ...), in the structure that
-            the model takes (array, list or dict). None draws 8 examples from U[0, 1), seeded. It is
-            required for a subclassed model, whose signature gets its shape from it, with any number
-            of examples.
+            the model takes (array, list or dict). None draws 8 examples from U[0, 1), or U[0, 256)
+            for a model that begins by scaling pixels of that range, seeded. It is required for a
+            subclassed model, whose signature gets its shape from it, with any number of examples.
         overwrite: whether to replace a SavedModel at `path`. After the new one is written and
             checked, the two are swapped in one step. (On file systems that can't do that, the old
             one is first moved to a hidden name. If the process is killed at that moment,

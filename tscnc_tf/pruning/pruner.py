@@ -472,10 +472,12 @@ class Pruner(StepCount):
         after sparse gradients.
 
         Args:
-            optimizer: the optimizer; None for all that the model holds.
+            optimizer: the optimizer; None for all that the model holds. Regrowth refuses Ftrl.
         """
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
+            if self.regrowth is not None:
+                self.regrowth.require_optimizer(each)
             if optimizers.is_legacy(each) or self._needs_gradients:
                 stack.enter_context(optimizers.intercept(each, self._on_step))
         return stack

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras
+from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning.selection import Magnitude, finite
@@ -125,6 +126,15 @@ class Regrowth(_configs.Configurable):
             raise ValueError(
                 f"steps must be given to Regrowth, the number of optimizer steps of the training: "
                 f"{schedule!r} does not say how long it is."
+            )
+
+    def require_optimizer(self, optimizer: Any) -> None:
+        """Raise a ValueError for an optimizer that can't train weights that come back."""
+        if type(optimizers.innermost(optimizer)).__name__ == "Ftrl":
+            raise ValueError(
+                "optimizer must not be Ftrl for a model with regrowth: a weight that comes back "
+                "would be NaN, as the optimizer divides by its accumulated gradients. Use SGD or "
+                "Adam."
             )
 
     def require_moves(self, schedule: Any) -> None:

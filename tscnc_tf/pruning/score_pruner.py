@@ -482,9 +482,6 @@ class ScorePruner(Pruner):
         self.choose()
         super().freeze()
         model, kept = self.model, [mask.numpy() for mask in self.state.masks]
-        known = set(self._known)
-        for each in (model, *trainers(model)):
-            known.update(optimizers.held(each))
         self.detach()
         pruner = Pruner.of_masks(
             model,
@@ -497,13 +494,20 @@ class ScorePruner(Pruner):
         )
         pruner.state.step.assign(self.steps)
 
+    def detach(self) -> None:
+        """Remove the pruner from its model, and reset the optimizers' variables for the scores."""
+        known = set(self._known)
+        for model in (self.model, *trainers(self.model)):
+            known.update(optimizers.held(model))
+        super().detach()
+
         def reset(strategy: Any) -> None:
             for optimizer in known:
                 for target in self.targets:
                     weight = target.variable
                     optimizers.reset_companions(strategy, optimizer, weight, weight)
 
-        update_everywhere(model, reset)
+        update_everywhere(self.model, reset)
 
     def finalize(self) -> None:
         """Do the same as `freeze`."""

@@ -162,7 +162,8 @@ class Taylor:
             if self.loss.adds_clean_loss:
                 value += losses.cross_entropy(y, clean)
             value = tf.reduce_mean(value)
-        return tape.gradient(value, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        found = tape.gradient(value, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return [tf.convert_to_tensor(each) for each in found]  # an embedding's is sparse
 
     def __repr__(self) -> str:
         return (

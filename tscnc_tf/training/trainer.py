@@ -260,6 +260,29 @@ class AdversarialTraining(flavours.Trainer, _Base):
         masks.apply(self.model, self.optimizer)  # a callback may have set other weights
         return history
 
+    def set_weights(self, weights: Any) -> None:
+        """Set the weights, and apply the masks to them."""
+        super().set_weights(weights)
+        for pruner in masks.pruners(self.model):
+            pruner.on_weights_set()
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, and masks where the file has them, and apply the masks.
+
+        Raises:
+            ValueError: the file is of another network, or one was pruned and the other is not.
+        """
+        try:
+            return super().load_weights(filepath, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} A trainer's file of weights is for a network that is pruned or not, as "
+                "it was when saved. trainer.model.save_weights() and load_weights() work for both."
+            ) from error
+        finally:  # also after an error, as some weights may have been loaded
+            for pruner in masks.pruners(self.model):
+                pruner.on_weights_set()
+
     def make_train_function(self, force: bool = False) -> Any:
         """Compile the training step, again if the model has been pruned or stripped since."""
         pruners = masks.pruners(self.model)
