@@ -410,9 +410,8 @@ def prune(
     pruned = tscnc.prune_now(
         _load(model), sparsity, layers=list(layers) or None, scope=scope, structure=structure
     )
-    stripped = tscnc.strip(pruned)
-    report = tscnc.inspection.sparsity(stripped)
-    _save(stripped, output)
+    report = tscnc.inspection.sparsity(pruned)
+    _save(tscnc.strip(pruned), output)
     return {**report.to_dict(), "path": output}, report
 
 

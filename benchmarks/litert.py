@@ -116,7 +116,7 @@ def run(options: record.Options) -> None:
 def _size(network: str, sparsity: float, folder: pathlib.Path) -> dict[str, Any]:
     """Return the bytes of sparse and dense files of a network, in float32 and in int8."""
     found: dict[str, Any] = {}
-    # On initial weights, one budget for all prunes whole layers, which int8 can't scale.
+    # On initial weights, global pruning removes whole layers, which int8 can't scale.
     for precision, scope in (("float32", "global"), (_INT8, "layer")):
         model = tscnc.prune_now(networks.build(network), sparsity, scope=scope)
         report = tscnc.export_litert(

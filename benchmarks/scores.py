@@ -16,7 +16,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "perturbed": {"perturb_scores": 0.01},
 }
 _LABELS = {
-    "scores": "one step of the scores, with the same share in each layer (HYDRA)",
+    "scores": "one step of the scores, with the same sparsity in each layer (HYDRA)",
     "learned": "… with learned shares of the layers (HARP)",
     "perturbed": "… with perturbed scores (S2AP)",
 }

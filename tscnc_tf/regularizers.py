@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -132,9 +131,8 @@ class KernelRegularizer(_keras.Regularizer):
 
     def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
         """Return a copy of this regularizer with another layout and number of groups."""
-        other = copy.copy(self)
-        KernelRegularizer.__init__(other, layout=layout, channel_groups=channel_groups)
-        return other
+        config = {**self.get_config(), "layout": layout, "channel_groups": channel_groups}
+        return type(self)(**config)
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -350,11 +348,6 @@ class TSCNC(KernelRegularizer):
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
         return self._sparse(kernel) + self._condition(kernel)
-
-    def for_kernel(self, *, layout: str, channel_groups: int) -> Self:
-        """Return a copy of this regularizer with another layout and number of groups."""
-        config = {**self.get_config(), "layout": layout, "channel_groups": channel_groups}
-        return type(self)(**config)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

@@ -66,7 +66,7 @@ def _adversarial(data: Examples, epochs: int, model: Any = None) -> Any:
 
 def _pruned(sparsity: float) -> Callable[[Examples, int], Any]:
     def train(data: Examples, epochs: int) -> Any:
-        # So that no layer dies: one budget for all layers, and a weight kept in every filter.
+        # So that no layer dies: global pruning, and a weight kept in every filter.
         options = {"scope": "global", "structure": tscnc.pruning.Unstructured(min_per_filter=1)}
         pruned = tscnc.prune_now(_adversarial(data, epochs), sparsity, **options)
         return tscnc.strip(_adversarial(data, epochs, pruned))

@@ -69,10 +69,10 @@ def _alike(variable: Any, kept: list[Any]) -> list[Any]:
 
 def average(optimizer: Any, variable: Any) -> Any:
     """Return an optimizer's moving average of a weight, None if there is none."""
-    averages = getattr(innermost(optimizer), "_model_variables_moving_average", None)
-    known = {key(kept) for kept in averages or () if kept is not None}
-    (kept,) = companions(optimizer, [variable])
-    return next((companion for companion in kept if key(companion) in known), None)
+    optimizer = innermost(optimizer)
+    averages: Any = getattr(optimizer, "_model_variables_moving_average", None)
+    position = _positions(optimizer).get(key(variable)) if averages else None
+    return None if position is None else averages[position]
 
 
 def restart_averages(optimizer: Any, variables: Sequence[Any]) -> None:
