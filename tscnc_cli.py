@@ -315,10 +315,10 @@ def evaluate(
         made = [tscnc.attacks.Transfer(source=_load(source), attack=attack) for attack in made]
     found = _dataset(data, model)
     if examples is not None:
-        present = len(getattr(found, f"y_{split}"))
-        if examples > present:
-            raise click.UsageError(f"--examples {examples}: the {split} part has {present:,}.")
-        found = found.subset(**{f"n_{split}": examples})
+        try:
+            found = found.subset(**{f"n_{split}": examples})
+        except ValueError as error:
+            raise click.UsageError(f"--examples: {error}") from error
     report = tscnc.evaluate_robustness(
         _load(model),
         *found.arrays(split),
@@ -451,8 +451,8 @@ def compact(model: pathlib.Path, output: pathlib.Path, overwrite: bool) -> Resul
 @click.option(
     "--probe",
     metavar="DATA",
-    help="Dataset of whose training images 8 are used to check the export; those of --calibration "
-    "or random inputs by default.",
+    help="Dataset of whose training images 8, or one per class, are used to check the export; "
+    "those of --calibration or random inputs by default.",
 )
 @click.option("--sparse", is_flag=True, help="Store kernels in sparse form, for litert.")
 @click.option("--overwrite", is_flag=True, help="Replace an export at --output.")
@@ -611,7 +611,8 @@ def _dataset(data: str, model: pathlib.Path) -> Any:
     if _is_stage(model):
         stage = tscnc.experiments.open_stage(model)
         recipe = tscnc.experiments.Recipe.from_dict(stage.manifest["recipe"])
-        if recipe.data.dataset == data:
+        given, theirs = pathlib.Path(data), pathlib.Path(recipe.data.dataset)
+        if given == theirs or (given.exists() and theirs.exists() and given.samefile(theirs)):
             return stages.dataset(recipe)
     return tscnc.datasets.load(data)
 

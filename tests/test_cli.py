@@ -319,7 +319,10 @@ def test_samples_have_all_classes_of_a_sorted_file(here, tmp_path):
     images = tscnc_cli._some_images(str(tmp_path / "sorted.npz"), here / "keras.keras", 9)
     assert np.bincount((2 * images[:, 0, 0, 0]).astype(int)).tolist() == [3, 3, 3]
     code, _, err = call("evaluate", here / "keras.keras", here / "data.npz", "--examples", 25)
-    assert (code, err.splitlines()[-1]) == (2, "Error: --examples 25: the test part has 24.")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "Error: --examples: n_test must be from 0 to 24, got 25.",
+    )
 
 
 def test_only_some_attacks_have_l1():
@@ -422,7 +425,7 @@ def test_flags_override_the_recipe(tmp_path):
     )
     named = recipe_of("smoke", "--name", "2024", "--adversary.step_size", "1e-2")
     assert (named.name, named.adversary.step_size) == ("2024", "1e-2")
-    with pytest.raises(FileNotFoundError, match=r"no recipe of this name: cpu, paper, recomm"):
+    with pytest.raises(FileNotFoundError, match=r"recipes by name are cpu, paper, recomm"):
         recipe_of("typo")
     (tmp_path / "mine.yaml").write_text("base: smoke\ntrain: {batch_size: 7}\n")
     mine = recipe_of(tmp_path / "mine.yaml", "--train.epochs", "9")

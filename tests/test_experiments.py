@@ -255,7 +255,7 @@ def test_files_are_based_on_files(tmp_path):
 
 def test_without_pyyaml_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"pip install \"tscnc_tf\[experiments\]\""):
+    with pytest.raises(ImportError, match=r"pip install \"\.\[experiments\]\" in a"):
         tscnc.experiments.parse("a: 1", "text")
 
 
@@ -1332,7 +1332,7 @@ def test_a_folder_with_nothing_but_a_lock_is_new(tmp_path):
 def test_without_filelock_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "filelock", None)
     with (
-        pytest.raises(ImportError, match=r"pip install \"tscnc_tf\[experiments\]\""),
+        pytest.raises(ImportError, match=r"pip install \"\.\[experiments\]\" in a"),
         locks.exclusive(tmp_path),
     ):
         pass

@@ -170,7 +170,7 @@ def test_a_trainer_masks_weights_that_come_in(method, library, tmp_path):
         np.testing.assert_array_equal(found.numpy(), wanted)
     pruning.strip(model)
     if library is keras:
-        with pytest.raises(ValueError, match=r"pruned or not.*trainer\.model\.save_weights"):
+        with pytest.raises(ValueError, match=r"only one of them is pruned: trainer\.model"):
             trainer.load_weights(tmp_path / "a.weights.h5")
 
 
@@ -188,6 +188,34 @@ def test_stripped_weights_are_not_moved_by_what_trained_their_scores(library):
 
     model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=[Strip()])
     np.testing.assert_allclose(model.layers[0].kernel.numpy(), kernel, atol=1e-7)
+
+
+def test_refused_scores_leave_the_optimizer_as_it_was(library):
+    model = fitted(dense_model(library), library, library.optimizers.SGD(0.1, momentum=0.9))
+    before = values_of(model.optimizer)
+    with pytest.raises(UserWarning, match="dead"):  # warnings are errors here
+        pruning.ScorePruner(model, sparsity=0.95)
+    for one, other in zip(values_of(model.optimizer), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert any(np.any(value) for value in before[2:])  # the momenta
+
+
+def values_of(optimizer):
+    variables = optimizer.variables
+    found = variables() if callable(variables) else variables
+    return [np.copy(tf.convert_to_tensor(each)) for each in found]
+
+
+def test_scores_are_stripped_from_a_part_that_a_legacy_optimizer_does_not_train():
+    library, legacy = tf_keras, tf_keras.optimizers.legacy
+    model = dense_model(library)
+    pruning.prune(model, method="scores", sparsity=0.5)
+    fitted(model, library, legacy.SGD(0.1, momentum=0.9))
+    model.other = legacy.SGD(0.1, momentum=0.9)
+    variable = tf.Variable([1.0])
+    model.other.apply_gradients([(tf.constant([1.0]), variable)])
+    pruning.strip(model)
+    assert not hasattr(model, "pruner")
 
 
 def test_steps_of_an_optimizer_of_ones_own_are_counted_once(library):

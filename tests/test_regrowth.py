@@ -574,3 +574,7 @@ def test_an_optimizer_that_divides_by_what_it_has_accumulated_is_refused(library
     model.compile(library.optimizers.Ftrl(0.1), loss)
     with pytest.raises(ValueError, match="optimizer must not be Ftrl"):
         model.fit(np.ones((4, 6), "float32"), np.zeros(4), verbose=0)
+    tscnc.pruning.freeze_mask(model)
+    model.compile(library.optimizers.Ftrl(0.1), loss)
+    model.fit(np.ones((4, 6), "float32"), np.zeros(4), verbose=0)
+    assert np.isfinite(model.get_weights()[0]).all()

@@ -134,8 +134,8 @@ def distance(name: str, value: Any) -> float:
         if not match or divisor == 0.0:
             raise ValueError(f'{name} must be a number or a fraction like "8/255", got {value!r}.')
         result = float(match[1]) / divisor
-        if result <= 0.0:
-            raise ValueError(f"{name} must be > 0, got {value!r}.")
+        if not 0.0 < result < float("inf"):
+            raise ValueError(f"{name} must be > 0 and finite, got {value!r}.")
         return result
     return number(name, value, above=0.0)
 

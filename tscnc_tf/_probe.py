@@ -87,14 +87,19 @@ def draw(model: Any, examples: int | None = None, *, seed: int = 0, name: str = 
 
 
 def _largest_pixel(model: Any) -> float:
-    """Return what a model's first layer that scales pixels takes to 1, or to 2 deviations; else 1.
+    """Return what a model that begins by scaling pixels takes to 1, or to 2 deviations; else 1.
 
     Values up to 2 are taken for 1.
     """
-    layers = (each for each in model_layers.flatten(model) if isinstance(each, _SCALING))
-    scaling: Any = next(layers, None)
-    if scaling is None:
-        return 1.0
+    for layer in model_layers.flatten(model):
+        if isinstance(layer, _SCALING):
+            return _taken_to_the_top(layer)
+        if layer.weights and not hasattr(layer, "layers"):
+            break
+    return 1.0
+
+
+def _taken_to_the_top(scaling: Any) -> float:
     if hasattr(scaling, "offset"):
         largest = np.max((1.0 - np.asarray(scaling.offset)) / np.asarray(scaling.scale))
     else:

@@ -95,8 +95,10 @@ class UpdatePruning(flavours.Callback):
         self._training.close()  # in case the last training was interrupted
         self._find_pruners()
         for pruner in self._pruners:
-            if pruner.model is not model and not isinstance(model, flavours.Trainer):
-                pruner.on_train_begin(self._optimizer_of(pruner))
+            own = self._trainer_of(pruner)
+            is_elsewhere = pruner.model is not model and not isinstance(model, flavours.Trainer)
+            if is_elsewhere and own is not None:
+                pruner.on_train_begin(own)
         wrapped = wrappers.wrapped_layers(model)
         self._tfmots = self._apply = None
         if wrapped:
@@ -162,10 +164,14 @@ class UpdatePruning(flavours.Callback):
         return step
 
     def _optimizer_of(self, pruner: Any) -> Any:
-        """Return the optimizer that trains the weights of a pruner."""
-        variables = [target.variable for target in pruner.targets]
-        own = optimizers.trainer_of(self.model, variables)
+        """Return the optimizer that trains the weights of a pruner, or the compiled one."""
+        own = self._trainer_of(pruner)
         return self.model.optimizer if own is None else own
+
+    def _trainer_of(self, pruner: Any) -> Any:
+        """Return the optimizer that trains the weights of a pruner; None if it is not known yet."""
+        variables = [target.variable for target in pruner.targets]
+        return optimizers.trainer_of(self.model, variables)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Call tfmot's callback."""

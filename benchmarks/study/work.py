@@ -213,7 +213,7 @@ def judged(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         "notes": [*report["warnings"], *report["notes"]],
         "lipschitz": lipschitz["mean"],
         "zeros": sum(row["zeros"] for row in zeros["rows"]) / weights,  # of all kernels
-        "effective_zeros": sum(zeros["effective_zeros"]) / weights,
+        "effective_zeros": zeros["effective_zeros"] and sum(zeros["effective_zeros"]) / weights,
         "kernels": kernels(conditions, set(_stages(folder)["prune"].masks)),
     }
 

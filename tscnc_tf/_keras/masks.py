@@ -266,7 +266,8 @@ class MaskedModel(_Base):
             if self._has_step_of_keras:
                 with self.distribute_strategy.scope():
                     build(self.optimizer, self.trainable_variables)
-            self.pruner.on_train_begin(self.pruner.own_optimizer() or self.optimizer)
+            if (own := self.pruner.own_optimizer()) is not None:
+                self.pruner.on_train_begin(own)
         return super().make_train_function(*args, **kwargs)
 
     @property

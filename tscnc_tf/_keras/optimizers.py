@@ -40,7 +40,14 @@ def companions(optimizer: Any, variables: Sequence[Any], *, sums: bool = True) -
     optimizer = innermost(optimizer)
     if is_legacy(optimizer):
         names = optimizer.get_slot_names()
-        return [[optimizer.get_slot(variable, name) for name in names] for variable in variables]
+
+        def slots(variable: Any) -> list[Any]:
+            try:
+                return [optimizer.get_slot(variable, name) for name in names]
+            except KeyError:  # it does not train this weight
+                return []
+
+        return [slots(variable) for variable in variables]
     positions = _positions(optimizer)
     lists = [
         kept

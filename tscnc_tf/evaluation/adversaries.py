@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -50,13 +50,14 @@ class Adversary(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The description, and the code of a function or class that is not of this package."""
+        """The description, and a digest of the code of what is not of this package."""
         attack = self.attack
         if isinstance(attack, attacks_.Transfer):
             attack = attack.attack
         own = attack.function if isinstance(attack, attacks_.Custom) else attack
         is_ours = type(own).__module__.startswith(f"{attacks_.__name__}.")
-        return dict(self.description) | ({} if is_ours else {"code": _code(own)})
+        code = {} if is_ours else {"code": hashlib.sha256(_code(own).encode()).hexdigest()}
+        return dict(self.description) | code
 
     @property
     def uses_gradient(self) -> bool:
@@ -86,7 +87,7 @@ class Adversary(NamedTuple):
     def require_classes(self, classes: int) -> None:
         """Raise a ValueError if the attack needs more classes."""
         attack = self.attack
-        while isinstance(attack, attacks_.Transfer):
+        if isinstance(attack, attacks_.Transfer):
             attack = attack.attack
         if isinstance(attack, attacks_.AutoAttack):
             attack.require_classes(classes)
@@ -200,25 +201,39 @@ def _require_attack(attack: Any, bounds: tuple[float, float]) -> None:
 
 
 def _code(function: Any) -> str:
-    """Return the source of a function or of the class of an object, and the values it closes over.
+    """Return the source of a function or of the class of an object, and the values that it holds.
 
     The code of other functions that it calls is not in it.
     """
+    function = getattr(function, "python_function", function)  # of a tf.function
     if isinstance(function, functools.partial):
-        return f"{_code(function.func)}\n{_values((function.args, function.keywords))}"
+        return f"{_code(function.func)} {_values((function.args, function.keywords))}"
+    if inspect.ismethod(function):
+        return f"{_code(function.__func__)} {_values(getattr(function.__self__, '__dict__', {}))}"
     is_function = inspect.isroutine(function)
     try:
         text = inspect.getsource(function if is_function else type(function))
     except (OSError, TypeError):  # from a prompt, or not written in Python
         text = getattr(function, "__qualname__", type(function).__qualname__)
     if not inspect.isfunction(function):
-        return f"{text}\n{_values(getattr(function, '__dict__', {}))}"
-    return f"{text}\n{_values(dict(inspect.getclosurevars(function).nonlocals))}"
+        return f"{text} {_values(getattr(function, '__dict__', {}))}"
+    outer = dict(inspect.getclosurevars(function).nonlocals)
+    return f"{text} {_values((outer, function.__defaults__, function.__kwdefaults__))}"
 
 
 def _values(values: Any) -> str:
-    """Return values as text, without addresses, which differ from process to process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(values))
+    """Return plain values as text; of other objects, such as models, their class only."""
+    if isinstance(values, Mapping):
+        return str({str(key): _values(value) for key, value in values.items()})
+    if isinstance(values, list | tuple):
+        return str([_values(value) for value in values])
+    if isinstance(values, set | frozenset):
+        return str(sorted(_values(value) for value in values))
+    if isinstance(values, np.ndarray | tf.Tensor):
+        return _reports.digest([("", np.asarray(values))])
+    if values is None or isinstance(values, bool | int | float | complex | str | bytes):
+        return repr(values)
+    return type(values).__qualname__
 
 
 def _describe(attack: Any) -> Mapping[str, Any]:

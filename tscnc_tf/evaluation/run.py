@@ -80,7 +80,7 @@ def evaluate_robustness(
             their own for a few seconds. None for True if there is an `attacks.AutoAttack`.
         state_path: a file to which the progress is written about once a second. If it exists, the
             evaluation continues from it, with the same result. Attacks of your own are known by
-            their source, without that of the functions that they call.
+            their source and the numbers, text and arrays that they hold, not by what they call.
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
 
     Returns:

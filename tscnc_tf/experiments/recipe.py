@@ -314,7 +314,7 @@ def _located(path: str | pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     file = shipped if is_name else folder / path
     if not file.suffix and not file.exists():
         names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.yaml")))
-        raise FileNotFoundError(f"there is no file {file}, and no recipe of this name: {names}.")
+        raise FileNotFoundError(f"there is no file {file}; the recipes by name are {names}.")
     return file
 
 

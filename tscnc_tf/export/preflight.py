@@ -95,7 +95,7 @@ def _warn_if_equal(logits: list[np.ndarray], allowed: float) -> None:
     if any(not array.ndim or len(array) < 2 for array in logits):
         return
     spread = max(float(np.ptp(array, axis=0).max(initial=0.0)) for array in logits)
-    if 0.0 < spread <= allowed:  # 0: the model is constant, whatever the probe
+    if 0.0 < spread <= allowed:  # 0: mostly a constant model
         warnings.warn(
             f"The logits of the probe batch differ by at most {spread:.3g} between its examples, "
             f"and the check of the export allows a difference of {allowed:.3g}, so it says little. "

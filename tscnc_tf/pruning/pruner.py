@@ -315,7 +315,8 @@ class Pruner(StepCount):
     @property
     def frozen(self) -> bool:
         """Whether the masks are frozen."""
-        return bool(self.state.frozen.numpy())
+        with tf.init_scope():  # also while a step is traced
+            return bool(self.state.frozen.numpy())
 
     def masked_targets(self) -> list[tuple[Target, Any]]:
         """Return (target, mask) of the pruned weights; masks are True where a weight is kept.
@@ -476,7 +477,7 @@ class Pruner(StepCount):
         """
         stack = contextlib.ExitStack()
         for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
-            if self.regrowth is not None:
+            if self.regrowth is not None and not self.frozen:
                 self.regrowth.require_optimizer(each)
             if optimizers.is_legacy(each) or self._needs_gradients:
                 stack.enter_context(optimizers.intercept(each, self._on_step))

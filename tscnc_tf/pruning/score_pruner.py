@@ -500,6 +500,8 @@ class ScorePruner(Pruner):
         for model in (self.model, *trainers(self.model)):
             known.update(optimizers.held(model))
         super().detach()
+        if not self.steps:
+            return
 
         def reset(strategy: Any) -> None:
             for optimizer in known:

@@ -270,14 +270,15 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Load weights, and masks where the file has them, and apply the masks.
 
         Raises:
-            ValueError: the file is of another network, or one was pruned and the other is not.
+            ValueError: the file is of another network; or, in Keras 3, of one that was pruned and
+                this one is not, or the other way round.
         """
         try:
             return super().load_weights(filepath, *args, **kwargs)
         except ValueError as error:
             raise ValueError(
-                f"{error} A trainer's file of weights is for a network that is pruned or not, as "
-                "it was when saved. trainer.model.save_weights() and load_weights() work for both."
+                f"{error} If only one of them is pruned: trainer.model.save_weights() and "
+                "load_weights() work for both."
             ) from error
         finally:  # also after an error, as some weights may have been loaded
             for pruner in masks.pruners(self.model):
