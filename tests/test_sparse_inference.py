@@ -242,6 +242,7 @@ def test_int8_is_run_dense(tmp_path, images):
     assert "does not compute in floats" in str(export.sparse_inference(report.path))
 
 
+@pytest.mark.filterwarnings("ignore:The logits of the probe batch")  # not trained
 @pytest.mark.parametrize(("size", "strides"), [(16, 3), (96, 5)])
 @pytest.mark.parametrize("network", [applications.MobileNetV1, applications.MobileNetV2])
 def test_mobilenets_are_run_sparsely_throughout(network, size, strides, tmp_path):

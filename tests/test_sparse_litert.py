@@ -96,6 +96,7 @@ def test_a_sparse_file_returns_the_logits_and_says_how_it_is_stored(library, tmp
     assert f"this file is {report.file_bytes / report.dense_bytes:.2f} of that" in shown
 
 
+@pytest.mark.filterwarnings("ignore:The logits of the probe batch")  # not trained
 @pytest.mark.parametrize(("sparsity", "goal"), [(0.9, 0.2), (0.95, 0.13), (0.99, 0.08)])
 def test_the_file_is_small(sparsity, goal, tmp_path):
     model = pruned(FLAVOURS["keras"], sparsity, width=256)

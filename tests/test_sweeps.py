@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import pathlib
 import signal
 import sys
 import tempfile
@@ -283,6 +284,26 @@ def test_on_ray_runs_end_as_in_this_process(tmp_path, ray_of_one_core):
     )
     for mine, theirs in zip(*models, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_that_is_interrupted_again_writes_its_state(tmp_path):
+    def task(name):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10.0)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            pathlib.Path(name).touch()
+            raise
+
+    before, folder = signal.getsignal(signal.SIGINT), pathlib.Path.cwd()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engines._in_folder(str(tmp_path), task, "written")
+    finally:
+        os.chdir(folder)
+    assert (tmp_path / "written").exists()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def note(place):

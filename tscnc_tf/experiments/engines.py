@@ -185,6 +185,19 @@ def _as_tasks(
 
 
 def _in_folder(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a working directory, to which relative paths refer."""
+    """Call a function in a working directory, to which relative paths refer.
+
+    Of several interrupts only the first counts: Ray may repeat that of a cancelled task, which
+    would then not write its state.
+    """
+
+    def once(_signal: int, _frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     os.chdir(folder)
-    return function(*arguments)
+    before = signal.signal(signal.SIGINT, once)
+    try:
+        return function(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
