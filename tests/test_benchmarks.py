@@ -267,19 +267,18 @@ def test_a_wrong_command_line_is_refused(arguments, capsys):
 def test_structures_are_held_against_the_dense_network(folder):
     whole = result(folder, "structures")
     assert set(whole["settings"]) == {"digits", "fashion"}
-    for setting, found in whole["settings"].items():
-        further = {"two of four 0.5"} if setting == "digits" else set()
-        assert set(found["times"]) == {"dense 0", "filters 0.5"} | further
+    for found in whole["settings"].values():
+        assert set(found["times"]) == {"dense 0", "two of four 0.5", "filters 0.5"}
         assert_times(found["times"], whole["rounds"])
         medians = {name: timing["wall"]["median"] for name, timing in found["times"].items()}
         for name, share in found["share_of_dense"].items():
             assert share == pytest.approx(medians[name] / medians["dense 0"])
         # Filters take inputs of the next layer along: of its weights a quarter stays.
         weights, sizes = found["weights"], found["bytes"]
-        assert weights["dense 0"] > 1.2 * weights["filters 0.5"]
+        assert weights["dense 0"] > 1.2 * weights["two of four 0.5"] > weights["filters 0.5"]
         assert sizes["dense 0"] > sizes["filters 0.5"]
-    weights = whole["settings"]["digits"]["weights"]
-    assert weights["dense 0"] > 1.2 * weights["two of four 0.5"] > weights["filters 0.5"]
+    sizes = whole["settings"]["fashion"]["bytes"]
+    assert sizes["dense 0"] > sizes["two of four 0.5"] > sizes["filters 0.5"]
 
 
 @pytest.mark.filterwarnings("ignore:The logits of the probe batch")  # of tiny, untrained networks
