@@ -138,6 +138,8 @@ def authors(model: Any, data: Examples, norm: str) -> Attacks:
         to_the_edges: bool = False,
     ) -> np.ndarray:
         """Run the attacks `names`, or all of the version, on the examples that `among` selects."""
+        if among is not None and not np.any(among):
+            return np.zeros(len(x))
         attacked = Noisy() if version == "rand" else network
         attack = pyautoattack.AutoAttack(
             attacked, norm=reference.NORMS[norm], eps=EPSILONS[norm], seed=seed, version=version

@@ -205,28 +205,36 @@ def one_array(name: str, value: Any) -> None:
     )
 
 
-def inputs(x: Any, bounds: tuple[float, float]) -> tf.Tensor:
-    """Return inputs `(batch, ...)` as a tensor of their own float dtype, checked against bounds.
+def inputs(x: Any, bounds: tuple[float, float]) -> np.ndarray | tf.Tensor:
+    """Return inputs `(batch, ...)` of their own float dtype, checked against bounds.
+
+    Arrays are not copied, since the data may take most of the memory; all else becomes a tensor.
 
     Raises:
         TypeError: x is not one array of floats.
         ValueError: x is not a batch, is empty, not finite, or outside of the bounds.
     """
     one_array("x", x)
-    try:
-        x = tf.convert_to_tensor(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"x must be an array of floats, got {x!r}: {error}") from None
+    if not isinstance(x, np.ndarray):
+        try:
+            x = tf.convert_to_tensor(x)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"x must be an array of floats, got {x!r}: {error}") from None
     require_floats(x.dtype)
-    require_batch(x.shape)
-    if x.shape.num_elements() == 0:
+    require_batch(tf.TensorShape(x.shape))
+    if 0 in x.shape:
         raise ValueError(f"x must not be empty, got shape {x.shape}.")
-    values = widened(x)
-    finite = tf.reduce_all(tf.math.is_finite(values), axis=range(1, values.shape.rank))
-    if not bool(tf.reduce_all(finite)):
-        bad = len(finite) - int(tf.math.count_nonzero(finite))
+    if isinstance(x, np.ndarray):
+        extremes = np.array([x.min(), x.max()], np.float64)  # NaN if any value is
+        is_finite = bool(np.all(np.isfinite(extremes)))
+    else:
+        extremes = widened(x)
+        is_finite = bool(tf.reduce_all(tf.math.is_finite(extremes)))
+    if not is_finite:
+        each = tf.reduce_all(tf.math.is_finite(widened(x)), axis=range(1, len(x.shape)))
+        bad = len(each) - int(tf.math.count_nonzero(each))
         raise ValueError(f"x must be finite, got NaN or infinity in {bad} of {len(x)} examples.")
-    require_within(values, bounds)
+    require_within(extremes, bounds)
     return x
 
 

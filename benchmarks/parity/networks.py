@@ -11,7 +11,7 @@ import numpy as np
 
 import tscnc_tf as tscnc
 
-EPSILONS = {"linf": 0.1, "l2": 0.5, "l1": 2.0}
+EPSILONS = {"linf": 0.1, "l2": 0.5, "l1": 1.0}
 _FACTORS = {"sparsity_factor": 1e-5, "condition_factor": 1e-3}
 
 

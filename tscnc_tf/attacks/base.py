@@ -100,7 +100,7 @@ class Attack(_configs.Configurable, abc.ABC):
     def _checked(self, generate: Callable[..., tf.Tensor], x: Any, y: Any, seed: Any) -> tf.Tensor:
         """Return the result of `generate` for checked inputs."""
         if tf.executing_eagerly():
-            x = _checks.inputs(x, self.bounds)
+            x = tf.convert_to_tensor(_checks.inputs(x, self.bounds))
             y = None if y is None else _checks.labels(y, x.shape[0])
         else:
             x = tf.convert_to_tensor(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import bisect
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -96,12 +97,15 @@ def read_tiny_imagenet(folder: pathlib.Path, image_size: tuple[int, int] | None)
 class _ImageFiles:
     """Image files below a folder, and their labels.
 
-    Paths are stored as concatenated bytes, since there may be millions.
+    As there may be millions, their names are stored as concatenated bytes, and each folder once for
+    all files in it that follow each other.
     """
 
     def __init__(self, root: pathlib.Path) -> None:
         self._root = root
-        self._paths = bytearray()
+        self._folders: list[str] = []
+        self._starts: list[int] = []  # of the first file of each folder
+        self._names = bytearray()
         self._ends = array.array("q")
         self._labels = array.array("q")
         self._left_out: list[pathlib.Path] = []
@@ -163,7 +167,7 @@ class _ImageFiles:
                 f"{len(left_out):,} files are left out, not named as images: {first} ...",
             ]
         pixels = images.stored(self, image_size)
-        labels = np.array(self._labels)
+        labels = np.frombuffer(self._labels, np.int64)
         held_out = (pixels[count:], labels[count:]) if len(self) > count else ()
         parts = (pixels[:count], labels[:count], *held_out)
         return Raw(*parts, class_names=names, notes=tuple(notes))
@@ -178,13 +182,18 @@ class _ImageFiles:
         return str(self._path(index))
 
     def _add(self, path: str, label: int) -> None:
-        self._paths += os.fsencode(path)
-        self._ends.append(len(self._paths))
+        folder, _, name = path.rpartition("/")
+        if not self._folders or folder != self._folders[-1]:
+            self._folders.append(folder)
+            self._starts.append(len(self))
+        self._names += os.fsencode(name)
+        self._ends.append(len(self._names))
         self._labels.append(label)
 
     def _path(self, index: int) -> pathlib.Path:
+        folder = self._folders[bisect.bisect_right(self._starts, index) - 1]
         begin = self._ends[index - 1] if index else 0
-        return self._root / os.fsdecode(bytes(self._paths[begin : self._ends[index]]))
+        return self._root / folder / os.fsdecode(bytes(self._names[begin : self._ends[index]]))
 
 
 def _folders(folder: pathlib.Path) -> list[str]:

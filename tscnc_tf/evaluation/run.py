@@ -235,10 +235,7 @@ def _examples(
         x, y = _materialised(x)
     elif y is None:
         raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
-    checked_inputs = _checks.inputs(x, bounds)
-    # Not copied, since the data may take most of the memory.
-    is_kept = isinstance(x, np.ndarray) and x.dtype == np.float32
-    inputs = x if is_kept else checked_inputs.numpy().astype(np.float32, copy=False)
+    inputs = np.asarray(_checks.inputs(x, bounds), np.float32)
     labels, width = _checks.class_indices("y", y)
     if len(labels) != len(inputs):
         raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")

@@ -154,7 +154,7 @@ def local_lipschitz(
             f"epsilon must be >= {least:.2g} within bounds {bounds}, got {written}: in so small a "
             "ball outputs differ by the rounding of float32."
         )
-    inputs = _checks.inputs(x, bounds).numpy().astype(np.float32)
+    inputs = np.asarray(_checks.inputs(x, bounds), np.float32)
     start, step = _ascent(_keras.inference(model), inputs.shape[1:], epsilon_value, size, bounds)
     found = []
     for index, first in enumerate(range(0, len(inputs), batch_size)):
