@@ -71,13 +71,15 @@ def first(scores, count, allowed):
     return chosen.reshape(scores.shape)
 
 
-def moved(mask, weight, gradient, step, regrowth=MOVING):
-    """The mask after a move, by algorithm 1 of RigL."""
+def moved(mask, weight, gradient, step, regrowth=MOVING, change=0.0):
+    """The mask after a move, by algorithm 1 of RigL; `change` as in `Regrowth.change`."""
     last = regrowth.until * regrowth.steps
     share = regrowth.fraction / 2 * (1 + np.cos(np.pi * step / last))
-    going = min(round(share * mask.sum()), mask.size - mask.sum())
-    stays = first(np.abs(weight), int(mask.sum() - going), mask)
-    return stays | first(np.abs(gradient), going, ~stays)
+    count = int(mask.sum())
+    going = min(round(share * (1 - min(change, 0)) * count), mask.size - count)
+    stays = first(np.abs(weight), count - going, mask)
+    coming = round(share * change * count) + going
+    return stays | first(np.abs(gradient), coming, ~stays)
 
 
 def assert_follows(model, step_with, steps=8):
@@ -506,6 +508,11 @@ def test_a_saved_regrowth_that_never_moves_loads(tmp_path):
         ({"steps": 1}, ValueError, "steps"),
         ({"across_layers": 1}, TypeError, "across_layers"),
         ({"seed": -1}, ValueError, "seed"),
+        ({"extra_drop": 1.1}, ValueError, "extra_drop"),
+        ({"extra_growth": -0.1}, ValueError, "extra_growth"),
+        ({"window": 0}, ValueError, "window"),
+        ({"sparsity_range": (0.9, 0.8)}, ValueError, "sparsity_range"),
+        ({"sparsity_range": (0.5, 1.5)}, ValueError, r"must lie in \[0, 1\]"),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):
@@ -564,6 +571,128 @@ def test_what_does_not_work_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call(model)
     assert not hasattr(model, "pruner")
+
+
+EPOCHS = {  # of the accuracy gap and the validation loss: whether it overfits, and stagnates
+    "neither": ([5, 4, 4, 3, 3], [9, 8, 7, 6, 5], False, False),
+    "overfits in half of the epochs": ([1, 2, 2, 3, 3], [9, 8, 7, 6, 5], True, False),
+    "stagnates in half of the epochs": ([5, 4, 4, 3, 3], [9, 9, 8, 8, 7], False, True),
+    "both": ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], True, True),
+    "overfits in one epoch": ([1, 2, 2, 2, 2], [9, 9, 8, 7, 6], False, False),
+    "not known yet": ([np.nan, 1, 2, 3, 4], [np.nan, 1, 2, 3, 4], False, False),
+}
+FOLLOWING = dataclasses.replace(MOVING, extra_drop=0.4, extra_growth=0.25)
+
+
+def record(model, gaps, validation_losses):
+    for pair in zip(gaps, validation_losses, strict=True):
+        model.pruner.on_epoch_end(*pair)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("epochs", EPOCHS)
+def test_the_number_of_weights_follows_the_validation(library, watching, epochs, scope):
+    across = scope == "global"
+    regrowth = dataclasses.replace(FOLLOWING, across_layers=across)
+    model = compiled(pruned(library, regrowth, 0.5, scope=scope), library)
+    gaps, validation_losses, overfits, stagnates = EPOCHS[epochs]
+    record(model, gaps, validation_losses)
+    model.train_on_batch(X, Y)
+    before, given = masks(model), gradients(model)
+    model.train_on_batch(X, Y)  # the step in which weights change places
+    change = 0.25 * stagnates - 0.4 * overfits
+    rows = [before, LAST, given]
+    if across:
+        rows = [[np.concatenate([each.ravel() for each in row])] for row in rows]
+    wanted = [moved(*row, 2, change=change) for row in zip(*rows, strict=True)]
+    after = masks(model)
+    if across:
+        after = [np.concatenate([each.ravel() for each in after])]
+    for new, expected in zip(after, wanted, strict=True):
+        np.testing.assert_array_equal(new, expected)
+    more = sum(counts(model)) - sum(mask.sum() for mask in before)
+    assert np.sign(more) == np.sign(change)
+
+
+def test_the_sparsity_stays_in_its_range(library):
+    regrowth = dataclasses.replace(FOLLOWING, fraction=0.9, frequency=1, sparsity_range=(0.4, 0.6))
+    for gaps, losses_, limit in (([1, 2, 3, 4, 5], [5, 4, 3, 2, 1], 0.6), ([1] * 5, [1] * 5, 0.4)):
+        model = compiled(pruned(library, regrowth, 0.5), library)
+        record(model, gaps, losses_)
+        for _ in range(12):
+            model.train_on_batch(X, Y)
+        assert 1 - sum(counts(model)) / 72 == pytest.approx(limit, abs=1.5 / 72)
+
+
+def test_no_tensor_gets_fewer_than_the_minimum(library):
+    regrowth = dataclasses.replace(FOLLOWING, fraction=0.9, extra_drop=1.0, frequency=1)
+    model = compiled(pruned(library, regrowth, 0.5, min_weights=5), library)
+    record(model, [1, 2, 3, 4, 5], [5, 4, 3, 2, 1])
+    for _ in range(12):
+        model.train_on_batch(X, Y)
+    assert counts(model) == [5, 5]
+
+
+def test_fit_records_its_epochs_and_a_saved_run_goes_on(library, tmp_path):
+    regrowth = dataclasses.replace(FOLLOWING, window=2, frequency=1)
+    how = {"verbose": 0, "shuffle": False, "validation_data": (X[::2], Y[::2])}
+
+    def fit(model, epochs, start=0):
+        update = callbacks.pruning_callbacks()
+        return model.fit(X, Y, epochs=epochs, initial_epoch=start, callbacks=update, **how).history
+
+    def start():
+        return compiled(pruned(library, regrowth, 0.5), library, metrics=["accuracy"])
+
+    straight, broken = start(), start()
+    logs = fit(straight, 5)
+    gaps = np.subtract(logs["accuracy"], logs["val_accuracy"])
+    wanted = np.stack([gaps, logs["val_loss"]], axis=1)[-3:]
+    np.testing.assert_allclose(np.asarray(straight.pruner.state.history), wanted, rtol=1e-6)
+    with pytest.warns(UserWarning, match="from 3 epochs on, and 2 have been recorded"):
+        fit(broken, 2)
+    broken.save(tmp_path / "half.keras")
+    loaded = library.models.load_model(tmp_path / "half.keras")
+    assert loaded.pruner.regrowth == regrowth
+    fit(loaded, 5, start=2)
+    assert counts(straight) != [24, 12]
+    for one, other in zip(straight.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for one, other in zip(masks(straight), masks(loaded), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_under_adversarial_training_the_accuracy_under_attack_counts(library):
+    model = pruned(library, dataclasses.replace(FOLLOWING, window=1), 0.5)
+    attack = attacks.FGSM(epsilon=0.1)
+    trainer = tscnc.AdversarialTraining(model, attack=attack, loss=losses.Madry())
+    trainer.compile(library.optimizers.SGD(0.1))
+    logs = trainer.fit(
+        *(X, Y),
+        epochs=2,
+        verbose=0,
+        validation_data=(X[::2], Y[::2]),
+        callbacks=callbacks.pruning_callbacks(),
+    ).history
+    gaps = np.subtract(logs["adversarial_accuracy"], logs["val_adversarial_accuracy"])
+    wanted = np.stack([gaps, logs["val_loss"]], axis=1)
+    np.testing.assert_allclose(np.asarray(model.pruner.state.history), wanted, rtol=1e-6)
+
+
+def test_following_no_validation_is_said(library):
+    model = compiled(pruned(library, FOLLOWING), library, metrics=["accuracy"])
+    with pytest.warns(UserWarning, match="0 have been recorded. Pass validation_data and callb"):
+        model.fit(X, Y, verbose=0)
+    with pytest.raises(ValueError, match=r"no val_loss.*pass validation_data to fit.*\['acc"):
+        model.fit(X, Y, verbose=0, callbacks=callbacks.pruning_callbacks())
+    tscnc.pruning.freeze_mask(model)
+    model.fit(X, Y, verbose=0)
+
+
+def test_following_the_validation_is_for_single_weights():
+    for structure in (Filters(), NM(2, 4)):
+        with pytest.raises(ValueError, match="extra_growth must be 0 with structure"):
+            pruned(keras, FOLLOWING, 0.5, structure=structure, layers="hidden")
 
 
 @pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)

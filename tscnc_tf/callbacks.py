@@ -18,6 +18,9 @@ from tscnc_tf._keras import flavours, gated, masks, optimizers, tf_keras, wrappe
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
 
+# The names of an accuracy in the logs; the first one that is there is used.
+_ACCURACIES = ("adversarial_accuracy", "accuracy")
+
 __all__ = [
     "ConditionFeed",
     "GateLogger",
@@ -33,8 +36,9 @@ def pruning_callbacks(
 ) -> list[Any]:
     """Return the callbacks for pruning in `fit`.
 
-    A Keras model with masks is pruned without them; tfmot's wrappers, `ConditionGated` and pruned
-    parts of other models need them. They warn if training is too short.
+    A Keras model with masks is pruned without them; tfmot's wrappers, `ConditionGated`, pruned
+    parts of other models, and a `Regrowth` that follows the validation need them. They warn if
+    training is too short.
 
     These are `UpdatePruning`, `ConditionFeed` for the schedules that need it, and on request a
     `KernelLogger`. They support both Keras versions and both engines, and do nothing for a model
@@ -174,9 +178,27 @@ class UpdatePruning(flavours.Callback):
         return optimizers.trainer_of(self.model, variables)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Call tfmot's callback."""
+        """Tell regrowth that follows the validation how the epoch ended; call tfmot's callback.
+
+        Raises:
+            ValueError: the logs have no accuracy, or none of the validation.
+        """
         if self._tfmots is not None:
             self._tfmots.on_epoch_end(epoch, logs)
+        for pruner in self._pruners:
+            if pruner.regrowth is None or not pruner.regrowth.epochs:
+                continue
+            found = logs or {}
+            names = [name for name in _ACCURACIES if {name, f"val_{name}"} <= set(found)]
+            if not names or "val_loss" not in found:
+                raise ValueError(
+                    f"{pruner.regrowth!r} follows the validation, but the logs of the epoch have "
+                    f"no val_loss, or none of {_ACCURACIES} in training and validation: pass "
+                    "validation_data to fit, and compile a model of your own with "
+                    f"metrics=['accuracy']. Its logs are {sorted(found)}."
+                )
+            gap = float(found[names[0]]) - float(found[f"val_{names[0]}"])
+            pruner.on_epoch_end(gap, float(found["val_loss"]))
 
     def on_train_end(self, logs: Any = None) -> None:
         """Apply the masks again: Keras may have replaced the weights by averages."""

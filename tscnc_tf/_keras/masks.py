@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from tf_keras.src.mixed_precision.autocast_variable import AutoCastVariable
@@ -78,6 +79,9 @@ class AttachedPruner(Protocol):
 
     def apply(self, optimizer: Any = None) -> None:
         """Set pruned entries to zero, in weights and in the optimizer's state for them."""
+
+    def on_train_end(self, optimizer: Any) -> None:
+        """Apply the masks once more when a `fit` has ended, and warn of what it lacked."""
 
     def on_weights_set(self) -> None:
         """Mask weights after they were set from outside."""
@@ -181,6 +185,13 @@ def apply(model: Any, optimizer: Any = None) -> None:
     wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
         pruner.apply(optimizer)
+
+
+def end_training(model: Any, optimizer: Any) -> None:
+    """Apply the masks of `model` to its weights when a `fit` of it has ended."""
+    wrappers.apply_masks(model, optimizer)
+    for pruner in pruners(model):
+        pruner.on_train_end(optimizer)
 
 
 @contextlib.contextmanager
@@ -289,7 +300,7 @@ class MaskedModel(_Base):
         with self.pruner.training():
             history = super().fit(*args, **kwargs)
         if is_masked(self):  # a callback may have removed the pruner
-            self.pruner.apply(self.optimizer)
+            self.pruner.on_train_end(self.optimizer)
         return history
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -473,11 +484,13 @@ class PruningState(_Base):
         scores: the trained scores of the weights, one variable each; empty likewise.
         share_logits: the logits of the layers' shares, a vector, if the shares are trained.
         share_velocities: the momentum of `share_logits`.
+        history: results of the last epochs, `(epochs, 2)`, see `pruning.Regrowth`, if it needs any.
 
     Args:
         shapes: of the pruned weights.
         dtypes: of the pruned weights if their scores are trained, else empty.
         has_shares: whether the shares of the layers are trained as well.
+        epochs: the number of epochs in `history`.
         held: returns the indices of the pruned weights that the model holds.
         on_loaded: called when the weight file of a dense model has been loaded.
     """
@@ -487,6 +500,7 @@ class PruningState(_Base):
         shapes: list[tuple[int, ...]],
         dtypes: list[str],
         has_shares: bool,
+        epochs: int,
         held: Callable[[], list[int]],
         on_loaded: Callable[[], None],
     ) -> None:
@@ -498,6 +512,8 @@ class PruningState(_Base):
         self.seen.assign(-1)
         names = ("share_logits", "share_velocities") if has_shares else ()
         shares = [self._add(name, (len(shapes),), "float32") for name in names]
+        if epochs:
+            self._add("history", (epochs, 2), "float32").assign(np.full((epochs, 2), np.nan))
         masks = [self._add(f"mask_{i}", shape, "bool", "ones") for i, shape in enumerate(shapes)]
         scored = [
             (self._add(f"dense_{i}", shapes[i], dtype), self._add(f"score_{i}", shapes[i], dtype))
@@ -508,6 +524,7 @@ class PruningState(_Base):
             dense=[dense for dense, _ in scored],
             scores=[score for _, score in scored],
             _shares=shares,
+            _epochs=epochs,
             _held=held,
             _on_loaded=on_loaded,
         )
@@ -531,6 +548,7 @@ class PruningState(_Base):
             *(self.step, self.seen, self.frozen),
             *(self.masks[index] for index in held),
             *(variable for index in held if scored for variable in scored[index]),
+            *([self.history] if self._epochs else ()),
         ]
 
     def save_own_variables(self, store: Any) -> None:

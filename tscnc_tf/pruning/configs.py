@@ -1,13 +1,18 @@
-"""Checks of schedules, and serialization of a pruner's schedule, criterion and structure."""
+"""Checks of schedules, and serialization of a pruner's schedule, criterion and selection."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tscnc_tf import _keras
+from tscnc_tf._keras import layers
 from tscnc_tf.functional import scheduling
+from tscnc_tf.pruning.learned import restricted
+from tscnc_tf.pruning.selection import Selection
+from tscnc_tf.pruning.targets import Target, found_again
 
 
 def require_schedule(schedule: Any) -> None:
@@ -72,3 +77,33 @@ def serialize(obj: Any, model: Any) -> Any:
 def deserialize(config: Any, model: Any) -> Any:
     """Return the object that `serialize` was given."""
     return _keras.library("model", model).saving.deserialize_keras_object(config)
+
+
+def serialize_selection(
+    selection: Selection, targets: Sequence[Target], model: Any
+) -> dict[str, Any]:
+    """Return how weights are selected, and which weights, as JSON values."""
+    where = layers.weight_paths(model)
+    return {
+        "structure": serialize(selection.structure, model),
+        "scope": serialize(restricted(selection.scope, targets), model),
+        "min_weights": selection.min_weights,
+        "weights": [
+            {"path": where[id(target.variable)], "name": target.name, "shape": list(target.shape)}
+            for target in targets
+        ],
+    }
+
+
+def deserialize_selection(config: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return the arguments of a pruner that `serialize_selection` describes.
+
+    Raises:
+        ValueError: the model lacks a weight that was pruned.
+    """
+    return {
+        "layers": found_again(model, config["weights"]),
+        "structure": deserialize(config["structure"], model),
+        "scope": deserialize(config["scope"], model),
+        "min_weights": config["min_weights"],
+    }

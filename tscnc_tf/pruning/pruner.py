@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from tscnc_tf import _keras
 from tscnc_tf._keras import adapted, masks, optimizers
-from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
 from tscnc_tf._keras.masks import keep, kept
 from tscnc_tf._keras.optimizers import assign
@@ -21,9 +20,11 @@ from tscnc_tf.pruning import learned
 from tscnc_tf.pruning.configs import (
     deserialize,
     deserialize_schedule,
+    deserialize_selection,
     require_schedule,
     serialize,
     serialize_schedule,
+    serialize_selection,
 )
 from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.selection import Selection
@@ -35,7 +36,6 @@ from tscnc_tf.pruning.targets import (
     Candidates,
     Target,
     candidates,
-    found_again,
     require_model,
 )
 from tscnc_tf.pruning.taylor import Taylor
@@ -276,6 +276,7 @@ class Pruner(StepCount):
             shapes=[target.shape for target in self.targets],
             dtypes=dtypes,
             has_shares=has_shares,
+            epochs=self.regrowth.epochs if self.regrowth else 0,
             held=self._held,
             on_loaded=self.on_weights_set,
         )
@@ -521,6 +522,27 @@ class Pruner(StepCount):
         """Apply the masks after weights were set from outside."""
         self.apply()
 
+    def on_epoch_end(self, gap: float, validation_loss: float) -> None:
+        """Record an epoch for a `Regrowth` that follows the validation, in a loop of your own.
+
+        Args:
+            gap: the accuracy in training minus that in validation.
+            validation_loss: the loss on the validation data.
+        """
+        if self.regrowth is not None and self.regrowth.epochs:
+            epoch = np.array([[gap, validation_loss]], np.float32)
+            self.state.history.assign(np.concatenate([self.state.history.numpy()[1:], epoch]))
+
+    def on_train_end(self, optimizer: Any) -> None:
+        """Apply the masks once more when a `fit` has ended.
+
+        Warns:
+            UserWarning: too few epochs have been recorded for the regrowth.
+        """
+        self.apply(optimizer)
+        if self.regrowth is not None and self.regrowth.epochs and not self.frozen:
+            self.regrowth.warn_of_missing(self.state.history.numpy())
+
     def finalize(self) -> None:
         """Prune to the schedule's final sparsity now, at whatever step, and freeze."""
         self._prune_to_final_sparsity()
@@ -585,6 +607,7 @@ class Pruner(StepCount):
                 pairs,
                 given,
                 share=regrowth.share(self.schedule, step),
+                history=self.state.history if regrowth.epochs else None,
                 step=step,
                 min_weights=self._selection.min_weights,
             )
@@ -644,26 +667,13 @@ class Pruner(StepCount):
             "schedule": serialize_schedule(self.schedule, self.model),
             "criterion": serialize(self._selection.criterion, self.model),
             **({"regrowth": self.regrowth.get_config()} if self.regrowth else {}),
-            **self._shared_config(),
+            **self._selection_config(),
         }
 
-    def _shared_config(self) -> dict[str, Any]:
-        where = kernel_layers.weight_paths(self.model)
+    def _selection_config(self) -> dict[str, Any]:
         targets = [target for target, _ in self._held_pairs()]
-        return {
-            "class_name": type(self).__name__,
-            "structure": serialize(self.structure, self.model),
-            "scope": serialize(learned.restricted(self._selection.scope, targets), self.model),
-            "min_weights": self._selection.min_weights,
-            "weights": [
-                {
-                    "path": where[id(target.variable)],
-                    "name": target.name,
-                    "shape": list(target.shape),
-                }
-                for target in targets
-            ],
-        }
+        found = serialize_selection(self._selection, targets, self.model)
+        return {"class_name": type(self).__name__, **found}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, model: Any) -> Self:
@@ -678,18 +688,8 @@ class Pruner(StepCount):
         schedule = deserialize_schedule(config["schedule"], model)
         criterion = deserialize(config["criterion"], model)
         regrowth = Regrowth.from_config(config["regrowth"]) if "regrowth" in config else None
-        options = cls._shared_options(config, model)
+        options = deserialize_selection(config, model)
         return cls(model, schedule, criterion=criterion, regrowth=regrowth, **options)
-
-    @staticmethod
-    def _shared_options(config: dict[str, Any], model: Any) -> dict[str, Any]:
-        """Return the arguments of the constructor that `_shared_config` describes."""
-        return {
-            "layers": found_again(model, config["weights"]),
-            "structure": deserialize(config["structure"], model),
-            "scope": deserialize(config["scope"], model),
-            "min_weights": config["min_weights"],
-        }
 
     def __repr__(self) -> str:
         return (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _configs, _keras
@@ -45,6 +47,19 @@ class Regrowth(_configs.Configurable):
     finite exchanges no weights. With gradient accumulation, and under a distribution strategy, the
     sum over batches or replicas counts.
 
+    **The sparsity may follow the validation** (Flying Bird+). With k kept weights in a tensor, an
+    exchange then changes their number by
+
+    .. math:: f k\,(g \cdot \text{extra\_growth} - o \cdot \text{extra\_drop}),
+
+    rounded: fewer weights grow than are dropped, or more. The network overfits (o = 1) if in half
+    or more of the last `window` epochs the accuracy in training rose more, or fell less, than that
+    in validation. It stagnates (g = 1) if in half or more of them the validation loss did not fall.
+    Otherwise, and until `window` + 1 epochs have ended, o and g are 0. The sparsity of all tensors
+    together stays in `sparsity_range`. This needs `validation_data` and
+    `callbacks.pruning_callbacks()` in `fit`, and the epochs are saved with the model. When the
+    schedule renews the masks, the sparsity is again the schedule's.
+
     If the schedule has its final sparsity at step 1, as `OneShot(sparsity)` has, the pruner prunes
     in its constructor: the network is sparse from the start. (The largest of random weights are at
     random positions.) With a rising schedule, a dense network is pruned, and regrows during that.
@@ -62,6 +77,13 @@ class Regrowth(_configs.Configurable):
             tensor changes, but not that of all together; each keeps its `min_weights`. For
             `Unstructured` only, with scope "global" or "lamp".
         seed: of the random choices, >= 0.
+        extra_drop: of the dropped weights, the share that does not grow again while the network
+            overfits, in [0, 1]; 0.4 in the paper's code. For `Unstructured` only.
+        extra_growth: the share by which more weights grow while the network stagnates, in [0, 1];
+            0.05 in the paper's code. For `Unstructured` only.
+        window: number of epochs that are compared, >= 1.
+        sparsity_range: the smallest and the largest sparsity that `extra_growth` and `extra_drop`
+            may lead to.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -79,9 +101,8 @@ class Regrowth(_configs.Configurable):
     Reference:
         Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, algorithm 1 (there the optimizer
         pauses in a step that moves weights; here it does not); Chen et al. 2022, "Sparsity winning
-        twice", arXiv 2202.09844, for adversarial training (Flying Bird; in their Flying Bird+ the
-        sparsity depends on validation losses, here it is the schedule's); Mocanu et al. 2018,
-        arXiv 1707.04780, for random growth.
+        twice", arXiv 2202.09844, for adversarial training (Flying Bird and Flying Bird+); Mocanu et
+        al. 2018, arXiv 1707.04780, for random growth.
     """
 
     fraction: float = 0.3
@@ -91,6 +112,10 @@ class Regrowth(_configs.Configurable):
     steps: int | None = None
     across_layers: bool = False
     seed: int = 0
+    extra_drop: float = 0.0
+    extra_growth: float = 0.0
+    window: int = 4
+    sparsity_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         _checks.number("fraction", self.fraction, above=0.0, below=1.0)
@@ -101,11 +126,23 @@ class Regrowth(_configs.Configurable):
             _checks.integer("steps", self.steps, minimum=2)
         _checks.boolean("across_layers", self.across_layers)
         _checks.seed("seed", self.seed)
+        _checks.number("extra_drop", self.extra_drop, minimum=0.0, maximum=1.0)
+        _checks.number("extra_growth", self.extra_growth, minimum=0.0, maximum=1.0)
+        _checks.integer("window", self.window, minimum=1)
+        limits = _checks.bounds("sparsity_range", self.sparsity_range)
+        if not 0.0 <= limits[0] < limits[1] <= 1.0:
+            raise ValueError(f"sparsity_range must lie in [0, 1], got {self.sparsity_range!r}.")
+        object.__setattr__(self, "sparsity_range", limits)
 
     @property
     def needs_gradients(self) -> bool:
         """Whether it needs the gradients of a step."""
         return self.criterion == "gradient"
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs whose results it needs, 0 if the sparsity is the schedule's."""
+        return self.window + 1 if self.extra_drop or self.extra_growth else 0
 
     def require(
         self, structure: Structure, scope: Any, targets: Sequence[Target], schedule: Any
@@ -120,6 +157,11 @@ class Regrowth(_configs.Configurable):
             raise ValueError(
                 f"across_layers must be False with scope={scope!r}, which gives each layer its "
                 "own number of weights. Take scope='global' or scope='lamp'."
+            )
+        if self.epochs and not isinstance(structure, Unstructured):
+            raise ValueError(
+                f"extra_drop and extra_growth must be 0 with structure={structure!r}: only the "
+                "number of single weights may follow the validation."
             )
         structure.require_equal_units(targets)
         if self.last_step(schedule) < 1:
@@ -176,6 +218,43 @@ class Regrowth(_configs.Configurable):
         progress = tf.cast(step, tf.float32) / self.last_step(schedule)
         return 0.5 * self.fraction * (1.0 + tf.cos(math.pi * tf.minimum(progress, 1.0)))
 
+    def warn_of_missing(self, history: np.ndarray) -> None:
+        """Warn if fewer epochs than `epochs` have been recorded; see `change` for `history`."""
+        missing = int(np.sum(np.isnan(history[:, 0])))
+        if missing:
+            warnings.warn(
+                f"{self!r} has kept the sparsity of the schedule: it follows the validation from "
+                f"{self.epochs} epochs on, and {self.epochs - missing} have been recorded. Pass "
+                "validation_data and callbacks.pruning_callbacks() to fit, or train for more "
+                "epochs.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def change(self, history: tf.Tensor, kept: Sequence[Any], share: tf.Tensor) -> tf.Tensor:
+        """Return the change of the number of kept weights, as a fraction of the dropped ones.
+
+        Args:
+            history: of the last `epochs` epochs, the accuracy in training minus that in validation,
+                and the validation loss, `(epochs, 2)`; NaN for epochs that have not ended.
+            kept: all masks.
+            share: fraction of the kept weights that are dropped.
+        """
+        rises = history[1:] - history[:-1]
+        overfits = tf.reduce_mean(tf.cast(rises[:, 0] > 0, tf.float32)) >= 0.5
+        stagnates = tf.reduce_mean(tf.cast(rises[:, 1] >= 0, tf.float32)) >= 0.5
+        wanted = self.extra_growth * tf.cast(stagnates, tf.float32)
+        wanted -= self.extra_drop * tf.cast(overfits, tf.float32)
+        size = float(sum(mask.shape.num_elements() for mask in kept))
+        count = tf.add_n([tf.math.count_nonzero(mask, dtype=tf.int32) for mask in kept])
+        count = tf.cast(count, tf.float32)
+        # The change that leads to each limit, if the sparsity is not beyond it already.
+        dropped = tf.maximum(share * count, 1.0)
+        most = tf.maximum((1.0 - self.sparsity_range[0]) * size - count, 0.0) / dropped
+        least = tf.minimum((1.0 - self.sparsity_range[1]) * size - count, 0.0) / dropped
+        is_known = tf.reduce_all(tf.math.is_finite(history))
+        return tf.where(is_known, tf.clip_by_value(wanted, least, most), 0.0)
+
     def masks(
         self,
         structure: Structure,
@@ -183,6 +262,7 @@ class Regrowth(_configs.Configurable):
         gradients: Sequence[Any],
         *,
         share: tf.Tensor,
+        history: Any,
         step: tf.Tensor,
         min_weights: int,
     ) -> list[tf.Tensor]:
@@ -193,6 +273,7 @@ class Regrowth(_configs.Configurable):
             pairs: (target, mask) of each weight tensor.
             gradients: of the loss with respect to each; not used with criterion "random".
             share: fraction of the kept weights that are dropped.
+            history: see `change`, a variable; None if the number of kept weights does not change.
             step: the present step, for the seeds.
             min_weights: the minimum number of kept weights of every weight tensor.
         """
@@ -209,4 +290,11 @@ class Regrowth(_configs.Configurable):
                 seed = tf.random.experimental.stateless_fold_in(seed, index)
                 grow_score = tf.random.stateless_uniform(target.shape, seed, dtype=widest)
             moves.append(Move(target, tf.convert_to_tensor(mask), keep_score, grow_score))
-        return structure.moved(moves, share, min_weights if self.across_layers else 0)
+        if not (self.across_layers or self.epochs):
+            return structure.moved(moves, share)
+        change: Any = 0.0
+        if history is not None:
+            epochs = tf.convert_to_tensor(tensor_variable(history))
+            change = self.change(epochs, [move.mask for move in moves], share)
+        options = {"min_units": min_weights, "across": self.across_layers, "change": change}
+        return structure.moved(moves, share, **options)

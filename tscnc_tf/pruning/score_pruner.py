@@ -21,6 +21,7 @@ from tscnc_tf._keras.masks import kept
 from tscnc_tf._keras.optimizers import assign
 from tscnc_tf.pruning import learned, structures
 from tscnc_tf.pruning import scores as arithmetic
+from tscnc_tf.pruning.configs import deserialize_selection
 from tscnc_tf.pruning.learned import Learned
 from tscnc_tf.pruning.pruner import Pruner
 from tscnc_tf.pruning.structures import Structure
@@ -553,7 +554,7 @@ class ScorePruner(Pruner):
             "frequency": self.frequency,
             "also_train": self.also_train,
             "perturb_scores": self.perturb_scores,
-            **self._shared_config(),
+            **self._selection_config(),
         }
 
     @classmethod
@@ -569,7 +570,7 @@ class ScorePruner(Pruner):
             frequency=config["frequency"],
             also_train=config["also_train"],
             perturb_scores=config.get("perturb_scores", 0.0),  # older files lack it
-            **cls._shared_options(config, model),
+            **deserialize_selection(config, model),
         )
 
     def __repr__(self) -> str:

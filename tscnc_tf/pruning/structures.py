@@ -58,8 +58,16 @@ class Structure(_configs.Configurable, abc.ABC):
         """Raise a ValueError if units have different sizes."""
 
     @abc.abstractmethod
-    def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:
-        """Return one mask per weight tensor after an exchange; the number of kept weights is equal.
+    def moved(
+        self,
+        moves: Sequence[Move],
+        share: Any,
+        *,
+        min_units: int = 0,
+        across: bool = False,
+        change: Any = 0.0,
+    ) -> list[tf.Tensor]:
+        """Return one mask per weight tensor after an exchange.
 
         A share of the kept units, those with the smallest `keep_score`, is dropped. The same number
         of units with the largest `grow_score`, among all pruned and dropped ones, is kept instead.
@@ -67,8 +75,10 @@ class Structure(_configs.Configurable, abc.ABC):
         Args:
             moves: one per weight tensor.
             share: fraction of the kept units, a scalar, possibly a tensor.
-            across: 0 to exchange units within each tensor. Else units are exchanged between all
-                tensors, and this is the minimum number of kept weights of each.
+            min_units: the minimum number of kept units of each tensor; not needed if neither
+                `across` nor `change` is given.
+            across: whether units are exchanged between tensors, too.
+            change: the change of the number of kept units, as a fraction of the dropped ones.
         """
 
 
@@ -104,21 +114,31 @@ class _Ranked(Structure):
         chosen = scope.choose(units, sparsity)
         return [self._spread(*pair) for pair in zip(chosen, targets, strict=True)]
 
-    def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:
+    def moved(
+        self,
+        moves: Sequence[Move],
+        share: Any,
+        *,
+        min_units: int = 0,
+        across: bool = False,
+        change: Any = 0.0,
+    ) -> list[tf.Tensor]:
         """Return one mask per weight tensor after an exchange."""
         units = [self._units(move.ranked, move.target) for move in moves]
         grow = [self._units(move.grow_score, move.target).scores for move in moves]
         kept = [unit.scores > -np.inf for unit in units]
         keep = [unit.ranks for unit in units]
-        if across:
-            fixed = [functional.largest(ranks, across) for ranks in keep]
+        if min_units:
+            fixed = [functional.largest(ranks, min_units) for ranks in keep]
             pairs = zip(fixed, keep, strict=True)
             keep = [tf.where(best, tf.constant(np.inf, r.dtype), r) for best, r in pairs]
+        if across:
             lengths = [int(ranks.shape[0]) for ranks in keep]
             joint = [tf.concat(each, axis=0) for each in (kept, keep, grow)]
-            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share), lengths)
+            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share, change), lengths)
         else:
-            chosen = [_exchanged(*row, share) for row in zip(kept, keep, grow, strict=True)]
+            rows = zip(kept, keep, grow, strict=True)
+            chosen = [_exchanged(*row, share, change) for row in rows]
         return [self._spread(*pair) for pair in zip(chosen, (m.target for m in moves), strict=True)]
 
     @abc.abstractmethod
@@ -410,7 +430,7 @@ class NM(Structure):
         kept = tf.math.ceil(self.m * (1.0 - tf.cast(sparsity, tf.float32)) - 1e-4)
         return tf.clip_by_value(tf.cast(kept, tf.int32), self.n, self.m)
 
-    def moved(self, moves: Sequence[Move], share: Any, across: int = 0) -> list[tf.Tensor]:  # noqa: ARG002
+    def moved(self, moves: Sequence[Move], share: Any, **_: Any) -> list[tf.Tensor]:
         """Return one mask per weight tensor; the number of kept weights per group is unchanged."""
 
         def flat(values: tf.Tensor) -> tf.Tensor:
@@ -441,10 +461,16 @@ class NM(Structure):
         return target.restore(tf.transpose(mask, (0, 1, 3, 2)))
 
 
-def _exchanged(kept: tf.Tensor, keep: tf.Tensor, grow: tf.Tensor, share: Any) -> tf.Tensor:
-    """Return a mask of as many units as `kept`: those that stay, and the largest of `grow`."""
-    stays = functional.largest_share(kept, keep, share)
+def _exchanged(
+    kept: tf.Tensor, keep: tf.Tensor, grow: tf.Tensor, share: Any, change: Any
+) -> tf.Tensor:
+    """Return a mask of the units that stay and the largest of `grow`; see `Structure.moved`."""
+    stays = functional.largest_share(kept, keep, share * (1.0 - tf.minimum(change, 0.0)))
     count = tf.reduce_sum(tf.cast(kept, tf.int32))
+    more = tf.round(tf.cast(share * change, tf.float32) * tf.cast(count, tf.float32))
+    count += tf.cast(more, tf.int32)
+    # Not fewer than stay: the units to replace them may be too few, or a minimum may hold them.
+    count = tf.maximum(count, tf.reduce_sum(tf.cast(stays, tf.int32)))
     return functional.largest(tf.where(stays, tf.constant(np.inf, grow.dtype), grow), count)
 
 

@@ -257,7 +257,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         inputs.check_arrays(x, y, self.attack.bounds, self._classes)
         with masks.training(self.model, self.optimizer):
             history = super().fit(x, y, *args, **kwargs)
-        masks.apply(self.model, self.optimizer)  # a callback may have set other weights
+        masks.end_training(self.model, self.optimizer)  # a callback may have set other weights
         return history
 
     def set_weights(self, weights: Any) -> None:
