@@ -233,7 +233,7 @@ _OWNERS = {
     "also has their worst case.",
 )
 @click.option(
-    "--epsilon", type=_Distance(), default="8/255", show_default=True, help="Radius of the ball."
+    "--epsilon", type=_Distance(), required=True, help="Radius of the ball, such as 8/255."
 )
 @click.option(
     "--norm",
@@ -303,9 +303,9 @@ def evaluate(
 
     \b
     tscnc evaluate model.keras cifar10 --epsilon 8/255 --state state.json
-    tscnc evaluate model.keras cifar10 --attack apgd --examples 1000
-    tscnc evaluate model.keras cifar10 --attack pgd --steps 50 --restarts 5
-    tscnc evaluate model.tflite cifar10 --source model.keras --examples 1000
+    tscnc evaluate model.keras cifar10 --epsilon 8/255 --attack apgd --examples 1000
+    tscnc evaluate model.keras cifar10 --epsilon 0.5 --norm l2 --attack pgd --steps 50
+    tscnc evaluate model.tflite cifar10 --epsilon 8/255 --source model.keras
     """
     tscnc = _package()
 

@@ -111,25 +111,33 @@ def test_the_version_is_that_of_the_package():
 EXPORT = ["export", "HERE/keras.keras", "--output", "x", "--format"]
 
 
+EVALUATE = ["evaluate", "HERE/keras.keras", "--epsilon", "0.1"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["evaluate", "none.keras", "digits"], 2, "'none.keras' does not exist"),
         (["evaluate", "HERE/keras.keras", "digits", "--epsilon", "8/0"], 2, "epsilon must be a"),
         (["evaluate", "HERE/keras.keras", "digits", "--epsilon", "x"], 2, "neither a number nor"),
-        (["evaluate", "HERE/keras.keras", "digits", "--steps", "3"], 2, "--steps is for --attack"),
+        (["evaluate", "HERE/keras.keras", "digits"], 2, "Missing option '--epsilon'"),
+        ([*EVALUATE, "digits", "--steps", "3"], 2, "--steps is for --attack"),
         (
-            ["evaluate", "HERE/keras.keras", "digits", "--attack", "apgd", "--objective", "dlr"],
+            [*EVALUATE, "digits", "--attack", "apgd", "--objective", "dlr"],
             2,
             "--objective is for --attack pgd or --attack fgsm, got --attack apgd",
         ),
         (
-            ["evaluate", "HERE/keras.keras", "digits", "--attack", "pgd", "--version", "plus"],
+            [*EVALUATE, "digits", "--attack", "pgd", "--version", "plus"],
             2,
             "--version is for --attack autoattack, got --attack pgd",
         ),
-        (["evaluate", "HERE/keras.keras", "nothing"], 1, "there is nothing at that path"),
-        (["evaluate", "HERE/data.npz", "digits"], 1, "data.npz is not a model in a .keras or"),
+        ([*EVALUATE, "nothing"], 1, "there is nothing at that path"),
+        (
+            ["evaluate", "HERE/data.npz", "digits", "--epsilon", "0.1"],
+            1,
+            "data.npz is not a model in a .keras or",
+        ),
         (["inspect", "HERE"], 1, "ValueError: "),
         (["inspect", "EXPERIMENT"], 1, "holds a whole experiment: open one of its stages, 1-tr"),
         (["prune", "HERE/keras.keras", "--sparsity", "1", "--output", "x.keras"], 2, "0<=x<1"),
@@ -295,7 +303,7 @@ def test_the_attacks_by_their_names(names, options, made):
 
 
 def test_without_options_the_attack_is_autoattack(here):
-    words = [str(here / "keras.keras"), "digits"]
+    words = [str(here / "keras.keras"), "digits", "--epsilon", "8/255"]
     with tscnc_cli.evaluate.make_context("evaluate", words) as context:
         values = dict(context.params)
     options = {name: values[name] for name in tscnc_cli._OWNERS}
@@ -318,7 +326,8 @@ def test_samples_have_all_classes_of_a_sorted_file(here, tmp_path):
     np.savez(tmp_path / "sorted.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     images = tscnc_cli._some_images(str(tmp_path / "sorted.npz"), here / "keras.keras", 9)
     assert np.bincount((2 * images[:, 0, 0, 0]).astype(int)).tolist() == [3, 3, 3]
-    code, _, err = call("evaluate", here / "keras.keras", here / "data.npz", "--examples", 25)
+    words = ["evaluate", here / "keras.keras", here / "data.npz", "--epsilon", "0.1"]
+    code, _, err = call(*words, "--examples", 25)
     assert (code, err.splitlines()[-1]) == (
         2,
         "Error: --examples: n_test must be from 0 to 24, got 25.",
@@ -359,7 +368,7 @@ def test_an_evaluation_is_that_of_evaluate_robustness(here, tmp_path):
     ).to_dict()
     assert report == json.loads(file.read_text())
     assert without_seconds(report) == without_seconds(again)
-    code, _, err = call("evaluate", model, data, "--output", file)
+    code, _, err = call("evaluate", model, data, "--epsilon", "0.1", "--output", file)
     assert (code, "report.json exists already" in err) == (1, True)
 
 

@@ -573,6 +573,19 @@ def test_gradients_that_are_not_finite_are_counted(value):
     assert report.flags == ("undefined-gradients",)
 
 
+@pytest.mark.parametrize(("count", "flags"), [(3, ()), (4, ("zero-gradients",))])
+def test_few_gradients_that_are_zero_are_not_reported(count, flags):
+    x, cut = X[:300], np.arange(300) < count
+
+    def masked_few(given):
+        chosen = tf.reduce_any(tf.reduce_all(given[:, None] == x[None, cut], axis=-1), axis=1)
+        return tf.where(chosen[:, None], tf.stop_gradient(linear(given)), linear(given))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EvaluationWarning)
+        assert quiet(masked_few, x, Y[:300], corner_attack()).flags == flags
+
+
 def test_logits_so_large_that_softmax_saturates_are_attacked_all_the_same():
     def sure(x):
         return 1e4 * linear(x)

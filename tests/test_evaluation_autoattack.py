@@ -162,6 +162,22 @@ def test_the_part_without_gradient_is_watched_wherever_it_comes(monkeypatch):
     assert "black-box-wins" in report.flags
 
 
+@pytest.mark.parametrize(
+    ("fooled", "left", "examples", "notable"),
+    [
+        (12, 345, 1000, False),  # Square on a network of 99 % zeros, without masking: 3.5 %
+        (18, 345, 1000, True),
+        (2, 20, 20, False),
+        (3, 20, 20, True),
+        (20, 300, 10_000, False),
+        (21, 300, 10_000, True),
+    ],
+)
+def test_the_black_box_must_win_on_a_share_of_what_is_left(fooled, left, examples, notable):
+    found = diagnostics.of_transfer(fooled, left, examples)
+    assert [finding.name for finding in found] == ["transfer-wins"] * notable
+
+
 def test_attacks_in_larger_balls_are_not_held_against_those_in_smaller_ones(monkeypatch):
     gradient = attacks.APGD(epsilon=EPSILON / 4, steps=10)
     square = attacks.Square(epsilon=EPSILON, queries=200)

@@ -82,3 +82,26 @@ def test_of_autoattack_a_file_gets_square(served, examples, expected, monkeypatc
     [part] = result.stages
     assert (part.name, part.examples) == (ATTACKS["Square"].name, COUNT)
     np.testing.assert_array_equal(report.robust_correct, expected["Square"])
+
+
+@pytest.mark.parametrize("form", [*FORMS, "saved model"])
+def test_the_state_of_an_exported_model_is_refused_for_another(network, examples, form, tmp_path):
+    forms = {**FORMS, "saved model": (export.export_saved_model, export.load_saved_model)}
+    write, load = forms[form]
+    other = keras.models.clone_model(network)
+    other.set_weights([weight * np.float32(1 + 1e-5) for weight in network.get_weights()])
+    square = attacks.Square(epsilon=EPSILON, queries=2)
+
+    for model, name in ((network, "one"), (other, "other")):
+        write(model, tmp_path / name)
+
+    def run(name):
+        state = tmp_path / "state.json"
+        served = load(tmp_path / name)
+        return evaluate_robustness(served, *examples, square, state_path=state, progress=False)
+
+    report = run("one")
+    assert set(report.digests) == {"data", "weights"}
+    assert run("one").digests == report.digests
+    with pytest.raises(ValueError, match="what differs: weights"):
+        run("other")

@@ -59,6 +59,13 @@ def test_parts_of_a_recipe_are_no_dicts(part):
         Recipe(**{part: {}})
 
 
+# 10 lists of 10 aliases each: 10^10 values in 400 bytes.
+BILLION = "name: [&a0 [x], " + ", ".join(
+    f"&a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 11)
+)
+BILLION = f"{BILLION}]".encode()
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "words"),
     [
@@ -82,6 +89,9 @@ def test_parts_of_a_recipe_are_no_dicts(part):
             ValueError,
             "mine.yaml is not YAML: could not determine a constructor",
         ),
+        (b"[" * 3000, ValueError, "mine.yaml can't be read: its values are nested too deeply"),
+        (BILLION, ValueError, "mine.yaml can't be read: it has more than 10,000 values"),
+        (b"name: &a [*a]", ValueError, "an alias that contains itself"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, content, kind, words):

@@ -215,11 +215,12 @@ def inputs(x: Any, bounds: tuple[float, float]) -> np.ndarray | tf.Tensor:
         ValueError: x is not a batch, is empty, not finite, or outside of the bounds.
     """
     one_array("x", x)
-    if not isinstance(x, np.ndarray):
-        try:
-            x = tf.convert_to_tensor(x)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"x must be an array of floats, got {x!r}: {error}") from None
+    try:
+        # Of a masked array all values, as the model is given.
+        x = np.asarray(x) if isinstance(x, np.ndarray) else tf.convert_to_tensor(x)
+        tf.as_dtype(x.dtype)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"x must be an array of floats, got {x!r}: {error}") from None
     require_floats(x.dtype)
     require_batch(tf.TensorShape(x.shape))
     if 0 in x.shape:

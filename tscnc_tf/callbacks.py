@@ -18,9 +18,6 @@ from tscnc_tf._keras import flavours, gated, masks, optimizers, tf_keras, wrappe
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional import scheduling
 
-# The names of an accuracy in the logs; the first one that is there is used.
-_ACCURACIES = ("adversarial_accuracy", "accuracy")
-
 __all__ = [
     "ConditionFeed",
     "GateLogger",
@@ -100,8 +97,7 @@ class UpdatePruning(flavours.Callback):
         self._find_pruners()
         for pruner in self._pruners:
             own = self._trainer_of(pruner)
-            is_elsewhere = pruner.model is not model and not isinstance(model, flavours.Trainer)
-            if is_elsewhere and own is not None:
+            if self._is_elsewhere(pruner) and own is not None:
                 pruner.on_train_begin(own)
         wrapped = wrappers.wrapped_layers(model)
         self._tfmots = self._apply = None
@@ -114,6 +110,10 @@ class UpdatePruning(flavours.Callback):
             )
             self._apply()
         self._is_first_epoch = True
+
+    def _is_elsewhere(self, pruner: Any) -> bool:
+        """Return whether a pruner belongs to a part of the model that is trained."""
+        return pruner.model is not self.model and not isinstance(self.model, flavours.Trainer)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Find the pruners again; in the first epoch, check the planned number of steps.
@@ -181,29 +181,21 @@ class UpdatePruning(flavours.Callback):
         """Tell regrowth that follows the validation how the epoch ended; call tfmot's callback.
 
         Raises:
-            ValueError: the logs have no accuracy, or none of the validation.
+            ValueError: the logs have no accuracy.
         """
         if self._tfmots is not None:
             self._tfmots.on_epoch_end(epoch, logs)
         for pruner in self._pruners:
-            if pruner.regrowth is None or not pruner.regrowth.epochs:
-                continue
-            found = logs or {}
-            names = [name for name in _ACCURACIES if {name, f"val_{name}"} <= set(found)]
-            if not names or "val_loss" not in found:
-                raise ValueError(
-                    f"{pruner.regrowth!r} follows the validation, but the logs of the epoch have "
-                    f"no val_loss, or none of {_ACCURACIES} in training and validation: pass "
-                    "validation_data to fit, and compile a model of your own with "
-                    f"metrics=['accuracy']. Its logs are {sorted(found)}."
-                )
-            gap = float(found[names[0]]) - float(found[f"val_{names[0]}"])
-            pruner.on_epoch_end(gap, float(found["val_loss"]))
+            if not pruner.frozen:
+                pruner.on_epoch_end(logs or {})
 
     def on_train_end(self, logs: Any = None) -> None:
         """Apply the masks again: Keras may have replaced the weights by averages."""
         self._training.close()
         masks.apply(self.model, self.model.optimizer)
+        for pruner in self._pruners:
+            if self._is_elsewhere(pruner):
+                pruner.on_train_end(self._optimizer_of(pruner))
 
     def _warn_if_too_short(self, epoch: int) -> None:
         """Warn of schedules that do not reach their final sparsity in the planned training."""
@@ -234,6 +226,7 @@ class UpdatePruning(flavours.Callback):
                     stacklevel=2,
                 )
         for pruner in self._pruners:
+            self._warn_if_too_late(pruner, params["steps"])
             first = pruner.regrowth and pruner.regrowth.first_move(pruner.schedule)
             if not pruner.frozen and first and first > pruner.steps + planned:
                 warnings.warn(
@@ -243,6 +236,21 @@ class UpdatePruning(flavours.Callback):
                     UserWarning,
                     stacklevel=2,
                 )
+
+    def _warn_if_too_late(self, pruner: Any, steps_per_epoch: int) -> None:
+        """Warn if a regrowth moves its last weight before it has the epochs that it needs."""
+        if pruner.frozen or pruner.regrowth is None or not pruner.regrowth.epochs:
+            return
+        missing = int(np.sum(np.isnan(pruner.state.history.numpy()[1:, 0]))) + 1
+        first, last = pruner.steps, pruner.regrowth.last_step(pruner.schedule)
+        if first < last <= first + missing * steps_per_epoch:
+            warnings.warn(
+                f"{pruner.regrowth!r} will not follow the validation: it needs {missing} more "
+                f"epochs of {steps_per_epoch} steps, and moves no weight from step {last} on. Take "
+                "a smaller window or a larger until, or train longer.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 class ConditionFeed(flavours.Callback):

@@ -89,7 +89,7 @@ def _not_finite(values: tuple[float, ...]) -> Outcome:
                     attempt()
             except ValueError as error:
                 if re.search(r"\b(NaN|nan|infinity|infinite|inf|finite)\b", str(error)):
-                    outcome.count("said at once")
+                    outcome.count("error that names NaN or infinity")
                 else:
                     outcome.lose(f"{name}, {bad}: {error}")
             else:

@@ -570,7 +570,9 @@ class PruningState(_Base):
         saved, count = self._saved(), len(store.keys())
         vectors = (*self._shares, self.left_out)
         most = len(saved) + len(vectors)
-        if count not in (most - 1, most):  # older files have no `left_out`
+        shapes = [np.shape(store[str(position)]) for position in range(min(count, len(saved)))]
+        # Older files have no `left_out`.
+        if count not in (most - 1, most) or shapes != [tuple(each.shape) for each in saved]:
             raise ValueError(
                 f"The file has {count} variables of a pruner, and this model's has "
                 f"{most}: other weights of the model were pruned when it was saved, or "

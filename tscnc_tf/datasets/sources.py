@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -177,8 +178,13 @@ def _matlab(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Return pixels `(n, h, w, c)` and labels of one of SVHN's files, which hold `(h, w, c, n)`."""
     scipy = require_extra("scipy.io", "datasets")
     try:
+        for _, shape, kind in scipy.whosmat(path):
+            itemsize = np.dtype(kind).itemsize if kind in np.sctypeDict else 8
+            _files.require_memory(path, math.prod(shape) * itemsize)
         content = scipy.loadmat(path)
         pixels, labels = content["X"], content["y"].ravel()
+    except _files.TooLargeError:
+        raise
     except Exception as error:  # SciPy's parser raises errors of many kinds
         raise ValueError(f"{path} is damaged, or not a file of SVHN: {error!r}.") from error
     if pixels.ndim != 4:

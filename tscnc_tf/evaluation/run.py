@@ -359,7 +359,7 @@ class _Evaluation:
             y = self._labels[chosen]
             candidates = transfer.examples(self._inputs[chosen], y, radius)
             fooled += int(np.sum(np.argmax(self._examined.logits(candidates), axis=1) != y))
-        return found + diagnostics.of_transfer(fooled, len(left))
+        return found + diagnostics.of_transfer(fooled, len(rows), len(left))
 
     def _attack(self, adversary: Adversary, state: EvaluationState, bar: Progress) -> AttackResult:
         """Run one attack; of an ensemble each part, on the examples still classified correctly."""

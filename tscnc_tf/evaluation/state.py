@@ -155,7 +155,9 @@ def digests(model: Any, x: np.ndarray, y: np.ndarray) -> dict[str, str]:
 
 
 def digest_of_weights(model: Any) -> str:
-    """Return SHA-256 of a model's weights, "" if there are none that can be read."""
+    """Return SHA-256 of a model's weights or of its file, "" if there are none to be read."""
+    if isinstance(digest := getattr(model, "digest", None), str):  # an exported model
+        return digest
     if _keras.flavour(model) is not None:
         weights = model.get_weights()
     else:

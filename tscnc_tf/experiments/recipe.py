@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -233,6 +234,10 @@ def differences(theirs: Any, mine: Any, name: str = "") -> list[str]:
     return [] if theirs == mine else [f"{name} was {theirs!r}, not {mine!r}"]
 
 
+# Of a file of YAML, with all aliases written out.
+_MOST_VALUES = 10_000
+
+
 def parse(text: str, where: str) -> Any:
     """Parse YAML into dicts, lists, numbers, strings, booleans and None.
 
@@ -256,9 +261,17 @@ def parse(text: str, where: str) -> Any:
         raise TypeError(f"text must be text of YAML, got {text!r} of type {type(text).__name__}.")
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        is_small = _size(yaml, tree, {}) <= _MOST_VALUES
+        values = yaml.safe_load(text) if is_small else None
+    except RecursionError:
+        raise ValueError(f"{where} can't be read: its values are nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that does not exist
         raise ValueError(f"{where} is not YAML: {error}") from error
+    if not is_small:
+        raise ValueError(
+            f"{where} can't be read: it has more than {_MOST_VALUES:,} values, if each alias "
+            "(*name) is written out, or an alias that contains itself."
+        )
     for name, first, second in _repeated(yaml, tree, "", set()):
         raise ValueError(
             f"{where} has {name} twice, in line {first} and in line {second}: keep one of them."
@@ -286,6 +299,22 @@ def read_yaml(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values, got {values!r}.")
     return values
+
+
+def _size(yaml: Any, node: Any, known: dict[int, float]) -> float:
+    """Return the number of values below a node with all aliases written out; infinite for a cycle.
+
+    Each alias of a list of aliases multiplies it: a few hundred bytes can fill the memory.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known, so that a cycle ends
+        inner: list[Any] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [each for pair in node.value for each in pair]
+        known[id(node)] = 1.0 + sum(_size(yaml, each, known) for each in inner)
+    return known[id(node)]
 
 
 def _repeated(yaml: Any, node: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _files, _probe
+from tscnc_tf import _files, _probe, _reports
 from tscnc_tf._keras import flavours, masks
 from tscnc_tf.export import manifest, preflight, writer
 from tscnc_tf.export.report import ExportedTensor, ExportReport
@@ -115,6 +116,12 @@ class ServedModel:
     def report(self) -> ExportReport:
         """The report of the export, as `export_saved_model` returned it."""
         return self._report
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        variables = self._loaded.serve.concrete_functions[0].variables
+        return _reports.digest((each.name, each.numpy()) for each in variables)
 
     @property
     def signatures(self) -> Any:

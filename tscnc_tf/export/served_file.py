@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import os
 import pathlib
 from collections.abc import Iterable
@@ -38,12 +39,19 @@ class ServedFile(abc.ABC):
         outputs: Iterable[ExportedTensor],
     ) -> None:
         self._path = pathlib.Path(path)
+        with self._path.open("rb") as file:
+            self._digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
     @property
     def name(self) -> str:
         """The name of the file."""
         return self._path.name
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return self._digest
 
     @property
     def inputs(self) -> tuple[ExportedTensor, ...]:

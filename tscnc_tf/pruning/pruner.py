@@ -508,6 +508,7 @@ class Pruner(StepCount):
         return result
 
     perturb_scores = 0.0  # see `ScorePruner`
+    _has_recorded = False  # whether this `fit` has recorded an epoch
 
     def perturbed(self, loss: Any) -> contextlib.AbstractContextManager[Any]:  # noqa: ARG002
         """Return the context in which the gradient of a loss is computed; it does nothing here."""
@@ -522,30 +523,24 @@ class Pruner(StepCount):
         """Apply the masks after weights were set from outside."""
         self.apply()
 
-    def on_epoch_end(self, gap: float, validation_loss: float) -> None:
-        """Record an epoch for a `Regrowth` that follows the validation, in a loop of your own.
-
-        Args:
-            gap: the accuracy in training minus that in validation.
-            validation_loss: the loss on the validation data.
-        """
-        if self.regrowth is not None and self.regrowth.epochs:
-            epoch = np.array([[gap, validation_loss]], np.float32)
+    def on_epoch_end(self, logs: Mapping[str, Any]) -> None:
+        """Record the logs of an epoch, in a loop of your own, for a `Regrowth` that needs them."""
+        epoch = self.regrowth.epoch(logs) if self.regrowth and self.regrowth.epochs else None
+        if epoch is not None:
             self.state.history.assign(np.concatenate([self.state.history.numpy()[1:], epoch]))
+            self._has_recorded = True
 
     def on_train_end(self, optimizer: Any) -> None:
-        """Apply the masks once more when a `fit` has ended.
-
-        Warns:
-            UserWarning: too few epochs have been recorded for the regrowth.
-        """
+        """Apply the masks when a `fit` has ended; warn if a `Regrowth` lacked its validation."""
         self.apply(optimizer)
-        if self.regrowth is not None and self.regrowth.epochs and not self.frozen:
-            self.regrowth.warn_of_missing(self.state.history.numpy())
+        if self.regrowth is not None and not self.frozen and not self._has_recorded:
+            self.regrowth.warn_of_no_validation(self.schedule, self.steps)
+        self._has_recorded = False
 
     def finalize(self) -> None:
-        """Prune to the schedule's final sparsity now, at whatever step, and freeze."""
-        self._prune_to_final_sparsity()
+        """Prune to the schedule's final sparsity now, unless it follows the validation; freeze."""
+        if self.regrowth is None or not self.regrowth.epochs:
+            self._prune_to_final_sparsity()
         self.freeze()
 
     def _prune_to_final_sparsity(self, taylor: Taylor | None = None) -> None:
@@ -614,6 +609,9 @@ class Pruner(StepCount):
             for (_, variable), mask in zip(pairs, moved, strict=True):
                 strategy.extended.update(variable, assign, args=(mask,))
             self._mask_weights(strategy)
+            if regrowth.epochs:  # they are used once
+                epochs = tensor_variable(self.state.history)
+                strategy.extended.update(epochs, assign, args=(regrowth.used(epochs),))
 
         finite = [tf.reduce_all(tf.math.is_finite(gradient)) for gradient in given]
         tf.cond(tf.reduce_all(tf.stack(finite or [True])), move, lambda: None)

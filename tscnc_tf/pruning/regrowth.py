@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from tscnc_tf.pruning.structures import Move, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
 
 __all__ = ["Regrowth"]
+
+# The names of an accuracy in logs; the first one that is there is used.
+_ACCURACIES = ("adversarial_accuracy", "accuracy", "acc", "sparse_categorical_accuracy")
 
 
 @_keras.register
@@ -47,18 +50,16 @@ class Regrowth(_configs.Configurable):
     finite exchanges no weights. With gradient accumulation, and under a distribution strategy, the
     sum over batches or replicas counts.
 
-    **The sparsity may follow the validation** (Flying Bird+). With k kept weights in a tensor, an
-    exchange then changes their number by
+    **The sparsity may follow the validation** (Flying Bird+) in a network that is sparse from the
+    start. The first exchange after an epoch changes the number k of kept weights of a tensor by
 
     .. math:: f k\,(g \cdot \text{extra\_growth} - o \cdot \text{extra\_drop}),
 
-    rounded: fewer weights grow than are dropped, or more. The network overfits (o = 1) if in half
-    or more of the last `window` epochs the accuracy in training rose more, or fell less, than that
-    in validation. It stagnates (g = 1) if in half or more of them the validation loss did not fall.
-    Otherwise, and until `window` + 1 epochs have ended, o and g are 0. The sparsity of all tensors
-    together stays in `sparsity_range`. This needs `validation_data` and
-    `callbacks.pruning_callbacks()` in `fit`, and the epochs are saved with the model. When the
-    schedule renews the masks, the sparsity is again the schedule's.
+    each term rounded. The network overfits (o = 1) if in half or more of the last `window` epochs
+    the accuracy in training rose more, or fell less, than that in validation. It stagnates (g = 1)
+    if in half or more of them the validation loss did not fall. Otherwise, and until `window` + 1
+    epochs have ended, o and g are 0. This needs `callbacks.pruning_callbacks()` and
+    `validation_data` in `fit`. The epochs are saved with the model.
 
     If the schedule has its final sparsity at step 1, as `OneShot(sparsity)` has, the pruner prunes
     in its constructor: the network is sparse from the start. (The largest of random weights are at
@@ -77,13 +78,13 @@ class Regrowth(_configs.Configurable):
             tensor changes, but not that of all together; each keeps its `min_weights`. For
             `Unstructured` only, with scope "global" or "lamp".
         seed: of the random choices, >= 0.
-        extra_drop: of the dropped weights, the share that does not grow again while the network
+        extra_drop: by what share more weights are dropped, and not replaced, if the network
             overfits, in [0, 1]; 0.4 in the paper's code. For `Unstructured` only.
-        extra_growth: the share by which more weights grow while the network stagnates, in [0, 1];
-            0.05 in the paper's code. For `Unstructured` only.
+        extra_growth: by what share more weights grow if the network stagnates, in [0, 1]; 0.05 in
+            the paper's code. For `Unstructured` only.
         window: number of epochs that are compared, >= 1.
-        sparsity_range: the smallest and the largest sparsity that `extra_growth` and `extra_drop`
-            may lead to.
+        sparsity_range: the smallest and the largest sparsity that these two may lead to: of all
+            weights that are trained, up to the rounding in each tensor.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -101,8 +102,9 @@ class Regrowth(_configs.Configurable):
     Reference:
         Evci et al. 2020, "Rigging the lottery", arXiv 1911.11134, algorithm 1 (there the optimizer
         pauses in a step that moves weights; here it does not); Chen et al. 2022, "Sparsity winning
-        twice", arXiv 2202.09844, for adversarial training (Flying Bird and Flying Bird+); Mocanu et
-        al. 2018, arXiv 1707.04780, for random growth.
+        twice", arXiv 2202.09844, for adversarial training (Flying Bird and Flying Bird+; in their
+        code the sparsity moves in the second half of the training only); Mocanu et al. 2018, arXiv
+        1707.04780, for random growth.
     """
 
     fraction: float = 0.3
@@ -130,7 +132,7 @@ class Regrowth(_configs.Configurable):
         _checks.number("extra_growth", self.extra_growth, minimum=0.0, maximum=1.0)
         _checks.integer("window", self.window, minimum=1)
         limits = _checks.bounds("sparsity_range", self.sparsity_range)
-        if not 0.0 <= limits[0] < limits[1] <= 1.0:
+        if limits[0] < 0.0 or limits[1] > 1.0:
             raise ValueError(f"sparsity_range must lie in [0, 1], got {self.sparsity_range!r}.")
         object.__setattr__(self, "sparsity_range", limits)
 
@@ -162,6 +164,17 @@ class Regrowth(_configs.Configurable):
             raise ValueError(
                 f"extra_drop and extra_growth must be 0 with structure={structure!r}: only the "
                 "number of single weights may follow the validation."
+            )
+        final = scheduling.final_sparsity(schedule)
+        if self.epochs and not scheduling.is_at_once(schedule):
+            raise ValueError(
+                f"extra_drop and extra_growth must be 0 with {schedule!r}, which sets the sparsity "
+                "again and again: take schedules.OneShot(sparsity)."
+            )
+        if self.epochs and not self.sparsity_range[0] <= final <= self.sparsity_range[1]:
+            raise ValueError(
+                f"sparsity_range must contain the sparsity of the schedule, {final:g}, got "
+                f"{self.sparsity_range!r}."
             )
         structure.require_equal_units(targets)
         if self.last_step(schedule) < 1:
@@ -218,42 +231,67 @@ class Regrowth(_configs.Configurable):
         progress = tf.cast(step, tf.float32) / self.last_step(schedule)
         return 0.5 * self.fraction * (1.0 + tf.cos(math.pi * tf.minimum(progress, 1.0)))
 
-    def warn_of_missing(self, history: np.ndarray) -> None:
-        """Warn if fewer epochs than `epochs` have been recorded; see `change` for `history`."""
-        missing = int(np.sum(np.isnan(history[:, 0])))
-        if missing:
+    def epoch(self, logs: Mapping[str, Any]) -> np.ndarray | None:
+        """Return what it needs of an epoch, `(1, 2)`, see `changes`; None without a validation.
+
+        Args:
+            logs: of an epoch of `fit`.
+
+        Raises:
+            ValueError: there is a validation, but no accuracy.
+        """
+        names = [name for name in _ACCURACIES if {name, f"val_{name}"} <= set(logs)]
+        if "val_loss" not in logs:
+            return None
+        if not names:
+            raise ValueError(
+                f"{self!r} follows the validation, but the logs of the epoch have none of "
+                f"{_ACCURACIES}: compile the model with metrics=['accuracy']. They are "
+                f"{sorted(logs)}."
+            )
+        gap = float(logs[names[0]]) - float(logs[f"val_{names[0]}"])
+        return np.array([[gap, float(logs["val_loss"])]], np.float32)
+
+    @staticmethod
+    def used(history: Any) -> tf.Tensor:
+        """Return `history` after an exchange: it says nothing until the next epoch is recorded."""
+        return tf.concat([tf.fill((1, 2), np.nan), history[1:]], axis=0)
+
+    def warn_of_no_validation(self, schedule: Any, steps: int) -> None:
+        """Warn that a training up to step `steps` has recorded no epoch, if it needs any."""
+        if self.epochs and steps < self.last_step(schedule):
             warnings.warn(
-                f"{self!r} has kept the sparsity of the schedule: it follows the validation from "
-                f"{self.epochs} epochs on, and {self.epochs - missing} have been recorded. Pass "
-                "validation_data and callbacks.pruning_callbacks() to fit, or train for more "
-                "epochs.",
+                f"{self!r} follows the validation, but this training has recorded none: pass "
+                "validation_data and callbacks.pruning_callbacks() to fit.",
                 UserWarning,
                 stacklevel=4,
             )
 
-    def change(self, history: tf.Tensor, kept: Sequence[Any], share: tf.Tensor) -> tf.Tensor:
-        """Return the change of the number of kept weights, as a fraction of the dropped ones.
+    def changes(
+        self, history: tf.Tensor, kept: Sequence[Any], share: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return by what shares more weights are dropped, and more weights grow.
 
         Args:
             history: of the last `epochs` epochs, the accuracy in training minus that in validation,
                 and the validation loss, `(epochs, 2)`; NaN for epochs that have not ended.
             kept: all masks.
-            share: fraction of the kept weights that are dropped.
+            share: fraction of the kept weights that are dropped and replaced.
         """
         rises = history[1:] - history[:-1]
         overfits = tf.reduce_mean(tf.cast(rises[:, 0] > 0, tf.float32)) >= 0.5
         stagnates = tf.reduce_mean(tf.cast(rises[:, 1] >= 0, tf.float32)) >= 0.5
-        wanted = self.extra_growth * tf.cast(stagnates, tf.float32)
-        wanted -= self.extra_drop * tf.cast(overfits, tf.float32)
+        is_known = tf.reduce_all(tf.math.is_finite(history))
         size = float(sum(mask.shape.num_elements() for mask in kept))
         count = tf.add_n([tf.math.count_nonzero(mask, dtype=tf.int32) for mask in kept])
         count = tf.cast(count, tf.float32)
-        # The change that leads to each limit, if the sparsity is not beyond it already.
-        dropped = tf.maximum(share * count, 1.0)
-        most = tf.maximum((1.0 - self.sparsity_range[0]) * size - count, 0.0) / dropped
-        least = tf.minimum((1.0 - self.sparsity_range[1]) * size - count, 0.0) / dropped
-        is_known = tf.reduce_all(tf.math.is_finite(history))
-        return tf.where(is_known, tf.clip_by_value(wanted, least, most), 0.0)
+        replaced = tf.maximum(share * count, 1.0)
+        most_dropped = tf.maximum(count - (1.0 - self.sparsity_range[1]) * size, 0.0) / replaced
+        most_grown = tf.maximum((1.0 - self.sparsity_range[0]) * size - count, 0.0) / replaced
+        return (
+            tf.where(is_known & overfits, tf.minimum(self.extra_drop, most_dropped), 0.0),
+            tf.where(is_known & stagnates, tf.minimum(self.extra_growth, most_grown), 0.0),
+        )
 
     def masks(
         self,
@@ -273,7 +311,7 @@ class Regrowth(_configs.Configurable):
             pairs: (target, mask) of each weight tensor.
             gradients: of the loss with respect to each; not used with criterion "random".
             share: fraction of the kept weights that are dropped.
-            history: see `change`, a variable; None if the number of kept weights does not change.
+            history: see `changes`, a variable; None if the number of kept weights is fixed.
             step: the present step, for the seeds.
             min_weights: the minimum number of kept weights of every weight tensor.
         """
@@ -292,9 +330,9 @@ class Regrowth(_configs.Configurable):
             moves.append(Move(target, tf.convert_to_tensor(mask), keep_score, grow_score))
         if not (self.across_layers or self.epochs):
             return structure.moved(moves, share)
-        change: Any = 0.0
+        options: dict[str, Any] = {"min_units": min_weights, "across": self.across_layers}
         if history is not None:
             epochs = tf.convert_to_tensor(tensor_variable(history))
-            change = self.change(epochs, [move.mask for move in moves], share)
-        options = {"min_units": min_weights, "across": self.across_layers, "change": change}
+            kept = [move.mask for move in moves]
+            options["extra_drop"], options["extra_growth"] = self.changes(epochs, kept, share)
         return structure.moved(moves, share, **options)

@@ -65,7 +65,8 @@ class Structure(_configs.Configurable, abc.ABC):
         *,
         min_units: int = 0,
         across: bool = False,
-        change: Any = 0.0,
+        extra_drop: Any = None,
+        extra_growth: Any = None,
     ) -> list[tf.Tensor]:
         """Return one mask per weight tensor after an exchange.
 
@@ -75,10 +76,12 @@ class Structure(_configs.Configurable, abc.ABC):
         Args:
             moves: one per weight tensor.
             share: fraction of the kept units, a scalar, possibly a tensor.
-            min_units: the minimum number of kept units of each tensor; not needed if neither
-                `across` nor `change` is given.
+            min_units: the minimum number of kept units of each tensor; needed only if that number
+                changes.
             across: whether units are exchanged between tensors, too.
-            change: the change of the number of kept units, as a fraction of the dropped ones.
+            extra_drop: by what share more units are dropped, which are not replaced; None, as for
+                `extra_growth`, if the number of kept units does not change.
+            extra_growth: by what share more units grow.
         """
 
 
@@ -121,7 +124,8 @@ class _Ranked(Structure):
         *,
         min_units: int = 0,
         across: bool = False,
-        change: Any = 0.0,
+        extra_drop: Any = None,
+        extra_growth: Any = None,
     ) -> list[tf.Tensor]:
         """Return one mask per weight tensor after an exchange."""
         units = [self._units(move.ranked, move.target) for move in moves]
@@ -135,10 +139,11 @@ class _Ranked(Structure):
         if across:
             lengths = [int(ranks.shape[0]) for ranks in keep]
             joint = [tf.concat(each, axis=0) for each in (kept, keep, grow)]
-            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share, change), lengths)
+            extra = (extra_drop, extra_growth)
+            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share, *extra), lengths)
         else:
             rows = zip(kept, keep, grow, strict=True)
-            chosen = [_exchanged(*row, share, change) for row in rows]
+            chosen = [_exchanged(*row, share, extra_drop, extra_growth) for row in rows]
         return [self._spread(*pair) for pair in zip(chosen, (m.target for m in moves), strict=True)]
 
     @abc.abstractmethod
@@ -462,16 +467,30 @@ class NM(Structure):
 
 
 def _exchanged(
-    kept: tf.Tensor, keep: tf.Tensor, grow: tf.Tensor, share: Any, change: Any
+    kept: tf.Tensor,
+    keep: tf.Tensor,
+    grow: tf.Tensor,
+    share: Any,
+    extra_drop: Any,
+    extra_growth: Any,
 ) -> tf.Tensor:
     """Return a mask of the units that stay and the largest of `grow`; see `Structure.moved`."""
-    stays = functional.largest_share(kept, keep, share * (1.0 - tf.minimum(change, 0.0)))
-    count = tf.reduce_sum(tf.cast(kept, tf.int32))
-    more = tf.round(tf.cast(share * change, tf.float32) * tf.cast(count, tf.float32))
-    count += tf.cast(more, tf.int32)
-    # Not fewer than stay: the units to replace them may be too few, or a minimum may hold them.
-    count = tf.maximum(count, tf.reduce_sum(tf.cast(stays, tf.int32)))
-    return functional.largest(tf.where(stays, tf.constant(np.inf, grow.dtype), grow), count)
+
+    def number(mask: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(tf.cast(mask, tf.int32))
+
+    def rounded(fraction: Any) -> tf.Tensor:
+        return tf.cast(tf.round(share * fraction * tf.cast(count, tf.float32)), tf.int32)
+
+    stays, count = functional.largest_share(kept, keep, share), number(kept)
+    new_count = count
+    if extra_drop is not None:
+        ranks = tf.where(stays, keep, tf.constant(-np.inf, keep.dtype))
+        held = number(tf.equal(ranks, np.inf))
+        left = tf.maximum(number(stays) - rounded(extra_drop), held)
+        new_count = tf.maximum(count - rounded(extra_drop), left) + rounded(extra_growth)
+        stays &= functional.largest(ranks, left)
+    return functional.largest(tf.where(stays, tf.constant(np.inf, grow.dtype), grow), new_count)
 
 
 def unfit(structure: Structure | None, layers: Any) -> Callable[[Target], str]:
