@@ -38,10 +38,17 @@ package: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
-# On a machine with a GPU: the step, and with CIFAR10=cifar10.npz the study of large networks.
+# On a machine with an NVIDIA GPU: the step, and with CIFAR10=cifar10.npz the study of large networks.
+LARGE = --plan benchmarks/study/accelerator.yaml --data cifar10=$(CIFAR10)
 bench-gpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[gpu]"
 	$(BIN)/python -m benchmarks gpu
-	$(if $(CIFAR10),$(BIN)/python -m benchmarks.study run --plan benchmarks/study/accelerator.yaml --data cifar10=$(CIFAR10))
+ifdef CIFAR10
+	$(BIN)/python -m benchmarks.study run $(LARGE)
+	$(BIN)/python -m benchmarks.study report $(LARGE) --write
+else
+	@echo "The study of large networks is not run: give its data, make bench-gpu CIFAR10=cifar10.npz"
+endif
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info docs/_build docs/api/generated

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
+import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 
 from benchmarks import measure, parts, record
+from benchmarks.study.report import insert
 from tscnc_tf.experiments import stages
 
+DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md"
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 GOAL = 1.10
 
@@ -26,8 +31,8 @@ def run(options: record.Options) -> None:
     devices = [each.name for each in gpus]
     if not devices and not options.smoke:
         sys.exit(
-            "TensorFlow sees no GPU here: install it as pip install 'tensorflow[and-cuda]', and "
-            "check the output of nvidia-smi."
+            "TensorFlow sees no GPU here: install it with CUDA, as make bench-gpu and pip install "
+            "'tscnc_tf[gpu]' do, and check the output of nvidia-smi."
         )
     network = options.pick("network", "resnet18", "tiny")
     size = options.pick("batch_size", 128, 4)
@@ -70,6 +75,8 @@ def run(options: record.Options) -> None:
             "goal": GOAL,
         },
     )
+    if not options.smoke:
+        insert(DOCUMENT, "gpu", table(json.loads(path.read_text(encoding="utf-8"))))
     rows = [(name, *record.milliseconds(timing)) for name, timing in times.items()]
     notes = [
         *(
@@ -84,6 +91,19 @@ def run(options: record.Options) -> None:
     ]
     title = f"A training step on {', '.join(devices) or 'no GPU'}: {network}, batch {size}"
     record.show(title, record.COLUMNS, rows, notes, path)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return what `gpu.json` holds as the table of `docs/benchmarks.md`, in Markdown."""
+    devices = ", ".join(each.get("device_name", "GPU") for each in found["gpus"])
+    over_floor = found["over_floor"]
+    rows = ["| step | over its floor (goal: at most 1.1) | speed over float32 without XLA |"]
+    rows += ["|---|---|---|"]
+    for name, speed in found["speed"].items():
+        ratio = f"{over_floor[name]['of_medians']:.2f}" if name in over_floor else "–"
+        rows.append(f"| {name.removeprefix('step, ')} | {ratio} | {speed['of_medians']:.2f} |")
+    title = f"On {devices}, {found['network']}, batch {found['batch_size']}, {found['attack']}:"
+    return "\n".join([title, "", *rows])
 
 
 def _name(policy: str, xla: bool) -> str:

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import emulation, measure, memory, networks, streaming
+from benchmarks import gpu as gpu_module
 from benchmarks import runtimes as runtimes_module
 from benchmarks.__main__ import BENCHMARKS, main
 from tscnc_tf._keras import layers
@@ -321,6 +322,11 @@ def test_the_step_on_a_gpu_is_timed_in_mixed_precision_and_refused_without_one(t
     steps = {name for name in found["times"] if name.startswith("step")}
     assert steps == {"step, float32", "step, float32, XLA", "step, mixed_float16"}
     assert found["speed"]["step, float32"]["of_medians"] == 1.0
+    text = gpu_module.table(found | {"gpus": [{"device_name": "NVIDIA T4"}]})
+    assert text.startswith("On NVIDIA T4, tiny, batch 4, PGD-")
+    over = found["over_floor"]["step, float32"]["of_medians"]
+    assert f"\n| float32 | {over:.2f} | 1.00 |\n" in text
+    assert "begin: gpu" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     if not tf.config.list_physical_devices("GPU"):
         with pytest.raises(SystemExit, match="TensorFlow sees no GPU here"):
             main(["gpu", "--output", str(tmp_path)])
