@@ -611,7 +611,8 @@ class Pruner(StepCount):
             self._mask_weights(strategy)
             if regrowth.epochs:  # they are used once
                 epochs = tensor_variable(self.state.history)
-                strategy.extended.update(epochs, assign, args=(regrowth.used(epochs),))
+                used = regrowth.used(tf.convert_to_tensor(epochs))
+                strategy.extended.update(epochs, assign, args=(used,))
 
         finite = [tf.reduce_all(tf.math.is_finite(gradient)) for gradient in given]
         tf.cond(tf.reduce_all(tf.stack(finite or [True])), move, lambda: None)

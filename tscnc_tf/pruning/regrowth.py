@@ -253,7 +253,7 @@ class Regrowth(_configs.Configurable):
         return np.array([[gap, float(logs["val_loss"])]], np.float32)
 
     @staticmethod
-    def used(history: Any) -> tf.Tensor:
+    def used(history: tf.Tensor) -> tf.Tensor:
         """Return `history` after an exchange: it says nothing until the next epoch is recorded."""
         return tf.concat([tf.fill((1, 2), np.nan), history[1:]], axis=0)
 
