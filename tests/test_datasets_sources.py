@@ -437,6 +437,16 @@ def test_what_is_wrong_with_tiny_imagenet_is_said(tmp_path):
         load("tiny-imagenet", folder=tmp_path)
 
 
+def test_a_file_of_matlab_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    content = {"X": np.zeros((32, 32, 3, 40), np.uint8), "y": np.ones((40, 1), np.uint8)}
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        scipy.io.savemat(tmp_path / name, content, do_compression=True)
+    assert (tmp_path / "train_32x32.mat").stat().st_size < 2000
+    monkeypatch.setattr("tscnc_tf._files.memory", lambda: 100_000)
+    with pytest.raises(ValueError, match=r"train_32x32\.mat unpacks to 0\.0 GiB, and this machine"):
+        load("svhn", folder=tmp_path)
+
+
 def test_svhn_is_read_from_its_folder(tmp_path):
     rng = np.random.default_rng(0)
     written = {}
