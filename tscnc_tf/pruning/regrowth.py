@@ -16,7 +16,7 @@ from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import tensor_variable
 from tscnc_tf.functional import scheduling
 from tscnc_tf.pruning.selection import Magnitude, finite
-from tscnc_tf.pruning.structures import Move, Structure, Unstructured
+from tscnc_tf.pruning.structures import Exchange, Move, Structure, Unstructured
 from tscnc_tf.pruning.targets import Target
 
 __all__ = ["Regrowth"]
@@ -328,11 +328,11 @@ class Regrowth(_configs.Configurable):
                 seed = tf.random.experimental.stateless_fold_in(seed, index)
                 grow_score = tf.random.stateless_uniform(target.shape, seed, dtype=widest)
             moves.append(Move(target, tf.convert_to_tensor(mask), keep_score, grow_score))
-        if not (self.across_layers or self.epochs):
-            return structure.moved(moves, share)
-        options: dict[str, Any] = {"min_units": min_weights, "across": self.across_layers}
+        exchange = Exchange(share)
+        if self.across_layers or self.epochs:
+            exchange = Exchange(share, min_weights, self.across_layers)
         if history is not None:
             epochs = tf.convert_to_tensor(tensor_variable(history))
-            kept = [move.mask for move in moves]
-            options["extra_drop"], options["extra_growth"] = self.changes(epochs, kept, share)
-        return structure.moved(moves, share, **options)
+            drop, growth = self.changes(epochs, [move.mask for move in moves], share)
+            exchange = exchange._replace(extra_drop=drop, extra_growth=growth)
+        return structure.moved(moves, exchange)

@@ -58,16 +58,7 @@ class Structure(_configs.Configurable, abc.ABC):
         """Raise a ValueError if units have different sizes."""
 
     @abc.abstractmethod
-    def moved(
-        self,
-        moves: Sequence[Move],
-        share: Any,
-        *,
-        min_units: int = 0,
-        across: bool = False,
-        extra_drop: Any = None,
-        extra_growth: Any = None,
-    ) -> list[tf.Tensor]:
+    def moved(self, moves: Sequence[Move], exchange: Exchange) -> list[tf.Tensor]:
         """Return one mask per weight tensor after an exchange.
 
         A share of the kept units, those with the smallest `keep_score`, is dropped. The same number
@@ -75,14 +66,28 @@ class Structure(_configs.Configurable, abc.ABC):
 
         Args:
             moves: one per weight tensor.
-            share: fraction of the kept units, a scalar, possibly a tensor.
-            min_units: the minimum number of kept units of each tensor; needed only if that number
-                changes.
-            across: whether units are exchanged between tensors, too.
-            extra_drop: by what share more units are dropped, which are not replaced; None, as for
-                `extra_growth`, if the number of kept units does not change.
-            extra_growth: by what share more units grow.
+            exchange: how many units are exchanged.
         """
+
+
+class Exchange(NamedTuple):
+    """How many units are exchanged; shares are scalars, possibly tensors.
+
+    Attributes:
+        share: fraction of the kept units that is dropped and replaced.
+        min_units: the minimum number of kept units of each tensor; needed only if that number
+            changes.
+        across: whether units are exchanged between tensors, too.
+        extra_drop: by what share more units are dropped, which are not replaced; None, as for
+            `extra_growth`, if the number of kept units does not change.
+        extra_growth: by what share more units grow.
+    """
+
+    share: Any
+    min_units: int = 0
+    across: bool = False
+    extra_drop: Any = None
+    extra_growth: Any = None
 
 
 class Move(NamedTuple):
@@ -117,33 +122,22 @@ class _Ranked(Structure):
         chosen = scope.choose(units, sparsity)
         return [self._spread(*pair) for pair in zip(chosen, targets, strict=True)]
 
-    def moved(
-        self,
-        moves: Sequence[Move],
-        share: Any,
-        *,
-        min_units: int = 0,
-        across: bool = False,
-        extra_drop: Any = None,
-        extra_growth: Any = None,
-    ) -> list[tf.Tensor]:
+    def moved(self, moves: Sequence[Move], exchange: Exchange) -> list[tf.Tensor]:
         """Return one mask per weight tensor after an exchange."""
         units = [self._units(move.ranked, move.target) for move in moves]
         grow = [self._units(move.grow_score, move.target).scores for move in moves]
         kept = [unit.scores > -np.inf for unit in units]
         keep = [unit.ranks for unit in units]
-        if min_units:
-            fixed = [functional.largest(ranks, min_units) for ranks in keep]
+        if exchange.min_units:
+            fixed = [functional.largest(ranks, exchange.min_units) for ranks in keep]
             pairs = zip(fixed, keep, strict=True)
             keep = [tf.where(best, tf.constant(np.inf, r.dtype), r) for best, r in pairs]
-        if across:
+        if exchange.across:
             lengths = [int(ranks.shape[0]) for ranks in keep]
             joint = [tf.concat(each, axis=0) for each in (kept, keep, grow)]
-            extra = (extra_drop, extra_growth)
-            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], share, *extra), lengths)
+            chosen = tf.split(_exchanged(joint[0], joint[1], joint[2], exchange), lengths)
         else:
-            rows = zip(kept, keep, grow, strict=True)
-            chosen = [_exchanged(*row, share, extra_drop, extra_growth) for row in rows]
+            chosen = [_exchanged(*row, exchange) for row in zip(kept, keep, grow, strict=True)]
         return [self._spread(*pair) for pair in zip(chosen, (m.target for m in moves), strict=True)]
 
     @abc.abstractmethod
@@ -435,7 +429,7 @@ class NM(Structure):
         kept = tf.math.ceil(self.m * (1.0 - tf.cast(sparsity, tf.float32)) - 1e-4)
         return tf.clip_by_value(tf.cast(kept, tf.int32), self.n, self.m)
 
-    def moved(self, moves: Sequence[Move], share: Any, **_: Any) -> list[tf.Tensor]:
+    def moved(self, moves: Sequence[Move], exchange: Exchange) -> list[tf.Tensor]:
         """Return one mask per weight tensor; the number of kept weights per group is unchanged."""
 
         def flat(values: tf.Tensor) -> tf.Tensor:
@@ -443,7 +437,7 @@ class NM(Structure):
 
         chosen = []
         for target, mask, keep, grow in moves:
-            stays = functional.largest_share(flat(mask), flat(keep), share)
+            stays = functional.largest_share(flat(mask), flat(keep), exchange.share)
             ranks = tf.where(tf.reshape(stays, target.shape), np.inf, grow)
             groups = self._groups(tf.cast(mask, grow.dtype), target, tf.zeros((), grow.dtype))
             kept = tf.cast(tf.reduce_max(tf.reduce_sum(groups, axis=-1)), tf.int32)
@@ -466,29 +460,24 @@ class NM(Structure):
         return target.restore(tf.transpose(mask, (0, 1, 3, 2)))
 
 
-def _exchanged(
-    kept: tf.Tensor,
-    keep: tf.Tensor,
-    grow: tf.Tensor,
-    share: Any,
-    extra_drop: Any,
-    extra_growth: Any,
-) -> tf.Tensor:
+def _exchanged(kept: tf.Tensor, keep: tf.Tensor, grow: tf.Tensor, exchange: Exchange) -> tf.Tensor:
     """Return a mask of the units that stay and the largest of `grow`; see `Structure.moved`."""
 
     def number(mask: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(tf.cast(mask, tf.int32))
 
     def rounded(fraction: Any) -> tf.Tensor:
-        return tf.cast(tf.round(share * fraction * tf.cast(count, tf.float32)), tf.int32)
+        share = exchange.share * fraction
+        return tf.cast(tf.round(share * tf.cast(count, tf.float32)), tf.int32)
 
-    stays, count = functional.largest_share(kept, keep, share), number(kept)
+    stays, count = functional.largest_share(kept, keep, exchange.share), number(kept)
     new_count = count
-    if extra_drop is not None:
+    if exchange.extra_drop is not None:
+        drop, growth = rounded(exchange.extra_drop), rounded(exchange.extra_growth)
         ranks = tf.where(stays, keep, tf.constant(-np.inf, keep.dtype))
         held = number(tf.equal(ranks, np.inf))
-        left = tf.maximum(number(stays) - rounded(extra_drop), held)
-        new_count = tf.maximum(count - rounded(extra_drop), left) + rounded(extra_growth)
+        left = tf.maximum(number(stays) - drop, held)
+        new_count = tf.maximum(count - drop, left) + growth
         stays &= functional.largest(ranks, left)
     return functional.largest(tf.where(stays, tf.constant(np.inf, grow.dtype), grow), new_count)
 
