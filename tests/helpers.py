@@ -29,7 +29,7 @@ TINY = {
     "train": {"epochs": 2, "batch_size": 64},
     "prune": {"epochs": 4, "batch_size": 64},
     "finetune": {"epochs": 2, "batch_size": 64, "weight_decay_kind": "l2"},
-    "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
+    "evaluate": {"attack": "pgd", "steps": 1, "restarts": 1, "validation_steps": 1},
 }
 
 

@@ -119,11 +119,14 @@ def misleading(x):
     return linear(x), lambda upstream: -upstream @ tf.transpose(tf.constant(WEIGHTS))
 
 
-def test_gradients_that_mislead_are_found_in_four_ways():
+def test_gradients_that_mislead_are_found_in_five_ways():
     square = attacks.Square(epsilon=EPSILON, queries=200)
     apgd = attacks.APGD(epsilon=EPSILON, steps=10, loss="targeted_dlr")
     report = flagged(misleading, X, Y, [apgd, square], diagnose=True)
     assert {"black-box-wins", "ladder"} <= set(report.flags)
+    options = {"nb_iter": 5, "spsa_samples": 64, "learning_rate": 0.05, "delta": 0.05}
+    spsa = attacks.CleverHans("spsa", epsilon=EPSILON, options=options)
+    assert "black-box-wins" in flagged(misleading, X[:FEW], Y[:FEW], [apgd, spsa]).flags
     alone = flagged(misleading, X, Y, apgd, diagnose=True)
     assert {"transfer-wins", "ladder"} <= set(alone.flags)
     sound = quiet(linear, np.tile(X, (4, 1)), np.tile(Y, 4), [apgd, square], diagnose=True)
@@ -240,9 +243,10 @@ def test_what_was_trained_and_pruned_by_this_package_raises_no_flag(finished, na
 
 
 @pytest.mark.filterwarnings("ignore:At a sparsity of 99.00 %, hidden keeps:UserWarning")
-def test_a_network_of_99_percent_zeros_raises_no_flag():
-    data = tscnc.datasets.load("digits")
-    layers = keras.layers
+def test_a_robust_network_of_99_percent_zeros_raises_no_flag():
+    """Under the whole of AutoAttack, on 500 images, with all diagnostics."""
+    keras.utils.set_random_seed(0)
+    data, layers = tscnc.datasets.load("digits"), keras.layers
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -253,19 +257,18 @@ def test_a_network_of_99_percent_zeros_raises_no_flag():
     )
 
     def train(network):
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        network.compile(keras.optimizers.Adam(5e-3), loss)
-        network.fit(data.x_train, data.y_train, epochs=12, verbose=0)
+        attack = attacks.PGD(epsilon=0.05, steps=3)
+        trainer = tscnc.AdversarialTraining(network, attack=attack, loss=tscnc.losses.Madry())
+        trainer.compile(keras.optimizers.Adam(5e-3))
+        trainer.fit(data.x_train, data.y_train, batch_size=128, epochs=20, verbose=0)
         return network
 
     pruned = train(tscnc.prune_now(train(model), 0.99, scope="global"))
     assert tscnc.inspection.sparsity(tscnc.strip(pruned)).sparsity > 0.98
-    opponents = [
-        attacks.PGD(epsilon=0.05, steps=20),
-        attacks.Square(epsilon=0.05, queries=100),
-    ]
-    report = quiet(pruned, data.x_test[:128], data.y_test[:128], opponents, diagnose=True)
-    assert 0.1 < report.robust_accuracy < report.clean_accuracy and report.flags == ()
+    x = np.concatenate([data.x_test, data.x_validation])[:500]
+    y = np.concatenate([data.y_test, data.y_validation])[:500]
+    report = quiet(pruned, x, y, epsilon=0.05, batch_size=500)
+    assert 0.3 < report.robust_accuracy < report.clean_accuracy and report.flags == ()
 
 
 def test_the_probes_of_many_evaluations_give_no_warning_of_retracing(caplog):
@@ -602,6 +605,28 @@ def test_a_curve_of_a_linear_model_is_its_closed_form():
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [0, 0.01, 8 / 255, 0.15])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.9, *curve.accuracies])
     assert axes.get_xlabel() == "ε (linf)"
+
+
+def test_a_curve_continues_where_it_stopped(monkeypatch, tmp_path):
+    options = {"attack": lambda e: attacks.FGSM(epsilon=e), "batch_size": 100, "progress": False}
+    draw = functools.partial(evaluation.robustness_curve, linear, X, Y, [0.2, 0.05], **options)
+    whole, folder = draw(), tmp_path / "curve"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)  # three at the smaller radius, one at the larger one
+        with pytest.raises(Stopped):
+            draw(state_path=folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["0.json", "1.json"]
+    with monkeypatch.context() as patch:
+        after = stop_after(patch, 100)
+        again = draw(state_path=folder)
+    assert 0 < len(after) <= 2
+    np.testing.assert_array_equal(again.correct, whole.correct)
+    for first, second in zip(whole.reports, again.reports, strict=True):
+        same(first, second)
+    with pytest.raises(ValueError, match="what differs: attacks"):
+        evaluation.robustness_curve(linear, X, Y, [0.03], **options, state_path=folder)
+    with pytest.raises(NotADirectoryError, match="state_path must be a folder"):
+        draw(state_path=folder / "0.json")
 
 
 def test_a_curve_ends_where_nothing_is_left():

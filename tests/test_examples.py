@@ -16,7 +16,12 @@ SHOWS = {
     "keras3_custom_loop": ["the masks are frozen", "block_1/widen", "PGD-7 linf 0.1"],
     "custom_training_loop": ["epoch 2:", "Pruning", "Robustness"],
     "pretrained_model": ["bit for bit: True", "Conv_1", "PGD-2 linf 8/255"],
-    "paper": ["smoke, 1-train", "smoke, 3-finetune", "PGD-2 linf 0.1 margin", "worst case"],
+    "paper": [
+        "smoke, 1-train",
+        "smoke, 3-finetune",
+        "APGD-100 linf 0.1 targeted_dlr",
+        "worst case",
+    ],
     "theory": ["TSCNC, retrained", "99.9%", "worst κ", "theory.png and theory.json are in"],
     "theory_figure": ["TSCNC, retrained", "99.9%", "68.3% (57 to 81)", "theory.png is in"],
     "other_libraries_attacks": [

@@ -44,7 +44,7 @@ settings:
     train: &training {epochs: 1, batch_size: 64}
     prune: {<<: *training, method: magnitude}
     finetune: {<<: *training}
-    evaluate: {steps: 1, restarts: 1, validation_steps: 1}
+    evaluate: {attack: pgd, steps: 1, restarts: 1, validation_steps: 1}
 arms:
   dense: {sparsities: [0.0]}
   uniform: {}
@@ -667,7 +667,8 @@ settings:
     train: &training {epochs: 1, batch_size: 8, weight_decay_kind: l2}
     prune: {<<: *training, method: magnitude, average: 0.0}
     finetune: *training
-    evaluate: {epsilon: 8/255, steps: 1, restarts: 1, validation_steps: 1, batch_size: 16}
+    evaluate:
+      {attack: pgd, epsilon: 8/255, steps: 1, restarts: 1, validation_steps: 1, batch_size: 16}
 arms:
   uniform: {}
   regrowth: {prune.scope: global, prune.ramp: 0.0, prune.regrowth: {until: 0.9}}

@@ -55,7 +55,7 @@ _TINY = {
     "network": {"architecture": "small-cnn", "options": {"width": 2}},
     **{stage: {"epochs": 1, "batch_size": 32} for stage in ("train", "prune", "finetune")},
     "adversary": {"steps": 1},
-    "evaluate": {"steps": 1, "restarts": 1, "validation_steps": 1},
+    "evaluate": {"attack": "pgd", "steps": 1, "restarts": 1, "validation_steps": 1},
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tscnc_tf import _checks, _plots, _reports, attacks
+from tscnc_tf import _checks, _files, _plots, _reports, attacks
 from tscnc_tf.evaluation.report import RobustnessReport, accuracy_cells, interval
 from tscnc_tf.evaluation.run import evaluate_robustness
 
@@ -96,6 +96,7 @@ def robustness_curve(
     batch_size: int = 128,
     seed: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
+    state_path: Any = None,
     progress: bool = True,
 ) -> RobustnessCurve:
     """Return robust accuracy at several radii.
@@ -110,13 +111,16 @@ def robustness_curve(
         y: an array of labels, as in `evaluate_robustness`.
         epsilons: the radii, numbers or fractions such as "8/255".
         attack: returns the attack for a radius; None for `attacks.AutoAttack`.
-        norm: "linf" or "l2"; it must be the norm of `attack`.
+        norm: "linf", "l2" or "l1"; it must be the norm of `attack`.
         batch_size: examples per batch.
         seed: as in `evaluate_robustness`.
         bounds: the smallest and the largest value of an input.
+        state_path: a folder with the progress at each radius, `0.json` for the smallest; each file
+            is as in `evaluate_robustness`. If it exists, the curve continues from it.
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
 
     Raises:
+        NotADirectoryError: there is a file at `state_path`.
         ValueError: there are no radii, two of them are equal, or the attack has another norm; and
             what `evaluate_robustness` raises.
 
@@ -144,6 +148,12 @@ def robustness_curve(
     def default(radius: float | str) -> attacks.Attack:
         return attacks.AutoAttack(epsilon=radius, norm=norm, bounds=bounds)
 
+    folder = None if state_path is None else _files.absolute("state_path", state_path)
+    if folder is not None and folder.is_file():
+        raise NotADirectoryError(
+            f"state_path must be a folder, with a file for each radius, but {str(folder)!r} is a "
+            "file: choose another path."
+        )
     inputs, labels = np.asarray(x), np.asarray(y)
     rows = np.arange(len(inputs))
     correct = np.zeros((len(radii), len(inputs)), dtype=bool)
@@ -166,6 +176,7 @@ def robustness_curve(
             seed=seed,
             bounds=bounds,
             diagnose=None if index == 0 else False,
+            state_path=None if folder is None else folder / f"{index}.json",
             progress=progress,
         )
         if index == 0:

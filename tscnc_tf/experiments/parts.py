@@ -451,7 +451,7 @@ class Evaluation(Checked):
         batch_size: images per batch.
     """
 
-    attack: Annotated[str, _one_of(*ATTACKS)] = "pgd"
+    attack: Annotated[str, _one_of(*ATTACKS)] = "autoattack"
     epsilon: Annotated[Any, _or_none(_as_given(_checks.distance))] = None
     steps: Count = 50
     restarts: Count = 5
