@@ -18,7 +18,7 @@ import tf_keras
 import tscnc_tf as tscnc
 
 BACKED_UP = "scores"  # the case that a worker is lost in
-EPOCHS = 4
+EPOCHS, BATCHES = 4, 3
 LOST_IN = 2  # epoch
 EXIT_CODE = 17  # of the worker that is lost
 
@@ -49,15 +49,21 @@ def network(case: str):
 CASES = ("regrowth", "scores", "gates")
 
 
-def data() -> tf.data.Dataset:
-    """Return batches of 8, 8 and 5 examples with sample weights."""
+def data(position: tscnc.callbacks.DataPosition) -> tf.data.Dataset:
+    """Return batches of 8, 8 and 5 examples with sample weights, shuffled in each epoch."""
     rng = np.random.default_rng(0)
     x = rng.random((21, 6, 6, 1), dtype=np.float32)
     y = rng.integers(0, 3, 21)
     weights = rng.uniform(0.5, 1.5, 21).astype(np.float32)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(8).with_options(options)
+
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(tf.range(21), [1, number])
+        examples = tuple(tf.gather(each, order) for each in (x, y, weights))
+        return tf.data.Dataset.from_tensor_slices(examples).batch(8)
+
+    return position.batches(epoch, BATCHES).with_options(options)
 
 
 def train(case: str, strategy: tf.distribute.Strategy, callbacks=()) -> list[np.ndarray]:
@@ -70,7 +76,14 @@ def train(case: str, strategy: tf.distribute.Strategy, callbacks=()) -> list[np.
         trainer = tscnc.AdversarialTraining(network(case), attack=attack, loss=loss)
         optimizer = tf_keras.optimizers.SGD(0.05, momentum=0.9)
         trainer.compile(optimizer, steps_per_execution=2 if case == "regrowth" else 1)
-    trainer.fit(data(), epochs=EPOCHS, verbose=0, callbacks=list(callbacks))
+    position = tscnc.callbacks.DataPosition()
+    trainer.fit(
+        data(position),
+        epochs=EPOCHS,
+        steps_per_epoch=BATCHES,
+        verbose=0,
+        callbacks=[*callbacks, position],
+    )
     return [np.asarray(each) for each in trainer.get_weights()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import keras
@@ -11,7 +12,7 @@ import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS, blobs, dense_model
 
-from tscnc_tf import callbacks, pruning, schedules
+from tscnc_tf import _keras, attacks, callbacks, datasets, losses, pruning, schedules, training
 
 
 def fitted(*more, **options):
@@ -154,3 +155,121 @@ def test_what_is_not_finite_is_said_in_its_step(library, rng):
     words = "After batch 2 of epoch 1 loss is nan, and 4 of 4 weights are NaN or infinite. Lower"
     with pytest.raises(ValueError, match=words):
         fit(weights=bad)
+
+
+# --- The position in the data -----------------------------------------------------------------
+
+
+class Lost(_keras.flavours.Callback):
+    """Ends the training after a number of batches, as a machine that fails."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self.left:
+            raise InterruptedError
+        self.left -= 1
+
+
+def trained_on_digits(k, *more, save_freq=None, folder=None):
+    """The weights after two epochs of adversarial training of a pruned network."""
+    k.backend.clear_session()
+    k.utils.set_random_seed(0)
+    data = datasets.load("digits")
+    model = k.Sequential(
+        [k.Input(data.image_shape), k.layers.Flatten(), k.layers.Dense(10, name="logits")]
+    )
+    model = pruning.prune(model, schedules.CosineSparsity(0.0, 0.5, 2, 30, 4), engine="masks")
+    trainer = training.AdversarialTraining(
+        model, attack=attacks.PGD(epsilon=0.1, steps=1), loss=losses.Madry()
+    )
+    trainer.compile(k.optimizers.SGD(0.1, momentum=0.9))
+    position = callbacks.DataPosition()
+    backup = [] if folder is None else [k.callbacks.BackupAndRestore(folder, save_freq=save_freq)]
+    steps = data.steps_per_epoch(64)
+    trainer.fit(
+        data.training(64, seed=1, position=position),
+        epochs=2,
+        steps_per_epoch=steps,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*backup, position, *more],
+    )
+    return model.get_weights()
+
+
+@pytest.mark.parametrize(
+    ("library", "save_freq", "lost_after"),
+    [("keras", "epoch", 33), ("tf_keras", "epoch", 33), ("tf_keras", 7, 33)],
+)
+def test_a_restored_training_goes_on_in_the_data(library, save_freq, lost_after, tmp_path):
+    """After 20 of 40 batches, or after 28: the result is that of an undisturbed training."""
+    k, options = FLAVOURS[library], {"save_freq": save_freq, "folder": str(tmp_path / "backup")}
+    undisturbed = trained_on_digits(k)
+    with pytest.raises(InterruptedError):
+        trained_on_digits(k, Lost(lost_after), **options)
+    rest = Lost(100)
+    again = trained_on_digits(k, rest, **options)
+    assert 100 - rest.left == (20 if save_freq == "epoch" else 12)
+    for before, after in zip(undisturbed, again, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_the_position_is_that_of_the_optimizer_when_fit_begins():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    position, seen, found = callbacks.DataPosition(), [], []
+
+    def epoch(number):
+        rows = tf.range(3) + 10 * tf.cast(number, tf.int32)
+        return tf.data.Dataset.from_tensor_slices(rows).repeat(2)  # longer than an epoch
+
+    def noted(row):
+        row = tf.numpy_function(lambda row: seen.append(int(row)) or row, [row], tf.int32)
+        return tf.ones((1, 2)), tf.zeros((1, 2)) + 0.0 * tf.cast(
+            tf.ensure_shape(row, ()), tf.float32
+        )
+
+    batches = position.batches(epoch, 3).map(noted)
+    for steps in (2, 3, 2):
+        model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=[position], shuffle=False)
+        found.append(seen[:steps])
+        seen.clear()
+    assert found == [[0, 1], [2, 10, 11], [12, 20]]
+
+
+def test_a_backup_that_is_restored_after_the_position_is_an_error(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+
+    def fit(epochs, *used):
+        model.fit(np.ones((4, 2)), np.ones((4, 2)), epochs=epochs, verbose=0, callbacks=used)
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+
+    fit(2, backup())
+    model.optimizer.iterations.assign(0)
+    with pytest.raises(ValueError, match=r"must come after BackupAndRestore .* batch 0, .* at 2"):
+        fit(3, callbacks.DataPosition(), backup())
+    fit(3, backup(), callbacks.DataPosition())
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"position": 3}, TypeError, "position must be a callbacks.DataPosition, got 3"),
+        ({"position": None, "first_epoch": 1}, None, ""),
+        ({"first_epoch": 1}, ValueError, "position gives the first batch .* first_epoch is 1"),
+        ({"epochs": 1}, ValueError, "but first_epoch is 0 and epochs 1"),
+    ],
+)
+def test_positions_that_are_refused(options, kind, words):
+    data = datasets.load("digits")
+    options = {"position": callbacks.DataPosition()} | options
+    with pytest.raises(kind, match=words) if kind else contextlib.nullcontext():
+        data.training(64, **options)
+    with pytest.raises(ValueError, match="steps_per_epoch must be >= 1"):
+        callbacks.DataPosition().batches(tf.data.Dataset.range, 0)

@@ -20,6 +20,7 @@ from tscnc_tf.functional import scheduling
 
 __all__ = [
     "ConditionFeed",
+    "DataPosition",
     "GateLogger",
     "KernelLogger",
     "RaiseOnNaN",
@@ -321,6 +322,99 @@ class ConditionFeed(flavours.Callback):
             worst = max(getattr(row, schedule.measure) for report in reports for row in report.rows)
             for copy in {id(each.schedule): each.schedule for each in governed}.values():
                 copy.update(worst, step)
+
+
+class DataPosition(flavours.Callback):
+    """Let training data begin where the optimizer is, also after a restored backup.
+
+    Keras' `BackupAndRestore` restores a model and the number of the epoch, but no position in the
+    data: a dataset that is shuffled anew in each epoch would begin with its first order again. Here
+    the order of an epoch is a function of its number, and when `fit` begins, the data begin after
+    as many batches as the optimizer has received. A training that was stopped and restored then
+    equals an undisturbed one, bit for bit, if everything else is in the backup.
+
+    Give it after `BackupAndRestore`, and pass the same object to `Dataset.training(position=...)`,
+    or take `batches` for data of your own. Batches that a loss scale has skipped do not count.
+
+    Raises:
+        ValueError: in `fit`, if a backup was restored after the position had been read.
+
+    Example:
+        >>> import keras
+        >>> import tscnc_tf as tscnc
+        >>> data = tscnc.datasets.load("digits")
+        >>> model = keras.Sequential(
+        ...     [keras.Input(data.image_shape), keras.layers.Flatten(), keras.layers.Dense(10)])
+        >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> position = tscnc.callbacks.DataPosition()
+        >>> history = model.fit(
+        ...     data.training(64, position=position), steps_per_epoch=data.steps_per_epoch(64),
+        ...     epochs=3, shuffle=False, verbose=0,
+        ...     callbacks=[keras.callbacks.BackupAndRestore("backup"), position])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = 0
+        self._is_new = False
+
+    def batches(
+        self, epoch: Callable[[tf.Tensor], tf.data.Dataset], steps_per_epoch: int
+    ) -> tf.data.Dataset:
+        """Return the batches of one epoch after the other, without an end.
+
+        They begin at the position of the optimizer when `fit` began; at the first batch before.
+        Pass `steps_per_epoch` to `fit` too.
+
+        Args:
+            epoch: returns the batches of an epoch from its number, an int64 scalar tensor, counted
+                from 0; the same ones whenever it is called. Shuffle by a stateless function, as
+                below: a dataset's own `shuffle` does not depend on the number.
+            steps_per_epoch: the number of batches of an epoch.
+
+        Raises:
+            TypeError, ValueError: `steps_per_epoch` is no integer >= 1.
+
+        Example:
+            >>> import tensorflow as tf
+            >>> import tscnc_tf as tscnc
+            >>> position = tscnc.callbacks.DataPosition()
+            >>> def epoch(number):
+            ...     order = tf.random.experimental.stateless_shuffle(tf.range(6), [0, number])
+            ...     return tf.data.Dataset.from_tensor_slices(order).batch(2)
+            >>> batches = list(position.batches(epoch, 3).take(6))
+            >>> [sorted(tf.concat(each, 0).numpy().tolist()) for each in (batches[:3], batches[3:])]
+            [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+        """
+        steps_per_epoch = _checks.integer("steps_per_epoch", steps_per_epoch, minimum=1)
+
+        def begin(_: tf.Tensor) -> tf.Tensor:
+            steps = tf.numpy_function(lambda: np.int64(self._steps), [], tf.int64)
+            return tf.ensure_shape(steps, ())
+
+        def rest(steps: tf.Tensor) -> tf.data.Dataset:
+            epochs = tf.data.Dataset.range(steps // steps_per_epoch, np.iinfo(np.int64).max)
+            whole = epochs.flat_map(lambda number: epoch(number).take(steps_per_epoch))
+            return whole.skip(steps % steps_per_epoch)
+
+        endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+        return tf.data.Dataset.from_tensors(0).map(begin).flat_map(rest).apply(endless)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Read the position; the iteration over the data begins after this."""
+        self._steps, self._is_new = self._position(), True
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Check that the first epoch begins where the data do."""
+        if self._is_new and self._position() != self._steps:
+            raise ValueError(
+                f"DataPosition must come after BackupAndRestore in callbacks=: the data begin at "
+                f"batch {self._steps}, but the optimizer was restored at {self._position()}."
+            )
+        self._is_new = False
+
+    def _position(self) -> int:
+        return int(optimizers.batches(self.model.optimizer))
 
 
 class RaiseOnNaN(flavours.Callback):

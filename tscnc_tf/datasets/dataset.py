@@ -9,7 +9,7 @@ from typing import Any, final
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _reports
+from tscnc_tf import _checks, _reports, callbacks
 from tscnc_tf.datasets import pipeline, pixels, splits
 from tscnc_tf.datasets.augmentation import AUGMENTATIONS
 from tscnc_tf.datasets.images import StoredImages
@@ -133,6 +133,7 @@ class Dataset:
         augment: str | None = None,
         first_epoch: int = 0,
         epochs: int | None = None,
+        position: callbacks.DataPosition | None = None,
     ) -> tf.data.Dataset:
         """Return training batches: shuffled in every epoch, augmented, of one fixed shape.
 
@@ -158,6 +159,8 @@ class Dataset:
             epochs: the number of epochs; None for an infinite dataset, for which `fit` needs
                 `steps_per_epoch=`. (Without `steps_per_epoch`, each epoch of `fit` iterates over
                 the whole finite dataset from its beginning, in the same orders.)
+            position: a callback of `fit` by which the data begin where the optimizer is; without
+                `first_epoch` and `epochs`.
 
         Returns:
             A dataset of pairs x `(batch_size, height, width, channels)`, float32 in [0, 1], and
@@ -182,14 +185,26 @@ class Dataset:
             augment = self.augmentation
         if epochs is not None:
             epochs = _checks.integer("epochs", epochs, minimum=1)
+        first_epoch = _checks.integer("first_epoch", first_epoch, minimum=0)
+        if not isinstance(position, callbacks.DataPosition | None):
+            raise TypeError(
+                f"position must be a callbacks.DataPosition, got {position!r}. For a number of "
+                "epochs pass first_epoch=."
+            )
+        if position is not None and (first_epoch or epochs is not None):
+            raise ValueError(
+                f"position gives the first batch of data without an end, but first_epoch is "
+                f"{first_epoch} and epochs {epochs}: leave them out, or leave out position."
+            )
         return pipeline.training(
             self.x_train,
             self.y_train,
             batch_size=int(batch_size),
             seed=splits.seed(seed),
             augment=_checks.one_of("augment", augment, AUGMENTATIONS),
-            first_epoch=_checks.integer("first_epoch", first_epoch, minimum=0),
+            first_epoch=first_epoch,
             epochs=epochs,
+            position=position,
         )
 
     def evaluation(self, split: str = "test", batch_size: int = 256) -> tf.data.Dataset:

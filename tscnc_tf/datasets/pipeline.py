@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tscnc_tf.callbacks import DataPosition
 from tscnc_tf.datasets import augmentation
 from tscnc_tf.datasets.images import StoredImages, threads
 
@@ -25,8 +26,9 @@ def training(
     augment: str,
     first_epoch: int,
     epochs: int | None,
+    position: DataPosition | None,
 ) -> tf.data.Dataset:
-    """Return batches of fixed shape, epoch after epoch.
+    """Return batches of fixed shape, epoch after epoch, from `first_epoch` or from `position`.
 
     All random numbers of an epoch are drawn at its start, from the seed and the epoch's number: an
     order of all examples, and an augmentation for each position. All later steps are deterministic.
@@ -55,6 +57,8 @@ def training(
             images = augmentation.augmented(images, plans, padding)
         return _scaled(images), labels
 
+    if position is not None:
+        return _prefetched(position.batches(epoch, steps), batch)
     end = _FOREVER if epochs is None else first_epoch + epochs
     batches = tf.data.Dataset.range(first_epoch, end).flat_map(epoch)
     count = tf.data.INFINITE_CARDINALITY if epochs is None else steps * epochs

@@ -33,7 +33,7 @@ from tscnc_tf.experiments.parts import (
 SHIPPED = pathlib.Path(__file__).parent / "recipes"
 # The first stage doesn't depend on the evaluation on the test set. The names of dense networks are
 # digests with these values in them, which are therefore not the defaults of today.
-_ANY_TEST = {"attack": "pgd", "steps": 50, "restarts": 5}
+_ANY_TEST: dict[str, Any] = {"attack": "pgd", "steps": 50, "restarts": 5}
 
 
 @dataclasses.dataclass(frozen=True)
