@@ -273,3 +273,5 @@ def test_positions_that_are_refused(options, kind, words):
         data.training(64, **options)
     with pytest.raises(ValueError, match="steps_per_epoch must be >= 1"):
         callbacks.DataPosition().batches(tf.data.Dataset.range, 0)
+    with pytest.raises(TypeError, match="epoch must be a function from an epoch's number"):
+        callbacks.DataPosition().batches(data, 3)

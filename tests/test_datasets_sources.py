@@ -189,11 +189,13 @@ def test_damaged_npz_files_are_named(tmp_path, written):
         load(path)
 
 
+@pytest.mark.strangers
 def test_pickles_are_refused(written):
     with pytest.raises(ValueError, match="Arrays of Python objects are refused, as loading them"):
         load(written(x_train=np.array([1, "a"], object)))
 
 
+@pytest.mark.strangers
 def test_files_that_unpack_to_more_than_the_memory_are_refused(written, monkeypatch):
     path = written()
     load(path)
@@ -437,6 +439,7 @@ def test_what_is_wrong_with_tiny_imagenet_is_said(tmp_path):
         load("tiny-imagenet", folder=tmp_path)
 
 
+@pytest.mark.strangers
 def test_a_file_of_matlab_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
     content = {"X": np.zeros((32, 32, 3, 40), np.uint8), "y": np.ones((40, 1), np.uint8)}
     for name in ("train_32x32.mat", "test_32x32.mat"):

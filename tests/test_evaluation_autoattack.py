@@ -607,6 +607,12 @@ def test_a_curve_of_a_linear_model_is_its_closed_form():
     assert axes.get_xlabel() == "ε (linf)"
 
 
+@pytest.mark.parametrize("attack", [3, attacks.FGSM(epsilon=0.1)])
+def test_the_attack_of_a_curve_is_a_function_of_the_radius(attack):
+    with pytest.raises(TypeError, match="attack must be a function that returns the attack for"):
+        evaluation.robustness_curve(linear, X, Y, [0.1], attack=attack)
+
+
 def test_a_curve_continues_where_it_stopped(monkeypatch, tmp_path):
     options = {"attack": lambda e: attacks.FGSM(epsilon=e), "batch_size": 100, "progress": False}
     draw = functools.partial(evaluation.robustness_curve, linear, X, Y, [0.2, 0.05], **options)

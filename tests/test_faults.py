@@ -20,7 +20,7 @@ from helpers import TINY, dense_model
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.__main__ import main
-from benchmarks.faults import calls, cluster, damage, disks, memory, numbers, runs
+from benchmarks.faults import calls, cluster, damage, disks, memory, numbers, runs, strangers
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import _files, attacks, evaluate_robustness, experiments, export_saved_model
 from tscnc_tf.experiments import stages
@@ -108,6 +108,18 @@ def test_a_loss_is_shown_and_is_a_failure(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["faults", "--part", "memory", "--output", str(tmp_path)])
     assert "lost: a fault: the third case: nothing was said" in capsys.readouterr().out
+
+
+def test_tests_of_files_from_strangers_are_counted_by_module():
+    case = '<testcase classname="tests.test_{}" name="{}">{}</testcase>'
+    cases = [("a", "one", ""), ("a", "two", "<failure/>"), ("b_c", "one", "<skipped/>")]
+    text = "".join(case.format(*each) for each in [*cases, ("b_c", "two", "")])
+    first, second = strangers.outcomes(f"<testsuites><testsuite>{text}</testsuite></testsuites>")
+    assert (first.fault, first.tried, first.lost) == (
+        *("files from strangers (a)", 2),
+        ["test_a::two"],
+    )
+    assert (second.fault, second.tried, second.lost) == ("files from strangers (b c)", 1, [])
 
 
 @contextlib.contextmanager

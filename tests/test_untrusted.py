@@ -22,6 +22,7 @@ MARK = "ran"
 every_format = pytest.mark.parametrize("suffix", [".keras", ".h5"])
 every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 pytestmark = [
+    pytest.mark.strangers,
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
     pytest.mark.filterwarnings("ignore:At a sparsity of"),
 ]

@@ -373,7 +373,7 @@ class DataPosition(flavours.Callback):
             steps_per_epoch: the number of batches of an epoch.
 
         Raises:
-            TypeError, ValueError: `steps_per_epoch` is no integer >= 1.
+            TypeError, ValueError: `steps_per_epoch` is no integer >= 1, or `epoch` no function.
 
         Example:
             >>> import tensorflow as tf
@@ -387,6 +387,10 @@ class DataPosition(flavours.Callback):
             [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
         """
         steps_per_epoch = _checks.integer("steps_per_epoch", steps_per_epoch, minimum=1)
+        if not callable(epoch):
+            raise TypeError(
+                f"epoch must be a function from an epoch's number to its batches, got {epoch!r}."
+            )
 
         def begin(_: tf.Tensor) -> tf.Tensor:
             steps = tf.numpy_function(lambda: np.int64(self._steps), [], tf.int64)

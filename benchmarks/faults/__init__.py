@@ -12,7 +12,7 @@ import sys
 from benchmarks import record
 from benchmarks.faults.outcome import Outcome
 
-KINDS = ("numbers", "calls", "memory", "damage", "disks", "kills", "cluster")
+KINDS = ("numbers", "calls", "memory", "strangers", "damage", "disks", "kills", "cluster")
 
 
 def run(options: record.Options) -> None:

@@ -11,6 +11,7 @@ import pathlib
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf.experiments import locks, stages
 
-SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)
+SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)  # of a file, in bytes
+DISKS = (16, 100, 200, 400, 800, 1_600)  # of a file system, in kiB
 NOBODY = 65534
 HOUR, YEAR = 3600.0, 365.25 * 86400.0
 ORDERS = {"reversed": -HOUR, "in-order": HOUR}  # difference in time from one file to the next
@@ -34,7 +36,8 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
         folder.chmod(0o755)
         whole = folder / "whole"
         runs.process(recipe, whole).join()
-        yield _full(folder, whole, SIZES[2:4] if smoke else SIZES)
+        yield _limited(folder, whole, SIZES[2:4] if smoke else SIZES)
+        yield _full(folder, whole, DISKS[1:2] if smoke else DISKS)
         yield _closed(folder)
         yield _removed(folder, runs.STAGES[:1] if smoke else runs.STAGES)
         yield _shared(folder, whole)
@@ -85,9 +88,9 @@ def date_files(folder: pathlib.Path, first: float, step: float) -> None:
         os.utime(path, (first + step * index,) * 2)
 
 
-def _full(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
-    outcome = Outcome("files that can't grow above a size, as on a full disk; then run again")
-    run = folder / "full"
+def _limited(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
+    outcome = Outcome("files that can't grow above a size; then run again")
+    run = folder / "limited"
     for size in sizes:
         process = runs.process(runs.recipe(True), run, functools.partial(limit_files, size))
         process.join()
@@ -98,8 +101,46 @@ def _full(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> 
             outcome.count("the file is named")
         else:
             outcome.lose(f"{size} bytes: {error[:300]}")
-    _finish(outcome, run, whole)
+    runs.finish(outcome, run, whole)
     return outcome
+
+
+def _full(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
+    """Run an experiment on a file system that becomes full, which grows from run to run."""
+    outcome = Outcome("a file system that is full; then run again with more room")
+    disk = folder / "disk"
+    disk.mkdir()
+    if not _mount(disk, sizes[0]):
+        outcome.count("not tried: this process may not mount a file system")
+        return outcome
+    run = disk / "run"
+    try:
+        for size in sizes:
+            _mount(disk, size, again=True)
+            process = runs.process(runs.recipe(True), run)
+            process.join()
+            error = runs.error_of(run).partition("\n")[0]
+            if process.exitcode == 0:
+                outcome.count("there was room enough")
+            elif error.startswith("OSError") and "No space left" in error and str(run) in error:
+                outcome.count("the file is named")
+            else:
+                outcome.lose(f"{size} kiB: exit {process.exitcode}, {error[:300]}")
+        _mount(disk, 100 * sizes[-1], again=True)
+        runs.finish(outcome, run, whole)
+    finally:
+        subprocess.run(["umount", disk], check=False)
+    return outcome
+
+
+def _mount(folder: pathlib.Path, kib: int, *, again: bool = False) -> bool:
+    """Mount a file system in memory of a size; return whether that is possible here."""
+    options = f"{'remount,' if again else ''}size={kib}k"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    try:
+        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def _closed(folder: pathlib.Path) -> Outcome:
@@ -145,7 +186,7 @@ def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
     else:
         outcome.lose(f"exit {second.exitcode}, {error[:300]}")
     first.join()
-    _finish(outcome, run, whole)
+    runs.finish(outcome, run, whole)
     return outcome
 
 
@@ -171,31 +212,8 @@ def _clocks(folder: pathlib.Path, whole: pathlib.Path, orders: tuple[str, ...]) 
         left = {"pid": process.pid, "host": "elsewhere", "since": "2100-01-01 00:00:00 UTC"}
         (run / locks.HOLDER).write_text(json.dumps(left))
         date_files(run, now + 50 * YEAR, ORDERS[order])
-        _finish(outcome, run, whole, functools.partial(set_clock, now - 20 * YEAR, -HOUR))
+        runs.finish(outcome, run, whole, functools.partial(set_clock, now - 20 * YEAR, -HOUR))
     return outcome
-
-
-def _finish(
-    outcome: Outcome,
-    run: pathlib.Path,
-    whole: pathlib.Path,
-    before: Callable[[], None] | None = None,
-) -> None:
-    """Run an experiment to its end, and count whether its results are those of `whole`."""
-    process = runs.process(runs.recipe(True), run, before)
-    process.join()
-    problem = runs.error_of(run)[:300] if process.exitcode else _problem(run, whole)
-    if problem:
-        outcome.lose(problem)
-    else:
-        outcome.count("same end, bit for bit")
-
-
-def _problem(run: pathlib.Path, whole: pathlib.Path) -> str:
-    try:
-        return runs.differences(run, whole)
-    except (OSError, ValueError) as error:
-        return str(error)
 
 
 def _wait_for(condition: Callable[[], bool], process: object) -> None:

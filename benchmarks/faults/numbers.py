@@ -1,9 +1,12 @@
-"""Numerically hard matrices, and values that are not finite."""
+"""Numerically hard matrices, and values that are not finite, in calls and in experiments."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+import pathlib
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +16,13 @@ import numpy as np
 import tensorflow as tf
 
 import tscnc_tf as tscnc
+from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
-from tscnc_tf import functional
+from tscnc_tf import callbacks, functional
+from tscnc_tf.experiments import folders
 
 MATRICES, FEW, STACKED = 10_000, 200, 50
+STEPS = 24  # of the short experiment: four in each of two epochs of three stages
 DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 PENALTIES: dict[str, Callable[[Any], tf.Tensor]] = {
     "transformed l1": functional.transformed_l1,
@@ -31,6 +37,8 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
     """Yield the outcomes of hard matrices, and of values that are not finite."""
     yield _matrices(FEW if smoke else MATRICES)
     yield _not_finite((np.nan,) if smoke else (np.nan, np.inf))
+    if not smoke:
+        yield _in_stages()
 
 
 def hard_matrices(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -95,6 +103,61 @@ def _not_finite(values: tuple[float, ...]) -> Outcome:
             else:
                 outcome.lose(f"{name}, {bad}: taken")
     return outcome
+
+
+def spoil_weight(step: int, note: pathlib.Path) -> None:
+    """Have a weight become NaN before a step of the experiments of this process.
+
+    Args:
+        step: the number of the step, of all stages, from 0.
+        note: a file to which the epoch and the batch are written, as errors name them.
+    """
+    steps, epoch = itertools.count(), [0]
+
+    def on_epoch_begin(self: Any, number: int, logs: Any = None) -> None:
+        remember(self, number, logs)
+        epoch[0] = number
+
+    def on_train_batch_begin(self: Any, batch: int, _: Any = None) -> None:
+        if next(steps) == step:
+            self.model.trainable_variables[0].assign(np.nan * self.model.trainable_variables[0])
+            note.write_text(f"After batch {batch + 1} of epoch {epoch[0] + 1} ")
+
+    remember = callbacks.RaiseOnNaN.on_epoch_begin
+    callbacks.RaiseOnNaN.on_epoch_begin = on_epoch_begin  # type: ignore[method-assign]
+    callbacks.RaiseOnNaN.on_train_batch_begin = on_train_batch_begin  # type: ignore[method-assign]
+
+
+def _in_stages() -> Outcome:
+    """Put NaN into a weight before a step of an experiment, and run it again, for each step."""
+    outcome = Outcome("NaN in a weight before a step of an experiment; then run again")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        runs.process(runs.recipe(True), folder / "whole").join()
+        for step in range(STEPS):
+            run, note = folder / f"run-{step}", folder / f"note-{step}"
+            process = runs.process(
+                runs.recipe(True), run, functools.partial(spoil_weight, step, note)
+            )
+            process.join()
+            error, said = runs.error_of(run), note.read_text()
+            if not error.startswith(f"ValueError: {said}") or not re.search("NaN|nan", error):
+                outcome.lose(f"step {step}: exit {process.exitcode}, {error[:300]}")
+            elif _spoiled(run):
+                outcome.lose(f"step {step}: NaN in {_spoiled(run)}")
+            else:
+                outcome.count("said in its step, and in no file")
+            runs.finish(outcome, run, folder / "whole")
+    return outcome
+
+
+def _spoiled(run: pathlib.Path) -> list[str]:
+    """Return the files of an experiment's arrays that have values that are not finite."""
+    return [
+        str(path.relative_to(run))
+        for path in run.rglob("*.npz")
+        if not all(np.all(np.isfinite(each)) for each in folders.read_arrays(path).values())
+    ]
 
 
 def _attempts(bad: float) -> dict[str, Callable[[], Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.faults.outcome import Outcome
 from tscnc_tf import experiments
 
 STAGES = ("1-train", "2-prune", "3-finetune")
@@ -79,6 +80,25 @@ def differences(folder: pathlib.Path, whole: pathlib.Path) -> str:
         for path in folder.glob(f"*/{pattern}")
     ]
     return f"left over: {', '.join(left)}" if left else ""
+
+
+def finish(
+    outcome: Outcome,
+    folder: pathlib.Path,
+    whole: pathlib.Path,
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Run an experiment to its end, and count whether its results are those of `whole`."""
+    ended = process(recipe(True), folder, before)
+    ended.join()
+    try:
+        problem = error_of(folder)[:300] if ended.exitcode else differences(folder, whole)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        outcome.lose(problem)
+    else:
+        outcome.count("same end, bit for bit")
 
 
 def _error_file(folder: pathlib.Path) -> pathlib.Path:

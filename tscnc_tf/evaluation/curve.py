@@ -120,6 +120,7 @@ def robustness_curve(
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
 
     Raises:
+        TypeError: `attack` is no function.
         NotADirectoryError: there is a file at `state_path`.
         ValueError: there are no radii, two of them are equal, or the attack has another norm; and
             what `evaluate_robustness` raises.
@@ -148,6 +149,11 @@ def robustness_curve(
     def default(radius: float | str) -> attacks.Attack:
         return attacks.AutoAttack(epsilon=radius, norm=norm, bounds=bounds)
 
+    if attack is not None and (isinstance(attack, attacks.Attack) or not callable(attack)):
+        raise TypeError(
+            "attack must be a function that returns the attack for a radius, such as lambda "
+            f"epsilon: attacks.APGD(epsilon=epsilon), got {attack!r}."
+        )
     folder = None if state_path is None else _files.absolute("state_path", state_path)
     if folder is not None and folder.is_file():
         raise NotADirectoryError(
