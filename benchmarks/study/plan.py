@@ -208,14 +208,23 @@ class Plan:
         return [*self.trials(found), *self.runs(found)]
 
     def runs(self, found: Found) -> Iterator[Run]:
-        """Yield the runs of arms whose tuning is complete, seed by seed."""
+        """Yield the runs of arms whose tuning is complete, seed by seed.
+
+        Of each seed, the first sparsity of all arms comes first, then their second one, and so on:
+        an interim table compares arms.
+        """
         arms = [(setting, arm) for setting in self.settings for arm in self.arms]
         chosen = {each: self._chosen(found, *each) for each in arms}
+        levels = [
+            (place, sparsity, *each, choices)
+            for each, choices in chosen.items()
+            if choices is not None
+            for place, sparsity in enumerate(self.sparsities(*each))
+        ]
+        levels.sort(key=lambda level: level[0])
         for seed in self.seeds:
-            for (setting, arm), choices in chosen.items():
-                if choices is not None:
-                    for sparsity in self.sparsities(setting, arm):
-                        yield self._run(setting, arm, sparsity, seed, choices)
+            for _, sparsity, setting, arm, choices in levels:
+                yield self._run(setting, arm, sparsity, seed, choices)
 
     def trials(self, found: Found) -> Iterator[Run]:
         """Yield the trials of those rounds of tuning that are finished or can be begun."""
