@@ -118,7 +118,7 @@ def spoil_weight(step: int, note: pathlib.Path) -> None:
         remember(self, number, logs)
         epoch[0] = number
 
-    def on_train_batch_begin(self: Any, batch: int, _: Any = None) -> None:
+    def on_train_batch_begin(self: Any, batch: int, logs: Any = None) -> None:  # noqa: ARG001
         if next(steps) == step:
             self.model.trainable_variables[0].assign(np.nan * self.model.trainable_variables[0])
             note.write_text(f"After batch {batch + 1} of epoch {epoch[0] + 1} ")
@@ -140,7 +140,7 @@ def _in_stages() -> Outcome:
                 runs.recipe(True), run, functools.partial(spoil_weight, step, note)
             )
             process.join()
-            error, said = runs.error_of(run), note.read_text()
+            error, said = runs.error_of(run), note.read_text() if note.exists() else "no such step"
             if not error.startswith(f"ValueError: {said}") or not re.search("NaN|nan", error):
                 outcome.lose(f"step {step}: exit {process.exitcode}, {error[:300]}")
             elif _spoiled(run):
