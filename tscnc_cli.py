@@ -258,7 +258,7 @@ _OWNERS = {
 @click.option(
     "--source",
     type=EXISTING,
-    help="The model to attack in place of a MODEL without gradients.",
+    help="A model like MODEL, with gradients: examples that fool it are given to MODEL.",
 )
 @click.option(
     "--state",
@@ -275,6 +275,12 @@ _OWNERS = {
 )
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--diagnose/--no-diagnose",
+    default=None,
+    help="Whether to run short attacks that look for misleading gradients; by default with "
+    "autoattack only.",
+)
 @click.option("--output", type=FILE, help="A JSON file for the report.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at --output.")
 def evaluate(
@@ -289,6 +295,7 @@ def evaluate(
     examples: int | None,
     batch_size: int,
     seed: int,
+    diagnose: bool | None,
     output: pathlib.Path | None,
     overwrite: bool,
     **of_attacks: Any,
@@ -298,8 +305,9 @@ def evaluate(
     If MODEL is a stage of an experiment on DATA, the parts are those of the experiment.
 
     For a MODEL without gradients (.tflite, .onnx), AutoAttack runs only Square, which finds fewer
-    adversarial examples. With --source they are computed on another model, such as the one that
-    was exported to the file.
+    adversarial examples. With --source the attacks run on another model, such as the one that was
+    exported to the file, and MODEL is given what they find; without --attack, Square runs on MODEL
+    as well.
 
     \b
     tscnc evaluate model.keras cifar10 --epsilon 8/255 --state state.json
@@ -312,7 +320,10 @@ def evaluate(
     made = _attacks(attacks, epsilon, norm, of_attacks)
     _require_free(output, overwrite)
     if source is not None:
-        made = [tscnc.attacks.Transfer(source=_load(source), attack=attack) for attack in made]
+        loaded = _load(source)
+        made = [tscnc.attacks.Transfer(source=loaded, attack=attack) for attack in made]
+        if not attacks:
+            made.append(tscnc.attacks.Square(epsilon=epsilon, norm=norm))
     found = _dataset(data, model)
     if examples is not None:
         try:
@@ -325,6 +336,7 @@ def evaluate(
         made,
         batch_size=batch_size,
         seed=seed,
+        diagnose=diagnose,
         state_path=state,
     )
     if output is not None:

@@ -766,6 +766,53 @@ def test_transferred_attacks(batch):
     assert not asked
 
 
+def shifted(shift):
+    """Logits (s, -s) of s = sum(x) - 2 + shift."""
+    return lambda x: tf.stack([s := tf.reduce_sum(x, axis=1) - 2.0 + shift, -s], axis=1)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        APGD(epsilon=0.1, steps=10),
+        APGD(epsilon=0.1, steps=10, loss="targeted_dlr"),
+        Square(epsilon=0.1, queries=200),
+        AutoAttack(epsilon=0.1),
+    ],
+    ids=lambda attack: attack.name,
+)
+def test_the_strongest_points_are_transferred_and_not_the_first_ones(attack, rng, monkeypatch):
+    """A model further away from its boundary is fooled where its own worst case fools it."""
+    short = (APGD(epsilon=0.1, steps=1), Square(epsilon=0.1, queries=200))
+    monkeypatch.setattr(AutoAttack, "attacks", short)
+    x = rng.uniform(0.1, 0.9, (60, 4)).astype("float32")
+    distance = x.sum(axis=1) - 2.0
+    y = np.where(distance > 0, 0, 1)
+    truth = np.where(y == 0, 1.0, -1.0)
+    transfer = Transfer(source=shifted(0.0), attack=attack)
+    # The target is right wherever the source is, by 0.2 more.
+    target = lambda x: shifted(0.0)(x) + 0.2 * np.stack([truth, -truth], axis=1)[: len(x)]  # noqa: E731
+    found = transfer.bind(target)(x, y, seed=3).numpy()
+    fooled = truth * (found.sum(axis=1) - 2.0) + 0.2 < 0
+    np.testing.assert_array_equal(fooled, np.abs(distance) < 0.4 - 0.2)
+    np.testing.assert_array_equal(transfer.bind(target)(x, y, seed=3), found)
+    if not isinstance(attack, AutoAttack):
+        np.testing.assert_allclose(found, x - 0.1 * truth[:, None], atol=1e-6)
+        early = attack.bind(transfer.source)(x, y, seed=3).numpy()
+        assert np.sum(truth * (early.sum(axis=1) - 2.0) + 0.2 < 0) < np.sum(fooled)
+
+
+@pytest.mark.parametrize("kind", [Transfer, Custom])
+def test_attacks_in_l1_can_be_transferred_and_declared(kind, rng):
+    if kind is Custom:
+        attack = Custom(lambda model, x, y: x, epsilon=0.3, norm="l1")
+    else:
+        attack = Transfer(source=shifted(0.0), attack=APGD(epsilon=0.3, steps=10, norm="l1"))
+    x = rng.uniform(0.2, 0.8, (8, 4)).astype("float32")
+    found = attack(shifted(0.0), x, np.zeros(8, int)).numpy()
+    assert attack.norm == "l1" and np.all(np.abs(found - x).sum(axis=1) <= 0.3 + 1e-5)
+
+
 def test_transferred_attacks_take_defaults_and_names():
     transfer = Transfer(source=wavy, attack=PGD(epsilon=0.1))
     assert transfer.with_defaults(objective="kl", start="gaussian") == Transfer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,28 @@ def test_files_of_other_formats_are_evaluated_on_what_fools_their_source(here, t
         report = as_json("evaluate", path, data, "--epsilon", "0.3", "--examples", 4)
     assert [part["name"] for part in report["attacks"][0]["attacks"]] == ["Square-5000 linf 0.3"]
     assert any(text.startswith("no-gradient: ") for text in report["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ((), ["AutoAttack-standard linf 0.1 from keras", "Square-5000 linf 0.1"]),
+        (("--attack", "fgsm", "--no-diagnose"), ["FGSM linf 0.1 from keras"]),
+    ],
+)
+def test_with_a_source_square_runs_on_the_model_itself(words, names, here, monkeypatch):
+    given = {}
+
+    def evaluated(model, x, y, attacks, **options):
+        given.update(options, names=[attack.name for attack in attacks])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(tscnc, "evaluate_robustness", evaluated)
+    model, data = here / "keras.keras", here / "data.npz"
+    code, _, err = call("evaluate", model, data, "--source", model, "--epsilon", "0.1", *words)
+    assert code == 1 and "enough" in err
+    assert [re.sub("from .*", "from keras", name) for name in given["names"]] == names
+    assert given["diagnose"] is (False if words else None)
 
 
 def test_an_evaluation_goes_on_from_its_state(here, tmp_path):

@@ -6,6 +6,8 @@ import functools
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from test_evaluation import (
 
 import tscnc_tf as tscnc
 from tscnc_tf import attacks, evaluation
-from tscnc_tf._keras import keras, tf_keras
+from tscnc_tf._keras import keras
 from tscnc_tf.evaluation import EvaluationWarning, diagnostics, evaluate_robustness, probes
 from tscnc_tf.evaluation import run as run_module
 
@@ -111,6 +113,22 @@ def test_a_model_without_gradient_is_judged_by_the_part_that_needs_none():
         pytest.raises(ValueError, match=r"AutoAttack-rand .* can't be run: .* no gradient"),
     ):
         quiet(quantised, X[:FEW], Y[:FEW], rand)
+
+
+@pytest.mark.parametrize(
+    ("make", "operation"),
+    [
+        (lambda x: tf.quantization.quantize_and_dequantize_v2(x, 0.0, 1.0), "DequantizeV4"),
+        (lambda x: tf.raw_ops.QuantizeAndDequantizeV3(
+            input=x, input_min=0.0, input_max=1.0, num_bits=8), "DequantizeV3"),
+        (lambda x: x + 0.0 * tf.cast(tf.searchsorted([0.5], tf.reshape(x, [-1]))[0], x.dtype),
+         "LowerBound"),
+    ],
+)  # fmt: skip
+def test_operations_with_substitute_gradients_are_named(make, operation):
+    report = flagged(lambda x: linear(make(x)), X[:FEW], Y[:FEW], attacks.FGSM(epsilon=EPSILON))
+    assert "non-differentiable-operations" in report.flags
+    assert any(operation in text for text in report.warnings)
 
 
 @tf.custom_gradient
@@ -392,14 +410,17 @@ def test_a_state_of_another_evaluation_is_refused(tmp_path):
     assert (
         json.loads(state.read_text())["identity"]["attacks"]["FGSM linf 1/20"]["epsilon"] == "1/20"
     )
-    assert set(report.digests) == {"data", "weights"}
+    assert set(report.digests) == {"data", "weights", "graph"}
     assert report.to_dict()["digests"] == report.digests
-    assert run(model=dense(tf_keras)).robust_accuracy == report.robust_accuracy  # the same weights
+    twin = dense(keras)  # the same weights and operations
+    assert run(model=twin).digests == report.digests
     for changes, words in [
         ({"seed": 2}, r"what differs: seed \(was 1, is 2\)"),
         ({"attacks": attacks.FGSM(epsilon=0.06)}, "what differs: attacks"),
         ({"x": X[::-1].copy(), "y": Y[::-1].copy()}, "what differs: data"),
         ({"model": dense(keras, 1.001)}, "what differs: weights"),
+        ({"model": lambda x: twin(tf.clip_by_value(x, 0.0, 1.0))}, "what differs: .*graph"),
+        ({"model": lambda x: twin(x) + 1e-7}, "what differs: .*graph"),
         ({"batch_size": 7}, r"batch_size \(was 128, is 7\)"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -428,7 +449,7 @@ def test_a_state_of_a_transfer_from_another_source_is_refused(tmp_path):
     source, other = dense(keras, 2.0), dense(keras, 3.0)
     other.name = source.name
     report = run(source)
-    assert set(report.digests) == {"data", "weights", f"source {source.name}"}
+    assert set(report.digests) == {"data", "weights", "graph", f"source {source.name}"}
     with pytest.raises(ValueError, match=f"what differs: source {source.name}"):
         run(other)
 
@@ -436,8 +457,52 @@ def test_a_state_of_a_transfer_from_another_source_is_refused(tmp_path):
 def test_a_state_of_another_function_is_refused(tmp_path):
     state, attack = tmp_path / "state.json", attacks.FGSM(epsilon=EPSILON)
     quiet(linear, X, Y, attack, state_path=state)
-    with pytest.raises(ValueError, match="of another model: its logits on the first examples"):
+    with pytest.raises(ValueError, match="what differs: graph"):
         quiet(lambda x: linear(x) * 1.1, X, Y, attack, state_path=state)
+    scale = tf.Variable(1.0)
+
+    def scaled(x):  # a function whose weights can't be found
+        return scale * linear(x)
+
+    quiet(scaled, X, Y, attack, state_path=tmp_path / "scaled.json")
+    scale.assign(1.1)
+    with pytest.raises(ValueError, match="of another model: its logits on the first examples"):
+        quiet(scaled, X, Y, attack, state_path=tmp_path / "scaled.json")
+
+
+def test_an_evaluation_of_a_model_with_random_outputs_goes_on(monkeypatch, tmp_path):
+    model = keras.Sequential(
+        [keras.Input((6,)), dense(keras), keras.layers.Lambda(lambda z: z + tf.random.normal((3,)))]
+    )
+    attack, state = attacks.APGD(epsilon=EPSILON, steps=2, eot=2), tmp_path / "state.json"
+    monkeypatch.setattr("tscnc_tf.evaluation.state._SECONDS_BETWEEN_WRITES", 0.0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped), pytest.warns(EvaluationWarning, match="changing-outputs"):
+            quiet(model, X, Y, attack, state_path=state, batch_size=50)
+    with monkeypatch.context() as patch:
+        after = stop_after(patch, 100)
+        flagged(model, X, Y, attack, state_path=state, batch_size=50)
+    assert len(after) == 4
+
+
+def test_the_graph_of_a_model_is_the_same_in_another_process():
+    """An evaluation is continued in another one."""
+    code = """
+import keras, numpy as np
+from tscnc_tf.evaluation.model_under_test import ModelUnderTest
+layers, k = keras.layers, keras
+model = k.Sequential([k.Input((8, 8, 1)), layers.Conv2D(4, 3), layers.BatchNormalization(),
+                      layers.Flatten(), layers.Dropout(0.1), layers.Dense(3)])
+examined = ModelUnderTest(model, np.zeros((2, 8, 8, 1), "float32"))
+list(examined.examine(iter([(np.zeros((2, 8, 8, 1), "float32"), np.array([0, 1]))]), True))
+print(examined.graph)
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", text], capture_output=True, check=True).stdout
+        for text in (code, f"import tf_keras\n{code}")
+    ]
+    assert found[0] == found[1] and len(found[0].split()[-1]) == 64
 
 
 def test_a_state_of_an_attack_whose_code_has_changed_is_refused(tmp_path):
@@ -635,6 +700,18 @@ def test_a_curve_continues_where_it_stopped(monkeypatch, tmp_path):
         draw(state_path=folder / "0.json")
 
 
+def test_a_curve_that_ends_above_zero_is_flagged():
+    with pytest.warns(EvaluationWarning) as found:
+        curve = evaluation.robustness_curve(
+            *(misleading, X, Y, [0.1, 1.0]),
+            attack=lambda e: attacks.PGD(epsilon=e, steps=2),
+        )
+    expected = f"ladder: In a ball of radius 1, .*, {100 * curve.accuracies[-1]:.1f} % are robust"
+    assert any(re.match(expected, str(each.message)) for each in found)
+    assert "ladder" in curve.reports[-1].flags and "Warning: ladder" in str(curve)
+    assert diagnostics.of_curve({0.99: 0.9, 1.0: 0.05}, 1.0) == []
+
+
 def test_a_curve_ends_where_nothing_is_left():
     curve = evaluation.robustness_curve(
         linear, X[:20], Y[:20], [0.9, 0.8, 0.01], attack=lambda e: attacks.FGSM(epsilon=e)
@@ -653,6 +730,17 @@ def test_a_curve_ends_where_nothing_is_left():
             {"attack": lambda e: attacks.FGSM(epsilon=e, norm="l2")},
             "attack returned an attack of norm 'l2' for a curve of norm='linf'",
         ),
+        (
+            [0.1],
+            {"attack": lambda e: [attacks.PGD(epsilon=e), attacks.FGSM(epsilon=e, norm="l2")]},
+            "attack returned an attack of norm 'l2'",
+        ),
+        (
+            ["1/10", 0.2],
+            {"attack": lambda e: attacks.FGSM(epsilon=0.1)},
+            "attack of epsilon=0.1 for the radius 0.2: it must use its argument",
+        ),
+        ([0.1, 1.5], {}, "epsilon must be at most the width of bounds"),
     ],
 )
 def test_curves_that_are_refused(radii, options, words):

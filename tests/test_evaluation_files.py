@@ -101,7 +101,7 @@ def test_the_state_of_an_exported_model_is_refused_for_another(network, examples
         return evaluate_robustness(served, *examples, square, state_path=state, progress=False)
 
     report = run("one")
-    assert set(report.digests) == {"data", "weights"}
+    assert set(report.digests) == {"data", "weights", "graph"}
     assert run("one").digests == report.digests
     with pytest.raises(ValueError, match="what differs: weights"):
         run("other")

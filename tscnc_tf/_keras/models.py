@@ -167,7 +167,7 @@ def about_probabilities(name: str) -> str:
         f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
         "each row sums to 1. Attacks need logits: the gradient of a saturated softmax vanishes, "
         "which makes a model look robust. Leave out the last softmax (activation=None), or pass "
-        "the part of the model before it."
+        "the part of the model before it (docs/evaluation.md#probabilities)."
     )
 
 

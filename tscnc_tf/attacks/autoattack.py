@@ -108,17 +108,22 @@ class AutoAttack(Attack):
         if _keras.flavour(model) is None:
             return self._compiled(model)(x, y, seed)
         # Each attack caches its compiled function for a Keras model.
-        return self._in_turn(model, [functools.partial(each, model) for each in self.attacks])(
+        return self.in_turn(model, [functools.partial(each, model) for each in self.attacks])(
             x, y, seed
         )
 
     def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
-        return self._in_turn(model, [attack.bind(model) for attack in self.attacks])
+        return self.in_turn(model, [attack.bind(model) for attack in self.attacks])
 
-    def _in_turn(
+    def in_turn(
         self, model: Any, runs: Sequence[Callable[..., tf.Tensor]]
     ) -> Callable[..., tf.Tensor]:
-        """Return a function of (x, y, seed) that runs each attack on the still robust examples."""
+        """Return a function of (x, y, seed) that runs each attack on the still robust examples.
+
+        Args:
+            model: on which examples are robust; the attacks may run on another one.
+            runs: the attacks, functions of (x, y, seed=).
+        """
         logits_fn = _keras.inference(model)
 
         def run(x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
@@ -140,7 +145,7 @@ class AutoAttack(Attack):
                 seeds = tf.random.fold_in(seed, index, alg="philox")
                 candidates = attack(tf.gather(x, rows), tf.gather(y, rows), seed=seeds)
                 found[rows] = candidates.numpy()
-                logits = logits_fn(candidates).numpy()
+                logits = np.asarray(logits_fn(candidates))
                 is_robust[rows] = np.argmax(logits, axis=1) == truth[rows]
             return tf.constant(found)
 

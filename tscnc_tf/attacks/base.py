@@ -126,6 +126,10 @@ class Attack(_configs.Configurable, abc.ABC):
         """
         return self
 
+    def for_transfer(self) -> Attack:
+        """Return this attack in the form whose results `Transfer` evaluates on another model."""
+        return self
+
     @property
     def uses_gradient(self) -> bool:
         """Whether it may use the gradient of the model that it is called with."""

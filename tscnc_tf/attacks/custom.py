@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import tensorflow as tf
 
 from tscnc_tf.attacks.base import Attack
+from tscnc_tf.attacks.search import Search
 
 
 @final
@@ -23,7 +24,7 @@ class Custom(Attack):
     Args:
         function: may be passed by position.
         epsilon: the radius, a number or a fraction such as "8/255".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         name: a name for reports; if empty, the function's own and the ball.
         bounds: the smallest and the largest value that an input may take.
 
@@ -41,6 +42,8 @@ class Custom(Attack):
         >>> float(attack(lambda x: x, [[0.0, 0.5]])[0, 0])
         0.0
     """
+
+    norms: ClassVar[tuple[str, ...]] = Search.norms
 
     function: Callable[[Any, tf.Tensor, Any], Any] = dataclasses.field(kw_only=False)
     name: str = ""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, final
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
+from tscnc_tf.attacks.base import Attack
 from tscnc_tf.attacks.pgd import Ascent, classes_of, effort
 from tscnc_tf.attacks.search import TARGET_CLASSES, Draws, Examples, Search, choose, column, like
 from tscnc_tf.functional import balls
@@ -95,6 +96,10 @@ class FAB(Search):
         if self.target_classes is not None:
             count = _checks.integer("target_classes", self.target_classes, minimum=1)
             self._set("target_classes", count)
+
+    def for_transfer(self) -> Attack:
+        """Return this attack: its results are the nearest points by design."""
+        return self
 
     @property
     def name(self) -> str:

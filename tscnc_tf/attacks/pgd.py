@@ -166,7 +166,7 @@ class GradientAttack(CompiledAttack):
         return result
 
     def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
-        return _Compiled(self, recall)
+        return CompiledAscent(self, recall)
 
     def check_labels(self, y: Any) -> None:
         """Raise a ValueError if the labels that the objective needs are missing."""
@@ -260,7 +260,7 @@ def effort(steps: int, restarts: int) -> str:
     return f"{steps}x{restarts}" if restarts > 1 else str(steps)
 
 
-class _Compiled:
+class CompiledAscent:
     """An attack on one model as compiled graphs, each for all batch sizes.
 
     There is one graph per shape of the inputs (without the batch axis) and dtype.
@@ -270,7 +270,7 @@ class _Compiled:
         recall: returns the model; it may hold a weak reference.
     """
 
-    def __init__(self, attack: GradientAttack, recall: Callable[[], Any]) -> None:
+    def __init__(self, attack: Any, recall: Callable[[], Any]) -> None:
         self._attack = attack
         self._recall = recall
         self._function = tf.function(self._run)

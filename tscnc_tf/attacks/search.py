@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tscnc_tf import _checks, _keras
 from tscnc_tf.attacks import pgd
-from tscnc_tf.attacks.base import CompiledAttack
+from tscnc_tf.attacks.base import Attack, CompiledAttack
 from tscnc_tf.functional import balls
 from tscnc_tf.losses import terms
 
@@ -108,15 +108,26 @@ class Search(CompiledAttack):
 
     In eager code, examples on which the model is fooled are left out of further iterations; within
     a graph they are not, with the same result. The hooks for subclasses below are pure functions.
+
+    The first point that fools the model is the result. It lies next to the model's decision
+    boundary, and may not fool another model: `for_transfer` returns a search whose results are the
+    points of the largest score after all iterations.
     """
 
     norms: ClassVar[tuple[str, ...]] = (*balls.NORMS, "l1")
+    _until_fooled: ClassVar[bool] = True
 
     restarts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("restarts", _checks.integer("restarts", self.restarts, minimum=1))
+
+    def for_transfer(self) -> Attack:
+        """Return this search with all iterations for all examples."""
+        found = dataclasses.replace(self)
+        found._set("_until_fooled", False)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Return the description for reports, including the restarts."""
@@ -259,12 +270,15 @@ class Search(CompiledAttack):
         )[1]
 
     def _run(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
-        if tf.executing_eagerly():
+        if tf.executing_eagerly() and self._until_fooled:
             return SearchRunner(self, lambda: model, compiled=False)(x, y, seed)
-        return self.perturb(_keras.inference(model), x, y, seed, until_fooled=True)
+        logits_fn = _keras.inference(model)
+        return self.perturb(logits_fn, x, y, seed, until_fooled=self._until_fooled)
 
     def _graph(self, recall: Callable[[], Any]) -> Callable[..., tf.Tensor]:
-        return SearchRunner(self, recall, compiled=True)
+        if self._until_fooled:
+            return SearchRunner(self, recall, compiled=True)
+        return pgd.CompiledAscent(self, recall)
 
 
 class SearchRunner:

@@ -143,7 +143,9 @@ class Square(Search):
         change = self._changed if self.norm == "linf" else self._moved
         candidate = change(x, best, index, draws)
         new = self._evaluated(ascent, examples, candidate)
-        gains = ~state.fooled & ((new.score > state.score) | new.fooled)
+        gains = new.score > state.score
+        if self._until_fooled:
+            gains = ~state.fooled & (gains | new.fooled)
         return _State(
             result=choose(gains, new.result, state.result),
             score=tf.where(gains, new.score, state.score),

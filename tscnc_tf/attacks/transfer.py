@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Self, final
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self, final
 
 import tensorflow as tf
 
+from tscnc_tf.attacks.autoattack import AutoAttack
 from tscnc_tf.attacks.base import Attack
+from tscnc_tf.attacks.search import Search
 
 
 @final
@@ -19,6 +22,11 @@ class Transfer(Attack):
     The attack runs on `source`, whatever model it is called with; the ball and the bounds are those
     of the inner attack. It evaluates a model without a gradient, such as an exported or quantised
     network, on adversarial examples of the network that it was made from.
+
+    APGD and Square otherwise end at the first point that fools the model, next to its decision
+    boundary, which may not fool another one. Here they take all their iterations, and the result is
+    the strongest point. Of `AutoAttack` each part is run on the examples on which the evaluated
+    model is right under all parts before.
 
     An attack on the model itself may find more, so the resulting accuracy is an upper bound of the
     robust accuracy, and only as reliable as the gradient of `source`.
@@ -48,6 +56,8 @@ class Transfer(Attack):
     Reference:
         Papernot, McDaniel & Goodfellow 2016, arXiv 1605.07277.
     """
+
+    norms: ClassVar[tuple[str, ...]] = Search.norms
 
     epsilon: float | str = dataclasses.field(init=False, repr=False)
     norm: str = dataclasses.field(init=False, repr=False)
@@ -98,9 +108,25 @@ class Transfer(Attack):
         named = getattr(self.source, "name", None) or getattr(self.source, "__name__", None)
         return str(named or type(self.source).__name__)
 
-    def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:  # noqa: ARG002
-        return self.attack(self.source, x, y, seed=seed)
+    @functools.cached_property
+    def _attacks(self) -> tuple[Attack, ...]:
+        """The attacks that run on the source: those of an AutoAttack, else one."""
+        inner = self.attack
+        parts = inner.attacks if isinstance(inner, AutoAttack) else (inner,)
+        return tuple(part.for_transfer() for part in parts)
 
-    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:  # noqa: ARG002
-        run = self.attack.bind(self.source)
+    def _generate(self, model: Any, x: tf.Tensor, y: Any, seed: tf.Tensor) -> tf.Tensor:
+        runs = [functools.partial(attack, self.source) for attack in self._attacks]
+        return self._evaluated(model, runs)(x, y, seed)
+
+    def _compiled(self, model: Any) -> Callable[..., tf.Tensor]:
+        return self._evaluated(model, [attack.bind(self.source) for attack in self._attacks])
+
+    def _evaluated(
+        self, model: Any, runs: Sequence[Callable[..., tf.Tensor]]
+    ) -> Callable[..., tf.Tensor]:
+        """Return a function of (x, y, seed): the only run, or those of an AutoAttack in turn."""
+        if isinstance(self.attack, AutoAttack):
+            return self.attack.in_turn(model, runs)
+        (run,) = runs
         return lambda x, y, seed: run(x, y, seed=seed)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tscnc_tf import _checks, _files, _plots, _reports, attacks
+from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.evaluation.report import RobustnessReport, accuracy_cells, interval
 from tscnc_tf.evaluation.run import evaluate_robustness
 
@@ -76,12 +79,12 @@ class RobustnessCurve(_reports.Report):
             [_checks.as_written(radius), *accuracy_cells(row)]
             for radius, row in zip(self.epsilons, self.correct, strict=True)
         ]
-        warnings = dict.fromkeys(itertools.chain.from_iterable(r.warnings for r in self.reports))
+        found = dict.fromkeys(itertools.chain.from_iterable(r.warnings for r in self.reports))
         return _reports.Table(
             f"Robust accuracy by ε ({self.norm}), {len(self.clean_correct)} examples",
             ["ε", "accuracy", "95 % interval"],
             rows,
-            notes=[f"Warning: {text}" for text in warnings],
+            notes=[f"Warning: {text}" for text in found],
         )
 
 
@@ -96,6 +99,7 @@ def robustness_curve(
     batch_size: int = 128,
     seed: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
+    diagnose: bool | None = None,
     state_path: Any = None,
     progress: bool = True,
 ) -> RobustnessCurve:
@@ -110,11 +114,13 @@ def robustness_curve(
         x: an array of inputs `(examples, ...)`.
         y: an array of labels, as in `evaluate_robustness`.
         epsilons: the radii, numbers or fractions such as "8/255".
-        attack: returns the attack for a radius; None for `attacks.AutoAttack`.
+        attack: returns the attack, or a list of attacks, for a radius; None for
+            `attacks.AutoAttack`.
         norm: "linf", "l2" or "l1"; it must be the norm of `attack`.
         batch_size: examples per batch.
         seed: as in `evaluate_robustness`.
         bounds: the smallest and the largest value of an input.
+        diagnose: as in `evaluate_robustness`, at the smallest radius.
         state_path: a folder with the progress at each radius, `0.json` for the smallest; each file
             is as in `evaluate_robustness`. If it exists, the curve continues from it.
         progress: whether to show a bar on stderr while it runs, if that is a terminal.
@@ -122,11 +128,12 @@ def robustness_curve(
     Raises:
         TypeError: `attack` is no function.
         NotADirectoryError: there is a file at `state_path`.
-        ValueError: there are no radii, two of them are equal, or the attack has another norm; and
-            what `evaluate_robustness` raises.
+        ValueError: there are no radii, two of them are equal, or an attack has another norm or
+            radius; and what `evaluate_robustness` raises.
 
     Warns:
-        EvaluationWarning: as `evaluate_robustness`, at each radius.
+        EvaluationWarning: as `evaluate_robustness`, at each radius; and "ladder", if examples are
+            robust in a ball that holds all inputs within the bounds.
 
     Example:
         >>> import numpy as np, tensorflow as tf
@@ -160,28 +167,24 @@ def robustness_curve(
             f"state_path must be a folder, with a file for each radius, but {str(folder)!r} is a "
             "file: choose another path."
         )
+    made = [(attack or default)(radius) for radius in radii]
+    for radius, each in zip(radii, made, strict=True):
+        _require_ball(each, radius, norm)
     inputs, labels = np.asarray(x), np.asarray(y)
     rows = np.arange(len(inputs))
     correct = np.zeros((len(radii), len(inputs)), dtype=bool)
     clean = np.zeros(len(inputs), dtype=bool)
     reports: list[RobustnessReport] = []
-    for index, radius in enumerate(radii):
-        made = (attack or default)(radius)
-        own = made.norm if isinstance(made, attacks.Attack) else norm
-        if own != norm:
-            raise ValueError(
-                f"attack returned an attack of norm {own!r} for a curve of norm={norm!r}: pass the "
-                "norm of the attack."
-            )
+    for index, opponent in enumerate(made):
         report = evaluate_robustness(
             model,
             inputs[rows],
             labels[rows],
-            made,
+            opponent,
             batch_size=batch_size,
             seed=seed,
             bounds=bounds,
-            diagnose=None if index == 0 else False,
+            diagnose=diagnose if index == 0 else False,
             state_path=None if folder is None else folder / f"{index}.json",
             progress=progress,
         )
@@ -192,4 +195,30 @@ def robustness_curve(
         correct[index, rows] = True
         if not len(rows):
             break
+    width = {"linf": 1.0, "l2": inputs[0].size ** 0.5, "l1": inputs[0].size}[norm]
+    findings = diagnostics.of_curve(
+        {radius: float(np.mean(row)) for radius, row in zip(sorted(values), correct, strict=True)},
+        width * (bounds[1] - bounds[0]),
+    )
+    for text in map(str, findings):
+        warnings.warn(text, diagnostics.EvaluationWarning, stacklevel=2)
+        reports[-1] = dataclasses.replace(reports[-1], warnings=(*reports[-1].warnings, text))
     return RobustnessCurve(tuple(radii), clean, correct, norm, tuple(reports))
+
+
+def _require_ball(made: Any, radius: float | str, norm: str) -> None:
+    """Raise a ValueError unless all attacks of `made` have the radius and the norm."""
+    several = made.values() if isinstance(made, Mapping) else made
+    for each in several if isinstance(several, Iterable) else [made]:
+        if not isinstance(each, attacks.Attack):
+            continue
+        if each.norm != norm:
+            raise ValueError(
+                f"attack returned an attack of norm {each.norm!r} for a curve of norm={norm!r}: "
+                "pass the norm of the attack."
+            )
+        if not math.isclose(each.epsilon_value, _checks.distance("epsilons", radius)):
+            raise ValueError(
+                f"attack returned an attack of epsilon={each.epsilon!r} for the radius {radius!r}: "
+                "it must use its argument, as lambda epsilon: attacks.APGD(epsilon=epsilon) does."
+            )

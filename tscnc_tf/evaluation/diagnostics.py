@@ -172,6 +172,26 @@ def of_ladder(accuracies: Mapping[float, float], steps: Mapping[int, float]) -> 
     ]
 
 
+def of_curve(accuracies: Mapping[float, float], widest: float) -> list[Finding]:
+    """Return a finding if examples are robust in a ball that holds all inputs within the bounds.
+
+    Args:
+        accuracies: the robust accuracy by radius.
+        widest: the radius of a ball around any input that holds all inputs.
+    """
+    return [
+        Finding(
+            "ladder",
+            f"In a ball of radius {radius:.3g}, which holds every input within the bounds, "
+            f"{100 * left:.1f} % are robust, but an attack could fool every example: the attack is "
+            "too weak, or the gradients of the model mislead it. Add attacks.Square and "
+            "transferred attacks.",
+        )
+        for radius, left in accuracies.items()
+        if radius >= widest and left > _LADDER_TOLERANCE
+    ][:1]
+
+
 def of_transfer(fooled: int, left: int, examples: int) -> list[Finding]:
     """Return a finding if examples of another network fool the model where attacks failed.
 

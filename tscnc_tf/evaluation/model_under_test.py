@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,8 @@ from tscnc_tf.inspection.inputs import one_tensor
 # Operations on floats whose gradient is zero, missing or a substitute.
 _BREAKING = (
     *("Round", "Rint", "Floor", "Ceil", "Sign", "FloorDiv", "Bucketize", "ArgMax", "ArgMin"),
-    *("QuantizeV2", "QuantizeAndDequantizeV2", "FakeQuantWithMinMaxVars"),
+    *("LowerBound", "UpperBound", "QuantizeV2", "QuantizeAndDequantizeV2"),
+    *("QuantizeAndDequantizeV3", "QuantizeAndDequantizeV4", "FakeQuantWithMinMaxVars"),
     *("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVarsPerChannel", "PyFunc", "EagerPyFunc"),
 )
 # Log-odds below which softmax is 1 for the label in float32, with a margin.
@@ -37,6 +40,7 @@ class ModelUnderTest:
         name: of the model.
         classes: the number of its logits.
         has_gradient: whether its outputs have a gradient in x; set by `examine`.
+        graph: a digest of the operations that compute its logits; set by `examine`.
 
     Raises:
         TypeError: the model is not callable, or does not return one tensor.
@@ -59,6 +63,7 @@ class ModelUnderTest:
         self.classes = shape[1]
         self._first = x
         self.has_gradient = True
+        self.graph = ""
         batch = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
         labels = tf.TensorSpec((None,), tf.int64)
         self._logits = tf.function(self.call, input_signature=[batch])
@@ -78,13 +83,15 @@ class ModelUnderTest:
         """
         repeatable = self._is_repeatable(self._first)
         try:
-            graph = self._logits.get_concrete_function().graph
+            definition = self._logits.get_concrete_function().graph.as_graph_def()
             self._examined.get_concrete_function()
         except Exception as error:
             error.add_note(
                 f"The {self._role} is compiled by tf.function: it may use TensorFlow only."
             )
             raise
+        nodes = _nodes(definition)
+        self.graph = _digest(nodes)
         parts = (self._examined(*map(tf.constant, batch)) for batch in batches)
         logits, is_zero, is_undefined, is_saturated = (
             np.concatenate([tensor.numpy() for tensor in tensors])
@@ -105,7 +112,7 @@ class ModelUnderTest:
             undefined_gradients=is_undefined & by_gradient,
             saturated=is_saturated & by_gradient,
             tied=are_tied(logits),
-            operations=_breaking_operations(graph) if by_gradient else (),
+            operations=_breaking_operations(nodes) if by_gradient else (),
         )
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
@@ -154,10 +161,27 @@ def are_tied(logits: np.ndarray) -> np.ndarray:
     return np.sum(logits == highest, axis=1) > 1
 
 
-def _breaking_operations(graph: Any) -> list[str]:
-    """Return the types of breaking operations in a graph and in the functions that it calls."""
-    definition = graph.as_graph_def()
-    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+def _nodes(definition: Any) -> list[Any]:
+    """Return the operations of a graph and of the functions that it calls."""
+    return [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+
+
+def _digest(nodes: list[Any]) -> str:
+    """Return SHA-256 of the types of operations and of the constants among them, in any order."""
+    found = sorted(
+        (node.op.encode(), node.attr["value"].tensor.SerializeToString(deterministic=True))
+        if node.op == "Const"
+        else (node.op.encode(), b"")
+        for node in nodes
+    )
+    digest = hashlib.sha256()
+    for part in itertools.chain.from_iterable(found):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _breaking_operations(nodes: list[Any]) -> list[str]:
+    """Return the types of breaking operations."""
     return sorted({node.op for node in nodes if _is_breaking(node)})
 
 

@@ -145,17 +145,17 @@ def evaluate_robustness(
     sources = _sources(adversaries)
     for source in sources:
         role = f"source {source.name!r} of a Transfer"
-        _, outputs = ModelUnderTest(source.model, inputs[:batch_size], role).examine(
+        _, of_source = ModelUnderTest(source.model, inputs[:batch_size], role).examine(
             batches(), source.by_gradient
         )
         warned += [
             str(finding._replace(text=f"{role}: {finding.text}"))
-            for finding in diagnostics.of_model(outputs)
+            for finding in diagnostics.of_model(of_source)
         ]
     for text in warned:
         warnings.warn(text, diagnostics.EvaluationWarning, stacklevel=2)
 
-    found = digests(model, inputs, labels)
+    found = digests(model, inputs, labels) | {"graph": examined.graph}
     for name, source in zip(_reports.unique(s.name for s in sources), sources, strict=True):
         if weights := digest_of_weights(source.model):
             found[f"source {name}"] = weights
@@ -167,7 +167,7 @@ def evaluate_robustness(
         "versions": _reports.versions(),
         **found,
     }
-    state = EvaluationState(state_path, identity, logits)
+    state = EvaluationState(state_path, identity, logits if outputs.repeatable else None)
     evaluation = _Evaluation(model, examined, (inputs, labels), clean, batch_size, seed, bounds)
     results = evaluation.run(adversaries, state, progress=progress)
     findings = diagnostics.of_results(clean, adversaries, results)

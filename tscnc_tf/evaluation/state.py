@@ -70,16 +70,16 @@ class EvaluationState:
         path: of the file, which need not exist; None for no file.
         identity: JSON values that must equal those in the file for an evaluation to be resumed.
         logits: the clean logits, `(examples, classes)`; those of the first examples must be close
-            to those in the file.
+            to those in the file. None for a model whose logits are random.
 
     Raises:
         ValueError: the file is of another evaluation, or not a state file.
     """
 
-    def __init__(self, path: Any, identity: Mapping[str, Any], logits: np.ndarray) -> None:
+    def __init__(self, path: Any, identity: Mapping[str, Any], logits: np.ndarray | None) -> None:
         self._path = None if path is None else _files.absolute("state_path", path)
         self._identity = json.loads(json.dumps(jsonable(identity)))
-        self._logits = logits[:_PROBED].astype(float)
+        self._logits = np.zeros((0, 0)) if logits is None else logits[:_PROBED].astype(float)
         self._attacks: dict[str, AttackProgress] = {}
         self._written = 0.0
         if self._path is not None and self._path.exists():
@@ -138,8 +138,9 @@ class EvaluationState:
                 f"state_path={str(path)!r} is of another evaluation; what differs: {names}. "
                 f"{way_out}"
             )
-        size = np.max(np.abs(self._logits))
-        if not np.allclose(logits, self._logits, rtol=0.0, atol=_TOLERANCE * size):
+        size = np.max(np.abs(self._logits), initial=0.0)
+        is_known = logits.size == self._logits.size
+        if not (is_known and np.allclose(logits, self._logits, rtol=0.0, atol=_TOLERANCE * size)):
             raise ValueError(
                 f"state_path={str(path)!r} is of another model: its logits on the first examples "
                 f"differ. {way_out}"
