@@ -306,7 +306,7 @@ def evaluate(
 
     For a MODEL without gradients (.tflite, .onnx), AutoAttack runs only Square, which finds fewer
     adversarial examples. With --source the attacks run on another model, such as the one that was
-    exported to the file, and MODEL is given what they find; without --attack, Square runs on MODEL
+    exported to the file, and MODEL is given what they find; with autoattack, Square runs on MODEL
     as well.
 
     \b
@@ -322,7 +322,7 @@ def evaluate(
     if source is not None:
         loaded = _load(source)
         made = [tscnc.attacks.Transfer(source=loaded, attack=attack) for attack in made]
-        if not attacks:
+        if "autoattack" in attacks:
             made.append(tscnc.attacks.Square(epsilon=epsilon, norm=norm))
     found = _dataset(data, model)
     if examples is not None:
