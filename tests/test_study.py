@@ -134,7 +134,7 @@ def trials_with(plan, robust):
             found[run.place] = content(run, validation={"finetune": {"robust": robust(run)}})
 
 
-@pytest.mark.parametrize("name", ["cpu", "recovery", "structure", "quick", "accelerator"])
+@pytest.mark.parametrize("name", ["cpu", "recovery", "structure", "whole", "quick", "accelerator"])
 def test_the_plans_are_paired_and_balanced(name):
     plan = Plan.read(HERE / f"{name}.yaml")
     runs = list(plan.runs(trials_with(plan, lambda run: 0.5)))
@@ -581,7 +581,7 @@ def test_tables_are_put_between_their_marks(tmp_path):
         report.insert(path, "other", "new")
 
 
-@pytest.mark.parametrize("name", ["cpu", "recovery", "structure", "accelerator"])
+@pytest.mark.parametrize("name", ["cpu", "recovery", "structure", "whole", "accelerator"])
 def test_the_document_shows_the_results_that_are_there(name, tmp_path):
     plan, store = Plan.read(HERE / f"{name}.yaml"), Store(RESULTS / f"{name}.csv", tmp_path)
     found = store.read()
