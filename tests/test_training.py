@@ -339,13 +339,15 @@ def test_ways_to_run_agree(kind):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_sample_weights_and_class_weights_weigh_examples(flavour):
-    x, y = blobs(32)
+    (x, y), library = blobs(32), FLAVOURS[flavour]
+    trainer = trainer_for(dense_model(library), optimizer=library.optimizers.SGD(0.1))
+    start = trainer.model.get_weights()
 
     def after(data=(x, y), **options):
-        def make():
-            return trainer_for(dense_model(FLAVOURS[flavour]))
-
-        return weights_after(make, data, epochs=1, **options)
+        trainer.model.set_weights(start)
+        trainer.optimizer.iterations.assign(0)  # of which the adversary's seeds are made
+        fit(trainer, data, epochs=1, **options)
+        return trainer.model.get_weights()
 
     plain = after()
     weights = np.where(y == 1, 3.0, 0.5).astype("float32")
