@@ -289,7 +289,8 @@ def test_ways_to_run_agree(library):
     def after(**options):
         model = conv_model(library)
         model.set_weights(start)
-        fit(trainer_for(model, conv_teacher(library), **options), data, epochs=1)
+        attack = attacks.PGD(epsilon=0.1, steps=1)
+        fit(trainer_for(model, conv_teacher(library), attack=attack, **options), data, epochs=1)
         return model.get_weights()
 
     plain = after()

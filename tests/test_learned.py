@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -191,21 +193,25 @@ def test_counts_are_exact_in_every_step_with_floors_too(library):
     assert len(seen) > 1
 
 
+def fitted(library, **options):
+    tf_keras.utils.set_random_seed(1)
+    keras.utils.set_random_seed(1)
+    model = learned(library, scope=Learned(learning_rate=5.0))
+    compiled(model, library, **options)
+    model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+    return model
+
+
+in_graphs = functools.cache(fitted)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}],
     ids=str,
 )
 def test_every_way_to_run_gives_the_same_shares(options, library):
-    def after(**options):
-        tf_keras.utils.set_random_seed(1)
-        keras.utils.set_random_seed(1)
-        model = learned(library, scope=Learned(learning_rate=5.0))
-        compiled(model, library, **options)
-        model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
-        return model
-
-    model, twin = after(**options), after()
+    model, twin = fitted(library, **options), in_graphs(library)
     assert np.any(np.abs(state(model, "share_velocities")) > 1e-3)
     for name in ("share_logits", "share_velocities"):
         np.testing.assert_allclose(state(model, name), state(twin, name), rtol=1e-4, atol=1e-6)

@@ -598,7 +598,7 @@ def test_a_trainer_does_with_unknown_length_what_it_does_with_known(engine, jit,
         schedule = schedules.CosineSparsity(0.0, 0.75, 4, 16, frequency=4)
         model = tscnc.prune(dense_model(library), schedule, engine=engine)
         attack = attacks.PGD(epsilon=0.1, steps=1)
-        trainer = AdversarialTraining(model, attack=attack, loss=losses.TRADES())
+        trainer = AdversarialTraining(model, attack=attack, loss=losses.Madry())
         trainer.compile(library.optimizers.Adam(0.01), jit_compile=jit)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Keras 3: it ran out of data
@@ -606,8 +606,9 @@ def test_a_trainer_does_with_unknown_length_what_it_does_with_known(engine, jit,
         assert int(trainer.optimizer.iterations) == 30
         return tscnc.strip(model).get_weights()
 
-    known = tf.data.Dataset.from_tensor_slices((X[:39], Y[:39])).batch(4)
-    for one, other in zip(after(unknown()), after(known), strict=True):
+    count = 40 if jit else 39  # XLA would compile a last batch of another size once more
+    known = tf.data.Dataset.from_tensor_slices((X[:count], Y[:count])).batch(4)
+    for one, other in zip(after(unknown(count)), after(known), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -645,10 +646,14 @@ def change(name, library):
     return Change
 
 
-@pytest.mark.parametrize("hook", ["epoch", "batch"])
-@pytest.mark.parametrize("name", ["prune", "prune_now", "scores", "strip", "freeze_mask"])
+CHANGES = ["prune", "prune_now", "scores", "strip", "freeze_mask"]
+
+
+@pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("trainer", [False, True], ids=["fit", "trainer"])
-def test_what_a_callback_changes_acts_from_the_next_step_on(hook, name, trainer, library):
+def test_what_a_callback_changes_acts_from_the_next_step_on(name, trainer, library):
+    # Each change in both hooks, and each hook in both Kerases, with and without a trainer.
+    hook = ["epoch", "batch"][(CHANGES.index(name) + trainer + (library is keras)) % 2]
     model = trained = dense_model(library)
     if name == "strip":
         pruning.prune_now(model, 0.75)

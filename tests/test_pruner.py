@@ -667,9 +667,8 @@ SCOPES = ["layer", "global", "erk", "igq", "lamp"]
 @pytest.mark.parametrize(
     ("structure", "scope"),
     [
-        *itertools.product(
-            [Unstructured(), Unstructured(2), Block(2, 4), Block(4, 3), Filters()], SCOPES
-        ),
+        *itertools.product([Unstructured(), Unstructured(2), Block(4, 3), Filters()], SCOPES),
+        (Block(2, 4), "global"),  # to a scope, whole blocks are units as single weights are
         (NM(2, 4), "layer"),
     ],
     ids=str,

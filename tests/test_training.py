@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pickle
 
 import keras
@@ -323,7 +324,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(kind):
 def test_ways_to_run_agree(kind):
     def after(**options):
         def make():
-            trainer = AdversarialTraining(kind.pruned_conv(), attack=PGD, loss=losses.Madry())
+            attack = attacks.PGD(epsilon=0.1, steps=1)
+            trainer = AdversarialTraining(kind.pruned_conv(), attack=attack, loss=losses.Madry())
             trainer.compile(kind.sgd(), **options)
             return trainer
 
@@ -339,13 +341,15 @@ def test_ways_to_run_agree(kind):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_sample_weights_and_class_weights_weigh_examples(flavour):
-    x, y = blobs(32)
+    (x, y), library = blobs(32), FLAVOURS[flavour]
+    trainer = trainer_for(dense_model(library), optimizer=library.optimizers.SGD(0.1))
+    start = trainer.model.get_weights()
 
     def after(data=(x, y), **options):
-        def make():
-            return trainer_for(dense_model(FLAVOURS[flavour]))
-
-        return weights_after(make, data, epochs=1, **options)
+        trainer.model.set_weights(start)
+        trainer.optimizer.iterations.assign(0)  # of which the adversary's seeds are made
+        fit(trainer, data, epochs=1, **options)
+        return trainer.model.get_weights()
 
     plain = after()
     weights = np.where(y == 1, 3.0, 0.5).astype("float32")
@@ -435,7 +439,7 @@ def test_xla_under_a_strategy_of_one_device(kind):
         tf_keras.utils.set_random_seed(3)
         with scope:
             model = kind.prune(kind.dense(), schedules.CosineSparsity(0.0, 0.75, 1, 3, 1))
-            attack = attacks.PGD(epsilon=0.1, steps=2)
+            attack = attacks.PGD(epsilon=0.1, steps=1)
             trainer = AdversarialTraining(model, attack=attack, loss=losses.Madry())
             trainer.compile(kind.sgd(), jit_compile=True)
         fit(trainer, blobs(32), epochs=2, batch_size=16)
@@ -495,7 +499,8 @@ def test_a_checkpoint_written_at_any_moment_holds_the_zeros_of_its_masks(tmp_pat
 
 def test_plain_fit_is_masked_after_every_batch(tmp_path, kind):
     model = kind.pruned_conv()
-    model.compile("sgd", kind.library.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = kind.library.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, jit_compile=False)
     checkpoint = kind.library.callbacks.ModelCheckpoint(
         str(tmp_path / "{batch:02d}.weights.h5"), save_freq=1, save_weights_only=True
     )
@@ -654,6 +659,7 @@ def test_the_logger_writes_what_numpy_measures(kind):
 def test_the_step_compiles_to_stablehlo_without_state_of_its_own(kind):
     x, y = images(8)
     trainer = trainer_for(kind.pruned_conv())
+    trainer.attack = attacks.PGD(epsilon=0.1, steps=1)
     for wrapper in wrappers.wrapped_layers(trainer.model):
         wrapper.pruning_step.assign(0)
     trainer.optimizer.build(trainer.model.trainable_variables)
@@ -817,19 +823,20 @@ def assert_refused(trainer, call, words):
     assert_same(before, trainer.model.get_weights())
 
 
-WAYS = [("graph", way) for way in ways_in(*blobs(8))] + [
-    ("XLA", "fit, dataset"),
-    ("XLA", "test_on_batch"),
-    ("eager", "fit, generator"),
-    ("eager", "train_on_batch"),
-]
+WAYS = {
+    "graph": list(ways_in(*blobs(8))),
+    "XLA": ["fit, dataset", "test_on_batch"],
+    "eager": ["fit, generator", "train_on_batch"],
+}
 
 
 @NOT_SHUFFLED
-@pytest.mark.parametrize(("how", "way"), WAYS)
+@run_as
 @every_flavour
-def test_bad_batches_are_refused_before_anything_is_changed(library, how, way):
+def test_bad_batches_are_refused_before_anything_is_changed(library, how):
     x, y = blobs(16)
+    # One trainer for all ways, which share its compiled steps; a batch is its first until one is
+    # taken, after all have been refused.
     trainer = trainer_for(own_model(library), **RUN_AS[how])
     for bad, words in [
         (
@@ -841,8 +848,10 @@ def test_bad_batches_are_refused_before_anything_is_changed(library, how, way):
         ((x, y - 1), "y must be in 0 ... 2, .* got labels from -1 to 1"),
         ((x, 2 * np.eye(3, dtype="float32")[y]), "rows that are >= 0 and sum to 1.* from 2 to 2"),
     ]:
-        assert_refused(trainer, ways_in(*bad)[way], words)
-    ways_in(x, y)[way](trainer)
+        for way in WAYS[how]:
+            assert_refused(trainer, ways_in(*bad)[way], words)
+    for way in WAYS[how]:
+        ways_in(x, y)[way](trainer)
 
 
 @NOT_SHUFFLED
@@ -1092,7 +1101,8 @@ def test_what_a_callback_changes_acts_from_the_next_step_on(library, name, optio
 
     def after(at_once):
         tf_keras.utils.set_random_seed(3)
-        trainer = trainer_for(dense_model(library), **options)
+        loss = "Madry" if options else "TRADES"  # the smaller one, where XLA compiles it
+        trainer = trainer_for(dense_model(library), loss, **options)
         how = {"batch_size": 16, "verbose": 0, "shuffle": False, "validation_data": (x, y)}
         if at_once:
             history = trainer.fit(x, y, epochs=2, callbacks=[Change()], **how).history
@@ -1109,33 +1119,38 @@ def test_what_a_callback_changes_acts_from_the_next_step_on(library, name, optio
     assert history == by_parts
 
 
+GROWING = [attacks.PGD(epsilon=epsilon, steps=1) for epsilon in (0.02, 0.05, 0.2)]
+
+
+def attacked_by_the_first(library):
+    tf_keras.utils.set_random_seed(3)
+    trainer = trainer_for(dense_model(library))
+    trainer.attack = GROWING[0]
+    return trainer
+
+
+@functools.cache
+def weights_after_each_attack(library):
+    """The weights after one step with each attack, without `fit`."""
+    x, y = blobs(24)
+    trainer = attacked_by_the_first(library)
+    for start, attack in zip(range(0, 24, 8), GROWING, strict=True):
+        trainer.attack = attack
+        trainer.train_on_batch(x[start : start + 8], y[start : start + 8])
+    return trainer.model.get_weights()
+
+
 @pytest.mark.parametrize("hook", ["train_batch_begin", "train_batch_end"])
 @every_flavour
 def test_an_attack_may_change_with_every_step(library, hook):
-    x, y = blobs(32)
-    sizes = [0.02, 0.05, 0.1, 0.2]
-
-    def attack(epsilon):
-        return attacks.PGD(epsilon=epsilon, steps=1)
-
     def change(self, batch, logs=None):
         taken = int(self.model.optimizer.iterations)
-        self.model.attack = attack(sizes[min(taken, 3)])
+        self.model.attack = GROWING[min(taken, 2)]
 
     callback = type("Change", (library.callbacks.Callback,), {f"on_{hook}": change})()
-
-    def start():
-        tf_keras.utils.set_random_seed(3)
-        trainer = trainer_for(dense_model(library))
-        trainer.attack = attack(sizes[0])
-        return trainer
-
-    trainer, by_hand = start(), start()
-    trainer.fit(x, y, batch_size=8, verbose=0, shuffle=False, callbacks=[callback])
-    for index, size in enumerate(sizes):
-        by_hand.attack = attack(size)
-        by_hand.train_on_batch(x[8 * index : 8 * index + 8], y[8 * index : 8 * index + 8])
-    assert_same(trainer.model.get_weights(), by_hand.model.get_weights(), atol=1e-6)
+    trainer = attacked_by_the_first(library)
+    trainer.fit(*blobs(24), batch_size=8, verbose=0, shuffle=False, callbacks=[callback])
+    assert_same(trainer.model.get_weights(), weights_after_each_attack(library), atol=1e-6)
 
 
 @every_flavour
