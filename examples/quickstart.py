@@ -166,7 +166,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     x_train, x_test, y_train, y_test = digits(args.seed)
+    levels = (0.95, 0.99)
     if args.smoke:
+        levels = (0.99,)
         args.dense_epochs, args.epochs, args.batch_size = 1, 3, 16
         x_train, y_train, x_test, y_test = x_train[:48], y_train[:48], x_test[:32], y_test[:32]
     args.output.mkdir(parents=True, exist_ok=True)
@@ -175,7 +177,9 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     results = {}
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=2 * args.dense_epochs + 6 * args.epochs)
+        task = progress.add_task(
+            "", total=2 * args.dense_epochs + len(KINDS) * len(levels) * args.epochs
+        )
         on_epoch = Advance(progress, task)
         for constrained in (False, True):
             progress.update(task, description="training")
@@ -184,7 +188,7 @@ def main() -> None:
             train(dense, x_train, y_train, args.dense_epochs, args, on_epoch)
             weights = dense.get_weights()
             kinds = [kind for kind, (needs, _) in KINDS.items() if needs == constrained]
-            for kind, sparsity in itertools.product(kinds, (0.95, 0.99)):
+            for kind, sparsity in itertools.product(kinds, levels):
                 progress.update(task, description=f"pruning to {sparsity:.0%}, {kind}")
                 model = network(constrained)
                 model.set_weights(weights)

@@ -621,7 +621,9 @@ def test_nothing_is_traced_again():
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_call_of_autoattack_compiles_a_model_of_keras_once(flavour):
+def test_a_call_of_autoattack_compiles_a_model_of_keras_once(flavour, monkeypatch):
+    """With all of its kinds of attacks, shortened: what is compiled has loops of any length."""
+
     class Counted(FLAVOURS[flavour].layers.Layer):
         def call(self, x):
             calls.append(x.shape[0])
@@ -630,7 +632,15 @@ def test_a_call_of_autoattack_compiles_a_model_of_keras_once(flavour):
     k, calls = FLAVOURS[flavour], []
     inputs = k.Input((6,))
     model = k.Model(inputs, Counted()(inputs))
-    attack = AutoAttack(epsilon=0.06, norm="linf")
+    ball = {"epsilon": 0.06, "norm": "linf"}
+    parts = (
+        APGD(steps=8, **ball),
+        APGD(steps=8, loss="targeted_dlr", **ball),
+        FAB(steps=5, **ball),
+        Square(queries=30, **ball),
+    )
+    monkeypatch.setattr(AutoAttack, "attacks", parts)
+    attack = AutoAttack(**ball)
     x, y = examples(12)
     first = attack(model, x, y, seed=1)
     traced = calls.count(None)

@@ -915,10 +915,11 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
         **{"prune.epochs": 1, "finetune.epochs": 1, "train.average_from": 1},
         **{"train.awp": 0.01, "train.awp_from": 1},
     )
-    whole = tscnc.experiments.run(gated, tmp_path / "whole", progress=False)
+    run = functools.partial(tscnc.experiments.run, gated, until="finetune", progress=False)
+    whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         stop_after(patch, folders, "write_state", lambda _, progress, *rest: progress.epochs == 1)
-        tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
+        run(tmp_path / "stopped")
     assert not folders.is_complete(tmp_path / "stopped" / "1-train")
     for stage, epoch, batch, state in (
         ("train", 1, 0, "1-train/state-1-1"),
@@ -926,10 +927,10 @@ def test_stopped_with_gates_and_by_magnitude_it_ends_with_the_same_weights_too(
         ("prune", 0, 0, "2-prune/state-0-1"),
     ):
         with asked_to_end(monkeypatch, stage, epoch, batch):
-            tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
+            run(tmp_path / "stopped")
         (found,) = (tmp_path / "stopped" / state).parent.glob("state-*")
         assert found == tmp_path / "stopped" / state
-    tscnc.experiments.run(gated, tmp_path / "stopped", progress=False)
+    run(tmp_path / "stopped")
     require_same(tmp_path / "stopped", whole)
 
 

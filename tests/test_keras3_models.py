@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.applications import resnet
 
 import tscnc_tf as tscnc
 
@@ -24,8 +25,23 @@ def mobile_net():
 
 
 def res_net():
-    return keras.applications.ResNet50(
-        weights=None, input_shape=SHAPE, classes=10, classifier_activation=None
+    """ResNet50 with fewer blocks in a row: each kind of block is there, at each of its widths."""
+
+    def stacks(x):
+        x = resnet.stack_residual_blocks_v1(x, 64, 2, stride1=1, name="conv2")
+        for number, filters in enumerate((128, 256, 512), start=3):
+            x = resnet.stack_residual_blocks_v1(x, filters, 1, name=f"conv{number}")
+        return x
+
+    return resnet.ResNet(
+        stacks,
+        preact=False,
+        use_bias=True,
+        name="resnet",
+        weights=None,
+        input_shape=SHAPE,
+        classes=10,
+        classifier_activation=None,
     )
 
 
@@ -64,7 +80,7 @@ def vision_transformer(width=32, heads=2, depth=2, patch=8):
         (mobile_net, None),
         (res_net, "conv2_*"),
     ],
-    ids=["ViT", "MobileNetV3Small", "ResNet50"],
+    ids=["ViT", "MobileNetV3Small", "ResNet"],
 )
 # Untrained, and pruned at once to 90 %, depthwise kernels too: both are worth the warning.
 @pytest.mark.filterwarnings(

@@ -5,8 +5,10 @@ Processors that do are asked by emulation of one, where `qemu-x86_64` is install
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import emulation
 from tscnc_tf import _litert_file, applications, export, pruning
-from tscnc_tf.export import sparse_graph, sparse_litert
+from tscnc_tf.export import litert, sparse_graph, sparse_litert
 
 pytestmark = pytest.mark.filterwarnings("ignore:At a sparsity of")
 KERAS = FLAVOURS["keras"]
@@ -163,9 +165,35 @@ NETWORKS = {
 }
 
 
-def build(name, library=KERAS):
+class Inspected(NamedTuple):
+    """A pruned network, the report on it, and the content of the file that the report is on."""
+
+    model: Any
+    report: export.SparseInferenceReport
+    content: bytes
+
+
+def inspected(name, library=KERAS, sparsity=0.9):
+    """Return what several tests need of a network; it is made once, and not to be changed."""
+    return _inspected(name, library, sparsity)
+
+
+@functools.cache
+def _inspected(name, library, sparsity):
     rest, options, *_ = NETWORKS[name]
-    return pruned(network(rest, library, **options))
+    model = pruned(network(rest, library, **options), sparsity)
+    written, contents = litert.export_litert, []
+
+    def kept(model, path, **options):
+        report = written(model, path, **options)
+        contents.append(path.read_bytes())
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(litert, "export_litert", kept)
+        report = export.sparse_inference(model)
+    (content,) = contents  # what `export_litert(sparse=True)` writes
+    return Inspected(model, report, content)
 
 
 @pytest.fixture
@@ -176,7 +204,7 @@ def images(rng):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_report_says_what_is_run_sparsely_and_why_not(name):
     _, _, sparse, said = NETWORKS[name]
-    report = export.sparse_inference(build(name))
+    report = inspected(name).report
     assert {row.name for row in report.rows if row.is_sparse} == sparse
     assert said in str(report)
     assert report.sparse == len(sparse) and report.faults == ()
@@ -187,7 +215,7 @@ def test_the_report_says_what_is_run_sparsely_and_why_not(name):
 
 
 def test_tf_keras_has_the_same_report():
-    ours, theirs = (export.sparse_inference(build("pooled", lib)) for lib in FLAVOURS.values())
+    ours, theirs = (inspected("pooled", lib).report for lib in FLAVOURS.values())
     assert ours == theirs
     assert ours.to_dict()["obstacles"] == [
         {
@@ -200,11 +228,20 @@ def test_tf_keras_has_the_same_report():
     assert "of largest (MAX_POOL_2D)" in ours._repr_html_()
 
 
-def raw(model, path):
-    """The file as the converter writes it."""
+def raw(model):
+    """The content of the file as the converter writes it."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
-    path.write_bytes(converter.convert())
+    return converter.convert()
+
+
+@functools.cache
+def raw_of(name):
+    return raw(inspected(name).model)
+
+
+def file_of(content, path):
+    path.write_bytes(content)
     return path
 
 
@@ -220,7 +257,7 @@ def raw(model, path):
     ],
 )
 def test_faults_of_files_from_elsewhere_are_named(name, faults, tmp_path):
-    report = export.sparse_inference(str(raw(build(name), tmp_path / "raw.tflite")))
+    report = export.sparse_inference(str(file_of(raw_of(name), tmp_path / "raw.tflite")))
     assert sorted(report.faults) == faults
     assert ("can't be loaded there, or has wrong results" in str(report)) == bool(faults)
 
@@ -231,14 +268,15 @@ def test_few_zeros_and_dense_files_are_run_dense(tmp_path):
     report = export.sparse_inference(half)
     assert not report.sparse and "no more than two thirds" in report.rows[0].reason
     assert export.sparse_inference(pruned(model, 0.68)).sparse == 1
-    export.export_litert(build("mean and dense"), tmp_path / "net.tflite")
+    export.export_litert(inspected("mean and dense").model, tmp_path / "net.tflite")
     report = export.sparse_inference(tmp_path / "net.tflite")
     assert not report.sparse and "no kernel of the file is made dense" in report.rows[0].reason
 
 
 def test_int8_is_run_dense(tmp_path, images):
     options = {"precision": "int8", "calibration": images, "sparse": True}
-    report = export.export_litert(build("mean and dense"), tmp_path / "net.tflite", **options)
+    model = inspected("mean and dense").model
+    report = export.export_litert(model, tmp_path / "net.tflite", **options)
     assert "does not compute in floats" in str(export.sparse_inference(report.path))
 
 
@@ -251,10 +289,11 @@ def test_mobilenets_are_run_sparsely_throughout(network, size, strides, tmp_path
     model = network(input_shape=(size, size, 3), strides=strides, **options)
     layers = "*_pointwise" if "V1" in network.__name__ else ["*_expand", "*_project"]
     model = pruning.strip(pruning.prune_now(model, 0.9, layers=layers))
-    report = export.sparse_inference(model)
+    if size == 96:  # a report on a model is one on the file that this writes
+        export.export_litert(model, tmp_path / "net.tflite", sparse=True)
+    report = export.sparse_inference(model if size == 16 else tmp_path / "net.tflite")
     assert report.sparse == len(report.rows) == (13 if "V1" in network.__name__ else 34)
     if size == 96:
-        export.export_litert(model, tmp_path / "net.tflite", sparse=True)
         x = np.random.default_rng(0).random((2, 96, 96, 3), np.float32)
         served = export.load_litert(tmp_path / "net.tflite")
         np.testing.assert_allclose(served(x), model(x, training=False), rtol=1e-4, atol=1e-5)
@@ -263,26 +302,20 @@ def test_mobilenets_are_run_sparsely_throughout(network, size, strides, tmp_path
 @pytest.mark.parametrize("name", ["odd size", "constants per channel", "image behind the mean"])
 @pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 def test_what_is_changed_keeps_the_function_for_any_number_of_examples(library, name, tmp_path):
-    model = build(name, library)
-    export.export_litert(model, tmp_path / "net.tflite", sparse=True)
-    served = export.load_litert(tmp_path / "net.tflite")
+    model, _, content = inspected(name, library)
+    served = export.load_litert(file_of(content, tmp_path / "net.tflite"))
     for count in (1, 3):
         x = np.random.default_rng(count).random((count, *model.input_shape[1:]), np.float32)
         np.testing.assert_allclose(served(x), model(x), atol=1e-5)
 
 
-def test_nothing_is_changed_where_nothing_is_gained(tmp_path):
-    content = raw(build("even size"), tmp_path / "raw.tflite").read_bytes()
-    before = _litert_file.File(content)
-    after = _litert_file.File(sparse_graph.prepared(content)[0])
-    kinds = [
-        [file.kind(each) for each in file.model.subgraphs[0].operators] for file in (before, after)
-    ]
-    assert kinds[0] == kinds[1]
+def test_nothing_is_changed_where_nothing_is_gained():
+    content = raw_of("even size")
+    assert kinds_in(content) == kinds_in(sparse_graph.prepared(content)[0])
 
 
-def kinds_in(path):
-    file = _litert_file.File(path.read_bytes())
+def kinds_in(content):
+    file = _litert_file.File(content)
     return [file.kind(each) for each in file.model.subgraphs[0].operators]
 
 
@@ -297,11 +330,9 @@ def kinds_in(path):
         ("widened", 0.9, False),  # no part has an end
     ],
 )
-def test_a_part_is_kept_out_only_where_litert_would_run_it(name, sparsity, is_kept_out, tmp_path):
-    rest, options, *_ = NETWORKS[name]
-    model = pruned(network(rest, **options), sparsity)
-    export.export_litert(model, tmp_path / "net.tflite", sparse=True)
-    assert (sparse_graph.BARRIER in kinds_in(tmp_path / "net.tflite")) == is_kept_out
+def test_a_part_is_kept_out_only_where_litert_would_run_it(name, sparsity, is_kept_out):
+    content = inspected(name, sparsity=sparsity).content
+    assert (sparse_graph.BARRIER in kinds_in(content)) == is_kept_out
 
 
 def with_two_ends(layers, x):
@@ -312,19 +343,18 @@ def with_two_ends(layers, x):
     return layers.Concatenate()([side, x])
 
 
-@pytest.fixture
-def hinted(tmp_path):
+@pytest.fixture(scope="module")
+def hinted(tmp_path_factory):
     """Files with dense convolutions whose dense layer is run sparsely, or made dense on loading."""
-    paths = {}
+    paths, folder = {}, tmp_path_factory.mktemp("hinted")
     for hint, structure in ((False, pruning.Block.for_litert()), (True, None)):
         model = pruned(network(with_two_ends))
         model = pruning.strip(pruning.prune_now(model, 0.9, layers="hidden", structure=structure))
-        paths[hint] = raw(model, tmp_path / f"{hint}.tflite")
-        file = _litert_file.File(paths[hint].read_bytes())
+        file = _litert_file.File(raw(model))
         for graph, number in file.sparse():
             if len(graph.tensors[number].shape) == 4:
                 sparse_litert._make_dense(file, graph, number)
-        paths[hint].write_bytes(file.content())
+        paths[hint] = file_of(file.content(), folder / f"{hint}.tflite")
     return paths
 
 
@@ -345,12 +375,12 @@ def test_on_a_processor_without_avx_that_is_so(hinted):
 @pytest.mark.parametrize("name", ["odd size", "constants per channel", "two heads", "residual"])
 def test_a_file_from_elsewhere_is_rewritten(name, tmp_path):
     """Into what `export_litert` writes; and its function stays."""
-    model, path = build(name), tmp_path / "net.tflite"
-    source = raw(model, tmp_path / "raw.tflite")
+    (model, of_model, _), path = inspected(name), tmp_path / "net.tflite"
+    source = file_of(raw_of(name), tmp_path / "raw.tflite")
     before = source.read_bytes()
     report = export.rewrite_litert(source, path)
     assert report == export.sparse_inference(path) and report.faults == ()
-    assert report.sparse == len(NETWORKS[name][2]) == export.sparse_inference(model).sparse
+    assert report.sparse == len(NETWORKS[name][2]) == of_model.sparse
     if name != "residual":
         assert export.sparse_inference(source).sparse < report.sparse
     for count in (1, 3):
@@ -364,8 +394,8 @@ def test_a_file_from_elsewhere_is_rewritten(name, tmp_path):
 
 
 def test_a_file_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
-    path, source = tmp_path / "net.tflite", raw(build("residual"), tmp_path / "raw.tflite")
-    export.export_litert(build("residual"), tmp_path / "dense.tflite")
+    path, source = tmp_path / "net.tflite", file_of(raw_of("residual"), tmp_path / "raw.tflite")
+    export.export_litert(inspected("residual").model, tmp_path / "dense.tflite")
     with pytest.raises(ValueError, match=r"source has no sparse kernels: .*dense\.tflite"):
         export.rewrite_litert(tmp_path / "dense.tflite", path)
     with pytest.raises(FileNotFoundError, match="source"):
@@ -403,16 +433,16 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
 @needs_emulator
 def test_on_a_processor_without_avx_the_files_are_right(tmp_path):
     """All networks, as exported and, of those with faults, as the converter writes them."""
-    models, paths, rights = {name: build(name) for name in NETWORKS}, [], {1: {}, 3: {}}
+    models, paths, rights = {}, [], {1: {}, 3: {}}
     faulty = [
         *("convolution behind the mean", "image behind the mean", "two ways", "mean of rows"),
         *("also an output", "read elsewhere", "pooled"),
     ]
-    for name, model in models.items():
-        paths.append(tmp_path / f"{name}.tflite")
-        export.export_litert(model, paths[-1], sparse=True)
+    for name in NETWORKS:
+        models[name], _, content = inspected(name)
+        paths.append(file_of(content, tmp_path / f"{name}.tflite"))
         if name in faulty:
-            paths.append(raw(model, tmp_path / f"raw {name}.tflite"))
+            paths.append(file_of(raw_of(name), tmp_path / f"raw {name}.tflite"))
     for batch_size, right in rights.items():
         found = emulation.run(paths, rounds=0, batch_size=batch_size)
         for name, model in models.items():
