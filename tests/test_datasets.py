@@ -131,6 +131,16 @@ def test_every_epoch_is_an_order_of_all_examples_and_no_two_are_alike(data):
     np.testing.assert_array_equal(x, data.x_train[identities(x)] / np.float32(255))
 
 
+def test_the_order_is_that_of_the_first_row_of_draws_whatever_the_augmentation(data):
+    draws = tf.random.stateless_uniform(
+        (4, 40), [3, 1], minval=None, maxval=None, dtype=tf.int64, alg="philox"
+    )
+    marked = dataclasses.replace(data, y_train=np.arange(40))
+    for augment in ("none", "crop", "flip"):
+        _, which = collected(marked.training(8, seed=3, augment=augment, first_epoch=1, epochs=1))
+        np.testing.assert_array_equal(which, np.argsort(draws[0], kind="stable"))
+
+
 def test_every_order_is_equally_likely():
     x, y = pictures(3, classes=3)
     tiny = Dataset(x, np.arange(3), x, y, x, y, ("a", "b", "c"), "tiny", "none")

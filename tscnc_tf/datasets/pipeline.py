@@ -31,30 +31,31 @@ def training(
     """Return batches of fixed shape, epoch after epoch, from `first_epoch` or from `position`.
 
     All random numbers of an epoch are drawn at its start, from the seed and the epoch's number: an
-    order of all examples, and an augmentation for each position. All later steps are deterministic.
+    order of all examples, and, unless `augment` is "none", an augmentation for each position. The
+    order is the same for all augmentations. All later steps are deterministic.
     """
     steps = len(x) // batch_size
     padding = augmentation.padding(augment, x.shape[1:])
     examples = _examples(x, y)
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        # The first row of draws does not depend on the number of rows.
+        rows = 1 if augment == "none" else 4
         draws = tf.random.stateless_uniform(
-            (4, len(x)), [seed, number], minval=None, maxval=None, dtype=tf.int64, alg="philox"
+            (rows, len(x)), [seed, number], minval=None, maxval=None, dtype=tf.int64, alg="philox"
         )
         order = tf.argsort(draws[0], stable=True)
-        plans = augmentation.plans(draws[1:], padding, augment)
         used = steps * batch_size
-        return tf.data.Dataset.from_tensor_slices(
-            (
-                tf.reshape(order[:used], (steps, batch_size)),
-                tf.reshape(plans[:used], (steps, batch_size, 3)),
-            )
-        )
-
-    def batch(order: tf.Tensor, plans: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        images, labels = examples(order)
+        slices = [tf.reshape(order[:used], (steps, batch_size))]
         if augment != "none":
-            images = augmentation.augmented(images, plans, padding)
+            plans = augmentation.plans(draws[1:], padding, augment)
+            slices.append(tf.reshape(plans[:used], (steps, batch_size, 3)))
+        return tf.data.Dataset.from_tensor_slices(tuple(slices))
+
+    def batch(order: tf.Tensor, *plans: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        images, labels = examples(order)
+        for plan in plans:
+            images = augmentation.augmented(images, plan, padding)
         return _scaled(images), labels
 
     if position is not None:
