@@ -91,8 +91,10 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
             "Choose another folder, or remove this one (a complete 1-train in it can be kept "
             "elsewhere, for dense=), and run again.",
         )
-        # An older recipe lacks the values that have been added since.
-        theirs = merged(jsonable(Recipe().to_dict()), theirs)
+        # An older recipe lacks the values that have been added since. Before there was a choice of
+        # the attack, it was PGD.
+        known = Recipe().override({"evaluate.attack": "pgd"})
+        theirs = merged(jsonable(known.to_dict()), theirs)
         if changed := differences(theirs, jsonable(recipe.to_dict())):
             more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise ValueError(
