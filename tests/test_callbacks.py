@@ -240,6 +240,17 @@ def test_the_position_is_that_of_the_optimizer_when_fit_begins():
     assert found == [[0, 1], [2, 10, 11], [12, 20]]
 
 
+def test_an_epoch_that_is_too_short_is_an_error_and_a_scaled_loss_a_warning():
+    position = callbacks.DataPosition()
+    short = position.batches(lambda number: tf.data.Dataset.range(2), 3)
+    with pytest.raises(tf.errors.FailedPreconditionError, match="expected to contain 3 elements"):
+        list(short.take(4))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
+    with pytest.warns(UserWarning, match="steps that it skips do not count"):
+        model.fit(np.ones((4, 2)), np.ones((4, 2)), verbose=0, callbacks=[position])
+
+
 def test_a_backup_that_is_restored_after_the_position_is_an_error(tmp_path):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     model.compile("sgd", "mse")

@@ -499,6 +499,22 @@ def test_what_is_complete_is_not_run_again(finished):
     assert before == after
 
 
+@pytest.mark.parametrize(
+    ("stage", "name", "other"), [("1-train", "seed", 7), ("2-prune", "sparsity", 0.5)]
+)
+def test_a_stage_by_another_recipe_is_refused(stage, name, other, finished, tmp_path):
+    """Though its files are whole and its data the same."""
+    folder = shutil.copytree(finished, tmp_path / "tiny")
+    content = folders.read_manifest(folder / stage)
+    content["recipe"][name] = other
+    (folder / stage / "manifest.json").unlink()
+    folders.write_manifest(folder / stage, content)
+    with pytest.raises(
+        ValueError, match=rf"{stage} holds a stage by another recipe: .* was {other}"
+    ):
+        tscnc.experiments.run(recipe(), folder, progress=False)
+
+
 def test_a_run_by_a_recipe_without_a_newer_value_continues(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "tiny")
     older = json.loads((folder / "recipe.json").read_text())

@@ -22,7 +22,6 @@ MARK = "ran"
 every_format = pytest.mark.parametrize("suffix", [".keras", ".h5"])
 every_flavour = pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
 pytestmark = [
-    pytest.mark.strangers,
     pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
     pytest.mark.filterwarnings("ignore:At a sparsity of"),
 ]
@@ -48,6 +47,7 @@ def rewritten(path, change):
     return path
 
 
+@pytest.mark.strangers
 @every_flavour
 @every_format
 def test_lambdas_are_refused_and_not_run(library, suffix, tmp_path, monkeypatch):
@@ -83,6 +83,7 @@ NAMED = {
 }
 
 
+@pytest.mark.strangers
 @pytest.mark.parametrize("case", NAMED)
 def test_functions_that_a_file_names_are_refused(case, tmp_path):
     name, named = NAMED[case]
@@ -100,6 +101,7 @@ def test_functions_that_a_file_names_are_refused(case, tmp_path):
     assert "load it by tf_keras.models.load_model(path" in str(error.value)
 
 
+@pytest.mark.strangers
 @pytest.mark.parametrize(("module", "name"), [("subprocess", "Popen"), ("keras.utils", "get_file")])
 def test_classes_that_a_file_names_are_those_of_the_libraries(module, name, tmp_path):
     layer = tf_keras.layers.Dense(2, input_shape=(3,), name="one")
@@ -114,6 +116,7 @@ def test_classes_that_a_file_names_are_those_of_the_libraries(module, name, tmp_
         files.load_model(rewritten(path, change))
 
 
+@pytest.mark.strangers
 @every_format
 @pytest.mark.parametrize(
     "function",
@@ -136,6 +139,7 @@ def test_functions_of_tensorflow_that_do_more_than_compute(function, suffix, tmp
         files.load_model(rewritten(path, change))
 
 
+@pytest.mark.strangers
 def test_layers_that_run_any_operation_or_method_are_refused(tmp_path):
     inputs = tf_keras.Input((4,))
     model = tf_keras.Model(inputs, tf_keras.layers.Dense(2)(inputs + 1.0))
@@ -150,6 +154,7 @@ def test_layers_that_run_any_operation_or_method_are_refused(tmp_path):
             files.load_model(changed)
 
 
+@pytest.mark.strangers
 def test_the_name_of_a_file_says_how_it_is_read(tmp_path):
     """tf_keras reads whatever is not called .keras as HDF5, also if it is a zip archive as well."""
     model = tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Lambda(lambda x: 2 * x)])
@@ -168,6 +173,7 @@ def test_the_name_of_a_file_says_how_it_is_read(tmp_path):
         files.load_model(path.rename(tmp_path / "model.zip"))
 
 
+@pytest.mark.strangers
 @every_flavour
 def test_a_file_that_unpacks_to_more_than_the_memory_is_refused(library, tmp_path, monkeypatch):
     model = library.Sequential([library.Input((4,)), library.layers.Dense(1)])
@@ -315,6 +321,7 @@ def ordinary(tmp_path_factory):
     return found
 
 
+@pytest.mark.strangers
 @every_flavour
 @every_format
 @pytest.mark.parametrize("case", PLANTED)
@@ -351,6 +358,7 @@ def test_weights_that_are_packed_are_loaded(library, suffix, tmp_path, ordinary)
         assert files._fault(packed) == ""
 
 
+@pytest.mark.strangers
 @every_flavour
 @pytest.mark.parametrize("names", ["layer_names", "weight_names"])
 def test_weights_that_a_file_names_again_and_again_are_refused(names, library, tmp_path, ordinary):
@@ -380,6 +388,7 @@ def test_a_model_without_weights_in_hdf5_is_none(tmp_path, ordinary):
         files.load_model(path)
 
 
+@pytest.mark.strangers
 def test_weights_larger_than_the_memory_are_refused(tmp_path, ordinary, monkeypatch):
     """As packed ones can be, that are in the file."""
     path = tmp_path / "model.h5"
@@ -433,6 +442,7 @@ def test_other_files_are_named(content, suffix, tmp_path):
         files.load_model(path)
 
 
+@pytest.mark.strangers
 def test_keras_3_refuses_by_itself(tmp_path):
     layer = keras.layers.Dense(2, activation="relu")
     path = saved(keras.Sequential([keras.Input((3,)), layer]), tmp_path / "model.keras")

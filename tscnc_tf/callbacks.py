@@ -334,10 +334,18 @@ class DataPosition(flavours.Callback):
     equals an undisturbed one, bit for bit, if everything else is in the backup.
 
     Give it after `BackupAndRestore`, and pass the same object to `Dataset.training(position=...)`,
-    or take `batches` for data of your own. Batches that a loss scale has skipped do not count.
+    or take `batches` for data of your own. Without it in `callbacks=` the data begin at the first
+    batch.
+
+    An optimizer that has trained before begins where it is, too; the number of the epoch that `fit`
+    shows has no part in it.
 
     Raises:
         ValueError: in `fit`, if a backup was restored after the position had been read.
+
+    Warns:
+        UserWarning: the optimizer scales the loss. Steps that it skips do not count, so that a
+            restored training may get a batch again.
 
     Example:
         >>> import keras
@@ -374,6 +382,7 @@ class DataPosition(flavours.Callback):
 
         Raises:
             TypeError, ValueError: `steps_per_epoch` is no integer >= 1, or `epoch` no function.
+            tf.errors.FailedPreconditionError: when they are read, if an epoch has fewer batches.
 
         Example:
             >>> import tensorflow as tf
@@ -398,7 +407,8 @@ class DataPosition(flavours.Callback):
 
         def rest(steps: tf.Tensor) -> tf.data.Dataset:
             epochs = tf.data.Dataset.range(steps // steps_per_epoch, np.iinfo(np.int64).max)
-            whole = epochs.flat_map(lambda number: epoch(number).take(steps_per_epoch))
+            count = tf.data.experimental.assert_cardinality(steps_per_epoch)
+            whole = epochs.flat_map(lambda number: epoch(number).take(steps_per_epoch).apply(count))
             return whole.skip(steps % steps_per_epoch)
 
         endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
@@ -407,6 +417,13 @@ class DataPosition(flavours.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Read the position; the iteration over the data begins after this."""
         self._steps, self._is_new = self._position(), True
+        optimizer = self.model.optimizer
+        if optimizers.innermost(optimizer) is not optimizer:
+            warnings.warn(
+                "DataPosition counts the steps of the optimizer, which scales the loss: steps that "
+                "it skips do not count, so a restored training may get some batches again.",
+                stacklevel=2,
+            )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Check that the first epoch begins where the data do."""

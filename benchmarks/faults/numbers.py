@@ -140,11 +140,15 @@ def _in_stages() -> Outcome:
                 runs.recipe(True), run, functools.partial(spoil_weight, step, note)
             )
             process.join()
-            error, said = runs.error_of(run), note.read_text() if note.exists() else "no such step"
+            error = runs.error_of(run).partition("\n")[0]
+            said = note.read_text() if note.exists() else "no such step"
+            is_later = "epoch 1 " not in said
             if not error.startswith(f"ValueError: {said}") or not re.search("NaN|nan", error):
                 outcome.lose(f"step {step}: exit {process.exitcode}, {error[:300]}")
             elif _spoiled(run):
                 outcome.lose(f"step {step}: NaN in {_spoiled(run)}")
+            elif is_later and not list(run.glob("*/state-1")):
+                outcome.lose(f"step {step}: no checkpoint of the epoch before")
             else:
                 outcome.count("said in its step, and in no file")
             runs.finish(outcome, run, folder / "whole")
@@ -152,7 +156,7 @@ def _in_stages() -> Outcome:
 
 
 def _spoiled(run: pathlib.Path) -> list[str]:
-    """Return the files of an experiment's arrays that have values that are not finite."""
+    """Return the files of arrays, of checkpoints too, that have values that are not finite."""
     return [
         str(path.relative_to(run))
         for path in run.rglob("*.npz")

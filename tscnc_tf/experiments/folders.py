@@ -91,11 +91,7 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
             "Choose another folder, or remove this one (a complete 1-train in it can be kept "
             "elsewhere, for dense=), and run again.",
         )
-        # An older recipe lacks the values that have been added since. Before there was a choice of
-        # the attack, it was PGD.
-        known = Recipe().override({"evaluate.attack": "pgd"})
-        theirs = merged(jsonable(known.to_dict()), theirs)
-        if changed := differences(theirs, jsonable(recipe.to_dict())):
+        if changed := differences(_completed(theirs), jsonable(recipe.to_dict())):
             more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise ValueError(
                 f"folder {folder} holds an experiment by another recipe, says {file}: "
@@ -112,6 +108,28 @@ def is_new(folder: pathlib.Path, recipe: Recipe) -> bool:
             f"folder {folder} holds something else than an experiment: choose another one."
         )
     return not file.is_file()
+
+
+def _completed(recipe: Any) -> Any:
+    """Return a recipe that was read, with the values that have been added since it was written."""
+    # Before there was a choice of the attack, it was PGD.
+    known = Recipe().override({"evaluate.attack": "pgd"})
+    return merged(jsonable(known.to_dict()), recipe)
+
+
+def require_same_recipe(output: StageOutput, recipe: Recipe) -> None:
+    """Raise a ValueError if a stage was trained by another recipe.
+
+    The first stage may be that of another experiment, whose later stages differ.
+    """
+    mine, theirs = recipe, Recipe.from_dict(_completed(output.manifest["recipe"]))
+    if output.manifest["stage"] == "train":
+        mine, theirs = mine.first_stage(), theirs.first_stage()
+    if changed := differences(jsonable(theirs.to_dict()), jsonable(mine.to_dict())):
+        raise ValueError(
+            f"folder {output.folder} holds a stage by another recipe: {'; '.join(changed)}. Put "
+            "back the stage that was there, or remove the folder to train it again."
+        )
 
 
 def claim(folder: pathlib.Path, recipe: Recipe, data: Dataset) -> None:

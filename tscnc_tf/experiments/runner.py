@@ -113,6 +113,7 @@ def _run(
                 _train(recipe, stage, data, goal, functools.partial(show, stage), outputs)
             folders.require_whole(goal)
             outputs.append(folders.open_stage(goal))
+            folders.require_same_recipe(outputs[-1], recipe)
             folders.require_same_data(goal, outputs[-1].manifest["data"], data)
             if stage == "train":
                 _warn_of_guessing(outputs[-1], data.y_validation)
