@@ -1227,6 +1227,38 @@ def half(copied, tmp_path_factory):
     return folder
 
 
+def of_another_run(folder):
+    (folder / STATE / "manifest.json").unlink()
+    folders.write_manifest(folder / STATE, {"owner": [0] * 32, "name": "state-2"})
+
+
+def of_another_epoch(folder):
+    (folder / STATE).rename(folder / "2-prune" / "state-1")
+
+
+def of_another_stage(folder):
+    arrays = folders.read_arrays(folder / "2-prune" / "best.npz")
+    other = folders.owner(recipe(), "finetune")
+    assert np.any(arrays["owner"] != other)
+    folders.write_arrays(folder / "2-prune" / "best.npz", arrays | {"owner": other})
+
+
+@pytest.mark.parametrize(
+    ("exchange", "words"),
+    [
+        (of_another_run, r"state-2 is damaged: it is of another stage or recipe\. Remove"),
+        (of_another_epoch, r"state-1 is damaged: it is state-2, renamed\. Remove"),
+        (of_another_stage, r"best\.npz is damaged: it is of another stage or recipe\. Remove"),
+    ],
+)
+def test_whole_files_of_something_else_are_not_continued_from(exchange, words, half, tmp_path):
+    """Though they have the right names, shapes and digests."""
+    folder = shutil.copytree(half, tmp_path / "tiny")
+    exchange(folder)
+    with pytest.raises(ValueError, match=words):
+        tscnc.experiments.run(recipe(), folder, progress=False)
+
+
 STATE = "2-prune/state-2"
 HALF = [
     "recipe.json",
@@ -1403,7 +1435,8 @@ def test_what_a_full_disk_refuses_is_named(tmp_path, library, kind, rng):
         "arrays": lambda: folders.write_arrays(goal, {"values": values}),
         "model": lambda: folders.write_model(goal, model),
         "state": lambda: folders.write_state(
-            tmp_path, folders.Progress(1), tf.train.Checkpoint(model=model), [], {}
+            *(tmp_path, folders.Progress(1), tf.train.Checkpoint(model=model)),
+            *([], {}, folders.owner(chosen, "train")),
         ),
     }[kind]
     with small_files(), pytest.raises(OSError) as caught:

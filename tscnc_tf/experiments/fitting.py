@@ -171,6 +171,7 @@ class CheckpointCallback(flavours.Callback):
         self.recipe, self.data, self.folder = recipe, data, folder
         self.on_batch, self.note = on_batch, note
         self.steps = data.steps_per_epoch(self.settings.batch_size)
+        self.owner = folders.owner(recipe, stage)
         self.rows: list[dict[str, Any]] = []
         self._validator: Any = None
         self._begin = Progress(0)
@@ -183,7 +184,7 @@ class CheckpointCallback(flavours.Callback):
         self._begin, state = found[0] if found else (Progress(0), None)
         folders.tidy(self.folder, keep=self._begin)
         if state is not None:
-            self.rows, self._logs = folders.read_state(state, _checkpoint(trainer))
+            self.rows, self._logs = folders.read_state(state, _checkpoint(trainer), self.owner)
             folders.write_metrics(self.folder, self.rows)
         return self._begin
 
@@ -203,9 +204,7 @@ class CheckpointCallback(flavours.Callback):
         if self.note and done < self.steps:
             folders.require_there(self.folder)
             state = {name: variable.numpy() for name, variable in self._log_variables().items()}
-            folders.write_state(
-                self.folder, Progress(epochs, done), _checkpoint(self.model), self.rows, state
-            )
+            self._write_state(Progress(epochs, done), state)
             self.note.act()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -221,12 +220,17 @@ class CheckpointCallback(flavours.Callback):
         with averaged(trainer.model, trainer.optimizer):
             row = {"epoch": epoch + 1, **(logs or {}), **self._validate(trainer.model)}
             if self._is_best(row):
-                arrays = {"epoch": np.array(epoch + 1), **weights_and_masks(trainer.model)}
+                arrays = weights_and_masks(trainer.model)
+                arrays |= {"epoch": np.array(epoch + 1), "owner": self.owner}
                 folders.write_arrays(self.folder / folders.BEST, arrays)
         self.rows.append({name: float(value) for name, value in row.items()} | {"epoch": epoch + 1})
         folders.write_metrics(self.folder, self.rows)
-        folders.write_state(self.folder, Progress(epoch + 1), _checkpoint(trainer), self.rows, {})
+        self._write_state(Progress(epoch + 1), {})
         self.note.act()
+
+    def _write_state(self, progress: Progress, logs: dict[str, np.ndarray]) -> None:
+        checkpoint = _checkpoint(self.model)
+        folders.write_state(self.folder, progress, checkpoint, self.rows, logs, self.owner)
 
     def _log_variables(self) -> dict[str, Any]:
         variables = [v for metric in self.model.metrics for v in metric.variables]

@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -385,21 +386,41 @@ def states(folder: pathlib.Path) -> list[tuple[Progress, pathlib.Path]]:
     return sorted(found, reverse=True)
 
 
+def owner(recipe: Recipe, stage: str) -> np.ndarray:
+    """Return a digest of a recipe and a stage, by which files of another one are recognized."""
+    text = json.dumps([stage, jsonable(recipe.to_dict())], sort_keys=True)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+
+
 def read_state(
-    state: pathlib.Path, checkpoint: tf.train.Checkpoint
+    state: pathlib.Path, checkpoint: tf.train.Checkpoint, owner: np.ndarray
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Restore a checkpoint; return the metrics of whole epochs, and `logs` of `write_state`.
 
+    Args:
+        state: the folder of the checkpoint.
+        checkpoint: to restore.
+        owner: of the stage.
+
     Raises:
-        ValueError: a file of the checkpoint or of the best epoch so far is damaged.
+        ValueError: a file of the checkpoint or of the best epoch so far is damaged, or of another
+            stage, recipe or epoch.
     """
     if is_complete(state):
         require_whole(state)
+        content = read_manifest(state)
+        # Neither is in what was written before there were owners.
+        if content.get("owner", owner.tolist()) != owner.tolist():
+            raise _damaged(state, "it is of another stage or recipe")
+        if content.get("name", state.name) != state.name:
+            raise _damaged(state, f"it is {content['name']}, renamed")
     with _reading(state / CHECKPOINT):
         checkpoint.read(str(state / CHECKPOINT)).assert_consumed()
     rows = read_json(state / "metrics.json", _way_out(state / "metrics.json"), list)
-    if rows:
-        read_arrays(state.parent / BEST)  # an error now rather than at the end of the stage
+    if rows:  # an error now rather than at the end of the stage
+        best = state.parent / BEST
+        if not np.array_equal(read_arrays(best).get("owner", owner), owner):
+            raise _damaged(best, "it is of another stage or recipe")
     return rows, read_arrays(state / LOGS) if (state / LOGS).exists() else {}
 
 
@@ -409,6 +430,7 @@ def write_state(
     checkpoint: tf.train.Checkpoint,
     rows: Sequence[Mapping[str, Any]],
     logs: Mapping[str, np.ndarray],
+    owner: np.ndarray,
 ) -> None:
     """Write the checkpoint of a stage, with the metrics of its epochs, and remove earlier ones.
 
@@ -418,6 +440,7 @@ def write_state(
         checkpoint: to write.
         rows: the metrics of whole epochs.
         logs: the state of the metrics of an unfinished epoch; empty between two epochs.
+        owner: of the stage.
     """
     place = f"{STATE}-{progress.epochs}" + (f"-{progress.steps}" if progress.steps else "")
     with _files.new_directory(STATE, folder / place) as draft:
@@ -425,7 +448,7 @@ def write_state(
         write_json(draft / "metrics.json", rows)
         if logs:
             write_arrays(draft / LOGS, logs)
-        write_manifest(draft, {})
+        write_manifest(draft, {"owner": owner.tolist(), "name": place})
     tidy(folder, keep=progress)
 
 
