@@ -99,10 +99,9 @@ def export(plan: Plan, folder: pathlib.Path) -> None:
 
 
 def in_order(plan: Plan) -> list[Run]:
-    """Return the runs in the order for the accelerator: by setting, sparsity and seed."""
-    runs = list(plan.runs({}))
-    places = list(dict.fromkeys((run.setting, run.sparsity) for run in runs))
-    return sorted(runs, key=lambda run: places.index((run.setting, run.sparsity)))
+    """Return the runs in the order for the accelerator: by setting, sparsity (falling) and seed."""
+    settings = list(plan.settings)
+    return sorted(plan.runs({}), key=lambda run: (settings.index(run.setting), -run.sparsity))
 
 
 def collect(plan: Plan, folder: pathlib.Path, store: Store) -> list[str]:
