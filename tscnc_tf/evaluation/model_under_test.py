@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras, losses
+from tscnc_tf import _keras, _reports, losses
 from tscnc_tf._keras import models
 from tscnc_tf.attacks import pgd
 from tscnc_tf.evaluation import diagnostics
@@ -169,15 +167,12 @@ def _nodes(definition: Any) -> list[Any]:
 def _digest(nodes: list[Any]) -> str:
     """Return SHA-256 of the types of operations and of the constants among them, in any order."""
     found = sorted(
-        (node.op.encode(), node.attr["value"].tensor.SerializeToString(deterministic=True))
+        (node.op, node.attr["value"].tensor.SerializeToString(deterministic=True))
         if node.op == "Const"
-        else (node.op.encode(), b"")
+        else (node.op, b"")
         for node in nodes
     )
-    digest = hashlib.sha256()
-    for part in itertools.chain.from_iterable(found):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
+    return _reports.digest((op, np.frombuffer(value, np.uint8)) for op, value in found)
 
 
 def _breaking_operations(nodes: list[Any]) -> list[str]:

@@ -31,7 +31,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
@@ -388,8 +387,8 @@ def states(folder: pathlib.Path) -> list[tuple[Progress, pathlib.Path]]:
 
 def owner(recipe: Recipe, stage: str) -> np.ndarray:
     """Return a digest of a recipe and a stage, by which files of another one are recognized."""
-    text = json.dumps([stage, jsonable(recipe.to_dict())], sort_keys=True)
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    sealed = manifest.seal({"stage": stage, "recipe": jsonable(recipe.to_dict())})
+    return np.frombuffer(bytes.fromhex(sealed), np.uint8)
 
 
 def read_state(
