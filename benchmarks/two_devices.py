@@ -26,7 +26,7 @@ from tscnc_tf._keras import cloning, flavours, masks
 ROOT = pathlib.Path(__file__).parents[1]
 FORMS = ("tf_keras", "keras", "tf_keras, XLA", "keras, XLA")
 SPARSITY = 0.75
-_MEGABYTES = 4096  # of each of the two devices
+_MEGABYTES = 1024  # of each of the two devices
 _SECONDS = 600.0  # for all forms
 
 
