@@ -247,6 +247,11 @@ def test_an_unknown_override_is_refused():
         Recipe().override({"sparsity.more": 3})
     with pytest.raises(ValueError, match=r"train is a section.*such as train\.epochs"):
         Recipe().override({"train": {"epochs": 3}})  # all others would be the defaults again
+    for values in (None, {1: 2}):
+        with pytest.raises(TypeError, match="values must map names"):
+            Recipe().override(values)
+    with pytest.raises(TypeError, match=r"path must be a path, got 1\.5"):
+        Recipe.from_yaml(1.5)
 
 
 def test_data_are_read_again_in_the_same_process(tmp_path, rng):
