@@ -83,9 +83,13 @@ def correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 def check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
     """Check NumPy arrays completely before training; other data is checked batch by batch."""
+    for name, array in (("x", x), ("y", y)):
+        if isinstance(array, np.ndarray) and not (array.ndim and len(array)):
+            raise ValueError(f"{name} must hold at least one example, got shape {array.shape}.")
     if isinstance(x, np.ndarray):
-        if not len(x):
-            raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
+        # Keras names x for labels that it can't use.
+        if y is not None and not getattr(y, "shape", ()):
+            raise TypeError(f"y must be an array or tensor of labels, got {y!r}.")
         _checks.require_floats(x.dtype)
         _checks.require_within(np.array([x.min(), x.max()]), bounds)
     if isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
