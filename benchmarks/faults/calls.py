@@ -254,8 +254,10 @@ def is_clear(
         ((argument, value),) = wrong.items()
         named = [value] if isinstance(value, str | pathlib.Path) else []
         named += list(value) if isinstance(value, dict) else []
+        # Short texts, such as "x", are in every message, so they count in quotation marks only.
+        texts = [str(each) if len(str(each)) > 3 else repr(each) for each in named]
         return (
-            any(str(each) in str(error) for each in named)
+            any(text in str(error) for text in texts)
             or re.search(rf"\b{argument}\b", str(error)) is not None
         )
     if isinstance(error, OSError) and error.filename:
