@@ -182,16 +182,21 @@ def apply(model: Any, optimizer: Any = None) -> None:
         model: a model of either Keras, pruned or not.
         optimizer: its state for the weights is masked as well; None for no optimizer.
     """
-    wrappers.apply_masks(model, optimizer)
+    _apply_wrappers(model, optimizer)
     for pruner in pruners(model):
         pruner.apply(optimizer)
 
 
 def end_training(model: Any, optimizer: Any) -> None:
     """Apply the masks of `model` to its weights when a `fit` of it has ended."""
-    wrappers.apply_masks(model, optimizer)
+    _apply_wrappers(model, optimizer)
     for pruner in pruners(model):
         pruner.on_train_end(optimizer)
+
+
+def _apply_wrappers(model: Any, optimizer: Any) -> None:
+    if isinstance(model, tf_keras.Model):  # tfmot has wrappers for it only
+        wrappers.apply_masks(model, optimizer)
 
 
 @contextlib.contextmanager
@@ -205,22 +210,23 @@ def training(model: Any, *optimizers: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def perturbed(model: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
-    """Enter the context of every pruner of `model` for taking the gradient of a loss.
+def step(model: Any, optimizer: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
+    """Take an optimizer step in this context; at its end, the masks are applied and renewed.
+
+    Nothing but the optimizer may set weights in it.
 
     Args:
         model: a model of either Keras, pruned or not.
+        optimizer: takes the step.
         loss: computes the value to descend, a scalar; each pruner calls it once at most.
     """
     with contextlib.ExitStack() as stack:
+        if isinstance(model, tf_keras.Model):
+            stack.enter_context(wrappers.step(model, optimizer))
+        stack.enter_context(training(model, optimizer))
         for pruner in pruners(model):
             stack.enter_context(pruner.perturbed(loss))
         yield
-
-
-def after_step(model: Any, optimizer: Any) -> None:
-    """Apply and renew the masks of `model` after a step in which only the optimizer set weights."""
-    wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
         pruner.step(optimizer, is_constrained=True)
 

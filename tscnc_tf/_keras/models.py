@@ -14,7 +14,6 @@ from tscnc_tf._keras import (
     adapted,
     flavour,
     gated,
-    inference,
     is_graph_model,
     keras,
     tf_keras,
@@ -134,41 +133,6 @@ def number_of_logits(name: str, outputs: Any) -> int | None:
     if shape.rank != 2 or (shape[1] is not None and shape[1] < 2):
         raise ValueError(_wrong_shape(name, f"shape {shape}"))
     return shape[1]
-
-
-def require_no_probabilities(
-    name: str, model: Any, bounds: tuple[float, float] = (0.0, 1.0)
-) -> None:
-    """Raise a ValueError if a model returns probabilities for inputs drawn within bounds.
-
-    This finds a softmax that is nested, or followed by a layer that changes nothing. A model whose
-    inputs are not known is not checked.
-    """
-    drawn = draw_one(model, 4, np.random.default_rng(0))
-    if drawn is None:
-        return
-    low, high = bounds
-    returned = inference(model)(tf.constant(low + (high - low) * drawn, drawn.dtype))
-    is_matrix = isinstance(returned, tf.Tensor) and returned.shape.rank == 2
-    if is_matrix and bool(are_probabilities(returned)):
-        raise ValueError(about_probabilities(name))
-
-
-def are_probabilities(outputs: Any) -> tf.Tensor:
-    """Return whether all outputs `(batch, classes)` are in [0, 1] and each row sums to 1."""
-    outputs = tf.cast(outputs, tf.float32)
-    is_unit = tf.reduce_all((outputs >= 0.0) & (outputs <= 1.0 + 1e-6))
-    return is_unit & tf.reduce_all(tf.abs(tf.reduce_sum(outputs, axis=-1) - 1.0) <= 1e-3)
-
-
-def about_probabilities(name: str) -> str:
-    """Return the error message for a model whose outputs are probabilities."""
-    return (
-        f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
-        "each row sums to 1. Attacks need logits: the gradient of a saturated softmax vanishes, "
-        "which makes a model look robust. Leave out the last softmax (activation=None), or pass "
-        "the part of the model before it (docs/evaluation.md#probabilities)."
-    )
 
 
 def _wrong_shape(name: str, found: Any) -> str:

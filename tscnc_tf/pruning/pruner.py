@@ -28,7 +28,7 @@ from tscnc_tf.pruning.configs import (
 )
 from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.selection import Selection
-from tscnc_tf.pruning.step_count import StepCount
+from tscnc_tf.pruning.step_count import StepCount, due_between
 from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import (
     FROZEN,
@@ -337,7 +337,7 @@ class Pruner(StepCount):
         return [(target.variable, mask) for target, mask in self.masked_targets()]
 
     def _held(self) -> list[int]:
-        """Return the indices of the targets that the model holds as plain kernels."""
+        """Return the indices of the targets that the model holds, without LoRA or quantization."""
         own = {id(weight) for weight in self.model.weights}
         return [
             index
@@ -561,7 +561,7 @@ class Pruner(StepCount):
         self, strategy: Any, optimizer: Any, is_constrained: bool, gradients: Any = None
     ) -> None:
         before, now, count = self._counted(optimizer)
-        due, sparsity = scheduling.due_between(self.schedule, before, now)
+        due, sparsity = due_between(self.schedule, before, now)
         active = self._among(self._active())
         # Weights that were frozen at the last renewal, and are trainable now, are pruned now.
         due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)
