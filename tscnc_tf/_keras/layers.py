@@ -125,7 +125,7 @@ def is_normalization(layer: Any) -> bool:
 
 def flatten(layer: Any) -> Iterator[Any]:
     """Yield a layer or model and all layers in it, in the model's order, possibly some twice."""
-    if flavour(layer) == "tf_keras":
+    if isinstance(layer, tf_keras.layers.Layer):
         yield from layer._flatten_layers()
         return
     yield layer
@@ -135,7 +135,7 @@ def flatten(layer: Any) -> Iterator[Any]:
 
 def parts(layer: Any) -> Iterator[Any]:
     """Yield the layers that a layer or model is made of, one level down."""
-    if flavour(layer) == "tf_keras":
+    if isinstance(layer, tf_keras.layers.Layer):
         yield from layer._flatten_layers(recursive=False, include_self=False)
         return
     if isinstance(layer, keras.Model):

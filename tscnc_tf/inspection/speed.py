@@ -361,25 +361,22 @@ def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], t
     layer = weight.kernel.layer
     dtype = tf.as_dtype(layer.compute_dtype)
     matrix = _sparse_matrix(weight.canonical(), dtype)
-
-    def by_coordinates(rows: tf.Tensor) -> tf.Tensor:
-        return tf.transpose(tf.sparse.sparse_dense_matmul(matrix, rows, adjoint_b=True))
-
-    def by_compressed_rows(rows: tf.Tensor) -> tf.Tensor:
-        return tf.raw_ops.SparseMatrixMatMul(
-            a=compressed, b=rows, transpose_b=True, transpose_output=True
+    multiply: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+        "tf.sparse.sparse_dense_matmul": lambda rows: tf.transpose(
+            tf.sparse.sparse_dense_matmul(matrix, rows, adjoint_b=True)
         )
-
-    multiply = {"tf.sparse.sparse_dense_matmul": by_coordinates}
+    }
     if dtype in (tf.float32, tf.float64):  # the only ones that it takes
-        multiply["tf.raw_ops.SparseMatrixMatMul"] = by_compressed_rows
+        convert = functools.partial(
+            tf.raw_ops.SparseTensorToCSRSparseMatrix,
+            **{name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")},
+        )
         # A function's result keeps its shape when a graph captures it. The concrete one:
         # `tf.function` warns of many that are compiled at one place.
-        parts = {name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")}
-        convert = tf.raw_ops.SparseTensorToCSRSparseMatrix
-        compressed = tf.function(
-            lambda: convert(**parts), autograph=False
-        ).get_concrete_function()()
+        compressed = tf.function(convert, autograph=False).get_concrete_function()()
+        multiply["tf.raw_ops.SparseMatrixMatMul"] = lambda rows: tf.raw_ops.SparseMatrixMatMul(
+            a=compressed, b=rows, transpose_b=True, transpose_output=True
+        )
 
     def compute(product: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tf.Tensor:
         inputs = _patches(layer, x) if weight.values.ndim > 2 else x

@@ -270,16 +270,8 @@ class Pruner(StepCount):
             f"{reasons or 'it has none of rank 2 or more'}."
         )
 
-    def _new_state(self, dtypes: Sequence[str] = (), has_shares: bool = False) -> Any:
-        return masks.new_state(
-            self.model,
-            shapes=[target.shape for target in self.targets],
-            dtypes=dtypes,
-            has_shares=has_shares,
-            epochs=self.regrowth.epochs if self.regrowth else 0,
-            held=self._held,
-            on_loaded=self.on_weights_set,
-        )
+    def _new_state(self) -> Any:
+        return masks.new_state(self, epochs=self.regrowth.epochs if self.regrowth else 0)
 
     def detach(self) -> None:
         """Remove the pruner from its model; the weights are not changed."""
@@ -336,7 +328,7 @@ class Pruner(StepCount):
         """Return (weight, mask) for each of `masked_targets`."""
         return [(target.variable, mask) for target, mask in self.masked_targets()]
 
-    def _held(self) -> list[int]:
+    def held(self) -> list[int]:
         """Return the indices of the targets that the model holds, without LoRA or quantization."""
         own = {id(weight) for weight in self.model.weights}
         return [
@@ -346,13 +338,13 @@ class Pruner(StepCount):
         ]
 
     def _held_pairs(self) -> list[tuple[Target, Any]]:
-        """Return (target, mask) for the indices of `_held`."""
-        return [(self.targets[index], self.state.masks[index]) for index in self._held()]
+        """Return (target, mask) for the indices of `held`."""
+        return [(self.targets[index], self.state.masks[index]) for index in self.held()]
 
     def _active(self) -> list[int]:
-        """Return the indices of `_held` whose weights are trainable."""
+        """Return the indices of `held` whose weights are trainable."""
         trained = {optimizers.key(weight) for weight in self.model.trainable_variables}
-        held = self._held()
+        held = self.held()
         return [index for index in held if optimizers.key(self.targets[index].variable) in trained]
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:

@@ -264,8 +264,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def set_weights(self, weights: Any) -> None:
         """Set the weights, and apply the masks to them."""
         super().set_weights(weights)
-        for pruner in masks.pruners(self.model):
-            pruner.on_weights_set()
+        masks.on_weights_set(self.model)
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights, and masks where the file has them, and apply the masks.
@@ -282,8 +281,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 "load_weights() work for both."
             ) from error
         finally:  # also after an error, as some weights may have been loaded
-            for pruner in masks.pruners(self.model):
-                pruner.on_weights_set()
+            masks.on_weights_set(self.model)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Compile the training step, again if the model has been pruned or stripped since."""
