@@ -45,7 +45,7 @@ LAYERS = {
     "__main__": 7,
 }
 KERAS = (
-    *("__init__", "adapted", "layers", "flavours", "optimizers"),
+    *("__init__", "layers", "flavours", "optimizers"),
     *("wrappers", "gated", "models", "cloning", "masks", "files"),
 )
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}

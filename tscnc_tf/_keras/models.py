@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf._keras import (
-    adapted,
     flavour,
     gated,
     is_graph_model,
@@ -226,7 +225,7 @@ def _made_by(layer: Any, which: int | None) -> tuple[dict[int, Any], bool]:
     last = attention[-1] if attention else layer
     is_einsum = isinstance(last, library.layers.EinsumDense)
     names = ["kernel"] if is_einsum else [s.attribute for s in kernel_layers.kernel_specs(last)]
-    made = [adapted.stored(last, name) for name in names[-1:]]
+    made = [kernel_layers.stored(last, name) for name in names[-1:]]
     no_kernels = (*BIASES, *NO_KERNELS)
     passes = not any(
         len(weight.shape) >= 2 and leaf(weight) not in no_kernels
@@ -297,12 +296,12 @@ def is_kernel(layer: Any, variable: Any) -> bool:
     if name in BIASES or is_no_kernel(layer, name):
         return False
     is_trained = variable.trainable and layer.trainable and not fixed(layer, variable)
-    return is_trained or variable is adapted.weight(layer)
+    return is_trained or variable is kernel_layers.adapted_weight(layer)
 
 
 def fixed(layer: Any, variable: Any) -> str:
     """Return why a weight is never trained; an empty string if it is trained with its layer."""
-    if why := adapted.reason(layer, variable):
+    if why := kernel_layers.unprunable(layer, variable):
         return why
     if isinstance(variable, keras.Variable):  # its own flag follows that of the layer
         is_fixed = any(variable is each for each in layer._non_trainable_variables)

@@ -11,8 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import adapted, masks, optimizers
+from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
+from tscnc_tf._keras.layers import unprunable
 from tscnc_tf._keras.masks import keep, kept
 from tscnc_tf._keras.optimizers import assign
 from tscnc_tf.functional import scheduling
@@ -303,7 +304,7 @@ class Pruner(StepCount):
     def _not_pruned(self, target: Target) -> str:
         if id(target.variable) not in {id(weight) for weight in self.model.weights}:
             return "the model does not hold it any more"
-        return adapted.reason(target.layer, target.variable) or FROZEN
+        return unprunable(target.layer, target.variable) or FROZEN
 
     @property
     def frozen(self) -> bool:
@@ -334,7 +335,7 @@ class Pruner(StepCount):
         return [
             index
             for index, target in enumerate(self.targets)
-            if id(target.variable) in own and not adapted.reason(target.layer, target.variable)
+            if id(target.variable) in own and not unprunable(target.layer, target.variable)
         ]
 
     def _held_pairs(self) -> list[tuple[Target, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
-from tscnc_tf._keras import adapted, flavours, masks, optimizers
+from tscnc_tf._keras import flavours, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
 from tscnc_tf._keras.masks import kept
@@ -613,7 +613,7 @@ def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
 
 def _require_no_lora(layers: Iterable[Any]) -> None:
     """Raise a ValueError if a layer has LoRA enabled: its kernel gets no gradient."""
-    if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
+    if names := [layer.name for layer in layers if kernel_layers.has_lora(layer)]:
         raise ValueError(
             "method='scores' needs layers without LoRA, which freezes their kernels and trains "
             f"two factors in their place; it is enabled in {', '.join(names)}. save_weights writes "

@@ -417,8 +417,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
             return value / tf.distribute.get_strategy().num_replicas_in_sync
 
         ascended = functools.partial(flavours.without_trace, self.model, total)
-        # The number of the step is for regularizers that are computed in one of k steps.
-        in_step = regularizers.in_step(optimizers.batches(self.optimizer))
+        in_step = optimizers.in_step(optimizers.batches(self.optimizer))
         with in_step, masks.step(self.model, self.optimizer, ascended):
             flavours.minimize(self.optimizer, total, self.model.trainable_variables)
         return self._logs(x, y, sample_weight=sample_weight, **result)
