@@ -367,13 +367,13 @@ def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], t
         )
     }
     if dtype in (tf.float32, tf.float64):  # the only ones that it takes
-        convert = functools.partial(
-            tf.raw_ops.SparseTensorToCSRSparseMatrix,
-            **{name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")},
-        )
         # A function's result keeps its shape when a graph captures it. The concrete one:
         # `tf.function` warns of many that are compiled at one place.
-        compressed = tf.function(convert, autograph=False).get_concrete_function()()
+        parts = {name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")}
+        convert = tf.function(
+            lambda: tf.raw_ops.SparseTensorToCSRSparseMatrix(**parts), autograph=False
+        )
+        compressed = convert.get_concrete_function()()
         multiply["tf.raw_ops.SparseMatrixMatMul"] = lambda rows: tf.raw_ops.SparseMatrixMatMul(
             a=compressed, b=rows, transpose_b=True, transpose_output=True
         )
