@@ -94,6 +94,20 @@ class _Distance(click.ParamType):
 class _RunCommand(click.Command):
     """A command with a flag for every value of a recipe; the flags are made when it is called."""
 
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Return the context of a call; with --sweep, of the command `sweep` and its options."""
+        words = [word for each in args for word in re.split(r"(?<=^--sweep)=", each)]
+        if "--sweep" not in words:
+            return super().make_context(info_name, args, parent, **extra)
+        words.remove("--sweep")
+        return sweep.make_context(f"{info_name} --sweep", words, parent, **extra)
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the parameters of the function, then those of the recipe."""
         return [*super().get_params(ctx), *_recipe_flags()]
@@ -150,6 +164,9 @@ def run(
     minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a recipe has a flag. In
     brackets is the value that a YAML file without `base` gets; "recommended", "paper", "cpu" and
     "smoke" set others. A run that was stopped continues when the same command is called again.
+
+    `tscnc run --sweep FILE` is `tscnc sweep FILE`: it runs all experiments of a file, and has the
+    options of that command.
 
     \b
     tscnc run --dataset cifar10 --architecture resnet-18 --sparsity 0.99 --output runs/first

@@ -210,6 +210,7 @@ def test_admission_of_bad_inputs(make, batch):
         ((x * np.nan, y), "x must be finite"),
         ((x[:, 0, 0, 0], y), "a batch axis and at least one more"),
         ((x, y[:5]), "one label per example of x, 7, got 5"),
+        ((x, {1}), "y must be an array or tensor of labels"),
         ((x, tf.cast(y, tf.float32)), "must hold integers .*, got float32"),
         ((x, y[:, None, None]), r"integers \(class indices\) of shape"),
         ((x3, tf.constant([[0.2, 0.2]] * 3)), "rows that are >= 0 and sum to 1.* 0.4 to 0.4"),

@@ -363,6 +363,18 @@ def test_eot_sees_through_noise():
     assert found(1) + 0.1 < found(20) <= without
 
 
+def test_eot_takes_no_lucky_draw_for_success():
+    # On the edge of the ball half of the calls are wrong, inside it fewer.
+    def model(x):
+        noise = tf.random.normal([tf.shape(x)[0], 1])
+        return tf.concat([x - 0.4 + 0.1 * noise, tf.zeros_like(x), tf.zeros_like(x) - 1], axis=1)
+
+    tf.random.set_seed(1)
+    x = np.full((50, 1), 0.5, dtype="float32")
+    attack = APGD(epsilon=0.1, steps=20, eot=20).bind(model)
+    np.testing.assert_allclose(attack(x, np.zeros(50, "int64")), 0.4, rtol=1e-5)
+
+
 def test_targeted_dlr_by_hand():
     z = [[5.0, 2.0, 3.0, 1.0, -7.0]]
     found = losses.targeted_dlr([0], [1], z)

@@ -17,7 +17,7 @@ import tensorflow as tf
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import emulation, measure, memory, networks, streaming
+from benchmarks import emulation, measure, memory, networks, streaming, two_devices
 from benchmarks import gpu as gpu_module
 from benchmarks import runtimes as runtimes_module
 from benchmarks.__main__ import BENCHMARKS, main
@@ -315,18 +315,49 @@ def test_the_table_of_runtimes_is_that_of_its_file():
     assert runtimes_module.table(json.loads(path.read_text(encoding="utf-8"))) in text
 
 
-def test_the_step_on_a_gpu_is_timed_in_mixed_precision_and_refused_without_one(tmp_path):
+def test_all_forms_of_the_step_on_a_gpu_are_timed_and_it_is_refused_without_one(tmp_path):
     main(["gpu", "--smoke", "--output", str(tmp_path)])
     found = result(tmp_path, "gpu")
     assert_times(found["times"], 2)
-    steps = {name for name in found["times"] if name.startswith("step")}
-    assert steps == {"step, float32", "step, float32, XLA", "step, mixed_float16"}
+    steps = [f"step, {policy}" for policy in ("float32", "mixed_float16", "mixed_bfloat16")]
+    steps = [f"{step}{xla}" for step in steps for xla in ("", ", XLA")]
+    assert [name for name in found["times"] if name.startswith("step")] == steps
+    assert list(found["speed"]) == steps
+    assert list(found["over_floor"]) == steps[:2]
+    assert found["errors"] == {}
     assert found["speed"]["step, float32"]["of_medians"] == 1.0
+    devices = found["two_devices"]
+    for library in ("tf_keras", "keras"):
+        assert devices[library]["outcome"] == "ok"
+        assert devices[library]["difference"] < 1e-5
+        words = "ValueError: jit_compile must be False on several CPU devices, got True with 2"
+        assert devices[f"{library}, XLA"]["outcome"].startswith(words)
     text = gpu_module.table(found | {"gpus": [{"device_name": "NVIDIA T4"}]})
     assert text.startswith("On NVIDIA T4, tiny, batch 4, PGD-")
     over = found["over_floor"]["step, float32"]["of_medians"]
     assert f"\n| float32 | {over:.2f} | 1.00 |\n" in text
+    assert "\n| tf_keras | ok |\n" in text
     assert "begin: gpu" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     if not tf.config.list_physical_devices("GPU"):
         with pytest.raises(SystemExit, match="TensorFlow sees no GPU here"):
             main(["gpu", "--output", str(tmp_path)])
+
+
+def test_a_form_of_the_step_on_a_gpu_that_fails_loses_no_other(tmp_path, monkeypatch):
+    def step(options, network, size, policy, xla):
+        if xla:
+            raise MemoryError("too large")
+        return lambda: None
+
+    monkeypatch.setattr(gpu_module, "_step", step)
+    monkeypatch.setattr(two_devices, "_run", lambda command: "the process ended with exit code -6")
+    with pytest.raises(SystemExit, match="have failed: step, float32, XLA, step, mixed_float16, X"):
+        main(["gpu", "--smoke", "--output", str(tmp_path)])
+    found = result(tmp_path, "gpu")
+    assert len(found["speed"]) == 3
+    assert list(found["errors"].values()) == ["MemoryError: too large"] * 3
+    crashed = {"outcome": "the process ended with exit code -6"}
+    assert found["two_devices"] == dict.fromkeys(two_devices.FORMS, crashed)
+    text = gpu_module.table(found)
+    assert "\n| float32, XLA | failed | – |\n" in text
+    assert "\n| keras, XLA | the process ended with exit code -6 |" in text

@@ -157,6 +157,49 @@ def test_what_is_not_finite_is_said_in_its_step(library, rng):
         fit(weights=bad)
 
 
+class Spoil(_keras.flavours.Callback):
+    """Puts a value into an optimizer's slot of the last kernel before the second batch."""
+
+    def __init__(self, place, value):
+        super().__init__()
+        self.place, self.value = place, value
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 1:
+            kernel, optimizer = self.model.trainable_variables[-2], self.model.optimizer
+            average = _keras.optimizers.average(optimizer, kernel)
+            (momentum,) = {
+                id(slot): slot
+                for slot in _keras.optimizers.companions(optimizer, [kernel])[0]
+                if slot is not average
+            }.values()
+            slot = {"average": average, "momentum": momentum}[self.place]
+            value = slot.numpy()
+            value[0, 0] = self.value
+            slot.assign(value)
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras], ids=["keras", "tf_keras"])
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("average", np.nan, r"slots of the optimizer are NaN or infinite: \S*average\S*\. "),
+        ("average", np.inf, r"slots of the optimizer are NaN or infinite: \S*average\S*\. "),
+        ("momentum", np.nan, r"weights are NaN or infinite: \S*kernel\. "),
+        ("momentum", np.inf, r"weights are NaN or infinite: \S*kernel\. "),
+    ],
+)
+def test_a_slot_that_is_not_finite_is_said_in_its_step(place, value, words, library, rng):
+    """Neither is in the loss of its step, and an average is in no loss of the training."""
+    model = dense_model(library)
+    optimizer = library.optimizers.SGD(0.1, momentum=0.9, use_ema=True)
+    model.compile(optimizer, library.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x, y = rng.random((8, 6)).astype("float32"), rng.integers(0, 3, 8)
+    watch = [Spoil(place, value), callbacks.RaiseOnNaN()]
+    with pytest.raises(ValueError, match=f"^After batch 2 of epoch 1 {words}Lower the learning"):
+        model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=watch)
+
+
 # --- The position in the data -----------------------------------------------------------------
 
 

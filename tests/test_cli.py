@@ -472,7 +472,8 @@ def test_every_flag_is_described():
         assert option.opts[0] in out
 
 
-def test_a_sweep_is_run_and_its_failures_are_errors(tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["sweep {}", "run --sweep {}", "run --sweep={}"])
+def test_a_sweep_is_run_and_its_failures_are_errors(command, tmp_path, monkeypatch):
     file = tmp_path / "sweep.yaml"
     file.write_text("recipes: {a: smoke, b: smoke}\nseeds: [0, 3]\n")
     seen = {}
@@ -485,7 +486,8 @@ def test_a_sweep_is_run_and_its_failures_are_errors(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tscnc.experiments, "sweep", sweep)
     failed = {}
-    words = ("sweep", file, "--output", tmp_path / "out", "--engine", "ray", "--cpus", 2)
+    options = ("--output", tmp_path / "out", "--engine", "ray", "--cpus", 2)
+    words = (*command.format(file).split(), *options)
     found = as_json(*words)
     assert found["rows"][0]["robust"] == 0.5
     assert seen == {
@@ -499,3 +501,19 @@ def test_a_sweep_is_run_and_its_failures_are_errors(tmp_path, monkeypatch):
         1,
         "Error: ValueError: 1 runs have failed, 1 are complete; of b/seed-3: ValueError: no\n",
     )
+
+
+def test_a_sweep_by_run_has_the_options_of_sweep(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("recipes: {a: smoke}\n")
+    code, out, _ = call("run", "--sweep", "--help")
+    assert code == 0
+    assert "--engine" in out and "--train.epochs" not in out
+    for wrong, words in (
+        (("--sweep", file, "--baseline"), "--baseline"),
+        (("smoke", "--sweep", file), "Path 'smoke' does not exist"),
+        (("--sweep",), "Missing argument 'SWEEP'"),
+    ):
+        code, _, err = call("run", *wrong, "--output", tmp_path / "out")
+        assert code == 2
+        assert words in err

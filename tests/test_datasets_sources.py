@@ -19,6 +19,7 @@ from keras.src.utils import file_utils
 from PIL import Image
 
 from tscnc_tf.datasets import load, resizing, sources
+from tscnc_tf.experiments import folders
 
 
 def arrays(train=30, test=12, shape=(8, 8, 3), classes=3, seed=0):
@@ -193,6 +194,25 @@ def test_damaged_npz_files_are_named(tmp_path, written):
 def test_pickles_are_refused(written):
     with pytest.raises(ValueError, match="Arrays of Python objects are refused, as loading them"):
         load(written(x_train=np.array([1, "a"], object)))
+
+
+@pytest.mark.strangers
+def test_members_that_lead_elsewhere_are_not_written_there(written, tmp_path, monkeypatch):
+    path = written()
+    before = load(path)
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    there = set(tmp_path.rglob("*"))
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../escaped.npy", f"{tmp_path}/escaped.npy", "../text"):
+            archive.writestr(name, array.getvalue())
+    after = load(path)
+    np.testing.assert_array_equal(after.x_train, before.x_train)
+    assert set(folders.read_arrays(path)) > {"../escaped", f"{tmp_path}/escaped"}
+    assert set(tmp_path.rglob("*")) == there
 
 
 @pytest.mark.strangers

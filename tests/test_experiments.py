@@ -26,7 +26,7 @@ from helpers import TINY
 
 import tscnc_tf as tscnc
 from tscnc_tf._keras import masks
-from tscnc_tf.experiments import fitting, folders, locks, stages
+from tscnc_tf.experiments import fitting, folders, locks, runner, stages
 from tscnc_tf.experiments.recipe import SHIPPED, Recipe
 
 # Recipes
@@ -247,6 +247,11 @@ def test_an_unknown_override_is_refused():
         Recipe().override({"sparsity.more": 3})
     with pytest.raises(ValueError, match=r"train is a section.*such as train\.epochs"):
         Recipe().override({"train": {"epochs": 3}})  # all others would be the defaults again
+    for values in (None, {1: 2}):
+        with pytest.raises(TypeError, match="values must map names"):
+            Recipe().override(values)
+    with pytest.raises(TypeError, match=r"path must be a path, got 1\.5"):
+        Recipe.from_yaml(1.5)
 
 
 def test_data_are_read_again_in_the_same_process(tmp_path, rng):
@@ -500,7 +505,8 @@ def test_what_is_complete_is_not_run_again(finished):
 
 
 @pytest.mark.parametrize(
-    ("stage", "name", "other"), [("1-train", "seed", 7), ("2-prune", "sparsity", 0.5)]
+    ("stage", "name", "other"),
+    [("1-train", "seed", 7), ("2-prune", "sparsity", 0.5), ("4-evaluate", "seed", 7)],
 )
 def test_a_stage_by_another_recipe_is_refused(stage, name, other, finished, tmp_path):
     """Though its files are whole and its data the same."""
@@ -510,7 +516,8 @@ def test_a_stage_by_another_recipe_is_refused(stage, name, other, finished, tmp_
     (folder / stage / "manifest.json").unlink()
     folders.write_manifest(folder / stage, content)
     with pytest.raises(
-        ValueError, match=rf"{stage} holds a stage by another recipe: .* was {other}"
+        ValueError,
+        match=rf"{stage} holds a stage by another recipe: .* was {other}.*{stage}/manifest\.json",
     ):
         tscnc.experiments.run(recipe(), folder, progress=False)
 
@@ -989,13 +996,59 @@ def test_a_weight_that_is_not_finite_ends_the_stage_and_the_last_checkpoint_stay
 
     with monkeypatch.context() as patch:
         patch.setattr(fitting.CheckpointCallback, "on_epoch_begin", on_epoch_begin)
-        words = "After batch 1 of epoch 2 weights are NaN or infinite: stem/kernel, "
+        words = "^train: After batch 1 of epoch 2 weights are NaN or infinite: stem/kernel, "
         with pytest.raises(ValueError, match=words):
             tscnc.experiments.run(recipe(**{"train.decay": "constant"}), tmp_path, progress=False)
     (state,) = (tmp_path / "1-train").glob("state-*")
     assert state.name == "state-1"
     best = folders.read_arrays(tmp_path / "1-train" / "best.npz")
     assert all(np.isfinite(value).all() for value in best.values())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_is_said_with_its_stage_and_number(value, tmp_path, monkeypatch):
+    original = tscnc.datasets.Dataset.training
+
+    def training(self, *arguments, **keywords):
+        batches = original(self, *arguments, **keywords).enumerate()
+        return batches.map(lambda number, batch: (tf.where(number == 4, value, batch[0]), batch[1]))
+
+    monkeypatch.setattr(tscnc.datasets.Dataset, "training", training)
+    words = rf"^train: x must lie within .* to {value}: .* This is batch 5 of the optimizer\.$"
+    with pytest.raises(ValueError, match=words):
+        tscnc.experiments.run(recipe(), tmp_path, progress=False)
+    (state,) = (tmp_path / "1-train").glob("state-*")
+    assert state.name == "state-1"
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        ("weight", r"^evaluate: model '.*' has weights that are NaN or infinite, in logits/kernel"),
+        ("data", r"^evaluate: x must be finite|^evaluate: x must lie within"),
+    ],
+)
+def test_what_is_not_finite_is_said_before_the_evaluation(
+    spoiled, words, finished, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(finished, tmp_path / "tiny")
+    shutil.rmtree(folder / "4-evaluate")
+    evaluate = runner._evaluate
+
+    def evaluate_spoiled(recipe, data, model, *rest):
+        if spoiled == "weight":
+            kernel = model.get_layer("logits").kernel
+            kernel.assign(-np.inf * np.ones(kernel.shape))
+        else:
+            x = np.array(data.x_test)
+            x[0, 0, 0] = np.inf
+            data = dataclasses.replace(data, x_test=x)
+        evaluate(recipe, data, model, *rest)
+
+    monkeypatch.setattr(runner, "_evaluate", evaluate_spoiled)
+    with pytest.raises(ValueError, match=words):
+        tscnc.experiments.run(recipe(), folder, progress=False)
+    assert not (folder / "4-evaluate" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("library", ["keras", "tf_keras"])

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -20,10 +21,20 @@ from helpers import TINY, dense_model
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks.__main__ import main
-from benchmarks.faults import calls, cluster, damage, disks, memory, numbers, runs, strangers
+from benchmarks.faults import (
+    calls,
+    cluster,
+    damage,
+    disks,
+    kills,
+    memory,
+    numbers,
+    runs,
+    strangers,
+)
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import _files, attacks, evaluate_robustness, experiments, export_saved_model
-from tscnc_tf.experiments import stages
+from tscnc_tf.experiments import folders, stages
 
 
 def test_hard_matrices_and_values_that_are_not_finite():
@@ -85,11 +96,125 @@ def test_what_is_no_clear_refusal_is_lost(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"0123456789", b"a"])
 def test_damages_change_the_content(content):
-    found = damage.damages(content, b"other")
+    found = damage.damages(content, {"another stage": b"other", "another recipe": content})
     assert content not in found.values()
+    assert found["exchanged with that of another stage"] == b"other"
     assert found["gone"] is None
     assert found["a byte at 0%"] == bytes([content[0] ^ 0xFF]) + content[1:]
     assert found["a byte at 100%"] == content[:-1] + bytes([content[-1] ^ 0xFF])
+
+
+def test_methods_are_called_and_not_those_of_keras():
+    named = dict(calls.public_callables())
+    methods = dict(calls.public_methods(named))
+    assert {"datasets.Dataset.subset", "attacks.PGD.__call__", "experiments.Recipe.override"} < set(
+        methods
+    )
+    assert not [name for name in methods if name.rpartition(".")[2] in ("build", "get_config")]
+    arguments = calls._arguments()
+    for name in ("experiments.Recipe.from_dict", "datasets.Dataset.steps_per_epoch"):
+        outcome = Outcome("methods")
+        calls.call(outcome, name, methods[name].bind(arguments), 0, -1, arguments)
+        assert dict(outcome.ends) == {"refused, clearly": 1}
+
+
+def test_a_file_is_exchanged_with_those_of_its_name(tmp_path):
+    mine = {name: tmp_path / "mine" / name for name in (damage.COMPLETE, "2-prune")}
+    others = {name: tmp_path / "other" / name for name in mine}
+    for folder in (*mine.values(), *others.values()):
+        for stage in runs.ALL_STAGES[:2]:
+            (folder / stage).mkdir(parents=True)
+            (folder / stage / "model.keras").write_text(f"{stage} of {folder.parent.name}")
+    (mine["2-prune"] / "2-prune" / "state-1").write_text("state")
+    file = pathlib.Path("1-train", "model.keras")
+    assert damage._exchanged(file, damage.COMPLETE, mine, others) == {
+        "another file": b"2-prune of mine",
+        "another recipe": b"1-train of other",
+        "2-prune": b"2-prune of mine",
+    }
+    found = damage._exchanged(pathlib.Path("1-train", "state-1"), damage.COMPLETE, mine, others)
+    assert found == {"2-prune": b"state"}
+
+
+@pytest.mark.parametrize("count", [4, 15, 50])
+def test_signals_are_spread_over_the_stages(count):
+    groups = kills.goals(count, np.random.default_rng(0))
+    assert all(group == sorted(group) and len(group) <= kills.IN_A_RUN for group in groups)
+    hits = [sum(group.count(stage) for group in groups) for stage in runs.ALL_STAGES]
+    assert sum(hits) == count
+    assert max(hits) - min(hits) <= 1
+
+
+def test_the_stage_of_a_killed_run_is_the_first_without_a_manifest(tmp_path):
+    (tmp_path / "recipe.json").touch()
+    os.utime(tmp_path / "recipe.json", (100, 100))
+    for index, stage in enumerate(runs.ALL_STAGES):
+        assert kills.stage_of(tmp_path) == stage
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "manifest.json").touch()
+        os.utime(tmp_path / stage / "manifest.json", (101 + 2 * index,) * 2)
+    assert kills.stage_of(tmp_path) == "4-evaluate"
+    assert list(kills.seconds_of_stages(tmp_path).values()) == [1, 2, 2, 2]
+
+
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+    def join(self):
+        pass
+
+
+def test_files_that_a_disk_refuses_are_counted_by_name(monkeypatch, tmp_path):
+    errors, finished = [], []
+
+    def process(recipe, run, before, until):
+        name = folders.STAGE_FOLDERS[until]
+        errors.append(
+            "OSError: [Errno 28] No space left on device"
+            + (f": '{run}/{name}/best.npz'\n..." if until != "prune" else "")
+        )
+        return Ended(int(before == 1))
+
+    monkeypatch.setattr(runs, "process", process)
+    monkeypatch.setattr(runs, "error_of", lambda run: errors[-1])
+    monkeypatch.setattr(runs, "finish", lambda *arguments: finished.append(arguments))
+    outcome = Outcome("a full disk")
+    disks._refuse(outcome, tmp_path, tmp_path / "whole", (1, 2, 3), lambda amount: amount)
+    assert outcome.ends == {
+        f"{name}/best.npz is named": 1 for name in ("1-train", "3-finetune", "4-evaluate")
+    }
+    assert outcome.lost == [
+        "2-prune, 1: exit 1, OSError: [Errno 28] No space left on device",
+        "no file of 2-prune was refused",
+    ]
+    assert finished == [(outcome, tmp_path, tmp_path / "whole")]
+
+
+def test_the_errors_of_values_that_are_not_finite():
+    cases = list(numbers.spoiled_cases())
+    assert {(case.stage, case.place) for case in cases} >= {
+        *((stage, place) for stage in runs.STAGES for place in ("momentum", "data", "last kernel")),
+        *((runs.ALL_STAGES[-1], place) for place in ("first kernel", "data")),
+    }
+    first = [(c.stage, c.step) for c in cases if c.place == "first kernel" and np.isnan(c.value)]
+    assert len(set(first)) == 3 * numbers.STEPS + 1
+    patterns = {
+        numbers.Spoiled("1-train", "momentum", np.nan, 5): (
+            "ValueError: train: After batch 2 of epoch 2 weights are NaN or infinite: a."
+        ),
+        numbers.Spoiled("2-prune", "data", np.inf, 4): (
+            "ValueError: prune: x must lie within bounds=(0.0, 1.0), got values from 0.0 to inf: "
+            "rescale x. This is batch 5 of the optimizer."
+        ),
+        numbers.Spoiled("4-evaluate", "last kernel", np.nan): (
+            "ValueError: evaluate: model 'x' has weights that are NaN or infinite, in logits."
+        ),
+    }
+    for case, error in patterns.items():
+        assert [each for each in patterns if re.match(each.error(), error)] == [case]
 
 
 def test_what_became_of_a_kind_is_written_down(tmp_path):

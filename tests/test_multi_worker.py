@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import multi_worker
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
+from helpers import FLAVOURS
+
+from tscnc_tf._keras import flavours
 
 PROGRAM = pathlib.Path(multi_worker.__file__)
 
@@ -96,6 +99,13 @@ def test_both_workers_end_as_two_devices_of_one_process(trained, case):
         np.testing.assert_array_equal(each == 0, other == 0)
 
 
+def test_two_workers_evaluate_two_parts(trained):
+    whole = multi_worker.withstood(tf.distribute.get_strategy())
+    assert 0 < np.mean(whole) < 1
+    for index in range(2):
+        assert_identical(weights(trained, f"withstood-{index}"), [whole[index::2]])
+
+
 def test_after_the_loss_of_a_worker_the_end_is_the_same(trained):
     lost, end = multi_worker.LOST_IN, multi_worker.EPOCHS
     undisturbed = weights(trained, f"{multi_worker.BACKED_UP}-0")
@@ -110,25 +120,31 @@ def test_after_the_loss_of_a_worker_the_end_is_the_same(trained):
         assert_identical(weights(trained, f"restored-{index}"), undisturbed)
 
 
-class Fails(tf_keras.callbacks.Callback):
+class Copies(flavours.Callback):
+    """Copies the backup when an epoch begins: what a process leaves that ends at this moment."""
+
+    def __init__(self, backup, copy):
+        super().__init__()
+        self.backup, self.copy = backup, copy
+
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == multi_worker.LOST_IN:
-            raise InterruptedError
+            shutil.copytree(self.backup, self.copy)
 
 
-@pytest.mark.parametrize("case", sorted({*multi_worker.CASES} - {multi_worker.BACKED_UP}))
-def test_what_else_is_pruned_or_has_gates_comes_back_from_a_backup(case, tmp_path):
-    """In one process: what is lost with a worker and restored is the same."""
-    strategy = tf.distribute.get_strategy()
-    undisturbed = multi_worker.train(case, strategy)
-    backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
-    with pytest.raises(InterruptedError):
-        multi_worker.train(case, strategy, [backup, Fails()])
+@pytest.mark.parametrize("case", multi_worker.ONE_PROCESS)
+@pytest.mark.parametrize("library", FLAVOURS.values(), ids=FLAVOURS)
+def test_masks_scores_and_gates_come_back_from_a_backup(library, case, tmp_path):
+    """In one process: what continues from the backup ends as what was not disturbed."""
+
+    def train(folder, *more):
+        backup = library.callbacks.BackupAndRestore(str(folder))
+        return multi_worker.train(case, tf.distribute.get_strategy(), [backup, *more], library)
+
+    undisturbed = train(tmp_path / "one", Copies(tmp_path / "one", tmp_path / "two"))
     epochs = multi_worker.Record(tmp_path / "epochs.txt")
-    backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
-    again = multi_worker.train(case, strategy, [backup, epochs])
+    assert_identical(train(tmp_path / "two", epochs), undisturbed)
     assert epochs.path.read_text().split() == ["2", "3"]
-    assert_identical(again, undisturbed)
 
 
 def test_keras_3_is_refused_by_name(trained):

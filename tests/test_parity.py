@@ -62,6 +62,7 @@ def test_no_witness_breaks_what_is_left(found):
     for each in found:
         assert {"CleverHans MIM"} <= each["witnesses"].keys()
         assert all(witness["broken"] <= 1 / EXAMPLES for witness in each["witnesses"].values())
+        assert 0 <= each["missed"]["robust_with_restarts"] <= each["missed"]["examples"]
         assert each["goals_met"]["witness"] == all(
             witness["broken"] <= parity.GOALS["witness"] for witness in each["witnesses"].values()
         )

@@ -1211,3 +1211,19 @@ def test_weights_that_are_not_finite_are_not_ranked(bad):
             prune()
     assert np.isfinite(model.get_layer("logits").get_weights()[0]).all()
     pruning.prune_now(model, 0.5, layers="logits")  # the others may be pruned
+
+
+@pytest.mark.parametrize("method", ["masks", "scores"])
+def test_what_is_no_optimizer_is_refused_by_name(library, method):
+    model = dense_model(library)
+    if method == "masks":
+        pruner = pruning.prune(model, schedules.OneShot(0.5), engine="masks").pruner
+    else:
+        pruner = pruning.prune(model, method="scores", sparsity=0.5).pruner
+    for call in (pruner.step, pruner.apply, pruner.training):
+        with pytest.raises(TypeError, match="optimizer must be an optimizer of Keras, got 'sgd'"):
+            call("sgd")
+    optimizer = library.optimizers.SGD()
+    for pairs in (3, "x", [1.0], [(0.0, 1.0)]):
+        with pytest.raises(TypeError, match="gradients_and_variables must be pairs"):
+            pruner.apply_gradients(optimizer, pairs)

@@ -92,6 +92,12 @@ def test_a_gate_holds_and_catches_up():
     inside = schedules.CosineSparsity(0.0, 0.8, 0, 10, frequency=1)
     gate = schedules.ConditionGated(inside, max_condition_number=100.0)
     assert values(gate, range(12)) == values(inside, range(12)), "open until something is measured"
+    with pytest.raises(TypeError, match="condition_number must be a number, got None"):
+        gate.update(None, step=4)
+    with pytest.raises(ValueError, match="step must be >= 0, got -1"):
+        gate.update(100.5, step=-1)
+    with pytest.raises(ValueError, match=r"end_epoch must be a step or more, got 0\.01"):
+        schedules.ConditionGated.from_epochs(inside, 100.0, 0.01, steps_per_epoch=10)
     gate.update(100.5, step=4)
     assert not gate.is_open
     held = float(inside(4)[1])

@@ -287,7 +287,7 @@ def test_trials_that_make_others_of_their_group_wanted_are_no_failures(tmp_path,
         return content(run, validation={"finetune": {"robust": robust}})
 
     monkeypatch.setattr(work, "finished", finished)
-    assert work.supervise(job) == {}
+    assert work.run(job) == {}
     assert job.missing() == []
 
 
@@ -298,7 +298,7 @@ def test_a_group_of_which_nothing_comes_is_a_failure_and_is_not_tried_for_ever(
     job = work.Job(tmp_path / "tiny.yaml", {}, store, tmp_path / "scratch", ["digits"])
     tried = []
     monkeypatch.setattr(work, "work", lambda job, group, end: tried.append(group))
-    failed = work.supervise(job)
+    failed = work.run(job)
     assert sorted(failed) == sorted(tried) == sorted({run.group for run in plan.runs({})})
     assert all("do all machines share this disk?" in error for error in failed.values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pathlib
+import tempfile
 import zipfile
 
 import h5py
@@ -171,6 +172,30 @@ def test_the_name_of_a_file_says_how_it_is_read(tmp_path):
         files.load_model(path)
     with pytest.raises(ValueError, match=r"model\.zip is not a model in a \.keras or \.h5 file"):
         files.load_model(path.rename(tmp_path / "model.zip"))
+
+
+@pytest.mark.strangers
+@every_flavour
+@pytest.mark.filterwarnings("ignore:Skipping invalid path")  # by Keras 3
+def test_members_that_lead_elsewhere_are_not_written_there(
+    library, tmp_path, ordinary, monkeypatch
+):
+    """Keras unpacks all members into a temporary folder if one of them is in `assets/`."""
+    folders = [tmp_path / name for name in ("temporary", "working")]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folders[0]))
+    monkeypatch.chdir(folders[1])
+    path = folders[1] / "model.keras"
+    path.write_bytes(ordinary[library, ".keras"])
+    before = files.load_model(path).get_weights()
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("assets/a", "../b", "../../b", f"{tmp_path}/c", "assets/../../../d"):
+            archive.writestr(name, "text")
+    for one, other in zip(files.load_model(path).get_weights(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+    left = {file for file in tmp_path.rglob("*") if file.is_file()}
+    assert {file for file in left if folders[0] not in file.parents} == {path}
 
 
 @pytest.mark.strangers

@@ -368,7 +368,10 @@ def labels(y: Any, batch: int) -> tf.Tensor:
     Raises:
         ValueError: y is neither, or has another length than x.
     """
-    y = tf.convert_to_tensor(y)
+    try:
+        y = tf.convert_to_tensor(y)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"y must be an array or tensor of labels: {error}") from error
     are_indices = holds_indices("y", y)
     if y.shape[0] != batch:
         raise ValueError(f"y must have one label per example of x, {batch}, got {y.shape[0]}.")

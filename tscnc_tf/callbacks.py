@@ -439,12 +439,13 @@ class DataPosition(flavours.Callback):
 
 
 class RaiseOnNaN(flavours.Callback):
-    """Raise an error in the step in which a value of the logs, or a weight, stops being finite.
+    """Raise an error in the step in which a log value, a weight or a slot stops being finite.
 
     Keras' `TerminateOnNaN` checks the loss, and ends `fit` without an error. But a gradient that is
-    not finite does not change the loss of its own step, only the weights. This callback checks all
-    weights after each step, on the device. Give it before callbacks that write checkpoints, so that
-    they write no such weights.
+    not finite does not change the loss of its own step, only the weights. And the optimizer's
+    averages, or its momentum of weights that are masked, have no part in the loss at all. This
+    callback checks all weights and all slots of the optimizer after each step, on the device. Give
+    it before callbacks that write checkpoints, so that they write no such values.
 
     Args:
         first_batch: the number of the first batch, if `fit` continues within an epoch; for the
@@ -452,7 +453,7 @@ class RaiseOnNaN(flavours.Callback):
 
     Raises:
         TypeError, ValueError: `first_batch` is no integer >= 0.
-        ValueError: in `fit`; it names the epoch, the batch, and the log values or weights.
+        ValueError: in `fit`; it names the epoch, the batch, and the log values, weights or slots.
 
     Example:
         >>> import keras, numpy as np
@@ -470,18 +471,27 @@ class RaiseOnNaN(flavours.Callback):
         super().__init__()
         self._first_batch = _checks.integer("first_batch", first_batch, minimum=0)
         self._epoch = 0
-        self._names: list[str] = []
+        self._names: dict[str, list[str]] = {}
         self._are_finite: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Discard the check of the last training."""
         self._are_finite = None
 
-    def _find_weights(self) -> None:
-        """Compile the check of the weights, which some models create only in the first batch."""
+    def _find_variables(self) -> None:
+        """Compile the check of weights and slots, which may be created only in the first batch."""
         weights = [each for each in self.model.weights if tf.as_dtype(each.dtype).is_floating]
-        self._names = [getattr(each, "path", each.name).partition(":")[0] for each in weights]
-        tensors = [flavours.tensor_variable(weight) for weight in weights]
+        slots = [
+            slot
+            for optimizer in optimizers.held(self.model)
+            for found in optimizers.companions(optimizer, self.model.trainable_variables)
+            for slot in found
+        ]
+        self._names = {
+            kind: [getattr(each, "path", each.name).partition(":")[0] for each in variables]
+            for kind, variables in (("weights", weights), ("slots of the optimizer", slots))
+        }
+        tensors = [flavours.tensor_variable(each) for each in (*weights, *slots)]
         # A concrete function, as many calls of `tf.function` at one place give a warning.
         self._are_finite = tf.function(
             lambda: tf.stack([tf.reduce_all(tf.math.is_finite(each)) for each in tensors]),
@@ -493,23 +503,29 @@ class RaiseOnNaN(flavours.Callback):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Check the logs and the weights."""
+        """Check the logs, the weights and the optimizer's slots."""
         if self._are_finite is None:
-            self._find_weights()
-        finite = self._are_finite().numpy()
+            self._find_variables()
+        finite = iter(self._are_finite().numpy())
+        bad = {
+            kind: [name for name in names if not next(finite)]
+            for kind, names in self._names.items()
+        }
         wrong = {
             name: value for name, value in (logs or {}).items() if not np.all(np.isfinite(value))
         }
-        if not wrong and finite.all():
+        kind = next((kind for kind, names in bad.items() if names), "")
+        if not wrong and not kind:
             return
         where = f"After batch {self._first_batch + batch + 1} of epoch {self._epoch + 1}"
-        names = [name for name, each in zip(self._names, finite, strict=True) if not each]
         if wrong:
             what = ", ".join(f"{name} is {value}" for name, value in wrong.items())
-            if names:
-                what += f", and {len(names)} of {len(finite)} weights are NaN or infinite"
+            if kind:
+                count = len(self._names[kind])
+                what += f", and {len(bad[kind])} of {count} {kind} are NaN or infinite"
         else:
-            what = f"weights are NaN or infinite: {', '.join(names[:5])}"
+            names = bad[kind]
+            what = f"{kind} are NaN or infinite: {', '.join(names[:5])}"
             what += f" and {len(names) - 5} others" if len(names) > 5 else ""
         raise ValueError(
             f"{where} {what}. Lower the learning rate or the factors of the penalties, or clip the "

@@ -7,6 +7,7 @@ only. Steps are counted from 1, the first optimizer step.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Self
 
 import tensorflow as tf
@@ -261,10 +262,19 @@ class ConditionGated(_Schedule, tf.__internal__.tracking.Trackable):
     ) -> Self:
         """Build the schedule with the last step of epoch `end_epoch` as its end step."""
         (end_step,) = _steps(steps_per_epoch, end_epoch=end_epoch)
+        if not end_step:
+            raise ValueError(f"end_epoch must be a step or more, got {end_epoch!r} epochs.")
         return cls(schedule, max_condition_number, end_step, measure)
 
     def update(self, condition_number: float, step: int) -> None:
-        """Open or close the gate by the condition number measured after optimizer step `step`."""
+        """Open or close the gate by the condition number measured after optimizer step `step`.
+
+        Raises:
+            TypeError, ValueError: an argument is no number, or `step` no integer >= 0.
+        """
+        if not isinstance(condition_number, numbers.Real):  # infinity is one
+            raise TypeError(f"condition_number must be a number, got {condition_number!r}.")
+        step = _checks.integer("step", step, minimum=0)
         is_open = condition_number <= self.max_condition_number
         if self.is_open and not is_open:
             self._held_sparsity.assign(self.schedule(step)[1])

@@ -1,6 +1,6 @@
 """Tests of faults: each must end as if nothing had happened, or with an error that names it.
 
-`python -m benchmarks faults` tests all kinds in about an hour on two cores, and
+`python -m benchmarks faults` tests all kinds in some hours on two cores, and
 `python -m benchmarks faults --part kills` one kind. It fails if anything is lost.
 """
 

@@ -1,4 +1,4 @@
-"""Random calls of public functions and classes with one wrong argument."""
+"""Random calls of public functions, classes and methods with one wrong argument."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import inspect
 import pathlib
 import re
 import tempfile
+import types
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import hypothesis
 import keras
@@ -22,7 +23,7 @@ import tscnc_tf as tscnc
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import _checks, _reports
 
-CALLS, FEW = 2000, 40
+CALLS, FEW = 3000, 40
 WRONG: tuple[Any, ...] = (
     *(None, True, -1, 0, 3, 2**70, 0.5, -0.5, 1.5, float("nan"), float("inf"), 1e-300, 1j),
     *("", "x", "8/0", "../x", "linf", b"bytes", pathlib.Path("nowhere/nothing"), "\0", "x" * 5000),
@@ -35,7 +36,7 @@ WRONG: tuple[Any, ...] = (
 )
 """Values that are wrong for most arguments; where one is valid, the call may succeed."""
 
-BESIDE: dict[str, dict[str, Any]] = {
+BESIDE: dict[str, Mapping[str, Any]] = {
     "evaluate_robustness": {"epsilon": 0.1, "y": np.arange(8) % 3},
     "prune": {"schedule": tscnc.schedules.OneShot(0.5)},
     "pruning.prune": {"schedule": tscnc.schedules.OneShot(0.5)},
@@ -45,10 +46,43 @@ BESIDE: dict[str, dict[str, Any]] = {
     "evaluation.evaluate_robustness": {"epsilon": 0.1, "y": np.arange(8) % 3},
     "evaluation.robustness_curve": {"attack": lambda e: tscnc.attacks.FGSM(epsilon=e)},
     "export.rewrite_litert": {"source": "nowhere.tflite"},
+    **dict.fromkeys(
+        (f"attacks.{kind}.__call__" for kind in tscnc.attacks.__all__),
+        types.MappingProxyType({"y": np.arange(8) % 3}),
+    ),
+    **dict.fromkeys(
+        ("AdversarialTraining", "training.AdversarialTraining"),
+        types.MappingProxyType(
+            {"attack": tscnc.attacks.FGSM(epsilon=0.1), "loss": tscnc.losses.Madry()}
+        ),
+    ),
+    **dict.fromkeys(
+        ("AdversarialTraining.fit", "training.AdversarialTraining.fit"),
+        types.MappingProxyType(
+            {"x": np.full((8, 6), 0.5, "float32"), "y": np.arange(8) % 3, "verbose": 0}
+        ),
+    ),
 }
 """By function, arguments that it needs in addition to, or instead of, those of `_arguments`."""
 
-_RETURNED = (_reports.Report, tscnc.export.ServedFile, tscnc.export.ServedModel)
+# Methods that Keras or other parts of the package call, with arguments that these have checked; and
+# those that pass their arguments on to a method of Keras.
+_NOT_FOR_USERS = set(
+    """
+    bind build call changes check_labels compile compile_from_config compute_output_shape constrain
+    epoch first_move from_config importance in_turn is_behind is_due last_step load_weights
+    make_test_function make_train_function masks moved of_masks perturb perturbed reachable reason
+    reference removes_outputs require require_classes require_equal_units require_moves
+    require_optimizer save set_model set_weights share skip_steps step_function test_step train_step
+    update_step used warn_of_no_validation with_defaults
+    """.split()  # noqa: SIM905
+)
+_RETURNED = (
+    _reports.Report,
+    tscnc.datasets.StoredImages,
+    tscnc.export.ServedFile,
+    tscnc.export.ServedModel,
+)
 
 _TINY = {
     "data": {"dataset": "digits", "train_examples": 64, "test_examples": 16},
@@ -60,10 +94,11 @@ _TINY = {
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Call functions with one wrong argument; yield the outcome."""
-    outcome = Outcome("public functions and classes called with one wrong argument")
+    """Call functions, classes and methods with one wrong argument; yield the outcome."""
+    outcome = Outcome("public functions, classes and methods called with one wrong argument")
     arguments = _arguments()
     named = dict(public_callables())
+    named |= dict(public_methods(named))
     calls = strategies.tuples(
         strategies.sampled_from(sorted(named)),
         strategies.integers(0, 2**16),
@@ -81,7 +116,10 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
     @hypothesis.given(calls)
     def attempt(drawn: tuple[str, int, Any]) -> None:
         name, place, value = drawn
-        call(outcome, name, named[name], place, value, arguments)
+        function = named[name]
+        if isinstance(function, Method):
+            function = function.bind(arguments)
+        call(outcome, name, function, place, value, arguments)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         attempt()
@@ -104,6 +142,47 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
             yield full, each
 
 
+class Method(NamedTuple):
+    """A method of a public class.
+
+    Attributes:
+        kind: the class.
+        kind_name: its name in the package.
+        name: of the method.
+    """
+
+    kind: type
+    kind_name: str
+    name: str
+
+    def __call__(self) -> None:
+        """Do nothing: a method is called by what `bind` returns."""
+
+    def bind(self, arguments: dict[str, Callable[[], Any]]) -> Callable[..., Any]:
+        """Return the method of the class, if it is one, or else of a new object."""
+        if isinstance(inspect.getattr_static(self.kind, self.name), classmethod | staticmethod):
+            return getattr(self.kind, self.name)
+        made = self.kind(**_needed(self.kind_name, self.kind, arguments))
+        if isinstance(made, tscnc.AdversarialTraining):
+            made.compile("sgd")
+        return getattr(made, self.name)
+
+
+def public_methods(callables: Mapping[str, Any]) -> Iterator[tuple[str, Method]]:
+    """Yield names and methods that users call with arguments, of classes by their names."""
+    for kind_name, kind in callables.items():
+        for name in dir(kind) if isinstance(kind, type) else ():
+            method = getattr(kind, name)
+            is_public = name == "__call__" or not name.startswith(("_", "on_"))
+            if not is_public or name in _NOT_FOR_USERS or not inspect.isroutine(method):
+                continue
+            if not str(method.__module__).startswith("tscnc_tf"):
+                continue  # of Keras
+            parameters = inspect.signature(method).parameters
+            if set(parameters) - {"self", "args", "kwargs"}:
+                yield f"{kind_name}.{name}", Method(kind, kind_name, name)
+
+
 def call(
     outcome: Outcome,
     name: str,
@@ -113,21 +192,12 @@ def call(
     arguments: dict[str, Callable[[], Any]],
 ) -> None:
     """Call a function with `value` as its argument number `place`; add the result to `outcome`."""
-    parameters = [
-        each
-        for each in inspect.signature(function).parameters.values()
-        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
+    parameters = _parameters(function)
     if not parameters:
         outcome.count("has no arguments")
         return
     wrong = parameters[place % len(parameters)].name
-    given = {
-        each.name: arguments[each.name]()
-        for each in parameters
-        if each.default is each.empty and each.name != wrong
-    } | BESIDE.get(name, {})
-    given[wrong] = value
+    given = _needed(name, function, arguments, besides=wrong) | {wrong: value}
     before = written()
     shown = repr(value) if len(repr(value)) < 60 else f"a {type(value).__name__}"
     case = f"{name}({wrong}={shown})"
@@ -148,22 +218,46 @@ def call(
         pathlib.Path(path).unlink(missing_ok=True)
 
 
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a function that have a name."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _needed(
+    name: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Callable[[], Any]],
+    besides: str = "",
+) -> dict[str, Any]:
+    """Return valid values of the arguments that a function needs besides one."""
+    needed = [p.name for p in _parameters(function) if p.default is p.empty and p.name != besides]
+    known = BESIDE.get(name, {})
+    return {each: arguments[each]() for each in needed if each not in known} | dict(known)
+
+
 def is_clear(
     name: str, function: Callable[..., Any], wrong: dict[str, Any], error: Exception
 ) -> bool:
     """Tell whether an error says what is wrong.
 
-    It does if it is a TypeError or a ValueError with the name of the argument, or the path if that
-    is the argument; an OSError with a path; or an error that the docstring lists. Functions of
-    tensors may also raise errors of TensorFlow.
+    It does if it is a TypeError or a ValueError with the name of the argument, or the path or a key
+    if that is the argument; an OSError with a path; or an error that the docstring lists. Functions
+    of tensors may also raise errors of TensorFlow.
     """
-    of_tensors = name.startswith(("functional.", "losses."))
+    of_tensors = re.match(
+        r"functional\.|losses\.|(pruning|regularizers|schedules)\.\w+\.__call__", name
+    )
     if of_tensors and isinstance(error, (TypeError, ValueError, tf.errors.OpError)):
         return True
     if type(error) in (TypeError, ValueError, _checks.DtypeError):
         ((argument, value),) = wrong.items()
-        is_path = isinstance(value, str | pathlib.Path) and str(value) in str(error)
-        return is_path or re.search(rf"\b{argument}\b", str(error)) is not None
+        named = [value] if isinstance(value, str | pathlib.Path) else []
+        named += list(value) if isinstance(value, dict) else []
+        return (
+            any(str(each) in str(error) for each in named)
+            or re.search(rf"\b{argument}\b", str(error)) is not None
+        )
     if isinstance(error, OSError) and error.filename:
         return True
     _, _, raises = (inspect.getdoc(function) or "").partition("Raises:\n")
@@ -202,6 +296,11 @@ def _arguments() -> dict[str, Callable[[], Any]]:
         **{"input_size": 8, "factor": 0.1, "sparsity_factor": 0.1, "condition_factor": 0.1},
         **{"initial_sparsity": 0.0, "final_sparsity": 0.5, "begin_step": 0, "end_step": 10},
         **{"max_condition_number": 9.0, "rows": 4, "columns": 1, "n": 2, "m": 4},
+        **{"step": 1, "split": "train", "batch_size": 4, "steps_per_epoch": 2},
+        **{"begin_epoch": 0, "end_epoch": 2, "precision": "float32", "layout": "standard"},
+        **{"condition_number": 2.0, "weight": kernel},
+        **{"channel_groups": 1, "optimizer": keras.optimizers.SGD(), "gradients_and_variables": []},
+        **{"clean_logits": logits, "adversarial_logits": logits, "epoch": tf.data.Dataset.range},
         **{"depth": 16, "width": 1, "text": "1", "where": "seed", "manifest": {}, "metrics": ()},
         **{"x_train": images, "y_train": y, "x_validation": images, "y_validation": y},
         **{"successes": 3, "trials": 8, "epsilons": (0.1, 0.2), "evaluations": {}},

@@ -2,85 +2,148 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from unittest import mock
 
 import tscnc_tf as tscnc
 from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
-from tscnc_tf.experiments import folders
+from tscnc_tf.experiments import folders, runner
 
 PLACES = (0.0, 0.5, 1.0)
+COMPLETE = "complete"
+DAMAGES = "damaged or exchanged"
+OTHER = {"seed": 1, "adversary.epsilon": 0.05}  # another recipe, of networks of the same shapes
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
-    """Yield the outcomes of damaged files of a complete and of a stopped experiment.
+    """Yield the outcomes of damaged files of a complete experiment, and of one stopped per stage.
 
     The experiment is run again for each damaged file. It, or opening its outputs, must raise an
     error that names the file, or end as if nothing had happened.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        whole = tscnc.experiments.run(runs.recipe(True), folder / "whole", progress=False)
-        yield _tried("files of a complete experiment, damaged", whole, whole, smoke)
-        begun = shutil.copytree(whole, folder / "begun")
-        for stage in ("3-finetune", "4-evaluate"):
-            shutil.rmtree(begun / stage)
-        half = _half_of(runs.STAGES[1], begun, folder)
-        yield _tried("files of an experiment that was stopped, damaged", half, whole, smoke)
+        stages = runs.ALL_STAGES[1:2] if smoke else runs.ALL_STAGES
+        mine = _experiments(runs.recipe(True), folder / "mine", stages)
+        others = _experiments(runs.recipe(True).override(OTHER), folder / "other", stages)
+        whole = mine[COMPLETE]
+        for name, damaged in mine.items():
+            files = _files(damaged)
+            if name != COMPLETE:  # earlier stages are complete, and tested as such
+                files = [file for file in files if file.parts[0] in (name, file.name)]
+            yield _tried(
+                f"files of a complete experiment, {DAMAGES}"
+                if name == COMPLETE
+                else f"files of an experiment that was stopped in {name}, {DAMAGES}",
+                {file: _exchanged(file, name, mine, others) for file in files},
+                damaged,
+                whole,
+                smoke,
+            )
 
 
-def _half_of(stage: str, begun: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """Return the folder of an experiment that was stopped after an epoch of `stage`."""
-    original = folders.write_state
+def _experiments(
+    recipe: tscnc.experiments.Recipe, folder: pathlib.Path, stages: Iterable[str]
+) -> dict[str, pathlib.Path]:
+    """Return the folders of a complete experiment, and of those that were stopped in a stage."""
+    whole = tscnc.experiments.run(recipe, folder / COMPLETE, progress=False)
+    stopped = {stage: runs.copy_before(stage, whole, folder / stage) for stage in stages}
+    for stage, copy in stopped.items():
+        _stop_in(stage, recipe, copy)
+    return {COMPLETE: whole, **stopped}
+
+
+def _stop_in(stage: str, recipe: tscnc.experiments.Recipe, folder: pathlib.Path) -> None:
+    """Run an experiment until its next stage has written its first checkpoint.
+
+    The evaluation is stopped before its manifest, when all its other files are written.
+    """
+    is_last = stage == runs.ALL_STAGES[-1]
+    owner, name = (runner, "export_saved_model") if is_last else (folders, "write_state")
+    original = getattr(owner, name)
 
     class _StoppedError(Exception):
         pass
 
-    def stopping(*arguments: object) -> None:
-        original(*arguments)  # type: ignore[arg-type]
+    def stopping(*arguments: object, **keywords: object) -> None:
+        original(*arguments, **keywords)
         raise _StoppedError
 
-    shutil.rmtree(begun / stage)
-    folders.write_state = stopping
-    try:
-        tscnc.experiments.run(runs.recipe(True), begun, progress=False)
-    except _StoppedError:
-        return begun
-    finally:
-        folders.write_state = original
-    raise AssertionError(f"nothing was stopped in {folder}")
+    with mock.patch.object(owner, name, stopping), contextlib.suppress(_StoppedError):
+        tscnc.experiments.run(recipe, folder, progress=False)
+        raise AssertionError(f"nothing was stopped in {folder}")
 
 
-def damages(content: bytes, others: bytes) -> dict[str, bytes | None]:
-    """Return damaged contents of a file by the kind of damage; None stands for a removed file."""
-    found: dict[str, bytes | None] = {"gone": None, "empty": b"", "of another file": others}
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of an experiment, relative to its folder."""
+    return sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    )
+
+
+def _exchanged(
+    file: pathlib.Path,
+    name: str,
+    mine: Mapping[str, pathlib.Path],
+    others: Mapping[str, pathlib.Path],
+) -> dict[str, bytes]:
+    """Return other files that a file may be exchanged with, by what they are.
+
+    They have the same suffix, or the same name in other stages or in another experiment.
+
+    Args:
+        file: relative to the folder of an experiment.
+        name: of this experiment in `mine`.
+        mine: the experiments by this recipe.
+        others: those by another recipe.
+    """
+    kin = [each for each in _files(mine[name]) if each.suffix == file.suffix and each != file]
+    found = {"another file": mine[name] / kin[0]} if kin else {}
+    found["another recipe"] = others[name] / file
+    for stage in runs.ALL_STAGES if len(file.parts) > 1 else ():
+        for folder in (mine[COMPLETE], mine.get(stage)):
+            if stage != file.parts[0] and folder is not None:
+                found[stage] = folder.joinpath(stage, *file.parts[1:])
+    return {what: path.read_bytes() for what, path in found.items() if path.is_file()}
+
+
+def damages(content: bytes, others: Mapping[str, bytes]) -> dict[str, bytes | None]:
+    """Return damaged contents of a file by the kind of damage; None stands for a removed file.
+
+    Args:
+        content: of the file.
+        others: the contents of other files, by what they are.
+    """
+    found: dict[str, bytes | None] = {"gone": None, "empty": b""}
+    found |= {f"exchanged with that of {what}": other for what, other in others.items()}
     for share in PLACES:
         place = round(share * (len(content) - 1))
         flipped = bytes([content[place] ^ 0xFF])
         found[f"a byte at {share:.0%}"] = content[:place] + flipped + content[place + 1 :]
         if share > 0.0:
             found[f"cut off at {share:.0%}"] = content[:place]
-    return found
+    return {damage: each for damage, each in found.items() if each != content}
 
 
-def _tried(name: str, folder: pathlib.Path, whole: pathlib.Path, smoke: bool) -> Outcome:
+def _tried(
+    name: str,
+    exchanged: Mapping[pathlib.Path, Mapping[str, bytes]],
+    folder: pathlib.Path,
+    whole: pathlib.Path,
+    smoke: bool,
+) -> Outcome:
     outcome = Outcome(name)
-    files = sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    )
-    contents = {file: (folder / file).read_bytes() for file in files}
+    files = list(exchanged)
     for file in files[:: len(files) // 2] if smoke else files:
-        kin = [each for each in files if each.suffix == file.suffix and each != file]
-        others = contents[kin[0]] if kin else b"something else"
-        for damage, content in damages(contents[file], others).items():
-            if content == contents[file]:
-                continue
+        for damage, content in damages((folder / file).read_bytes(), exchanged[file]).items():
             with tempfile.TemporaryDirectory() as place:
                 copy = pathlib.Path(place) / "copy"
                 shutil.copytree(folder, copy)

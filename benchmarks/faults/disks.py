@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 import itertools
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -15,17 +17,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
-from tscnc_tf.experiments import locks, stages
+from tscnc_tf.experiments import folders, locks, stages
 
-SIZES = (100, 1_000, 5_000, 20_000, 50_000, 100_000, 200_000)  # of a file, in bytes
-DISKS = (16, 100, 200, 400, 800, 1_600)  # of a file system, in kiB
+SIZES = (200, 1_000, 5_000, 20_000, 50_000, 100_000)  # of a file, in bytes
+DISKS = (4, 16, 64, 128, 256)  # what is free in a file system, in kiB
+ENOUGH = 100_000  # kiB for an experiment
 NOBODY = 65534
 HOUR, YEAR = 3600.0, 365.25 * 86400.0
 ORDERS = {"reversed": -HOUR, "in-order": HOUR}  # difference in time from one file to the next
-_WAIT = 300.0  # timeout in seconds
 
 
 def scenarios(smoke: bool) -> Iterator[Outcome]:
@@ -36,9 +39,9 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
         folder.chmod(0o755)
         whole = folder / "whole"
         runs.process(recipe, whole).join()
-        yield _limited(folder, whole, SIZES[2:4] if smoke else SIZES)
+        yield _limited(folder / "limited", whole, SIZES[1:2] if smoke else SIZES)
         if _can_mount(folder / "full"):
-            yield _full(folder / "full", whole, DISKS[1:2] if smoke else DISKS)
+            yield _full(folder / "full", whole, DISKS[:1] if smoke else DISKS)
         yield _closed(folder)
         yield _removed(folder, runs.STAGES[:1] if smoke else runs.STAGES)
         yield _shared(folder, whole)
@@ -89,43 +92,66 @@ def date_files(folder: pathlib.Path, first: float, step: float) -> None:
         os.utime(path, (first + step * index,) * 2)
 
 
-def _limited(folder: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
-    outcome = Outcome("files that can't grow above a size; then run again")
-    run = folder / "limited"
-    for size in sizes:
-        process = runs.process(runs.recipe(True), run, functools.partial(limit_files, size))
-        process.join()
-        error = runs.error_of(run)
-        if process.exitcode == 0:
-            outcome.count("nothing was larger")
-        elif error.startswith("OSError") and str(run) in error.partition("\n")[0]:
-            outcome.count("the file is named")
-        else:
-            outcome.lose(f"{size} bytes: {error[:300]}")
-    runs.finish(outcome, run, whole)
+def _limited(run: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
+    outcome = Outcome("files that can't grow above a size, in each stage; then without a limit")
+
+    def limit(size: int | None) -> Any:
+        return None if size is None else functools.partial(limit_files, size)
+
+    _refuse(outcome, run, whole, sizes, limit)
     return outcome
 
 
-def _full(run: pathlib.Path, whole: pathlib.Path, sizes: tuple[int, ...]) -> Outcome:
-    """Run an experiment on a file system that becomes full, which grows from run to run."""
-    outcome = Outcome("a file system that is full; then run again with more room")
+def _full(run: pathlib.Path, whole: pathlib.Path, free: tuple[int, ...]) -> Outcome:
+    outcome = Outcome("a file system that is full, in each stage; then with more room")
+    run.mkdir(exist_ok=True)
+    _mount(run, ENOUGH)
+
+    def limit(kib: int | None) -> None:
+        used = shutil.disk_usage(run).used // 1024
+        _mount(run, ENOUGH if kib is None else used + kib, again=True)
+
     try:
-        for size in sizes:
-            _mount(run, size, again=size != sizes[0])
-            process = runs.process(runs.recipe(True), run)
-            process.join()
-            error = runs.error_of(run).partition("\n")[0]
-            if process.exitcode == 0:
-                outcome.count("there was room enough")
-            elif error.startswith("OSError") and "No space left" in error and str(run) in error:
-                outcome.count("the file is named")
-            else:
-                outcome.lose(f"{size} kiB: exit {process.exitcode}, {error[:300]}")
-        _mount(run, 100 * sizes[-1], again=True)
-        runs.finish(outcome, run, whole)
+        _refuse(outcome, run, whole, free, limit)
     finally:
         subprocess.run(["umount", run], check=True)
     return outcome
+
+
+def _refuse(
+    outcome: Outcome,
+    run: pathlib.Path,
+    whole: pathlib.Path,
+    amounts: tuple[int, ...],
+    limit: Callable[[int | None], Any],
+) -> None:
+    """Run each stage of an experiment with growing limits, and then without one, to its end.
+
+    Args:
+        outcome: gets the files that were refused.
+        run: the folder of the experiment.
+        whole: that of one that was not disturbed.
+        amounts: the limits, from the lowest.
+        limit: sets a limit, None for none; returns what the next process calls before it runs.
+    """
+    for stage, name in folders.STAGE_FOLDERS.items():
+        refused = 0
+        for amount in (*amounts, None):
+            process = runs.process(runs.recipe(True), run, limit(amount), until=stage)
+            process.join()
+            if process.exitcode == 0:
+                break
+            error = runs.error_of(run).partition("\n")[0]
+            file = re.search(rf"'{run}/([^']+)'", error)
+            is_said = any(os.strerror(number) in error for number in (errno.ENOSPC, errno.EFBIG))
+            if amount is None or file is None or not (error.startswith("OSError") and is_said):
+                outcome.lose(f"{name}, {amount}: exit {process.exitcode}, {error[:300]}")
+            else:
+                outcome.count(f"{file[1]} is named")
+                refused += file[1].startswith(name)
+        if not refused:
+            outcome.lose(f"no file of {name} was refused")
+    runs.finish(outcome, run, whole)
 
 
 def _can_mount(folder: pathlib.Path) -> bool:
@@ -165,7 +191,7 @@ def _removed(folder: pathlib.Path, names: tuple[str, ...]) -> Outcome:
     for stage in names:
         run = folder / f"removed-{stage}"
         process = runs.process(runs.recipe(True), run)
-        _wait_for(lambda run=run, stage=stage: any((run / stage).glob("state-*")), process)
+        runs.wait_for(lambda run=run, stage=stage: any((run / stage).glob("state-*")), process)
         shutil.rmtree(run, ignore_errors=True)
         process.join()
         error = runs.error_of(run)
@@ -180,7 +206,7 @@ def _shared(folder: pathlib.Path, whole: pathlib.Path) -> Outcome:
     outcome = Outcome("a second process in the same folder")
     run = folder / "shared"
     first = runs.process(runs.recipe(True), run)
-    _wait_for(lambda: (run / ".lock").exists(), first)
+    runs.wait_for(lambda: (run / ".lock").exists(), first)
     second = runs.process(runs.recipe(True), run)
     second.join()
     error = runs.error_of(run)
@@ -209,7 +235,7 @@ def _clocks(folder: pathlib.Path, whole: pathlib.Path, orders: tuple[str, ...]) 
         else:
             outcome.lose(f"in 1970: exit {process.exitcode}, {error[:300]}")
         process = runs.process(runs.recipe(True), run, functools.partial(set_clock, now, -HOUR))
-        _wait_for(lambda run=run: any((run / runs.STAGES[1]).glob("state-*")), process)
+        runs.wait_for(lambda run=run: any((run / runs.STAGES[1]).glob("state-*")), process)
         process.kill()
         process.join()
         left = {"pid": process.pid, "host": "elsewhere", "since": "2100-01-01 00:00:00 UTC"}
@@ -217,11 +243,3 @@ def _clocks(folder: pathlib.Path, whole: pathlib.Path, orders: tuple[str, ...]) 
         date_files(run, now + 50 * YEAR, ORDERS[order])
         runs.finish(outcome, run, whole, functools.partial(set_clock, now - 20 * YEAR, -HOUR))
     return outcome
-
-
-def _wait_for(condition: Callable[[], bool], process: object) -> None:
-    deadline = time.monotonic() + _WAIT
-    while not condition() and process.is_alive():  # type: ignore[attr-defined]
-        if time.monotonic() > deadline:
-            raise TimeoutError("a process has not begun to work")
-        time.sleep(0.01)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import pathlib
 import re
+import shutil
 import tempfile
+import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -18,11 +21,12 @@ import tensorflow as tf
 import tscnc_tf as tscnc
 from benchmarks.faults import runs
 from benchmarks.faults.outcome import Outcome
-from tscnc_tf import callbacks, functional
-from tscnc_tf.experiments import folders
+from tscnc_tf import callbacks, datasets, functional
+from tscnc_tf._keras import optimizers
+from tscnc_tf.experiments import folders, runner
 
 MATRICES, FEW, STACKED = 10_000, 200, 50
-STEPS = 24  # of the short experiment: four in each of two epochs of three stages
+BATCHES, STEPS = 4, 8  # of an epoch and of a stage of the short experiment
 DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 PENALTIES: dict[str, Callable[[Any], tf.Tensor]] = {
     "transformed l1": functional.transformed_l1,
@@ -38,7 +42,7 @@ def scenarios(smoke: bool) -> Iterator[Outcome]:
     yield _matrices(FEW if smoke else MATRICES)
     yield _not_finite((np.nan,) if smoke else (np.nan, np.inf))
     if not smoke:
-        yield _in_stages()
+        yield from _in_stages(spoiled_cases())
 
 
 def hard_matrices(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -105,62 +109,150 @@ def _not_finite(values: tuple[float, ...]) -> Outcome:
     return outcome
 
 
-def spoil_weight(step: int, note: pathlib.Path) -> None:
-    """Have a weight become NaN before a step of the experiments of this process.
+@dataclasses.dataclass(frozen=True)
+class Spoiled:
+    """A value that becomes NaN or infinite in an experiment.
 
-    Args:
-        step: the number of the step, of all stages, from 0.
-        note: a file to which the epoch and the batch are written, as errors name them.
+    Attributes:
+        stage: the first stage that the process runs.
+        place: a key of `VARIABLES`, or "data".
+        value: NaN or infinity.
+        step: the number of the step of the stage before which it happens, from 0; the evaluation
+            has no steps.
     """
-    steps, epoch = itertools.count(), [0]
 
-    def on_epoch_begin(self: Any, number: int, logs: Any = None) -> None:
-        remember(self, number, logs)
-        epoch[0] = number
+    stage: str
+    place: str
+    value: float
+    step: int = 0
 
-    def on_train_batch_begin(self: Any, batch: int, logs: Any = None) -> None:  # noqa: ARG001
-        if next(steps) == step:
-            self.model.trainable_variables[0].assign(np.nan * self.model.trainable_variables[0])
-            note.write_text(f"After batch {batch + 1} of epoch {epoch[0] + 1} ")
+    def error(self) -> str:
+        """Return a pattern of the error."""
+        name = self.stage.partition("-")[2]
+        not_finite = "(NaN|nan|infinite|inf)"
+        if name == "evaluate":
+            what = "x must" if self.place == "data" else "model .* has weights"
+            return f"ValueError: {name}: {what} .*{not_finite}"
+        if self.place == "data":
+            return f"ValueError: {name}: x must .*{not_finite}.* batch {self.step + 1} of"
+        batch, epoch = self.step % BATCHES + 1, self.step // BATCHES + 1
+        return f"ValueError: {name}: After batch {batch} of epoch {epoch} .*{not_finite}"
 
-    remember = callbacks.RaiseOnNaN.on_epoch_begin
-    callbacks.RaiseOnNaN.on_epoch_begin = on_epoch_begin  # type: ignore[method-assign]
-    callbacks.RaiseOnNaN.on_train_batch_begin = on_train_batch_begin  # type: ignore[method-assign]
+    def prepare(self) -> None:
+        """Replace functions of the package, so that it happens in this process."""
+        steps = itertools.count()
+        evaluate, training = runner._evaluate, datasets.Dataset.training
+
+        def on_train_batch_begin(watch: Any, batch: int, logs: Any = None) -> None:  # noqa: ARG001
+            if next(steps) == self.step:
+                _spoil(VARIABLES[self.place](watch.model), self.value)
+
+        def spoiled_training(data: Any, *args: Any, **kwargs: Any) -> tf.data.Dataset:
+            batches = training(data, *args, **kwargs).enumerate()
+            return batches.map(
+                lambda step, batch: (tf.where(step == self.step, self.value, batch[0]), batch[1])
+            )
+
+        def spoiled_evaluate(recipe: Any, data: Any, model: Any, *rest: Any) -> None:
+            if self.place == "data":
+                x = np.where(np.arange(data.x_test.size) == 0, self.value, data.x_test.ravel())
+                data = dataclasses.replace(data, x_test=x.reshape(data.x_test.shape))
+            else:
+                _spoil(VARIABLES[self.place](types.SimpleNamespace(model=model)), self.value)
+            evaluate(recipe, data, model, *rest)
+
+        if self.stage == runs.ALL_STAGES[-1]:
+            runner._evaluate = spoiled_evaluate
+        elif self.place == "data":
+            datasets.Dataset.training = spoiled_training  # type: ignore[method-assign]
+        else:
+            watch: Any = callbacks.RaiseOnNaN
+            watch.on_train_batch_begin = on_train_batch_begin
 
 
-def _in_stages() -> Outcome:
-    """Put NaN into a weight before a step of an experiment, and run it again, for each step."""
-    outcome = Outcome("NaN in a weight before a step of an experiment; then run again")
+def _spoil(variable: Any, value: float) -> None:
+    """Set the first entry of a variable."""
+    values = variable.numpy()
+    values.flat[0] = value
+    variable.assign(values)
+
+
+def _slot(name: str, trainer: Any) -> Any:
+    """Return the optimizer's slot of a layer's kernel with this word in its name."""
+    kernel = trainer.model.get_layer("logits").kernel
+    slots = optimizers.companions(trainer.optimizer, [kernel])[0]
+    return next(slot for slot in slots if name in slot.path)
+
+
+VARIABLES: dict[str, Callable[[Any], Any]] = {
+    "first kernel": lambda trainer: trainer.model.trainable_variables[0],
+    "last kernel": lambda trainer: trainer.model.get_layer("logits").kernel,
+    "moving average of a normalization": lambda trainer: next(
+        v for v in trainer.model.non_trainable_variables if "moving" in v.path
+    ),
+    "momentum": functools.partial(_slot, "momentum"),
+    "average of weights": functools.partial(_slot, "average"),
+}
+
+
+def spoiled_cases() -> Iterator[Spoiled]:
+    """Yield NaN in the first kernel before each step, and others before one step of each stage."""
+    rng = np.random.default_rng(0)
+    for stage in runs.STAGES:
+        for step in range(STEPS):
+            yield Spoiled(stage, "first kernel", np.nan, step)
+        yield Spoiled(stage, "first kernel", np.inf, int(rng.integers(STEPS)))
+        for place in (*VARIABLES, "data"):
+            is_there = place != "average of weights" or stage == runs.STAGES[0]
+            for value in (np.nan, np.inf) if is_there and place != "first kernel" else ():
+                yield Spoiled(stage, place, value, int(rng.integers(STEPS)))
+    for place in ("first kernel", "last kernel", "moving average of a normalization", "data"):
+        for value in (np.nan, -np.inf):
+            yield Spoiled(runs.ALL_STAGES[-1], place, value)
+
+
+def _in_stages(cases: Iterable[Spoiled]) -> Iterator[Outcome]:
+    """Run an experiment in which a value is spoiled, and then again, for each case."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        runs.process(runs.recipe(True), folder / "whole").join()
-        for step in range(STEPS):
-            run, note = folder / f"run-{step}", folder / f"note-{step}"
-            process = runs.process(
-                runs.recipe(True), run, functools.partial(spoil_weight, step, note)
+        whole = folder / "whole"
+        runs.process(runs.recipe(True), whole).join()
+        outcomes: dict[str, Outcome] = {}
+        for index, case in enumerate(cases):
+            outcome = outcomes.setdefault(
+                case.place, Outcome(f"NaN and infinity in an experiment: {case.place}; run again")
             )
+            run = runs.copy_before(case.stage, whole, folder / f"run-{index}")
+            process = runs.process(runs.recipe(True), run, case.prepare)
             process.join()
             error = runs.error_of(run).partition("\n")[0]
-            said = note.read_text() if note.exists() else "no such step"
-            is_later = "epoch 1 " not in said
-            if not error.startswith(f"ValueError: {said}") or not re.search("NaN|nan", error):
-                outcome.lose(f"step {step}: exit {process.exitcode}, {error[:300]}")
+            is_later = case.step >= BATCHES
+            if not re.match(case.error(), error):
+                outcome.lose(f"{case}: exit {process.exitcode}, {error[:300]}")
             elif _spoiled(run):
-                outcome.lose(f"step {step}: NaN in {_spoiled(run)}")
-            elif is_later and not list(run.glob("*/state-1")):
-                outcome.lose(f"step {step}: no checkpoint of the epoch before")
+                outcome.lose(f"{case}: not finite in {_spoiled(run)}")
+            elif is_later and not (run / case.stage / "state-1").is_dir():
+                outcome.lose(f"{case}: no checkpoint of the epoch before")
             else:
-                outcome.count("said in its step, and in no file")
-            runs.finish(outcome, run, folder / "whole")
-    return outcome
+                outcome.count(f"said in its step in {case.stage}, and in no file")
+            runs.finish(outcome, run, whole)
+            shutil.rmtree(run)
+        yield from outcomes.values()
 
 
 def _spoiled(run: pathlib.Path) -> list[str]:
-    """Return the files of arrays, of checkpoints too, that have values that are not finite."""
+    """Return the files of arrays and checkpoints that have values that are not finite."""
+    found: dict[pathlib.Path, Iterable[np.ndarray]] = {
+        path: folders.read_arrays(path).values() for path in run.rglob("*.npz")
+    }
+    for path in run.rglob("state-*/checkpoint.index"):
+        reader = tf.train.load_checkpoint(str(path.with_suffix("")))
+        kept = map(reader.get_tensor, reader.get_variable_to_shape_map())
+        found[path] = [each for each in map(np.asarray, kept) if each.dtype.kind == "f"]
     return [
         str(path.relative_to(run))
-        for path in run.rglob("*.npz")
-        if not all(np.all(np.isfinite(each)) for each in folders.read_arrays(path).values())
+        for path, arrays in found.items()
+        if not all(np.all(np.isfinite(each)) for each in arrays)
     ]
 
 

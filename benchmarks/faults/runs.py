@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pathlib
+import shutil
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +15,10 @@ import numpy as np
 
 from benchmarks.faults.outcome import Outcome
 from tscnc_tf import experiments
+from tscnc_tf.experiments import folders
 
-STAGES = ("1-train", "2-prune", "3-finetune")
+STAGES = ("1-train", "2-prune", "3-finetune")  # of training
+ALL_STAGES = tuple(folders.STAGE_FOLDERS.values())
 RECIPE = {
     "name": "small",
     "sparsity": 0.9,
@@ -27,6 +31,7 @@ RECIPE = {
     "finetune": {"epochs": 6, "batch_size": 32, "weight_decay_kind": "l2"},
     "evaluate": {"attack": "apgd", "validation_steps": 2, "batch_size": 32},
 }
+_WAIT = 300.0  # timeout in seconds
 SHORT = {"train.epochs": 2, "prune.epochs": 2, "finetune.epochs": 2, "data.train_examples": 128}
 
 
@@ -35,8 +40,19 @@ def recipe(short: bool) -> experiments.Recipe:
     return experiments.Recipe.from_dict(RECIPE).override(SHORT if short else {})
 
 
+def copy_before(stage: str, whole: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """Copy an experiment without the folder of a stage and those of later ones."""
+    shutil.copytree(whole, folder)
+    for later in ALL_STAGES[ALL_STAGES.index(stage) :]:
+        shutil.rmtree(folder / later)
+    return folder
+
+
 def process(
-    settings: experiments.Recipe, folder: pathlib.Path, before: Callable[[], None] | None = None
+    settings: experiments.Recipe,
+    folder: pathlib.Path,
+    before: Callable[[], None] | None = None,
+    until: str = "evaluate",
 ) -> Any:
     """Start a process that runs an experiment, and writes an error to `folder.error`.
 
@@ -44,12 +60,26 @@ def process(
         settings: the recipe.
         folder: the folder of the experiment.
         before: a function of a module that the process calls before the experiment.
+        until: the last stage to run.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tscnc_tf", "scipy.linalg"])
-    started = context.Process(target=_run, args=(settings.to_dict(), folder, before))
+    started = context.Process(target=_run, args=(settings.to_dict(), folder, before, until))
     started.start()
     return started
+
+
+def wait_for(condition: Callable[[], bool], started: Any) -> None:
+    """Wait until a condition is true, or a process has ended.
+
+    Raises:
+        TimeoutError: neither has happened in five minutes.
+    """
+    deadline = time.monotonic() + _WAIT
+    while not condition() and started.is_alive():
+        if time.monotonic() > deadline:
+            raise TimeoutError("a process has not begun to work")
+        time.sleep(0.01)
 
 
 def error_of(folder: pathlib.Path) -> str:
@@ -105,13 +135,14 @@ def _error_file(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(f"{folder.name}.error")
 
 
-def _run(settings: dict[str, Any], folder: pathlib.Path, before: Any) -> None:
+def _run(settings: dict[str, Any], folder: pathlib.Path, before: Any, until: str) -> None:
     # Opened first, as `before` may make writing impossible.
     with _error_file(folder).open("w") as stream:
         try:
             if before is not None:
                 before()
-            experiments.run(experiments.Recipe.from_dict(settings), folder, progress=False)
+            chosen = experiments.Recipe.from_dict(settings)
+            experiments.run(chosen, folder, until=until, progress=False)
         except Exception as raised:
             stream.write(f"{type(raised).__name__}: {raised}\n{traceback.format_exc()}")
             raise SystemExit(1) from None

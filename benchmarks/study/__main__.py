@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     job = work.Job(path, files, store, scratch, settings, options.minutes, *by)
     try:
-        failed = work.supervise(job)
+        failed = work.run(job)
     finally:
         store.enter()
     console.print(report.tables(plan, store.read()), markup=False, soft_wrap=True)

@@ -79,39 +79,33 @@ class Job:
         return self.store.missing(run for run in runs if run.setting in self.settings)
 
 
-def supervise(job: Job) -> dict[str, str]:
+def run(job: Job) -> dict[str, str]:
     """Run what is missing until nothing is, or the time is over; return errors by failed group.
 
     A group is the runs that begin with the same dense network, and is one call of the engine. A run
     that is killed loses at most an epoch, and continues in the next call. Runs that wait for trials
     are begun when all groups that could be begun before have ended.
     """
-    console = Console(stderr=True)
-    begin, failed = time.monotonic(), dict[str, str]()
+    console, failed = Console(stderr=True), dict[str, str]()
     end = time.time() + 60 * job.minutes  # the only clock that all processes share
     while time.time() < end:
-        begun: dict[str, set[tuple[Any, ...]]] = {}
-        for run in job.missing():
-            if run.group not in failed:
-                begun.setdefault(run.group, set()).add(run.place)
+        begun = [each for each in job.missing() if each.group not in failed]
         if not begun:
             break
-        calls = {group: engines.Call(work, (job, group, end)) for group in begun}
+        calls = {each.group: engines.Call(work, (job, each.group, end)) for each in begun}
         ended = engines.run(calls, job.engine, cpus=job.cpus, gpus=job.gpus)
         with contextlib.closing(ended):
             for group, error in ended:
                 missing = job.missing()  # finished trials may add new ones to the group
-                left = begun[group] & {run.place for run in missing}
-                if not error and time.time() < end and left:
+                left = any(each.group == group and each in missing for each in begun)
+                if left and not error and time.time() < end:
                     folder = job.store.fresh
                     error = f"its results are not in {folder}: do all machines share this disk?"
                 if error:
                     failed[group] = error
-                minutes = (time.monotonic() - begin) / 60
                 how = f"failed: {error}" if error else "ended"
-                console.print(
-                    f"{minutes:6.1f} min  {group} {how}, {len(missing)} left", markup=False
-                )
+                line = f"{time.strftime('%H:%M:%S')}  {group} {how}, {len(missing)} left"
+                console.print(line, markup=False)
     return failed
 
 

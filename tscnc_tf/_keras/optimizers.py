@@ -103,6 +103,31 @@ def is_optimizer(obj: Any) -> bool:
     return isinstance(obj, kinds)
 
 
+def require(optimizer: Any) -> Any:
+    """Return an optimizer; raise a TypeError for anything else."""
+    if not is_optimizer(optimizer):
+        raise TypeError(f"optimizer must be an optimizer of Keras, got {optimizer!r}.")
+    return optimizer
+
+
+def require_pairs(gradients_and_variables: Any) -> Pairs:
+    """Return pairs of a gradient and a variable as a list.
+
+    Raises:
+        TypeError: they are no such pairs.
+    """
+    try:
+        pairs = [(gradient, variable) for gradient, variable in gradients_and_variables]
+    except (TypeError, ValueError):
+        pairs = [(None, None)]
+    if not all(isinstance(variable, tf.Variable | keras.Variable) for _, variable in pairs):
+        raise TypeError(
+            "gradients_and_variables must be pairs of a gradient and a variable, got "
+            f"{gradients_and_variables!r}."
+        )
+    return pairs
+
+
 def held(model: Any) -> list[Any]:
     """Return the optimizers in a model's attributes, the compiled one first."""
     found = [getattr(model, "optimizer", None), *vars(model).values()]

@@ -105,8 +105,9 @@ class APGD(Search, GradientAttack):
         restarts: the number of attempts (per target class), >= 1.
         target_classes: the number of classes that "targeted_dlr" tries, at most all wrong ones;
             None for 9. It must be None for other losses.
-        eot: the number of evaluations of the model over which a gradient is averaged, for a model
-            with random outputs.
+        eot: the number of evaluations of the model at each point, for a model with random outputs.
+            Losses and gradients are their means, and a point fools the model if all of them are
+            wrong, so that no lucky draw ends the search.
         bounds: the smallest and the largest value that an input may take.
 
     Raises:
@@ -252,7 +253,10 @@ class APGD(Search, GradientAttack):
         return rule.review(examples.x, state, new, index)
 
     def _measured(self, ascent: Ascent, point: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Return the score at a point, whether the model is fooled there, and the gradient."""
+        """Return the score at a point, whether the model is fooled there, and the gradient.
+
+        Of `eot` evaluations: the means, and whether the model is fooled in all of them.
+        """
 
         def measure() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             logits, gradient = ascent.logits_and_gradient(point)
@@ -264,7 +268,7 @@ class APGD(Search, GradientAttack):
 
         def add(count: Any, *sums: tf.Tensor) -> tuple[Any, ...]:
             score, fooled, gradient = measure()
-            return count + 1, sums[0] + score, fooled, sums[2] + gradient
+            return count + 1, sums[0] + score, sums[1] & fooled, sums[2] + gradient
 
         _, score, fooled, gradient = tf.while_loop(
             lambda count, *_: count < self.eot,

@@ -54,7 +54,10 @@ def evaluate_robustness(
 
     For a model that was built under a `tf.distribute.MirroredStrategy`, or in the scope of one, the
     batches of compiled attacks, such as PGD and AutoAttack, are distributed over its replicas. The
-    report is the same.
+    report is the same. They are not distributed over several workers
+    (`MultiWorkerMirroredStrategy`): each evaluates all that it is given on one device. Give each
+    worker a part, such as `x[worker::workers]`, and a `state_path` of its own, and average the
+    accuracies by the numbers of examples.
 
     Args:
         model: anything callable that returns logits `(batch, classes)` and that `tf.function` can

@@ -17,7 +17,7 @@ from tscnc_tf._keras import flavours, gated, masks, optimizers
 from tscnc_tf.callbacks import RaiseOnNaN, pruning_callbacks
 from tscnc_tf.experiments import folders, stages
 from tscnc_tf.experiments.folders import Progress
-from tscnc_tf.experiments.recipe import Recipe
+from tscnc_tf.experiments.recipe import Recipe, errors_begin
 from tscnc_tf.training import AdversarialTraining
 
 WEIGHTS, MASKS = "weight", "mask"
@@ -49,7 +49,8 @@ def fit(
         on_batch: called after each step with the number of steps of the stage so far.
 
     Raises:
-        ValueError: the loss or a weight stops being finite, see `callbacks.RaiseOnNaN`.
+        ValueError: the loss, a weight or a slot stops being finite, see `callbacks.RaiseOnNaN`; or
+            a batch has such values.
     """
     settings = getattr(recipe, stage)
     with SignalNote() as note:
@@ -240,7 +241,8 @@ class CheckpointCallback(flavours.Callback):
         if self._validator is None:
             self._validator = stages.validator(self.recipe, model)
         batches = self.data.evaluation("validation", self.recipe.evaluate.batch_size)
-        logs = self._validator.evaluate(batches, verbose=0, return_dict=True)
+        with errors_begin("validation: "):
+            logs = self._validator.evaluate(batches, verbose=0, return_dict=True)
         conditions = inspection.condition_numbers(model)
         figures = {
             "validation_accuracy": logs["clean_accuracy"],

@@ -117,18 +117,20 @@ def _completed(recipe: Any) -> Any:
     return merged(jsonable(known.to_dict()), recipe)
 
 
-def require_same_recipe(output: StageOutput, recipe: Recipe) -> None:
-    """Raise a ValueError if a stage was trained by another recipe.
+def require_same_recipe(folder: pathlib.Path, recipe: Recipe) -> None:
+    """Raise a ValueError if a complete stage is by another recipe, or its manifest is damaged.
 
     The first stage may be that of another experiment, whose later stages differ.
     """
-    mine, theirs = recipe, Recipe.from_dict(_completed(output.manifest["recipe"]))
-    if output.manifest["stage"] == "train":
+    content = read_manifest(folder)
+    mine, theirs = recipe, Recipe.from_dict(_completed(content["recipe"]))
+    if content["stage"] == "train":
         mine, theirs = mine.first_stage(), theirs.first_stage()
     if changed := differences(jsonable(theirs.to_dict()), jsonable(mine.to_dict())):
         raise ValueError(
-            f"folder {output.folder} holds a stage by another recipe: {'; '.join(changed)}. Put "
-            "back the stage that was there, or remove the folder to train it again."
+            f"folder {folder} holds a stage by another recipe: {'; '.join(changed)}, says "
+            f"{folder / MANIFEST}. Put back what was there, or remove the folder and those of "
+            "later stages, and run the experiment again."
         )
 
 

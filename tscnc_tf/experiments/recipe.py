@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from tscnc_tf import _extras
+from tscnc_tf import _extras, _files
 from tscnc_tf.experiments.parts import (
     Adversary,
     Checked,
@@ -125,9 +125,11 @@ class Recipe(Checked):
         Raises:
             ImportError: PyYAML is not installed.
             OSError: the file is missing or can't be read.
+            TypeError: `path` is not a path.
             ValueError: the file is not YAML, empty or not a recipe, it sets a name twice, or files
                 are based on each other.
         """
+        _files.absolute("path", path)
         file = _located(path, pathlib.Path())
         values = _read(file, ())
         with errors_begin(f"{file}: "):
@@ -143,8 +145,11 @@ class Recipe(Checked):
         Raises:
             ValueError: a name is unknown, in which case the message suggests the nearest one, or it
                 is that of a section.
-            TypeError, ValueError: a value is of a wrong type or out of range.
+            TypeError, ValueError: a value is of a wrong type or out of range, or `values` is no
+                mapping.
         """
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise TypeError(f"values must map names, such as 'train.epochs', got {values!r}.")
         nested = self.to_dict()
         known = [name for name, _ in self.leaves()]
         for name, value in values.items():

@@ -24,8 +24,8 @@ from tscnc_tf import _checks, _files, _reports, datasets, inspection
 from tscnc_tf.evaluation import evaluate_robustness
 from tscnc_tf.experiments import fitting, folders, locks, stages
 from tscnc_tf.experiments.parts import STAGES
-from tscnc_tf.experiments.recipe import Recipe
-from tscnc_tf.export import export_saved_model
+from tscnc_tf.experiments.recipe import Recipe, errors_begin
+from tscnc_tf.export import export_saved_model, preflight
 
 _ENOUGH = 200  # validation images from which a network is compared with guessing
 
@@ -110,10 +110,11 @@ def _run(
         for stage in STAGES:
             goal = folders.stage_folder(folder, stage)
             if not folders.is_complete(goal):
-                _train(recipe, stage, data, goal, functools.partial(show, stage), outputs)
+                with errors_begin(f"{stage}: "):
+                    _train(recipe, stage, data, goal, functools.partial(show, stage), outputs)
+            folders.require_same_recipe(goal, recipe)  # first, as its files are another's, too
             folders.require_whole(goal)
             outputs.append(folders.open_stage(goal))
-            folders.require_same_recipe(outputs[-1], recipe)
             folders.require_same_data(goal, outputs[-1].manifest["data"], data)
             if stage == "train":
                 _warn_of_guessing(outputs[-1], data.y_validation)
@@ -124,7 +125,9 @@ def _run(
     if not folders.is_complete(goal):
         model = outputs[-1].model
         stages.freeze(recipe, model, outputs[-1].masks)  # reports say what is pruned
-        _evaluate(recipe, data, model, goal, progress)
+        with errors_begin("evaluate: "):
+            _evaluate(recipe, data, model, goal, progress)
+    folders.require_same_recipe(goal, recipe)
     folders.require_whole(goal)
 
 
@@ -170,6 +173,7 @@ def _train(
 def _evaluate(
     recipe: Recipe, data: datasets.Dataset, model: Any, folder: pathlib.Path, progress: bool
 ) -> None:
+    preflight.require_finite(model)  # before hours of attacks, which need not notice it
     folders.tidy(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / folders.EVALUATION_STATE

@@ -363,8 +363,7 @@ class Pruner(StepCount):
     def step(self, optimizer: Any = None, *, is_constrained: bool = False) -> None:
         """Count an optimizer step, renew the masks if that is due, and apply them.
 
-        Call it after each optimizer step. If there was no step since the last call, it only applies
-        the masks.
+        Call it after each optimizer step. Without a step since the last call it applies the masks.
 
         Args:
             optimizer: the optimizer that took the step. None for the model's own optimizer that
@@ -376,7 +375,7 @@ class Pruner(StepCount):
             RuntimeError: regrowth needs the gradients of the step, and the step was not intercepted
                 (`training`, `apply_gradients`); in a graph also tf.errors.InvalidArgumentError.
         """
-        optimizer = self.own_optimizer() if optimizer is None else optimizer
+        optimizer = self.own_optimizer() if optimizer is None else optimizers.require(optimizer)
         if self._needs_gradients:
             self._require_intercepted(
                 optimizer,
@@ -402,8 +401,8 @@ class Pruner(StepCount):
         Returns:
             What the optimizer's `apply_gradients` returns.
         """
-        with self.training(optimizer):
-            result = optimizer.apply_gradients(gradients_and_variables)
+        with self.training(optimizers.require(optimizer)):
+            result = optimizer.apply_gradients(optimizers.require_pairs(gradients_and_variables))
         self.step(optimizer, is_constrained=True)
         return result
 
@@ -470,7 +469,8 @@ class Pruner(StepCount):
             optimizer: the optimizer; None for all that the model holds. Regrowth refuses Ftrl.
         """
         stack = contextlib.ExitStack()
-        for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
+        given = [] if optimizer is None else [optimizers.require(optimizer)]
+        for each in given or optimizers.held(self.model):
             if self.regrowth is not None and not self.frozen:
                 self.regrowth.require_optimizer(each)
             if optimizers.is_legacy(each) or self._needs_gradients:
@@ -510,6 +510,7 @@ class Pruner(StepCount):
     @tf.autograph.experimental.do_not_convert
     def apply(self, optimizer: Any = None) -> None:
         """Apply the masks to weights, and to the optimizer's slots and averages."""
+        optimizer = None if optimizer is None else optimizers.require(optimizer)
         update_everywhere(self.model, lambda strategy: self._apply(strategy, optimizer))
 
     def on_weights_set(self) -> None:

@@ -220,7 +220,8 @@ class ScorePruner(Pruner):
         """
         _require_no_lora(target.layer for target in self.targets)
         stack = contextlib.ExitStack()
-        for each in optimizers.held(self.model) if optimizer is None else [optimizer]:
+        given = [] if optimizer is None else [optimizers.require(optimizer)]
+        for each in given or optimizers.held(self.model):
             stack.enter_context(optimizers.intercept(each, self._on_step, self._on_finalize))
         return stack
 
@@ -295,8 +296,8 @@ class ScorePruner(Pruner):
         Returns:
             What the optimizer's `apply_gradients` returns.
         """
-        with self.training(optimizer):
-            return optimizer.apply_gradients(gradients_and_variables)
+        with self.training(optimizers.require(optimizer)):
+            return optimizer.apply_gradients(optimizers.require_pairs(gradients_and_variables))
 
     def _on_step(self, optimizer: Any, pairs: optimizers.Pairs, step: Any) -> Any:
         """Take an optimizer step on the scores.
@@ -427,7 +428,7 @@ class ScorePruner(Pruner):
         Raises:
             RuntimeError: a step has changed the kernels; the change is lost.
         """
-        optimizer = self.own_optimizer() if optimizer is None else optimizer
+        optimizer = self.own_optimizer() if optimizer is None else optimizers.require(optimizer)
         self._require_intercepted(optimizer, self._bypassed())
 
     def step_function(self, optimizer: Any) -> Callable[[], None]:

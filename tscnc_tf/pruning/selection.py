@@ -35,7 +35,7 @@ class Magnitude(_configs.Configurable):
 
     def __call__(self, weight: tf.Tensor) -> tf.Tensor:
         """Return the scores of a weight tensor, float32 or wider."""
-        return tf.abs(_checks.widened(weight))
+        return tf.abs(_checks.widened(tf.convert_to_tensor(weight)))
 
 
 class Selection:

@@ -58,11 +58,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
     direction for a mean. (tf_keras infers it from the name.)
 
     Each batch is checked, before the part that XLA compiles, and a ValueError reports inputs
-    outside of the attack's bounds, labels out of range, and soft labels that don't sum to 1. In the
-    first batch (not under a distribution strategy) the networks' outputs are checked as well:
-    probabilities are refused. Labels are integers of any dtype, one-hot or soft. Of soft labels the
-    losses use the rows, the accuracies the largest entry, and the adversary the weights of
-    `losses.log_odds`, which label smoothing does not change.
+    outside of the attack's bounds, labels out of range, and soft labels that don't sum to 1, with
+    the number of the batch. In the first batch (not under a distribution strategy) the networks'
+    outputs are checked as well: probabilities are refused. Labels are integers of any dtype,
+    one-hot or soft. Of soft labels the losses use the rows, the accuracies the largest entry, and
+    the adversary the weights of `losses.log_odds`, which label smoothing does not change.
 
     Args:
         model: a model of either Keras that returns logits, `(batch, classes)`; pruned or not.
@@ -291,7 +291,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
         self._pruners = tuple(pruners)
         for pruner in pruners:
             pruner.on_train_begin(self.optimizer)
-        return self._make("train_function", super().make_train_function, force, self._build)
+        return self._make(
+            *("train_function", super().make_train_function, force, self._build, self._where)
+        )
 
     def _build(self) -> None:
         """Create the optimizer's variables.
@@ -300,6 +302,10 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """
         with self.distribute_strategy.scope():
             optimizers.build(self.optimizer, self.model.trainable_variables)
+
+    def _where(self) -> str:
+        """Return which batch an error is about; one that fails a check is not counted yet."""
+        return f" This is batch {int(optimizers.batches(self.optimizer)) + 1} of the optimizer."
 
     def make_test_function(self, force: bool = False) -> Any:
         """Compile the evaluation's step."""
@@ -311,6 +317,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         make: Callable[..., Any],
         force: bool,
         begin: Callable[[], None] = lambda: None,
+        where: Callable[[], str] = lambda: "",
     ) -> Any:
         """Have Keras compile a step unless it exists, and return it.
 
@@ -319,16 +326,17 @@ class AdversarialTraining(flavours.Trainer, _Base):
             make: Keras' method that compiles it.
             force: whether to compile an existing step again.
             begin: called before the first run of the step.
+            where: returns what follows the message of a failed check.
         """
         flavours.require_xla(self)
         if getattr(self, name) is None or force:
             with self._within_step():
                 make(force=True)
-            setattr(self, name, self._with_value_errors(getattr(self, name), begin))
+            setattr(self, name, self._with_value_errors(getattr(self, name), begin, where))
         return getattr(self, name)
 
     def _with_value_errors(
-        self, function: Callable[..., Any], begin: Callable[[], None]
+        self, function: Callable[..., Any], begin: Callable[[], None], where: Callable[[], str]
     ) -> Callable[..., Any]:
         """Return a compiled step that raises failed checks as ValueErrors, as in eager code."""
         todo = [begin]
@@ -343,7 +351,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
                     found = _checks.as_value_error(error)
                     if found is None:
                         raise
-                    raise found from None
+                    raise ValueError(f"{found}{where()}") from None
             if not self._first_batch.is_over:
                 self._first_batch.end()
             return logs
@@ -628,9 +636,13 @@ def _correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 def _check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
     """Check NumPy arrays completely before training; other data is checked batch by batch."""
+    for name, array in (("x", x), ("y", y)):
+        if isinstance(array, np.ndarray) and not (array.ndim and len(array)):
+            raise ValueError(f"{name} must hold at least one example, got shape {array.shape}.")
     if isinstance(x, np.ndarray):
-        if not len(x):
-            raise ValueError(f"x must hold at least one example, got shape {x.shape}.")
+        # Keras names x for labels that it can't use.
+        if y is not None and not getattr(y, "shape", ()):
+            raise TypeError(f"y must be an array or tensor of labels, got {y!r}.")
         _checks.require_floats(x.dtype)
         _checks.require_within(np.array([x.min(), x.max()]), bounds)
     if isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
