@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import inspect
 import pathlib
+import re
+import sys
 
 import pytest
-from helpers import fresh_process
+from helpers import FLAVOURS, conv_model, fresh_process, images
 
 import tscnc_tf
 
@@ -43,7 +45,7 @@ LAYERS = {
     "__main__": 7,
 }
 KERAS = (
-    *("__init__", "adapted", "layers", "flavours", "optimizers"),
+    *("__init__", "layers", "flavours", "optimizers"),
     *("wrappers", "gated", "models", "cloning", "masks", "files"),
 )
 FRAGILE = {"keras", "tf_keras", "tensorflow_model_optimization"}
@@ -133,6 +135,33 @@ def test_public_names_are_documented(name, value):
 def test_files_are_read_at_a_sitting():
     lengths = {str(path): len(path.read_text().splitlines()) for path in FILES}
     assert not {path: length for path, length in lengths.items() if length > 700}
+
+
+def test_the_guide_names_the_files_of_a_training_step():
+    """Those of the package in which a function is called, for a masked Keras 3 model."""
+    guide = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    section = guide.partition("## A training step, file by file")[2].partition("\n## ")[0]
+    schedule = tscnc_tf.schedules.CosineSparsity(0.0, 0.5, begin_step=1, end_step=9, frequency=1)
+    trainer = tscnc_tf.AdversarialTraining(
+        tscnc_tf.prune(conv_model(FLAVOURS["keras"]), schedule),
+        attack=tscnc_tf.attacks.PGD(epsilon=0.1, step_size=0.05, steps=2),
+        loss=tscnc_tf.losses.TRADES(beta=6.0),
+    )
+    trainer.compile("adam")
+    called = set()
+
+    def note(frame, event, argument):
+        path = pathlib.Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in path.parents:
+            called.add(str(path.relative_to(PACKAGE)))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        trainer.fit(*images(8), batch_size=8, verbose=0)
+    finally:
+        sys.setprofile(before)
+    assert called == set(re.findall(r"`([a-z_/]+\.py)`", section))
 
 
 IMPORT = """

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from tscnc_tf import functional
 from tscnc_tf.functional import scheduling
+from tscnc_tf.pruning.step_count import due_between
 
 # Few distinct values, so that most vectors have ties.
 TIED = hnp.arrays("float32", st.integers(1, 40), elements=st.integers(-1, 3).map(float))
@@ -148,8 +149,6 @@ def test_what_a_schedule_says_of_its_end_and_renewals():
     [(0, 1, False), (1, 2, True), (2, 2, False), (2, 5, True), (6, 9, False)],
 )
 def test_a_renewal_that_was_passed_over_is_still_due(before, now, due):
-    found, sparsity = scheduling.due_between(
-        stairs, tf.constant(before, tf.int64), tf.constant(now, tf.int64)
-    )
+    found, sparsity = due_between(stairs, tf.constant(before, tf.int64), tf.constant(now, tf.int64))
     assert bool(found) == due
     assert float(sparsity) == float(stairs(now)[1])

@@ -14,6 +14,7 @@ from helpers import FLAVOURS, fresh_process
 
 from tscnc_tf import attacks, functional, losses, regularizers, training
 from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import optimizers
 
 EXAMPLES = {
     "element": regularizers.TransformedL1(1e-3, a=0.5),
@@ -218,7 +219,7 @@ def test_in_steps_of_training_every_third_has_three_times_the_condition_penalty(
 
     @tf.function(jit_compile=jit_compile)
     def in_step(step):
-        with tf.GradientTape() as tape, regularizers.in_step(step):
+        with tf.GradientTape() as tape, optimizers.in_step(step):
             value = both(kernel)
         return value, tape.gradient(value, kernel)
 

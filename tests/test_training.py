@@ -15,7 +15,7 @@ import tf_keras
 from helpers import FLAVOURS, blobs, conv_model, dense_model, fresh_process, images
 
 from tscnc_tf import _keras, attacks, callbacks, losses, pruning, regularizers, schedules
-from tscnc_tf._keras import cloning, flavours, masks, models, wrappers
+from tscnc_tf._keras import cloning, flavours, masks, wrappers
 from tscnc_tf.training import AdversarialTraining
 from tscnc_tf.training.trainer import LOGS
 
@@ -899,7 +899,7 @@ def probabilities(library, kind):
 @every_flavour
 def test_probabilities_are_refused_by_their_values(library, how, inside, way, monkeypatch):
     """In the first batch, where it is not known before what the model takes."""
-    monkeypatch.setattr(models, "require_no_probabilities", lambda *_: None)
+    monkeypatch.setattr(losses, "require_no_probabilities", lambda *_: None)
     data = blobs(16)
     model = probabilities(library, inside)
     words = "model must return logits, but returns probabilities"

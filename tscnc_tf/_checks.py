@@ -239,6 +239,36 @@ def inputs(x: Any, bounds: tuple[float, float]) -> np.ndarray | tf.Tensor:
     return x
 
 
+def training_batch(x: Any, y: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the inputs and labels of a batch as tensors, after checking shapes and dtypes.
+
+    Labels of smaller integer dtypes, which not all TensorFlow operations support, become int64.
+
+    Raises:
+        TypeError: x is not one float tensor.
+        ValueError: y is missing, or not one tensor of labels.
+    """
+    x = tf.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+    if not tf.is_tensor(x):
+        raise TypeError(
+            f"x must be one tensor per batch, got a {type(x).__name__}: an attack changes one "
+            "input. Wrap the model into one that takes one tensor."
+        )
+    require_floats(x.dtype)
+    if y is None:
+        raise ValueError("y must be given: adversarial training is supervised.")
+    y = tf.convert_to_tensor(y) if isinstance(y, np.ndarray) else y
+    if not tf.is_tensor(y) or y.shape.rank is None:
+        form = "a tensor of unknown rank" if tf.is_tensor(y) else f"a {type(y).__name__}"
+        raise ValueError(
+            f"y must be one tensor of labels per batch, of shape (batch,) or (batch, classes), got "
+            f"{form}."
+        )
+    if holds_indices("y", y) and y.dtype not in (tf.int32, tf.int64):
+        y = tf.cast(y, tf.int64)
+    return x, y
+
+
 def require_floats(dtype: Any) -> None:
     """Raise a DtypeError unless `dtype`, the dtype of the inputs, is a float dtype."""
     dtype = tf.as_dtype(dtype)
@@ -387,6 +417,23 @@ def require_classes(y: Any, classes: int | None) -> list[tf.Operation]:
         smallest,
         least,
         most,
+    )
+
+
+def are_probabilities(outputs: Any) -> tf.Tensor:
+    """Return whether all outputs `(batch, classes)` are in [0, 1] and each row sums to 1."""
+    outputs = tf.cast(outputs, tf.float32)
+    is_unit = tf.reduce_all((outputs >= 0.0) & (outputs <= 1.0 + 1e-6))
+    return is_unit & tf.reduce_all(tf.abs(tf.reduce_sum(outputs, axis=-1) - 1.0) <= 1e-3)
+
+
+def about_probabilities(name: str) -> str:
+    """Return the error message for a model whose outputs are probabilities."""
+    return (
+        f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
+        "each row sums to 1. Attacks need logits: the gradient of a saturated softmax vanishes, "
+        "which makes a model look robust. Leave out the last softmax (activation=None), or pass "
+        "the part of the model before it (docs/evaluation.md#probabilities)."
     )
 
 

@@ -9,16 +9,15 @@ the argument `layout`.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
 from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import optimizers
 from tscnc_tf.functional.kernels import GROUPS, LAYOUTS
 
 __all__ = ["ConditionNumber", "KernelRegularizer", "RegularizerSum", "TSCNC", "TransformedL1"]
@@ -30,18 +29,6 @@ _MIN_RIDGE = 1e-12
 _PROJECTIONS = ("query", "key", "value", "gate")
 _ATTENTION_OUTPUT = "attention_output"
 _EINSUM = re.compile(r"einsum_dense(_\d+)?")
-# The number of the training step that penalties are computed in; None outside of such steps.
-_STEP: contextvars.ContextVar[Any] = contextvars.ContextVar("step", default=None)
-
-
-@contextlib.contextmanager
-def in_step(step: Any) -> Iterator[None]:
-    """Compute the penalties in this context for training step `step`, an integer tensor."""
-    token = _STEP.set(step)
-    try:
-        yield
-    finally:
-        _STEP.reset(token)
 
 
 class KernelRegularizer(_keras.Regularizer):
@@ -276,7 +263,7 @@ class ConditionNumber(KernelRegularizer):
         self.every = _checks.integer("every", every, minimum=1)
 
     def _penalty(self, kernel: tf.Tensor) -> tf.Tensor:
-        step = _STEP.get()
+        step = optimizers.step_in_progress()
         if self.every == 1 or step is None:
             return self._in_full(kernel)
         return tf.cond(

@@ -257,9 +257,10 @@ def inference(model: Any) -> Callable[[Any], Any]:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}.")
         return model
-    library("model", model)  # checks the backend
-    from tscnc_tf._keras import cloning, wrappers
+    if library("model", model) is tf_keras:
+        from tscnc_tf._keras import cloning, wrappers
 
-    if tf.executing_eagerly():
-        wrappers.apply_masks(model)
-    return functools.partial(cloning.bare(model), training=False)
+        if tf.executing_eagerly():
+            wrappers.apply_masks(model)
+        model = cloning.bare(model)
+    return functools.partial(model, training=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tscnc_tf._keras import adapted, layers
+from tscnc_tf._keras import layers
 
 
 class GatedLayer(abc.ABC):
@@ -79,7 +79,7 @@ def names(model: Any) -> dict[int, str]:
 def with_values(layer: Any, values: dict[int, Any]) -> Any:
     """Return a view of a layer that computes with tensors in place of some of its variables.
 
-    It shares all other attributes with the layer; see `adapted.view`.
+    It shares all other attributes with the layer; see `layers.view`.
 
     Args:
         layer: a built layer of either Keras.
@@ -96,4 +96,4 @@ def with_values(layer: Any, values: dict[int, Any]) -> Any:
             "with LoRA or quantization: bring it into its plain form first."
         )
     held = {name: value for name, value in attributes.items() if id(value) in values}
-    return adapted.view(layer, **{name: values[id(value)] for name, value in held.items()})
+    return layers.view(layer, **{name: values[id(value)] for name, value in held.items()})

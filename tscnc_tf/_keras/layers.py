@@ -1,17 +1,21 @@
-"""The layers of a model: their kernels, how these are read, and the paths to all weights."""
+r"""The layers of a model: their kernels, how these are read, and the paths to all weights.
+
+A layer of Keras 3 may compute with another weight than it stores. With `enable_lora(rank)` it
+computes with :math:`W + \tfrac{\alpha}{r} A B`, and stores W, A and B; quantized to int8 or int4 it
+computes with scaled integers. `layer.kernel` is a property of such a layer, and does not always
+return the effective weight. See `adaptation`.
+"""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import operator
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from tscnc_tf._keras import adapted, flavour, is_graph_model, keras, plain_class, tf_keras
+from tscnc_tf._keras import flavour, is_graph_model, keras, plain_class, tf_keras
 
 # The names of the classes of convolutions, in both Keras versions.
 CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
@@ -100,7 +104,7 @@ def kernels(model: Any) -> Iterator[Kernel]:
     for layer in flatten(model):
         specs = kernel_specs(layer)
         for spec in specs:
-            variable = adapted.stored(layer, spec.attribute)
+            variable = stored(layer, spec.attribute)
             if variable is None or id(variable) in seen or len(variable.shape) < 2:
                 continue
             seen.add(id(variable))
@@ -111,7 +115,7 @@ def kernels(model: Any) -> Iterator[Kernel]:
 def named_kernels(layer: Any) -> Iterator[tuple[str, Any]]:
     """Yield (attribute, variable) of a built layer's own kernels, also those without a spec."""
     for attribute in ("kernel", "depthwise_kernel", "pointwise_kernel", "recurrent_kernel"):
-        variable = adapted.stored(layer, attribute)
+        variable = stored(layer, attribute)
         if isinstance(variable, tf.Variable | keras.Variable) and len(variable.shape) >= 2:
             yield attribute, variable
 
@@ -125,7 +129,7 @@ def is_normalization(layer: Any) -> bool:
 
 def flatten(layer: Any) -> Iterator[Any]:
     """Yield a layer or model and all layers in it, in the model's order, possibly some twice."""
-    if flavour(layer) == "tf_keras":
+    if isinstance(layer, tf_keras.layers.Layer):
         yield from layer._flatten_layers()
         return
     yield layer
@@ -135,38 +139,13 @@ def flatten(layer: Any) -> Iterator[Any]:
 
 def parts(layer: Any) -> Iterator[Any]:
     """Yield the layers that a layer or model is made of, one level down."""
-    if flavour(layer) == "tf_keras":
+    if isinstance(layer, tf_keras.layers.Layer):
         yield from layer._flatten_layers(recursive=False, include_self=False)
         return
     if isinstance(layer, keras.Model):
         yield from layer.layers
     elif isinstance(layer, keras.layers.Layer):  # an operation of a graph has no parts
         yield from layer._layers
-
-
-def state(model: Any) -> list[Any]:
-    """Return the state of a model apart from the values of its weights, for `is_same_state`.
-
-    It consists of the attributes of each layer that are variables, callables or plain Python
-    values. Sequential and functional models inside are left out, since their own attributes belong
-    to training. A state keeps neither layers nor variables alive.
-    """
-    found: list[Any] = []
-    for layer in flatten(model):
-        found.append(weakref.ref(layer))  # the same object each time, as long as the layer lives
-        for name, value in () if is_graph_model(layer) else vars(layer).items():
-            if value is None or isinstance(value, bool | int | float | str):
-                found += [name, value]
-            elif callable(value) or isinstance(value, tf.Variable | keras.Variable):
-                with contextlib.suppress(TypeError):  # functions of C, such as a ufunc
-                    value = weakref.ref(value)
-                found += [name, value]
-    return found
-
-
-def is_same_state(before: list[Any], after: list[Any]) -> bool:
-    """Return whether two states hold the same objects."""
-    return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
 def calls(model: Any) -> collections.Counter[int]:
@@ -297,3 +276,170 @@ def _unpacked(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _unpacked(f"{name}[{key!r}]", each)
     else:
         yield name, value
+
+
+# The layers that have `enable_lora`; all except the convolutions have `quantize` as well.
+ADAPTABLE = (
+    *(keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding),
+    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+)
+_LORA = ("lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b")
+_QUANTIZATION = (
+    *("kernel_scale", "kernel_zero", "g_idx", "awq_scales"),
+    *("inputs_scale", "inputs_amax_history", "kernel_amax_history"),
+    *("outputs_grad_scale", "outputs_grad_amax_history"),
+    *("embeddings_scale", "embeddings_zero"),
+    *("reverse_embeddings_scale", "reverse_embeddings_zero"),
+)
+_INTEGERS = ("int8", "int4")
+
+
+def stored(layer: Any, attribute: str) -> Any:
+    """Return the variable that holds a weight of a layer, None if there is none.
+
+    Args:
+        layer: of either Keras.
+        attribute: the layer's name for the weight, such as "kernel".
+    """
+    value = getattr(layer, attribute, None)
+    if isinstance(layer, ADAPTABLE) and adaptation(layer):
+        return vars(layer).get(f"_{attribute}", value)
+    return value
+
+
+def adaptation(layer: Any) -> str:
+    """Return why a layer's effective weight differs from the stored one, for messages.
+
+    An empty string if they are equal, as in all layers of tf_keras. The layer need not be built.
+    """
+    if not isinstance(layer, ADAPTABLE):
+        return ""
+    found = [f"LoRA is enabled (lora_rank={layer.lora_rank})"] if has_lora(layer) else []
+    if layer.quantization_mode:
+        found.append(f"it is quantized ({layer.quantization_mode})")
+    return " and ".join(found)
+
+
+def has_lora(layer: Any) -> bool:
+    """Return whether LoRA is enabled in a layer, or will be once it is built."""
+    return isinstance(layer, ADAPTABLE) and bool(layer.lora_rank)
+
+
+def companions(layer: Any) -> Iterator[Any]:
+    """Yield the variables that LoRA and quantization add to a layer."""
+    if isinstance(layer, ADAPTABLE):
+        attributes = vars(layer)
+        yield from (attributes[name] for name in (*_LORA, *_QUANTIZATION) if name in attributes)
+
+
+def is_companion(layer: Any, variable: Any) -> bool:
+    """Return whether a variable of a layer is one of `companions`."""
+    return any(variable is companion for companion in companions(layer))
+
+
+def adapted_weight(layer: Any) -> Any:
+    """Return the stored kernel or embeddings of a layer if the effective ones differ, else None."""
+    if not isinstance(layer, ADAPTABLE) or not layer.built or not adaptation(layer):
+        return None
+    return stored(layer, _attribute(layer))
+
+
+def require_plain(layer: Any, what: str) -> None:
+    """Raise a ValueError if a layer does not train its stored kernel.
+
+    Args:
+        layer: of either Keras.
+        what: the name of the operation on the kernel, for the error.
+    """
+    if has_lora(layer):
+        way_out = (
+            "enable LoRA afterwards, or load the merged weights that save_weights writes into a "
+            "model without LoRA"
+        )
+    elif isinstance(layer, ADAPTABLE) and layer.quantization_mode not in (None, "float8"):
+        way_out = "quantize the model afterwards"
+    else:
+        return
+    raise ValueError(
+        f"layer {layer.name!r}: {adaptation(layer)}, so {what} would have no effect: {way_out}; or "
+        "choose other layers by layers=."
+    )
+
+
+def unprunable(layer: Any, variable: Any) -> str:
+    """Return why a layer's weight can't be pruned in its form; an empty string if it can.
+
+    A float8 layer stores a float weight, rounded in each call, which can be pruned.
+    """
+    if is_companion(layer, variable):
+        return f"it belongs to another weight: {adaptation(layer)}"
+    if variable is not adapted_weight(layer):
+        return ""
+    if has_lora(layer):
+        return (
+            "LoRA is enabled, and adds to the zeros: save_weights writes the merged weights, so "
+            "load these into a model without LoRA, and prune it"
+        )
+    mode = layer.quantization_mode
+    return "" if mode == "float8" else f"it is quantized ({mode}): prune first, then quantize"
+
+
+def effective_weight(layer: Any) -> np.ndarray:
+    """Return the effective kernel or embeddings of a layer in float64, LoRA merged.
+
+    Raises:
+        ValueError: its quantization mode is not supported here.
+    """
+    mode = layer.quantization_mode
+    if mode not in (None, "float8", *_INTEGERS):
+        raise ValueError(
+            f"layer {layer.name!r} is quantized by {mode!r}, whose weights can't be read: inspect "
+            "the model before it is quantized."
+        )
+    if isinstance(layer, keras.layers.Embedding):
+        return _array(layer(tf.range(layer.input_dim)))
+    values = _dequantized(layer) if mode in _INTEGERS else _array(layer._kernel)
+    if layer.lora_enabled:
+        # Releases of Keras without `lora_alpha` add the product unscaled.
+        scale = (getattr(layer, "lora_alpha", None) or layer.lora_rank) / layer.lora_rank
+        values = values + scale * np.matmul(
+            _array(layer.lora_kernel_a), _array(layer.lora_kernel_b)
+        )
+    return values
+
+
+def _dequantized(layer: Any) -> np.ndarray:
+    """Return the dequantized kernel of an int8 or int4 Dense or EinsumDense."""
+    plain = view(layer, lora_enabled=False)
+    integers, scale = _array(plain.kernel), _array(layer.kernel_scale)
+    if layer.quantization_mode == "int8":
+        if isinstance(layer, keras.layers.EinsumDense):
+            scale = _array(layer._adjust_scale_for_dequant(layer.kernel_scale))
+        return integers / scale
+    matrix = integers.reshape(layer._kernel.shape[0], -1)
+    zero = getattr(layer, "kernel_zero", None)
+    if zero is None:
+        return (matrix / scale).reshape(integers.shape)
+    groups = _array(layer.g_idx).astype(int)
+    return ((matrix - _array(zero)[groups]) * scale[groups]).reshape(integers.shape)
+
+
+def view(layer: Any, **replaced: Any) -> Any:
+    """Return a shallow copy of a layer with some attributes replaced.
+
+    It is made without the constructor, which would create variables, and without `copy.copy`,
+    which Keras 3's layers implement by their configuration. The layer itself is not changed, so
+    replicas and threads can use separate views at the same time. Only methods that read attributes,
+    such as `call`, are meant to be used.
+    """
+    copy = object.__new__(type(layer))
+    vars(copy).update({**vars(layer), **replaced})
+    return copy
+
+
+def _attribute(layer: Any) -> str:
+    return "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(tf.cast(tf.convert_to_tensor(value), tf.float64))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,12 +46,19 @@ class AttachedPruner(Protocol):
     """Interface of the pruner of a model; `pruning.Pruner` implements it.
 
     Attributes:
+        model: its model.
+        targets: the pruned weights, each with its `variable`.
         state: its variables, a layer of the model's Keras.
         perturb_scores: the radius by which `perturbed` perturbs the scores, 0 for none.
     """
 
+    model: Any
+    targets: Sequence[Any]
     state: Any
     perturb_scores: float
+
+    def held(self) -> list[int]:
+        """Return the indices of the targets that the model holds at present."""
 
     def masked_variables(self) -> list[tuple[Any, Any]]:
         """Return the pairs (weight, mask) of the pruned weights."""
@@ -182,16 +189,27 @@ def apply(model: Any, optimizer: Any = None) -> None:
         model: a model of either Keras, pruned or not.
         optimizer: its state for the weights is masked as well; None for no optimizer.
     """
-    wrappers.apply_masks(model, optimizer)
+    _apply_wrappers(model, optimizer)
     for pruner in pruners(model):
         pruner.apply(optimizer)
 
 
 def end_training(model: Any, optimizer: Any) -> None:
     """Apply the masks of `model` to its weights when a `fit` of it has ended."""
-    wrappers.apply_masks(model, optimizer)
+    _apply_wrappers(model, optimizer)
     for pruner in pruners(model):
         pruner.on_train_end(optimizer)
+
+
+def on_weights_set(model: Any) -> None:
+    """Mask the weights of `model` after they were set from outside."""
+    for pruner in pruners(model):
+        pruner.on_weights_set()
+
+
+def _apply_wrappers(model: Any, optimizer: Any) -> None:
+    if isinstance(model, tf_keras.Model):  # tfmot has wrappers for it only
+        wrappers.apply_masks(model, optimizer)
 
 
 @contextlib.contextmanager
@@ -205,22 +223,23 @@ def training(model: Any, *optimizers: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def perturbed(model: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
-    """Enter the context of every pruner of `model` for taking the gradient of a loss.
+def step(model: Any, optimizer: Any, loss: Callable[[], tf.Tensor]) -> Iterator[None]:
+    """Take an optimizer step in this context; at its end, the masks are applied and renewed.
+
+    Nothing but the optimizer may set weights in it.
 
     Args:
         model: a model of either Keras, pruned or not.
+        optimizer: takes the step.
         loss: computes the value to descend, a scalar; each pruner calls it once at most.
     """
     with contextlib.ExitStack() as stack:
+        if isinstance(model, tf_keras.Model):
+            stack.enter_context(wrappers.step(model, optimizer))
+        stack.enter_context(training(model, optimizer))
         for pruner in pruners(model):
             stack.enter_context(pruner.perturbed(loss))
         yield
-
-
-def after_step(model: Any, optimizer: Any) -> None:
-    """Apply and renew the masks of `model` after a step in which only the optimizer set weights."""
-    wrappers.apply_masks(model, optimizer)
     for pruner in pruners(model):
         pruner.step(optimizer, is_constrained=True)
 
@@ -487,37 +506,35 @@ class PruningState(_Base):
         history: results of the last epochs, `(epochs, 2)`, see `pruning.Regrowth`, if it needs any.
 
     Args:
-        shapes: of the pruned weights.
-        dtypes: of the pruned weights if their scores are trained, else empty.
+        pruner: the pruner.
+        is_scored: whether the scores of the weights are trained.
         has_shares: whether the shares of the layers are trained as well.
         epochs: the number of epochs in `history`.
-        held: returns the indices of the pruned weights that the model holds.
-        on_loaded: called when the weight file of a dense model has been loaded.
     """
 
     def __init__(
         self,
-        shapes: list[tuple[int, ...]],
-        dtypes: list[str],
-        has_shares: bool,
-        epochs: int,
-        held: Callable[[], list[int]],
-        on_loaded: Callable[[], None],
+        pruner: AttachedPruner,
+        *,
+        is_scored: bool = False,
+        has_shares: bool = False,
+        epochs: int = 0,
     ) -> None:
         super().__init__(name="pruning_state", dtype="float32", trainable=False)
+        weights = [tensor_variable(target.variable) for target in pruner.targets]
         self._add("step", (), "int64")
         self._add("seen", (), "int64")
         self._add("frozen", (), "bool")
-        self._add("left_out", (len(shapes),), "bool")
+        self._add("left_out", (len(weights),), "bool")
         self.seen.assign(-1)
         names = ("share_logits", "share_velocities") if has_shares else ()
-        shares = [self._add(name, (len(shapes),), "float32") for name in names]
+        shares = [self._add(name, (len(weights),), "float32") for name in names]
         if epochs:
             self._add("history", (epochs, 2), "float32").assign(np.full((epochs, 2), np.nan))
-        masks = [self._add(f"mask_{i}", shape, "bool", "ones") for i, shape in enumerate(shapes)]
+        masks = [self._add(f"mask_{i}", w.shape, "bool", "ones") for i, w in enumerate(weights)]
         scored = [
-            (self._add(f"dense_{i}", shapes[i], dtype), self._add(f"score_{i}", shapes[i], dtype))
-            for i, dtype in enumerate(dtypes)
+            tuple(self._add(f"{name}_{i}", w.shape, w.dtype.name) for name in ("dense", "score"))
+            for i, w in enumerate(weights if is_scored else [])
         ]
         self.__dict__.update(  # bypasses Keras' tracking
             masks=masks,
@@ -525,24 +542,21 @@ class PruningState(_Base):
             scores=[score for _, score in scored],
             _shares=shares,
             _epochs=epochs,
-            _held=held,
-            _on_loaded=on_loaded,
+            _pruner=pruner,
         )
         self.built = True
 
-    def _add(
-        self, name: str, shape: tuple[int, ...], dtype: str, initializer: str = "zeros"
-    ) -> Any:
+    def _add(self, name: str, shape: Iterable[int], dtype: str, initializer: str = "zeros") -> Any:
         """Create a variable as an attribute, since checkpoints don't include those in lists."""
         variable = self.add_weight(
-            name=name, shape=shape, dtype=dtype, initializer=initializer, trainable=False
+            name=name, shape=tuple(shape), dtype=dtype, initializer=initializer, trainable=False
         )
         setattr(self, name, variable)
         return tensor_variable(variable)
 
     def _saved(self) -> list[Any]:
         """Return the variables that precede the vectors in a weight file, in its order."""
-        held = self._held()
+        held = self._pruner.held()
         scored = list(zip(self.dense, self.scores, strict=True))
         return [
             *(self.step, self.seen, self.frozen),
@@ -554,7 +568,7 @@ class PruningState(_Base):
     def save_own_variables(self, store: Any) -> None:
         """Write the variables for the weights that the model holds."""
         values = [variable.numpy() for variable in self._saved()]
-        values += [vector.numpy()[self._held()] for vector in (*self._shares, self.left_out)]
+        values += [vector.numpy()[self._pruner.held()] for vector in (*self._shares, self.left_out)]
         for position, value in enumerate(values):
             store[str(position)] = value
 
@@ -565,7 +579,7 @@ class PruningState(_Base):
             ValueError: the file belongs to a model with other pruned weights.
         """
         if not store.keys():
-            self._on_loaded()
+            self._pruner.on_weights_set()
             return
         saved, count = self._saved(), len(store.keys())
         vectors = (*self._shares, self.left_out)
@@ -582,7 +596,7 @@ class PruningState(_Base):
             variable.assign(store[str(position)])
         for position, vector in zip(range(len(saved), count), vectors, strict=False):
             value = vector.numpy()
-            value[self._held()] = store[str(position)]
+            value[self._pruner.held()] = store[str(position)]
             vector.assign(value)
 
 
@@ -594,11 +608,11 @@ class _TfKerasState(PruningState, tf_keras.layers.Layer):
     """`PruningState` of a tf_keras model."""
 
 
-def new_state(model: Any, **arguments: Any) -> PruningState:
-    """Return new variables for a pruner of `model`, by the arguments of `PruningState`."""
-    kind = _Keras3State if isinstance(model, keras.Model) else _TfKerasState
-    with model.distribute_strategy.scope():
-        return kind(**arguments)
+def new_state(pruner: AttachedPruner, **options: Any) -> PruningState:
+    """Return new variables for a pruner, by the arguments of `PruningState`."""
+    kind = _Keras3State if isinstance(pruner.model, keras.Model) else _TfKerasState
+    with pruner.model.distribute_strategy.scope():
+        return kind(pruner, **options)
 
 
 @functools.cache

@@ -11,10 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf._keras import (
-    adapted,
     flavour,
     gated,
-    inference,
     is_graph_model,
     keras,
     tf_keras,
@@ -136,41 +134,6 @@ def number_of_logits(name: str, outputs: Any) -> int | None:
     return shape[1]
 
 
-def require_no_probabilities(
-    name: str, model: Any, bounds: tuple[float, float] = (0.0, 1.0)
-) -> None:
-    """Raise a ValueError if a model returns probabilities for inputs drawn within bounds.
-
-    This finds a softmax that is nested, or followed by a layer that changes nothing. A model whose
-    inputs are not known is not checked.
-    """
-    drawn = draw_one(model, 4, np.random.default_rng(0))
-    if drawn is None:
-        return
-    low, high = bounds
-    returned = inference(model)(tf.constant(low + (high - low) * drawn, drawn.dtype))
-    is_matrix = isinstance(returned, tf.Tensor) and returned.shape.rank == 2
-    if is_matrix and bool(are_probabilities(returned)):
-        raise ValueError(about_probabilities(name))
-
-
-def are_probabilities(outputs: Any) -> tf.Tensor:
-    """Return whether all outputs `(batch, classes)` are in [0, 1] and each row sums to 1."""
-    outputs = tf.cast(outputs, tf.float32)
-    is_unit = tf.reduce_all((outputs >= 0.0) & (outputs <= 1.0 + 1e-6))
-    return is_unit & tf.reduce_all(tf.abs(tf.reduce_sum(outputs, axis=-1) - 1.0) <= 1e-3)
-
-
-def about_probabilities(name: str) -> str:
-    """Return the error message for a model whose outputs are probabilities."""
-    return (
-        f"{name} must return logits, but returns probabilities: all outputs are in [0, 1], and "
-        "each row sums to 1. Attacks need logits: the gradient of a saturated softmax vanishes, "
-        "which makes a model look robust. Leave out the last softmax (activation=None), or pass "
-        "the part of the model before it (docs/evaluation.md#probabilities)."
-    )
-
-
 def _wrong_shape(name: str, found: Any) -> str:
     return (
         f"{name} must return logits of shape (batch, classes) with 2 classes or more, got {found}. "
@@ -262,7 +225,7 @@ def _made_by(layer: Any, which: int | None) -> tuple[dict[int, Any], bool]:
     last = attention[-1] if attention else layer
     is_einsum = isinstance(last, library.layers.EinsumDense)
     names = ["kernel"] if is_einsum else [s.attribute for s in kernel_layers.kernel_specs(last)]
-    made = [adapted.stored(last, name) for name in names[-1:]]
+    made = [kernel_layers.stored(last, name) for name in names[-1:]]
     no_kernels = (*BIASES, *NO_KERNELS)
     passes = not any(
         len(weight.shape) >= 2 and leaf(weight) not in no_kernels
@@ -333,12 +296,12 @@ def is_kernel(layer: Any, variable: Any) -> bool:
     if name in BIASES or is_no_kernel(layer, name):
         return False
     is_trained = variable.trainable and layer.trainable and not fixed(layer, variable)
-    return is_trained or variable is adapted.weight(layer)
+    return is_trained or variable is kernel_layers.adapted_weight(layer)
 
 
 def fixed(layer: Any, variable: Any) -> str:
     """Return why a weight is never trained; an empty string if it is trained with its layer."""
-    if why := adapted.reason(layer, variable):
+    if why := kernel_layers.unprunable(layer, variable):
         return why
     if isinstance(variable, keras.Variable):  # its own flag follows that of the layer
         is_fixed = any(variable is each for each in layer._non_trainable_variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ Pairs = list[tuple[Any, Any]]  # (gradient, weight)
 _SUMS = "_accumulated_gradients"  # Keras 3: sums of gradients since the last step
 
 _INTERCEPTED: weakref.WeakKeyDictionary[Any, dict[Any, list[Any]]] = weakref.WeakKeyDictionary()
+
+_STEP: contextvars.ContextVar[Any] = contextvars.ContextVar("step", default=None)
 
 
 def innermost(optimizer: Any) -> Any:
@@ -250,6 +253,24 @@ def batches(optimizer: Any) -> tf.Tensor:
     optimizer = innermost(optimizer)
     given = getattr(optimizer, "_iterations", optimizer.iterations)
     return tf.cast(tf.convert_to_tensor(given), tf.int64)
+
+
+@contextlib.contextmanager
+def in_step(step: Any) -> Iterator[None]:
+    """Compute in this context for the training step of this number, an integer tensor.
+
+    Regularizers that are computed in one of k steps use the number.
+    """
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
+def step_in_progress() -> Any:
+    """Return the number of the training step of `in_step`; None outside of that context."""
+    return _STEP.get()
 
 
 def _positions(optimizer: Any) -> dict[Any, int]:

@@ -7,6 +7,7 @@ until the next call; `apply_masks` masks them at once.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 from collections.abc import Iterator
@@ -65,30 +66,28 @@ def apply_masks(model: Any, optimizer: Any = None) -> None:
     update_everywhere(model, update)
 
 
-def begin(model: Any, optimizer: Any) -> None:
-    """Initialise the step of each wrapper that has none (-1) with the optimizer's step.
+@contextlib.contextmanager
+def step(model: Any, optimizer: Any) -> Iterator[None]:
+    """Take an optimizer step in this context: each wrapper counts one step, and masks are applied.
 
-    tfmot does this in a callback, and refuses to train without it.
+    By itself, a wrapper counts its calls in training mode, which differ from the optimizer's steps
+    for a layer that is called twice. A wrapper that has no step yet (-1) gets that of the
+    optimizer, as from tfmot's callback; without it tfmot refuses to train.
     """
     for wrapper in wrapped_layers(model):
-        step = wrapper.pruning_step
-        first = tf.cast(optimizers.iterations(optimizer), step.dtype)
-        step.assign(tf.where(step < 0, first, step))
+        count = wrapper.pruning_step
+        first = tf.cast(optimizers.iterations(optimizer), count.dtype)
+        count.assign(tf.where(count < 0, first, count))
+    before = pruning_steps(model)
+    yield
+    for wrapper, count in zip(wrapped_layers(model), before, strict=True):
+        wrapper.pruning_step.assign(count + 1)
+    apply_masks(model, optimizer)
 
 
 def pruning_steps(model: Any) -> list[tf.Tensor]:
     """Return the current step of each wrapper."""
     return [tf.identity(wrapper.pruning_step) for wrapper in wrapped_layers(model)]
-
-
-def advance(model: Any, steps: list[tf.Tensor]) -> None:
-    """Set each wrapper's step to one after `steps`.
-
-    A wrapper counts its calls in training mode, which differ from the optimizer's steps for a layer
-    that is called twice.
-    """
-    for wrapper, step in zip(wrapped_layers(model), steps, strict=True):
-        wrapper.pruning_step.assign(step + 1)
 
 
 def unprunable(layer: Any, block_size: Any = (1, 1), sparsity_m_by_n: Any = None) -> str:

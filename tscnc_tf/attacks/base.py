@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -210,10 +212,10 @@ class CompiledAttack(Attack):
             return self._run(model, x, y, seed)
         known = vars(self).setdefault(_COMPILED, weakref.WeakKeyDictionary())
         run, state = known.get(model, (None, None))
-        if run is None or not layers.is_same_state(state, layers.state(model)):
+        if run is None or not _is_same_state(state, _state(model)):
             run = self._graph(weakref.ref(model))
             result = run(x, y, seed)
-            known[model] = run, layers.state(model)  # read here, as the first call may change it
+            known[model] = run, _state(model)  # read here, as the first call may change it
             return result
         return run(x, y, seed)
 
@@ -253,6 +255,31 @@ class CompiledAttack(Attack):
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields, without compiled functions, for copies and pickles."""
         return {name: value for name, value in vars(self).items() if name != _COMPILED}
+
+
+def _state(model: Any) -> list[Any]:
+    """Return the state of a model apart from the values of its weights, for `_is_same_state`.
+
+    It consists of the attributes of each layer that are variables, callables or plain Python
+    values. Sequential and functional models inside are left out, since their own attributes belong
+    to training. A state keeps neither layers nor variables alive.
+    """
+    found: list[Any] = []
+    for layer in layers.flatten(model):
+        found.append(weakref.ref(layer))  # the same object each time, as long as the layer lives
+        for name, value in () if _keras.is_graph_model(layer) else vars(layer).items():
+            if value is None or isinstance(value, bool | int | float | str):
+                found += [name, value]
+            elif callable(value) or isinstance(value, tf.Variable | _keras.keras.Variable):
+                with contextlib.suppress(TypeError):  # functions of C, such as a ufunc
+                    value = weakref.ref(value)
+                found += [name, value]
+    return found
+
+
+def _is_same_state(before: list[Any], after: list[Any]) -> bool:
+    """Return whether two states hold the same objects."""
+    return len(before) == len(after) and all(map(operator.is_, before, after))
 
 
 def distance_field(name: str, value: Any) -> float | str:

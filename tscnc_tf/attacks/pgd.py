@@ -12,7 +12,6 @@ import tensorflow as tf
 from tscnc_tf import _checks, _keras, losses
 from tscnc_tf.attacks.base import CompiledAttack, distance_field
 from tscnc_tf.functional import balls
-from tscnc_tf.losses import terms
 
 OBJECTIVES = ("cross_entropy", "kl", "margin", "dlr")
 STARTS = ("none", "uniform", "gaussian")
@@ -411,7 +410,7 @@ class Ascent:
 
     def is_true_class(self, logits: tf.Tensor) -> tf.Tensor:
         """Return a mask of the shape of `logits` with True at each example's class."""
-        return terms.is_true_class(self._labels, logits)
+        return losses.is_true_class(self._labels, logits)
 
     def _value(self, logits: tf.Tensor) -> tf.Tensor:
         if self._objective == "kl":

@@ -10,11 +10,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _checks, _keras
+from tscnc_tf import _checks, _keras, losses
 from tscnc_tf.attacks import pgd
 from tscnc_tf.attacks.base import Attack, CompiledAttack
 from tscnc_tf.functional import balls
-from tscnc_tf.losses import terms
 
 # The default number of wrong classes that targeted searches try.
 TARGET_CLASSES = 9
@@ -421,6 +420,6 @@ def _ranked_class(examples: Examples, rank: Any) -> tf.Tensor:
         examples: with labels and clean logits.
         rank: counted from 0; ranks beyond the last wrong class give the last one.
     """
-    _, others = terms.split(examples.labels, examples.clean_logits)
+    _, others = losses.split(examples.labels, examples.clean_logits)
     order = tf.argsort(others, axis=-1, direction="DESCENDING", stable=True)
     return order[:, tf.minimum(rank, tf.shape(order)[1] - 2)]

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras, _reports, losses
-from tscnc_tf._keras import models
+from tscnc_tf import _checks, _keras, _reports, losses
 from tscnc_tf.attacks import pgd
 from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.inspection.inputs import one_tensor
@@ -101,8 +100,8 @@ class ModelUnderTest:
                 f"{self._role} returns NaN or infinity for {np.sum(~finite)} of {len(finite)} "
                 "examples."
             )
-        if bool(models.are_probabilities(logits)):
-            raise ValueError(models.about_probabilities(self._role))
+        if bool(_checks.are_probabilities(logits)):
+            raise ValueError(_checks.about_probabilities(self._role))
         return logits, diagnostics.Outputs(
             repeatable=repeatable,
             unit_interval=bool(np.min(logits) >= 0.0 and np.max(logits) <= 1.0 + 1e-6),

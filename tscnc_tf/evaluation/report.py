@@ -114,11 +114,17 @@ class AttackResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and the attack's description as JSON values."""
         ball = {} if self.declared else {"epsilon": _NOT_DECLARED, "norm": _NOT_DECLARED}
-        result = dict(self.description) | ball | _figures(self.correct)
-        result["largest_distance"] = dict(self.largest_distance)
-        if self.stages:
-            result["attacks"] = self.stages
-        return jsonable({"name": self.name} | result | {"seconds": self.seconds, "name": self.name})
+        return jsonable(
+            {
+                "name": self.name,
+                **{key: value for key, value in self.description.items() if key != "name"},
+                **ball,
+                **_figures(self.correct),
+                "largest_distance": self.largest_distance,
+                **({"attacks": self.stages} if self.stages else {}),
+                "seconds": self.seconds,
+            }
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,26 +30,6 @@ def is_at_once(schedule: Schedule) -> bool:
     return bool(due) and float(np.float32(sparsity)) == np.float32(final_sparsity(schedule))
 
 
-def due_between(
-    schedule: Schedule, before: tf.Tensor, now: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return whether masks were due at any step after `before` up to `now`, and the sparsity now.
-
-    Args:
-        schedule: a schedule of TensorFlow operations.
-        before: int64 scalar, the last step at which masks were checked.
-        now: int64 scalar, the current step, usually `before` + 1.
-    """
-    due, sparsity = schedule(now)
-    due = tf.convert_to_tensor(due) & (now > before)
-
-    def look_back(step: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return step - 1, found | tf.convert_to_tensor(schedule(step)[0])
-
-    _, due = tf.while_loop(lambda step, found: (step > before) & ~found, look_back, (now - 1, due))
-    return due, tf.cast(sparsity, tf.float32)
-
-
 def renewals(schedule: Schedule, last: int) -> list[tuple[int, float]] | None:
     """Return the steps up to `last` at which masks are renewed, with the sparsity at each.
 

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
-from tscnc_tf._keras import adapted, flavours, gated, keras, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, keras, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.functional.gates import uniform
 
@@ -182,7 +182,7 @@ class Gated(gated.GatedLayer, _Base):
                 f"layer {layer.name!r} of class {type(layer).__name__} can't have gates: they are "
                 "for convolutions and dense layers."
             )
-        if state := adapted.state(layer):
+        if state := kernel_layers.adaptation(layer):
             raise ValueError(_not_plain(layer, f"can't have gates: {state}."))
         kwargs = {"name": layer.name, "dtype": layer.dtype_policy, **kwargs}
         # The layer inside is not called, so this layer does what Keras does around a call.
@@ -197,7 +197,7 @@ class Gated(gated.GatedLayer, _Base):
         self.seed = _checks.integer("seed", seed, minimum=0)
         self.calls = _checks.integer("calls", calls, minimum=1)
         self.supports_masking = layer.supports_masking
-        if isinstance(layer, adapted.CLASSES):
+        if isinstance(layer, kernel_layers.ADAPTABLE):
             # Keras' `model.quantize` calls the method of the layer inside, not of this one.
             layer.quantize = _refusal(layer, "quantized")
             layer.enable_lora = _refusal(layer, "given LoRA")

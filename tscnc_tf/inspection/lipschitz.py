@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
-from tscnc_tf._keras import adapted, flavours, gated, keras, tf_keras, wrappers
+from tscnc_tf._keras import flavours, gated, keras, tf_keras, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.models import origin
 from tscnc_tf.inspection import weights
@@ -316,7 +316,7 @@ def _constant(layer: Any, shape: tuple[Any, ...], read: weights.Reader, gain: np
     if _is_a(layer, "Dense", "Conv2D", "Activation") and layer.activation not in _LINEAR + _RELU:
         raise ValueError(f"{_of(layer)}: no bound is known for its activation.")
     if _is_a(layer, "Dense", "Conv2D"):
-        kernel = read(adapted.stored(layer, "kernel")) * gain
+        kernel = read(kernel_layers.stored(layer, "kernel")) * gain
         if not np.all(np.isfinite(kernel)):
             raise ValueError(f"{_of(layer)}: its kernel, or a BatchNormalization, is not finite.")
         if _is_a(layer, "Dense"):

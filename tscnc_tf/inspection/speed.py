@@ -18,10 +18,9 @@ from tscnc_tf._timing import Timed, Times, compiled
 from tscnc_tf.inspection import weights
 from tscnc_tf.inspection.structure import KernelStructure
 
-ABOUT = 1.1  # medians within this ratio, with overlapping quartiles, are about the same
-LEAST_SPARSITY = 0.5  # with fewer zeros a sparse product is much slower than the dense one
-NO_FASTER = "no faster: dense kernels multiply zeros at the same speed"
-WHAT_HELPS = (
+_ABOUT = 1.1  # medians within this ratio, with overlapping quartiles, are about the same
+_LEAST_SPARSITY = 0.5  # with fewer zeros a sparse product is much slower than the dense one
+_WHAT_HELPS = (
     "What does help: tscnc.pruning.compact removes dead filters, which leaves smaller dense "
     "kernels; a runtime that knows the pattern gains by 2:4 (NVIDIA's sparse tensor cores) or by "
     "blocks (LiteRT, by tscnc.export_litert(sparse=True), which also runs 1x1 convolutions by "
@@ -81,21 +80,21 @@ class LayerSpeed(_reports.Record):
         """What the figures say, in words."""
         if self.as_is is None or self.filled is None:
             return f"not timed: {self.obstacle}"
-        zeros = _compare_zeros(self.as_is, self.filled) if self.sparsity else "it has no zeros"
-        return f"{zeros}; {self._compare_sparse(self.as_is)}"
+        zeros = _gain(self.as_is, self.filled) if self.sparsity else "it has no zeros"
+        return f"{zeros}; {self._sparse_verdict(self.as_is)}"
 
-    def _compare_sparse(self, as_is: Times) -> str:
+    def _sparse_verdict(self, as_is: Times) -> str:
         if self.sparse is None:
             return self.obstacle
         if self.call and max(self.sparse.median, as_is.median) < 2 * self.call.median:
             return "too small to tell whether sparse would be faster: most of it is the call"
-        here = f"here at {100 * self.sparsity:.4g} % zeros"
-        compared = _compare(self.sparse, as_is)
-        if not self.sparse.overlaps(as_is):
-            return f"sparse would be {compared} {here}"
-        if 1 / ABOUT < self.sparse.median / as_is.median < ABOUT:
-            return f"sparse would be about as fast {here}"
-        return f"too unsteady to tell: by the medians sparse would be {compared} {here}"
+        would_be = f"sparse would be {_compared(self.sparse, as_is)}"
+        if self.sparse.overlaps(as_is):
+            if 1 / _ABOUT < self.sparse.median / as_is.median < _ABOUT:
+                would_be = "sparse would be about as fast"
+            else:
+                would_be = f"too unsteady to tell: by the medians {would_be}"
+        return f"{would_be} here at {100 * self.sparsity:.4g} % zeros"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +129,12 @@ class SpeedReport(_reports.Report):
     @property
     def verdict(self) -> str:
         """What the figures of the whole model say, in words."""
-        return _compare_zeros(self.as_is, self.filled)
+        return _gain(self.as_is, self.filled)
 
     def _table(self) -> _reports.Table:
         def milliseconds(times: Times | None) -> str:
             return "–" if times is None else f"{1e3 * times.median:.3g}"
 
-        columns = ("kernel", "layer", "zeros", "as it is", "no zeros", "sparse", "sparse/as is")
-        patterns = ("dead filters", "dead inputs", "2:4", "4×4", "1×16", "16×1")
         rows = [
             (
                 row.name,
@@ -145,25 +142,21 @@ class SpeedReport(_reports.Report):
                 _reports.percent(row.sparsity),
                 *map(milliseconds, (row.as_is, row.filled, row.sparse)),
                 "–" if row.sparse_ratio is None else f"{row.sparse_ratio:.2f}",
-                f"{row.structure.dead_filters}/{row.structure.filters}",
-                f"{row.structure.dead_inputs}/{row.structure.inputs}",
-                *("–" if part is None else f"{100 * part:.0f} %" for part in row.structure.shares),
             )
             for row in self.rows
         ]
-        structures = [(row.name, ", ".join(row.structure.words)) for row in self.rows]
-        times = (milliseconds(self.as_is), milliseconds(self.filled))
+        patterns = [(row.name, ", ".join(row.structure.words)) for row in self.rows]
         return _reports.Table(
             f"Milliseconds per batch of {self.batch_size} on {self.device}, medians of "
             f"{self.rounds} rounds; and the patterns of the zeros",
-            (*columns, *patterns),
+            ("kernel", "layer", "zeros", "as it is", "no zeros", "sparse", "sparse/as is"),
             rows,
-            ("whole model", "", "", *times, *[""] * 8),
+            ("whole model", "", "", *map(milliseconds, (self.as_is, self.filled)), "", ""),
             [
                 *(f"{row.name}: {row.verdict}." for row in self.rows),
-                *(f"{name}: {words}." for name, words in structures if words),
+                *(f"{name}: {words}." for name, words in patterns if words),
                 f"Whole model, with zeros {self.as_is}, without {self.filled}: {self.verdict}.",
-                WHAT_HELPS,
+                _WHAT_HELPS,
             ],
         )
 
@@ -171,24 +164,20 @@ class SpeedReport(_reports.Report):
 def speed_check(
     model: Any, x: Any = None, *, batch_size: int = 32, rounds: int = 30, seed: int = 0
 ) -> SpeedReport:
-    r"""Return how long a model and its layers take, and whether their zeros make them faster.
+    """Return how long a model and its layers take, and whether their zeros make them faster.
 
     In TensorFlow they don't: its dense kernels multiply zeros like other numbers. This function
-    measures it on the device at hand. Each layer with a kernel is timed in three ways:
+    measures it on the device at hand. Each layer with a kernel is timed as it is; with random
+    weights that are not zero; and as a product with a sparse kernel that gives the same outputs,
+    bias and activation included, by `tf.sparse.sparse_dense_matmul` or
+    `tf.raw_ops.SparseMatrixMatMul`, whichever is faster. There are such products for Dense, and, by
+    the patches of the image (`tf.image.extract_patches`), for Conv1D, Conv2D and the depthwise
+    ones, grouped and dilated or not. The whole model is timed in the first two ways.
 
-    * as it is, with the zeros in its dense kernel;
-    * with random weights that are not zero, in the same kernel;
-    * as a product with a sparse kernel that gives the same outputs, bias and activation included:
-      by `tf.sparse.sparse_dense_matmul` or `tf.raw_ops.SparseMatrixMatMul`, whichever is faster. A
-      convolution then multiplies the patches of its image (`tf.image.extract_patches`). There are
-      such products for Dense, Conv1D, Conv2D and the depthwise ones, grouped and dilated or not.
-
-    The whole model is timed in the first two ways. All are compiled by `tf.function` (not by XLA,
-    which has no sparse kernels). After a warm-up they run in turn, A B C A B C ..., in one process.
-    The report has the medians and quartiles of the wall-clock times. A call by itself takes
-    TensorFlow a fraction of a millisecond, so layers that take about as long can't be compared.
-    Layers get normally distributed inputs. A layer that is called several times is timed on the
-    shape of its first input.
+    All are compiled by `tf.function` (not by XLA, which has no sparse kernels). After a warm-up
+    they run in turn, A B C A B C ..., in one process. A call by itself takes a fraction of a
+    millisecond, so layers that take about as long can't be compared. Layers get normally
+    distributed inputs, of the shape of their first call in the model.
 
     During the timing the model's kernels are replaced, so don't use the model from another thread.
     They are restored exactly, also after an error. Masks are applied, as by any call.
@@ -355,7 +344,7 @@ def _obstacle(weight: weights.KernelWeight) -> str:
         return kind
     if getattr(layer, "data_format", "channels_last") != "channels_last":
         return f"{kind} with channels first"
-    if zeros < LEAST_SPARSITY:
+    if zeros < _LEAST_SPARSITY:
         return f"a sparse product is not tried at {100 * zeros:.3g} % zeros"
     return ""
 
@@ -372,25 +361,22 @@ def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], t
     layer = weight.kernel.layer
     dtype = tf.as_dtype(layer.compute_dtype)
     matrix = _sparse_matrix(weight.canonical(), dtype)
-
-    def by_coordinates(rows: tf.Tensor) -> tf.Tensor:
-        return tf.transpose(tf.sparse.sparse_dense_matmul(matrix, rows, adjoint_b=True))
-
-    def by_compressed_rows(rows: tf.Tensor) -> tf.Tensor:
-        return tf.raw_ops.SparseMatrixMatMul(
-            a=compressed, b=rows, transpose_b=True, transpose_output=True
+    multiply: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+        "tf.sparse.sparse_dense_matmul": lambda rows: tf.transpose(
+            tf.sparse.sparse_dense_matmul(matrix, rows, adjoint_b=True)
         )
-
-    multiply = {"tf.sparse.sparse_dense_matmul": by_coordinates}
+    }
     if dtype in (tf.float32, tf.float64):  # the only ones that it takes
-        multiply["tf.raw_ops.SparseMatrixMatMul"] = by_compressed_rows
         # A function's result keeps its shape when a graph captures it. The concrete one:
         # `tf.function` warns of many that are compiled at one place.
         parts = {name: getattr(matrix, name) for name in ("indices", "values", "dense_shape")}
-        convert = tf.raw_ops.SparseTensorToCSRSparseMatrix
-        compressed = tf.function(
-            lambda: convert(**parts), autograph=False
-        ).get_concrete_function()()
+        convert = tf.function(
+            lambda: tf.raw_ops.SparseTensorToCSRSparseMatrix(**parts), autograph=False
+        )
+        compressed = convert.get_concrete_function()()
+        multiply["tf.raw_ops.SparseMatrixMatMul"] = lambda rows: tf.raw_ops.SparseMatrixMatMul(
+            a=compressed, b=rows, transpose_b=True, transpose_output=True
+        )
 
     def compute(product: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor) -> tf.Tensor:
         inputs = _patches(layer, x) if weight.values.ndim > 2 else x
@@ -406,13 +392,12 @@ def _products(weight: weights.KernelWeight) -> dict[str, Callable[[tf.Tensor], t
 def _sparse_matrix(kernel: np.ndarray, dtype: tf.DType) -> tf.SparseTensor:
     """Return `(groups, positions, inputs, outputs)` as a matrix (all outputs × all inputs)."""
     groups, positions, inputs, outputs = kernel.shape
-    group, position, channel, output = np.nonzero(kernel)
-    row = group * outputs + output
-    column = (position * groups + group) * inputs + channel
-    order = np.lexsort((column, row))
+    kernel = kernel.transpose(0, 3, 1, 2)  # whose order is that of the rows and columns
+    group, output, position, channel = where = np.nonzero(kernel)
+    row, column = group * outputs + output, (position * groups + group) * inputs + channel
     return tf.SparseTensor(
-        np.stack([row, column], axis=1)[order].astype(np.int64),
-        tf.cast(kernel[kernel != 0][order], dtype),
+        np.stack([row, column], axis=1),
+        tf.cast(kernel[where], dtype),
         (groups * outputs, positions * groups * inputs),
     )
 
@@ -462,15 +447,15 @@ def _input_shapes(layers: Iterable[Any], run: Callable[[], Any]) -> dict[int, tu
 
 
 def _ratio(above: Times | None, below: Times | None) -> float | None:
-    return None if above is None or below is None else above.median / below.median
+    return above.median / below.median if above and below else None
 
 
-def _compare(one: Times, other: Times) -> str:
+def _compared(one: Times, other: Times) -> str:
     ratio = one.median / other.median
     return f"{ratio:.2g}x slower" if ratio >= 1 else f"{1 / ratio:.2g}x faster"
 
 
-def _compare_zeros(as_is: Times, filled: Times) -> str:
+def _gain(as_is: Times, filled: Times) -> str:
     if as_is.median < filled.median and not as_is.overlaps(filled):
-        return f"{_compare(as_is, filled)} than without zeros"
-    return NO_FASTER
+        return f"{_compared(as_is, filled)} than without zeros"
+    return "no faster: dense kernels multiply zeros at the same speed"

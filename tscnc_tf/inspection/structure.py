@@ -8,6 +8,8 @@ import numpy as np
 
 from tscnc_tf import _reports
 
+_BLOCKS = {"4×4": (4, 4), "1×16": (1, 16), "16×1": (16, 1)}
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelStructure(_reports.Record):
@@ -46,18 +48,12 @@ class KernelStructure(_reports.Record):
         """Return the structure of a kernel `(groups, positions, inputs, outputs)`."""
         zero = kernel == 0
         dead_filters, dead_inputs = zero.all(axis=(1, 2)), zero.all(axis=(1, 3))
-        two_of_four = None
-        if zero.shape[2] >= 4:
-            two_of_four = float(np.mean(_blocks(zero, 4, 1).sum(axis=(3, 5)) >= 2))
+        fours = _blocks(zero, 4, 1).sum(axis=(3, 5)) >= 2 if zero.shape[2] >= 4 else None
         return cls(
-            filters=dead_filters.size,
-            dead_filters=int(dead_filters.sum()),
-            inputs=dead_inputs.size,
-            dead_inputs=int(dead_inputs.sum()),
-            two_of_four=two_of_four,
-            blocks_4x4=_share_in_blocks(zero, 4, 4),
-            blocks_1x16=_share_in_blocks(zero, 1, 16),
-            blocks_16x1=_share_in_blocks(zero, 16, 1),
+            *(dead_filters.size, int(dead_filters.sum())),
+            *(dead_inputs.size, int(dead_inputs.sum())),
+            None if fours is None else float(np.mean(fours)),
+            *(_share_in_blocks(zero, *size) for size in _BLOCKS.values()),
         )
 
     @property
@@ -68,14 +64,13 @@ class KernelStructure(_reports.Record):
     @property
     def words(self) -> tuple[str, ...]:
         """The complete patterns and the dead channels as phrases; empty if there are none."""
-        dead = [(self.dead_filters, self.filters, "filters")]
-        dead += [(self.dead_inputs, self.inputs, "inputs")]
-        patterns = ["2:4 along the inputs"]
-        patterns += [f"all zeros in {block} blocks" for block in ("4×4", "1×16", "16×1")]
-        return (
-            *(f"{few} of {count} {what} dead" for few, count, what in dead if few),
-            *(text for text, share in zip(patterns, self.shares, strict=True) if share == 1.0),
-        )
+        patterns = ("2:4 along the inputs", *(f"all zeros in {name} blocks" for name in _BLOCKS))
+        found = {
+            f"{self.dead_filters} of {self.filters} filters dead": self.dead_filters > 0,
+            f"{self.dead_inputs} of {self.inputs} inputs dead": self.dead_inputs > 0,
+            **{text: share == 1.0 for text, share in zip(patterns, self.shares, strict=True)},
+        }
+        return tuple(text for text, is_so in found.items() if is_so)
 
 
 def _blocks(zero: np.ndarray, height: int, width: int) -> np.ndarray:

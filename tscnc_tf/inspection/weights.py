@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from tscnc_tf import _reports, functional
 from tscnc_tf._keras import (
-    adapted,
     gated,
     keras,
     layers,
@@ -91,14 +90,14 @@ class Reader:
         self._adapted = {
             id(variable): layer
             for layer in layers.flatten(model)
-            if (variable := adapted.weight(layer)) is not None
+            if (variable := layers.adapted_weight(layer)) is not None
         }
 
     def __call__(self, variable: Any) -> np.ndarray:
         """Return the values of a variable."""
         key = id(variable)
         if key in self._adapted:
-            return adapted.acting(self._adapted[key])
+            return layers.effective_weight(self._adapted[key])
         value = tf.convert_to_tensor(variable)
         if key in self._gates:
             value = gated.times(value, self._gates[key])
@@ -183,7 +182,7 @@ def all_weights(model: Any) -> Iterator[tuple[Any, np.ndarray]]:
         if isinstance(layer, tf_keras.Model):  # `weights` may include metrics
             left_out |= {id(variable) for metric in layer.metrics for variable in metric.variables}
     left_out |= set(masks.names(model)) | set(gated.names(model))
-    left_out |= {id(v) for layer in layers.flatten(model) for v in adapted.companions(layer)}
+    left_out |= {id(v) for layer in layers.flatten(model) for v in layers.companions(layer)}
     for variable in model.weights:
         if id(variable) in left_out or not hasattr(variable, "dtype"):
             continue  # (a look-up table's handler has no dtype)

@@ -11,8 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _keras
-from tscnc_tf._keras import adapted, masks, optimizers
+from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
+from tscnc_tf._keras.layers import unprunable
 from tscnc_tf._keras.masks import keep, kept
 from tscnc_tf._keras.optimizers import assign
 from tscnc_tf.functional import scheduling
@@ -28,7 +29,7 @@ from tscnc_tf.pruning.configs import (
 )
 from tscnc_tf.pruning.regrowth import Regrowth
 from tscnc_tf.pruning.selection import Selection
-from tscnc_tf.pruning.step_count import StepCount
+from tscnc_tf.pruning.step_count import StepCount, due_between
 from tscnc_tf.pruning.structures import Structure, unfit
 from tscnc_tf.pruning.targets import (
     FROZEN,
@@ -270,16 +271,8 @@ class Pruner(StepCount):
             f"{reasons or 'it has none of rank 2 or more'}."
         )
 
-    def _new_state(self, dtypes: Sequence[str] = (), has_shares: bool = False) -> Any:
-        return masks.new_state(
-            self.model,
-            shapes=[target.shape for target in self.targets],
-            dtypes=dtypes,
-            has_shares=has_shares,
-            epochs=self.regrowth.epochs if self.regrowth else 0,
-            held=self._held,
-            on_loaded=self.on_weights_set,
-        )
+    def _new_state(self) -> Any:
+        return masks.new_state(self, epochs=self.regrowth.epochs if self.regrowth else 0)
 
     def detach(self) -> None:
         """Remove the pruner from its model; the weights are not changed."""
@@ -311,7 +304,7 @@ class Pruner(StepCount):
     def _not_pruned(self, target: Target) -> str:
         if id(target.variable) not in {id(weight) for weight in self.model.weights}:
             return "the model does not hold it any more"
-        return adapted.reason(target.layer, target.variable) or FROZEN
+        return unprunable(target.layer, target.variable) or FROZEN
 
     @property
     def frozen(self) -> bool:
@@ -336,23 +329,23 @@ class Pruner(StepCount):
         """Return (weight, mask) for each of `masked_targets`."""
         return [(target.variable, mask) for target, mask in self.masked_targets()]
 
-    def _held(self) -> list[int]:
-        """Return the indices of the targets that the model holds as plain kernels."""
+    def held(self) -> list[int]:
+        """Return the indices of the targets that the model holds, without LoRA or quantization."""
         own = {id(weight) for weight in self.model.weights}
         return [
             index
             for index, target in enumerate(self.targets)
-            if id(target.variable) in own and not adapted.reason(target.layer, target.variable)
+            if id(target.variable) in own and not unprunable(target.layer, target.variable)
         ]
 
     def _held_pairs(self) -> list[tuple[Target, Any]]:
-        """Return (target, mask) for the indices of `_held`."""
-        return [(self.targets[index], self.state.masks[index]) for index in self._held()]
+        """Return (target, mask) for the indices of `held`."""
+        return [(self.targets[index], self.state.masks[index]) for index in self.held()]
 
     def _active(self) -> list[int]:
-        """Return the indices of `_held` whose weights are trainable."""
+        """Return the indices of `held` whose weights are trainable."""
         trained = {optimizers.key(weight) for weight in self.model.trainable_variables}
-        held = self._held()
+        held = self.held()
         return [index for index in held if optimizers.key(self.targets[index].variable) in trained]
 
     def constrain(self, weight: tf.Tensor, mask: Any, own: Callable[[Any], Any] | None) -> Any:
@@ -562,7 +555,7 @@ class Pruner(StepCount):
         self, strategy: Any, optimizer: Any, is_constrained: bool, gradients: Any = None
     ) -> None:
         before, now, count = self._counted(optimizer)
-        due, sparsity = scheduling.due_between(self.schedule, before, now)
+        due, sparsity = due_between(self.schedule, before, now)
         active = self._among(self._active())
         # Weights that were frozen at the last renewal, and are trainable now, are pruned now.
         due |= tf.reduce_any(tensor_variable(self.state.left_out) & active) & (now > before)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
-from tscnc_tf._keras import adapted, gated, masks, models
+from tscnc_tf._keras import gated, masks, models
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf.pruning.score_pruner import ScorePruner
 
@@ -154,7 +154,7 @@ def _matched(model: Any) -> dict[str, kernel_layers.Kernel]:
     """Return the kernels that make the channels of layers, by the layers' unique names."""
     found = []
     for layer in _unique(model):
-        if isinstance(layer, _WITH_CHANNELS) and not adapted.state(layer):
+        if isinstance(layer, _WITH_CHANNELS) and not kernel_layers.adaptation(layer):
             found += list(kernel_layers.kernels(layer))[-1:]  # of a separable layer, the pointwise
     return dict(zip(_reports.unique(kernel.layer.name for kernel in found), found, strict=True))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tscnc_tf import _keras, regularizers
-from tscnc_tf._keras import adapted, cloning, masks, wrappers
+from tscnc_tf._keras import cloning, masks, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.models import listed, selector
 
@@ -120,7 +120,7 @@ class _Rebuilding(cloning.Rebuilder):
         for spec in kernel_layers.kernel_specs(layer) if id(layer) in self._chosen else ():
             if spec.regularizer not in config:
                 continue
-            adapted.require_plain(layer, "a regularizer on it")
+            kernel_layers.require_plain(layer, "a regularizer on it")
             config[spec.regularizer] = _combined(
                 config[spec.regularizer], self.regularizer, spec, self.library
             )

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, functional
-from tscnc_tf._keras import adapted, flavours, masks, optimizers
+from tscnc_tf._keras import flavours, masks, optimizers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, trainers, update_everywhere
 from tscnc_tf._keras.masks import kept
@@ -185,14 +185,14 @@ class ScorePruner(Pruner):
             score.assign(arithmetic.initial(weight, target))
         self._reset_shares(self._first_masks)
 
-    def _new_state(self, *_: Any) -> Any:
-        dtypes = [tf.as_dtype(tensor_variable(t.variable).dtype).name for t in self.targets]
-        return super()._new_state(dtypes, has_shares=isinstance(self._selection.scope, Learned))
+    def _new_state(self) -> Any:
+        has_shares = isinstance(self._selection.scope, Learned)
+        return masks.new_state(self, is_scored=True, has_shares=has_shares)
 
     def triples(self) -> list[tuple[Target, Any, Any]]:
         """Return (target, variable of the dense weights, variable of the scores) for each."""
         dense, scores = self.state.dense, self.state.scores
-        return [(self.targets[index], dense[index], scores[index]) for index in self._held()]
+        return [(self.targets[index], dense[index], scores[index]) for index in self.held()]
 
     @property
     def shares(self) -> dict[str, float]:
@@ -200,7 +200,7 @@ class ScorePruner(Pruner):
 
         The numbers of kept weights are in proportion to them; `pruning.report` has these numbers.
         """
-        return {} if self._shares is None else self._shares.named(self._held())
+        return {} if self._shares is None else self._shares.named(self.held())
 
     @property
     def frequency(self) -> int:
@@ -614,7 +614,7 @@ def _unfit(structure: Any, layers: Any) -> Callable[[Target], str]:
 
 def _require_no_lora(layers: Iterable[Any]) -> None:
     """Raise a ValueError if a layer has LoRA enabled: its kernel gets no gradient."""
-    if names := [layer.name for layer in layers if adapted.has_lora(layer)]:
+    if names := [layer.name for layer in layers if kernel_layers.has_lora(layer)]:
         raise ValueError(
             "method='scores' needs layers without LoRA, which freezes their kernels and trains "
             f"two factors in their place; it is enabled in {', '.join(names)}. save_weights writes "

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from tscnc_tf import _keras, _reports
-from tscnc_tf._keras import adapted, masks, wrappers
+from tscnc_tf._keras import layers as kernel_layers
+from tscnc_tf._keras import masks, wrappers
 from tscnc_tf.inspection import weights as acting
 from tscnc_tf.inspection.zeros import ByWeight
 from tscnc_tf.pruning import tfmot_engine
@@ -127,7 +128,7 @@ def report(model: Any) -> PruningReport:
     rows = []
     for target, unfit in candidates(model):
         is_pruned = id(target.variable) in read.masked
-        if adapted.is_companion(target.layer, target.variable) and not is_pruned:
+        if kernel_layers.is_companion(target.layer, target.variable) and not is_pruned:
             continue
         unfit = unfit or ("not chosen" if id(target.variable) in trained else FROZEN)
         reason = reasons.get(id(target.variable)) or unfit

@@ -1,4 +1,4 @@
-"""The count of optimizer steps by which a pruner follows its schedule."""
+"""How a pruner follows its schedule: the count of optimizer steps, and whether masks are due."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tscnc_tf._keras import optimizers
 from tscnc_tf._keras.flavours import tensor_variable
+from tscnc_tf.functional.scheduling import Schedule
 from tscnc_tf.pruning.targets import Target
 
 
@@ -105,3 +106,23 @@ class StepCount:
         first = tf.minimum(count, 1)
         taken = tf.where(seen < 0, first, tf.where(count >= seen, count - seen, count))
         return before, before + taken, count
+
+
+def due_between(
+    schedule: Schedule, before: tf.Tensor, now: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return whether masks were due at any step after `before` up to `now`, and the sparsity now.
+
+    Args:
+        schedule: a schedule of TensorFlow operations.
+        before: int64 scalar, the last step at which masks were checked.
+        now: int64 scalar, the current step, usually `before` + 1.
+    """
+    due, sparsity = schedule(now)
+    due = tf.convert_to_tensor(due) & (now > before)
+
+    def look_back(step: tf.Tensor, found: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return step - 1, found | tf.convert_to_tensor(schedule(step)[0])
+
+    _, due = tf.while_loop(lambda step, found: (step > before) & ~found, look_back, (now - 1, due))
+    return due, tf.cast(sparsity, tf.float32)

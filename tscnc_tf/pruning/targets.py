@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, _reports, functional
-from tscnc_tf._keras import adapted, flavours, masks, models, wrappers
+from tscnc_tf._keras import flavours, masks, models, wrappers
 from tscnc_tf._keras import layers as kernel_layers
 from tscnc_tf._keras.models import listed, selector
 
@@ -226,7 +226,7 @@ def found_again(model: Any, weights: list[dict[str, Any]]) -> Candidates:
 
 def _named(found: list[Candidate]) -> Candidates:
     """Shorten each name to that of the layer if it has one such weight, and make names unique."""
-    companions = [adapted.is_companion(target.layer, target.variable) for target, _ in found]
+    companions = [kernel_layers.is_companion(target.layer, target.variable) for target, _ in found]
     counts: dict[int, int] = {}
     for (target, _), is_companion in zip(found, companions, strict=True):
         counts[id(target.layer)] = counts.get(id(target.layer), 0) + (not is_companion)
@@ -244,7 +244,7 @@ def _named(found: list[Candidate]) -> Candidates:
 def _reading(layer: Any, variable: Any) -> tuple[str, int]:
     """Return the layout of a weight (empty if not known) and its number of channel groups."""
     for spec in kernel_layers.kernel_specs(layer):
-        if adapted.stored(layer, spec.attribute) is variable:
+        if kernel_layers.stored(layer, spec.attribute) is variable:
             return spec.layout, spec.channel_groups
     if isinstance(layer, _keras.keras.layers.EinsumDense | _keras.tf_keras.layers.EinsumDense):
         return kernel_layers.einsum_layout(layer.equation, len(variable.shape)), 1

@@ -7,11 +7,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
+import numpy as np
 import tensorflow as tf
 
 from tscnc_tf import _checks, _keras, attacks, losses, regularizers
-from tscnc_tf._keras import flavours, keras, masks, models, optimizers, tf_keras, wrappers
-from tscnc_tf.training import inputs, perturbation
+from tscnc_tf._keras import flavours, keras, masks, models, optimizers, tf_keras
+from tscnc_tf.training.perturbation import AWP, at
 
 __all__ = ["AdversarialTraining"]
 
@@ -117,7 +118,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         *,
         attack: attacks.GradientAttack,
         loss: losses.RobustLoss,
-        awp: perturbation.AWP | None = None,
+        awp: AWP | None = None,
         seed: int = 0,
         name: str | None = None,
         **kwargs: Any,
@@ -125,16 +126,16 @@ class AdversarialTraining(flavours.Trainer, _Base):
         library = _keras.library("model", model)
         _keras.require_built("model", model)
         flavours.require_one_worker(model)
-        inputs.require_attack(attack)
-        inputs.require_awp(awp)
+        _require_attack(attack)
+        _require_awp(awp)
         regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
         super().__init__(name=name, **kwargs)
         self._classes = models.classes("model", model)  # None: set in the first batch
-        models.require_no_probabilities("model", model, attack.bounds)
+        losses.require_no_probabilities("model", model, attack.bounds)
         self.model = model
         flavours.register_trainer(self, model)
-        self._first_batch = inputs.FirstBatch()
+        self._first_batch = _FirstBatch()
         self._attack = attack
         self._awp = awp
         self.robust_loss = loss
@@ -169,11 +170,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     @robust_loss.setter
     def robust_loss(self, loss: losses.RobustLoss) -> None:
-        inputs.require_loss(loss)
+        _require_loss(loss)
         if loss == getattr(self, "_robust_loss", None):
             return
         self._robust_loss = loss
-        self._first_batch = inputs.FirstBatch()  # there may be a new teacher to check
+        self._first_batch = _FirstBatch()  # there may be a new teacher to check
         self._update_adversary()
 
     @property
@@ -188,14 +189,14 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
     @attack.setter
     def attack(self, attack: attacks.GradientAttack) -> None:
-        inputs.require_attack(attack)
+        _require_attack(attack)
         if attack == self._attack:
             return
         self._attack = attack
         self._update_adversary()
 
     @property
-    def awp(self) -> perturbation.AWP | None:
+    def awp(self) -> AWP | None:
         """The weight perturbation of training; after setting it, the steps are compiled again.
 
         Raises:
@@ -204,8 +205,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         return self._awp
 
     @awp.setter
-    def awp(self, awp: perturbation.AWP | None) -> None:
-        inputs.require_awp(awp)
+    def awp(self, awp: AWP | None) -> None:
+        _require_awp(awp)
         if awp == self._awp:
             return
         self._awp = awp
@@ -254,7 +255,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
             raise ValueError(
                 f"trainer {self.name!r} is not compiled: call trainer.compile(optimizer=...) first."
             )
-        inputs.check_arrays(x, y, self.attack.bounds, self._classes)
+        _check_arrays(x, y, self.attack.bounds, self._classes)
         with masks.training(self.model, self.optimizer):
             history = super().fit(x, y, *args, **kwargs)
         masks.end_training(self.model, self.optimizer)  # a callback may have set other weights
@@ -263,8 +264,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
     def set_weights(self, weights: Any) -> None:
         """Set the weights, and apply the masks to them."""
         super().set_weights(weights)
-        for pruner in masks.pruners(self.model):
-            pruner.on_weights_set()
+        masks.on_weights_set(self.model)
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights, and masks where the file has them, and apply the masks.
@@ -281,8 +281,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 "load_weights() work for both."
             ) from error
         finally:  # also after an error, as some weights may have been loaded
-            for pruner in masks.pruners(self.model):
-                pruner.on_weights_set()
+            masks.on_weights_set(self.model)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Compile the training step, again if the model has been pruned or stripped since."""
@@ -408,13 +407,11 @@ class AdversarialTraining(flavours.Trainer, _Base):
         reference = self.robust_loss.reference(x)
         known = self._known_clean(x, reference)
         x_adversarial = self._perturb(x, y, self._step_seed(), known, reference)
-        wrappers.begin(self.model, self.optimizer)
-        steps = wrappers.pruning_steps(self.model)
         result: dict[str, Any] = {}
-        weights = self._perturbed_weights(x, y, x_adversarial, known, reference, sample_weight)
+        perturbed = self._perturbed(x, y, x_adversarial, known, reference, sample_weight)
 
         def total() -> tf.Tensor:
-            with perturbation.at(*weights):
+            with perturbed():
                 if self.robust_loss.uses_clean:
                     both = self.model(tf.concat([x, x_adversarial], axis=0), training=True)
                     clean, adversarial = tf.split(both, 2)
@@ -428,12 +425,9 @@ class AdversarialTraining(flavours.Trainer, _Base):
             return value / tf.distribute.get_strategy().num_replicas_in_sync
 
         ascended = functools.partial(flavours.without_trace, self.model, total)
-        training = masks.training(self.model, self.optimizer)
-        in_step = regularizers.in_step(optimizers.batches(self.optimizer))
-        with training, in_step, masks.perturbed(self.model, ascended):
+        in_step = optimizers.in_step(optimizers.batches(self.optimizer))
+        with in_step, masks.step(self.model, self.optimizer, ascended):
             flavours.minimize(self.optimizer, total, self.model.trainable_variables)
-        wrappers.advance(self.model, steps)
-        masks.after_step(self.model, self.optimizer)
         return self._logs(x, y, sample_weight=sample_weight, **result)
 
     def test_step(self, data: Any) -> dict[str, Any]:
@@ -452,7 +446,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         """Run a step on a batch after checking it."""
         unpack = flavours.library_of(type(self)).utils.unpack_x_y_sample_weight
         x, y, sample_weight = unpack(data)
-        x, y = inputs.as_batch(x, y)
+        x, y = _checks.training_batch(x, y)
         if self._classes is None:
             self._classes = models.traced_classes("model", self._inference, x)
         checks = _checks.require_within(x, self.attack.bounds)
@@ -474,13 +468,13 @@ class AdversarialTraining(flavours.Trainer, _Base):
 
         def look() -> list[Any]:
             found = [network(x) for network in networks.values()]
-            return [nothing if z is None else models.are_probabilities(z) for z in found]
+            return [nothing if z is None else _checks.are_probabilities(z) for z in found]
 
         nothing = tf.constant(False)
         are_wrong = tf.cond(self._first_batch.flag, look, lambda: [nothing] * len(networks))
         checks = []
         for name, is_wrong in zip(networks, are_wrong, strict=True):
-            checks += _checks.require(~is_wrong, models.about_probabilities(name))
+            checks += _checks.require(~is_wrong, _checks.about_probabilities(name))
         return checks
 
     def _known_clean(self, x: tf.Tensor, reference: tf.Tensor | None) -> tf.Tensor | None:
@@ -497,18 +491,17 @@ class AdversarialTraining(flavours.Trainer, _Base):
         )
         return tf.stop_gradient(x_adversarial)
 
-    def _perturbed_weights(
+    def _perturbed(
         self, x: Any, y: Any, x_adversarial: Any, known: Any, reference: Any, sample_weight: Any
-    ) -> tuple[perturbation.Values, perturbation.Values]:
-        """Return the weights before and after the perturbation of this step; empty without AWP."""
+    ) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Return the context of this step's perturbed weights; without AWP it does nothing."""
         if self._awp is None:
-            return [], []
+            return contextlib.nullcontext
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
                 f"awp must be None under a strategy of several replicas, got {self._awp!r}: each "
                 "replica would perturb its weights in another direction."
             )
-
         if radius := max((each.perturb_scores for each in masks.pruners(self.model)), default=0.0):
             raise ValueError(
                 f"awp must be None for a model of perturb_scores={radius:g}, got {self._awp!r}: "
@@ -523,7 +516,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
                 self._terms(y, clean, adversarial, reference, sample_weight)["loss"]
             )
 
-        return self._awp.perturbed(self.model, raised)
+        return functools.partial(at, *self._awp.perturbed(self.model, raised))
 
     def _step_seed(self) -> tf.Tensor:
         """Return a pair of seeds that is different for every step and replica."""
@@ -564,8 +557,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         values = {
             **terms,
             "loss": terms["loss"] + terms["penalty"],
-            "clean_accuracy": inputs.correct(y, clean),
-            "adversarial_accuracy": inputs.correct(y, adversarial),
+            "clean_accuracy": _correct(y, clean),
+            "adversarial_accuracy": _correct(y, adversarial),
         }
         for tracker in self._trackers:
             tracker.update_state(values[tracker.name])
@@ -604,6 +597,76 @@ class AdversarialTraining(flavours.Trainer, _Base):
         for key in {"model", "attack", "loss", "awp"} & set(config):
             config[key] = deserialize(config[key], custom_objects)
         return cls(**config)
+
+
+def _require_attack(attack: Any) -> None:
+    """Raise a TypeError unless it is a gradient attack, and a ValueError if it is targeted."""
+    if not isinstance(attack, attacks.GradientAttack):
+        raise TypeError(
+            f"attack must be one of tscnc_tf.attacks that follow the gradient, such as PGD, "
+            f"got {attack!r}."
+        )
+    if attack.targeted:
+        raise ValueError(
+            "attack must be untargeted, got targeted=True: it would move each example towards "
+            "its own label, and the examples would be easier than the clean ones."
+        )
+
+
+def _require_loss(loss: Any) -> None:
+    """Raise a TypeError unless `loss` is a robust loss."""
+    if not isinstance(loss, losses.RobustLoss):
+        raise TypeError(
+            f"loss must be one of tscnc_tf.losses, such as TRADES(beta=6.0), got {loss!r}."
+        )
+
+
+def _require_awp(awp: Any) -> None:
+    """Raise a TypeError unless `awp` is an `AWP` or None."""
+    if not isinstance(awp, AWP | None):
+        raise TypeError(f"awp must be None or an AWP, such as AWP(gamma=0.005), got {awp!r}.")
+
+
+def _correct(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Return 1.0 for each example whose largest logit is that of its label, else 0.0."""
+    labels = losses.one_hot(y, logits.shape[-1])
+    hit = tf.equal(tf.argmax(labels, axis=-1), tf.argmax(logits, axis=-1))
+    return tf.cast(hit, tf.float32)
+
+
+def _check_arrays(x: Any, y: Any, bounds: tuple[float, float], classes: int | None) -> None:
+    """Check NumPy arrays completely before training; other data is checked batch by batch."""
+    for name, array in (("x", x), ("y", y)):
+        if isinstance(array, np.ndarray) and not (array.ndim and len(array)):
+            raise ValueError(f"{name} must hold at least one example, got shape {array.shape}.")
+    if isinstance(x, np.ndarray):
+        # Keras names x for labels that it can't use.
+        if y is not None and not getattr(y, "shape", ()):
+            raise TypeError(f"y must be an array or tensor of labels, got {y!r}.")
+        _checks.require_floats(x.dtype)
+        _checks.require_within(np.array([x.min(), x.max()]), bounds)
+    if isinstance(y, np.ndarray) and np.issubdtype(y.dtype, np.integer) and y.size:
+        _checks.require_classes(y, classes)
+
+
+class _FirstBatch:
+    """A flag for checks in the first batch of a compiled step, as a condition of its graph.
+
+    Attributes:
+        is_over: whether a first batch has passed the checks.
+        flag: a boolean variable, True until then.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        # TensorFlow traces a step twice if variables are created in it.
+        with tf.init_scope():
+            self.flag = tf.Variable(True, trainable=False, name="is_first_batch")
+
+    def end(self) -> None:
+        """Record that the first batch has passed the checks."""
+        self.is_over = True
+        self.flag.assign(False)
 
 
 @flavours.registered_as("AdversarialTraining")
