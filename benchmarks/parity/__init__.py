@@ -227,7 +227,7 @@ def _notes(found: list[dict[str, Any]]) -> list[str]:
         ),
     }
     notes = [
-        f"{what}, points: {record.against(100 * value, 100 * goal, 2)}"
+        f"{what}, points: {record.against(round(100 * value, 9), 100 * goal, 2)}"
         for (what, value), goal in zip(largest.items(), GOALS.values(), strict=True)
     ]
     for each in found:
