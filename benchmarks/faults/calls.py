@@ -80,6 +80,7 @@ _NOT_FOR_USERS = set(
 _RETURNED = (
     _reports.Report,
     tscnc.datasets.StoredImages,
+    tscnc.evaluation.AttackResult,
     tscnc.export.ServedFile,
     tscnc.export.ServedModel,
 )
