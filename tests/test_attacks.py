@@ -629,6 +629,10 @@ def test_errors_about_the_model(batch):
         PGD(epsilon=0.1, objective="dlr")(linear(np.ones(32, "float32")), x, y % 2)
     with pytest.raises(TypeError, match="model must be callable, got int"):
         attack(3, x, y)
+    with pytest.raises(TypeError, match="model must be callable, got the class Mean"):
+        attack(keras.metrics.Mean, x, y)
+    with pytest.raises(TypeError, match="seed must be an integer, got <module 'numpy'"):
+        attack(model, x, y, seed=np)
 
 
 @every_attack

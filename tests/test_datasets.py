@@ -242,6 +242,7 @@ def test_floats_are_passed_on_as_they_are(data):
         (lambda d: d.evaluation("dev"), ValueError, "split must be one of 'train', 'validation',"),
         (lambda d: d.arrays("training"), ValueError, "split must be one of"),
         (lambda d: d.evaluation(batch_size=0), ValueError, "batch_size must be >= 1"),
+        (lambda d: d.evaluation(batch_size=2**70), ValueError, "batch_size must be <= 2147483647"),
         (lambda d: d.subset(2), ValueError, "n_train must be from 3 to 40, got 2"),
         (lambda d: d.subset(n_test=13), ValueError, "n_test must be from 0 to 12, got 13"),
         (lambda d: d.subset(0.5), TypeError, "n_train must be an integer"),

@@ -725,6 +725,8 @@ def test_a_curve_ends_where_nothing_is_left():
         ([], {}, "epsilons must be one or more radii, all different"),
         ([0.1, "1/10"], {}, "all different"),
         ([0.0], {}, "epsilons must be > 0"),
+        (0.5, {}, "epsilons must be a list of radii, got 0.5"),
+        ([0.1], {"norm": np.zeros(2)}, "norm must be one of 'linf', 'l2', 'l1'"),
         (
             [0.1],
             {"attack": lambda e: attacks.FGSM(epsilon=e, norm="l2")},
@@ -744,5 +746,5 @@ def test_a_curve_ends_where_nothing_is_left():
     ],
 )
 def test_curves_that_are_refused(radii, options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         evaluation.robustness_curve(linear, X, Y, radii, **options)

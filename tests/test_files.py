@@ -129,6 +129,12 @@ def test_a_name_of_any_length_that_the_system_takes(tmp_path):
     assert names(tmp_path) == ["n" * 255]
 
 
+def test_an_empty_path_is_refused():
+    # It would be the working folder.
+    with pytest.raises(ValueError, match="folder must be a path, got ''"):
+        _files.absolute("folder", "")
+
+
 def test_free_path_is_absolute_and_expands_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -972,6 +972,7 @@ def test_bad_input_is_named(library):
         (lambda: Unstructured(-1), ValueError, "min_per_filter must be >= 0"),
         (lambda: build(criterion="magnitude"), TypeError, "criterion must be callable"),
         (lambda: build(scope="network"), ValueError, "scope must be one of 'layer', 'global'"),
+        (lambda: build(scope=tf.constant(1.0)), ValueError, "scope must be one of 'layer'"),
         (lambda: build(scope={"conv*": 0.5}), ValueError, r"pattern 'conv\*' that fits none of"),
         (lambda: build(scope={"log*": 1.5}), ValueError, "log.*must be < 1"),
         (lambda: build(min_weights=0), ValueError, "min_weights must be >= 1"),
@@ -1224,6 +1225,9 @@ def test_what_is_no_optimizer_is_refused_by_name(library, method):
         with pytest.raises(TypeError, match="optimizer must be an optimizer of Keras, got 'sgd'"):
             call("sgd")
     optimizer = library.optimizers.SGD()
-    for pairs in (3, "x", [1.0], [(0.0, 1.0)]):
+    for pairs in (3, "x", [], {}, [1.0], [(0.0, 1.0)]):
         with pytest.raises(TypeError, match="gradients_and_variables must be pairs"):
             pruner.apply_gradients(optimizer, pairs)
+    if method == "masks":
+        with pytest.raises(TypeError, match="is_constrained must be True or False, got 'x'"):
+            pruner.step(is_constrained="x")

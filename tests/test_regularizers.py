@@ -335,6 +335,7 @@ def test_the_smallest_ridge_is_finite_on_a_singular_kernel():
         ),
         (lambda: EXAMPLES["TSCNC"](np.zeros(3, "float32")), ValueError, "rank >= 2"),
         (lambda: EXAMPLES["TSCNC"](np.zeros((3, 3), "int32")), TypeError, "float dtype"),
+        (lambda: EXAMPLES["TSCNC"]([1.0, 0.0]), ValueError, "rank >= 2"),
         (lambda: regularizers.KernelRegularizer()(np.zeros((2, 2), "f")), TypeError, "abstract"),
     ],
 )

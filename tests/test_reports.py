@@ -242,6 +242,9 @@ def test_robust_accuracy_is_drawn_against_sparsity_with_its_interval(robustness)
     corners = band.get_paths()[0].vertices
     assert (corners[:, 1].min(), corners[:, 1].max()) == robustness.robust_interval
     assert (corners[:, 0].min(), corners[:, 0].max()) == (0.5, 0.9)
+    for wrong in ([recorded], {"ours": recorded["robust"]["accuracy"]}):
+        with pytest.raises(TypeError, match="evaluations must be a dict of names with dicts"):
+            tscnc.evaluation.plot_robustness(wrong)
 
 
 def test_figures_touch_no_global_state(pruned, tmp_path):

@@ -183,7 +183,7 @@ def absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
 
     Raises:
         TypeError: `path` is not a path.
-        ValueError: it contains a null character.
+        ValueError: it is empty, or contains a null character.
     """
     try:
         found = pathlib.Path(path).expanduser().absolute()
@@ -191,6 +191,8 @@ def absolute(name: str, path: str | os.PathLike[str]) -> pathlib.Path:
         raise TypeError(
             f"{name} must be a path, got {path!r} of type {type(path).__name__}."
         ) from None
+    if not os.fspath(path):
+        raise ValueError(f"{name} must be a path, got {path!r}.")
     if "\0" in str(found):
         raise ValueError(f"{name} must be a path without null characters, got {path!r}.")
     return found

@@ -67,7 +67,8 @@ class KernelRegularizer(_keras.Regularizer):
         tensor = tf.convert_to_tensor(kernel)
         if not tensor.dtype.is_floating:
             raise TypeError(f"kernel must be of a float dtype, got {tensor.dtype.name}.")
-        reading = self._for_variable(kernel) if self._reads_axes and tensor.shape.rank else self
+        named = kernel if hasattr(kernel, "shape") else tensor
+        reading = self._for_variable(named) if self._reads_axes and tensor.shape.rank else self
         return reading._penalty(_checks.widened(tensor))
 
     @property

@@ -259,7 +259,7 @@ def is_clear(
         texts = [str(each) if len(str(each)) > 3 else repr(each) for each in named]
         return (
             any(text in str(error) for text in texts)
-            or re.search(rf"\b{argument}\b", str(error)) is not None
+            or re.search(rf"\b{argument.removesuffix('s')}s?\b", str(error)) is not None
         )
     if isinstance(error, OSError) and error.filename:
         return True

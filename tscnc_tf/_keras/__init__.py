@@ -250,12 +250,15 @@ def inference(model: Any) -> Callable[[Any], Any]:
     Their masks are applied once here instead, unless a graph is being traced.
 
     Raises:
-        TypeError: `model` is not callable.
+        TypeError: `model` is not callable, or is a class.
         RuntimeError: it is a Keras 3 model on a backend other than TensorFlow.
     """
     if flavour(model) is None:
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}.")
+        if isinstance(model, type) or not callable(model):
+            shown = (
+                f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            )
+            raise TypeError(f"model must be callable, got {shown}.")
         return model
     if library("model", model) is tf_keras:
         from tscnc_tf._keras import cloning, wrappers

@@ -114,13 +114,15 @@ def require_pairs(gradients_and_variables: Any) -> Pairs:
     """Return pairs of a gradient and a variable as a list.
 
     Raises:
-        TypeError: they are no such pairs.
+        TypeError: they are no such pairs, or there are none.
     """
     try:
         pairs = [(gradient, variable) for gradient, variable in gradients_and_variables]
     except (TypeError, ValueError):
-        pairs = [(None, None)]
-    if not all(isinstance(variable, tf.Variable | keras.Variable) for _, variable in pairs):
+        pairs = []
+    if not pairs or not all(
+        isinstance(variable, tf.Variable | keras.Variable) for _, variable in pairs
+    ):
         raise TypeError(
             "gradients_and_variables must be pairs of a gradient and a variable, got "
             f"{gradients_and_variables!r}."

@@ -296,7 +296,8 @@ def seed_pair(seed: Any) -> tf.Tensor:
             raise ValueError(wrong)
         seed = tf.cast(seed, tf.int32)
         return tf.stack([0, seed]) if seed.shape.rank == 0 else seed
-    parts = (seed,) if np.ndim(seed) == 0 else tuple(seed)
+    is_pair = isinstance(seed, (tuple, list)) or (isinstance(seed, np.ndarray) and seed.ndim > 0)
+    parts = tuple(seed) if is_pair else (seed,)
     if len(parts) not in (1, 2):
         raise ValueError(wrong)
     words = [_checks.integer("seed", part, minimum=-(2**63)) for part in parts]

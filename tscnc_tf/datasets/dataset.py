@@ -223,7 +223,7 @@ class Dataset:
             >>> [len(y) for _, y in batches]
             [100, 100, 100, 59]
         """
-        size = _checks.integer("batch_size", batch_size, minimum=1)
+        size = _checks.integer("batch_size", batch_size, minimum=1, maximum=2**31 - 1)
         return pipeline.evaluation(*self._filled(split), size)
 
     def arrays(self, split: str = "test") -> tuple[np.ndarray, np.ndarray]:

@@ -147,6 +147,9 @@ def robustness_curve(
         >>> curve.accuracies
         (1.0, 0.5, 0.25)
     """
+    _checks.one_of("norm", norm, attacks.APGD.norms)
+    if not isinstance(epsilons, Iterable):
+        raise TypeError(f"epsilons must be a list of radii, got {epsilons!r}.")
     radii = list(epsilons)
     values = [_checks.distance("epsilons", radius) for radius in radii]
     if not radii or len(set(values)) < len(values):

@@ -272,6 +272,12 @@ def plot_robustness(
         clean, robust = found["clean"]["accuracy"], found["robust"]["accuracy"]
         return _plots.Point(sparsity, clean, robust, low, high)
 
+    if not isinstance(evaluations, Mapping) or not all(
+        isinstance(by_sparsity, Mapping) for by_sparsity in evaluations.values()
+    ):
+        raise TypeError(
+            f"evaluations must be a dict of names with dicts of sparsities, got {evaluations!r}."
+        )
     return _plots.robustness(
         {
             name: [point(sparsity, report) for sparsity, report in by_sparsity.items()]

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import tensorflow as tf
 
-from tscnc_tf import _keras
+from tscnc_tf import _checks, _keras
 from tscnc_tf._keras import masks, optimizers
 from tscnc_tf._keras.flavours import depending_on, tensor_variable, update_everywhere
 from tscnc_tf._keras.layers import unprunable
@@ -376,6 +376,7 @@ class Pruner(StepCount):
                 (`training`, `apply_gradients`); in a graph also tf.errors.InvalidArgumentError.
         """
         optimizer = self.own_optimizer() if optimizer is None else optimizers.require(optimizer)
+        is_constrained = _checks.boolean("is_constrained", is_constrained)
         if self._needs_gradients:
             self._require_intercepted(
                 optimizer,

@@ -243,15 +243,16 @@ def scope_for(
     Raises:
         TypeError, ValueError: `value` is none of these, or a pattern matches no weight.
     """
-    if value == "layer":
+    name = value if isinstance(value, str) else ""  # a tensor can't be compared with a text
+    if name == "layer":
         return ByCounts(minimum, lambda sparsity: [sparsity] * len(targets), True)
-    if value == "global":
+    if name == "global":
         return Global(minimum)
-    if value == "lamp":
+    if name == "lamp":
         return Lamp(minimum)
-    if value == "igq":
+    if name == "igq":
         return ByCurve(minimum, _igq([target.size for target in targets]))
-    if value == "erk":
+    if name == "erk":
         return ByCurve(minimum, _erk([target.shape for target in targets]))
     if not isinstance(value, Mapping):
         raise ValueError(
