@@ -67,8 +67,8 @@ class KernelRegularizer(_keras.Regularizer):
         tensor = tf.convert_to_tensor(kernel)
         if not tensor.dtype.is_floating:
             raise TypeError(f"kernel must be of a float dtype, got {tensor.dtype.name}.")
-        named = kernel if hasattr(kernel, "shape") else tensor
-        reading = self._for_variable(named) if self._reads_axes and tensor.shape.rank else self
+        reads_axes = self._reads_axes and tensor.shape.rank
+        reading = self._for_variable(kernel, tuple(tensor.shape)) if reads_axes else self
         return reading._penalty(_checks.widened(tensor))
 
     @property
@@ -76,14 +76,14 @@ class KernelRegularizer(_keras.Regularizer):
         """Whether the penalty depends on which axes are inputs and which outputs."""
         return True
 
-    def _for_variable(self, kernel: Any) -> Self:
+    def _for_variable(self, kernel: Any, shape: tuple[int | None, ...]) -> Self:
         """Return this regularizer with the layout that follows from the name of a variable.
 
         Raises:
             ValueError: the name shows that `layout` does not fit.
         """
         path, owner = _names(kernel)
-        rank, shape = len(kernel.shape), tuple(kernel.shape)
+        rank = len(shape)
         in_attention = ""
         if owner in _PROJECTIONS and rank == 3:
             in_attention = "ioo"
