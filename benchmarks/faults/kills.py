@@ -88,9 +88,7 @@ def _signalled(
                 outcome.lose(f"{number.name} was followed by exit {process.exitcode}")
         if missed:
             pending.append(missed)
-        process = runs.process(runs.recipe(smoke), run)
-        process.join()
-        wrong = runs.error_of(run)[:300] if process.exitcode else runs.differences(run, whole)
+        wrong = runs.problem_of_end(runs.recipe(smoke), run, whole)
         if wrong:
             outcome.lose(f"after {', '.join(moments)}: {wrong}")
         for moment in moments if not wrong else ():

@@ -119,16 +119,25 @@ def finish(
     before: Callable[[], None] | None = None,
 ) -> None:
     """Run an experiment to its end, and count whether its results are those of `whole`."""
-    ended = process(recipe(True), folder, before)
-    ended.join()
-    try:
-        problem = error_of(folder)[:300] if ended.exitcode else differences(folder, whole)
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    if problem:
+    if problem := problem_of_end(recipe(True), folder, whole, before):
         outcome.lose(problem)
     else:
         outcome.count("same end, bit for bit")
+
+
+def problem_of_end(
+    planned: experiments.Recipe,
+    folder: pathlib.Path,
+    whole: pathlib.Path,
+    before: Callable[[], None] | None = None,
+) -> str:
+    """Run an experiment to its end; return its error or how it differs from `whole`, or ""."""
+    ended = process(planned, folder, before)
+    ended.join()
+    try:
+        return error_of(folder)[:300] if ended.exitcode else differences(folder, whole)
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _error_file(folder: pathlib.Path) -> pathlib.Path:
