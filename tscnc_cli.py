@@ -159,11 +159,12 @@ def run(
 ) -> Result:
     """Train, prune, fine-tune and evaluate a network by a RECIPE.
 
-    RECIPE is "recommended" (the default, the best one in the study of this package), "paper" (the
-    values of the method's authors, with constraints and gates), "cpu" (the recommended one, in
-    minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a recipe has a flag. In
-    brackets is the value that a YAML file without `base` gets; "recommended", "paper", "cpu" and
-    "smoke" set others. A run that was stopped continues when the same command is called again.
+    RECIPE is "recommended" (the default, the simplest of the best in the study of this package),
+    "paper" (the values of the method's authors, with constraints and gates), "cpu" (the
+    recommended one, in minutes on two cores), "smoke" (seconds) or a YAML file. Every value of a
+    recipe has a flag. In brackets is the value that a YAML file without `base` gets; "recommended",
+    "paper", "cpu" and "smoke" set others. A run that was stopped continues when the same command is
+    called again.
 
     `tscnc run --sweep FILE` is `tscnc sweep FILE`: it runs all experiments of a file, and has the
     options of that command.
@@ -632,17 +633,22 @@ def _is_stage(model: pathlib.Path) -> bool:
 def _dataset(data: str, model: pathlib.Path) -> Any:
     """Return a dataset; for a stage of an experiment on it, with the parts of the experiment.
 
-    Other parts would hold images that the stage was trained on.
+    Other parts would hold images that the stage was trained on. The same holds for a file in the
+    folder of a stage. The same data at another path are known by their fingerprint.
     """
     tscnc = _package()
     from tscnc_tf.experiments import stages
 
-    if _is_stage(model):
-        stage = tscnc.experiments.open_stage(model)
-        recipe = tscnc.experiments.Recipe.from_dict(stage.manifest["recipe"])
+    if stage := next(filter(_is_stage, (model, model.parent)), None):
+        manifest = tscnc.experiments.open_stage(stage).manifest
+        recipe = tscnc.experiments.Recipe.from_dict(manifest["recipe"])
         given, theirs = pathlib.Path(data), pathlib.Path(recipe.data.dataset)
         if given == theirs or (given.exists() and theirs.exists() and given.samefile(theirs)):
             return stages.dataset(recipe)
+        with contextlib.suppress(ValueError, OSError):  # other data may not have such parts
+            found = stages.dataset(recipe.override({"data.dataset": data}))
+            if found.fingerprint == manifest["data"]["fingerprint"]:
+                return found
     return tscnc.datasets.load(data)
 
 

@@ -674,6 +674,43 @@ def test_a_changed_layer_of_a_model_is_seen(library, batch):
     np.testing.assert_array_equal(after, PGD(epsilon=0.1, steps=2)(model, x, y))
 
 
+class Weighted(keras.layers.Layer):
+    """A layer that multiplies by an array."""
+
+    factors = np.ones(3, np.float32)
+
+    def call(self, inputs):
+        return inputs * self.factors
+
+
+@pytest.mark.parametrize("library", [keras, tf_keras])
+def test_statistics_that_are_adapted_again_are_those_that_are_attacked(library, batch):
+    x, y = batch
+    norm = library.layers.Normalization()
+    norm.adapt(np.asarray(x))
+    inner = network(library)
+    model = library.Sequential([library.Input(x.shape[1:]), norm, inner])
+    attack = PGD(epsilon=0.1, steps=2)
+    before = attack(model, x, y)
+    norm.adapt(1.0 - 10.0 * np.asarray(x))
+    after = attack(model, x, y)
+    assert np.any(after != before)
+    np.testing.assert_array_equal(after, PGD(epsilon=0.1, steps=2)(model, x, y))
+
+
+def test_an_array_of_a_layer_is_the_one_that_is_attacked(batch):
+    x, y = batch
+    layer = Weighted()
+    layer.factors = np.ones(3, np.float32)
+    model = keras.Sequential([keras.Input(x.shape[1:]), network(keras), layer])
+    attack = PGD(epsilon=0.1, steps=2)
+    before = attack(model, x, y)
+    layer.factors = -layer.factors
+    after = attack(model, x, y)
+    assert np.any(after != before)
+    np.testing.assert_array_equal(after, PGD(epsilon=0.1, steps=2)(model, x, y))
+
+
 @pytest.mark.parametrize("kind", ["keras", "tf_keras", "branching"])
 def test_an_attack_holds_what_it_compiles_for_a_model(kind, batch, monkeypatch):
     """Calls on other batches, and training in between, compile nothing more; a copy holds none."""

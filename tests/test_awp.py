@@ -132,6 +132,32 @@ def test_in_half_precision_the_weights_stay_their_own(name, policy):
     assert np.all(np.isfinite(after)) and np.max(np.abs(after - before)) > 1e-3
 
 
+def test_an_overflow_in_float16_lowers_the_loss_scale_and_spoils_nothing(name):
+    library = FLAVOURS[name]
+    layers = library.layers
+    model = library.Sequential(
+        [
+            library.Input((6,)),
+            layers.Dense(8, dtype="mixed_float16"),
+            layers.Dense(8, dtype="mixed_float16"),
+            layers.BatchNormalization(dtype="mixed_float16"),
+            layers.Dense(3, dtype="float32"),
+        ]
+    )
+    attack = tscnc.attacks.PGD(epsilon=1.0, step_size=1.0, steps=1, bounds=(0.0, 255.0))
+    loss = tscnc.losses.TRADES(beta=3.0)
+    trainer = tscnc.AdversarialTraining(model, attack=attack, loss=loss, awp=AWP(0.005))
+    optimizers = library.mixed_precision if name == "tf_keras" else library.optimizers
+    optimizer = optimizers.LossScaleOptimizer(library.optimizers.SGD(1e-5))
+    trainer.compile(optimizer)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(150, 255, (512, 6)).astype("float32")
+    history = trainer.fit(x, rng.integers(0, 3, 512), batch_size=512, epochs=20, verbose=0)
+    assert np.isfinite(history.history["loss"][-1])
+    assert all(np.all(np.isfinite(weight)) for weight in model.get_weights())
+    assert int(np.asarray(optimizer.inner_optimizer.iterations)) > 5
+
+
 def test_it_works_while_scores_are_trained(name):
     model = dense_model(FLAVOURS[name])
     model = tscnc.prune(model, method="scores", sparsity=0.5, layers="hidden")

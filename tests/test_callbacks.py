@@ -57,6 +57,43 @@ def test_where_no_weight_is_known_as_a_matrix_loggers_go_on_and_gates_are_warned
         model.fit(x, y, verbose=0, callbacks=callbacks.pruning_callbacks())
 
 
+def test_with_wrappers_a_gate_governs_the_layers_that_have_a_matrix():
+    def wrapped(names):
+        layers = tf_keras.layers
+        model = tf_keras.Sequential(
+            [
+                layers.Embedding(9, 4, input_length=3, name="embedding"),
+                layers.Flatten(),
+                layers.Dense(3, name="logits"),
+            ]
+        )
+        gate = schedules.ConditionGated(schedules.OneShot(0.5, 1), 1e9)
+        model = pruning.prune(model, gate, layers=names, engine="tfmot")
+        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss)
+        return model
+
+    x, y = np.arange(12).reshape(4, 3) % 9, np.arange(4) % 3
+    model = wrapped(["embedding", "logits"])
+    model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks.pruning_callbacks())
+    assert pruning.report(pruning.strip(model)).model_zeros == 36
+    with pytest.warns(UserWarning, match="governs no weight that is read as a matrix"):
+        wrapped(["embedding"]).fit(x, y, verbose=0, callbacks=callbacks.pruning_callbacks())
+
+
+def test_a_training_that_is_too_short_by_accumulation_is_warned_of_also_with_a_loss_scale():
+    x, y = blobs(32)
+    for scaled in (False, True):
+        model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(3)])
+        model = pruning.prune(model, schedules.OneShot(0.5, 6))
+        optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        with pytest.warns(UserWarning, match="does not reach its sparsity"):
+            model.fit(x, y, batch_size=4, verbose=0, callbacks=callbacks.pruning_callbacks())
+
+
 def test_tensorboard_gets_the_figures_of_the_history(tmp_path):
     history = fitted(log_dir=str(tmp_path))
     assert history["sparsity"] == [0.5, 0.5]

@@ -15,7 +15,7 @@ import click.testing
 import keras
 import numpy as np
 import pytest
-from helpers import FLAVOURS, conv_model, images
+from helpers import FLAVOURS, TINY, conv_model, images
 
 import tscnc_cli
 import tscnc_tf as tscnc
@@ -339,8 +339,28 @@ def test_a_stage_is_evaluated_on_the_parts_of_its_experiment(finished):
     data = tscnc_cli._dataset("digits", stage)
     manifest = tscnc.experiments.open_stage(stage).manifest
     assert data.fingerprint == manifest["data"]["fingerprint"]
-    other = tscnc_cli._dataset("digits", finished / "3-finetune" / "model.keras")
-    assert other.fingerprint == tscnc.datasets.load("digits").fingerprint != data.fingerprint
+    of_file = tscnc_cli._dataset("digits", stage / "model.keras")
+    assert of_file.fingerprint == data.fingerprint
+    elsewhere = tscnc_cli._dataset("digits", finished.parent / "model.keras")
+    assert elsewhere.fingerprint == tscnc.datasets.load("digits").fingerprint != data.fingerprint
+
+
+def test_the_same_data_at_another_path_have_the_parts_of_the_experiment(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.tile(np.arange(10), 40)
+    x = rng.integers(0, 256, (400, 8, 8, 1), np.uint8)
+    for name in ("mine", "same"):
+        np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=x[:60], y_test=y[:60])
+    np.savez(tmp_path / "new.npz", x_train=x[::-1], y_train=y[::-1], x_test=x[:60], y_test=y[:60])
+    own = {"data.dataset": str(tmp_path / "mine.npz"), "data.validation": 0.3, "train.epochs": 1}
+    own |= {"data.train_examples": None, "data.test_examples": None, "seed": 3}
+    recipe = Recipe.from_dict(TINY).override(own)
+    folder = tscnc.experiments.run(recipe, tmp_path / "run", until="train", progress=False)
+    stage = folder / "1-train"
+    theirs = tscnc.experiments.open_stage(stage).manifest["data"]["fingerprint"]
+    same, new = (tscnc_cli._dataset(str(tmp_path / f"{n}.npz"), stage) for n in ("same", "new"))
+    assert same.fingerprint == theirs
+    assert new.fingerprint == tscnc.datasets.load(tmp_path / "new.npz").fingerprint
 
 
 def test_samples_have_all_classes_of_a_sorted_file(here, tmp_path):

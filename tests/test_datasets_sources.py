@@ -366,6 +366,14 @@ def test_jpeg_files_are_decoded_as_tensorflow_does(tmp_path):
     np.testing.assert_allclose(data.x_train.astype(int), np.stack(decoded).astype(int), atol=1)
 
 
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "Val")])
+def test_parts_with_other_names_are_not_taken_for_classes(names, tmp_path):
+    for name in names:
+        class_folders(tmp_path / name, {"ant": 4, "owl": 4})
+    with pytest.raises(ValueError, match=rf"{names[1]}.* look like parts.*: name them train and"):
+        load(tmp_path)
+
+
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     with pytest.raises(ValueError, match="has no class folders: images belong in"):
         load(tmp_path)

@@ -454,6 +454,44 @@ def test_a_state_of_a_transfer_from_another_source_is_refused(tmp_path):
         run(other)
 
 
+def test_a_state_of_a_transfer_from_another_function_is_refused(tmp_path):
+    def made(sign):
+        def source(x):
+            return sign * linear(x)
+
+        return source
+
+    def run(source, name):
+        attack = attacks.Transfer(source=source, attack=attacks.FGSM(epsilon=EPSILON))
+        return evaluate_robustness(
+            dense(keras), X, Y, attack, state_path=tmp_path / name, progress=False
+        )
+
+    run(made(1.0), "functions")
+    with pytest.raises(ValueError, match="what differs: source source"):
+        run(made(-1.0), "functions")
+    network = dense(keras, 2.0)
+    network.name = "source"
+    run(network, "network")
+    with pytest.raises(ValueError, match="what differs: source source"):
+        run(made(1.0), "network")
+
+
+def test_a_state_of_a_cleverhans_attack_with_another_loss_is_refused(tmp_path):
+    def run(sign):
+        def loss(labels, logits):
+            return sign * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+        attack = attacks.CleverHans(
+            "fast_gradient_method", epsilon=EPSILON, options={"loss_fn": loss}
+        )
+        return quiet(linear, X, Y, attack, state_path=tmp_path / "state.json")
+
+    run(1.0)
+    with pytest.raises(ValueError, match="what differs: attacks"):
+        run(-1.0)
+
+
 def test_a_state_of_another_function_is_refused(tmp_path):
     state, attack = tmp_path / "state.json", attacks.FGSM(epsilon=EPSILON)
     quiet(linear, X, Y, attack, state_path=state)

@@ -284,6 +284,38 @@ def test_files_are_based_on_files(tmp_path):
         Recipe.from_yaml(tmp_path / "low.yaml")
 
 
+@pytest.mark.parametrize(
+    ("section", "below", "above"),
+    [
+        (
+            "prune",
+            "method: magnitude, regrowth: {fraction: 0.5, criterion: random}",
+            "method: magnitude, regrowth: {}",
+        ),
+        ("prune", "scope: {'stage_*': 0.8}", "scope: {'stage_1*': 0.5, 'stage_2*': 0.9}"),
+        ("prune", "structure: {nm: [2, 4]}", "structure: {block: [4, 1]}"),
+        ("network", "options: {width: 16}", "options: {}"),
+    ],
+)
+def test_a_value_that_is_a_mapping_replaces_that_of_the_base(section, below, above, tmp_path):
+    (tmp_path / "low.yaml").write_text(f"{section}: {{{below}}}\n")
+    (tmp_path / "top.yaml").write_text(f"base: low.yaml\n{section}: {{{above}}}\n")
+    (tmp_path / "alone.yaml").write_text(f"{section}: {{{above}}}\n")
+    assert Recipe.from_yaml(tmp_path / "low.yaml") != Recipe.from_yaml(tmp_path / "alone.yaml")
+    assert Recipe.from_yaml(tmp_path / "top.yaml") == Recipe.from_yaml(tmp_path / "alone.yaml")
+
+
+def test_a_dense_network_needs_no_images_for_batches_of_later_stages(tmp_path):
+    small = recipe(**{"data.train_examples": 100, "train.batch_size": 25, "train.epochs": 1})
+    small = small.override({"prune.batch_size": 25, "finetune.batch_size": 25}).first_stage()
+    assert small.prune.batch_size > 100
+    folder = tscnc.experiments.run(small, tmp_path / "dense", until="train", progress=False)
+    assert len(tscnc.experiments.open_stage(folder / "1-train").metrics) == 1
+    with pytest.raises(ValueError, match=r"prune: batch_size must be <= 100"):
+        tscnc.experiments.run(small, tmp_path / "all", progress=False)
+    assert not (tmp_path / "all").exists()
+
+
 def test_without_pyyaml_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r"pip install \"\.\[experiments\]\" in a"):
@@ -811,12 +843,25 @@ def test_a_run_that_was_killed_before_its_first_file_begins_anew(tmp_path):
 
 
 def test_drafts_of_what_was_killed_are_removed(tmp_path):
+    stage = tmp_path / "1-train"
+    stage.mkdir()
     for name in (".model.keras.0123abcd", ".model.keras.0123abcd.keras"):
-        (tmp_path / name).touch()
-    (tmp_path / ".state-1.0123abcd").mkdir()
-    (tmp_path / "model.keras").touch()
+        (stage / name).touch()
+    (stage / ".state-1.0123abcd").mkdir()
+    (stage / "model.keras").touch()
+    folders.tidy(stage)
+    assert [path.name for path in stage.iterdir()] == ["model.keras"]
+
+
+@pytest.mark.parametrize(
+    "name", [".env.template", ".notes.20250101", ".gitignore.override", ".mine.json.0123abcd"]
+)
+def test_hidden_files_of_the_user_stay(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(FileExistsError, match="holds something else"):
+        folders.is_new(tmp_path, recipe())
     folders.tidy(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+    assert (tmp_path / name).exists()
 
 
 def test_tf_keras_runs_the_same_stages(tmp_path):

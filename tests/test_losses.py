@@ -263,7 +263,10 @@ def test_half_precision_is_lifted(dtype, logits, other_logits):
         assert value.dtype == expected and value.shape == (BATCH,)
         np.testing.assert_allclose(value, function(LABELS, wide), rtol=1e-5)
     for loss in (TRADES(), Madry(), MART()):
-        assert loss.robust(LABELS, low, other).dtype == expected
+        value = loss.robust(LABELS, low, other)
+        assert value.dtype == expected
+        in_graph = tf.function(loss.robust)(tf.constant(LABELS), low, other)
+        np.testing.assert_allclose(in_graph, value, rtol=1e-5)
 
 
 def test_saturated_logits_stay_finite():

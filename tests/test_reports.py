@@ -59,6 +59,15 @@ def test_a_table_as_text():
     ]
 
 
+def test_a_wide_table_has_all_cells_whole():
+    cells = [f"{'long' * 12}-{index}" for index in range(9)]
+    table = _reports.Table("Wide", [f"column {i}" for i in range(9)], [cells], notes=["word " * 99])
+    _, _, heading, _, row, _, *notes = str(table).splitlines()
+    assert row.split() == cells
+    assert heading.split() == [word for i in range(9) for word in ("column", str(i))]
+    assert len(notes) == 3
+
+
 def test_a_table_as_html_has_the_same_cells_escaped():
     document = TABLE._repr_html_()
     assert "<b>" not in document

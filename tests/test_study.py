@@ -12,6 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -327,6 +328,30 @@ def test_what_is_done_is_entered_when_the_command_is_interrupted(tmp_path, monke
     rows = table.read(tmp_path / "tiny.csv")
     assert sorted(tuple(row[name] for name in PLACE) for row in rows) == sorted(done)
     assert not list((tmp_path / "tiny" / "results").glob("*/*.json"))
+
+
+def test_two_processes_enter_one_after_the_other(plan, tmp_path, monkeypatch):
+    store = Store(tmp_path / "tiny.csv", tmp_path / "fresh")
+    one, two = itertools.islice(plan.runs({}), 2)
+    store.add(one, content(one))
+    begun, original = threading.Event(), table.write
+    other = threading.Thread(target=store.enter)
+
+    def slow(path, rows):
+        if threading.current_thread() is not other:
+            store.add(two, content(two))
+            other.start()
+            assert not begun.wait(0.3)  # it waits
+        else:
+            begun.set()
+        original(path, rows)
+
+    monkeypatch.setattr(table, "write", slow)
+    store.enter()
+    other.join(60)
+    assert begun.is_set()
+    assert sorted(store.read()) == sorted(run.place for run in (one, two))
+    assert not list(store.fresh.glob("*/*.json"))
 
 
 def test_results_can_be_read_while_another_process_enters_them(plan, tmp_path, monkeypatch):

@@ -181,6 +181,16 @@ def test_the_logs_add_up(loss, flavour):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_logs_add_up_also_with_a_smaller_last_batch(flavour):
+    x, y = blobs(17)
+    model = dense_model(FLAVOURS[flavour], kernel_regularizer="l2")
+    sgd = FLAVOURS[flavour].optimizers.SGD(1.0)  # the penalty changes fast
+    logs = fit(trainer_for(model, "TRADES", sgd), (x, y), epochs=1, batch_size=8).history
+    parts = sum(logs[name][0] for name in ("clean_loss", "robust_loss", "penalty"))
+    assert logs["loss"][0] == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_condition_penalty_in_every_second_step_is_twice_as_large_there(flavour):
     library, (x, y) = FLAVOURS[flavour], blobs(16)
 

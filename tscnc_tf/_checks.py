@@ -43,7 +43,10 @@ def number(
     """Return `value` as a finite float inside the limits (`above` and `below` exclude the end)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # an integer above all floats
+        result = math.inf
     if not math.isfinite(result):
         raise ValueError(f"{name} must be finite, got {value!r}.")
     if result < minimum or (above is not None and result <= above):

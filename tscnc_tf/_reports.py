@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution: 95 % lie within ±Z95
+_WIDEST, _WIDTH_OF_NOTES = 10_000, 200  # characters
 LIBRARIES = ("tensorflow", "keras", "tf_keras", "numpy", "tscnc_tf")
 
 
@@ -56,11 +57,14 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         stream = io.StringIO()
-        console = Console(file=stream, width=200, color_system=None, markup=False, highlight=False)
+        # rich would cut off cells of a table that is wider than the console.
+        console = Console(
+            file=stream, width=_WIDEST, color_system=None, markup=False, highlight=False
+        )
         console.print(self.title, soft_wrap=True)  # rich would wrap a table's title to its width
         console.print(table)
         for note in self.notes:
-            console.print(note)
+            console.print(note, width=_WIDTH_OF_NOTES)
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
     def _repr_html_(self) -> str:

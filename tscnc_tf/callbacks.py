@@ -204,7 +204,8 @@ class UpdatePruning(flavours.Callback):
         if not params.get("epochs") or not params.get("steps"):
             return
         planned = (params["epochs"] - epoch) * params["steps"]
-        planned //= getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
+        innermost = optimizers.innermost(self.model.optimizer)
+        planned //= getattr(innermost, "gradient_accumulation_steps", None) or 1
         progress = [(p.schedule, p.steps) for p in self._pruners if not p.frozen]
         wrapped = {id(w.pruning_schedule): w for w in wrappers.wrapped_layers(self.model)}
         for wrapper in wrapped.values():
@@ -277,9 +278,12 @@ class ConditionFeed(flavours.Callback):
         found = []
         for wrapper in wrappers.wrapped_layers(self.model):
             step = functools.partial(tf_keras.backend.get_value, wrapper.pruning_step)
-            found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
+            if any(kernel_layers.kernels(wrapper.layer)):
+                found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
         gated_around = gated.owners(self.model)
         pruners = masks.pruners(self.model)
+        given = [wrapper.pruning_schedule for wrapper in wrappers.wrapped_layers(self.model)]
+        given += [pruner.schedule for pruner in pruners]
         for pruner in pruners:
             step = functools.partial(getattr, pruner, "steps")
             layers = {id(target.layer): target.layer for target, _ in pruner.masked_targets()}
@@ -287,15 +291,14 @@ class ConditionFeed(flavours.Callback):
                 if any(kernel_layers.kernels(layer)):
                     acting = gated_around.get(id(layer), layer)
                     found.append(_Governed(pruner.schedule, acting, step))
-        if not found and not pruners:
+        if not given:
             return
         from tscnc_tf import schedules  # imports tfmot, where it is installed
 
         for governed in found:
             if isinstance(governed.schedule, schedules.ConditionGated):
                 self._governed.setdefault(governed.schedule, []).append(governed)
-        for pruner in pruners:
-            schedule = pruner.schedule
+        for schedule in given:
             if isinstance(schedule, schedules.ConditionGated) and schedule not in self._governed:
                 warnings.warn(
                     f"{schedule!r} governs no weight that is read as a matrix, so there is no "
@@ -320,8 +323,9 @@ class ConditionFeed(flavours.Callback):
         for schedule, governed in self._governed.items():
             reports = [inspection.condition_numbers(each.layer) for each in governed]
             worst = max(getattr(row, schedule.measure) for report in reports for row in report.rows)
+            own = int(governed[0].step())  # parts of a model may be pruned from other steps on
             for copy in {id(each.schedule): each.schedule for each in governed}.values():
-                copy.update(worst, step)
+                copy.update(worst, own)
 
 
 class DataPosition(flavours.Callback):

@@ -471,11 +471,12 @@ class MART(RobustLoss):
         """Return the boosted cross-entropy plus the weighted KL divergence per example."""
         clean, adversarial = lifted(clean_logits), lifted(adversarial_logits)
         is_true = is_true_class(labels, clean)
-        wrong = tf.where(is_true, 0.0, tf.nn.softmax(adversarial))
+        zero = tf.zeros((), clean.dtype)
+        wrong = tf.where(is_true, zero, tf.nn.softmax(adversarial))
         largest_wrong = tf.reduce_max(wrong, axis=-1)
         boosted = cross_entropy(labels, adversarial) - tf.math.log(1.0001 - largest_wrong + 1e-12)
         uncertainty = 1.0000001 - tf.reduce_sum(
-            tf.where(is_true, tf.nn.softmax(clean), 0.0), axis=-1
+            tf.where(is_true, tf.nn.softmax(clean), zero), axis=-1
         )
         return boosted + self.beta * kl_divergence(clean, adversarial) * uncertainty
 

@@ -99,7 +99,7 @@ def _progress(plan: Plan, found: Found) -> str:
     done = sum(not content["trial"] for content in found.values())
     if done == total:
         return ""
-    trials = sum(bool(content["trial"]) for content in found.values())
+    trials = len({run.place for run in plan.trials(found)} & set(found))
     return (
         f"**Not complete:** {done} of {total} runs are complete, and {trials} trials of the tuning."
     )

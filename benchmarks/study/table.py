@@ -19,6 +19,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import filelock
+
 from benchmarks.study.plan import PLACE, Run
 from tscnc_tf import _files
 from tscnc_tf.experiments.folders import read_json
@@ -63,11 +65,14 @@ class Store:
         return [run for run in runs if run.place not in found]
 
     def enter(self) -> None:
-        """Move the results in JSON files into the table."""
-        if files := list(self.fresh.glob("*/*.json")):
-            write(self.table, self.read().values())
-            for file in files:
-                file.unlink()
+        """Move the results in JSON files into the table, one process after the other."""
+        if not self.fresh.is_dir():
+            return
+        with filelock.FileLock(self.fresh / ".lock"):
+            if files := list(self.fresh.glob("*/*.json")):
+                write(self.table, self.read().values())
+                for file in files:
+                    file.unlink()
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -288,6 +288,13 @@ def variables(layer: Any) -> list[Any]:
     return [weight for weight in layer.weights if is_variable(weight)]
 
 
+def scaled(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
+    """Return a loss times the optimizer's loss scale, if it has one."""
+    is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
+    scale = getattr(optimizer, "scale_loss" if is_keras_3 else "get_scaled_loss", None)
+    return loss if scale is None else scale(loss)
+
+
 def minimize(optimizer: Any, loss: Callable[[], tf.Tensor], variables: Iterable[Any]) -> None:
     """Take one optimizer step that descends a loss, with the optimizer's loss scaling.
 

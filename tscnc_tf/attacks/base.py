@@ -20,6 +20,8 @@ from tscnc_tf._keras import layers
 from tscnc_tf.functional import balls
 from tscnc_tf.functional.balls import NORMS
 
+# Attributes of layers whose values, if they change, change what is compiled.
+_HELD = (tf.Variable, _keras.keras.Variable, tf.Tensor, np.ndarray)
 _COMPILED = "_compiled_by_model"  # the attribute of an attack that holds its compiled functions
 
 
@@ -260,9 +262,9 @@ class CompiledAttack(Attack):
 def _state(model: Any) -> list[Any]:
     """Return the state of a model apart from the values of its weights, for `_is_same_state`.
 
-    It consists of the attributes of each layer that are variables, callables or plain Python
-    values. Sequential and functional models inside are left out, since their own attributes belong
-    to training. A state keeps neither layers nor variables alive.
+    It consists of the attributes of each layer that are variables, tensors, arrays, callables or
+    plain Python values. Sequential and functional models inside are left out, since their own
+    attributes belong to training. A state keeps neither layers nor variables alive.
     """
     found: list[Any] = []
     for layer in layers.flatten(model):
@@ -270,7 +272,7 @@ def _state(model: Any) -> list[Any]:
         for name, value in () if _keras.is_graph_model(layer) else vars(layer).items():
             if value is None or isinstance(value, bool | int | float | str):
                 found += [name, value]
-            elif callable(value) or isinstance(value, tf.Variable | _keras.keras.Variable):
+            elif callable(value) or isinstance(value, _HELD):
                 with contextlib.suppress(TypeError):  # functions of C, such as a ufunc
                     value = weakref.ref(value)
                 found += [name, value]

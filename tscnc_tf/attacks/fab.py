@@ -205,7 +205,8 @@ class FAB(Search):
             return chosen - tf.cast(ascent.is_true_class(logits), logits.dtype)
 
         logits, gradient = ascent.pull_back(point, weights)
-        value = tf.reduce_sum(weights(logits) * logits, axis=-1)
+        # A logit of minus infinity, as of a masked class, times 0 would be NaN.
+        value = tf.reduce_sum(tf.math.multiply_no_nan(logits, weights(logits)), axis=-1)
         return logits, tf.cast(value, point.dtype), gradient
 
 

@@ -27,8 +27,9 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     their names; images may be at any depth in their class folder.
 
     Raises:
-        ValueError: there are no classes, a class has no images, an image can't be read, or a
-            symbolic link is broken or points out of the folder.
+        ValueError: there are no classes, or folders named as parts in their place; a class has no
+            images, an image can't be read, or a symbolic link is broken or points out of the
+            folder.
         OSError: a folder can't be read.
     """
     if (folder / ANNOTATIONS).is_file():
@@ -36,6 +37,11 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     parts = [part for part in PARTS if part in _folders(folder)]
     root = folder / parts[0] if parts[:1] == ["train"] else folder
     classes = _folders(root)
+    if classes and {name.casefold() for name in classes} <= {*PARTS, "training", "testing"}:
+        raise ValueError(
+            f"{root} has the folders {', '.join(classes)}, which look like parts of a data set, "
+            f"not like classes: name them train and {', '.join(PARTS[1:-1])} or {PARTS[-1]}."
+        )
     if not classes:
         raise ValueError(
             f"{root} has no class folders: images belong in {root}/<class>/, one folder per class."

@@ -56,7 +56,10 @@ class Adversary(NamedTuple):
             attack = attack.attack
         own = attack.function if isinstance(attack, attacks_.Custom) else attack
         is_ours = type(own).__module__.startswith(f"{attacks_.__name__}.")
-        code = {} if is_ours else {"code": hashlib.sha256(_code(own).encode()).hexdigest()}
+        options = dict(getattr(own, "options", ())).values() if is_ours else ()
+        foreign = [each for each in options if callable(each)] if is_ours else [own]
+        text = "".join(map(_code, foreign))
+        code = {"code": hashlib.sha256(text.encode()).hexdigest()} if foreign else {}
         return dict(self.description) | code
 
     @property

@@ -145,12 +145,12 @@ def evaluate_robustness(
     logits, outputs = examined.examine(batches(), by_gradient)
     clean = np.argmax(logits, axis=1) == labels
     warned = [str(finding) for finding in diagnostics.of_model(outputs)]
-    sources = _sources(adversaries)
+    sources, known_sources = _sources(adversaries), []
     for source in sources:
         role = f"source {source.name!r} of a Transfer"
-        _, of_source = ModelUnderTest(source.model, inputs[:batch_size], role).examine(
-            batches(), source.by_gradient
-        )
+        other = ModelUnderTest(source.model, inputs[:batch_size], role)
+        _, of_source = other.examine(batches(), source.by_gradient)
+        known_sources.append(f"{digest_of_weights(source.model)} {other.graph}".strip())
         warned += [
             str(finding._replace(text=f"{role}: {finding.text}"))
             for finding in diagnostics.of_model(of_source)
@@ -159,9 +159,8 @@ def evaluate_robustness(
         warnings.warn(text, diagnostics.EvaluationWarning, stacklevel=2)
 
     found = digests(model, inputs, labels) | {"graph": examined.graph}
-    for name, source in zip(_reports.unique(s.name for s in sources), sources, strict=True):
-        if weights := digest_of_weights(source.model):
-            found[f"source {name}"] = weights
+    names = _reports.unique(source.name for source in sources)
+    found |= {f"source {name}": each for name, each in zip(names, known_sources, strict=True)}
     identity = {
         "attacks": {adversary.name: adversary.identity for adversary in adversaries},
         "seed": seed,

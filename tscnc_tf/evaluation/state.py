@@ -126,7 +126,8 @@ class EvaluationState:
                 f"state_path={str(path)!r} is not the state of an evaluation ({error}): remove the "
                 "file, or choose another path."
             ) from error
-        other = [name for name in self._identity if found.get(name) != self._identity[name]]
+        entries = {**self._identity, **found}  # of both, in order
+        other = [name for name in entries if found.get(name) != self._identity.get(name)]
         if version != _FORMAT:
             other.append("format")
         if other:

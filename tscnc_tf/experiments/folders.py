@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,6 +61,7 @@ STAGE_FOLDERS = {
 MANIFEST, RECIPE, DATA = "manifest.json", "recipe.json", "data.json"
 BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
 _SHOWN = 10  # values in which recipes differ
+_DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{8}(\.keras)?")  # as `_files` names them
 METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
 LOGS = "logs.npz"
 EVALUATION_STATE = "evaluation.json"
@@ -216,8 +218,14 @@ def tidy(folder: pathlib.Path, keep: Progress | None = None) -> None:
 
 
 def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return unfinished files and folders of killed processes."""
-    return [*folder.glob(".*.????????"), *folder.glob(".*.????????.keras")]
+    """Return unfinished files and folders of killed processes.
+
+    In the folder of an experiment these are drafts of its own files; others may be the user's.
+    """
+    own = {RECIPE, DATA, locks.HOLDER, *STAGE_FOLDERS.values()}
+    is_stage = folder.name in STAGE_FOLDERS.values()
+    found = ((path, _DRAFT.fullmatch(path.name)) for path in folder.glob(".*"))
+    return [path for path, match in found if match and (is_stage or match[1] in own)]
 
 
 # Manifests
@@ -334,7 +342,7 @@ def write_metrics(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> No
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file in one piece, replacing what was there."""
     with _files.replaced(path) as draft, draft.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

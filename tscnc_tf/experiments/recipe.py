@@ -118,9 +118,10 @@ class Recipe(Checked):
 
         Args:
             path: the file, or one of the names of the recipes of this package: "recommended"
-                (the best one in the study of this package), "paper" (the values of the method's
-                authors, with constraints and gates), "cpu" (the recommended one, reduced to minutes
-                on two cores), "smoke" (seconds). A file with such a name is given as "./paper".
+                (the simplest of the best in the study of this package), "paper" (the values of the
+                method's authors, with constraints and gates), "cpu" (the recommended one, reduced
+                to minutes on two cores), "smoke" (seconds). A file with such a name is given as
+                "./paper".
 
         Raises:
             ImportError: PyYAML is not installed.
@@ -386,11 +387,18 @@ def with_bases(
     return merged(result, own)
 
 
-def merged(below: Any, above: Any) -> Any:
-    """Return nested dicts in which the values of `above` replace those of `below`."""
+def merged(below: Any, above: Any, cls: Any = Recipe) -> Any:
+    """Return the values of a recipe, or of a section of it: those of `above`, else of `below`.
+
+    Only sections are merged: a value that is a mapping itself, such as a scope, is replaced.
+    """
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
+    result = {**below, **above}
+    for name, kind in hints(cls).items():
+        if dataclasses.is_dataclass(kind) and name in below and name in above:
+            result[name] = merged(below[name], above[name], kind)
+    return result
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

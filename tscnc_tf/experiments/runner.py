@@ -69,8 +69,9 @@ def run(
     Raises:
         TypeError: `recipe` is not a recipe, or a path is not a path.
         ValueError: `folder` holds an experiment with another recipe or other data; `dense` has
-            another recipe; a stage can't be built, which is checked before anything is trained or
-            written; or a file in `folder` is damaged: the message names it and what to do.
+            another recipe; a stage up to `until` can't be built, which is checked before anything
+            is trained or written; or a file in `folder` is damaged: the message names it and what
+            to do.
         RuntimeError: another process runs an experiment in `folder`; the message names it.
         OSError: the disk is full, or can't be written to; the message names the file.
         FileExistsError: `folder` holds something else.
@@ -92,7 +93,7 @@ def run(
     source = None if dense is None else folders.open_dense(_files.absolute("dense", dense), recipe)
     data = stages.dataset(recipe)
     if new:
-        stages.dry_run(recipe, data)
+        stages.dry_run(recipe, data, _up_to(until))
     with locks.exclusive(folder):
         folders.claim(folder, recipe, data)
         if source is not None:
@@ -106,8 +107,9 @@ def _run(
 ) -> None:
     """Run the incomplete stages up to `until`; check the files of complete ones."""
     outputs: list[folders.StageOutput] = []
-    with _bar(recipe, data, progress) as show:
-        for stage in STAGES:
+    wanted = _up_to(until)
+    with _bar(recipe, wanted, data, progress) as show:
+        for stage in wanted:
             goal = folders.stage_folder(folder, stage)
             if not folders.is_complete(goal):
                 with errors_begin(f"{stage}: "):
@@ -119,8 +121,8 @@ def _run(
             if stage == "train":
                 _warn_of_guessing(outputs[-1], data.y_validation)
             show(stage, stages.steps(recipe, stage, data))
-            if stage == until:
-                return
+    if until != "evaluate":
+        return
     goal = folders.stage_folder(folder, "evaluate")
     if not folders.is_complete(goal):
         model = outputs[-1].model
@@ -129,6 +131,11 @@ def _run(
             _evaluate(recipe, data, model, goal, progress)
     folders.require_same_recipe(goal, recipe)
     folders.require_whole(goal)
+
+
+def _up_to(until: str) -> Sequence[str]:
+    """Return the training stages up to the last stage to run."""
+    return STAGES[: STAGES.index(until) + 1] if until in STAGES else STAGES
 
 
 def _warn_of_guessing(output: folders.StageOutput, labels: np.ndarray) -> None:
@@ -224,11 +231,11 @@ def _complete(
 
 @contextlib.contextmanager
 def _bar(
-    recipe: Recipe, data: datasets.Dataset, show: bool
+    recipe: Recipe, wanted: Sequence[str], data: datasets.Dataset, show: bool
 ) -> Iterator[Callable[[str, int], None]]:
     """Show a progress bar; yield a function that takes a stage and the number of its steps done."""
     console = Console(stderr=True)
-    steps = {stage: stages.steps(recipe, stage, data) for stage in STAGES}
+    steps = {stage: stages.steps(recipe, stage, data) for stage in wanted}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,8 @@ def dataset(recipe: Recipe) -> datasets.Dataset:
     return data
 
 
-def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
-    """Build every stage, with initial weights, so that errors come before the first epoch.
+def dry_run(recipe: Recipe, data: datasets.Dataset, wanted: Sequence[str] = STAGES) -> None:
+    """Build stages, with initial weights, so that errors come before the first epoch.
 
     Raises:
         TypeError, ValueError: a stage can't be built, or can't be evaluated: there are no images,
@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe, data: datasets.Dataset) -> None:
     with errors_begin("data.test_examples: "):
         pixels.require_memory("the test part", data.x_test.shape)
     model = network(recipe, data)
-    for stage in STAGES:
+    for stage in wanted:
         with errors_begin(f"{stage}: "), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the stage itself will warn
             trainer(recipe, stage, data, previous=model, teacher=model)

@@ -56,7 +56,7 @@ class AWP(_configs.Configurable):
 
         Args:
             model: its trainable weights of two axes or more are perturbed.
-            loss: computes the loss that the perturbation raises, a scalar.
+            loss: computes the loss that the perturbation raises, a scalar, times any factor.
         """
         weights = [
             tensor_variable(variable)
@@ -66,6 +66,11 @@ class AWP(_configs.Configurable):
         with tf.GradientTape() as tape:
             value = loss()
         gradients = tape.gradient(value, weights)
+        # If float16 overflows, the weights stay: the training's gradient will overflow as well, and
+        # the optimizer will skip the step and lower its loss scale.
+        is_finite = tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None]
+        )
         kept = {optimizers.key(weight): mask for weight, mask in masks.masked_variables(model)}
         before, after = [], []
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -74,6 +79,7 @@ class AWP(_configs.Configurable):
             now = tf.identity(weight)
             mask = kept.get(optimizers.key(weight))
             gradient = tf.cast(tf.convert_to_tensor(gradient), now.dtype)
+            gradient = tf.where(is_finite, gradient, tf.zeros_like(gradient))
             if mask is not None:
                 gradient *= tf.cast(tf.convert_to_tensor(tensor_variable(mask)), now.dtype)
             size = self.gamma * tf.norm(now)

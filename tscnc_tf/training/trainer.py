@@ -511,10 +511,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         def raised() -> tf.Tensor:
             clean = self._inference(x) if self.robust_loss.uses_clean else known
             adversarial = self._inference(x_adversarial)
-            # The sum has the direction of the mean, with less underflow in float16.
-            return tf.reduce_sum(
-                self._terms(y, clean, adversarial, reference, sample_weight)["loss"]
-            )
+            loss = self._terms(y, clean, adversarial, reference, sample_weight)["loss"]
+            return flavours.scaled(self.optimizer, tf.reduce_mean(loss))
 
         return functools.partial(at, *self._awp.perturbed(self.model, raised))
 
@@ -557,6 +555,8 @@ class AdversarialTraining(flavours.Trainer, _Base):
         values = {
             **terms,
             "loss": terms["loss"] + terms["penalty"],
+            # Per example, so that a smaller batch counts less, as it does in the other terms.
+            "penalty": tf.broadcast_to(terms["penalty"], tf.shape(terms["loss"])),
             "clean_accuracy": _correct(y, clean),
             "adversarial_accuracy": _correct(y, adversarial),
         }
