@@ -188,7 +188,7 @@ class Data(Checked):
         image_size: [height, width] to which images are resized; None for their own size.
         augment: augmentation, see `Dataset.training`; None for the default of the dataset.
         train_examples: number of training images to use; None for all.
-        test_examples: number of test images to use; None for all.
+        test_examples: number of test images to use, drawn by the recipe's seed; None for all.
         stream: whether images are read from their files when used, see `tscnc_tf.datasets.load`.
     """
 
