@@ -675,9 +675,7 @@ def test_a_changed_layer_of_a_model_is_seen(library, batch):
 
 
 class Weighted(keras.layers.Layer):
-    """A layer that multiplies by an array."""
-
-    factors = np.ones(3, np.float32)
+    """A layer that multiplies by an array, its attribute `factors`."""
 
     def call(self, inputs):
         return inputs * self.factors

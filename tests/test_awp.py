@@ -158,6 +158,23 @@ def test_an_overflow_in_float16_lowers_the_loss_scale_and_spoils_nothing(name):
     assert int(np.asarray(optimizer.inner_optimizer.iterations)) > 5
 
 
+def test_without_a_trainable_kernel_nothing_is_perturbed(name):
+    x, y = blobs(16)
+    start = linear(name).get_weights()
+
+    def trained(awp):
+        library, frozen = FLAVOURS[name], linear(name)
+        frozen.set_weights(start)
+        frozen.trainable = False
+        inputs = library.Input((6,))
+        model = library.Model(inputs, frozen(library.layers.BatchNormalization()(inputs)))
+        trainer_for(model, name, awp=awp).fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    for mine, other in zip(trained(AWP(GAMMA)), trained(None), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
 def test_it_works_while_scores_are_trained(name):
     model = dense_model(FLAVOURS[name])
     model = tscnc.prune(model, method="scores", sparsity=0.5, layers="hidden")

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import sys
@@ -357,6 +358,10 @@ def _aside(target: pathlib.Path) -> pathlib.Path:
     """Return the hidden name of a folder that is being replaced."""
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()
     return target.with_name(f".{target.name[:32]}.{digest[:8]}.old")
+
+
+# The name of a draft of `_draft`, with that of its target; Keras demands its own ending.
+DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{8}(\.keras)?")
 
 
 def _draft(target: pathlib.Path) -> pathlib.Path:

@@ -276,14 +276,14 @@ class ConditionFeed(flavours.Callback):
         """Find the `ConditionGated` schedules, and measure for the first time."""
         self._governed = {}
         found = []
-        for wrapper in wrappers.wrapped_layers(self.model):
+        wrapped = wrappers.wrapped_layers(self.model)
+        for wrapper in wrapped:
             step = functools.partial(tf_keras.backend.get_value, wrapper.pruning_step)
             if any(kernel_layers.kernels(wrapper.layer)):
                 found.append(_Governed(wrapper.pruning_schedule, wrapper, step))
         gated_around = gated.owners(self.model)
         pruners = masks.pruners(self.model)
-        given = [wrapper.pruning_schedule for wrapper in wrappers.wrapped_layers(self.model)]
-        given += [pruner.schedule for pruner in pruners]
+        given = [*(w.pruning_schedule for w in wrapped), *(p.schedule for p in pruners)]
         for pruner in pruners:
             step = functools.partial(getattr, pruner, "steps")
             layers = {id(target.layer): target.layer for target, _ in pruner.masked_targets()}
@@ -308,24 +308,24 @@ class ConditionFeed(flavours.Callback):
                     stacklevel=2,
                 )
         if self._governed:
-            self._measure(self._step())
+            self._measure()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Measure again after `frequency` steps (one batch may be several steps)."""
-        if self._governed and (step := self._step()) - self._measured_at >= self.frequency:
-            self._measure(step)
+        if self._governed and self._step() - self._measured_at >= self.frequency:
+            self._measure()
 
     def _step(self) -> int:
         return int(next(iter(self._governed.values()))[0].step())
 
-    def _measure(self, step: int) -> None:
-        self._measured_at = step
+    def _measure(self) -> None:
+        self._measured_at = self._step()
         for schedule, governed in self._governed.items():
             reports = [inspection.condition_numbers(each.layer) for each in governed]
             worst = max(getattr(row, schedule.measure) for report in reports for row in report.rows)
-            own = int(governed[0].step())  # parts of a model may be pruned from other steps on
-            for copy in {id(each.schedule): each.schedule for each in governed}.values():
-                copy.update(worst, own)
+            # Each copy at its own step, as parts of a model may be pruned from other steps on.
+            for copy in {id(each.schedule): each for each in governed}.values():
+                copy.schedule.update(worst, int(copy.step()))
 
 
 class DataPosition(flavours.Callback):

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tscnc_tf import _files
-from tscnc_tf.datasets import images
+from tscnc_tf.datasets import images, tfrecords
 from tscnc_tf.datasets.arrays import Raw
 
 ANNOTATIONS = pathlib.PurePath("val", "val_annotations.txt")
@@ -37,7 +37,7 @@ def read(folder: pathlib.Path, image_size: tuple[int, int] | None) -> Raw:
     parts = [part for part in PARTS if part in _folders(folder)]
     root = folder / parts[0] if parts[:1] == ["train"] else folder
     classes = _folders(root)
-    if classes and {name.casefold() for name in classes} <= {*PARTS, "training", "testing"}:
+    if classes and {name.casefold() for name in classes} <= tfrecords.PARTS.keys():
         raise ValueError(
             f"{root} has the folders {', '.join(classes)}, which look like parts of a data set, "
             f"not like classes: name them train and {', '.join(PARTS[1:-1])} or {PARTS[-1]}."

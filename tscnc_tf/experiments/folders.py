@@ -33,7 +33,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +60,6 @@ STAGE_FOLDERS = {
 MANIFEST, RECIPE, DATA = "manifest.json", "recipe.json", "data.json"
 BEST, MODEL, LAST, MASKS = "best.npz", "model.keras", "last.keras", "masks.npz"
 _SHOWN = 10  # values in which recipes differ
-_DRAFT = re.compile(r"\.(.+)\.[0-9a-f]{8}(\.keras)?")  # as `_files` names them
 METRICS, STATE, CHECKPOINT = "metrics.jsonl", "state", "checkpoint"
 LOGS = "logs.npz"
 EVALUATION_STATE = "evaluation.json"
@@ -224,7 +222,7 @@ def _drafts(folder: pathlib.Path) -> list[pathlib.Path]:
     """
     own = {RECIPE, DATA, locks.HOLDER, *STAGE_FOLDERS.values()}
     is_stage = folder.name in STAGE_FOLDERS.values()
-    found = ((path, _DRAFT.fullmatch(path.name)) for path in folder.glob(".*"))
+    found = ((path, _files.DRAFT.fullmatch(path.name)) for path in folder.glob(".*"))
     return [path for path, match in found if match and (is_stage or match[1] in own)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,21 +66,21 @@ class AWP(_configs.Configurable):
         ]
         with tf.GradientTape() as tape:
             value = loss()
-        gradients = tape.gradient(value, weights)
+        slopes = [
+            (weight, tf.cast(tf.convert_to_tensor(gradient), weight.dtype))
+            for weight, gradient in zip(weights, tape.gradient(value, weights), strict=True)
+            if gradient is not None
+        ]
         # If float16 overflows, the weights stay: the training's gradient will overflow as well, and
         # the optimizer will skip the step and lower its loss scale.
-        is_finite = tf.reduce_all(
-            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None]
-        )
+        finite = (tf.reduce_all(tf.math.is_finite(gradient)) for _, gradient in slopes)
+        is_finite = functools.reduce(tf.logical_and, finite, True)
         kept = {optimizers.key(weight): mask for weight, mask in masks.masked_variables(model)}
         before, after = [], []
-        for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is None:
-                continue
+        for weight, slope in slopes:
             now = tf.identity(weight)
             mask = kept.get(optimizers.key(weight))
-            gradient = tf.cast(tf.convert_to_tensor(gradient), now.dtype)
-            gradient = tf.where(is_finite, gradient, tf.zeros_like(gradient))
+            gradient = tf.where(is_finite, slope, tf.zeros_like(slope))
             if mask is not None:
                 gradient *= tf.cast(tf.convert_to_tensor(tensor_variable(mask)), now.dtype)
             size = self.gamma * tf.norm(now)
