@@ -218,10 +218,10 @@ def sweep(plan: pathlib.Path, output: pathlib.Path, engine: str, cpus: int, gpus
         tscnc.experiments.Sweep.from_yaml(plan), output, engine=engine, cpus=cpus, gpus=gpus
     )
     if report.failed:
-        first = next(iter(report.failed))
+        errors = "; ".join(f"{place}: {error}" for place, error in report.failed.items())
         raise ValueError(
-            f"{len(report.failed)} runs have failed, {len(report.rows)} are complete; of {first}: "
-            f"{report.failed[first]}"
+            f"{len(report.failed)} runs have failed, {len(report.rows)} are complete. "
+            f"Failed: {errors}"
         )
     return report.to_dict(), report
 

@@ -696,14 +696,29 @@ def test_statistics_that_are_adapted_again_are_those_that_are_attacked(library, 
     np.testing.assert_array_equal(after, PGD(epsilon=0.1, steps=2)(model, x, y))
 
 
-def test_an_array_of_a_layer_is_the_one_that_is_attacked(batch):
+class Switched(Weighted):
+    """A layer that multiplies by those of its arrays that its list of functions chooses."""
+
+    @property
+    def factors(self):
+        return self.chosen[0](self.arrays["factors"][0])
+
+
+@pytest.mark.parametrize("attribute", ["factors", "arrays", "chosen"])
+def test_an_array_of_a_layer_is_the_one_that_is_attacked(attribute, batch):
     x, y = batch
-    layer = Weighted()
-    layer.factors = np.ones(3, np.float32)
+    ones = np.ones(3, np.float32)
+    layer = Weighted() if attribute == "factors" else Switched()
+    if attribute == "factors":
+        layer.factors = ones
+    else:
+        layer.chosen, layer.arrays = [np.abs], {"factors": (ones,)}
     model = keras.Sequential([keras.Input(x.shape[1:]), network(keras), layer])
     attack = PGD(epsilon=0.1, steps=2)
     before = attack(model, x, y)
-    layer.factors = -layer.factors
+    np.testing.assert_array_equal(attack(model, x, y), before)
+    changed = {"factors": -ones, "arrays": {"factors": (0 * ones,)}, "chosen": [np.negative]}
+    setattr(layer, attribute, changed[attribute])
     after = attack(model, x, y)
     assert np.any(after != before)
     np.testing.assert_array_equal(after, PGD(epsilon=0.1, steps=2)(model, x, y))

@@ -902,13 +902,25 @@ def test_apgd_in_training(flavour, loss, norm, jit_compile):
     assert history["loss"][-1] < history["loss"][0]
 
 
-def test_training_gets_the_largest_loss():
+@pytest.mark.parametrize(
+    ("attack", "score"),
+    [
+        (APGD(epsilon=0.1, steps=10), losses.log_odds),
+        (Square(epsilon=0.1, queries=50), losses.margin),
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+def test_training_gets_the_largest_score(attack, score):
     x, y = examples(50)
-    attack = APGD(epsilon=0.1, steps=10)
     trained_on = attack.perturb(bent, x, y, seed_pair(0))
-    first_found = on_bent(attack)(x, y)
-    most, first = (losses.log_odds(y, bent(points)).numpy() for points in (trained_on, first_found))
+    first_found = attack.perturb(bent, x, y, seed_pair(0), until_fooled=True)
+    most, first = (score(y, bent(points)).numpy() for points in (trained_on, first_found))
     assert np.all(most >= first - 1e-5) and np.mean(most > first + 0.1) > 0.1
+
+
+def test_searches_for_transfer_are_not_equal_to_others():
+    attack = Square(epsilon=0.1)
+    assert attack.for_transfer() == attack.for_transfer() != attack
 
 
 def test_defaults_of_training():

@@ -33,10 +33,10 @@ def trainer_for(model, name, *, awp=None, loss=None, jit_compile=False, **option
     return trainer
 
 
-def linear(name):
+def linear(name, **options):
     library = FLAVOURS[name]
     inputs = library.Input((6,))
-    return library.Model(inputs, library.layers.Dense(3, name="logits")(inputs))
+    return library.Model(inputs, library.layers.Dense(3, name="logits", **options)(inputs))
 
 
 def softmax(z):
@@ -49,12 +49,16 @@ def slopes(kernel, bias, x, y):
     return x.T @ error, error.sum(axis=0)
 
 
-def by_hand(kernel, bias, x, y, mask, steps):
-    """Return kernel and bias after steps of descent at the perturbed kernel."""
+def by_hand(kernel, bias, x, y, mask, steps, penalty=0.0):
+    """Return kernel and bias after steps of descent at the perturbed kernel.
+
+    The penalty, times the square of each weight, is that of the kernel itself.
+    """
     for _ in range(steps):
         slope = slopes(kernel, bias, x, y)[0] * mask
         perturbed = kernel + GAMMA * np.linalg.norm(kernel) * slope / np.linalg.norm(slope)
         of_kernel, of_bias = slopes(perturbed, bias, x, y)
+        of_kernel = of_kernel + 2 * penalty * kernel
         kernel, bias = (kernel - RATE * of_kernel) * mask, bias - RATE * of_bias
     return kernel, bias
 
@@ -79,24 +83,29 @@ def test_each_step_descends_at_the_perturbed_weights(name, sparsity, jit_compile
 
 
 def test_penalties_are_those_of_the_weights_themselves(name):
-    """Without data that matter, the penalty's slope alone moves a kernel."""
-    model = dense_model(FLAVOURS[name], kernel_regularizer="l2")
-    before = model.get_layer("hidden").get_weights()[0]
-    trainer = trainer_for(model, name, awp=AWP(GAMMA))
-    trainer.fit(np.zeros((8, 6), np.float32), np.arange(8) % 3, batch_size=8, verbose=0)
-    after = model.get_layer("hidden").get_weights()[0]
-    np.testing.assert_allclose(after, before * (1 - RATE * 2 * 0.01), rtol=1e-4, atol=1e-6)
+    model = linear(name, kernel_regularizer=FLAVOURS[name].regularizers.L2(0.3))
+    kernel, bias = model.get_weights()
+    x, y = blobs(32)
+    trainer_for(model, name, awp=AWP(GAMMA)).fit(x, y, batch_size=32, verbose=0)
+    expected = by_hand(kernel, bias, x, y, np.ones_like(kernel), 1, penalty=0.3)
+    for mine, theirs in zip(model.get_weights(), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [tscnc.losses.TRADES(beta=3.0), tscnc.losses.MART()], ids=repr)
 def test_batch_norm_and_the_schedule_see_one_step(name, loss):
-    """At a tiny gamma a step is that without perturbation, moving statistics included."""
+    """At a tiny gamma a step is that without perturbation: moving statistics, masks, counters."""
     x, y = images(32)
+    schedule = tscnc.schedules.CosineSparsity(0.0, 0.5, begin_step=0, end_step=4, frequency=1)
     ours, theirs = conv_model(FLAVOURS[name]), conv_model(FLAVOURS[name])
     theirs.set_weights(ours.get_weights())
+    zeros = []
     for model, awp in ((ours, AWP(1e-7)), (theirs, None)):
+        model = tscnc.prune(model, schedule, engine="masks")
         trainer = trainer_for(model, name, awp=awp, loss=loss)
         trainer.fit(x, y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+        zeros.append(tscnc.inspection.sparsity(model).sparsity)
+    assert 0 < zeros[0] == zeros[1] < 0.5
     for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5)
 

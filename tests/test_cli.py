@@ -515,11 +515,12 @@ def test_a_sweep_is_run_and_its_failures_are_errors(command, tmp_path, monkeypat
         "folder": tmp_path / "out",
         "options": {"engine": "ray", "cpus": 2, "gpus": 0.0},
     }
-    failed = {"b/seed-3": "ValueError: no"}
+    failed = {"b/seed-0": "ValueError: no", "b/seed-3": "OSError: not even that"}
     code, _, err = call(*words)
     assert (code, err) == (
         1,
-        "Error: ValueError: 1 runs have failed, 1 are complete; of b/seed-3: ValueError: no\n",
+        "Error: ValueError: 2 runs have failed, 1 are complete. Failed: b/seed-0: ValueError: no; "
+        "b/seed-3: OSError: not even that\n",
     )
 
 

@@ -45,12 +45,12 @@ class StandIn(types.SimpleNamespace):
     def nodes(self):
         return [{"Alive": True, "Resources": machine} for machine in self.machines]
 
-    def remote(self, function):
-        def options(**given):
+    def remote(self, **given):
+        def task(function):
             self.options.append(given)
             return types.SimpleNamespace(remote=lambda *args: self._begun(function, *args))
 
-        return types.SimpleNamespace(options=options)
+        return task
 
     def _begun(self, function, *args):
         resolved = [self._result(arg) if isinstance(arg, Task) else arg for arg in args]
@@ -173,12 +173,15 @@ def test_tasks_begin_where_this_process_is_with_their_share(monkeypatch):
     ray = StandIn([{"CPU": 8.0, "GPU": 1.0}])
     monkeypatch.setattr(engines, "_ray", lambda: ray)
     list(engines.run({"a": Call(add, ([], 1))}, "ray", cpus=3, gpus=0.5))
-    (options,) = ray.options
+    list(engines.run({"a": Call(add, ([], 1))}, "ray"))
+    options, without_gpu = ray.options
     assert (options["num_cpus"], options["num_gpus"]) == (3, 0.5)
+    # Each process of Ray ends before its memory has grown by much, and frees its GPU's.
+    assert (options["max_calls"], without_gpu["max_calls"]) == (1, engines._CALLS)
     settings = options["runtime_env"]["env_vars"]
     assert settings["TF_NUM_INTRAOP_THREADS"] == "3"
     assert settings["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-    assert ray.folders == [str(pathlib.Path.cwd())]
+    assert ray.folders == 2 * [str(pathlib.Path.cwd())]
 
 
 def test_one_machine_must_have_all_that_a_task_needs(monkeypatch):

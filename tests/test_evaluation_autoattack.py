@@ -147,6 +147,11 @@ def test_gradients_that_mislead_are_found_in_five_ways():
     assert "black-box-wins" in flagged(misleading, X[:FEW], Y[:FEW], [apgd, spsa]).flags
     alone = flagged(misleading, X, Y, apgd, diagnose=True)
     assert {"transfer-wins", "ladder"} <= set(alone.flags)
+    transfer = attacks.Transfer(source=linear, attack=attacks.FGSM(epsilon=EPSILON))
+    for without_gradient in (square, transfer):  # their ball will do
+        assert "ladder" in flagged(misleading, X, Y, without_gradient, diagnose=True).flags
+    with pytest.raises(ValueError, match="diagnose must be False for attacks without a radius"):
+        quiet(misleading, X, Y, lambda model, x, y: x, diagnose=True)
     sound = quiet(linear, np.tile(X, (4, 1)), np.tile(Y, 4), [apgd, square], diagnose=True)
     assert sound.flags == ()
 
@@ -688,15 +693,20 @@ def test_a_bar_is_written_to_a_terminal_only(monkeypatch, capsys, terminal, prog
 
 def test_a_curve_of_a_linear_model_is_its_closed_form():
     radii = ["8/255", 0.15, 0.01]
-    curve = evaluation.robustness_curve(
-        *(linear, X, Y, radii),
+    draw = functools.partial(
+        evaluation.robustness_curve,
         attack=lambda e: attacks.APGD(epsilon=e, steps=10, loss="targeted_dlr"),
         progress=False,
     )
+    curve = draw(linear, X, Y, radii)
     assert curve.epsilons == (0.01, "8/255", 0.15)
     expected = [np.mean(robust(radius)) for radius in (0.01, 8 / 255, 0.15)]
     np.testing.assert_allclose(curve.accuracies, expected, atol=0.004)
     assert curve.clean_accuracy == 0.9 and np.all(np.diff(curve.correct.astype(int), axis=0) <= 0)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(50)
+    np.testing.assert_array_equal(draw(linear, data, None, [0.01]).correct, curve.correct[:1])
+    with pytest.raises(ValueError, match="y is None: robust accuracy needs labels"):
+        evaluation.robustness_curve(linear, X, None, [0.01])
     sizes = [report.examples for report in curve.reports]
     assert sizes == [300, *(int(row.sum()) for row in curve.correct[:-1])]
     lines = str(curve).splitlines()

@@ -376,6 +376,15 @@ def test_shipped_recipes_go_by_name_also_as_a_base_and_files_by_path(tmp_path, m
     assert Recipe.from_yaml("smoke").name == "smoke"
 
 
+def test_a_recipe_does_not_change_with_what_it_was_made_from():
+    shares, plan = {"stage_*": 0.5}, {"fraction": 0.3}
+    values = {"prune.method": "magnitude", "prune.scope": shares, "prune.regrowth": plan}
+    made = recipe(**values)
+    before = made.to_dict()
+    shares["stage_*"], plan["fraction"] = 0.9, 0.1
+    assert made.to_dict() == before
+
+
 class FakeData:
     """What a network wants to know of a dataset."""
 
@@ -580,12 +589,21 @@ def test_the_kind_of_weight_decay_decides_the_optimizer(library):
         recipe(**{"train.weight_decay_kind": "torch"})
 
 
-def test_an_evaluation_that_was_stopped_goes_on(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "last"),
+    [
+        (tscnc.inspection, "condition_numbers"),
+        (runner, "export_saved_model"),
+        (folders, "write_manifest"),
+    ],
+    ids=["after the attacks", "before its end", "after its end"],
+)
+def test_an_evaluation_that_was_stopped_goes_on(module, last, finished, tmp_path, monkeypatch):
     folder = shutil.copytree(finished, tmp_path / "tiny")
     shutil.rmtree(folder / "4-evaluate")
     state = folder / "4-evaluate" / folders.EVALUATION_STATE
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        stop_after(patch, tscnc.inspection, "condition_numbers", lambda *arguments: True)
+        stop_after(patch, module, last, lambda *arguments: True)
         tscnc.experiments.run(recipe(), folder, progress=False)
     assert state.is_file()
     with monkeypatch.context() as patch:
@@ -848,9 +866,14 @@ def test_drafts_of_what_was_killed_are_removed(tmp_path):
     for name in (".model.keras.0123abcd", ".model.keras.0123abcd.keras"):
         (stage / name).touch()
     (stage / ".state-1.0123abcd").mkdir()
-    (stage / "model.keras").touch()
+    own = ["model.keras", "state-2.bak", "state-old"]
+    for name in own:
+        (stage / name).touch()
+    (stage / "state-1-2").mkdir()
+    (stage / "state-1").mkdir()
+    assert [progress for progress, _ in folders.states(stage)] == [(1, 2), (1, 0)]
     folders.tidy(stage)
-    assert [path.name for path in stage.iterdir()] == ["model.keras"]
+    assert sorted(path.name for path in stage.iterdir()) == own
 
 
 @pytest.mark.parametrize(
@@ -1428,7 +1451,8 @@ def test_outputs_of_a_stage_that_was_stopped_at_its_end_are_written_anew(
             patch.setattr(folders, "write_manifest", stop)
             tscnc.experiments.run(recipe(), folder, progress=False)
         left = [path for path in (folder / stage).rglob("*") if path.is_file()]
-        left = [path for path in left if "state-" not in str(path) and path.name != "best.npz"]
+        kept = {"best.npz", folders.EVALUATION_STATE}
+        left = [path for path in left if "state-" not in str(path) and path.name not in kept]
         assert len(left) == (9 + 1 if stage == "4-evaluate" else 4)
         for path in left:
             path.write_bytes(DAMAGES["cut off"](path.read_bytes()))

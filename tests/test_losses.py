@@ -289,6 +289,21 @@ def test_kl_is_zero_only_for_equal_distributions(logits, other_logits):
     assert np.all(losses.kl_divergence(logits, other_logits) > 0.01)
 
 
+def test_classes_that_both_networks_exclude_do_not_count_in_kl(logits, other_logits):
+    excluded = [np.insert(each, 2, -np.inf, axis=1) for each in (logits, other_logits)]
+    reference, student = map(tf.constant, excluded)
+    with tf.GradientTape() as tape:
+        tape.watch((reference, student))
+        value = losses.kl_divergence(reference, student)
+    np.testing.assert_allclose(value, np_kl(logits, other_logits), rtol=1e-9)
+    p, q = (np.insert(softmax(each), 2, 0.0, axis=1) for each in (logits, other_logits))
+    surplus = np.log(p + (p == 0)) - np.log(q + (q == 0)) - value.numpy()[:, None]
+    for gradient, right in zip(
+        tape.gradient(value, (reference, student)), (p * surplus, q - p), strict=True
+    ):
+        np.testing.assert_allclose(gradient, right, atol=1e-12)
+
+
 def test_dlr_is_invariant_to_scale(logits):
     value = losses.dlr(LABELS, logits)
     np.testing.assert_allclose(losses.dlr(LABELS, 1000 * logits + 5), value, rtol=1e-9)

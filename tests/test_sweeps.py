@@ -204,6 +204,7 @@ def test_a_sweep_is_read_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (b"recipes: {\xff: smoke}", "not YAML: it is not text in UTF-8"),
         ("seeds: [0]", "must have an entry recipes"),
         ("recipes: {a: smoke}\nsedes: [0]", "unknown: sedes"),
         ("recipes: [a]", "recipes must be a mapping of names to recipes"),
@@ -222,8 +223,8 @@ def test_a_sweep_is_read_from_a_file(tmp_path):
 )
 def test_what_is_no_sweep_is_refused_by_name(content, words, tmp_path):
     file = tmp_path / "sweep.yaml"
-    file.write_text(content)
-    with pytest.raises((TypeError, ValueError), match=rf"(?s){file}: .*{words}"):
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((TypeError, ValueError), match=rf"(?s){file}:? .*{words}"):
         Sweep.from_yaml(file)
 
 

@@ -88,7 +88,8 @@ def kl_divergence(reference_logits: Any, logits: Any) -> tf.Tensor:
     r"""Return :math:`\mathrm{KL}(p \| q) = \sum_k p_k (\log p_k - \log q_k)` per example.
 
     p and q are the softmax of `reference_logits` and of `logits`. Both logarithms come from
-    log-softmax, so the value stays finite where probabilities underflow.
+    log-softmax, so the value stays finite where probabilities underflow. Classes with p = 0, as of
+    a logit of -infinity, add nothing.
 
     Args:
         reference_logits: `(batch, classes)`, any float dtype; the gradient flows into it as well.
@@ -111,7 +112,10 @@ def kl_divergence(reference_logits: Any, logits: Any) -> tf.Tensor:
         )
     log_p = tf.nn.log_softmax(tf.cast(reference, logits.dtype))
     log_q = tf.nn.log_softmax(logits)
-    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=-1)
+    p = tf.exp(log_p)
+    is_possible = p > 0  # elsewhere neither the difference nor its gradient may be NaN
+    log_p, log_q = (tf.where(is_possible, each, 0.0) for each in (log_p, log_q))
+    return tf.reduce_sum(p * (log_p - log_q), axis=-1)
 
 
 def log_odds(labels: Any, logits: Any) -> tf.Tensor:

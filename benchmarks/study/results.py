@@ -13,7 +13,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A mean and the half width of its interval; infinite with fewer than two values."""
+    """A mean and the half width of its interval; infinite with fewer than three values."""
 
     mean: float
     half: float

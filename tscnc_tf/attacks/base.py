@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import weakref
@@ -263,20 +263,34 @@ def _state(model: Any) -> list[Any]:
     """Return the state of a model apart from the values of its weights, for `_is_same_state`.
 
     It consists of the attributes of each layer that are variables, tensors, arrays, callables or
-    plain Python values. Sequential and functional models inside are left out, since their own
-    attributes belong to training. A state keeps neither layers nor variables alive.
+    plain Python values, and of public lists, tuples and dicts of these. Sequential and functional
+    models inside are left out, since their own attributes belong to training. A state keeps
+    neither layers nor variables alive.
     """
     found: list[Any] = []
     for layer in layers.flatten(model):
         found.append(weakref.ref(layer))  # the same object each time, as long as the layer lives
         for name, value in () if _keras.is_graph_model(layer) else vars(layer).items():
-            if value is None or isinstance(value, bool | int | float | str):
-                found += [name, value]
-            elif callable(value) or isinstance(value, _HELD):
-                with contextlib.suppress(TypeError):  # functions of C, such as a ufunc
-                    value = weakref.ref(value)
-                found += [name, value]
+            # The private containers are those of Keras, some of which change in each call.
+            is_compared = not (name.startswith("_") and isinstance(value, dict | list | tuple))
+            found += [name, *_parts(value)] if is_compared else []
     return found
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return what a state compares of an attribute: itself, or the parts of a container."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        return list(itertools.chain.from_iterable(map(_parts, value)))
+    if value is None or isinstance(value, bool | int | float | str):
+        return [value]
+    if not callable(value) and not isinstance(value, _HELD):
+        return []
+    try:
+        return [weakref.ref(value)]
+    except TypeError:  # functions of C, such as a ufunc
+        return [value]
 
 
 def _is_same_state(before: list[Any], after: list[Any]) -> bool:

@@ -114,9 +114,8 @@ class Search(CompiledAttack):
     """
 
     norms: ClassVar[tuple[str, ...]] = (*balls.NORMS, "l1")
-    _until_fooled: ClassVar[bool] = True
-
     restarts: int = 1
+    _until_fooled: bool = dataclasses.field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

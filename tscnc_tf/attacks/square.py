@@ -20,15 +20,16 @@ _DRAWS_PER_ITERATION = 8
 
 
 class _State(NamedTuple):
-    """State of an attempt: the best candidate."""
+    """State of an attempt: the candidate of the largest score, and the first that fools."""
 
-    result: tf.Tensor
+    best: tf.Tensor
     score: tf.Tensor
     fooled: tf.Tensor
+    adversarial: tf.Tensor
 
     @property
-    def best(self) -> tf.Tensor:
-        return self.result
+    def result(self) -> tf.Tensor:
+        return choose(self.fooled, self.adversarial, self.best)
 
 
 class _Windows(NamedTuple):
@@ -139,17 +140,16 @@ class Square(Search):
     def _advance(
         self, ascent: Ascent, examples: Examples, state: _State, index: Any, draws: Draws
     ) -> _State:
-        x, best = _grid(examples.x), _grid(state.result)
+        x, best = _grid(examples.x), _grid(state.best)
         change = self._changed if self.norm == "linf" else self._moved
         candidate = change(x, best, index, draws)
         new = self._evaluated(ascent, examples, candidate)
         gains = new.score > state.score
-        if self._until_fooled:
-            gains = ~state.fooled & (gains | new.fooled)
         return _State(
-            result=choose(gains, new.result, state.result),
+            best=choose(gains, new.best, state.best),
             score=tf.where(gains, new.score, state.score),
             fooled=state.fooled | new.fooled,
+            adversarial=choose(state.fooled, state.adversarial, new.adversarial),
         )
 
     def _evaluated(self, ascent: Ascent, examples: Examples, candidate: tf.Tensor) -> _State:
@@ -158,7 +158,8 @@ class Square(Search):
         candidate = like(tf.reshape(candidate, tf.shape(examples.x)), examples.x)
         candidate = self._feasible(examples.x, candidate)
         logits = ascent.logits(candidate)
-        return _State(candidate, ascent.score(logits), ascent.is_fooled(logits))
+        score = ascent.score(logits)
+        return _State(candidate, score, ascent.is_fooled(logits), adversarial=candidate)
 
     def _changed(self, x: tf.Tensor, best: tf.Tensor, index: Any, draws: Draws) -> tf.Tensor:
         """Return the candidates of an iteration in linf: one window set to x ± epsilon."""

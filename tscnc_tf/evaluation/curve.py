@@ -14,7 +14,7 @@ import numpy as np
 from tscnc_tf import _checks, _files, _plots, _reports, attacks
 from tscnc_tf.evaluation import diagnostics
 from tscnc_tf.evaluation.report import RobustnessReport, accuracy_cells, interval
-from tscnc_tf.evaluation.run import evaluate_robustness
+from tscnc_tf.evaluation.run import evaluate_robustness, inputs_and_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,8 +111,8 @@ def robustness_curve(
 
     Args:
         model: as in `evaluate_robustness`.
-        x: an array of inputs `(examples, ...)`.
-        y: an array of labels, as in `evaluate_robustness`.
+        x: as in `evaluate_robustness`.
+        y: as in `evaluate_robustness`.
         epsilons: the radii, numbers or fractions such as "8/255".
         attack: returns the attack, or a list of attacks, for a radius; None for
             `attacks.AutoAttack`.
@@ -173,7 +173,7 @@ def robustness_curve(
     made = [(attack or default)(radius) for radius in radii]
     for radius, each in zip(radii, made, strict=True):
         _require_ball(each, radius, norm)
-    inputs, labels = np.asarray(x), np.asarray(y)
+    inputs, labels = map(np.asarray, inputs_and_labels(x, y))
     rows = np.arange(len(inputs))
     correct = np.zeros((len(radii), len(inputs)), dtype=bool)
     clean = np.zeros(len(inputs), dtype=bool)

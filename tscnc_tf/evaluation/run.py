@@ -80,7 +80,8 @@ def evaluate_robustness(
             and number of the attacks. Plain callables get no seed.
         bounds: the smallest and the largest value of an input.
         diagnose: whether to run the diagnostics "ladder" and "transfer-wins", which run attacks of
-            their own for a few seconds. None for True if there is an `attacks.AutoAttack`.
+            their own, in the ball of an attack, for a few seconds; not on files, which have no
+            gradient. None for True if there is an `attacks.AutoAttack`.
         state_path: a file to which the progress is written about once a second. If it exists, the
             evaluation continues from it, with the same result. Attacks of your own are known by
             their source and the numbers, text and arrays that they hold, not by what they call.
@@ -94,8 +95,9 @@ def evaluate_robustness(
             or the model or an attack is not callable.
         ValueError: inputs or labels are out of range; the model returns probabilities or values
             that are not finite; there are neither attacks nor epsilon, or both; an attack is
-            targeted, or its result lies outside its ball or the bounds; or the file at `state_path`
-            belongs to another model, other data, attacks, settings or versions.
+            targeted, or its result lies outside its ball or the bounds; `diagnose` is set, and no
+            attack has a radius; or the file at `state_path` belongs to another model, other data,
+            attacks, settings or versions.
 
     Warns:
         EvaluationWarning: a sign that the robust accuracy is too high, for the model or the source
@@ -126,6 +128,11 @@ def evaluate_robustness(
     if diagnose is None:
         diagnose = any(adversary.parts for adversary in adversaries)
     diagnose = _checks.boolean("diagnose", diagnose)
+    if diagnose and all(adversary.epsilon is None for adversary in adversaries):
+        raise ValueError(
+            "diagnose must be False for attacks without a radius, got True: its attacks run in "
+            "their ball. Declare the ball of a function by attacks.Custom."
+        )
     inputs, labels, width = _examples(x, y, bounds)
     examined = ModelUnderTest(model, inputs[:batch_size])
     _checks.require_classes(labels, examined.classes)
@@ -231,17 +238,28 @@ def _examples(
         TypeError: inputs are not floats, labels are not integers, or a dataset holds no pairs.
         ValueError: a value or a shape is not as described.
     """
-    if isinstance(x, tf.data.Dataset):
-        if y is not None:
-            raise ValueError("y must be None when x is a dataset: its labels are in the dataset.")
-        x, y = _materialised(x)
-    elif y is None:
-        raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
+    x, y = inputs_and_labels(x, y)
     inputs = np.asarray(_checks.inputs(x, bounds), np.float32)
     labels, width = _checks.class_indices("y", y)
     if len(labels) != len(inputs):
         raise ValueError(f"x has {len(inputs)} examples, but y has {len(labels)} labels.")
     return inputs, labels, width
+
+
+def inputs_and_labels(x: Any, y: Any) -> tuple[Any, Any]:
+    """Return inputs and labels: those given, or all of a batched `tf.data.Dataset` x of pairs.
+
+    Raises:
+        TypeError: the dataset holds no pairs.
+        ValueError: `y` is missing, or given with a dataset; or the dataset is infinite or empty.
+    """
+    if isinstance(x, tf.data.Dataset):
+        if y is not None:
+            raise ValueError("y must be None when x is a dataset: its labels are in the dataset.")
+        return _materialised(x)
+    if y is None:
+        raise ValueError("y is None: robust accuracy needs labels (only a dataset brings its own).")
+    return x, y
 
 
 def _materialised(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -338,8 +356,8 @@ class _Evaluation:
         self, adversaries: Sequence[Adversary], results: dict[str, AttackResult]
     ) -> list[diagnostics.Finding]:
         """Return findings from short attacks in other balls and from another network."""
-        known = [each for each in adversaries if each.source is None and each.epsilon is not None]
-        ball = next((each for each in known if each.uses_gradient), None)
+        known = [each for each in adversaries if each.epsilon is not None]
+        ball = max(known, key=lambda each: each.uses_gradient, default=None)  # the first of them
         rows = np.flatnonzero(self._clean)
         if ball is None or ball.epsilon is None or not len(rows) or not self._examined.has_gradient:
             return []

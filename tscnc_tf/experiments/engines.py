@@ -15,6 +15,7 @@ from tscnc_tf import _checks, _extras, _files
 
 ENGINES = ("process", "ray")
 _PATIENCE = 60.0  # seconds to wait for cancelled tasks
+_CALLS = 10  # of a process of Ray: TensorFlow does not free all memory of a training
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,9 +64,11 @@ def run(
 
     Args:
         calls: by name.
-        engine: "process": in their order, in this process. "ray": as tasks, on the cluster that
-            Ray is connected to or finds, else on this machine. A task whose worker dies is started
-            again, up to three times.
+        engine: "process": in their order, in this process, whose memory grows, since TensorFlow
+            does not free all of what a training has used (some 20 MiB of each stage of an
+            experiment). "ray": as tasks, on the cluster that Ray is connected to or finds, else on
+            this machine; a process of Ray ends after some calls. A task whose worker dies is
+            started again, up to three times.
         cpus: cores of each task.
         gpus: GPUs of each task.
 
@@ -150,9 +153,13 @@ def _as_tasks(
     settings = {"TF_CPP_MIN_LOG_LEVEL": "3", **threads}
     if 0.0 < gpus < 1.0:  # otherwise TensorFlow takes all memory of the GPU
         settings["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
-    task = ray.remote(_in_folder).options(
-        num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": settings}, max_retries=3
-    )
+    task = ray.remote(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        runtime_env={"env_vars": settings},
+        max_retries=3,
+        max_calls=1 if gpus else _CALLS,
+    )(_in_folder)
 
     def submitted(call: Call, *more: Any) -> Any:
         return task.remote(str(pathlib.Path.cwd()), call.function, *call.arguments, *more)

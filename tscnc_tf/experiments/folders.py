@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -239,7 +240,7 @@ def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
     files = {
         name: facts
         for name, facts in manifest.file_facts(folder).items()
-        if not name.startswith((".", f"{STATE}-"))
+        if not name.startswith((".", f"{STATE}-")) and name != EVALUATION_STATE
     }
     whole = jsonable({**content, "files": files})
     write_json(folder / MANIFEST, {**whole, "sha256": manifest.seal(whole)})
@@ -387,8 +388,11 @@ class Progress(NamedTuple):
 
 def states(folder: pathlib.Path) -> list[tuple[Progress, pathlib.Path]]:
     """Return the progress and the folder of each checkpoint, the last one first."""
+    name = re.compile(rf"{STATE}-(\d+)(?:-(\d+))?")
     found = [
-        (Progress(*map(int, path.name.split("-")[1:])), path) for path in folder.glob(f"{STATE}-*")
+        (Progress(*map(int, match.groups("0"))), path)
+        for path in folder.glob(f"{STATE}-*")
+        if (match := name.fullmatch(path.name))
     ]
     return sorted(found, reverse=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -172,7 +173,8 @@ class Checked:
         for name, hint in hints(type(self), include_extras=True).items():
             if get_origin(hint) is Annotated:
                 check = get_args(hint)[1]
-                object.__setattr__(self, name, check(name, getattr(self, name)))
+                value = copy.deepcopy(getattr(self, name))  # of lists and dicts of the caller
+                object.__setattr__(self, name, check(name, value))
 
 
 @dataclasses.dataclass(frozen=True)

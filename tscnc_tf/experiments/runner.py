@@ -116,6 +116,7 @@ def _run(
                     _train(recipe, stage, data, goal, functools.partial(show, stage), outputs)
             folders.require_same_recipe(goal, recipe)  # first, as its files are another's, too
             folders.require_whole(goal)
+            folders.tidy(goal)
             outputs.append(folders.open_stage(goal))
             folders.require_same_data(goal, outputs[-1].manifest["data"], data)
             if stage == "train":
@@ -131,6 +132,8 @@ def _run(
             _evaluate(recipe, data, model, goal, progress)
     folders.require_same_recipe(goal, recipe)
     folders.require_whole(goal)
+    folders.tidy(goal)
+    (goal / folders.EVALUATION_STATE).unlink(missing_ok=True)
 
 
 def _up_to(until: str) -> Sequence[str]:
@@ -183,7 +186,6 @@ def _evaluate(
     preflight.require_finite(model)  # before hours of attacks, which need not notice it
     folders.tidy(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = folder / folders.EVALUATION_STATE
     x, y = data.arrays("test")
     report = evaluate_robustness(
         model,
@@ -192,7 +194,7 @@ def _evaluate(
         attacks=stages.test_attacks(recipe),
         batch_size=recipe.evaluate.batch_size,
         seed=recipe.seed,
-        state_path=state,
+        state_path=folder / folders.EVALUATION_STATE,
         progress=progress,
     )
     _files.write_text(folder / "report.txt", f"{report}\n")
@@ -205,14 +207,13 @@ def _evaluate(
     for name, each in reports.items():
         folders.write_json(folder / f"{name}.json", each.to_dict())
     export_saved_model(model, folder / "saved_model", probe=x[:8], overwrite=True)
-    state.unlink(missing_ok=True)
     _complete(recipe, "evaluate", data, folder)
 
 
 def _complete(
     recipe: Recipe, stage: str, data: datasets.Dataset, folder: pathlib.Path, **facts: Any
 ) -> None:
-    """Write the manifest, which marks a stage as complete, and remove what is no longer needed.
+    """Write the manifest, which marks a stage as complete.
 
     Raises:
         FileNotFoundError: the folder of the experiment has been removed.
@@ -226,7 +227,6 @@ def _complete(
         "versions": _reports.versions(),
     }
     folders.write_manifest(folder, content)
-    folders.tidy(folder)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tscnc_tf import _checks, _files, _reports
 from tscnc_tf.experiments import engines, folders, runner
-from tscnc_tf.experiments.recipe import Recipe, errors_begin, parse, with_bases
+from tscnc_tf.experiments.recipe import Recipe, errors_begin, read_yaml, with_bases
 
 RESULTS, DENSE = "results.csv", "dense"
 FIGURES = ("clean", "robust", "zeros", "condition_number", "dead_filters")
@@ -112,10 +112,10 @@ class Sweep:
             TypeError, ValueError: the file is not YAML, or not a sweep.
         """
         file = _files.absolute("path", path)
-        content = parse(file.read_text(encoding="utf-8"), str(file))
+        content = read_yaml(file)
         known = [field.name for field in dataclasses.fields(cls)]
         with errors_begin(f"{file}: "):
-            if not isinstance(content, dict) or not content.get("recipes"):
+            if not content.get("recipes"):
                 raise ValueError("a sweep must have an entry recipes.")
             if unknown := sorted(map(str, set(content) - set(known))):
                 raise ValueError(f"unknown: {', '.join(unknown)}. A sweep has {', '.join(known)}.")

@@ -130,7 +130,7 @@ class AdversarialTraining(flavours.Trainer, _Base):
         _require_awp(awp)
         regularizers.require_layouts(model)
         kwargs.setdefault("dtype", model.dtype_policy)
-        super().__init__(name=name, **kwargs)
+        super().__init__(name=name, autocast=False, **kwargs)  # each layer casts its own inputs
         self._classes = models.classes("model", model)  # None: set in the first batch
         losses.require_no_probabilities("model", model, attack.bounds)
         self.model = model
