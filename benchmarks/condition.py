@@ -67,7 +67,7 @@ def run(options: record.Options) -> None:
         f"step: TRADES, PGD-{options.steps}, batch {batch_size}, without the term; from its parts, "
         f"measured at batch {sample} in the same rounds and scaled linearly.",
         f"Check: {smallest} scaled over one true step at batch {batch_size} "
-        f"({check['true_seconds']['wall']:,.1f} s), its parts measured before and after it: "
+        f"({check['true_seconds']['wall']:,.1f} s), its parts measured beside it, in random order: "
         f"{check['scaled_over_true']['wall']:.3f}; by CPU time "
         f"{check['scaled_over_true']['cpu']:.3f}",
     ]

@@ -381,7 +381,8 @@ class TRADES(RobustLoss):
     .. math:: \mathrm{CE}(y, f(x)) + \beta\,\mathrm{KL}(p(x) \| p(x'))
 
     with :math:`p = \mathrm{softmax}\, f` and x' found by ascent on that KL, from x + 0.001 N(0, 1).
-    `robust` is the second term; the first is the model's clean loss.
+    (Attacks that start at x, where the KL has no gradient, ascend the cross-entropy instead: FGSM,
+    and others with start="none".) `robust` is the second term; the first is the model's clean loss.
 
     Args:
         beta: the weight of the second term, >= 0.

@@ -21,7 +21,7 @@ from benchmarks import record
 from benchmarks.parity import networks, reference
 from benchmarks.parity.networks import EPSILONS, Examples
 from benchmarks.parity.reference import Budget
-from tscnc_tf import _reports
+from tscnc_tf import _files, _reports
 
 # Upper bounds: of |ours - reference| in the robust accuracy of "standard"; of ours - reference for
 # each attack; and of the share of examples that a witness breaks and our "standard" does not.
@@ -60,7 +60,9 @@ class Run:
         """Return a run from a file; if there is none, call the function and write the file."""
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **dataclasses.asdict(cls.of(function)))
+            result = dataclasses.asdict(cls.of(function))
+            with _files.replaced(path) as draft, draft.open("wb") as stream:
+                np.savez(stream, **result)
         with np.load(path) as found:
             return cls(found["correct"], float(found["wall"]), float(found["cpu"]))
 
