@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 from tscnc_tf import _keras
 from tscnc_tf.attacks import pgd
@@ -128,7 +126,8 @@ def plain_network(
     Returns:
         A model that returns logits: of Keras 3, or of tf_keras if Keras 3 has another backend.
     """
-    k = keras if keras.config.backend() == "tensorflow" else tf_keras
+    is_usable = _keras.keras.config.backend() == "tensorflow"
+    k = _keras.keras if is_usable else _keras.tf_keras
     step = -(-len(x) // _TRAINED_ON)
     x, y = x[::step], y[::step]
     scale = 1.0 / (float(np.std(x)) + 1e-6)
