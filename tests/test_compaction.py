@@ -746,6 +746,194 @@ def test_normalisation_with_a_gamma_of_zero_kills_a_channel(library):
 
 
 @both
+@pytest.mark.parametrize("how", ["Multiply", "Maximum", "Minimum", "Add"])
+def test_constants_at_masked_positions(library, how):
+    """Keras 3 multiplies and compares valid entries only, so a constant is none there."""
+    layers = library.layers
+    inputs = library.Input((5, 4))
+    masked = layers.Masking()(inputs)
+    branches = [layers.Dense(6, name=name)(masked) for name in ("a", "b")]
+    x = getattr(layers, how)(name="both")(branches)
+    model = randomise(library.Model(inputs, layers.Dense(3, name="logits")(x)))
+    for name in ("a", "b"):
+        kill(model, name, [0, 1])
+        set_bias(model, name, -1.5)
+    done = compact(model)
+    padded = probe(model)
+    padded[:, 3:] = 0
+    np.testing.assert_allclose(done.model(padded), model(padded), atol=1e-5)
+    stays = library is keras and how != "Add"
+    assert filters(done)["a"] == (6, 6 if stays else 4)
+    # Masks are computed by operations of Keras, which are nobody's layers.
+    alone = {row.layer for row in done.left_alone if not row.layer.startswith("masking")}
+    assert alone == ({"both"} if stays else set())
+
+
+@both
+def test_a_layer_that_is_called_with_a_mask_is_left_alone(library):
+    layers = library.layers
+    inputs = library.Input((5, 4))
+    x = layers.Dense(6, name="a")(layers.Masking()(inputs))
+    x = layers.GlobalAveragePooling1D(name="mean")(x)
+    model = randomise(library.Model(inputs, layers.Dense(3, name="logits")(x)))
+    kill(model, "a", [0, 1])
+    done = compact(model)
+    reason = "'mean' (GlobalAveragePooling1D) is called with a mask"
+    alone = [row.reason for row in done.left_alone if not row.layer.startswith("masking")]
+    assert alone == [reason] * (library is keras)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_the_mean_over_an_axis_is_no_average_of_branches(axis):
+    inputs = keras.Input((6, 8))
+    x = keras.layers.Dense(6, name="a")(inputs)
+    x = keras.ops.average(x, axis=axis)
+    model = randomise(keras.Model(inputs, keras.layers.Dense(3)(x)))
+    kill(model, "a", [0, 1, 2])
+    assert filters(check(model))["a"] == (6, 6)
+    assert tscnc.inspection.sparsity(model).prunable
+
+
+@both
+def test_outputs_are_compared_each_by_its_own_size(library, monkeypatch):
+    """A wrong logit is not hidden by an output that is a million times as large."""
+    from tscnc_tf._channels import operations
+
+    layers = library.layers
+    inputs = library.Input((4,))
+    x = layers.Dense(6, activation="sigmoid", name="a")(inputs)
+    outputs = [layers.Dense(2, name="small")(x), layers.Rescaling(1e6)(layers.Dense(2)(inputs))]
+    model = randomise(library.Model(inputs, outputs))
+    kill(model, "a", [1])
+    assert check(model).logit_tolerance == pytest.approx(1e-5, rel=2)
+    monkeypatch.setattr(
+        operations.Linear, "_folded", lambda self, *_: np.zeros(self.reads.shape[1])
+    )
+    with pytest.raises(RuntimeError, match=r"differ by .* where 1.* is allowed"):
+        compact(model)
+
+
+@both
+@pytest.mark.parametrize("left", [3, 2])
+def test_regularizers_of_groups_know_how_many_are_left(library, left):
+    model = grouped_network(library)
+    made = [tscnc.regularizers.ConditionNumber(0.1), library.regularizers.L2(0.1)]
+    model = tscnc.pruning.add_regularizers(model, made[0], layers="grouped")
+    layer = model.get_layer("grouped")
+    kill(model, "grouped", range(2 * left, 8))
+    new = compact(model).model.get_layer("grouped")
+    assert (new.groups, new.kernel_regularizer.channel_groups) == (left, left)
+    assert layer.kernel_regularizer.channel_groups == 4
+    assert float(new.kernel_regularizer(new.kernel)) > 0
+    # In a sum only this package's own depends on the groups.
+    whole = tscnc.regularizers.RegularizerSum([layer.kernel_regularizer, made[1]])
+    part, other = tscnc.regularizers.with_groups(whole, left).regularizers
+    assert part.channel_groups == left and other is made[1]
+
+
+@both
+def test_the_shape_of_dropped_noise_follows(library):
+    layers = library.layers
+    model = randomise(
+        library.Sequential(
+            [
+                library.Input((5, 5, 3)),
+                layers.Conv2D(8, 3, name="a"),
+                layers.Dropout(0.5, noise_shape=(None, 1, 1, 8), name="whole"),
+                layers.Dropout(0.5, noise_shape=(None, 3, 3, 1)),
+                layers.Flatten(),
+                layers.Dense(2),
+            ]
+        )
+    )
+    kill(model, "a", [0, 1, 2])
+    new = check(model).model
+    assert tuple(new.get_layer("whole").noise_shape) == (None, 1, 1, 5)
+    new.compile("sgd", "mse")
+    new.fit(probe(model), np.zeros((5, 2)), verbose=0)
+
+
+@both
+def test_initializers_need_not_fit_the_smaller_shapes(library):
+    start = np.arange(32.0).reshape(4, 8)
+    layers, constant = library.layers, library.initializers.Constant(np.arange(8.0))
+    hidden = layers.Dense(
+        8, kernel_initializer=lambda *_, **__: start, bias_initializer=constant, name="a"
+    )
+    norm = layers.BatchNormalization(gamma_initializer=constant)
+    model = library.Sequential([library.Input((4,)), hidden, norm, layers.Dense(2, name="logits")])
+    kill(randomise(model), "a", [0, 5])
+    done = check(model)
+    assert filters(done)["a"] == (8, 6)
+    kept = done.model.get_layer("logits").kernel_initializer
+    assert isinstance(kept, library.initializers.GlorotUniform)
+
+
+@both
+def test_states_of_recurrent_layers_do_not_count_and_stay(library):
+    layers = library.layers
+    inputs = library.Input(batch_shape=(8, 3, 4))
+    x = layers.LSTM(5, stateful=True, name="memory")(inputs)
+    x = layers.Dense(6, activation="relu", name="a")(x)
+    model = randomise(library.Model(inputs, layers.Dense(2)(x)))
+    kill(model, "a", [0, 1])
+    model.predict(probe(model, 8), verbose=0)
+    before = [state.numpy() for state in model.get_layer("memory").states]
+    assert all(np.any(state) for state in before)
+    new = compact(model).model
+    for state, old, fresh in zip(
+        *(model.get_layer("memory").states, before, new.get_layer("memory").states), strict=True
+    ):
+        np.testing.assert_array_equal(state.numpy(), old)
+        assert not np.any(fresh.numpy())
+
+
+@both
+def test_a_nested_model_that_casts_is_left_alone(library):
+    layers = library.layers
+    whole = library.Input((6,), dtype="int32")
+    scaled = layers.Rescaling(0.5)(whole)
+    inner = library.Model(whole, layers.Dense(5, name="b")(scaled), name="inner")
+    inputs = library.Input((4,))
+    model = library.Model(inputs, inner(layers.Dense(6, name="a")(inputs)))
+    kill(randomise(model), "a", [0, 1])
+    set_bias(model, "a", 1.7)
+    assert reasons(check(model), "a") == {"'inner' (Functional) casts what it is called on": 2}
+
+
+def test_tied_weights_are_refused():
+    layers = tf_keras.layers
+    inputs = tf_keras.Input((6,))
+    first, second = (layers.Dense(6, use_bias=False, name=name) for name in "ab")
+    model = tf_keras.Model(inputs, layers.Dense(2)(second(first(inputs))))
+    second.kernel = first.kernel
+    with pytest.raises(ValueError, match=r"weight 'a/kernel.*' that belongs to several layers"):
+        compact(model)
+
+
+@both
+def test_activations_that_are_layers(library):
+    layers = library.layers
+    model = randomise(
+        library.Sequential(
+            [
+                library.Input((4,)),
+                layers.Dense(6, activation=layers.ReLU(max_value=1.0), name="a"),
+                layers.Activation(layers.LeakyReLU()),
+                layers.Dense(3),
+                layers.Softmax(name="shares"),
+            ]
+        )
+    )
+    kill(model, "a", [0, 1])
+    set_bias(model, "a", 0.3)
+    done = check(model)
+    assert filters(done)["a"] == (6, 4)
+    assert [row.reason for row in done.left_alone] == ["'shares' mixes channels"]
+    assert tscnc.inspection.sparsity(model).effective_sparsity is not None
+
+
+@both
 def test_branch_arithmetic(library):
     layers = library.layers
     inputs = library.Input((5,))
@@ -1004,11 +1192,26 @@ def subclass(library, kind):
         def train_step(self, data):
             return {"loss": tf.reduce_sum(data[0])}
 
+    if kind == "passes on":
+
+        class Own(library.Model):
+            def __init__(self, inputs, outputs, **options):
+                super().__init__(inputs, outputs, **options)
+
+    elif kind == "own argument":
+
+        class Own(library.Model):
+            def __init__(self, inputs, outputs, temperature=1.0, **options):
+                super().__init__(inputs, outputs, **options)
+                self.temperature = temperature
+
     return Own(inputs, head(hidden(inputs)), name="own")
 
 
 @both
-@pytest.mark.parametrize("kind", ["sequential", "constructor", "same constructor"])
+@pytest.mark.parametrize(
+    "kind", ["sequential", "constructor", "same constructor", "passes on", "own argument"]
+)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_subclasses_with_a_graph(library, kind, pruned):
     model = randomise(subclass(library, kind))
@@ -1024,7 +1227,10 @@ def test_subclasses_with_a_graph(library, kind, pruned):
     read = model.get_layer("logits").kernel.numpy()[[0, 2]].any(axis=1)
     assert pruned or read.all()
     assert filters(done)["hidden"] == (4, read.sum())
-    plain = {"sequential": library.Sequential, "constructor": None}.get(kind, own)
+    classes = {"sequential": library.Sequential, "constructor": None, "own argument": None}
+    if library is tf_keras:
+        classes["passes on"] = None
+    plain = classes.get(kind, own)
     if plain is None:
         plain = type(library.Model(i := library.Input((1,)), library.layers.Dense(1)(i)))
     assert type(done.model) is plain

@@ -874,13 +874,16 @@ def test_names_that_no_argument_can_have(tmp_path, name, keyword):
     assert export.export_saved_model(model, tmp_path / "model").inputs[0].name == keyword
 
 
-def test_the_tolerance_follows_the_largest_logit():
+def test_the_tolerance_follows_the_largest_value_of_each_output():
     model = dense()
-    assert _probe.tolerance(model, [np.array([0.5])], float32=1e-4) == pytest.approx(1e-4)
-    assert _probe.tolerance(
-        model, [np.array([3.0]), np.array([-20.0])], float32=1e-4
-    ) == pytest.approx(2e-3)
-    assert _probe.difference([np.zeros((2, 3))], [np.zeros((2, 1))]) == np.inf
+    assert _probe.tolerance(model, float32=1e-4) == 1e-4
+    small, large = np.array([0.5]), np.array([3.0, -20.0])
+    assert (_probe.scale(small), _probe.scale(large)) == (1.0, 20.0)
+    # That of the output that differs most, relative to its scale.
+    found = [small + 0.25, large + 4.0]
+    assert _probe.deviation([small, large], found) == (0.25, 1.0)
+    assert _probe.deviation([large, small], [large + 6.0, small + 0.25]) == (6.0, 20.0)
+    assert _probe.deviation([np.zeros((2, 3))], [np.zeros((2, 1))])[0] == np.inf
 
 
 # Loading

@@ -179,38 +179,42 @@ def outputs(
     return arrays
 
 
-def difference(left: list[np.ndarray], right: list[np.ndarray]) -> float:
-    """Return the largest absolute difference between two lists of outputs; inf if shapes differ."""
-    if [array.shape for array in left] != [array.shape for array in right]:
-        return float("inf")
-    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in zip(left, right, strict=True))
+def deviation(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[float, float]:
+    """Return the difference and the `scale` of the output that differs most, relative to its scale.
+
+    Args:
+        expected: a list of outputs.
+        found: as many, to compare with them; the difference is inf if their shapes differ.
+    """
+    if [array.shape for array in expected] != [array.shape for array in found]:
+        return float("inf"), 1.0
+    pairs = zip(expected, found, strict=True)
+    each = [(float(np.abs(a - b).max(initial=0.0)), scale(a)) for a, b in pairs]
+    return max(each, key=lambda pair: pair[0] / pair[1])
 
 
-def tolerance(model: Any, expected: list[np.ndarray], *, float32: float) -> float:
-    """Return by how much two computations of the same outputs may differ.
+def tolerance(model: Any, *, float32: float) -> float:
+    """Return by how much two computations of an output may differ, relative to its `scale`.
 
-    It is the `scale` of the outputs times a relative tolerance: `float32`; 1e-2 where a GPU
-    multiplies in TensorFloat-32, which has 10 bits; 5e-2 if a layer computes in 16 bits.
+    It is `float32`; 1e-2 where a GPU multiplies in TensorFloat-32, which has 10 bits; 5e-2 if a
+    layer computes in 16 bits.
 
     Args:
         model: a Keras model.
-        expected: its outputs.
-        float32: the relative tolerance if all layers compute in float32.
+        float32: the tolerance if all layers compute in float32.
     """
     dtypes = {getattr(layer, "compute_dtype", None) for layer in model_layers.flatten(model)}
     on_gpu = bool(tf.config.get_visible_devices("GPU"))
     if dtypes & {"float16", "bfloat16"}:
-        relative = 5e-2
-    elif on_gpu and tf.config.experimental.tensor_float_32_execution_enabled():
-        relative = 1e-2
-    else:
-        relative = float32
-    return relative * scale(expected)
+        return 5e-2
+    if on_gpu and tf.config.experimental.tensor_float_32_execution_enabled():
+        return 1e-2
+    return float32
 
 
-def scale(expected: list[np.ndarray]) -> float:
-    """Return the largest absolute value of the outputs, at least 1."""
-    return max(1.0, *(float(np.abs(array).max(initial=0.0)) for array in expected))
+def scale(output: np.ndarray) -> float:
+    """Return the largest absolute value of an output, at least 1."""
+    return float(np.abs(output).max(initial=1.0))
 
 
 def _of_any_size(spec: tf.TensorSpec) -> tf.TensorSpec:

@@ -425,6 +425,16 @@ class RegularizerSum(_keras.Regularizer):
         return f"RegularizerSum({self.regularizers!r})"
 
 
+def with_groups(regularizer: Any, channel_groups: int) -> Any:
+    """Return a regularizer for a kernel of another number of groups; one of Keras is returned."""
+    if isinstance(regularizer, RegularizerSum):
+        parts = [with_groups(part, channel_groups) for part in regularizer.regularizers]
+        return RegularizerSum(parts, regularizer.library)
+    if not isinstance(regularizer, KernelRegularizer) or regularizer.channel_groups == 1:
+        return regularizer
+    return regularizer.for_kernel(layout=regularizer.layout, channel_groups=channel_groups)
+
+
 def require_layouts(model: Any) -> None:
     """Raise a ValueError if a regularizer of an EinsumDense in a model has an unsuitable layout.
 

@@ -212,6 +212,9 @@ def _not_followed(
     wanted = [_shape(symbol) for symbol in model.inputs]
     if any(len(w) != len(t.shape) for w, t in zip(wanted, inputs, strict=True)):
         return "changes the shape of what it is called on"
+    dtypes = [tf.as_dtype(symbol.dtype) for symbol in model.inputs]
+    if any(not d.is_floating and d.name != t.dtype for d, t in zip(dtypes, inputs, strict=True)):
+        return "casts what it is called on"
     return ""
 
 

@@ -31,7 +31,8 @@ from tscnc_tf._channels.operations import (
 from tscnc_tf._keras import layers as kernel_layers
 
 # Names of layers, in both Keras versions.
-_ACTIVATIONS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU", "Activation")
+_RECTIFIERS = ("ReLU", "LeakyReLU", "ELU", "ThresholdedReLU")
+_ACTIVATIONS = (*_RECTIFIERS, "Activation")
 _DROPOUT = ("Dropout", "SpatialDropout", "GaussianDropout", "GaussianNoise", "AlphaDropout")
 _MOVING = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "UpSampling", "Cropping")
 _KEEPING = (*_DROPOUT, *_MOVING, "Identity", "RepeatVector")
@@ -43,6 +44,8 @@ _COMBINING: dict[str, dict[str, Any]] = {
     "Minimum": {"function": np.minimum},
     "Multiply": {"function": np.multiply, "absorbs": True},
 }
+# Layers of Keras 3 that leave out masked entries; where all are masked, they give 0 or the first.
+_REPLACING_MASKED = ("Multiply", "Maximum", "Minimum")
 # Names of Keras 3's operations, and of the TensorFlow functions that tf_keras wraps as layers;
 # first those that are equal to a layer.
 _SAME_AS = {"__operators__.add": "Add", "math.add": "Add", "math.subtract": "Subtract"} | {
@@ -134,7 +137,12 @@ class Reader:
             return self._attention(call)
         if not call.is_plain:
             raise _NotUnderstoodError("is called with more than its inputs")
+        if call.kwargs.get("mask") is not None:
+            raise _NotUnderstoodError("is called with a mask")
         if name in _COMBINING:
+            replaces = name in _REPLACING_MASKED and self.library is _keras.keras
+            if replaces and any(tensor.masked for tensor in call.inputs):
+                raise _NotUnderstoodError("has other results at masked positions")
             return [self._combination(call, name)]
         if name == "Concatenate":
             return [self._concatenation(call, call.layer.axis)]
@@ -152,6 +160,8 @@ class Reader:
             return [self._normalisation(call)]
         if name in _ACTIVATIONS:
             return [self._activation(call)]
+        if name == "Softmax" and layer.axis in (-1, len(call.inputs[0].shape) - 1):
+            return [Mixing(call, call.inputs, call.outputs, f"{call.name!r} mixes channels")]
         if name == "Rescaling":
             return [self._rescaling(call)]
         if name == "Normalization":
@@ -233,11 +243,17 @@ class Reader:
         if function is None or function is self.library.activations.linear:
             operations[-1].outputs = outputs
             return operations
-        if id(function) in self._elementwise:
+        if self._is_elementwise(function):
             return [*operations, Elementwise(call, inner, outputs, function=function)]
         reason = f"{call.name!r} has the activation {_name_of(function)}, which may mix channels"
         kind = Mixing if self._mixes(function) else Barrier
         return [*operations, kind(call, inner, outputs, reason)]
+
+    def _is_elementwise(self, function: Any) -> bool:
+        """Return whether an activation is a known function, or a layer, of single entries."""
+        kind = type(function)
+        is_layer = kind is getattr(self.library.layers, kind.__name__, None)
+        return id(function) in self._elementwise or (is_layer and kind.__name__ in _RECTIFIERS)
 
     def _mixes(self, function: Any) -> bool:
         """Return whether each channel of an activation depends on all channels."""
@@ -249,7 +265,7 @@ class Reader:
         if self._mixes(function):
             reason = f"{call.name!r} is {_name_of(function)}, which mixes channels"
             return Mixing(call, call.inputs, call.outputs, reason)
-        if function is not None and id(function) not in self._elementwise:
+        if function is not None and not self._is_elementwise(function):
             raise _NotUnderstoodError(f"is {_name_of(function)}, which may mix channels")
         return Elementwise(call, call.inputs, call.outputs, function=call.apply)
 
@@ -288,6 +304,9 @@ class Reader:
             return Rearrangement(
                 call, call.inputs, call.outputs, places=places, shape_argument=argument
             )
+        if name == "Dropout" and layer.noise_shape is not None and same:
+            argument = "noise_shape"
+            return Rearrangement(call, call.inputs, call.outputs, shape_argument=argument)
         if name.startswith(_KEEPING) and same:
             return Rearrangement(call, call.inputs, call.outputs)
         raise _NotUnderstoodError("is not understood")
@@ -311,7 +330,8 @@ class Reader:
         """Translate an operation of Keras 3, or a TensorFlow function in a tf_keras layer."""
         kind = type(call.layer)
         if kind.__module__.startswith(_OPERATIONS):
-            name = kind.__name__
+            # The operation Average is a mean over an axis; only the layer combines tensors.
+            name = "" if kind.__name__ == "Average" else kind.__name__
         elif kind.__name__ == "TFOpLambda" and _keras.flavour(call.layer) == "tf_keras":
             name = call.layer.symbol or ""
         else:

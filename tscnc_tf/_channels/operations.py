@@ -207,7 +207,8 @@ class Rearrangement(Operation):
         if not self.shape_argument or kept.all():
             return Edit({}, {})
         shape = list(self.call.layer.get_config()[self.shape_argument])
-        shape[-1] = int(kept.sum()) if shape[-1] != -1 else -1
+        if shape[-1] not in (-1, 1, None):
+            shape[-1] = int(kept.sum())
         return Edit({self.shape_argument: tuple(shape)}, {})
 
 

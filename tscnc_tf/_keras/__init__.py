@@ -136,11 +136,17 @@ def functional_base(kind: Any) -> Any:
 
 
 def takes_inputs_and_outputs(kind: Any) -> bool:
-    """Return whether a class of functional models has the constructor of Keras' `Functional`."""
+    """Return whether a class of functional models has the constructor of Keras' `Functional`.
+
+    In Keras 3 it may also have one that passes on inputs, outputs and further arguments.
+    """
     own, plain = (inspect.getfullargspec(cls.__init__) for cls in (kind, functional_base(kind)))
     if own.args == plain.args:
         return True
-    return issubclass(kind, keras.Model) and None not in (own.varargs, own.varkw)
+    if not issubclass(kind, keras.Model) or own.varkw is None:  # tf_keras has the rule above
+        return False
+    takes_both = own.args[1:3] == plain.args[1:3] or (len(own.args) == 1 and own.varargs)
+    return bool(takes_both) and {*own.args[3:], *own.kwonlyargs} <= {*plain.args[3:]}
 
 
 def register(cls: _Class) -> _Class:

@@ -212,8 +212,8 @@ class Rebuilder:
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(
                     f"model {model.name!r} can't be rebuilt: tf_keras' own clone_model fails "
-                    f"({reason}). This happens where a layer is called on a constant tensor: make "
-                    "that a weight of a layer, or an input."
+                    f"({reason}). If a layer is called on a constant tensor: make that a weight of "
+                    "a layer, or an input."
                 ) from error
         # Keras 3's clone_model would compile the copy as well.
         if is_sequential:
@@ -266,6 +266,7 @@ class Rebuilder:
             if self._is_layer(old) and old is not new:
                 for before, after in _by_name(old, new, found, pairs.keys() | given):
                     pairs.setdefault(id(after), (before, after))
+        _require_untied(model, pairs)
         for number, (before, after) in pairs.items():
             if number not in given:
                 _assign(before, after)
@@ -304,6 +305,18 @@ class Rebuilder:
                     yield part, known[id(part)]
         if type(old) is type(new) and not _keras.is_graph_model(old):
             yield from _parts(old, new)
+
+
+def _require_untied(model: Any, pairs: Mapping[int, _Pair]) -> None:
+    """Raise a ValueError if a copy has several weights for one that layers of the model share."""
+    copies: dict[int, Any] = {}
+    for before, after in pairs.values():
+        if copies.setdefault(id(before), after) is not after:
+            raise ValueError(
+                f"model {model.name!r} has a weight {before.name!r} that belongs to several "
+                "layers, and a copy would have several weights: call one layer several times, or "
+                "keep the layer that owns the weight as an attribute of the other."
+            )
 
 
 class _Unwrapping(Rebuilder):

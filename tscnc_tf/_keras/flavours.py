@@ -275,6 +275,22 @@ def scope(model: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def zero_states(model: Any) -> Iterator[None]:
+    """Set the states of stateful recurrent layers to zero during the block."""
+    stateful = [each for each in layers.flatten(model) if getattr(each, "stateful", False)]
+    found = tf.nest.flatten([getattr(each, "states", None) for each in stateful])
+    states = [state for state in found if state is not None]
+    before = [(state, state.numpy()) for state in states]
+    for state in states:
+        state.assign(tf.zeros_like(state))
+    try:
+        yield
+    finally:
+        for state, value in before:
+            state.assign(value)
+
+
 def is_variable(value: Any) -> bool:
     """Return whether an object is a variable of either Keras or of TensorFlow."""
     return isinstance(value, keras.Variable | tf.Variable)

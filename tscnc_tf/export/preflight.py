@@ -27,7 +27,8 @@ class Checked(NamedTuple):
         specs: its inputs as TensorSpecs, for any number of examples.
         batch: the probe, of the structure of `specs`.
         logits: the outputs for the probe, a flat list.
-        tolerance: the largest difference that the logits of the written model may have.
+        tolerance: the largest difference that an output of the written model may have, relative
+            to the output's largest value (if above 1).
     """
 
     model: Any
@@ -71,11 +72,11 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         if expected_sparsity is not None:
             require_sparsity(weights, expected_sparsity)
         logits = _probe.outputs(lambda x: stripped(x, training=False), batch)
-        allowed = _probe.tolerance(stripped, logits, float32=1e-4)
-        _warn_if_equal(logits, allowed)
+        tolerance = _probe.tolerance(stripped, float32=1e-4)
+        _warn_if_equal(logits, tolerance)
         if stripped is not model:
             before = _probe.outputs(lambda x: model(x, training=False), batch)
-            require_same("the model with its pruning wrappers or gates", before, logits, allowed)
+            require_same("the model with its pruning wrappers or gates", before, logits, tolerance)
     return Checked(
         model=model,
         library=library,
@@ -86,15 +87,19 @@ def check(model: Any, expected_sparsity: float | None, probe: Any) -> Checked:
         specs=specs,
         batch=batch,
         logits=logits,
-        tolerance=allowed,
+        tolerance=tolerance,
     )
 
 
-def _warn_if_equal(logits: list[np.ndarray], allowed: float) -> None:
+def _warn_if_equal(logits: list[np.ndarray], tolerance: float) -> None:
     """Warn if the logits differ so little from example to example that a check says nothing."""
     if any(not array.ndim or len(array) < 2 for array in logits):
         return
-    spread = max(float(np.ptp(array, axis=0).max(initial=0.0)) for array in logits)
+    spreads = [
+        (float(np.ptp(array, axis=0).max(initial=0.0)), tolerance * _probe.scale(array))
+        for array in logits
+    ]
+    spread, allowed = max(spreads, key=lambda pair: pair[0] / pair[1])
     if 0.0 < spread <= allowed:  # 0: mostly a constant model
         warnings.warn(
             f"The logits of the probe batch differ by at most {spread:.3g} between its examples, "
@@ -105,27 +110,28 @@ def _warn_if_equal(logits: list[np.ndarray], allowed: float) -> None:
 
 
 def require_same(
-    what: str, left: list[np.ndarray], right: list[np.ndarray], allowed: float
-) -> float:
-    """Return the largest difference of two lists of logits.
+    what: str, found: list[np.ndarray], expected: list[np.ndarray], tolerance: float
+) -> tuple[float, float]:
+    """Return the difference of the output that differs most, relative to it, and the allowed one.
 
     Raises:
-        ValueError: it is above `allowed`, or the shapes differ, whatever is allowed.
+        ValueError: it is above the allowed one, or the shapes differ, whatever is allowed.
     """
-    shapes, wanted = ([array.shape for array in arrays] for arrays in (left, right))
+    shapes, wanted = ([array.shape for array in arrays] for arrays in (found, expected))
     if shapes != wanted:
         raise ValueError(
             f"On the probe batch, the logits of {what} have the shapes {shapes}, and those of the "
             f"stripped model {wanted}."
         )
-    difference = _probe.difference(left, right)
+    difference, scale = _probe.deviation(expected, found)
+    allowed = tolerance * scale
     if difference > allowed:
         raise ValueError(
             f"On the probe batch, the logits of {what} differ from those of the stripped model by "
             f"up to {difference:.3g}, and {allowed:.3g} is allowed. Possible causes are layers "
             "that are random in inference mode, keep state between calls, or read Python variables."
         )
-    return difference
+    return difference, allowed
 
 
 def require_exportable(model: Any) -> types.ModuleType:

@@ -138,8 +138,9 @@ class ExportReport(_Export):
         expected_sparsity: the sparsity that was required, or None.
         inputs, outputs: the tensors of the `serving_default` signature.
         max_logit_difference: the largest absolute difference between the logits of the model and
-            those of the written SavedModel, over the probe batch.
-        logit_tolerance: the largest difference that would have passed.
+            those of the written SavedModel, over the probe batch; of several outputs, in the one
+            that differs most for its size.
+        logit_tolerance: the largest difference of that output that would have passed.
         probe_examples: the number of examples in the probe batch.
         saved_model_bytes: the size of all files of the SavedModel, without the manifest.
         gzip_bytes: the size of the same files as one .tar.gz (level 9, without time stamps). Zeros

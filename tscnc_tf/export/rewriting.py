@@ -102,7 +102,8 @@ def rewrite_litert(
         old.write_bytes(content)
         draft.write_bytes(sparse_litert.corrected(content).content)
         before, after = (_outputs(litert.load_litert(file)) for file in (old, draft))
-        difference, allowed = _probe.difference(before, after), _ALLOWED * _probe.scale(before)
+        difference, scale = _probe.deviation(before, after)
+        allowed = _ALLOWED * scale
         if difference > allowed:
             raise ValueError(
                 f"The outputs of the rewritten file differ from those of {source} by up to "

@@ -223,7 +223,7 @@ class _SavedModel(writer.Format):
         loaded = tf.saved_model.load(str(draft))
         _require_same_variables(ready, loaded)
         served = _probe.outputs(loaded.serve, ready.batch)
-        difference = preflight.require_same(
+        difference, allowed = preflight.require_same(
             "the SavedModel, loaded again,", served, ready.logits, ready.tolerance
         )
         files = manifest.file_facts(draft)
@@ -236,7 +236,7 @@ class _SavedModel(writer.Format):
             inputs=_tensors(signature.structured_input_signature[1]),
             outputs=_tensors(signature.structured_outputs),
             max_logit_difference=difference,
-            logit_tolerance=ready.tolerance,
+            logit_tolerance=allowed,
             probe_examples=ready.examples,
             saved_model_bytes=sum(facts["bytes"] for facts in files.values()),
             gzip_bytes=manifest.gzip_size(draft),

@@ -157,25 +157,25 @@ class FileFormat(Format):
         draft.write_bytes(converted.content)
         kernels = _kernels(self.name, ready, self.constants(draft), converted.forms)
         served = self.load(draft)
-        allowed = ready.tolerance * _TOLERANCES[self.precision]
+        tolerance = ready.tolerance * _TOLERANCES[self.precision]
         what = f"the {self.name} file"
         served_outputs = functools.partial(
             _probe.outputs, what=f"The {self.name} file", way_out=_NOT_REPRESENTABLE
         )
         outputs = served_outputs(served, named)
-        difference = preflight.require_same(what, outputs, originals, allowed)
+        difference, allowed = preflight.require_same(what, outputs, originals, tolerance)
         if self.batch_size is None:
             # A converter may have fixed the number of examples: try another one.
             single = served_outputs(served, {name: array[:1] for name, array in named.items()})
-            preflight.require_same(what, single, [array[:1] for array in originals], allowed)
+            preflight.require_same(what, single, [array[:1] for array in originals], tolerance)
         if converted.dense is not None:
             # At any precision, sparse storage may change the logits by rounding only.
             with tempfile.TemporaryDirectory() as folder:
                 twin = pathlib.Path(folder) / "dense"
                 twin.write_bytes(converted.dense)
                 dense = served_outputs(self.load(twin), named)
-            largest = max(float(np.abs(array).max()) for array in dense)
-            close = min(allowed, max(ready.tolerance, _QUANTA * largest))
+            largest = max(float(np.abs(array).max() / _probe.scale(array)) for array in dense)
+            close = min(tolerance, max(ready.tolerance, _QUANTA * largest))
             preflight.require_same(f"{what} with sparse kernels", outputs, dense, close)
         data_file = converted.data_file
         content = converted.content + (b"" if data_file is None else data_file.read_bytes())

@@ -8,7 +8,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from tscnc_tf import _checks, _keras, _probe
+import numpy as np
+
+from tscnc_tf import _checks, _keras, _probe, regularizers
 from tscnc_tf._channels.graph import Call, Graph, unroll
 from tscnc_tf._channels.layers import Reader, count_flops
 from tscnc_tf._channels.operations import Barrier, ChannelPlan, Edit, Step
@@ -54,13 +56,14 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     Args:
         model: a built Sequential or functional model of either Keras, without pruning wrappers and
             gates. Nested models are included. A subclass of these may add methods, but not override
-            `call`. The result for a functional one has the same class, if the constructor takes
-            inputs and outputs, else Keras' class. The model is not changed, except that the masks
+            `call`. The result for a functional one has the same class, if the constructor is that
+            of Keras, or in Keras 3 adds no argument to it; if not, Keras' class. Attributes of the model are not copied. The model is not changed, except that the masks
             of its `Pruner`, if any, are applied. The smaller model has no pruner:
             `pruning.freeze_mask` keeps its zeros in further training.
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
-            rows drawn from U[0, 1), seeded.
-        tolerance: the largest difference of the logits, relative to the largest logit (if above 1).
+            rows, or as many as the model names, drawn with a seed from U[0, 1), or from the range
+            of the pixels if the model begins by scaling them. It has no masked positions.
+        tolerance: the largest difference of an output, relative to its largest value (if above 1).
             None for 1e-5, or more if the arithmetic is less exact than float32: 5e-2 with layers
             that compute in 16 bits, 1e-2 on GPUs that multiply in TensorFloat-32.
 
@@ -103,18 +106,18 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
     gated.require_none(model, "compact")
     masks.apply(model)
     _, batch = _probe.prepare(model, probe)
-    before = _probe.outputs(lambda x: model(x, training=False), batch)
+    before = _logits(model, batch)
     if tolerance is None:
-        allowed = _probe.tolerance(model, before, float32=1e-5)
-    else:
-        allowed = _checks.number("tolerance", tolerance, minimum=0.0) * _probe.scale(before)
+        tolerance = _probe.tolerance(model, float32=1e-5)
+    tolerance = _checks.number("tolerance", tolerance, minimum=0.0)
     graph = unroll(library, model)
     operations = Reader(library, graph).operations()
     analysis = ChannelAnalysis(graph, operations)
     plan = analysis.plan
     rebuilder = _Compactor(library, graph, operations, plan)
     copy = rebuilder.rebuild(model)
-    difference = _probe.difference(before, _probe.outputs(lambda x: copy(x, training=False), batch))
+    difference, scale = _probe.deviation(before, _logits(copy, batch))
+    allowed = tolerance * scale
     if difference > allowed:
         raise RuntimeError(
             f"The compacted model {model.name!r} gives logits that differ by {difference:.3g} from "
@@ -135,6 +138,12 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         logit_tolerance=allowed,
         probe_examples=_probe.examples(batch),
     )
+
+
+def _logits(model: Any, batch: Any) -> list[np.ndarray]:
+    """Return the outputs of a model whose stateful layers begin at zero; their states stay."""
+    with flavours.zero_states(model):
+        return _probe.outputs(lambda x: model(x, training=False), batch)
 
 
 class _Compactor(cloning.Rebuilder):
@@ -161,8 +170,24 @@ class _Compactor(cloning.Rebuilder):
             self._edits[operation.call.layer] |= operation.edit(plan)
 
     def configured(self, layer: Any, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the edited configuration."""
-        return config | self._edits[layer].config
+        """Return the edited configuration.
+
+        Initializers that may need the old shapes are replaced, as all weights are given; and the
+        package's own regularizers get the new number of groups.
+        """
+        edit = self._edits[layer]
+        changes = {
+            key: "zeros"
+            for key in config
+            if edit.weights
+            and key.endswith("_initializer")
+            and _may_need_a_shape(self.library, getattr(layer, key, None))
+        }
+        if "groups" in edit.config:
+            changes["kernel_regularizer"] = regularizers.with_groups(
+                layer.kernel_regularizer, edit.config["groups"]
+            )
+        return config | edit.config | changes
 
     def weights(self, layer: Any) -> Mapping[str, Any]:
         """Return the edited weights."""
@@ -174,6 +199,12 @@ class _Compactor(cloning.Rebuilder):
             return super().channels(model)
         tensors = self._nested_inputs[id(model)]
         return [int(self._keeps[tensor].sum()) or tensor.shape[-1] for tensor in tensors]
+
+
+def _may_need_a_shape(library: types.ModuleType, initializer: Any) -> bool:
+    """Return whether an initializer may hold an array, or is not one of Keras."""
+    known = getattr(library.initializers, type(initializer).__name__, None)
+    return type(initializer) is not known or np.ndim(getattr(initializer, "value", 0.0)) > 0
 
 
 def _rows(graph: Graph, plan: ChannelPlan, layers: dict[int, Any]) -> tuple[LayerChange, ...]:
@@ -215,6 +246,8 @@ def _left_alone(operations: list[Step]) -> tuple[LeftAlone, ...]:
     found = {
         (operation.call.name, operation.obstacle): None
         for operation in operations
+        # Masks are computed by operations of Keras' own.
         if isinstance(operation, Barrier)
+        and any(tensor.dtype != "bool" for tensor in operation.outputs)
     }
     return tuple(LeftAlone(name, reason) for name, reason in found)

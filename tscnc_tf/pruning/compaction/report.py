@@ -84,8 +84,8 @@ class Compaction(_reports.Report):
         kept: the dead filters that could not be removed, and why.
         left_alone: the layers of unknown effect, which keep all their channels.
         max_logit_difference: the largest absolute difference between the logits of both models on
-            the probe batch.
-        logit_tolerance: the largest allowed difference.
+            the probe batch; of several outputs, in the one that differs most for its size.
+        logit_tolerance: the largest allowed difference of that output.
         probe_examples: the number of examples in the probe batch.
     """
 
