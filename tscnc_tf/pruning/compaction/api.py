@@ -57,9 +57,10 @@ def compact(model: Any, *, probe: Any = None, tolerance: float | None = None) ->
         model: a built Sequential or functional model of either Keras, without pruning wrappers and
             gates. Nested models are included. A subclass of these may add methods, but not override
             `call`. The result for a functional one has the same class, if the constructor is that
-            of Keras, or in Keras 3 adds no argument to it; if not, Keras' class. Attributes of the model are not copied. The model is not changed, except that the masks
-            of its `Pruner`, if any, are applied. The smaller model has no pruner:
-            `pruning.freeze_mask` keeps its zeros in further training.
+            of Keras, or in Keras 3 adds no argument to it; if not, Keras' class. Attributes of the
+            model are not copied. The model is not changed, except that the masks of its `Pruner`,
+            if any, are applied. The smaller model has no pruner: `pruning.freeze_mask` keeps its
+            zeros in further training.
         probe: a batch of inputs, on which the logits before and after are compared; None for 8
             rows, or as many as the model names, drawn with a seed from U[0, 1), or from the range
             of the pixels if the model begins by scaling them. It has no masked positions.
