@@ -22,7 +22,10 @@ from benchmarks.parity import networks, reference
 
 EXAMPLES = 128
 # torch warns of a name of its own as soon as something walks over all objects.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:CUDA initialization:UserWarning"),  # without a driver
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_the_network_in_torch_is_the_same(tmp_path):
 def test_each_attack_leaves_about_what_the_reference_leaves(found):
     """Half as many steps as is usual, and 2 of 128 examples of leeway: 1.6 points."""
     assert {(each["network"], each["norm"]) for each in found} == {
-        (network, norm) for network in ("standard", "adversarial") for norm in networks.EPSILONS
+        (network, norm) for network in ("standard", "adversarial") for norm in parity.NORMS
     }
     for each in found:
         assert each["clean"] > 0.8
@@ -85,14 +88,16 @@ def test_the_authors_attacks_leave_about_what_ours_leave(tmp_path):
     pytest.importorskip("pyautoattack")
     main(["parity_authors", "--smoke", "--output", str(tmp_path)])
     [(norm, found)] = json.loads((tmp_path / "parity_authors.json").read_text())["norms"].items()
-    assert norm == "linf" and set(found) == {*parity_authors.SINGLES, "standard", "plus", "rand"}
+    names = {*parity_authors.SINGLES, *parity_authors.VERSIONS, "rand reset"}
+    assert norm == "linf" and set(found) == names
     for name, each in found.items():
-        count = len(parity_authors.SEEDS) if name == "standard" else 1
+        count = len(parity_authors.SEEDS.get(name.partition(" ")[0], (0,)))
         assert len(each["ours"]) == len(each["authors"]) == count
         assert each["difference"]["authors"] == pytest.approx(
             np.mean(each["ours"]) - np.mean(each["authors"])
         )
-        assert all(abs(value) <= 3 / 64 for value in each["difference"].values())
+        leeway = 8 if name.startswith("rand") else 3  # of noisy networks, which differ more
+        assert all(abs(value) <= leeway / 64 for value in each["difference"].values())
         assert ("to_the_edges" in each) == (name in ("square", "standard"))
     assert max(found["plus"]["ours"]) <= min(found["apgd-t"]["ours"])
 
