@@ -182,7 +182,8 @@ class _Compactor(cloning.Rebuilder):
             for key in config
             if edit.weights
             and key.endswith("_initializer")
-            and _may_need_a_shape(self.library, getattr(layer, key, None))
+            and (initializer := getattr(layer, key, None)) is not None
+            and _may_need_a_shape(self.library, initializer)
         }
         if "groups" in edit.config:
             changes["kernel_regularizer"] = regularizers.with_groups(
