@@ -409,7 +409,7 @@ def test_a_file_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
     corrected = sparse_litert.corrected
 
     def broken(content):
-        file = _litert_file.File(corrected(content).dense)
+        file = _litert_file.File(corrected(content).content)
         for graph, number in file.constants():
             buffer = file.model.buffers[graph.tensors[number].buffer]
             buffer.data = -np.asarray(buffer.data).view("<f4")

@@ -69,6 +69,22 @@ class File:
         """Return the graphs and numbers of the sparse constants."""
         return [(g, number) for g, number in self.constants() if g.tensors[number].sparsity]
 
+    def read_constants(self, graph: Any) -> list[int]:
+        """Return the numbers of a graph's constants in the order in which operations read them."""
+        known = {number for each, number in self.constants() if each is graph}
+        unpacked = {
+            int(each.outputs[0]): int(each.inputs[0])
+            for each in graph.operators
+            if self.kind(each) in UNPACKING
+        }
+        found = []
+        for operation in graph.operators:
+            for number in () if self.kind(operation) in UNPACKING else map(int, operation.inputs):
+                while number in unpacked:
+                    number = unpacked[number]
+                found += [number] if number in known else []
+        return found
+
     def makes_dense(self) -> bool:
         """Tell whether a kernel is made dense on loading."""
         operators = (each for graph in self.model.subgraphs for each in graph.operators)

@@ -194,29 +194,35 @@ class LiteRT(writer.FileFormat):
             # The converter itself uses the deprecated interpreter, to calibrate.
             warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is d", UserWarning)
             writer.write_saved_model(ready, serve, signature, pathlib.Path(folder))
-            converter = tf.lite.TFLiteConverter.from_saved_model(
-                folder, signature_keys=[_SIGNATURE]
-            )
-            converter.optimizations = [
-                *([tf.lite.Optimize.DEFAULT] if self.precision != "float32" else []),
-                *([tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if self._sparse else []),
-            ]
-            if self.precision == "float16":
-                converter.target_spec.supported_types = [tf.float16]
-            if self._calibration is not None:
-                converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-                converter.representative_dataset = functools.partial(
-                    _batches, signature, self._calibration
-                )
             try:
-                content = converter.convert()
+                dense = self._converted(folder, signature, sparse=False)
+                if not self._sparse:
+                    return Converted(dense)
+                content = self._converted(folder, signature, sparse=True)
             except Exception as error:
                 error.add_note(
                     f"LiteRT's converter could not convert model {ready.stripped.name!r}. Only "
                     "LiteRT's own operations are used; a recurrent layer needs unroll=True."
                 )
                 raise
-        return sparse_litert.corrected(content) if self._sparse else Converted(content)
+        return sparse_litert.corrected(content, dense)
+
+    def _converted(self, folder: str, signature: list[tf.TensorSpec], *, sparse: bool) -> bytes:
+        """Return the file that LiteRT's converter makes of a SavedModel."""
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[_SIGNATURE])
+        converter.optimizations = [
+            *([tf.lite.Optimize.DEFAULT] if self.precision != "float32" else []),
+            *([tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if sparse else []),
+        ]
+        if self.precision == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if self._calibration is not None:
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.representative_dataset = functools.partial(
+                _batches, signature, self._calibration
+            )
+        content: bytes = converter.convert()
+        return content
 
     def constants(self, path: pathlib.Path) -> list[Constant]:
         """Return the weights in a file: its constants of floats or int8."""

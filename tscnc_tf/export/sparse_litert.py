@@ -3,6 +3,9 @@
 The converter stores a kernel of many zeros as its nonzero entries and their indices. A dense layer
 is run in this form if the zeros form blocks of inputs. In front of any other operation the
 converter inserts one that makes the kernel dense when the file is loaded (`DENSIFY`).
+
+If the inputs of a dense layer are no multiple of the block, the converter loses the weights of the
+last ones. So it also converts without sparse forms, and each kernel is compared with that file's.
 """
 
 from __future__ import annotations
@@ -29,23 +32,45 @@ _NOT_RUN = "LiteRT does not run this layer on a kernel that is made dense on loa
 _LEAST_SHARE = 0.3
 _FEW = "less than 30 % of its weights are zero: the converter writes no sparse form"
 _OTHER = "the converter has written it so"
+_INCOMPLETE = "the converter loses weights, as its inputs are no multiple of the block"
 
 
-def corrected(content: bytes) -> Converted:
+def corrected(content: bytes, dense: bytes | None = None) -> Converted:
     """Return a file whose sparse kernels make it smaller and can be run.
 
-    Blocks are stored entry by entry where that is smaller: the converter stores whole blocks even
-    if few of their entries are nonzero. A kernel is made dense again if its sparse form, with its
-    overhead, is no smaller, or if LiteRT is known not to run it. Where an operation would misread a
-    sparse kernel as dense, `DENSIFY` is inserted in front of it. Finally, `sparse_graph.prepared`
-    changes the graph so that LiteRT runs 1x1 convolutions sparsely where it can do so correctly.
+    Kernels of which the converter has lost weights get those of the dense file. Blocks are stored
+    entry by entry where that is smaller: the converter stores whole blocks even if few of their
+    entries are nonzero. A kernel is made dense again if its sparse form, with its overhead, is no
+    smaller, or if LiteRT is known not to run it. Where an operation would misread a sparse kernel
+    as dense, `DENSIFY` is inserted in front of it. Finally, `sparse_graph.prepared` changes the
+    graph so that LiteRT runs 1x1 convolutions sparsely where it can do so correctly.
+
+    Args:
+        content: the file by the converter.
+        dense: that of the same model without sparse forms; None if there is none.
+
+    Raises:
+        ValueError: weights are lost, and there is no dense file, or one of another graph.
     """
     file = File(content)
+    kernels = None if dense is None else _counterparts(file, File(dense))
     reasons = {}
     for graph, number in file.sparse():
-        _store_by_entries(file, graph.tensors[number])
-        if reason := _why_made_dense(file, graph, number):
-            reasons[graph.tensors[number].name.decode()] = reason
+        tensor, name = graph.tensors[number], graph.tensors[number].name.decode()
+        if kernels is None and _is_cut(tensor):
+            raise ValueError(
+                f"the sparse kernel {name!r} of shape {tuple(map(int, tensor.shape))} lacks "
+                "weights: its inputs are no multiple of its blocks. Export the model by "
+                "export_litert(sparse=True)."
+            )
+        whole = file.array(tensor) if kernels is None else kernels[id(graph), number]
+        is_lost = _is_cut(tensor) or not np.array_equal(file.array(tensor), whole)
+        is_stored = _store_by_entries(file, tensor, whole, always=is_lost)
+        if is_lost and not is_stored:
+            reasons[name] = _INCOMPLETE
+            _make_dense(file, graph, number, whole)
+        elif reason := _why_made_dense(file, graph, number):
+            reasons[name] = reason
             _make_dense(file, graph, number)
         elif file.kinds(graph, number) - set(_READERS):
             _make_dense_on_loading(file, graph, number)
@@ -61,9 +86,43 @@ def corrected(content: bytes) -> Converted:
     content, pointwise = file.content(), None
     if file.sparse():
         content, pointwise = sparse_graph.prepared(content)
-    for graph, number in file.sparse():
-        _make_dense(file, graph, number)
-    return Converted(content, forms, file.content(), pointwise)
+    return Converted(content, forms, dense, pointwise)
+
+
+def _counterparts(file: File, dense: File) -> dict[tuple[int, int], np.ndarray]:
+    """Return the arrays in a dense file of a file's constants, by graph (its id) and number.
+
+    The converter names tensors anew each time, so they are found by the operations that read them.
+
+    Raises:
+        ValueError: the files do not have the same operations.
+    """
+    found = {}
+    pairs = zip(file.model.subgraphs, dense.model.subgraphs, strict=True)
+    for graph, other in pairs:
+        numbers, others = file.read_constants(graph), dense.read_constants(other)
+        shapes = [
+            [tuple(map(int, g.tensors[n].shape)) for n in listed]
+            for g, listed in ((graph, numbers), (other, others))
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "LiteRT's converter has made another graph with sparse kernels than without: "
+                "export with sparse=False."
+            )
+        for number, counterpart in zip(numbers, others, strict=True):
+            found[id(graph), number] = dense.array(other.tensors[counterpart])
+    return found
+
+
+def _is_cut(tensor: Any) -> bool:
+    """Return whether the blocks of a sparse tensor do not fill its last axis."""
+    sparsity, size = tensor.sparsity, len(tensor.shape)
+    blocks = () if sparsity.blockMap is None else sparsity.blockMap
+    order = list(sparsity.traversalOrder)
+    lengths = [sparsity.dimMetadata[order.index(size + n)].denseSize for n in range(len(blocks))]
+    pairs = zip(blocks, lengths, strict=True)
+    return any(int(tensor.shape[axis]) % length for axis, length in pairs)
 
 
 def _why_converted_dense(file: File, tensor: Any) -> str:
@@ -92,10 +151,10 @@ def _why_made_dense(file: File, graph: Any, number: int) -> str:
     return ""
 
 
-def _make_dense(file: File, graph: Any, number: int) -> None:
+def _make_dense(file: File, graph: Any, number: int, values: np.ndarray | None = None) -> None:
     """Store a sparse tensor as its dense array, and remove the `DENSIFY` operations on it."""
     tensor = graph.tensors[number]
-    _set_values(file, tensor, file.array(tensor))
+    _set_values(file, tensor, file.array(tensor) if values is None else values)
     tensor.sparsity = None
     for operation in file.readers(graph, number):
         if file.kind(operation) == "DENSIFY":
@@ -115,16 +174,18 @@ def _make_dense_on_loading(file: File, graph: Any, number: int) -> None:
     file.insert_before(graph, "DENSIFY", [number], made, others)
 
 
-def _store_by_entries(file: File, tensor: Any) -> None:
-    """Store a matrix of floats in blocks entry by entry instead, if that is smaller.
+def _store_by_entries(file: File, tensor: Any, dense: np.ndarray, *, always: bool) -> bool:
+    """Store a matrix of floats in blocks entry by entry instead, if that is smaller, or always.
+
+    Returns whether it is stored so.
 
     LiteRT runs dense layers in this form, too, and no slower: at 99 % zeros in any place, three of
     four entries of the blocks are zero.
     """
     is_of_floats = tensor.type in (_FLOAT32, _FLOAT16)
     if not is_of_floats or tensor.sparsity.blockMap is None or len(tensor.shape) != 2:
-        return
-    size, dense = file.size(tensor), file.array(tensor)
+        return False
+    size = file.size(tensor)
     rows, columns = np.nonzero(dense)
     schema = file.schema
     every_row = schema.DimensionMetadataT(denseSize=len(dense))
@@ -134,10 +195,12 @@ def _store_by_entries(file: File, tensor: Any) -> None:
     listed.arrayIndicesType, listed.arrayIndices = _index_vector(schema, columns)
     values = dense[rows, columns]
     lists = (listed.arraySegments.values, listed.arrayIndices.values)
-    if values.nbytes + sum(each.nbytes for each in lists) < size:
+    is_better = always or values.nbytes + sum(each.nbytes for each in lists) < size
+    if is_better:
         _set_values(file, tensor, values)
         order = np.arange(2, dtype=np.int32)
         tensor.sparsity = schema.SparsityParametersT(order, None, [every_row, listed])
+    return is_better
 
 
 def _index_vector(schema: Any, values: np.ndarray) -> tuple[int, Any]:
