@@ -19,7 +19,17 @@ import tensorflow as tf
 import tf_keras
 from helpers import FLAVOURS, interrupted, names
 
-from tscnc_tf import _files, _keras, _probe, attacks, export, inspection, losses, training
+from tscnc_tf import (
+    _files,
+    _keras,
+    _probe,
+    attacks,
+    export,
+    inspection,
+    losses,
+    pruning,
+    training,
+)
 from tscnc_tf._keras import wrappers
 from tscnc_tf.export import manifest, preflight, saved_model
 
@@ -365,6 +375,7 @@ def test_an_export_is_replaced_if_that_is_asked_for(tmp_path, library):
         (["saved_model.pb", ".bashrc"], "path is a folder with '.bashrc', which is no part"),
         (["saved_model.pb", "assets.extra/tf_serving_warmup_requests"], "with 'assets.extra'"),
         (["variables/variables.index"], r"path is a folder without saved_model\.pb"),
+        (["saved_model.pb", "variables/mine.csv"], "with 'variables/mine.csv', which is no part"),
     ],
 )
 def test_what_is_no_export_is_not_replaced(tmp_path, files, message):
@@ -378,6 +389,31 @@ def test_what_is_no_export_is_not_replaced(tmp_path, files, message):
         export.export_saved_model(dense(), goal, overwrite=True)
     assert names(tmp_path) == ["goal"]
     assert all((goal / file).read_text() == "mine" for file in files or [""])
+
+
+def test_a_model_of_a_list_of_one_input_takes_arrays(tmp_path, rng):
+    inputs = keras.Input((4,))
+    model = keras.Model([inputs], keras.layers.Dense(3)(inputs))
+    x = rng.random((5, 4), np.float32)
+    folder = tmp_path / "model"
+    for probe in (x, [x]):
+        export.export_saved_model(model, folder, probe=probe, overwrite=True)
+    served = export.load_saved_model(folder)
+    for batch in (x, [x], tf.constant(x)):
+        np.testing.assert_allclose(served(batch), model([x]), atol=1e-6)
+    assert not np.array_equal(attacks.FGSM(epsilon=0.1)(served, x, [0] * 5), x)
+
+
+def test_frozen_attention_is_checked_as_if_it_was_not(tmp_path):
+    inputs = keras.Input((6, 8))
+    x = keras.layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="last")(x))
+    model = pruning.strip(pruning.prune_now(model, 0.9, layers="last"))
+    rows = inspection.sparsity(model).rows
+    model.trainable = False
+    assert inspection.sparsity(model).rows == rows and len(rows) == 5
+    with pytest.raises(ValueError, match="attention/query/kernel"):
+        export.export_saved_model(model, tmp_path / "model", expected_sparsity=0.9)
 
 
 @pytest.mark.parametrize("file", [None, manifest.NAME, "saved_model.pb"])

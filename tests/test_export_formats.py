@@ -538,6 +538,26 @@ def test_models_of_several_inputs_are_calibrated_by_batches(library, rng):
         calibration.examples(model, wrong)
 
 
+@every_flavour
+def test_models_of_named_inputs_are_calibrated_by_batches(library, rng):
+    inputs = {name: library.layers.Input((4,), name=name) for name in ("a", "b")}
+    merged = library.layers.Concatenate()(list(inputs.values()))
+    model = library.Model(inputs, library.layers.Dense(3)(merged))
+    batches = [{name: rng.random((8, 4), np.float32) for name in inputs} for _ in range(2)]
+    wanted = {name: np.concatenate([batch[name] for batch in batches]) for name in inputs}
+    for given in (batches, iter(batches), [(batch, np.zeros(8)) for batch in batches]):
+        found = calibration.examples(model, given)
+        assert found.keys() == wanted.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, wanted[name])
+
+
+@pytest.mark.parametrize("x", [np.full((9, 4), 0.5), np.full((1, 4), 0.5)], ids=["equal", "one"])
+def test_a_calibration_of_one_input_is_warned_of(x):
+    with pytest.warns(UserWarning, match="calibration holds one example, or equal ones only"):
+        calibration.examples(small(), x)
+
+
 def test_a_subclassed_model_is_calibrated_by_batches(rng):
     class Net(keras.Model):
         def __init__(self):
@@ -728,7 +748,11 @@ def test_what_is_no_file_of_the_format_is_not_replaced(tmp_path, form, exported)
     with pytest.raises(FileExistsError, match="path is a file that is not"):
         EXPORTS[form](small(), tmp_path / "other", overwrite=True)
     LOADS[other](tmp_path / "other")
-    assert names(tmp_path) == ["folder", "other", "text", "zeros", "zip"]
+    export.export_saved_model(small(), tmp_path / "saved")
+    with pytest.raises(FileExistsError, match="path is a file that is not"):
+        EXPORTS[form](small(), tmp_path / "saved" / "saved_model.pb", overwrite=True)
+    export.load_saved_model(tmp_path / "saved")
+    assert names(tmp_path) == ["folder", "other", "saved", "text", "zeros", "zip"]
 
 
 FAILING = {
@@ -802,7 +826,7 @@ def test_logits_of_other_shapes_are_refused_even_where_any_difference_is_allowed
     )
     with pytest.raises(ValueError, match=r"LiteRT file have the shapes \[\(2, 2\)\], and .*2, 3"):
         export.export_litert(
-            small(), tmp_path / "file", precision="int8", calibration=np.ones((2, 4))
+            small(), tmp_path / "file", precision="int8", calibration=np.eye(4)
         )
     assert names(tmp_path) == []
 
@@ -858,7 +882,7 @@ def test_a_zero_point_is_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"does not store 0\.0 as 0 but \(0, 3\)"):
         export.export_litert(
-            small(), tmp_path / "file", precision="int8", calibration=np.ones((2, 4))
+            small(), tmp_path / "file", precision="int8", calibration=np.eye(4)
         )
     assert names(tmp_path) == []
 
@@ -976,7 +1000,7 @@ def test_exporting_leaves_the_process_as_it_was(tmp_path):
     environment, printed = dict(os.environ), warnings.filters[:]
     eager = tf.config.functions_run_eagerly()
     export.export_onnx(small(), tmp_path / "a")
-    export.export_litert(small(), tmp_path / "b", precision="int8", calibration=np.ones((2, 4)))
+    export.export_litert(small(), tmp_path / "b", precision="int8", calibration=np.eye(4))
     assert dict(os.environ) == environment and warnings.filters[:] == printed
     assert tf.config.functions_run_eagerly() == eager
 

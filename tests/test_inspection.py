@@ -578,6 +578,13 @@ def test_lipschitz_refuses_balls_in_which_it_would_measure_rounding():
         inspection.local_lipschitz(model, x, 1e-6)
     report = inspection.local_lipschitz(model, x, 1e-5)
     assert report.maximum == pytest.approx(3.0, rel=0.05)
+    for dtype, least in (("float16", "0.0039"), ("bfloat16", "0.031")):
+        half = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, dtype=f"mixed_{dtype}")])
+        half.layers[-1].kernel.assign(np.ones((3, 1)))
+        with pytest.raises(ValueError, match=f"epsilon must be >= {least} .* rounding of {dtype}"):
+            inspection.local_lipschitz(half, x, 1e-3)
+        report = inspection.local_lipschitz(half, x, 0.25)
+        assert report.maximum == pytest.approx(3.0, rel=0.05)
 
 
 # --- all reports ----------------------------------------------------------------------------------

@@ -141,6 +141,13 @@ for path in sys.argv[1:]:
 """
 
 
+def test_sums_of_equal_parts_are_equal():
+    parts = ["l2", regularizers.TransformedL1(0.1)]
+    one, other = (regularizers.RegularizerSum(parts) for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert one != regularizers.RegularizerSum(parts[::-1]) and one != parts[1]
+
+
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5:UserWarning")
 def test_models_come_back_in_a_fresh_process(tmp_path):
     paths, expected = [], []

@@ -488,6 +488,8 @@ def row(as_is, filled, sparse=None, **options):
          "sparse would be 1.8x faster here at 99 % zeros"),
         (1.0, 0.5, 1.001, "no faster: dense kernels multiply zeros at the same speed; "
          "sparse would be about as fast here at 99 % zeros"),
+        (1.0, 1.09, 3.0, "no faster: dense kernels multiply zeros at the same speed; "
+         "sparse would be 3x slower here at 99 % zeros"),
         (1.0, 2.0, 4.0, "2x faster than without zeros; sparse would be 4x slower here at 99 % "
          "zeros"),
         (1.5e-4, 1.5e-4, 1.2e-4, "no faster: dense kernels multiply zeros at the same speed; too "

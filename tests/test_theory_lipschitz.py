@@ -263,6 +263,11 @@ def test_t22_models_that_are_no_chain_of_finite_weights_are_refused():
     single.set_weights([np.full((3, 2), np.nan)])
     with pytest.raises(ValueError, match="is not finite"):
         tscnc.inspection.lipschitz_upper_bound(single)
+    norm = keras.layers.BatchNormalization(name="norm")
+    model = keras.Sequential([inputs, keras.layers.Dense(2, "relu"), norm])
+    norm.moving_variance.assign([1.0, np.nan])
+    with pytest.raises(ValueError, match=r"norm.*its weights are not finite"):
+        tscnc.inspection.lipschitz_upper_bound(model)
 
 
 def test_the_example_takes_networks_and_data_of_ones_own(tmp_path, monkeypatch, capsys, rng):

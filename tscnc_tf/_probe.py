@@ -128,7 +128,8 @@ def leaves(name: str, specs: Any, values: Any) -> list[Any]:
     Args:
         name: the user's name for the argument `values`, for the error message.
         specs: a TensorSpec, or lists and dicts of them.
-        values: the same structure of arrays or tensors; a tuple stands for a list.
+        values: the same structure of arrays or tensors; a tuple stands for a list, and a single
+            array for a list of one, as Keras' models take it.
 
     Raises:
         ValueError: `values` has another structure.
@@ -138,6 +139,8 @@ def leaves(name: str, specs: Any, values: Any) -> list[Any]:
     if isinstance(specs, dict):
         fits, keys = isinstance(values, dict) and set(values) == set(specs), sorted(specs)
     else:
+        if len(specs) == 1 and not isinstance(values, list | tuple | dict):
+            values = [values]
         fits = isinstance(values, list | tuple) and len(values) == len(specs)
         keys = list(range(len(specs)))
     if not fits:

@@ -134,12 +134,6 @@ class KernelRegularizer(_keras.Regularizer):
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.get_config() == other.get_config()
-
-    def __hash__(self) -> int:
-        return hash((type(self), repr(self)))
-
 
 @_keras.register
 class TransformedL1(KernelRegularizer):

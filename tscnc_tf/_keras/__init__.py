@@ -50,8 +50,14 @@ class Regularizer(tf_keras.regularizers.Regularizer, keras.regularizers.Regulari
     """Base of regularizers that both Keras versions accept, save and load.
 
     A plain callable suffices for `.keras` files; the legacy `.h5` format of tf_keras accepts only
-    subclasses of its own base class.
+    subclasses of its own base class. Regularizers of equal configurations are equal.
     """
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self.get_config())))
 
 
 def flavour(obj: Any) -> str | None:

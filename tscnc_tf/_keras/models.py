@@ -288,15 +288,15 @@ def leaf(variable: Any) -> str:
 
 
 def is_kernel(layer: Any, variable: Any) -> bool:
-    """Return whether pruning includes a weight of rank 2 or more by default.
+    """Return whether pruning includes a weight of rank 2 or more by default, if it is trained.
 
-    This holds for kernels that LoRA or quantization has changed as well.
+    This holds for kernels that LoRA or quantization has changed as well. Whether the layer is
+    frozen at the moment does not count.
     """
     name = leaf(variable)
     if name in BIASES or is_no_kernel(layer, name):
         return False
-    is_trained = variable.trainable and layer.trainable and not fixed(layer, variable)
-    return is_trained or variable is kernel_layers.adapted_weight(layer)
+    return not fixed(layer, variable) or variable is kernel_layers.adapted_weight(layer)
 
 
 def fixed(layer: Any, variable: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,8 +39,17 @@ def examples(model: Any, calibration: Any) -> Any:
         )
     preflight.require_exportable(model)
     if not _is_iterable_of_batches(model, calibration):
-        return _probe.prepare(model, calibration, "calibration")[1]
-    return _concatenated(model, calibration)
+        found = _probe.prepare(model, calibration, "calibration")[1]
+    else:
+        found = _concatenated(model, calibration)
+    if not any(np.ptp(array, axis=0).any() for array in tf.nest.flatten(found)):
+        warnings.warn(
+            "calibration holds one example, or equal ones only: the ranges of the activations are "
+            "those of one input, and int8 cuts off what is outside. Pass some hundred different "
+            "examples of the training set.",
+            stacklevel=3,
+        )
+    return found
 
 
 def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
@@ -49,6 +59,9 @@ def _is_iterable_of_batches(model: Any, calibration: Any) -> bool:
         return True
     # Other lists are the inputs of a model with several inputs, or one batch as nested lists.
     specs = _probe.input_specs(model)
+    if isinstance(specs, dict):
+        firsts = [each[0] if isinstance(each, tuple) and each else each for each in calibration]
+        return all(isinstance(each, Mapping) for each in firsts)
     return isinstance(specs, tf.TensorSpec) and all(
         isinstance(each, tuple) or (isinstance(each, _Array) and np.ndim(each) == specs.shape.rank)
         for each in calibration

@@ -103,7 +103,9 @@ def export_onnx(
 
 
 def load_onnx(path: str | os.PathLike[str]) -> ServedFile:
-    """Load an ONNX file as a function of batches of any size, on all processor cores.
+    """Load an ONNX file as a function of batches, on all processor cores.
+
+    The batches may have any size, unless the file has a fixed one (`batch_size`).
 
     Args:
         path: the file.
@@ -201,7 +203,8 @@ class ONNX(writer.FileFormat):
         except onnx.checker.ValidationError as error:
             raise ValueError(
                 f"The model can't be written as ONNX with opset {self.settings['opset']}: {error} "
-                "Replace the layer that uses the operation, or try a newer opset."
+                "Replace the layer that uses the operation (Erfc: activation 'gelu' in Keras 3; "
+                "take lambda x: gelu(x, approximate=True)), or try a newer opset."
             ) from error
         return [
             Constant(tensor.name, onnx.numpy_helper.to_array(tensor))
@@ -213,9 +216,11 @@ class ONNX(writer.FileFormat):
         """Tell whether it can be parsed: the format has no magic number, but requires a version."""
         onnx = _extras.require_extra("onnx", "onnx")
         try:
-            return onnx.load_model_from_string(content).ir_version > 0
+            found = onnx.load_model_from_string(content)
         except Exception:  # protobuf's parser has an error of its own
             return False
+        # Other files, such as a SavedModel's graph, can be parsed, too.
+        return found.ir_version > 0 and len(found.opset_import) > 0 and len(found.graph.output) > 0
 
 
 class _ServedONNX(ServedFile):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tscnc_tf.export.report import ExportedTensor, ExportReport
 __all__ = ["ServedModel", "export_saved_model", "load_saved_model"]
 
 _GRAPH = "saved_model.pb"
+_VARIABLES = re.compile(r"variables\.(index|data-\d+-of-\d+)")
 _PARTS = {_GRAPH, "fingerprint.pb", "keras_metadata.pb", "variables", "assets", manifest.NAME}
 
 
@@ -208,6 +210,8 @@ class _SavedModel(writer.Format):
         found = {file.name for file in path.iterdir()} if path.is_dir() else None
         if found is None:
             return "no folder"
+        weights = path.glob("variables/*")
+        found |= {f"variables/{f.name}" for f in weights if not _VARIABLES.fullmatch(f.name)}
         if others := sorted(found - _PARTS):
             return f"a folder with {others[0]!r}, which is no part of a SavedModel"
         if found and not found & {_GRAPH, manifest.NAME}:

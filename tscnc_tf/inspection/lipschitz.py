@@ -128,7 +128,7 @@ def local_lipschitz(
     Raises:
         TypeError: `model` is not callable, or `x` does not hold floats.
         ValueError: `x` is empty, not finite or out of bounds; the outputs are not finite; `epsilon`
-            is so small that outputs differ by the rounding of float32.
+            is so small that outputs differ by the rounding of float32, or of 16 bits.
 
     Reference:
         Yang et al. 2020, "A closer look at accuracy vs. robustness", arXiv 2003.02460.
@@ -148,11 +148,12 @@ def local_lipschitz(
     size = size if step_size is None else _checks.distance("step_size", step_size)
     batch_size = _checks.integer("batch_size", batch_size, minimum=1)
     bounds, seed = _checks.bounds("bounds", bounds), _checks.seed("seed", seed)
-    least = 64 * float(np.finfo(np.float32).eps) * max(map(abs, bounds))
+    dtype, share = _rounding(model)
+    least = share * max(map(abs, bounds))
     if epsilon_value < least:
         raise ValueError(
             f"epsilon must be >= {least:.2g} within bounds {bounds}, got {written}: in so small a "
-            "ball outputs differ by the rounding of float32."
+            f"ball outputs differ by the rounding of {dtype}."
         )
     inputs = np.asarray(_checks.inputs(x, bounds), np.float32)
     start, step = _ascent(_keras.inference(model), inputs.shape[1:], epsilon_value, size, bounds)
@@ -171,6 +172,17 @@ def local_lipschitz(
         found.append(best.numpy().astype(np.float64))
     values = np.concatenate(found)
     return LipschitzReport(values, written, epsilon_value, steps, size, bounds, seed, batch_size)
+
+
+def _rounding(model: Any) -> tuple[str, float]:
+    """Return the coarsest dtype of a model's layers, and the distance of inputs that it needs."""
+    is_keras = _keras.flavour(model) is not None
+    found = kernel_layers.flatten(model) if is_keras else ()
+    dtypes = {getattr(layer, "compute_dtype", None) for layer in found}
+    for dtype, spacing in {"bfloat16": 2.0**-7, "float16": 2.0**-10}.items():
+        if dtype in dtypes:
+            return dtype, 4 * spacing
+    return "float32", 64 * float(np.finfo(np.float32).eps)
 
 
 def _ascent(
@@ -265,6 +277,8 @@ def lipschitz_upper_bound(model: Any) -> float:
             bound *= float(np.max(np.abs(gain)))
             gain = read(layer.gamma) if layer.scale else np.ones(1)
             gain = gain / np.sqrt(read(layer.moving_variance) + layer.epsilon)
+            if not np.all(np.isfinite(gain)):
+                raise ValueError(f"{_of(layer)}: its weights are not finite.")
             if np.ravel(layer.axis)[0] not in (-1, len(shape) - 1):
                 gain = np.max(np.abs(gain), keepdims=True)
             continue

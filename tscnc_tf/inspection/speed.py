@@ -456,6 +456,6 @@ def _compared(one: Times, other: Times) -> str:
 
 
 def _gain(as_is: Times, filled: Times) -> str:
-    if as_is.median < filled.median and not as_is.overlaps(filled):
+    if _ABOUT * as_is.median < filled.median and not as_is.overlaps(filled):
         return f"{_compared(as_is, filled)} than without zeros"
     return "no faster: dense kernels multiply zeros at the same speed"
