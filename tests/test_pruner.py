@@ -278,6 +278,8 @@ def test_weights_are_chosen_by_type_rank_and_name(library):
     assert len(names) == 4
     ranks, _ = pruned(conv_model, min_rank=3)
     assert ranks == {4}
+    with pytest.raises(ValueError, match="min_rank must be >= 2, got 1"):
+        pruned(min_rank=1)
     ranks, names = pruned(conv_model, layers=lambda layer: layer.name == "logits")
     assert names == ["logits"]
 
@@ -900,6 +902,26 @@ def test_a_sparse_model_is_frozen_where_it_is_zero(library):
     after = [np.asarray(layer.kernel) == 0 for layer in model.layers[-2:]]
     for was, now in zip(before, after, strict=True):
         np.testing.assert_array_equal(was, now)
+
+
+@pytest.mark.parametrize("kind", ["of zeros", "halfway", "learned"])
+def test_what_is_frozen_stays_when_it_is_finalized(kind, library):
+    model = dense_model(library)
+    if kind == "learned":
+        scope = pruning.Learned(start="erk", learning_rate=5.0)
+        model = pruning.prune(model, method="scores", sparsity=0.6, scope=scope, engine="masks")
+        model.compile("sgd", loss(library))
+        model.fit(*blobs(64), batch_size=8, epochs=2, verbose=0)
+    elif kind == "halfway":
+        model = pruning.prune(model, schedules.OneShot(0.7, 5), engine="masks")
+    else:
+        model = pruning.strip(pruning.prune_now(model, 0.5))
+    pruning.freeze_mask(model)
+    before = [mask.numpy() for mask in model.pruner.state.masks]
+    model.pruner.finalize()
+    for mask, now in zip(before, model.pruner.state.masks, strict=True):
+        np.testing.assert_array_equal(mask, now.numpy())
+    assert model.pruner.frozen
 
 
 def test_freezing_stops_the_schedule(library):

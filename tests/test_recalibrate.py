@@ -99,6 +99,9 @@ def test_what_cannot_be_recalibrated(library):
         pruning.recalibrate(model, x)
     with pytest.raises(ValueError, match="the same dense and convolutional layers by name"):
         pruning.recalibrate(model, x, dense=network(library))
+    pruned = pruning.prune_now(model, 0.5)
+    with pytest.raises(ValueError, match="dense must be another network than model"):
+        pruning.recalibrate(pruned, x, dense=model)
     with pytest.raises(ValueError, match="x must hold inputs"):
         pruning.recalibrate(network(library), DATA[:0])
     with pytest.raises(ValueError, match="batch_size must be >= 1"):

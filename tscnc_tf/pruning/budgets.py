@@ -53,7 +53,7 @@ def condition_budgets(
         sparsity: of all layers together, the fraction of zeros, in (0, 1).
         layers: which layers, as in `Pruner`. Give the same to the pruner.
         weights: a pattern for the names of weights, as in `Pruner`.
-        min_rank: the smallest rank of a weight to prune.
+        min_rank: the smallest rank of a weight to prune, >= 2.
         min_per_filter: the minimum number of weights per filter. Give it to the pruner too, as
             `structure=Unstructured(min_per_filter)`.
         lowest: the minimum density of each layer, relative to that of all together, in (0, 1].

@@ -89,7 +89,7 @@ class Pruner(StepCount):
             the layers that make the model's outputs. Kernels of layers with LoRA, or quantized to
             integers, are never pruned.
         weights: a pattern for the names of weights, such as `"*kernel"`; None for all of them.
-        min_rank: the smallest rank of a weight to prune.
+        min_rank: the smallest rank of a weight to prune, >= 2.
         criterion: a callable from a weight tensor to scores of its shape; or `Taylor(x, y)`, which
             is measured on data, with a schedule that has its final sparsity at step 1;
             `Magnitude()` if None.
@@ -533,8 +533,12 @@ class Pruner(StepCount):
         self._has_recorded = False
 
     def finalize(self) -> None:
-        """Prune to the schedule's final sparsity now, unless it follows the validation; freeze."""
-        if self.regrowth is None or not self.regrowth.epochs:
+        """Prune to the schedule's final sparsity now, unless it follows the validation; freeze.
+
+        Masks that are frozen stay as they are.
+        """
+        follows = self.regrowth is not None and bool(self.regrowth.epochs)
+        if not (self.frozen or follows):
             self._prune_to_final_sparsity()
         self.freeze()
 

@@ -124,6 +124,12 @@ def _match_channels(model: Any, dense: Any, batches: list[np.ndarray]) -> None:
             "its channels will change again: call pruning.freeze_mask(model) first, then "
             "recalibrate(model, x, dense=...)."
         )
+    if {id(each) for each in model.weights} & {id(each) for each in dense.weights}:
+        raise ValueError(
+            "dense must be another network than model, got one with the same weights. Pruning is "
+            "in place: pass a clone that was made before it, keras.models.clone_model(model), "
+            "with the weights of that time."
+        )
     own, others = _matched(model), _matched(dense)
     shapes = [
         {name: tuple(kernel.variable.shape) for name, kernel in each.items()}

@@ -82,7 +82,7 @@ class ScorePruner(Pruner):
             BatchNorm are updated.
         layers: which layers, as in `Pruner`.
         weights: a pattern for the names of weights, as in `Pruner`.
-        min_rank: the smallest rank of a weight to prune.
+        min_rank: the smallest rank of a weight to prune, >= 2.
         structure: as in `Pruner`; the score of a unit is the mean of :math:`|s|`.
         scope: as in `Pruner`; or "learned", or `Learned()` with options, to train the shares of the
             layers together with the scores.

@@ -131,19 +131,19 @@ def candidates(
             layer, all weights of sufficient rank are pruned, except biases. `Candidates`, such as
             those of a saved pruner, are returned unchanged.
         weights: a pattern for the names of weights, such as "*kernel"; None for all but biases.
-        min_rank: the smallest rank of a weight to prune.
+        min_rank: the smallest rank of a weight to prune, >= 2.
         unfit: returns why a structure can't prune a weight, or an empty text.
 
     Raises:
         TypeError: `layers`, `weights` or `min_rank` has a wrong type.
         ValueError: `layers` chooses no layer with weights to prune, an element of it matches no
-            layer, or `min_rank` is below 1.
+            layer, or `min_rank` is below 2.
     """
     if isinstance(layers, Candidates):
         return layers
     if weights is not None and not isinstance(weights, str):
         raise TypeError(f"weights must be a name pattern such as '*kernel', got {weights!r}.")
-    _checks.integer("min_rank", min_rank, minimum=1)
+    _checks.integer("min_rank", min_rank, minimum=2)
     able = _able(model) if layers is not None else []
     chosen = selector("layers", layers, model, able)
     found = []
