@@ -182,9 +182,11 @@ def sweep(
     Args:
         plan: the sweep to run.
         folder: of the sweep.
-        engine: "process": one after the other in this process. "ray": as tasks of Ray, on the
-            cluster that Ray is connected to or finds (RAY_ADDRESS), else on this machine; `folder`
-            must be on a disk that all machines share. A task whose worker dies is started again.
+        engine: "process": one after the other in this process, whose memory grows by some 20 MiB
+            with each stage, since TensorFlow does not free all of it. "ray": as tasks of Ray, on
+            the cluster that Ray is connected to or finds (RAY_ADDRESS), else on this machine;
+            `folder` must be on a disk that all machines share. A task whose worker dies is started
+            again.
         cpus: cores of each task, on Ray.
         gpus: GPUs of each task, on Ray; a fraction for several tasks on one.
         progress: whether to print on stderr when a run ends, if that is a terminal.
